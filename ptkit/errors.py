@@ -1,0 +1,56 @@
+"""The errors ptkit raises, and the exit code each one gives the command line.
+
+    PtkitError                exit 1   something failed that the user did not cause
+    └── UserError             exit 2   the request cannot be carried out as written
+        ├── RecipeError                a recipe is malformed; lists every fault with its line
+        ├── DataError                  a dataset, column, template or label does not fit
+        ├── AdapterError               an adapter file is damaged, unsafe or of another base
+        └── ModelError                 a base model cannot be loaded or does not fit the request
+
+Every message is one or a few lines that name *what* is wrong, *where*, and *the fix*.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PtkitError(Exception):
+    """Base of every error ptkit raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(PtkitError):
+    """The request cannot be carried out as written; the message says how to change it."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """A recipe file is malformed."""
+
+
+class DataError(UserError):
+    """A dataset, column, template or label does not fit the task."""
+
+
+class AdapterError(UserError):
+    """An adapter cannot be read, is unsafe, or belongs to another base model."""
+
+
+class ModelError(UserError):
+    """A base model cannot be loaded or cannot do what was asked."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The entry of `known` closest to `word`, or None when nothing is close."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A clause to end an error message with: the nearest known name, else all of them."""
+    names = sorted(known)
+    close = nearest(word, names)
+    return f"did you mean `{close}`?" if close else f"known: {', '.join(names)}"

@@ -1,0 +1,1 @@
+"""What is read from and written to disk: safetensors, JSON and YAML only."""

@@ -1,0 +1,114 @@
+"""An adapter on disk, in PEFT's layout: `adapter_model.safetensors` + `adapter_config.json`.
+
+`ptkit.json` beside them records what PEFT has no place for: a fingerprint of the base, the
+method, scores, versions. Adapters without it (made by plain PEFT) are read as well.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ptkit.errors import AdapterError
+from ptkit.formats import atomic
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+INFO = "ptkit.json"
+
+#: Serialisations that can run code when read. They are named in the refusal, never opened.
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What an adapter folder holds.
+
+    config: PEFT's `adapter_config.json`
+    tensors: the trained parameters only
+    info: ptkit's own record, empty for adapters made by plain PEFT
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's name of the method, `PREFIX_TUNING` for example."""
+        return str(self.config.get("peft_type"))
+
+    def to(self, dtype: torch.dtype) -> AdapterFiles:
+        """The same adapter with floating tensors in `dtype`."""
+        tensors = {
+            name: t.to(dtype) if t.is_floating_point() else t for name, t in self.tensors.items()
+        }
+        return AdapterFiles(self.config, tensors, self.info)
+
+
+def write_adapter(path: Path, files: AdapterFiles, *, replace: bool = False) -> None:
+    """Write `files` to the folder `path`; it appears complete or not at all."""
+    with atomic.folder(path, replace=replace) as scratch:
+        contiguous = {name: t.detach().cpu().contiguous() for name, t in files.tensors.items()}
+        save_file(contiguous, scratch / WEIGHTS, metadata={"format": "pt"})
+        atomic.write_json(scratch / CONFIG, files.config)
+        if files.info:
+            atomic.write_json(scratch / INFO, files.info)
+
+
+def read_adapter(path: Path) -> AdapterFiles:
+    """Read an adapter folder.
+
+    Raises AdapterError when the folder, a file or a field is missing, when the only weights are
+    a pickle, and when the safetensors file is damaged or holds values that are not finite.
+    """
+    if not path.is_dir():
+        raise AdapterError(f"{path} is not an adapter folder (no such directory)")
+    config = _read_json(path / CONFIG)
+    if not isinstance(config.get("peft_type"), str):
+        raise AdapterError(f"{path / CONFIG}: `peft_type` is missing; this is not a PEFT adapter")
+    info = _read_json(path / INFO) if (path / INFO).exists() else {}
+    return AdapterFiles(config, _read_tensors(path), info)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise AdapterError(f"{path} is missing; an adapter folder holds {CONFIG} and {WEIGHTS}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path} should hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    weights = path / WEIGHTS
+    if not weights.is_file():
+        pickles = [p.name for p in sorted(path.iterdir()) if p.suffix in PICKLES]
+        if pickles:
+            raise AdapterError(
+                f"{path} holds only pickled weights ({', '.join(pickles)}), which can run code "
+                "when read; ask its author for safetensors, or re-save it with PEFT"
+            )
+        raise AdapterError(f"{weights} is missing")
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise AdapterError(
+            f"{weights} is damaged or not a safetensors file ({error}); fetch or export it again"
+        ) from error
+    if not tensors:
+        raise AdapterError(f"{weights} holds no tensors")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise AdapterError(f"{weights}: `{name}` holds values that are not finite")
+    return tensors

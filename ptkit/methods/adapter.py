@@ -1,0 +1,189 @@
+"""What every method provides: an `Adapter`, one per file, known by its recipe `kind`."""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptkit.errors import AdapterError, did_you_mean
+from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.prefix import KVPrefix
+from ptkit.recipe.schema import MethodSection
+from ptkit.runtime.base_model import Base
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """Training rows a method may start from: texts `input + target`, in the data's order."""
+
+    texts: Sequence[str]
+    seed: int
+
+    def shuffled(self) -> list[str]:
+        """The texts in an order that depends on the seed only."""
+        texts = list(self.texts)
+        random.Random(self.seed).shuffle(texts)
+        return texts
+
+
+class Adapter(nn.Module):
+    """One method on one base model: what is learnt, and how it acts on the base.
+
+    Parameters that require gradients are what is trained, saved for resuming and counted.
+    """
+
+    #: Settings class, whose `kind` names the method in recipes.
+    section_class: ClassVar[type[MethodSection]]
+    #: PEFT types whose files this method reads.
+    peft_types: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, section: MethodSection, base: Base) -> None:
+        super().__init__()
+        self.section = section
+        # In a tuple, so that the frozen base is not registered as a child of the adapter.
+        self._base = (base,)
+
+    @property
+    def base(self) -> Base:
+        """The base model the adapter was made for."""
+        return self._base[0]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model to run: the base itself, unless the method changes weights."""
+        return self.base.model
+
+    @classmethod
+    @abstractmethod
+    def create(cls, section: Any, base: Base, demonstrations: Demonstrations) -> Adapter:
+        """A fresh adapter, started as `section` says; random parts use torch's global seed."""
+
+    @classmethod
+    def from_files(cls, files: AdapterFiles, section: Any, base: Base) -> Adapter:
+        """The adapter that `files` hold, ready to be used and to be trained further."""
+        raise AdapterError(f"{section.kind} adapters cannot be loaded from files")
+
+    def prefix(self) -> KVPrefix | None:
+        """The compiled adapter, differentiable in its parameters; None without virtual tokens."""
+        return None
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions the adapter takes from the base's budget."""
+        return 0
+
+    @abstractmethod
+    def files(self) -> AdapterFiles:
+        """The adapter in PEFT's layout, reparameterisation folded in. Raises AdapterError when
+        there is nothing PEFT could load."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of all that is trained."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of trained values."""
+        return sum(p.numel() for p in self.trainable().values())
+
+    def load_trainable(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `trainable` held. Raises AdapterError naming every tensor that differs."""
+        own = self.trainable()
+        faults = [f"`{n}` is missing" for n in own.keys() - tensors.keys()]
+        faults += [f"`{n}` is unexpected" for n in tensors.keys() - own.keys()]
+        faults += [
+            f"`{n}` has shape {list(tensors[n].shape)}, expected {list(own[n].shape)}"
+            for n in own.keys() & tensors.keys()
+            if tensors[n].shape != own[n].shape
+        ]
+        if faults:
+            raise AdapterError("the saved parameters do not fit: " + "; ".join(sorted(faults)))
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+    @property
+    def has_off(self) -> bool:
+        """Whether the base stays reachable, bit for bit, beside the adapter."""
+        return True
+
+    def close(self) -> None:
+        """Give the base back as it was. Only methods that touch the base need to do anything."""
+
+
+#: kind -> adapter class, filled by `register`.
+ADAPTERS: dict[str, type[Adapter]] = {}
+
+
+def register(cls: type[Adapter]) -> type[Adapter]:
+    """Class decorator: make an adapter class known under its section's `kind`."""
+    kind = cls.section_class.model_fields["kind"].annotation.__args__[0]  # type: ignore[union-attr]
+    ADAPTERS[kind] = cls
+    return cls
+
+
+def create_adapter(section: MethodSection, base: Base, demonstrations: Demonstrations) -> Adapter:
+    """A fresh adapter of the method `section` describes."""
+    return ADAPTERS[section.kind].create(section, base, demonstrations)
+
+
+def adapter_from_files(files: AdapterFiles, base: Base) -> Adapter:
+    """The adapter that `files` hold, whatever its method; its start settings are not known.
+
+    Raises AdapterError for PEFT types no method of ptkit reads.
+    """
+    for kind, cls in ADAPTERS.items():
+        if files.peft_type in cls.peft_types:
+            # Without ptkit's record of the method, the first one that reads this PEFT type.
+            recorded = files.info.get("method", {}).get("kind", kind)
+            if recorded in ADAPTERS and files.peft_type in ADAPTERS[recorded].peft_types:
+                kind, cls = recorded, ADAPTERS[recorded]
+            return cls.from_files(files, cls.section_class(kind=kind), base)
+    known = {t for cls in ADAPTERS.values() for t in cls.peft_types}
+    raise AdapterError(
+        f"adapters of PEFT type `{files.peft_type}` cannot be loaded; "
+        + did_you_mean(files.peft_type, known)
+    )
+
+
+def require_same_base(files: AdapterFiles, base: Base, where: str) -> None:
+    """Raise AdapterError when `files` were made for another base than `base`.
+
+    ptkit's own files carry a fingerprint of the weights; for files of plain PEFT the name of
+    the base is all there is (its last part is compared: `gpt2` is `openai-community/gpt2`).
+    """
+    made_for = files.info.get("base", {})
+    name = made_for.get("id") or files.config.get("base_model_name_or_path")
+    if made_for.get("fingerprint"):
+        same = made_for["fingerprint"] == base.fingerprint
+        detail = f" (weights {made_for['fingerprint']}, here {base.fingerprint})"
+    else:
+        own_names = {base.id, str(base.model.name_or_path)}
+        same = not name or _last_part(name) in {_last_part(n) for n in own_names}
+        detail = ""
+    if not same:
+        raise AdapterError(
+            f"{where} was made for the base model `{name}`, not for `{base.id}`{detail}; "
+            f"load it on `{name}`"
+        )
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1]
+
+
+def peft_config_dict(config: PeftConfig, base: Base) -> dict[str, Any]:
+    """`config` as PEFT writes it to `adapter_config.json` for inference on `base`."""
+    config.base_model_name_or_path = base.id
+    config.revision = base.revision
+    config.inference_mode = True
+    values = config.to_dict()
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}

@@ -1,0 +1,34 @@
+"""The base model itself: the row every comparison starts from."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from ptkit.errors import AdapterError
+from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.methods.adapter import Adapter, Demonstrations, register
+from ptkit.recipe.schema import MethodSection, register_method
+from ptkit.runtime.base_model import Base
+
+
+@register_method
+class BaseSection(MethodSection):
+    """The base model as it is, without any prompt: nothing is trained."""
+
+    trains: ClassVar[bool] = False
+    kind: Literal["base"]
+    """`base`."""
+
+
+@register
+class Untouched(Adapter):
+    """No adapter."""
+
+    section_class = BaseSection
+
+    @classmethod
+    def create(cls, section: BaseSection, base: Base, demonstrations: Demonstrations) -> Untouched:
+        return cls(section, base)
+
+    def files(self) -> AdapterFiles:
+        raise AdapterError("the base model has no adapter to export")

@@ -1,0 +1,53 @@
+"""Full fine-tuning, to compare with: every weight of a copy of the base is trained."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from ptkit.errors import AdapterError
+from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.methods.adapter import Adapter, Demonstrations, register
+from ptkit.recipe.schema import MethodSection, register_method
+from ptkit.runtime.base_model import Base
+
+
+@register_method
+class FullSection(MethodSection):
+    """Full fine-tuning: all parameters of the base."""
+
+    kind: Literal["full"]
+    """`full`."""
+    learning_rate: float = 5e-4
+    """AdamW's peak learning rate."""
+
+
+@register
+class Full(Adapter):
+    """A trainable copy of the base; the base itself stays frozen for the other methods."""
+
+    section_class = FullSection
+
+    def __init__(self, section: FullSection, base: Base) -> None:
+        super().__init__(section, base)
+        self.copy = copy.deepcopy(base.model).float()
+        self.copy.requires_grad_(True)
+
+    @classmethod
+    def create(cls, section: FullSection, base: Base, demonstrations: Demonstrations) -> Full:
+        return cls(section, base)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.copy
+
+    @property
+    def has_off(self) -> bool:
+        return False
+
+    def files(self) -> AdapterFiles:
+        raise AdapterError(
+            "full fine-tuning has no adapter; its whole model is saved in transformers' format"
+        )

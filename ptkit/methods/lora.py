@@ -1,0 +1,85 @@
+"""LoRA, to compare with: low-rank changes of the weights (Hu et al. 2021, section 4).
+
+"LoRA: Low-Rank Adaptation of Large Language Models", https://arxiv.org/abs/2106.09685.
+PEFT does all of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import set_peft_model_state_dict
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from ptkit.errors import AdapterError
+from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.methods.adapter import Adapter, Demonstrations, peft_config_dict, register
+from ptkit.recipe.schema import MethodSection, register_method
+from ptkit.runtime.base_model import Base
+
+
+@register_method
+class LoraSection(MethodSection):
+    """LoRA (Hu et al. 2021), through PEFT."""
+
+    kind: Literal["lora"]
+    """`lora`."""
+    rank: int = Field(default=8, ge=1)
+    """Rank of each weight's change."""
+    alpha: float = Field(default=16, gt=0)
+    """Scale of the change is alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the low-rank matrices."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get one: names, or PEFT's `all-linear`."""
+    learning_rate: float = 2e-3
+    """AdamW's peak learning rate."""
+
+
+@register
+class Lora(Adapter):
+    """Low-rank matrices beside the base's linear layers, put in and taken out by PEFT."""
+
+    section_class = LoraSection
+    peft_types = ("LORA",)
+
+    def __init__(self, section: LoraSection, base: Base, config: LoraConfig) -> None:
+        super().__init__(section, base)
+        self.peft_model: PeftModel = get_peft_model(base.model, config)
+
+    @classmethod
+    def create(cls, section: LoraSection, base: Base, demonstrations: Demonstrations) -> Lora:
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=section.rank,
+            lora_alpha=section.alpha,
+            lora_dropout=section.dropout,
+            target_modules=section.target_modules,
+        )
+        return cls(section, base, config)
+
+    @classmethod
+    def from_files(cls, files: AdapterFiles, section: LoraSection, base: Base) -> Lora:
+        values = {k: v for k, v in files.config.items() if k in LoraConfig.__dataclass_fields__}
+        adapter = cls(section, base, LoraConfig(**{**values, "inference_mode": False}))
+        result: Any = set_peft_model_state_dict(adapter.peft_model, dict(files.tensors))
+        if result.unexpected_keys:
+            adapter.close()
+            raise AdapterError(f"tensors this base has no place for: {result.unexpected_keys[:3]}")
+        return adapter
+
+    @property
+    def model(self) -> PreTrainedModel:
+        # LoRA acts inside the base's own modules, so the base is what is run.
+        return self.base.model
+
+    def files(self) -> AdapterFiles:
+        config = self.peft_model.peft_config["default"]
+        tensors = get_peft_model_state_dict(self.peft_model)
+        return AdapterFiles(peft_config_dict(config, self.base), dict(tensors))
+
+    def close(self) -> None:
+        self.peft_model.unload()
+        self.base.model.requires_grad_(False)

@@ -1,0 +1,97 @@
+"""P-tuning: soft embeddings produced by a small encoder (Liu et al. 2021, section 3).
+
+"GPT Understands, Too", https://arxiv.org/abs/2103.10385. PEFT's `PromptEncoder` is the encoder.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from peft import PromptEncoder, PromptEncoderConfig
+from pydantic import Field
+from torch import Tensor, nn
+
+from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.methods.adapter import Demonstrations, peft_config_dict, register
+from ptkit.methods.soft_prompt import SoftPrompt, prompt_learning_shape
+from ptkit.methods.start import PromptMethodSection, start_embeddings, start_tokens
+from ptkit.recipe.schema import register_method
+from ptkit.runtime.base_model import Base
+
+
+@register_method
+class PTuningSection(PromptMethodSection):
+    """P-tuning (Liu et al. 2021): an MLP or LSTM makes the input embeddings."""
+
+    kind: Literal["p_tuning"]
+    """`p_tuning`."""
+    num_virtual_tokens: int = 20
+    """Virtual tokens: learnt positions before the input."""
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    """Reparameterisation of the embeddings; dropped at export."""
+    encoder_hidden_size: int = Field(default=128, ge=1)
+    """Width of the encoder."""
+    learning_rate: float = 3e-3
+    """AdamW's peak learning rate (for the encoder's weights)."""
+
+
+@register
+class PTuning(SoftPrompt):
+    """Embeddings made by PEFT's prompt encoder, on top of a start of real tokens.
+
+    With a start other than `random` the encoder's last layer begins at zero and its output is
+    added to the start's embeddings, so training departs from real tokens; the exported file
+    holds the sum, as PEFT expects.
+    """
+
+    section_class = PTuningSection
+    peft_types = ("P_TUNING",)
+    start: Tensor
+
+    def __init__(self, section: PTuningSection, base: Base, start: Tensor | None) -> None:
+        super().__init__(section, base)
+        shape = prompt_learning_shape(base)
+        self.config = PromptEncoderConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=section.num_virtual_tokens,
+            encoder_reparameterization_type=section.encoder.upper(),
+            encoder_hidden_size=section.encoder_hidden_size,
+            **shape,
+        )
+        device = base.model.device
+        self.encoder = PromptEncoder(self.config).to(device)
+        if start is None:
+            start = torch.zeros(section.num_virtual_tokens, shape["token_dim"])
+        else:
+            last = self.encoder.mlp_head[-1]
+            assert isinstance(last, nn.Linear)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        self.register_buffer("start", start.to(device))
+
+    @classmethod
+    def create(cls, section: PTuningSection, base: Base, demonstrations: Demonstrations) -> PTuning:
+        tokens = start_tokens(section, base, demonstrations)
+        return cls(section, base, None if tokens is None else start_embeddings(base, tokens))
+
+    @classmethod
+    def from_files(cls, files: AdapterFiles, section: PTuningSection, base: Base) -> PTuning:
+        soft = cls.read_embeddings(files, base)
+        update = {
+            "num_virtual_tokens": soft.shape[0],
+            "encoder": str(files.config.get("encoder_reparameterization_type", "mlp")).lower(),
+            "encoder_hidden_size": files.config.get("encoder_hidden_size") or 128,
+        }
+        # The encoder that made the embeddings is not in the file; a fresh one goes on from them.
+        return cls(section.model_copy(update=update), base, soft)
+
+    def embeddings(self) -> Tensor:
+        indices = torch.arange(self.virtual_tokens, device=self.start.device)
+        return self.start + self.encoder(indices[None])[0]
+
+    def files(self) -> AdapterFiles:
+        return AdapterFiles(
+            peft_config_dict(self.config, self.base),
+            {"prompt_embeddings": self.embeddings().detach()},
+        )

@@ -1,0 +1,116 @@
+"""Prefix tuning: keys and values learnt at every layer (Li & Liang 2021, section 4).
+
+"Prefix-Tuning: Optimizing Continuous Prompts for Generation", https://arxiv.org/abs/2101.00190.
+With `reparameterize`, an MLP makes them (section 4.3); PEFT's `PrefixEncoder` is the MLP.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from peft import PrefixTuningConfig
+from peft.tuners.prefix_tuning import PrefixEncoder
+from pydantic import Field
+from torch import Tensor, nn
+
+from ptkit.errors import AdapterError
+from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.methods.adapter import Adapter, Demonstrations, peft_config_dict, register
+from ptkit.methods.start import PromptMethodSection, start_tokens
+from ptkit.prefix import KVPrefix
+from ptkit.recipe.schema import register_method
+from ptkit.runtime.base_model import Base
+from ptkit.runtime.compile import compile_tokens
+
+
+@register_method
+class PrefixTuningSection(PromptMethodSection):
+    """Prefix tuning (Li & Liang 2021), also known as P-tuning v2: learns keys and values."""
+
+    kind: Literal["prefix_tuning"]
+    """`prefix_tuning`."""
+    reparameterize: bool = False
+    """Train an MLP that makes the prefix instead of the prefix itself; dropped at export."""
+    encoder_hidden_size: int = Field(default=128, ge=1)
+    """Width of that MLP."""
+    learning_rate: float = 3e-2
+    """AdamW's peak learning rate. Keys and values of RoPE models are large: direct prefixes
+    want 3e-2 to 3e-1, the MLP about 3e-3."""
+
+
+@register
+class PrefixTuning(Adapter):
+    """A KV prefix, learnt directly or through an MLP on top of its start."""
+
+    section_class = PrefixTuningSection
+    peft_types = ("PREFIX_TUNING",)
+    section: PrefixTuningSection
+    start: Tensor
+
+    def __init__(self, section: PrefixTuningSection, base: Base, start: Tensor | None) -> None:
+        """start: PEFT's flat layout `[virtual_tokens, layers * 2 * kv_heads * head_dim]`."""
+        super().__init__(section, base)
+        shape = base.layout.uniform
+        self.config = PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=section.num_virtual_tokens,
+            num_layers=len(base.layout),
+            # In PREFIX_TUNING configs PEFT means the key/value heads and their total width.
+            num_attention_heads=shape.kv_heads,
+            token_dim=shape.kv_heads * shape.key_dim,
+            num_transformer_submodules=1,
+            prefix_projection=section.reparameterize,
+            encoder_hidden_size=section.encoder_hidden_size,
+        )
+        device = base.model.device
+        self.encoder = PrefixEncoder(self.config).to(device)
+        if start is not None and section.reparameterize:
+            last = self.encoder.transform[-1]
+            assert isinstance(last, nn.Linear)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.register_buffer("start", start.to(device))
+        else:
+            if start is not None:
+                with torch.no_grad():
+                    self.encoder.embedding.weight.copy_(start)
+            self.register_buffer("start", torch.zeros((), device=device))
+
+    @classmethod
+    def create(
+        cls, section: PrefixTuningSection, base: Base, demonstrations: Demonstrations
+    ) -> PrefixTuning:
+        tokens = start_tokens(section, base, demonstrations)
+        start = None if tokens is None else compile_tokens(base.model, tokens).flat().float()
+        return cls(section, base, start)
+
+    @classmethod
+    def from_files(
+        cls, files: AdapterFiles, section: PrefixTuningSection, base: Base
+    ) -> PrefixTuning:
+        flat = files.tensors.get("prompt_embeddings")
+        if flat is None:
+            raise AdapterError("the file holds no `prompt_embeddings`; it is not a prefix")
+        KVPrefix.from_flat(flat, base.layout)  # refuses shapes of another base
+        # An MLP that made the prefix is folded in already: train on directly.
+        update = {"num_virtual_tokens": flat.shape[0], "reparameterize": False}
+        return cls(section.model_copy(update=update), base, flat.float())
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self.section.num_virtual_tokens
+
+    def flat(self) -> Tensor:
+        """The prefix in PEFT's layout, differentiable; the MLP runs once, not once per row."""
+        indices = torch.arange(self.virtual_tokens, device=self.encoder.embedding.weight.device)
+        return self.start + self.encoder(indices)
+
+    def prefix(self) -> KVPrefix:
+        prefix = KVPrefix.from_flat(self.flat(), self.base.layout)
+        return prefix.to(self.base.model.device, self.base.model.dtype)
+
+    def files(self) -> AdapterFiles:
+        return AdapterFiles(
+            peft_config_dict(self.config, self.base), {"prompt_embeddings": self.flat().detach()}
+        )

@@ -1,0 +1,57 @@
+"""What prompt tuning and P-tuning share: they learn input embeddings, compiled by the base."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptkit.errors import AdapterError
+from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.methods.adapter import Adapter
+from ptkit.methods.start import PromptMethodSection
+from ptkit.prefix import KVPrefix
+from ptkit.runtime.base_model import Base
+from ptkit.runtime.compile import compile_embeddings
+
+
+def prompt_learning_shape(base: Base) -> dict[str, Any]:
+    """The fields of PEFT's prompt-learning configs that describe the base model."""
+    config = base.model.config.get_text_config()
+    return {
+        "num_layers": len(base.layout),
+        "num_attention_heads": config.num_attention_heads,
+        "token_dim": base.model.get_input_embeddings().weight.shape[1],
+        "num_transformer_submodules": 1,
+    }
+
+
+class SoftPrompt(Adapter):
+    """An adapter that learns embeddings `[num_virtual_tokens, hidden]` of virtual tokens."""
+
+    section: PromptMethodSection
+
+    @abstractmethod
+    def embeddings(self) -> Tensor:
+        """The soft prompt `[num_virtual_tokens, hidden]`, differentiable."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self.section.num_virtual_tokens
+
+    def prefix(self) -> KVPrefix:
+        return compile_embeddings(self.base.model, self.embeddings())
+
+    @staticmethod
+    def read_embeddings(files: AdapterFiles, base: Base) -> Tensor:
+        """`prompt_embeddings` of `files`, checked against the base's hidden size."""
+        soft = files.tensors.get("prompt_embeddings")
+        hidden = base.model.get_input_embeddings().weight.shape[1]
+        if soft is None or soft.ndim != 2 or soft.shape[1] != hidden:
+            found = "no such tensor" if soft is None else f"shape {list(soft.shape)}"
+            raise AdapterError(
+                f"`prompt_embeddings` should have shape [virtual tokens, {hidden}], found {found}"
+            )
+        return soft.to(dtype=torch.float32)

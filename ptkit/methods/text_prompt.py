@@ -1,0 +1,71 @@
+"""A text prompt with few-shot demonstrations: nothing is learnt.
+
+The untrained baseline every comparison needs (Brown et al. 2020, section 2,
+https://arxiv.org/abs/2005.14165). It compiles to a KV prefix like the learnt methods.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from ptkit.errors import AdapterError, UserError
+from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.methods.adapter import Adapter, Demonstrations, register
+from ptkit.prefix import KVPrefix
+from ptkit.recipe.schema import MethodSection, register_method
+from ptkit.runtime.base_model import Base
+from ptkit.runtime.compile import compile_tokens
+
+
+@register_method
+class TextPromptSection(MethodSection):
+    """An instruction and training examples, written out as text before the input."""
+
+    trains: ClassVar[bool] = False
+    kind: Literal["text_prompt"]
+    """`text_prompt`."""
+    instruction: str = ""
+    """Text before the demonstrations."""
+    examples: int = Field(default=3, ge=0)
+    """Demonstrations: training rows, chosen by the seed."""
+    separator: str = "\n\n"
+    """Text after the instruction and after each demonstration."""
+
+
+@register
+class TextPrompt(Adapter):
+    """Real tokens read once by the base and kept as a KV prefix."""
+
+    section_class = TextPromptSection
+
+    def __init__(self, section: TextPromptSection, base: Base, text: str) -> None:
+        super().__init__(section, base)
+        ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise UserError("a text prompt needs an instruction or at least one example")
+        base.require_positions(len(ids), 1, "the text prompt")
+        self.token_ids = torch.tensor(ids)
+        self._prefix: KVPrefix | None = None
+
+    @classmethod
+    def create(
+        cls, section: TextPromptSection, base: Base, demonstrations: Demonstrations
+    ) -> TextPrompt:
+        parts = [section.instruction] if section.instruction else []
+        parts += demonstrations.shuffled()[: section.examples]
+        return cls(section, base, "".join(part + section.separator for part in parts))
+
+    @property
+    def virtual_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def prefix(self) -> KVPrefix:
+        if self._prefix is None:
+            self._prefix = compile_tokens(self.base.model, self.token_ids)
+        return self._prefix
+
+    def files(self) -> AdapterFiles:
+        raise AdapterError("a text prompt has no trained parameters to export; keep its text")

@@ -1,0 +1,293 @@
+"""The recipe: the one definition of what `ptkit train` and `ptkit compare` do.
+
+Every field's description is the source of the command line's help, the JSON schema, the
+reference documentation and the comments of the shipped recipes. The settings of each
+method are defined beside its code in `ptkit.methods` and registered here by name, so that
+adding a method touches one file.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+
+from ptkit.errors import did_you_mean
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, values do not change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """The frozen base model."""
+
+    id: str = "tiny-en"
+    """Hub id (`openai-community/gpt2`), local directory, or `tiny-en` (ships with ptkit)."""
+    revision: str | None = None
+    """Hub branch, tag or commit."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type the base is loaded in. Trained parameters are always float32."""
+    device: str = "auto"
+    """`auto` (CUDA, then MPS, then CPU), `cpu`, `cuda`, `cuda:1`, `mps`."""
+
+
+class Splits(Section):
+    """Names of the source's splits, or numbers per split: used for `splits` and `limits`."""
+
+    train: str = "train"
+    validation: str = "validation"
+    test: str = "test"
+
+
+class Limits(Section):
+    """Use only the first rows of each split."""
+
+    train: Annotated[int, Field(gt=0)] | None = None
+    validation: Annotated[int, Field(gt=0)] | None = None
+    test: Annotated[int, Field(gt=0)] | None = None
+
+
+class DataSection(Section):
+    """Where the rows come from: exactly one of `builtin`, `hub` or `files`."""
+
+    builtin: str | None = None
+    """A set that ships with ptkit: `facts-to-text`, `message-routing`."""
+    hub: str | None = None
+    """Id of a dataset on the Hugging Face Hub."""
+    config: str | None = None
+    """Configuration (subset) of the hub dataset."""
+    revision: str | None = None
+    """Revision of the hub dataset."""
+    files: dict[str, str | list[str]] | None = None
+    """Split -> JSONL, JSON, CSV or Parquet file(s); relative paths start at the recipe's folder."""
+    splits: Splits = Splits()
+    """The source's names for the three splits. Missing validation or test falls back as the
+    data documentation says: test -> validation; validation -> the last 10 % of train."""
+    limits: Limits = Limits()
+    """Use only the first rows of each split."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSection:
+        given = [n for n in ("builtin", "hub", "files") if getattr(self, n)]
+        if len(given) != 1:
+            raise ValueError(
+                "expected exactly one of `builtin`, `hub`, `files`"
+                + (f", found {', '.join(given)}" if given else "")
+            )
+        return self
+
+
+class GenerationTask(Section):
+    """The model writes the target after the input."""
+
+    kind: Literal["generation"]
+    """`generation`."""
+    data: DataSection
+    """Where the rows come from."""
+    input: str
+    """Template of what the model reads, with `{column}` placeholders."""
+    target: str
+    """Template of what the model learns to write after it (an end-of-text token is added)."""
+    references: str | None = None
+    """Column holding the list of acceptable texts; without it the target alone is the reference."""
+    max_input_tokens: Annotated[int, Field(gt=0)] = 256
+    """Inputs are cut on the left to this many tokens."""
+    max_target_tokens: Annotated[int, Field(gt=0)] = 128
+    """Targets are cut to, and generation stops at, this many tokens."""
+    num_beams: Annotated[int, Field(ge=1)] = 1
+    """Beams of the search used for evaluation; 1 is greedy."""
+    metrics: list[Literal["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"]] = Field(
+        default=["bleu", "chrf"], min_length=1
+    )
+    """Metrics on generated text; the first is *the score* in tables."""
+
+
+class ClassificationTask(Section):
+    """The model chooses the label whose words it finds likeliest after the input."""
+
+    kind: Literal["classification"]
+    """`classification`."""
+    data: DataSection
+    """Where the rows come from."""
+    input: str
+    """Template of what the model reads, with `{column}` placeholders."""
+    label: str = "label"
+    """Column with the label."""
+    verbalizer: dict[str, str] = Field(min_length=2)
+    """Label -> the words that stand for it after the input (keep the leading space)."""
+    max_input_tokens: Annotated[int, Field(gt=0)] = 256
+    """Inputs are cut on the left to this many tokens."""
+    metrics: list[Literal["accuracy", "macro_f1"]] = Field(default=["accuracy", "macro_f1"], min_length=1)
+    """Metrics on predicted labels; the first is *the score* in tables."""
+
+    @field_validator("verbalizer")
+    @classmethod
+    def _distinct_words(cls, words: dict[str, str]) -> dict[str, str]:
+        if len(set(words.values())) < len(words):
+            raise ValueError("two labels have the same words")
+        return words
+
+
+Task = Annotated[GenerationTask | ClassificationTask, Field(discriminator="kind")]
+
+
+class TrainSection(Section):
+    """How each cell is trained."""
+
+    steps: Annotated[int, Field(gt=0)] = 300
+    """Optimiser steps."""
+    batch_size: Annotated[int, Field(gt=0)] = 16
+    """Rows per optimiser step and process, before gradient accumulation."""
+    gradient_accumulation: Annotated[int, Field(gt=0)] = 1
+    """Batches whose gradients are summed into one step."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    """Steps over which the learning rate rises from zero."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """What the learning rate does after warm-up (`constant` keeps it)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm."""
+    autocast: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision of the forward pass (accelerate's `mixed_precision`)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    eval_every: Annotated[int, Field(gt=0)] = 50
+    """Steps between validation losses; the best checkpoint by that loss is what is kept."""
+    save_every: Annotated[int, Field(gt=0)] = 50
+    """Steps between saves from which a killed run resumes."""
+    patience: Annotated[int, Field(gt=0)] | None = None
+    """Stop after this many validations without improvement; null trains all steps."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = []
+    """Trackers to log to (through accelerate); each must be installed."""
+
+
+class EvaluateSection(Section):
+    """How results are measured."""
+
+    batch_size: Annotated[int, Field(gt=0)] = 64
+    """Rows per evaluation batch."""
+    bootstrap: Annotated[int, Field(ge=100)] = 1000
+    """Resamples (over seeds and examples) behind every 95 % interval."""
+
+
+class RetentionSection(Section):
+    """How much of the base model's behaviour is left with the adapter on."""
+
+    text: str = "general-en"
+    """General text whose cross-entropy per token is compared: `general-en` (ships with ptkit)
+    or a UTF-8 text file; relative paths start at the recipe's folder."""
+    max_tokens: Annotated[int, Field(gt=0)] = 20_000
+    """Use only this many tokens of it."""
+
+
+class MethodSection(Section):
+    """What every method's settings share; each method's own are defined in its module."""
+
+    trains: ClassVar[bool] = True
+    """False for baselines that learn nothing (they run once, whatever the seeds)."""
+
+    kind: str
+    """The method."""
+    label: str | None = None
+    """Name in tables; must be unique within the recipe. Default: the method's name."""
+
+    @property
+    def title(self) -> str:
+        """The name under which results of this entry are stored and shown."""
+        return self.label or self.kind
+
+
+#: kind -> settings class, filled by `register_method` when `ptkit.methods` is imported.
+METHOD_SECTIONS: dict[str, type[MethodSection]] = {}
+
+
+@cache
+def method_sections() -> dict[str, type[MethodSection]]:
+    """Every method's settings class by name.
+
+    The methods layer lies above this one; importing it here by name, once and late, is
+    what lets a new method be a single new file.
+    """
+    importlib.import_module("ptkit.methods")
+    return METHOD_SECTIONS
+
+
+class Recipe(Section):
+    """A complete, validated experiment."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    """Short name: lower-case letters, digits, `-`, `_`, `.`; names the output folder."""
+    description: str = ""
+    """One or two sentences on what the recipe shows."""
+    model: ModelSection = ModelSection()
+    """The frozen base model."""
+    task: Task
+    """What is learnt, from which data."""
+    methods: list[SerializeAsAny[MethodSection]] = Field(min_length=1)
+    """Methods to train or compare, each `{kind: ..., ...settings}`."""
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+    """One run per method and seed."""
+    train: TrainSection = TrainSection()
+    """How each cell is trained."""
+    evaluate: EvaluateSection = EvaluateSection()
+    """How results are measured."""
+    retention: RetentionSection | None = RetentionSection()
+    """General text on which forgetting is measured; null skips it."""
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _settings_of_each_method(cls, entries: Any) -> Any:
+        """Validate each entry with the settings class its `kind` names."""
+        if not isinstance(entries, list):
+            return entries
+        # Imported late: pydantic needs the concrete classes, which live a layer above.
+        from pydantic import TypeAdapter
+
+        return TypeAdapter(list[_method_union()]).validate_python(entries)  # type: ignore[misc]
+
+    @model_validator(mode="after")
+    def _unique(self) -> Recipe:
+        titles = [m.title for m in self.methods]
+        twice = sorted({t for t in titles if titles.count(t) > 1})
+        if twice:
+            raise ValueError(
+                f"two methods are called `{twice[0]}`; give each entry its own `label`"
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("`seeds` holds the same seed twice")
+        return self
+
+    def method(self, title: str) -> MethodSection:
+        """The entry called `title` (a label or a method's name). Raises KeyError."""
+        for entry in self.methods:
+            if entry.title == title:
+                return entry
+        raise KeyError(f"no method `{title}`; {did_you_mean(title, [m.title for m in self.methods])}")
+
+
+@cache
+def _method_union() -> Any:
+    """The discriminated union of every registered method's settings."""
+    union: Any = None
+    for section in method_sections().values():
+        union = section if union is None else union | section
+    return Annotated[union, Field(discriminator="kind")]
+
+
+def register_method(section: type[MethodSection]) -> type[MethodSection]:
+    """Class decorator: make a method's settings known under its `kind`."""
+    kind = section.model_fields["kind"].annotation.__args__[0]  # type: ignore[union-attr]
+    METHOD_SECTIONS[kind] = section
+    return section
+
+
+def resolve_path(path: str, folder: Path) -> Path:
+    """`path` as written in a recipe that lies in `folder`."""
+    return (folder / Path(path).expanduser()).resolve()

@@ -1,0 +1,171 @@
+"""Injecting a KV prefix into a model's attention for training and scoring.
+
+The model is switched to a registered attention function that puts the layer's prefix before
+its keys and values. Nothing is cached, so gradient checkpointing recomputes the right thing
+(a cache would be appended to a second time). Off, the model's own attention is back, and its
+outputs are bit-identical to those of a model never touched.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from ptkit.errors import ModelError
+from ptkit.prefix import PrefixBatch
+
+
+class Injection:
+    """What the attention modules of one model read: the prefix of the batch in flight.
+
+    batch: set before each forward; None (or an empty batch) is the plain base.
+    """
+
+    def __init__(self) -> None:
+        self._batch: PrefixBatch | None = None
+        self._extended: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def batch(self) -> PrefixBatch | None:
+        """The prefixes in place, or None."""
+        return self._batch
+
+    @batch.setter
+    def batch(self, batch: PrefixBatch | None) -> None:
+        self._batch = batch if batch is not None and batch.longest else None
+        self._extended.clear()
+
+    def extended(self, batch: PrefixBatch, mask: Tensor) -> Tensor:
+        """`mask` `[rows|1, 1, queries, keys]` with the prefix region before its keys.
+
+        The layers of a model share a mask object, so the work is done once per distinct mask;
+        holding the mask itself keeps its id from being reused.
+        """
+        held = self._extended.get(id(mask))
+        if held is None:
+            visible = batch.visible[:, None, None, :]
+            if mask.dtype != torch.bool:  # additive, as eager attention wants it
+                blocked = torch.finfo(mask.dtype).min
+                visible = torch.where(visible, 0.0, blocked).to(mask.dtype)
+            rows, queries = batch.rows, mask.shape[-2]
+            columns = visible.expand(rows, 1, queries, batch.longest)
+            joined = torch.cat([columns, mask.expand(rows, 1, queries, mask.shape[-1])], dim=-1)
+            held = self._extended[id(mask)] = (mask, joined)
+        return held[1]
+
+
+def _with_prefix(
+    module: nn.Module, key: Tensor, value: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put this layer's prefix (if any) before `key` and `value`, and widen `mask` to match."""
+    injection: Injection = module.__dict__["ptkit_injection"]
+    batch = injection.batch
+    if batch is None:
+        return key, value, mask
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    key = torch.cat([batch.keys[layer].to(key.dtype), key], dim=2)
+    value = torch.cat([batch.values[layer].to(value.dtype), value], dim=2)
+    return key, value, injection.extended(batch, mask)
+
+
+def _prefix_sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kw: Any
+) -> tuple[Tensor, None]:
+    key, value, mask = _with_prefix(module, key, value, attention_mask)
+    return sdpa_attention_forward(module, query, key, value, mask, **kw)
+
+
+def _prefix_eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kw: Any
+) -> tuple[Tensor, Tensor]:
+    key, value, mask = _with_prefix(module, key, value, attention_mask)
+    # Every family keeps its own eager attention (scaling, soft caps, sinks) in its module.
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    return eager(module, query, key, value, mask, **kw)
+
+
+def _prefix_sdpa_mask(*args: Any, **kw: Any) -> Tensor:
+    # sdpa's `is_causal` shortcut (a mask of None) cannot say "and all of the prefix".
+    return sdpa_mask(*args, **{**kw, "allow_is_causal_skip": False})
+
+
+AttentionInterface.register("ptkit_sdpa", _prefix_sdpa)
+AttentionMaskInterface.register("ptkit_sdpa", _prefix_sdpa_mask)
+AttentionInterface.register("ptkit_eager", _prefix_eager)
+AttentionMaskInterface.register("ptkit_eager", eager_mask)
+
+
+def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+
+
+@contextmanager
+def prefix_attention(model: PreTrainedModel) -> Iterator[Injection]:
+    """Within this context `model` attends to whatever prefixes the yielded injection holds.
+
+    Entering again while active is free and yields the same injection, so a training loop can
+    hold the context around all its steps. With gradient checkpointing the backward pass must
+    run inside, with the batch unchanged: it recomputes the forward. Raises ModelError for
+    families whose attention is not on transformers' `AttentionInterface`, or that use an
+    implementation other than sdpa and eager.
+    """
+    active: Injection | None = model.__dict__.get("ptkit_injection")
+    if active is not None:
+        yield active
+        return
+    own = model.config._attn_implementation
+    if own not in ("sdpa", "eager"):
+        raise ModelError(
+            f"a prefix can be trained with `sdpa` or `eager` attention, this model uses `{own}`; "
+            'load it with attn_implementation="sdpa"'
+        )
+    holders = [model, *_attention_modules(model)]
+    model.set_attn_implementation(f"ptkit_{own}")
+    if model.config._attn_implementation != f"ptkit_{own}" or len(holders) == 1:
+        raise ModelError(
+            f"{type(model).__name__} does not let its attention be replaced "
+            "(it is not on transformers' AttentionInterface)"
+        )
+    injection = Injection()
+    for module in holders:
+        # Not a module attribute: it must not appear among children, parameters or state.
+        module.__dict__["ptkit_injection"] = injection
+    try:
+        yield injection
+    finally:
+        for module in holders:
+            module.__dict__.pop("ptkit_injection", None)
+        model.set_attn_implementation(own)
+
+
+@contextmanager
+def prefix_removed(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context the model reads without any prefix, whether or not one is in place."""
+    injection: Injection | None = model.__dict__.get("ptkit_injection")
+    if injection is None:
+        yield
+        return
+    held, injection.batch = injection.batch, None
+    try:
+        yield
+    finally:
+        injection.batch = held
+
+
+def prefixed_positions(batch: PrefixBatch, attention_mask: Tensor) -> Tensor:
+    """Position ids `[rows, tokens]` of real tokens after each row's own virtual tokens.
+
+    attention_mask: `[rows, tokens]`, 1 on real tokens, padding on either side. Virtual tokens
+    take the first positions, as in PEFT and in both prefix-tuning and prompt-tuning papers.
+    """
+    lengths = batch.visible.sum(-1, keepdim=True).to(attention_mask.device)
+    positions = attention_mask.long().cumsum(-1) - 1 + lengths
+    return positions.masked_fill(attention_mask == 0, 0)

@@ -1,0 +1,139 @@
+"""Loading the frozen base model."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ptkit.errors import ModelError
+from ptkit.formats.fingerprint import model_fingerprint, tokenizer_fingerprint
+from ptkit.prefix import KVLayout
+from ptkit.recipe.schema import ModelSection
+from ptkit.runtime.compile import kv_layout
+
+#: Name of the base model that ships inside the package.
+TINY_EN = "tiny-en"
+TINY_EN_FOLDER = Path(__file__).resolve().parent.parent / "models" / TINY_EN
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen causal language model with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    id: str
+    revision: str | None = None
+
+    @cached_property
+    def layout(self) -> KVLayout:
+        """Shapes of the keys and values of each layer."""
+        return kv_layout(self.model)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the weights (see `ptkit.formats.fingerprint`)."""
+        return model_fingerprint(self.model)
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Identity of the vocabulary."""
+        return tokenizer_fingerprint(self.tokenizer)
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id used for padding (never attended to)."""
+        return int(self.tokenizer.pad_token_id)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, tied ones once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most positions the model was made for, virtual tokens included; None: unbounded."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def require_positions(self, virtual: int, tokens: int, what: str) -> None:
+        """Raise ModelError unless `virtual` + `tokens` positions fit into the model."""
+        if self.max_positions is not None and virtual + tokens > self.max_positions:
+            raise ModelError(
+                f"too few positions: {self.id} has {self.max_positions}, {what} takes {virtual} "
+                f"virtual tokens and leaves {max(0, self.max_positions - virtual)}, but the data "
+                f"needs {tokens}; lower the number of virtual tokens (or demonstrations), "
+                "`max_input_tokens` or `max_target_tokens`"
+            )
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` picks CUDA, then MPS, then CPU. Raises ModelError for a device that is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device `{name}` is not available here ({error})") from error
+    return device
+
+
+def load_base(section: ModelSection) -> Base:
+    """Load the base a recipe names, frozen and in evaluation mode.
+
+    Raises ModelError when it cannot be found or is not a causal language model. Never runs code
+    from a repository and reads safetensors only.
+    """
+    source = str(TINY_EN_FOLDER) if section.id == TINY_EN else section.id
+    device = resolve_device(section.device)
+    options = {"revision": section.revision, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        if config.is_encoder_decoder:
+            raise ModelError(f"{section.id} is an encoder-decoder; ptkit needs a causal LM here")
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, section.dtype), use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"cannot load the base model `{section.id}`: {first_line} "
+            "(a hub id needs network and, for gated models, `hf auth login`)"
+        ) from error
+    return frozen_base(model.to(device), tokenizer, section.id, section.revision)
+
+
+def frozen_base(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    id: str,
+    revision: str | None = None,
+) -> Base:
+    """Freeze `model` and pair it with its tokenizer (given a padding token if it has none)."""
+    model.requires_grad_(False)
+    model.eval()
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"the tokenizer of {id} has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return Base(model, tokenizer, id, revision)

@@ -1,0 +1,76 @@
+"""Compiling tokens or soft prompts into a KV prefix: the frozen model reads them once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from ptkit.prefix import KVLayout, KVPrefix, LayerShape
+from ptkit.runtime.attention import prefix_removed
+
+
+@contextmanager
+def _reading(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode while the prompt is read.
+
+    Dropout would make a compiled prefix random, and gradient checkpointing (active in training
+    mode only) would switch off the cache the prefix is taken from.
+    """
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with prefix_removed(model):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _cache_as_prefix(cache: DynamicCache) -> KVPrefix:
+    return KVPrefix(
+        tuple(layer.keys[0] for layer in cache.layers),
+        tuple(layer.values[0] for layer in cache.layers),
+    )
+
+
+def compile_embeddings(model: PreTrainedModel, embeddings: Tensor) -> KVPrefix:
+    """The KV prefix of soft embeddings `[virtual_tokens, hidden]`; differentiable in them.
+
+    Costs one forward of the backbone (no LM head) over `virtual_tokens` positions with a batch
+    of one, whatever the number of rows that will use it.
+    """
+    cache = DynamicCache()
+    backbone = model.base_model
+    with _reading(model):
+        backbone(
+            inputs_embeds=embeddings[None].to(model.dtype), past_key_values=cache, use_cache=True
+        )
+    return _cache_as_prefix(cache)
+
+
+def compile_tokens(model: PreTrainedModel, input_ids: Tensor) -> KVPrefix:
+    """The KV prefix of real tokens `[virtual_tokens]`: a text prompt, or a prefix's start."""
+    with torch.no_grad():
+        cache = DynamicCache()
+        with _reading(model):
+            model.base_model(
+                input_ids=input_ids[None].to(model.device), past_key_values=cache, use_cache=True
+            )
+    return _cache_as_prefix(cache)
+
+
+def kv_layout(model: PreTrainedModel) -> KVLayout:
+    """The layer shapes of `model`, read from what it caches for one token.
+
+    Asking the model rather than its config is right for every family: multi-query, grouped
+    heads, head sizes other than hidden / heads, layers of different widths.
+    """
+    prefix = compile_tokens(model, torch.zeros(1, dtype=torch.long))
+    return KVLayout(
+        LayerShape(k.shape[0], k.shape[2], v.shape[2])
+        for k, v in zip(prefix.keys, prefix.values, strict=True)
+    )

@@ -1,0 +1,103 @@
+"""One forward pass with a prefix: losses and logits at the positions that carry a label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptkit.prefix import PrefixBatch
+from ptkit.runtime.attention import prefix_attention, prefix_removed, prefixed_positions
+
+#: Label of positions that are not supervised (transformers' and PyTorch's convention).
+IGNORED = -100
+
+
+@contextmanager
+def _head_on(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
+    """Let the LM head read only `positions` (`[rows, tokens]` bool); logits become `[n, vocab]`.
+
+    A hook rather than a rewritten forward: whatever the family does after its head (soft caps,
+    scaling) is element-wise and stays as it is.
+    """
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *rest = args
+        return (hidden[positions], *rest)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _placed(
+    model: PreTrainedModel, batch: PrefixBatch | None, attention_mask: Tensor
+) -> Iterator[dict[str, Tensor]]:
+    """Put `batch` in place and yield the extra arguments the model's forward needs for it."""
+    if batch is None or not batch.longest:
+        with prefix_removed(model):
+            yield {}
+        return
+    with prefix_attention(model) as injection:
+        # Left in place afterwards: a checkpointed backward pass reads it again.
+        injection.batch = batch
+        yield {"position_ids": prefixed_positions(batch, attention_mask)}
+
+
+def supervised_logits(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    batch: PrefixBatch | None,
+) -> tuple[Tensor, Tensor]:
+    """Logits `[n, vocab]` and the token ids `[n]` they should predict.
+
+    input_ids, attention_mask, labels: `[rows, tokens]`; a label stands at its own token and is
+    predicted from the position before it (transformers' convention); `IGNORED` elsewhere.
+    batch: the rows' prefixes, or None for the plain base.
+    """
+    targets = labels[:, 1:]
+    positions = nn.functional.pad(targets != IGNORED, (0, 1), value=False)
+    with _placed(model, batch, attention_mask) as extra, _head_on(model, positions):
+        logits = model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra
+        ).logits
+    return logits, targets[targets != IGNORED]
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats of each supervised token, `[n]`, computed in float32."""
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def all_logits(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    batch: PrefixBatch | None,
+) -> Tensor:
+    """Logits at every position, `[rows, tokens, vocab]`, with the rows' prefixes in place."""
+    with _placed(model, batch, attention_mask) as extra:
+        return model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra
+        ).logits
+
+
+def pad_rows(rows: list[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Token id lists as `(input_ids, attention_mask)`, both `[rows, longest]`."""
+    longest = max(len(r) for r in rows)
+    ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        at = slice(longest - len(row), longest) if left else slice(0, len(row))
+        ids[i, at] = torch.tensor(row, dtype=torch.long)
+        mask[i, at] = 1
+    return ids, mask

@@ -1,0 +1,102 @@
+"""Tiny random models and the data folder, shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from ptkit.runtime.base_model import Base, frozen_base
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(2)
+
+VOCABULARY = 97
+
+
+def gpt2() -> PreTrainedModel:
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=128, n_embd=32, n_layer=3, n_head=4,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def llama() -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def qwen3() -> PreTrainedModel:
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=128,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config)
+
+
+FAMILIES = {"gpt2": gpt2, "llama": llama, "qwen3": qwen3}
+
+
+def random_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """A random model of `family` whose initial weights are large enough to make tokens differ."""
+    torch.manual_seed(seed)
+    model = FAMILIES[family]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(6)
+    return model.eval()
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Words w1..w95 are tokens 1..95; token 0 ends a text, 96 is unknown."""
+    vocabulary = {"<end>": 0} | {f"w{i}": i for i in range(1, 96)} | {"<unk>": 96}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", unk_token="<unk>"
+    )
+
+
+def random_base(family: str, seed: int = 0) -> Base:
+    """A frozen random base model with a word tokenizer."""
+    return frozen_base(random_model(family, seed), word_tokenizer(), f"random-{family}-{seed}")
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def base(family: str) -> Base:
+    return random_base(family)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real datasets; tests that need it skip where it is absent."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("PTKIT_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"real data not found at {folder} (set PTKIT_DATA)")
+    return folder
