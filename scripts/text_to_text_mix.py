@@ -858,7 +858,7 @@ def build(r: random.Random, corpus: Sequence[str], names: list[str], weights: li
     glue = r.choice(["\n\n", "\n\n", "\n\n\n", "\n###\n", "\n"] if multiline else ["\n", "\n", "\n\n"])
     text = glue.join(examples)
     if instruction and not every:
-        text = f"{instruction}{r.choice(['\n', '\n\n'])}{text}"
+        text = instruction + r.choice(["\n", "\n\n"]) + text
     case = r.random()
     if case < 0.06:
         text = text.lower()

@@ -184,8 +184,7 @@ theatre: it
   near, close to, nearby = {title} ; vp is near {v} | stands close to {v} | is next to {v} ; pp near {v} | close to {v}
   plays, shows, programme = {pick:comedy,opera,ballet,tragedy,puppet shows,musicals} ; vp shows {v} | is a place for {v} | offers {v} ; pp for {v} | offering {v}
   mood, atmosphere = {pick:lively,quiet,cosy,formal,shabby} ; vp is {v} | has a(n) {v} atmosphere ; adj {v} ; pp with a(n) {v} atmosphere
-  stars, reviews, rated = {int:2-5} stars ; vp has {v} | is given {v} by visitors | was rated with {v} ; pp with {v}
-  tickets, ticket price = {pick:cheap,expensive,moderate} ; vp has {v} tickets | sells {v} tickets ; pp with {v} tickets
+  built, opened, since = {year} ; vp was built in {v} | opened in {v} | has been open since {v} ; pp built in {v} | from {v}
 garden: it
   name = {surname} Gardens | {place} Park | The {adj} Garden | {title}
   open, hours, opening hours = {pick:all year,in summer,on weekends,until dusk,from nine to five} ; vp is open {v} | can be visited {v} ; pp open {v}
@@ -194,15 +193,16 @@ garden: it
   children, good for children = yes ; vp is good for children | welcomes children | is a good place for children || no ; vp is not meant for children | is not for children | does not welcome children
   size, area = {pick:small,large,narrow,hilly} ; vp is {v} | is rather {v} ; adj {v}
   gardener, keeper, kept by = {person} ; vp is kept by {v} | is looked after by {v} ; pp kept by {v}
-  quality, state = {pick:excellent,average,poor,good} ; vp is in {v} condition | is of {v} quality ; pp in {v} condition
-politician: human
+  paths, length of paths = {int:2-30} km ; vp has {v} of paths | offers {v} of walks ; pp with {v} of paths
+painter: human
   name = {person} {surname} | {person}
-  party, member of = {pick:Green,Labour,Liberal,Reform,Centre} Party ; vp belongs to the {v} | is a member of the {v} ; pp of the {v}
-  office, position, role = {pick:mayor,governor,minister,senator} of {place} ; vp is the {v} | serves as {v} | was elected {v}
-  born, date of birth, year of birth = {int:1850-1990} ; vp was born in {v} ; pp born in {v}
-  spouse, married to, partner = {person} ; vp is married to {v} | has {v} as a spouse ; pp married to {v}
-  successor, followed by = {person} ; vp was followed by {v} | was succeeded by {v} ; pp followed by {v}
-  birthplace, from, place of birth = {place} ; vp was born in {v} | comes from {v} | is from {v} ; pp from {v} | born in {v}
+  born, year of birth, birth year = {int:1650-1990} ; vp was born in {v} ; pp born in {v}
+  paints, subject, theme = {pick:ships,portraits,flowers,horses,empty rooms,winter scenes} ; vp paints {v} | is known for {v} | prefers to paint {v} ; pp who paints {v} | known for {v}
+  married to, partner, wife or husband = {person} ; vp is married to {v} | shares a studio with {v} ; pp married to {v}
+  lives in, home, town = {place} ; vp lives in {v} | works in {v} | has a studio in {v} ; pp from {v} | living in {v}
+  best known work, main work, famous for = {title} ; vp painted {v} | is famous for {v} | became known for {v} ; pp famous for {v}
+  pupil of, teacher, taught by = {person} ; vp was taught by {v} | learnt from {v} | was a pupil of {v} ; pp taught by {v}
+  style, school = {pick:bold,careful,dreamy,plain,playful} ; vp has a(n) {v} style | paints in a(n) {v} style ; pp with a(n) {v} style
 company: it
   name = {new} {pick:Group,Ltd,Brothers,Industries} | {surname} and {surname} | {new}
   makes, product, industry = {pick:shoes,tractors,lamps,soap,toys,bicycles,ovens} ; vp makes {v} | produces {v} | sells {v} ; pp that makes {v} | making {v}
@@ -212,22 +212,23 @@ company: it
   founded, year founded, since = {year} ; vp was founded in {v} | has existed since {v} ; pp founded in {v}
   parent, owned by, parent company = {new} ; vp is owned by {v} | belongs to {v} | is part of {v} ; pp owned by {v}
   revenue, sales = {int:2-900} million dollars ; vp has sales of {v} | earns {v} a year ; pp with sales of {v}
-airport: it
-  name = {place} Airport | {surname} Field | {place} International
-  serves, city served, city = {place} ; vp serves {v} | is the airport of {v} | serves the city of {v} ; pp of {v} | serving {v}
-  runways, number of runways = {int:2-6} ; vp has {v} runways ; pp with {v} runways
-  runway length, longest runway = {int:700-4500} metres ; vp has a runway of {v} | has a runway that is {v} long ; pp with a runway of {v}
-  elevation, above sea level = {int:2-2900} metres ; vp lies {v} above sea level | has an elevation of {v} ; pp {v} above sea level
-  operator, run by, operated by = {new} {pick:Group,Aviation,Authority} ; vp is run by {v} | is operated by {v} ; pp operated by {v}
-  opened, since, opening = {int:1920-2020} ; vp opened in {v} | has been open since {v} ; pp opened in {v}
-dish: it
-  name = {new} | {new} {pick:soup,stew,pie,cake,bread} | {place} {pick:pudding,salad}
-  country, from, origin = {place} ; vp comes from {v} | is a dish from {v} | is eaten in {v} ; pp from {v} | eaten in {v}
-  main ingredient, made with, ingredient = {pick:beans,rice,lamb,leeks,carrots,plums,almonds} ; vp is made with {v} | contains {v} | is mostly {v} ; pp with {v} | made with {v}
-  served, temperature = {pick:hot,cold,warm} ; vp is served {v} | is eaten {v} ; pp served {v}
-  taste, flavour = {pick:sweet,sour,salty,spicy,mild,bitter} ; vp tastes {v} | is {v} ; adj {v}
-  cooking time, takes = {int:5-240} minutes ; vp takes {v} to cook | is ready after {v} ; pp that takes {v}
-  invented by, created by, cook = {person} ; vp was invented by {v} | was created by {v} ; pp invented by {v}
+lighthouse: it
+  name = {place} Light | Cape {new} | {surname} Point | {place} Lighthouse
+  height, tall = {int:6-90} metres ; vp is {v} tall | rises {v} above the rocks ; pp of {v}
+  colour, painted, color = {pick:red,white,striped,black,yellow} ; vp is painted {v} | is {v} | has {v} walls ; adj {v}
+  range, seen from, reach = {int:4-40} miles ; vp can be seen from {v} away | has a range of {v} ; pp with a range of {v}
+  built, lit since, year = {year} ; vp was built in {v} | has been lit since {v} ; pp built in {v} | from {v}
+  keeper, kept by = {person} ; vp is kept by {v} | is looked after by {v} | has {v} as its keeper ; pp kept by {v}
+  coast, stands on, location = the coast of {place} ; vp stands on {v} | guards {v} ; pp on {v}
+board game: it
+  name = {title} | {new} | {new} and {new} | {adj} {noun}
+  inventor, invented by, designer = {person} ; vp was invented by {v} | was designed by {v} | is a game by {v} ; pp by {v} | invented by {v}
+  players, number of players = {int:2-8} ; vp is for {v} players | needs {v} players | is played by {v} people ; pp for {v} players
+  playing time, takes, duration = {int:5-240} minutes ; vp takes {v} | lasts about {v} ; pp that takes {v} | of {v}
+  age, for ages, suitable from = {int:4-16} years ; vp is suitable from {v} | is meant for people of at least {v} ; pp suitable from {v}
+  pieces, parts, number of pieces = {int:9-400} ; vp has {v} pieces | comes with {v} pieces ; pp with {v} pieces
+  luck, needs luck = yes ; vp needs some luck | depends on luck || no ; vp needs no luck | does not depend on luck
+  theme, about, set in = {pick:trade,pirates,dragons,railways,farming,the moon} ; vp is about {v} | deals with {v} ; pp about {v}
 """
 
 FIRST_NAMES = (

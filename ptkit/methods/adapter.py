@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -114,6 +115,10 @@ class Adapter(nn.Module):
     def has_off(self) -> bool:
         """Whether the base stays reachable, bit for bit, beside the adapter."""
         return True
+
+    def off(self) -> AbstractContextManager[None]:
+        """Within this context the base acts as if the adapter had never been made."""
+        return nullcontext()
 
     def close(self) -> None:
         """Give the base back as it was. Only methods that touch the base need to do anything."""

@@ -6,6 +6,7 @@ PEFT does all of it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -79,6 +80,9 @@ class Lora(Adapter):
         config = self.peft_model.peft_config["default"]
         tensors = get_peft_model_state_dict(self.peft_model)
         return AdapterFiles(peft_config_dict(config, self.base), dict(tensors))
+
+    def off(self) -> AbstractContextManager[None]:
+        return self.peft_model.disable_adapter()
 
     def close(self) -> None:
         self.peft_model.unload()

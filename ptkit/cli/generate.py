@@ -1,0 +1,112 @@
+"""`ptkit generate`: answers of the base and of adapters, side by side from one batch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ptkit.cli.options import JsonOutput, ModelOption
+
+
+def generate(
+    prompt: Annotated[
+        Optional[list[str]],  # noqa: UP045  (typer reads annotations at run time)
+        typer.Argument(help="Inputs. Default: the lines of --input, or of standard input."),
+    ] = None,
+    adapter: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option("--adapter", "-a", help="Adapter or run folder; repeatable."),
+    ] = None,
+    model: ModelOption = "tiny-en",
+    input_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--input", "-i", help="Text file with one input per line."),
+    ] = None,
+    with_base: Annotated[
+        bool, typer.Option("--base", help="Let the plain base answer too, in the same batch.")
+    ] = False,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="Use inputs as they are, not in the adapter's own template."),
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    beams: Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")] = 1,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of searching.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.01, help="With --sample.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="With --sample.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of --sample.")] = 0,
+    json_output: JsonOutput = False,
+) -> None:
+    """Generate with one or several adapters; all rows run in one mixed batch.
+
+    An adapter knows the template it was trained with: give `name[Aurora], ...`, not the template.
+    """
+    import torch
+
+    from ptkit.bank import AdapterBank
+    from ptkit.evaluate.saved import find_adapter, fill_template
+    from ptkit.recipe.schema import ModelSection
+    from ptkit.runtime.base_model import load_base
+
+    inputs = _inputs(prompt, input_file)
+    places = [find_adapter(path) for path in adapter or []]
+    bank = AdapterBank(load_base(ModelSection(id=model)))
+    names: list[str | None] = [bank.load(p, _unique_name(p, bank.list())) for p in places]
+    if with_base or not names:
+        names.insert(0, None)
+        places.insert(0, places[0] if places else None)  # type: ignore[arg-type]
+    rows = [(text, name, place) for text in inputs for name, place in zip(names, places, strict=True)]
+    texts = [text if raw else fill_template(text, place) for text, _, place in rows]
+    torch.manual_seed(seed)
+    options = {"temperature": temperature, "top_p": top_p} if sample else {}
+    answers = bank.generate(
+        texts,
+        [name for _, name, _ in rows],
+        max_new_tokens=max_new_tokens,
+        num_beams=beams,
+        do_sample=sample,
+        **options,
+    )
+    for (text, name, _), answer in zip(rows, answers, strict=True):
+        shown = name or "base"
+        if json_output:
+            line = {"input": text, "adapter": name, "output": answer.strip()}
+            typer.echo(json.dumps(line, ensure_ascii=False))
+        elif len(names) == 1:
+            typer.echo(answer.strip())
+        else:
+            if name == names[0]:
+                typer.secho(text, bold=True)
+            typer.secho(f"  {shown}: ", fg=typer.colors.CYAN, nl=False)
+            typer.echo(answer.strip())
+
+
+def _inputs(prompts: list[str] | None, file: Path | None) -> list[str]:
+    import sys
+
+    from ptkit.errors import UserError
+
+    if prompts and file:
+        raise UserError("give inputs either as arguments or with --input, not both")
+    if prompts:
+        return prompts
+    if file is not None:
+        if not file.is_file():
+            raise UserError(f"no such input file: {file}")
+        lines = file.read_text(encoding="utf-8").splitlines()
+    else:
+        lines = sys.stdin.read().splitlines()
+    found = [line for line in lines if line.strip()]
+    if not found:
+        raise UserError("no input: give a prompt, --input FILE, or lines on standard input")
+    return found
+
+
+def _unique_name(path: Path, taken: list[str]) -> str:
+    """A readable name for the adapter in `path`: its folder's, or its run's."""
+    path = path.resolve()
+    name = path.parent.name if path.name == "adapter" else path.name
+    return name if name not in taken else str(path)

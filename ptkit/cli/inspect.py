@@ -1,0 +1,100 @@
+"""`ptkit inspect`: what is in an adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from ptkit.cli.options import JsonOutput
+
+if TYPE_CHECKING:
+    from ptkit.evaluate.anatomy import Anatomy
+
+
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="Adapter or run folder.")],
+    model: Annotated[
+        Optional[str],  # noqa: UP045  (typer reads annotations at run time)
+        typer.Option("--model", help="Base model; default: the one the adapter names."),
+    ] = None,
+    words: Annotated[int, typer.Option(min=1, help="Nearest words per virtual token.")] = 3,
+    json_output: JsonOutput = False,
+) -> None:
+    """Show an adapter's tensors, size, share of the base, norms per layer and nearest words."""
+    from ptkit.evaluate.anatomy import dissect
+    from ptkit.evaluate.saved import find_adapter
+    from ptkit.formats.adapter_files import read_adapter
+    from ptkit.recipe.schema import ModelSection
+    from ptkit.runtime.base_model import load_base
+
+    path = find_adapter(adapter)
+    files = read_adapter(path)
+    named = files.info.get("base", {}).get("id") or files.config.get("base_model_name_or_path")
+    base = load_base(ModelSection(id=model or str(named)))
+    anatomy = dissect(path, base, words=words)
+    if json_output:
+        typer.echo(json.dumps(_as_dict(anatomy), ensure_ascii=False))
+    else:
+        _show(anatomy, path)
+
+
+def _as_dict(anatomy: Anatomy) -> dict[str, object]:
+    return {
+        "peft_type": anatomy.files.peft_type,
+        "base": anatomy.files.info.get("base")
+        or {"id": anatomy.files.config.get("base_model_name_or_path")},
+        "parameters": anatomy.parameters,
+        "share": anatomy.share,
+        "bytes": anatomy.bytes,
+        "virtual_tokens": anatomy.virtual_tokens,
+        "prefix_bytes": anatomy.prefix_bytes,
+        "tensors": {n: [str(t.dtype), list(t.shape)] for n, t in anatomy.files.tensors.items()},
+        "metrics": anatomy.files.info.get("metrics"),
+        "layers": [vars(layer) for layer in anatomy.layers],
+        "nearest": anatomy.nearest,
+    }
+
+
+def _show(anatomy: Anatomy, path: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    info, files = anatomy.files.info, anatomy.files
+    console.print(f"[bold]{path}[/]  {files.peft_type}", highlight=False)
+    base = info.get("base", {})
+    console.print(
+        f"base {base.get('id') or files.config.get('base_model_name_or_path')}"
+        + (f" ({base['fingerprint']})" if base.get("fingerprint") else ""),
+        highlight=False,
+    )
+    console.print(
+        f"{anatomy.parameters:,} parameters ({anatomy.share:.3%} of the base), "
+        f"{anatomy.bytes / 1000:.1f} KB on disk, {anatomy.virtual_tokens} virtual tokens, "
+        f"{anatomy.prefix_bytes / 1000:.1f} KB as a KV prefix",
+        highlight=False,
+    )
+    if info.get("metrics"):
+        scores = "  ".join(f"{n} {v:.2f}" for n, v in info["metrics"].items())
+        console.print(f"{scores}  (n={info.get('n_test')}, seed {info.get('seed')})")
+    tensors = Table("tensor", "dtype", "shape", title=None)
+    shown = list(files.tensors.items())
+    for name, tensor in shown[:12]:
+        tensors.add_row(name, str(tensor.dtype).removeprefix("torch."), str(list(tensor.shape)))
+    console.print(tensors)
+    if len(shown) > 12:
+        console.print(f"... and {len(shown) - 12} more tensors")
+    if anatomy.layers:
+        norms = Table("layer", "|key|", "of text", "|value|", "of text")
+        for row in anatomy.layers:
+            values = (row.key, row.text_key, row.value, row.text_value)
+            norms.add_row(str(row.layer), *(f"{v:.2f}" for v in values))
+        console.print(norms)
+    if anatomy.nearest:
+        nearest = Table("virtual token", "nearest words (cosine)")
+        for i, found in enumerate(anatomy.nearest):
+            nearest.add_row(str(i), "   ".join(f"{word!r} {s:.2f}" for word, s in found))
+        console.print(nearest)

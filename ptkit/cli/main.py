@@ -1,0 +1,99 @@
+"""`ptkit`: the commands, and what happens when one fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from ptkit.cli import compare, evaluate, export, generate, inspect, recipes, train
+from ptkit.errors import PtkitError
+
+app = typer.Typer(
+    name="ptkit",
+    help="Prompt tuning, prefix tuning and P-tuning on a frozen language model: "
+    "train, compare, export, swap.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(recipes.app, name="recipes")
+app.command("train")(train.train)
+app.command("compare")(compare.compare)
+app.command("evaluate")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.command("export")(export.export)
+app.command("inspect")(inspect.inspect)
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        from importlib.metadata import version
+
+        typer.echo(f"ptkit {version('ptkit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of a failure (works anywhere).")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C. Not KeyboardInterrupt, which the command framework turns into a bare "Aborted"."""
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise _Interrupted
+
+
+def run() -> None:
+    """Entry point: run a command and turn its failure into one clear message and exit code.
+
+    2 for what the user can mend (input, paths, a full disk, Ctrl-C), 1 for everything else.
+    """
+    # Accepted at any place in the line, where people add it: at its end, after a failure.
+    debug = "--debug" in sys.argv
+    sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != "--debug")]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        app()
+    except _Interrupted:
+        _end("interrupted; what was saved is kept, run the same command again to go on", 2)
+    except PtkitError as error:
+        if debug:
+            raise
+        _end(str(error), error.exit_code)
+    except OSError as error:
+        if debug:
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _end(f"the disk is full while writing {error.filename or 'a file'}; free space and "
+                 "run the same command again", 2)  # fmt: skip
+        _end(str(error), 2 if error.errno in (errno.EACCES, errno.ENOENT, errno.EROFS) else 1)
+    except Exception as error:
+        if debug:
+            raise
+        _end(f"{type(error).__name__}: {error} (run again with --debug for the traceback)", 1)
+
+
+def _end(message: str, code: int) -> None:
+    lines = message.splitlines() or [""]
+    typer.secho("Error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
+    typer.echo("\n".join(lines), err=True)
+    raise SystemExit(code)

@@ -1,0 +1,71 @@
+"""`ptkit train`: one method, one seed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ptkit.cli.options import Fresh, JsonOutput, Quiet, RecipeArgument, Set
+
+
+def train(
+    recipe: RecipeArgument,
+    method: Annotated[
+        Optional[str],  # noqa: UP045  (typer reads annotations at run time)
+        typer.Option("--method", "-m", help="Which of the recipe's methods (its label or kind)."),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Seed of this run; default: the recipe's first."),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", "-o", help="Run folder; default: runs/RECIPE/METHOD-seedN."),
+    ] = None,
+    start_from: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--from", help="Train further from this adapter folder."),
+    ] = None,
+    set_: Set = None,
+    fresh: Fresh = False,
+    quiet: Quiet = False,
+    json_output: JsonOutput = False,
+) -> None:
+    """Train one method of a recipe and measure it.
+
+    A run that was stopped (Ctrl-C, kill, power) goes on where it last saved when the same
+    command is given again, and ends with the same weights.
+    """
+    from ptkit.cli.display import LiveDisplay
+    from ptkit.cli.options import one_method, start_over
+    from ptkit.recipe import load_recipe
+    from ptkit.train.experiment import prepare
+    from ptkit.train.run import cell_name, run_cell
+
+    loaded = load_recipe(recipe, set_ or [])
+    section = one_method(loaded.recipe, method)
+    used_seed = loaded.recipe.seeds[0] if seed is None else seed
+    folder = out or Path("runs") / loaded.recipe.name / cell_name(section, used_seed)
+    if fresh:
+        start_over(folder)
+    experiment = prepare(loaded)
+    with LiveDisplay(1, quiet=quiet or json_output) as display:
+        record = run_cell(
+            experiment, section, used_seed, folder, observer=display, start_from=start_from
+        )
+    if json_output:
+        typer.echo(json.dumps({**record.as_dict(), "folder": str(folder)}))
+        return
+    metrics = "  ".join(f"{name} {value:.2f}" for name, value in record.metrics.items())
+    typer.echo(f"{metrics}  (n={record.n_test}, seed {record.seed})")
+    typer.echo(
+        f"trained {record.trainable_parameters:,} parameters "
+        f"({record.trainable_parameters / record.base_parameters:.3%} of the base), "
+        f"best at step {record.best_step} of {record.train_steps}"
+    )
+    if record.retention is not None:
+        typer.echo(f"forgetting {record.retention['forgetting']:+.3f} nats per token, adapter on")
+    typer.echo(f"{folder}")

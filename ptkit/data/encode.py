@@ -1,0 +1,76 @@
+"""Examples as token ids, and the order in which training reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ptkit.data.task import Example
+from ptkit.recipe.schema import ClassificationTask, GenerationTask
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedExample:
+    """Token ids of one example; the target's are the supervised ones."""
+
+    input_ids: list[int]
+    target_ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.input_ids) + len(self.target_ids)
+
+
+def encode_examples(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    task: GenerationTask | ClassificationTask,
+) -> list[EncodedExample]:
+    """Tokenise inputs and targets separately, so that training sees what generation will.
+
+    Inputs longer than `max_input_tokens` lose their left end (what is nearest to the target
+    matters most); targets longer than `max_target_tokens` lose their right end. Generated
+    targets end with the end-of-text token, so that the model learns to stop.
+    """
+    generated = isinstance(task, GenerationTask)
+    inputs = tokenizer([e.input for e in examples])["input_ids"]
+    targets = tokenizer([e.target for e in examples], add_special_tokens=False)["input_ids"]
+    encoded = []
+    for input_ids, target_ids in zip(inputs, targets, strict=True):
+        if generated:
+            target_ids = [*target_ids, tokenizer.eos_token_id][: task.max_target_tokens]
+        encoded.append(EncodedExample(input_ids[-task.max_input_tokens :], target_ids))
+    return encoded
+
+
+def label_token_ids(
+    task: ClassificationTask, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[int]]:
+    """Label -> token ids of its words."""
+    return {
+        label: tokenizer(words, add_special_tokens=False)["input_ids"]
+        for label, words in task.verbalizer.items()
+    }
+
+
+def length_grouped_batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of row indices, rows of similar length together.
+
+    Each epoch is a fresh shuffle that depends on `seed` and the epoch only; within pools of 50
+    batches rows are sorted by length, then the batches are shuffled. A resumed run therefore
+    sees the same order by skipping what it has read.
+    """
+    pool = batch_size * 50
+    epoch = 0
+    while True:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(len(lengths), generator=generator).tolist()
+        batches = []
+        for start in range(0, len(order), pool):
+            rows = sorted(order[start : start + pool], key=lambda i: lengths[i], reverse=True)
+            batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        for i in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[i]
+        epoch += 1

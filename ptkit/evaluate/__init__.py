@@ -1,0 +1,1 @@
+"""What an adapter does: predictions, metrics of the field's libraries, retention."""

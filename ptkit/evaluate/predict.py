@@ -1,0 +1,121 @@
+"""Predictions of an adapter: generated texts, or the likeliest label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ptkit.data.encode import EncodedExample, encode_examples, label_token_ids
+from ptkit.data.task import Example
+from ptkit.methods import Adapter
+from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.recipe.schema import ClassificationTask, GenerationTask
+from ptkit.runtime.generation import generate
+from ptkit.runtime.scoring import continuation_scores
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One test row and what the model made of it.
+
+    prediction, references: generated text and the acceptable texts; for classification, labels.
+    """
+
+    input: str
+    prediction: str
+    references: tuple[str, ...]
+    label: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as written to `predictions.jsonl`."""
+        return asdict(self)
+
+
+def predict(
+    adapter: Adapter,
+    examples: Sequence[Example],
+    task: GenerationTask | ClassificationTask,
+    batch_size: int,
+    report: Callable[[int, int], None] | None = None,
+) -> list[Prediction]:
+    """Predictions for `examples`, in their order; rows of similar length run together.
+
+    report: told (rows done, rows) after every batch. Raises ModelError when the inputs do not
+    fit beside the adapter's virtual tokens.
+    """
+    base = adapter.base
+    encoded = encode_examples(examples, base.tokenizer, task)
+    require_room(adapter, encoded, task)
+    compiled = adapter.prefix()
+    prefix = None if compiled is None else compiled.detach()
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids))
+    answers: dict[int, str] = {}
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        inputs = [encoded[i].input_ids for i in rows]
+        if isinstance(task, GenerationTask):
+            texts = _generated(adapter, inputs, prefix, task)
+        else:
+            texts = _likeliest(adapter, inputs, prefix, task)
+        answers.update(zip(rows, texts, strict=True))
+        if report is not None:
+            report(len(answers), len(encoded))
+    classification = isinstance(task, ClassificationTask)
+    return [
+        Prediction(
+            example.input,
+            answers[i],
+            (str(example.label),) if classification else example.references,
+            example.label,
+        )
+        for i, example in enumerate(examples)
+    ]
+
+
+def require_room(
+    adapter: Adapter,
+    encoded: Sequence[EncodedExample],
+    task: GenerationTask | ClassificationTask,
+) -> None:
+    """Raise ModelError unless every example fits into the positions the adapter leaves."""
+    if isinstance(task, GenerationTask):
+        longest = max(len(e.input_ids) for e in encoded) + task.max_target_tokens
+    else:
+        longest = max(map(len, encoded))
+    adapter.base.require_positions(adapter.virtual_tokens, longest, f"`{adapter.section.title}`")
+
+
+def _shared(prefix: KVPrefix | None, rows: int) -> PrefixBatch | None:
+    return None if prefix is None else PrefixBatch.shared(prefix, rows)
+
+
+def _generated(
+    adapter: Adapter, inputs: list[list[int]], prefix: KVPrefix | None, task: GenerationTask
+) -> list[str]:
+    tokens = generate(
+        adapter.model,
+        inputs,
+        _shared(prefix, len(inputs)),
+        pad_token_id=adapter.base.pad_token_id,
+        max_new_tokens=task.max_target_tokens,
+        num_beams=task.num_beams,
+        do_sample=False,
+    )
+    texts = adapter.base.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def _likeliest(
+    adapter: Adapter, inputs: list[list[int]], prefix: KVPrefix | None, task: ClassificationTask
+) -> list[str]:
+    words = label_token_ids(task, adapter.base.tokenizer)
+    scores = continuation_scores(
+        adapter.model,
+        inputs,
+        list(words.values()),
+        _shared(prefix, len(inputs)),
+        pad_token_id=adapter.base.pad_token_id,
+    )
+    labels = list(words)
+    return [labels[i] for i in scores.argmax(-1).tolist()]

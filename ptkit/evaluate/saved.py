@@ -1,0 +1,108 @@
+"""Evaluating what is on disk: an exported adapter, a run's folder, a fully fine-tuned model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptkit.data.templates import Template
+from ptkit.errors import AdapterError
+from ptkit.evaluate.predict import Prediction, predict
+from ptkit.evaluate.retention import Retention, measure_retention
+from ptkit.formats.adapter_files import CONFIG, INFO, read_adapter
+from ptkit.methods import (
+    ADAPTERS,
+    Adapter,
+    Demonstrations,
+    adapter_from_files,
+    create_adapter,
+    require_same_base,
+)
+from ptkit.runtime.base_model import Base
+
+if TYPE_CHECKING:
+    from ptkit.evaluate.statistics import Interval
+    from ptkit.train.experiment import Experiment
+
+
+def find_adapter(path: Path) -> Path:
+    """The adapter folder `path` means: itself, or the `adapter` folder of a run."""
+    for candidate in (path, path / "adapter"):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    if not path.exists():
+        raise AdapterError(f"no such adapter or run: {path}")
+    raise AdapterError(f"{path} is neither an adapter ({CONFIG} is missing) nor a finished run")
+
+
+def fill_template(text: str, adapter: Path | None) -> str:
+    """`text` in the input template the adapter was trained with, if that has one column."""
+    if adapter is None or not (adapter / INFO).exists():
+        return text
+    pattern = json.loads((adapter / INFO).read_text()).get("task", {}).get("input")
+    if pattern is None:
+        return text
+    template = Template(pattern)
+    columns = set(template.columns)
+    return template.render({columns.pop(): text}) if len(columns) == 1 else text
+
+
+def load_saved(path: Path, base: Base) -> Adapter:
+    """The adapter in `path`, checked against `base`."""
+    files = read_adapter(path)
+    require_same_base(files, base, str(path))
+    return adapter_from_files(files, base)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one adapter, each with its 95 % interval over the test rows."""
+
+    name: str
+    metrics: dict[str, Interval]
+    predictions: list[Prediction]
+    retention: Retention | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "adapter": self.name,
+            "n": len(self.predictions),
+            "metrics": {
+                name: {"value": i.mean, "low": i.low, "high": i.high}
+                for name, i in self.metrics.items()
+            },
+            "retention": None if self.retention is None else self.retention.as_dict(),
+        }
+
+
+def evaluate_saved(experiment: Experiment, path: Path | None) -> Evaluation:
+    """Predict and score the experiment's test rows with the adapter in `path` (None: the base)."""
+    from ptkit.evaluate.metrics import metric
+    from ptkit.evaluate.statistics import bootstrap_interval
+
+    if path is None:
+        section = ADAPTERS["base"].section_class(kind="base")
+        adapter = create_adapter(section, experiment.base, Demonstrations((), 0))
+    else:
+        adapter = load_saved(find_adapter(path), experiment.base)
+    recipe = experiment.recipe
+    try:
+        rows = predict(adapter, experiment.data.test, recipe.task, recipe.evaluate.batch_size)
+        retention = None
+        if experiment.windows is not None and experiment.untouched is not None:
+            retention = measure_retention(adapter, experiment.windows, experiment.untouched)
+    finally:
+        adapter.close()
+    scored: dict[str, Interval] = {}
+    for name in recipe.task.metrics:
+        measure = metric(name)
+        statistics = measure.statistics(
+            [r.prediction for r in rows], [r.references for r in rows]
+        )
+        scored[name] = bootstrap_interval(
+            measure, [statistics], resamples=recipe.evaluate.bootstrap, seed=0
+        )
+    return Evaluation(str(path) if path else "base", scored, rows, retention)

@@ -1,0 +1,76 @@
+"""Log-probabilities of given continuations, the context being read once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from ptkit.prefix import PrefixBatch
+from ptkit.runtime.attention import prefix_removed
+from ptkit.runtime.forward import pad_rows
+from ptkit.runtime.generation import prefilled_cache
+
+
+@torch.no_grad()
+def continuation_scores(
+    model: PreTrainedModel,
+    contexts: list[list[int]],
+    continuations: list[list[int]],
+    batch: PrefixBatch | None,
+    *,
+    pad_token_id: int,
+) -> Tensor:
+    """Log-probability of each continuation after each context, `[contexts, continuations]`.
+
+    contexts, continuations: token ids; every continuation has at least one token.
+    batch: the contexts' prefixes, or None for the plain base.
+    """
+    ids, mask = (t.to(model.device) for t in pad_rows(contexts, pad_token_id, left=True))
+    cache = DynamicCache()
+    if batch is not None and batch.longest:
+        cache = prefilled_cache(batch)
+        mask = torch.cat([batch.visible.long().to(mask.device), mask], dim=1)
+    positions = mask.cumsum(-1).sub(1).clamp(min=0)
+    with prefix_removed(model):  # the prefix is in the cache, not in the attention
+        first = _log_probs(
+            model, ids, mask, positions[:, -ids.shape[1] :], cache, logits_to_keep=1
+        )[:, -1]
+        longest = max(map(len, continuations))
+        scores = torch.stack([first[:, c[0]] for c in continuations], dim=1)
+        if longest == 1:
+            return scores
+        count = len(continuations)
+        cache.batch_repeat_interleave(count)
+        tails, tail_mask = pad_rows([c[:-1] for c in continuations], pad_token_id, left=False)
+        tails = tails.repeat(len(contexts), 1).to(model.device)
+        tail_mask = tail_mask.repeat(len(contexts), 1).to(model.device)
+        mask = torch.cat([mask.repeat_interleave(count, 0), tail_mask], dim=1)
+        positions = mask.cumsum(-1).sub(1).clamp(min=0)[:, -tails.shape[1] :]
+        log_probs = _log_probs(model, tails, mask, positions, cache)
+    following = log_probs.view(len(contexts), count, tails.shape[1], -1)
+    for i, continuation in enumerate(continuations):
+        for at, token in enumerate(continuation[1:]):
+            scores[:, i] += following[:, i, at, token]
+    return scores
+
+
+def _log_probs(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor,
+    cache: DynamicCache,
+    **options: Any,
+) -> Tensor:
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        **options,
+    )
+    return output.logits.float().log_softmax(-1)

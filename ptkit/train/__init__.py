@@ -1,0 +1,1 @@
+"""One run: train one adapter on one base, resume it, measure it."""

@@ -1,0 +1,126 @@
+"""What a killed run resumes from: safetensors and JSON, complete or not there at all."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ptkit.formats import atomic
+from ptkit.methods import Adapter
+
+_FOLDER = re.compile(r"checkpoint-(\d+)$")
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    curve: one entry per validation, `{step, train_loss, validation_loss}` in nats per token.
+    """
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float = float("inf")
+    stale_validations: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    peak_memory_bytes: int = 0
+    loss_since_validation: list[float] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
+    schedule: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    run: Path,
+    progress: Progress,
+    adapter: Adapter,
+    best: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Write `run/checkpoint-STEP` and remove the ones before it."""
+    path = run / f"checkpoint-{progress.step:07d}"
+    with atomic.folder(path, replace=True) as scratch:
+        save_file(_on_cpu(dict(adapter.trainable())), scratch / "trainable.safetensors")
+        save_file(_on_cpu(best), scratch / "best.safetensors")
+        save_file(_optimizer_tensors(adapter, optimizer), scratch / "optimizer.safetensors")
+        save_file(_random_states(), scratch / "random.safetensors")
+        atomic.write_json(scratch / "progress.json", asdict(progress))
+    for other in _checkpoints(run):
+        if other != path:
+            shutil.rmtree(other)
+
+
+def load_checkpoint(
+    run: Path, adapter: Adapter, optimizer: torch.optim.Optimizer
+) -> tuple[Progress, dict[str, Tensor]] | None:
+    """Restore the newest checkpoint of `run` into `adapter`, `optimizer` and torch's generators.
+
+    Returns the progress and the best parameters so far, or None when there is no checkpoint.
+    """
+    found = _checkpoints(run)
+    if not found:
+        return None
+    path = found[-1]
+    adapter.load_trainable(load_file(path / "trainable.safetensors"))
+    _load_optimizer(adapter, optimizer, load_file(path / "optimizer.safetensors"))
+    _restore_random(load_file(path / "random.safetensors"))
+    progress = Progress(**json.loads((path / "progress.json").read_text()))
+    device = adapter.base.model.device
+    best = {n: t.to(device) for n, t in load_file(path / "best.safetensors").items()}
+    return progress, best
+
+
+def remove_checkpoints(run: Path) -> None:
+    """Delete what a finished run no longer needs."""
+    for path in _checkpoints(run):
+        shutil.rmtree(path)
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return sorted(p for p in run.glob("checkpoint-*") if _FOLDER.match(p.name))
+
+
+def _on_cpu(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    # Cloned: parameters may share storage (tied weights), which safetensors refuses.
+    return {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
+
+
+def _optimizer_tensors(adapter: Adapter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for name, parameter in adapter.trainable().items():
+        for key, value in optimizer.state[parameter].items():
+            state[f"{name}/{key}"] = value
+    return _on_cpu(state)
+
+
+def _load_optimizer(
+    adapter: Adapter, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    parameters = adapter.trainable()
+    for full_name, value in tensors.items():
+        name, key = full_name.rsplit("/", 1)
+        parameter = parameters[name]
+        # AdamW keeps its step count on the CPU, its moments beside the parameter.
+        place = value if value.ndim == 0 else value.to(parameter.device)
+        optimizer.state[parameter][key] = place
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_random(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,299 @@
+"""One cell: train a method with a seed, measure it, write its record last.
+
+Folder of a cell:
+    cell.json           what this cell is; a resumed run must match it
+    checkpoint-STEP/    while training
+    adapter/ or model/  the result (PEFT's layout; transformers' for full fine-tuning)
+    predictions.jsonl   one line per test row
+    record.json         the measurements; its presence means the cell is finished
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+
+from ptkit.errors import UserError
+from ptkit.evaluate.metrics import metric
+from ptkit.evaluate.predict import Prediction, predict, require_room
+from ptkit.evaluate.retention import measure_retention, off_probe
+from ptkit.formats import atomic
+from ptkit.formats.adapter_files import WEIGHTS, AdapterFiles, read_adapter, write_adapter
+from ptkit.methods import ADAPTERS, Adapter, Demonstrations, create_adapter, require_same_base
+from ptkit.recipe.schema import MethodSection
+from ptkit.train.checkpoint import Progress, remove_checkpoints
+from ptkit.train.experiment import Experiment
+from ptkit.train.loop import StepReport, fit
+from ptkit.train.record import CellRecord
+
+
+class Observer:
+    """Told what a run is doing; every method does nothing unless overridden."""
+
+    def cell_started(self, cell: str, steps: int) -> None:
+        """A cell begins; `steps` is 0 for methods that train nothing."""
+
+    def stepped(self, report: StepReport) -> None:
+        """An optimiser step was taken."""
+
+    def predicting(self, done: int, rows: int) -> None:
+        """Test rows are being predicted."""
+
+    def cell_finished(self, record: CellRecord, reused: bool) -> None:
+        """The cell's record is on disk; `reused` when it was there already."""
+
+
+def cell_name(method: MethodSection, seed: int) -> str:
+    """Name of a cell's folder."""
+    return f"{method.title}-seed{seed}"
+
+
+def run_cell(
+    experiment: Experiment,
+    method: MethodSection,
+    seed: int,
+    folder: Path,
+    *,
+    observer: Observer | None = None,
+    start_from: Path | None = None,
+) -> CellRecord:
+    """Train, measure and save one cell; a finished one is read back, a killed one resumed.
+
+    start_from: an adapter folder to train further instead of a fresh start.
+    Raises UserError when `folder` holds a cell of another recipe, seed, base or data.
+    """
+    observer = observer or Observer()
+    claim(experiment, method, seed, folder, start_from)
+    done = folder / "record.json"
+    if done.exists():
+        record = CellRecord.read(done)
+        observer.cell_finished(record, reused=True)
+        return record
+    observer.cell_started(cell_name(method, seed), experiment.recipe.train.steps if method.trains else 0)
+    started = datetime.now(UTC)
+    set_seed(seed)
+    adapter = _adapter(experiment, method, seed, start_from)
+    try:
+        progress = Progress()
+        if method.trains:
+            progress = _fit(experiment, adapter, seed, folder, observer)
+        record = _measure(experiment, adapter, method, seed, folder, progress, started, observer)
+    finally:
+        adapter.close()
+    atomic.write_json(done, record.as_dict())
+    remove_checkpoints(folder)
+    observer.cell_finished(record, reused=False)
+    return record
+
+
+def claim(
+    experiment: Experiment,
+    method: MethodSection,
+    seed: int,
+    folder: Path,
+    start_from: Path | None = None,
+) -> None:
+    """Write what this cell is to `folder`, or raise UserError when it already is another."""
+    recipe = experiment.recipe
+    identity = {
+        "model": recipe.model.model_dump(exclude={"device"}),
+        "base_fingerprint": experiment.base.fingerprint,
+        "data_fingerprint": experiment.data_fingerprint,
+        "task": recipe.task.model_dump(),
+        "train": recipe.train.model_dump(exclude={"report_to"}),
+        "retention": recipe.retention and recipe.retention.model_dump(),
+        "method": method.model_dump(),
+        "seed": seed,
+        "start_from": str(start_from) if start_from else None,
+    }
+    path = folder / "cell.json"
+    if not path.exists():
+        atomic.write_json(path, identity)
+        return
+    there = json.loads(path.read_text())
+    changed = sorted(k for k in identity if there.get(k) != json.loads(json.dumps(identity[k])))
+    if changed:
+        raise UserError(
+            f"{folder} holds a run that differs in {', '.join(f'`{k}`' for k in changed)}; "
+            "choose another --out, or pass --fresh to start over"
+        )
+
+
+def _adapter(
+    experiment: Experiment, method: MethodSection, seed: int, start_from: Path | None
+) -> Adapter:
+    base = experiment.base
+    if start_from is None:
+        texts = [example.input + example.target for example in experiment.data.train]
+        return create_adapter(method, base, Demonstrations(texts, seed))
+    files = read_adapter(start_from)
+    require_same_base(files, base, str(start_from))
+    cls = ADAPTERS[method.kind]
+    if files.peft_type not in cls.peft_types:
+        raise UserError(
+            f"{start_from} is a {files.peft_type} adapter; `{method.kind}` cannot train it further"
+        )
+    return cls.from_files(files, method, base)
+
+
+def _fit(
+    experiment: Experiment, adapter: Adapter, seed: int, folder: Path, observer: Observer
+) -> Progress:
+    recipe = experiment.recipe
+    for rows in (experiment.train, experiment.validation):
+        require_room(adapter, rows, recipe.task)
+    learning_rate = adapter.section.learning_rate  # type: ignore[attr-defined]
+    return fit(
+        adapter,
+        experiment.train,
+        experiment.validation,
+        recipe.train,
+        learning_rate,
+        seed=seed,
+        run=folder,
+        report=observer.stepped,
+    )
+
+
+def _measure(
+    experiment: Experiment,
+    adapter: Adapter,
+    method: MethodSection,
+    seed: int,
+    folder: Path,
+    progress: Progress,
+    started: datetime,
+    observer: Observer,
+) -> CellRecord:
+    recipe, base = experiment.recipe, experiment.base
+    clock = time.perf_counter()
+    predictions = predict(
+        adapter, experiment.data.test, recipe.task, recipe.evaluate.batch_size, observer.predicting
+    )
+    eval_seconds = time.perf_counter() - clock
+    scores = score(predictions, recipe.task.metrics)
+    retention = None
+    if experiment.windows is not None and experiment.untouched is not None:
+        retention = measure_retention(adapter, experiment.windows, experiment.untouched).as_dict()
+    lines = [json.dumps(p.as_dict(), ensure_ascii=False) for p in predictions]
+    atomic.write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+    record = CellRecord(
+        recipe=recipe.name,
+        cell=cell_name(method, seed),
+        method=method.title,
+        kind=method.kind,
+        seed=seed,
+        settings=method.model_dump(),
+        n_train=len(experiment.train) if method.trains else 0,
+        n_test=len(predictions),
+        metrics=scores,
+        score=recipe.task.metrics[0],
+        trainable_parameters=adapter.trainable_parameters,
+        base_parameters=base.parameters,
+        bytes_on_disk=0,
+        train_seconds=progress.seconds,
+        train_steps=progress.step,
+        best_step=progress.best_step,
+        tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
+        peak_memory_bytes=progress.peak_memory_bytes if method.trains else None,
+        eval_seconds=eval_seconds,
+        curve=progress.curve,
+        retention=retention,
+        adapter_off_exact=_off_exact(experiment, adapter),
+        adapter_path=None,
+        versions=versions(),
+        hardware=hardware(base.model.device),
+        started=started.isoformat(timespec="seconds"),
+    )
+    if not method.trains:
+        return record
+    path, size = _save(adapter, folder, experiment, record)
+    return record.updated(bytes_on_disk=size, adapter_path=path)
+
+
+def score(predictions: Sequence[Prediction], metrics: Sequence[str]) -> dict[str, float]:
+    """Corpus value of each metric on `predictions`."""
+    texts = [p.prediction for p in predictions]
+    references = [p.references for p in predictions]
+    measured = ((name, metric(name)) for name in metrics)
+    return {name: m.score(m.statistics(texts, references)) for name, m in measured}
+
+
+def _off_exact(experiment: Experiment, adapter: Adapter) -> bool | None:
+    """Whether the base's logits with the adapter off are bit for bit those from before."""
+    if not adapter.has_off:
+        return None
+    if experiment.windows is not None:
+        inputs = experiment.windows
+    else:
+        text = experiment.data.test[0].input
+        inputs = torch.tensor([experiment.base.tokenizer(text)["input_ids"]])
+    off: AbstractContextManager[Any] = adapter.off()
+    with off:
+        return torch.equal(off_probe(experiment.base.model, inputs), experiment.probe)
+
+
+def _save(
+    adapter: Adapter, folder: Path, experiment: Experiment, record: CellRecord
+) -> tuple[str, int]:
+    """Save the trained adapter (or model); returns its folder's name and its weights' bytes."""
+    if not adapter.has_off:
+        with atomic.folder(folder / "model", replace=True) as scratch:
+            adapter.model.save_pretrained(scratch)
+            experiment.base.tokenizer.save_pretrained(scratch)
+        return "model", sum(f.stat().st_size for f in (folder / "model").glob("*.safetensors"))
+    files = adapter.files()
+    info = adapter_info(experiment, record)
+    write_adapter(
+        folder / "adapter", AdapterFiles(files.config, files.tensors, info), replace=True
+    )
+    return "adapter", (folder / "adapter" / WEIGHTS).stat().st_size
+
+
+def adapter_info(experiment: Experiment, record: CellRecord) -> dict[str, Any]:
+    """What `ptkit.json` says about an adapter: where it comes from and what it scored."""
+    base = experiment.base
+    return {
+        "format": 1,
+        "base": {
+            "id": base.id,
+            "revision": base.revision,
+            "fingerprint": base.fingerprint,
+            "tokenizer": base.tokenizer_fingerprint,
+        },
+        "method": record.settings,
+        "recipe": record.recipe,
+        "seed": record.seed,
+        "task": experiment.recipe.task.model_dump(mode="json", exclude={"data"}),
+        "metrics": record.metrics,
+        "n_test": record.n_test,
+        "retention": record.retention,
+        "versions": record.versions,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages results depend on."""
+    names = ("ptkit", "torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def hardware(device: torch.device) -> str:
+    """The machine a result was measured on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        rows = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((r.split(":")[1].strip() for r in rows if "model name" in r), processor)
+    return f"{processor}, {torch.get_num_threads()} threads"

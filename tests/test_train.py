@@ -1,0 +1,180 @@
+"""One run: it resumes bit for bit, keeps its best, starts again from a saved adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_base
+
+from ptkit.data.encode import EncodedExample, length_grouped_batches
+from ptkit.errors import AdapterError
+from ptkit.formats.adapter_files import read_adapter, write_adapter
+from ptkit.methods import ADAPTERS, Demonstrations, adapter_from_files, require_same_base
+from ptkit.recipe.schema import TrainSection
+from ptkit.train.loop import StepReport, fit
+
+TRAINED = {
+    "prefix_tuning": {"num_virtual_tokens": 4},
+    "prefix_mlp": {"num_virtual_tokens": 4, "reparameterize": True, "encoder_hidden_size": 16},
+    "prompt_tuning": {"num_virtual_tokens": 4},
+    "p_tuning": {"num_virtual_tokens": 4, "encoder": "lstm", "encoder_hidden_size": 16},
+    "lora": {"rank": 2, "dropout": 0.1},
+    "full": {},
+}
+
+
+def rows(count: int, seed: int) -> list[EncodedExample]:
+    """Inputs of random words; the target repeats the first two, then ends."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        length = int(torch.randint(3, 8, (1,), generator=generator))
+        words = torch.randint(1, 95, (length,), generator=generator).tolist()
+        made.append(EncodedExample(words, [*words[:2], 0]))
+    return made
+
+
+def fresh(name: str, base, seed: int = 0):
+    settings = TRAINED[name]
+    kind = "prefix_tuning" if name == "prefix_mlp" else name
+    torch.manual_seed(seed)
+    cls = ADAPTERS[kind]
+    return cls.create(
+        cls.section_class(kind=kind, **settings), base, Demonstrations(["w1 w2 w3 w4"], seed)
+    )
+
+
+class Killed(Exception):
+    """Stands for a kill: raised from the step report."""
+
+
+def train(name: str, run: Path, *, kill_at: int | None = None, seed: int = 0, **changes):
+    def report(step: StepReport) -> None:
+        if step.step == kill_at:
+            raise Killed
+
+    base = random_base("llama")
+    adapter = fresh(name, base, seed)
+    settings = TrainSection(
+        **{"steps": 12, "batch_size": 4, "warmup_steps": 2, "eval_every": 4, "save_every": 5, **changes}
+    )
+    torch.manual_seed(seed)
+    try:
+        progress = fit(
+            adapter, rows(30, 1), rows(8, 2), settings, 1e-2, seed=seed, run=run, report=report
+        )
+    except Killed:
+        return None
+    return adapter, progress
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_killed_run_resumes_to_the_same_weights_bit_for_bit(name: str, tmp_path: Path) -> None:
+    whole, expected = train(name, tmp_path / "whole")
+    for at in (3, 7, 11):  # before the first save, and between later ones
+        assert train(name, tmp_path / "cut", kill_at=at) is None
+    resumed, progress = train(name, tmp_path / "cut")
+    assert progress.curve == expected.curve
+    assert whole.trainable().keys() == resumed.trainable().keys()
+    for key, value in whole.trainable().items():
+        assert torch.equal(value, resumed.trainable()[key]), key
+
+
+def test_interrupted_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch) -> None:
+    from ptkit.train import checkpoint
+
+    assert train("prefix_tuning", tmp_path, kill_at=6) is None
+    before = sorted(p.name for p in tmp_path.iterdir())
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.atomic, "write_json", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        train("prefix_tuning", tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_only_the_adapter_moves_and_the_base_stays_bit_identical(name, tmp_path) -> None:
+    base = random_base("qwen3")
+    before = {n: p.clone() for n, p in base.model.state_dict().items()}
+    adapter = fresh(name, base)
+    started = {n: p.detach().clone() for n, p in adapter.trainable().items()}
+    torch.manual_seed(0)
+    fit(
+        adapter, rows(16, 1), rows(4, 2),
+        TrainSection(steps=3, batch_size=4, warmup_steps=1, eval_every=3), 1e-2,
+        seed=0, run=tmp_path,
+    )  # fmt: skip
+    moved = [n for n, p in adapter.trainable().items() if not torch.equal(p, started[n])]
+    assert moved
+    adapter.close()
+    after = base.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], before[n]) for n in before)
+    assert not any(p.requires_grad for p in base.model.parameters())
+
+
+@pytest.mark.parametrize("change", [{"gradient_accumulation": 2, "batch_size": 2}])
+def test_gradient_accumulation_equals_one_large_batch(change, tmp_path: Path) -> None:
+    rows_ = [EncodedExample([5, 6, 7], [8, 0]) for _ in range(8)]
+
+    def run(folder: str, **settings):
+        adapter = fresh("prefix_tuning", random_base("gpt2"))
+        fit(
+            adapter, rows_, rows_, TrainSection(steps=3, warmup_steps=1, eval_every=3, **settings),
+            1e-2, seed=0, run=tmp_path / folder,
+        )  # fmt: skip
+        return adapter.flat()
+
+    torch.testing.assert_close(
+        run("large", batch_size=4), run("small", **change), atol=1e-6, rtol=1e-5
+    )
+
+
+def test_early_stopping_keeps_the_best_parameters(tmp_path: Path) -> None:
+    adapter, progress = train(
+        "prefix_tuning", tmp_path, steps=200, eval_every=2, patience=3, schedule="constant"
+    )
+    losses = {e["step"]: e["validation_loss"] for e in progress.curve}
+    assert progress.step < 200
+    assert progress.best_loss == min(losses.values()) == losses[progress.best_step]
+    assert progress.best_step < progress.step
+
+
+def test_training_goes_on_from_a_saved_adapter(tmp_path: Path) -> None:
+    for name in ("prefix_tuning", "prompt_tuning", "p_tuning", "lora"):
+        first, progress = train(name, tmp_path / name)
+        files = first.files()
+        write_adapter(tmp_path / f"{name}-saved", files)
+        first.close()
+        base = random_base("llama")
+        again = adapter_from_files(read_adapter(tmp_path / f"{name}-saved"), base)
+        further = fit(
+            again, rows(30, 1), rows(8, 2), TrainSection(steps=1, warmup_steps=0, eval_every=1),
+            1e-9, seed=0, run=tmp_path / f"{name}-more",
+        )  # fmt: skip
+        # A step of next to nothing: the loss is the one the first run ended with.
+        assert further.curve[0]["validation_loss"] == pytest.approx(progress.best_loss, abs=2e-4)
+
+
+def test_adapter_of_another_base_is_refused_with_both_named(tmp_path: Path) -> None:
+    trained, _ = train("prompt_tuning", tmp_path / "run")
+    files = trained.files()
+    with pytest.raises(AdapterError, match="random-llama-0.*random-gpt2-0"):
+        require_same_base(files, random_base("gpt2"), "it")
+
+
+def test_batches_hold_every_row_once_an_epoch_and_group_lengths() -> None:
+    lengths = [i % 17 + 1 for i in range(103)]
+    batches = length_grouped_batches(lengths, 8, seed=3)
+    epoch = [next(batches) for _ in range(13)]
+    assert sorted(i for batch in epoch for i in batch) == list(range(103))
+    padded = sum(max(lengths[i] for i in b) * len(b) for b in epoch)
+    assert padded <= 1.15 * sum(lengths)
+    second = [next(batches) for _ in range(13)]
+    assert sorted(i for batch in second for i in batch) == list(range(103))
+    assert second != epoch
