@@ -38,7 +38,7 @@ def blocks_of(text: str) -> list[str]:
 
 
 def split_corpus(directory: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """(training runs, held-out blocks) by file name.  A run is what lies between held-out blocks."""
+    """(training runs, held-out blocks) by file name; a run lies between two held-out blocks."""
     train: dict[str, list[str]] = {}
     held: dict[str, list[str]] = {}
     for path in sorted(directory.glob("*.txt")):
@@ -132,7 +132,7 @@ def with_random_ids(parts: Iterable[np.ndarray], seed: int) -> Iterator[np.ndarr
 def prepare(corpus: Path, work: Path, mix_tokens: int, seed: int) -> None:
     """Makes the tokenizer and the token caches in the work directory; keeps what is there."""
     work.mkdir(parents=True, exist_ok=True)
-    train, held = split_corpus(corpus)
+    train, _ = split_corpus(corpus)
     lines = mix_lines(train)
     if not (work / "tokenizer" / "tokenizer.json").exists():
         sample = islice(mix.documents(seed + 2, lines), 8000)

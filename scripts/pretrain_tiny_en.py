@@ -30,7 +30,13 @@ import torch
 from pretrain_data import WINDOW, Batches, load_tokenizer, prepare, split_corpus
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 CARD = Path(__file__).with_name("tiny_en_card.md")
 LAYER_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -85,6 +91,27 @@ def build_model(width: int, layers: int, vocab: int, end: int, pad: int) -> Qwen
         pad_token_id=pad,
     )
     return Qwen3ForCausalLM(config)
+
+
+def blocked_attention(module, query, key, value, mask, scaling=None, **kwargs):
+    """Causal attention in blocks of 128 queries: a third of the time of the CPU's SDPA kernel.
+
+    For whole sequences without padding on the left and without a cache, as in training.
+    """
+    groups, length, block = query.shape[1] // key.shape[1], query.shape[2], 128
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    parts = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        scores = torch.matmul(query[:, :, start:end], key[:, :, :end].transpose(-1, -2)).float()
+        later = torch.full((end - start, end), -1e9).triu(start + 1)
+        weights = torch.softmax(scores * scaling + later, dim=-1).to(value.dtype)
+        parts.append(torch.matmul(weights, value[:, :, :end]))
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("blocked", blocked_attention)
+AttentionMaskInterface.register("blocked", lambda *args, **kwargs: None)
 
 
 def optimisers(model: Qwen3ForCausalLM, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
@@ -209,6 +236,7 @@ def induction(model, length: int = 100, rows: int = 32) -> tuple[float, float]:
 
 def full_evaluation(model, tokenizer, args: argparse.Namespace) -> dict:
     model.eval()
+    model.set_attn_implementation("sdpa")
     _, held = split_corpus(args.corpus)
     files = {name: bits_per_byte(model, tokenizer, texts) for name, texts in held.items()}
     bits, size = (sum(column) for column in zip(*files.values(), strict=True))
@@ -262,6 +290,7 @@ def train(model, tokenizer, args: argparse.Namespace) -> int:
     objective = loss_of if args.no_compile else torch.compile(loss_of)
     losses: list[float] = []
     began, since = time.monotonic(), step
+    model.set_attn_implementation("blocked")
     model.train()
     while step < args.steps and not stop:
         factor = rate(step, args)
@@ -320,6 +349,7 @@ def export(model, tokenizer, report: dict, step: int, args: argparse.Namespace) 
     model.config.save_pretrained(args.out)
     ids = {k: getattr(model.config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**ids, max_length=WINDOW).save_pretrained(args.out)
+    (args.out / "model.safetensors").chmod(0o644)
     (args.out / "README.md").write_text(card(model, report, step, args), encoding="utf-8")
     size = sum(p.stat().st_size for p in args.out.iterdir()) / 1e6
     if size > 20:
@@ -368,6 +398,9 @@ def main() -> None:
         if not found:
             raise SystemExit(f"no checkpoint in {args.work}")
         step = load_weights(model, found[-1])
+        used = json.loads((found[-1] / "step.json").read_text(encoding="utf-8"))["arguments"]
+        for name in ("batch", "mix_share", "muon_lr", "adam_lr", "weight_decay"):
+            setattr(args, name, type(getattr(args, name))(used[name]))  # for the card
     else:
         say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
         step = train(model, tokenizer, args)

@@ -17,6 +17,7 @@ E2E (`name : X | area : Y`), of WebNLG (`s | p | o ; s | p | o`) and of this pro
     python scripts/text_to_text_mix.py --samples 20 --corpus DIR
 """
 
+# ruff: noqa: SIM905
 from __future__ import annotations
 
 import argparse
@@ -84,7 +85,7 @@ def place(r: random.Random) -> str:
         return proper(r)
     if kind < 0.8:
         return proper(r) + r.choice(["ton", "ville", "ford", "bury", " Bay", " Hill", " Valley"])
-    return f"{r.choice(['North', 'South', 'East', 'West', 'New', 'Old', 'Port', 'Lake'])} {proper(r)}"
+    return r.choice("North South East West New Old Port Lake".split()) + " " + proper(r)
 
 
 def title(r: random.Random) -> str:
@@ -262,7 +263,8 @@ def sentences(r: random.Random, rec: Record, plan: int | None = None) -> str:
         first = f"{name} is a(n) {phrase}{tail} {relative} {verbs(r, rest[:take])}"
         rest = rest[take:]
     elif plan == 3 and rest:
-        first = f"the {' '.join([*adjectives, noun])} {name}{tail and ','+tail+','}"
+        tail = tail.replace(" that ", " which ")
+        first = f"the {phrase} {name}{tail and f',{tail},'}"
         first += " " + form(r, rest.pop(0), "vp")
     elif plan == 4 and len(facts) >= 1:
         take = r.randint(1, min(3, len(facts)))
@@ -275,7 +277,6 @@ def sentences(r: random.Random, rec: Record, plan: int | None = None) -> str:
         rest = facts[2:]
     else:
         first = f"{name} is a(n) {phrase}{tail}"
-        rest = [f for f in rest if f]
     out = [first]
     while rest:
         take = r.randint(1, min(3, len(rest)))
@@ -414,7 +415,7 @@ def one_field(r: random.Random, corpus: Sequence[str]) -> tuple[str, Maker]:
     """A question about one fact of a record or of a sentence."""
     style, from_text = RecordStyle(r, readable=True), r.random() < 0.5
     ask = r.choice(
-        ["What is the {k} of {n}?", "{k}?", "{n}: {k}?", "Which {k} is given for {n}?", "Find the {k}."]
+        ["What is the {k} of {n}?", "{k}?", "{n}: {k}?", "Which {k} is given?", "Find the {k}."]
     )
 
     def make(r: random.Random) -> Pair:
@@ -427,8 +428,17 @@ def one_field(r: random.Random, corpus: Sequence[str]) -> tuple[str, Maker]:
 
 
 def yes_no(r: random.Random, corpus: Sequence[str]) -> tuple[str, Maker]:
-    style, labels = RecordStyle(r, readable=True), r.choice(
-        [("yes", "no"), ("Yes", "No"), ("true", "false"), ("True", "False"), ("correct", "wrong")]
+    style, labels = (
+        RecordStyle(r, readable=True),
+        r.choice(
+            [
+                ("yes", "no"),
+                ("Yes", "No"),
+                ("true", "false"),
+                ("True", "False"),
+                ("correct", "wrong"),
+            ]
+        ),
     )
 
     def make(r: random.Random) -> Pair:
@@ -599,7 +609,7 @@ def topic(r: random.Random, corpus: Sequence[str]) -> tuple[str, Maker]:
 
         def make(r: random.Random) -> Pair:
             rec = record(r, r.choice(chosen))
-            return f"{rec.name} {verbs(r, rec.facts)}.", rec.domain.noun
+            return articles(f"{rec.name} {verbs(r, rec.facts)}."), rec.domain.noun
 
         return "topic-domain", make
     names = r.sample(list(TOPICS), r.randint(2, 5))
@@ -624,7 +634,8 @@ def category(r: random.Random, corpus: Sequence[str]) -> tuple[str, Maker]:
         if style == "which":
             return member(r, name), name
         if style == "odd":
-            group = r.sample(CATEGORIES[name], 3) if CATEGORIES[name] else [person(r) for _ in "abc"]
+            known = CATEGORIES[name]
+            group = r.sample(known, 3) if known else [person(r) for _ in range(3)]
             odd = member(r, other)
             group.insert(r.randrange(4), odd)
             return ", ".join(group), odd
@@ -640,11 +651,12 @@ def category(r: random.Random, corpus: Sequence[str]) -> tuple[str, Maker]:
 
 def rewrite(r: random.Random, corpus: Sequence[str]) -> tuple[str, Maker]:
     kind = r.choice(
-        "passive active question past future negative plural polite contract expand ing formal".split()
+        "passive active question past future negative "
+        "plural polite contract expand ing formal".split()
     )
     formal = [
-        ("gonna", "going to"), ("wanna", "want to"), ("gotta", "have to"), ("kinda", "somewhat"),
-        ("a lot of", "many"), ("really", "very"), ("get", "receive"), ("buy", "purchase"),
+        ("gonna", "going to"), ("wanna", "want to"), ("gotta", "have to"),
+        ("kinda had to", "almost had to"), ("oughta", "ought to"),
     ]  # fmt: skip
     short = [
         ("do not", "don't"), ("is not", "isn't"), ("cannot", "can't"), ("will not", "won't"),
@@ -676,17 +688,17 @@ def rewrite(r: random.Random, corpus: Sequence[str]) -> tuple[str, Maker]:
             ask = f"{base} {thing}"
             return capital(ask) + ".", f"Could you please {ask}?"
         if kind == "plural":
+            one, many = r.choice(
+                [("is", "are"), ("was", "were"), ("looks", "look"), ("has become", "have become")]
+            )
             adjective, noun = r.choice(ADJECTIVES), r.choice(NOUNS)
-            more = r.choice(["is {}", "was {}", "looks {}", "has become {}"])
-            many = more.replace("is", "are", 1).replace("was", "were").replace("looks", "look")
-            many = many.replace("has", "have")
-            return f"The {noun} {more.format(adjective)}.", f"The {plural(noun)} {many.format(adjective)}."
+            return f"The {noun} {one} {adjective}.", f"The {plural(noun)} {many} {adjective}."
         if kind == "formal":
-            loose, strict = r.choice(formal[:3])
-            text = f"{proper(r)} and {proper(r)} are {{}} {base} {thing}."
-            if loose != "gonna":
-                text = f"I {{}} {base} {thing}."
-            return "hey, " + text.format(loose), text.format(strict)
+            loose, strict = r.choice(formal)
+            ask = f"I {loose} {base} {thing}." if loose != "gonna" else (
+                f"{who} is {loose} {base} {thing}."
+            )  # fmt: skip
+            return f"{r.choice(['hey', 'so', 'well'])}, {ask}", capital(ask.replace(loose, strict))
         long, quick = r.choice(short)
         subject = "we" if long == "do not" else who
         middle = f"{'a problem for' if long in ('is not', 'was not') else base} {thing}"
@@ -758,7 +770,7 @@ def of_line(kind: str) -> Task:
     return task
 
 
-# name -> (weight, task, key of the instructions)
+# name -> (weight, task)
 TASKS: dict[str, tuple[float, Task]] = {
     "to-text": (34, to_text),
     "to-record": (7, to_record),
@@ -819,13 +831,17 @@ def induction(r: random.Random) -> Document:
         items = [str(r.randint(0, 999)) for _ in range(length)]
     else:
         share = {"words": 0.0, "new": 1.0, "mixed": 0.5}[kind]
-        items = [invented(r, 1, 3) if r.random() < share else r.choice(NOUNS) for _ in range(length)]
+        items = [
+            invented(r, 1, 3) if r.random() < share else r.choice(NOUNS) for _ in range(length)
+        ]
     between = r.choice([glue, "\n", "\n\n", " ; "])
     times = 2 if length > 30 else r.randint(2, 3)
     return Document("induction", kind, glue, between.join([glue.join(items)] * times))
 
 
-def build(r: random.Random, corpus: Sequence[str], names: list[str], weights: list[float]) -> Document:
+def build(
+    r: random.Random, corpus: Sequence[str], names: list[str], weights: list[float]
+) -> Document:
     if r.random() < 0.07:
         return induction(r)
     name = r.choices(names, weights)[0]
@@ -855,7 +871,8 @@ def build(r: random.Random, corpus: Sequence[str], names: list[str], weights: li
             break
         examples.append(text)
     multiline = any("\n" in e for e in examples)
-    glue = r.choice(["\n\n", "\n\n", "\n\n\n", "\n###\n", "\n"] if multiline else ["\n", "\n", "\n\n"])
+    several, single = ["\n\n", "\n\n", "\n\n\n", "\n###\n", "\n"], ["\n", "\n", "\n\n"]
+    glue = r.choice(several if multiline else single)
     text = glue.join(examples)
     if instruction and not every:
         text = instruction + r.choice(["\n", "\n\n"]) + text
@@ -870,7 +887,8 @@ def usable_lines(lines: Iterable[str]) -> list[str]:
     out = []
     for line in lines:
         line = " ".join(line.split())
-        if 25 <= len(line) <= 220 and len(line.split()) >= 5 and not re.search(r"[|\[\]{}<>_=#]", line):
+        marked = re.search(r"[|\[\]{}<>_=#]", line)
+        if 25 <= len(line) <= 220 and len(line.split()) >= 5 and not marked:
             out.append(line)
     return out
 
@@ -914,7 +932,8 @@ def main() -> None:
     shown = 0
     for document in described(args.seed, lines):
         if args.task in (None, document.task):
-            print(f"=== {document.task} · {document.layout} · {document.separator!r}\n{document.text}\n")
+            print(f"=== {document.task} · {document.layout} · {document.separator!r}")
+            print(document.text, end="\n\n")
             shown += 1
         if shown >= args.samples:
             break

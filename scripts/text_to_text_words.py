@@ -1,5 +1,6 @@
 """The word lists and tables that `text_to_text_mix` draws from."""
 
+# ruff: noqa: E501, SIM905
 from __future__ import annotations
 
 # The kinds of thing that records describe.  `noun: it` or `noun: human`, then the patterns of the
@@ -72,7 +73,7 @@ bridge: it
   crosses, river, spans = the {new} ; vp crosses {v} | spans {v} | leads over {v} ; pp over {v} | across {v}
   length, long = {int:20-2500} metres ; vp is {v} long | has a length of {v} ; pp of {v} | with a length of {v}
   built, year built, completed = {year} ; vp was built in {v} | was completed in {v} | dates from {v} ; pp built in {v} | from {v}
-  material, made of = {pick:stone,steel,wood,concrete,iron} ; vp is made of {v} | is built of {v} ; adj {v}
+  material, made of = {pick:stone,steel,concrete,iron} ; vp is made of {v} | is built of {v} ; adj {v}
   architect, designer, designed by = {person} ; vp was designed by {v} | is the work of {v} ; pp designed by {v}
   city, in, location = {place} ; vp is in {v} | stands in {v} | can be seen in {v} ; pp in {v}
 bird: it
@@ -87,7 +88,7 @@ plant: it
   name = {new} | {adj} {new} | {surname}'s {pick:lily,fern,moss,sage,violet}
   height, grows to = {int:5-400} cm ; vp grows to {v} | is up to {v} tall ; pp of up to {v} | growing to {v}
   flowers, flower colour, bloom = {pick:white,yellow,purple,pink,red} ; vp has {v} flowers | bears {v} flowers | shows {v} flowers in summer ; pp with {v} flowers
-  soil, ground = {pick:sand,clay,chalk,peat,gravel} ; vp needs {v} | grows best on {v} | likes {v} ; pp for {v}
+  soil, ground = {pick:sand,clay,chalk,peat,gravel} ; vp needs {v} | grows best on {v} | likes {v} ; pp growing on {v}
   light, sun = {pick:full sun,shade,half shade} ; vp prefers {v} | does well in {v} ; pp for {v}
   origin, native to, from = {place} ; vp comes from {v} | is native to {v} | was first found in {v} ; pp from {v} | native to {v}
   poisonous, toxic = yes ; vp is poisonous | must not be eaten ; adj poisonous || no ; vp is not poisonous | is harmless ; adj harmless
@@ -289,11 +290,17 @@ hold holds held held holding
 """.strip().splitlines()
 ]
 
-LABELS_POSITIVE = "positive good great + happy up like yes 1 wonderful praise good: A thumbs-up".split()
-LABELS_NEGATIVE = "negative bad terrible - unhappy down dislike no 0 awful blame bad: B thumbs-down".split()
+LABELS_POSITIVE = (
+    "positive good great + happy up like yes 1 wonderful praise good: A thumbs-up".split()
+)
+LABELS_NEGATIVE = (
+    "negative bad terrible - unhappy down dislike no 0 awful blame bad: B thumbs-down".split()
+)
 
 OPINION_SUBJECTS = {
-    "product": "kettle,backpack,keyboard,lamp,blender,tent,jacket,printer,chair,headset,vacuum".split(","),
+    "product": "kettle,backpack,keyboard,lamp,blender,tent,jacket,printer,chair,headset,vacuum".split(
+        ","
+    ),
     "weather": "morning,afternoon,weekend,sky,summer,winter,wind,evening,climate".split(","),
     "travel": "ferry,train,hotel,flight,tour,guide,beach,museum,town,view".split(","),
     "work": "meeting,office,manager,report,training,schedule,team,project".split(","),

@@ -38,7 +38,7 @@ class ModelSection(Section):
 
 
 class Splits(Section):
-    """Names of the source's splits, or numbers per split: used for `splits` and `limits`."""
+    """The source's names for the three splits."""
 
     train: str = "train"
     validation: str = "validation"
@@ -244,13 +244,10 @@ class Recipe(Section):
     @field_validator("methods", mode="before")
     @classmethod
     def _settings_of_each_method(cls, entries: Any) -> Any:
-        """Validate each entry with the settings class its `kind` names."""
+        """Read each entry with the settings class its `kind` names."""
         if not isinstance(entries, list):
             return entries
-        # Imported late: pydantic needs the concrete classes, which live a layer above.
-        from pydantic import TypeAdapter
-
-        return TypeAdapter(list[_method_union()]).validate_python(entries)  # type: ignore[misc]
+        return [method_section(e) if isinstance(e, dict) else e for e in entries]
 
     @model_validator(mode="after")
     def _unique(self) -> Recipe:
@@ -272,13 +269,13 @@ class Recipe(Section):
         raise KeyError(f"no method `{title}`; {did_you_mean(title, [m.title for m in self.methods])}")
 
 
-@cache
-def _method_union() -> Any:
-    """The discriminated union of every registered method's settings."""
-    union: Any = None
-    for section in method_sections().values():
-        union = section if union is None else union | section
-    return Annotated[union, Field(discriminator="kind")]
+def method_section(settings: dict[str, Any]) -> MethodSection:
+    """The settings of one method. Raises ValueError for an unknown `kind`."""
+    known = method_sections()
+    kind = str(settings.get("kind"))
+    if kind not in known:
+        raise ValueError(f"`{kind}` is not a method; {did_you_mean(kind, known)}")
+    return known[kind].model_validate(settings)
 
 
 def register_method(section: type[MethodSection]) -> type[MethodSection]:

@@ -124,6 +124,11 @@ class _Loop:
         else:
             progress, best = loaded
             self.scheduler.load_state_dict(progress.schedule)
+            # The scheduler restores its count only; the rate of the next step is the group's.
+            for group, rate in zip(
+                self.plain_optimizer.param_groups, self.scheduler.get_last_lr(), strict=True
+            ):
+                group["lr"] = rate
         skip = progress.step * settings.gradient_accumulation
         batches = itertools.islice(self.batches, skip, None)
         memory = PeakMemory(accelerator.device)

@@ -1,0 +1,5 @@
+"""`python -m ptkit` is `ptkit`."""
+
+from ptkit.cli.main import run
+
+run()

@@ -1,0 +1,1 @@
+"""Comparisons: the grid of cells, and what is made of their records."""

@@ -1,0 +1,30 @@
+"""General text, on which is measured how much of the base model an adapter leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ptkit.data.sources import BUILTIN
+from ptkit.errors import DataError
+from ptkit.recipe.schema import resolve_path
+
+#: Name of the text that ships with ptkit.
+GENERAL_EN = "general-en"
+
+
+def general_text(name_or_path: str, folder: Path) -> str:
+    """The text called `general-en`, or the UTF-8 file `name_or_path` (from `folder` on).
+
+    Raises DataError when it is missing, empty or not UTF-8.
+    """
+    own = name_or_path == GENERAL_EN
+    path = BUILTIN / "general-en.txt" if own else resolve_path(name_or_path, folder)
+    if not path.is_file():
+        raise DataError(f"`retention.text`: no such file: {path} (`{GENERAL_EN}` ships with ptkit)")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"`retention.text`: {path} is not UTF-8 text") from error
+    if not text.strip():
+        raise DataError(f"`retention.text`: {path} is empty")
+    return text

@@ -1,0 +1,86 @@
+"""Finding, reading and validating recipes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from ptkit.errors import RecipeError, did_you_mean
+from ptkit.recipe.faults import recipe_faults
+from ptkit.recipe.schema import Recipe
+from ptkit.recipe.yaml_source import read_yaml
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe and where it came from.
+
+    folder: the start of relative paths in it; text: the file as read.
+    """
+
+    recipe: Recipe
+    path: Path
+    text: str
+
+    @property
+    def folder(self) -> Path:
+        """Relative paths in the recipe start here."""
+        return self.path.parent
+
+    def resolved(self) -> str:
+        """The recipe as YAML with every default and override written out."""
+        stream = io.StringIO()
+        yaml = YAML(typ="safe", pure=True)
+        yaml.default_flow_style = False
+        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+        yaml.dump(self.recipe.model_dump(mode="json"), stream)
+        return stream.getvalue()
+
+
+def recipes_folder() -> Path:
+    """The shipped recipes: beside the package in a checkout, inside it when installed."""
+    installed = _PACKAGE / "_recipes"
+    return installed if installed.is_dir() else _PACKAGE.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of every recipe that ships with ptkit."""
+    return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
+
+
+def find_recipe(name_or_path: str | Path) -> Path:
+    """The file of a shipped recipe's name, or the path itself. Raises RecipeError if neither."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if str(name_or_path) in shipped:
+        return shipped[str(name_or_path)]
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise RecipeError(f"no such recipe file: {path}")
+    raise RecipeError(
+        f"no recipe called `{name_or_path}`; {did_you_mean(str(name_or_path), shipped)} "
+        "(`ptkit recipes list` shows all)"
+    )
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read and validate a recipe file, or a shipped recipe by name.
+
+    overrides: `key.path=value` assignments applied before validation.
+    Raises RecipeError with one line per fault: file, line, key, what was expected.
+    """
+    path = find_recipe(name_or_path)
+    source = read_yaml(path, str(path))
+    for assignment in overrides:
+        source.set(assignment)
+    recipe, faults = recipe_faults(source)
+    if recipe is None:
+        raise RecipeError("\n".join(faults))
+    return LoadedRecipe(recipe, path.resolve(), path.read_text(encoding="utf-8"))
