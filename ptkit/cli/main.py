@@ -70,6 +70,7 @@ def run() -> None:
     sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != "--debug")]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     signal.signal(signal.SIGINT, _interrupt)
     try:
         app()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from ptkit.errors import ModelError
 from ptkit.formats.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -94,6 +96,18 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+@contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """Hide the bar of reading weights from disk; downloads keep theirs."""
+    active = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if active:
+            logging.enable_progress_bar()
+
+
 def load_base(section: ModelSection) -> Base:
     """Load the base a recipe names, frozen and in evaluation mode.
 
@@ -108,9 +122,14 @@ def load_base(section: ModelSection) -> Base:
         if config.is_encoder_decoder:
             raise ModelError(f"{section.id} is an encoder-decoder; ptkit needs a causal LM here")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, section.dtype), use_safetensors=True, **options
-        )
+        with _no_loading_bar():
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=getattr(torch, section.dtype),
+                attn_implementation=section.attention,
+                use_safetensors=True,
+                **options,
+            )
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -133,7 +152,5 @@ def frozen_base(
         if tokenizer.eos_token is None:
             raise ModelError(f"the tokenizer of {id} has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     return Base(model, tokenizer, id, revision)
