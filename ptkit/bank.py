@@ -1,4 +1,4 @@
-"""Many adapters resident on one frozen base: rows of a batch pick theirs, swapping is a dict write."""
+"""Many adapters resident on one frozen base; every row of a batch picks its own."""
 
 from __future__ import annotations
 

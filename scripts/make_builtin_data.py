@@ -41,13 +41,70 @@ class Domain:
     clauses: dict[str, tuple[str, ...]]
 
 
-SYLLABLES = (
-    "al be bri cal dor el fen gar hal is jor kel lo mar nel or pen quil ros sel tam ul ver wen "
-    "yar zel ash bor cor dun"
-).split()
-ENDINGS = "a o en in us ette ford ley mere wick ton by dale more".split()
-NUMBERS = "two three four five six seven eight nine ten twelve fifteen twenty thirty".split()
-COLOURS = "red blue green white yellow black orange silver grey purple".split()
+SYLLABLES = [
+    "al",
+    "be",
+    "bri",
+    "cal",
+    "dor",
+    "el",
+    "fen",
+    "gar",
+    "hal",
+    "is",
+    "jor",
+    "kel",
+    "lo",
+    "mar",
+    "nel",
+    "or",
+    "pen",
+    "quil",
+    "ros",
+    "sel",
+    "tam",
+    "ul",
+    "ver",
+    "wen",
+    "yar",
+    "zel",
+    "ash",
+    "bor",
+    "cor",
+    "dun",
+]
+ENDINGS = [
+    "a",
+    "o",
+    "en",
+    "in",
+    "us",
+    "ette",
+    "ford",
+    "ley",
+    "mere",
+    "wick",
+    "ton",
+    "by",
+    "dale",
+    "more",
+]
+NUMBERS = [
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "twelve",
+    "fifteen",
+    "twenty",
+    "thirty",
+]
+COLOURS = ["red", "blue", "green", "white", "yellow", "black", "orange", "silver", "grey", "purple"]
 PLACES = (
     "the harbour", "the old mill", "the north gate", "the lake", "the station", "the river",
     "the market square", "the lighthouse", "the castle", "the football ground", "the bridge",
@@ -126,7 +183,8 @@ ROBOT = Domain(
             "waters the plants", "folds the laundry", "sweeps the floor", "sorts the post",
             "feeds the cat", "paints fences", "makes tea", "carries boxes",
         ),
-        "maker": tuple(f"{n} Works" for n in ("Altona", "Brem", "Corvid", "Delft", "Elmet", "Faro")),
+        "maker": ("Altona Works", "Brem Works", "Corvid Works", "Delft Works", "Elmet Works",
+                  "Faro Works"),
         "colour": tuple(COLOURS),
         "battery": tuple(f"{n} hours" for n in (4, 6, 9, 12, 18, 24)),
         "weight": tuple(f"{n} kilos" for n in NUMBERS[:11]),
@@ -164,7 +222,7 @@ TRAINED = (BOAT, LIBRARY, TRAIL, ROBOT)
 
 def invented_name(pick: random.Random) -> str:
     """A name that no one knows, so that it can only be copied."""
-    parts = pick.choices(SYLLABLES, k=pick.randint(1, 2)) + [pick.choice(ENDINGS)]
+    parts = [*pick.choices(SYLLABLES, k=pick.randint(1, 2)), pick.choice(ENDINGS)]
     return "".join(parts).capitalize()
 
 
@@ -173,14 +231,18 @@ def joined(clauses: list[str]) -> str:
     return " and ".join([", ".join(clauses[:-1]), clauses[-1]] if len(clauses) > 1 else clauses)
 
 
-def sentence(domain: Domain, facts: dict[str, str], name: str, plan: int, pick: random.Random) -> str:
+def sentence(
+    domain: Domain, facts: dict[str, str], name: str, plan: int, pick: random.Random
+) -> str:
     """One text for a record. plan: 0 head and rest, 1 one sentence, 2 head alone first."""
     clauses = [pick.choice(domain.clauses[key]).format(v=value) for key, value in facts.items()]
     head = pick.choice(domain.heads).format(name=name)
     if plan == 0 and len(clauses) > 1:
-        return f"{head} that {clauses[0]}. It {joined(clauses[1:])}." if head.endswith(
-            (domain.kind, "hire boat", "library", "trail", "robot", "stall")
-        ) else f"{head}. It {joined(clauses)}."
+        return (
+            f"{head} that {clauses[0]}. It {joined(clauses[1:])}."
+            if head.endswith((domain.kind, "hire boat", "library", "trail", "robot", "stall"))
+            else f"{head}. It {joined(clauses)}."
+        )
     if plan == 1:
         return f"The {domain.kind} {name} {joined(clauses)}."
     return f"{head}. It {joined(clauses)}."
@@ -228,11 +290,25 @@ def facts_to_text() -> dict[str, list[Row]]:
 
 # ---------------------------------------------------------------- message-routing
 
-ITEMS = (
-    "lamp kettle backpack tent scarf keyboard teapot drill blanket bicycle pump radio mirror "
-    "notebook jacket stool"
-).split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday".split()
+ITEMS = [
+    "lamp",
+    "kettle",
+    "backpack",
+    "tent",
+    "scarf",
+    "keyboard",
+    "teapot",
+    "drill",
+    "blanket",
+    "bicycle",
+    "pump",
+    "radio",
+    "mirror",
+    "notebook",
+    "jacket",
+    "stool",
+]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
 OPENERS = ("", "Hello, ", "Hi there. ", "Good morning, ", "Dear team, ", "Quick question: ")
 CLOSERS = ("", "", " Thanks.", " Please help.", " Can you look into it?", " Order {n}.")
 
@@ -313,10 +389,16 @@ def message(label: str, template: str, pick: random.Random) -> Row:
     )
     if pick.random() < 0.3 and label != "praise":
         # Politeness is no sign of praise, and mentions of other matters are no sign of those.
-        body = pick.choice(("I like the {i}, but {b}", "after I paid for the {i}, {b}",
-                            "the {i} came on time, but {b}")).format(i=pick.choice(ITEMS), b=body)  # fmt: skip
+        asides = (
+            "I like the {i}, but {b}",
+            "after I paid for the {i}, {b}",
+            "the {i} came on time, but {b}",
+        )
+        body = pick.choice(asides).format(i=pick.choice(ITEMS), b=body)
     text = pick.choice(OPENERS) + body
-    text = text[0].upper() + text[1:] + "." + pick.choice(CLOSERS).format(n=pick.randint(1000, 9999))
+    text = (
+        text[0].upper() + text[1:] + "." + pick.choice(CLOSERS).format(n=pick.randint(1000, 9999))
+    )
     return {"message": text.lower() if pick.random() < 0.25 else text, "label": label}
 
 
@@ -346,7 +428,10 @@ def message_routing() -> dict[str, list[Row]]:
 
 
 def main() -> None:
-    for name, splits in (("facts-to-text", facts_to_text()), ("message-routing", message_routing())):
+    for name, splits in (
+        ("facts-to-text", facts_to_text()),
+        ("message-routing", message_routing()),
+    ):
         for split, rows in splits.items():
             path = OUT / name / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -99,9 +99,7 @@ def test_what_is_written_plain_peft_loads(family: str, method: str, tmp_path: Pa
     theirs = PeftModel.from_pretrained(random_model(family), str(tmp_path / "adapter")).eval()
     with torch.no_grad():
         logits = theirs(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
-    torch.testing.assert_close(
-        logits[:, -IDS.shape[1] :], logits_of(adapter), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(logits[:, -IDS.shape[1] :], logits_of(adapter), atol=1e-5, rtol=1e-5)
 
 
 PEFT_CONFIGS = {
@@ -192,7 +190,7 @@ def test_same_shape_but_other_weights_is_refused_by_fingerprint(saved: Path) -> 
     info = {"base": {"id": "random-llama-0", "fingerprint": made_for.fingerprint}}
     named = AdapterFiles(files.config, files.tensors, info)
     require_same_base(named, made_for, "it")
-    with pytest.raises(AdapterError, match="random-llama-0.*random-llama-1"):
+    with pytest.raises(AdapterError, match=r"random-llama-0.*random-llama-1"):
         require_same_base(named, random_base("llama", seed=1), "it")
 
 
@@ -208,7 +206,7 @@ def test_fingerprint_survives_loading_in_bfloat16() -> None:
 def test_unknown_peft_type_names_the_known_ones(saved: Path) -> None:
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
-    with pytest.raises(AdapterError, match="IA3.*PREFIX_TUNING"):
+    with pytest.raises(AdapterError, match=r"IA3.*PREFIX_TUNING"):
         adapter_from_files(read_adapter(saved), random_base("llama"))
 
 

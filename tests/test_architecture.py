@@ -26,7 +26,6 @@ LAYERS = [
     {"recipe", "formats"},
     {"errors"},
 ]
-#: TYPE_CHECKING-only or deliberate exceptions: (importer, imported) layers.
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
 
@@ -68,7 +67,8 @@ def test_imports_point_downwards() -> None:
 def test_command_line_help_loads_nothing_heavy() -> None:
     code = (
         "import sys, ptkit.cli.main\n"
-        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'pydantic', 'numpy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'pydantic', 'numpy'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -27,9 +27,7 @@ def bank_of_four(family: str) -> AdapterBank:
         bank.add(name, make_adapter(base, {**LEARNT[name], "num_virtual_tokens": length}))
     text = ADAPTERS["text_prompt"]
     demonstrations = Demonstrations(["w9 w8 w7", "w3 w4"], 0)
-    bank.add(
-        "text", text.create(text.section_class(kind="text_prompt"), base, demonstrations)
-    )
+    bank.add("text", text.create(text.section_class(kind="text_prompt"), base, demonstrations))
     return bank
 
 
@@ -48,7 +46,7 @@ BANKS: dict[str, AdapterBank] = {}
 def test_row_in_mixed_batch_equals_solo_run(family, names, lengths, seed, beams) -> None:
     bank = BANKS.setdefault(family, bank_of_four(family))
     prompts = rows_of(lengths[: len(names)], seed)
-    options = dict(pad_token_id=0, max_new_tokens=5, do_sample=False, num_beams=beams)
+    options = {"pad_token_id": 0, "max_new_tokens": 5, "do_sample": False, "num_beams": beams}
     together = generate(bank.base.model, prompts, bank.rows(names), **options)
     for row, name, prompt in zip(together, names, prompts, strict=True):
         (alone,) = generate(bank.base.model, [prompt], bank.rows([name]), **options)
@@ -60,7 +58,7 @@ def test_no_row_sees_a_neighbour_full_of_nan(family: str) -> None:
     clean = bank.prefix("prefix")
     poison = bank.prefix("prompt").map(lambda t: torch.full_like(t, float("nan")))
     prompts = rows_of([5, 3])
-    options = dict(pad_token_id=0, max_new_tokens=6, do_sample=False)
+    options = {"pad_token_id": 0, "max_new_tokens": 6, "do_sample": False}
     layout = bank.base.layout
     (alone,) = generate(
         bank.base.model, prompts[:1], PrefixBatch.gathered([clean], layout), **options
@@ -86,9 +84,7 @@ def test_label_scores_in_a_mixed_batch_equal_a_full_forward(family: str) -> None
             with torch.no_grad():
                 logits = all_logits(model, ids, torch.ones_like(ids), bank.rows([name]))
             log_probs = logits[0].log_softmax(-1)
-            expected = sum(
-                log_probs[len(context) - 1 + i, token] for i, token in enumerate(label)
-            )
+            expected = sum(log_probs[len(context) - 1 + i, token] for i, token in enumerate(label))
             torch.testing.assert_close(scores[row, column], expected, atol=1e-4, rtol=1e-5)
 
 

@@ -196,7 +196,14 @@ def test_swapping_a_tensor_changes_the_answer_not_the_base(trained: Path, tmp_pa
     shutil.copytree(trained / "adapters" / "mine", tmp_path / "changed")
     weights = tmp_path / "changed" / "adapter_model.safetensors"
     save_file({n: t * 3 for n, t in load_file(weights).items()}, weights)
-    arguments = ("generate", "kind[boat], name[Orwick]", "--base", "--max-new-tokens", "12", "--json")
+    arguments = (
+        "generate",
+        "kind[boat], name[Orwick]",
+        "--base",
+        "--max-new-tokens",
+        "12",
+        "--json",
+    )
     mine = ptkit(*arguments, "-a", trained / "adapters/mine", cwd=tmp_path).stdout.splitlines()
     changed = ptkit(*arguments, "-a", "changed", cwd=tmp_path).stdout.splitlines()
     assert mine[0] == changed[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from pathlib import Path
@@ -44,7 +45,11 @@ methods:
   - {kind: prompt_tuning, num_virtual_tokens: 4}
   - {kind: p_tuning, num_virtual_tokens: 4, encoder_hidden_size: 16}
   - {kind: prefix_tuning, num_virtual_tokens: 4}
-  - {kind: prefix_tuning, label: prefix-mlp, num_virtual_tokens: 4, reparameterize: true, encoder_hidden_size: 16}
+  - kind: prefix_tuning
+    label: prefix-mlp
+    num_virtual_tokens: 4
+    reparameterize: true
+    encoder_hidden_size: 16
   - {kind: lora, rank: 2}
   - {kind: full}
 seeds: [0, 1]
@@ -185,7 +190,7 @@ def test_results_files_hold_every_cell(comparison) -> None:
 
 def test_tables_show_every_method_with_interval_and_n(comparison) -> None:
     summaries = comparison[3]
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))
+    console = Console(width=160, record=True, file=io.StringIO())
     console.print(summary_table(summaries))
     for text in (console.export_text(), markdown_table(summaries)):
         for summary in summaries:
@@ -232,7 +237,7 @@ def test_export_verifies_and_halves_the_size_in_bfloat16(comparison, tmp_path: P
     assert half.bytes < 0.6 * full.bytes
     with pytest.raises(UserError, match="exists"):
         export_run(cell, tmp_path / "full", base=random_base("llama"))
-    with pytest.raises(AdapterError, match="random-llama-0.*random-gpt2-0"):
+    with pytest.raises(AdapterError, match=r"random-llama-0.*random-gpt2-0"):
         export_run(cell, tmp_path / "other", base=random_base("gpt2"))
     with pytest.raises(AdapterError, match="whole model"):
         export_run(out / "cells" / "full-seed0", tmp_path / "f", base=random_base("llama"))

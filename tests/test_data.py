@@ -93,7 +93,7 @@ def test_label_without_words_is_named_with_its_row(tmp_path: Path) -> None:
         kind="classification", data={"files": {"train": name, "validation": name}},
         input="{a}", verbalizer={"good": " yes", "bad": " no"},
     )  # fmt: skip
-    with pytest.raises(DataError, match="train row 2: the label `godo` .*did you mean `good`"):
+    with pytest.raises(DataError, match=r"train row 2: the label `godo` .*did you mean `good`"):
         load_task(task, tmp_path)
 
 
@@ -107,7 +107,8 @@ def test_built_in_sets_are_complete_and_portions_are_held_out() -> None:
     assert (len(data.train), len(data.validation), len(data.test)) == (1500, 100, 180)
 
     def attributes(text: str) -> tuple[str, ...]:
-        return tuple(part.split("[")[0] for part in text.split("], ") if "name" not in part) + (
+        return (
+            *tuple(part.split("[")[0] for part in text.split("], ") if "name" not in part),
             text.split("[")[1].split("]")[0],
         )
 

@@ -93,7 +93,7 @@ def test_greedy_tokens_equal_peft(family: str, method: str) -> None:
     peft_model, _ = peft_twin(family, adapter)
     peft_model.eval()
     prefix = adapter.prefix().detach()
-    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     seen = set()
     for prompt in rows_of([7, 7, 7]):
         theirs = peft_model.generate(

@@ -63,7 +63,7 @@ def test_good_recipe_has_the_documented_defaults(tmp_path: Path) -> None:
         ("    num_virtual_tokens: 5", "    num_virtual_token: 5",
          "r.yaml:10: `methods.0.num_virtual_token` unknown; did you mean `num_virtual_tokens`?"),
         ("kind: prefix_tuning", "kind: prefx_tuning",
-         "r.yaml:9: `methods.0.kind` `prefx_tuning` is not a method; did you mean `prefix_tuning`?"),
+         "r.yaml:9: `methods.0.kind` `prefx_tuning` is not a method; did you mean `prefix_tu"),
         ("kind: generation", "kind: genration",
          "r.yaml:2: `task.kind` `genration` unknown; did you mean `generation`?"),
         ('  target: "{text}"\n', "", "r.yaml:2: `task.target` is missing; expected: Template of"),
@@ -178,8 +178,10 @@ def test_json_schema_knows_every_method_and_refuses_unknown_keys() -> None:
 @given(
     st.recursive(
         st.one_of(st.integers(-999, 999), st.booleans(), st.text("abc xyz", max_size=8)),
-        lambda inner: st.lists(inner, max_size=3)
-        | st.dictionaries(st.text("abcdef", min_size=1, max_size=5), inner, max_size=3),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.text("abcdef", min_size=1, max_size=5), inner, max_size=3)
+        ),
         max_leaves=8,
     )
 )

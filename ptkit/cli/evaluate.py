@@ -45,7 +45,9 @@ def evaluate(
             continue
         typer.echo(f"{result.name}  (n={len(result.predictions)})")
         for name, interval in result.metrics.items():
-            typer.echo(f"  {name:12} {interval.mean:6.2f}  [{interval.low:.2f}, {interval.high:.2f}]")
+            typer.echo(
+                f"  {name:12} {interval.mean:6.2f}  [{interval.low:.2f}, {interval.high:.2f}]"
+            )
         if result.retention is not None:
             typer.echo(
                 f"  {'forgetting':12} {result.retention.forgetting:+6.3f}  nats per token, "

@@ -47,7 +47,7 @@ def generate(
     import torch
 
     from ptkit.bank import AdapterBank
-    from ptkit.evaluate.saved import find_adapter, fill_template
+    from ptkit.evaluate.saved import fill_template, find_adapter
     from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
 
@@ -58,7 +58,9 @@ def generate(
     if with_base or not names:
         names.insert(0, None)
         places.insert(0, places[0] if places else None)  # type: ignore[arg-type]
-    rows = [(text, name, place) for text in inputs for name, place in zip(names, places, strict=True)]
+    rows = [
+        (text, name, place) for text in inputs for name, place in zip(names, places, strict=True)
+    ]
     texts = [text if raw else fill_template(text, place) for text, _, place in rows]
     torch.manual_seed(seed)
     options = {"temperature": temperature, "top_p": top_p} if sample else {}

@@ -20,7 +20,9 @@ Set = Annotated[
     Optional[list[str]],  # noqa: UP045  (typer reads annotations at run time)
     typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable."),
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what is in the folder and start over.")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Delete what is in the folder and start over.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
 JsonOutput = Annotated[bool, typer.Option("--json", help="Print results as JSON.")]
 ModelOption = Annotated[
@@ -49,4 +51,3 @@ def start_over(folder: Path) -> None:
     if not any((folder / mark).exists() for mark in ("cell.json", "recipe.yaml")):
         raise UserError(f"{folder} is not a run of ptkit's; --fresh does not delete it")
     shutil.rmtree(folder)
-

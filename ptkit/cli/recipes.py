@@ -35,7 +35,9 @@ def list_(json_output: JsonOutput = False) -> None:
         ]
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table("recipe", "base model", "task", "methods", "what it shows", box=None, pad_edge=False)
+    table = Table(
+        "recipe", "base model", "task", "methods", "what it shows", box=None, pad_edge=False
+    )
     for recipe in recipes:
         table.add_row(
             f"[bold]{recipe.name}[/]", recipe.model.id, recipe.task.kind,

@@ -147,7 +147,9 @@ def learning_curves(summaries: Sequence[tuple[int, MethodSummary]], title: str) 
             f'<g class="s{colour}"><title>{escape(name)}</title>'
             f'<polyline class="curve" points="{path}"/></g>'
         )
-    ends = [Point(name, colour, *line[-1], line[-1][1], line[-1][1]) for colour, name, line in lines]
+    ends = [
+        Point(name, colour, *line[-1], line[-1][1], line[-1][1]) for colour, name, line in lines
+    ]
     for point, at_y in _label_rows(ends, y):
         parts.append(
             f'<text class="label s{point.colour} named" x="{x.end + 6:.1f}" '

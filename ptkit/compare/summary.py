@@ -56,9 +56,7 @@ def read_predictions(folder: Path, record: CellRecord) -> list[Prediction]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def summarise(
-    folder: Path, records: Sequence[CellRecord], recipe: Recipe
-) -> list[MethodSummary]:
+def summarise(folder: Path, records: Sequence[CellRecord], recipe: Recipe) -> list[MethodSummary]:
     """One summary per method of `recipe`, in its order; methods without a cell are left out."""
     summaries = []
     for method in recipe.methods:
@@ -68,9 +66,7 @@ def summarise(
     return summaries
 
 
-def _summary(
-    folder: Path, own: list[CellRecord], recipe: Recipe, *, trains: bool
-) -> MethodSummary:
+def _summary(folder: Path, own: list[CellRecord], recipe: Recipe, *, trains: bool) -> MethodSummary:
     first = own[0]
     predictions = [read_predictions(folder, record) for record in own]
     metrics = {}

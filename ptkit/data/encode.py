@@ -55,7 +55,9 @@ def label_token_ids(
     }
 
 
-def length_grouped_batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
+def length_grouped_batches(
+    lengths: Sequence[int], batch_size: int, seed: int
+) -> Iterator[list[int]]:
     """Endless batches of row indices, rows of similar length together.
 
     Each epoch is a fresh shuffle that depends on `seed` and the epoch only; within pools of 50

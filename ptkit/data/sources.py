@@ -38,7 +38,9 @@ def load_rows(section: DataSection, folder: Path) -> Rows:
     """
     found = _found(section, folder)
     if "train" not in found:
-        raise DataError(f"{_name(section)} has no train split; it has: {', '.join(found) or 'none'}")
+        raise DataError(
+            f"{_name(section)} has no train split; it has: {', '.join(found) or 'none'}"
+        )
     for split, rows in found.items():
         if not len(rows):
             raise DataError(f"{_name(section)}: the {split} split is empty")
@@ -55,7 +57,9 @@ def load_rows(section: DataSection, folder: Path) -> Rows:
     test = found.get("test", validation)
     limits = section.limits
     return Rows(
-        _first(train, limits.train), _first(validation, limits.validation), _first(test, limits.test)
+        _first(train, limits.train),
+        _first(validation, limits.validation),
+        _first(test, limits.test),
     )
 
 

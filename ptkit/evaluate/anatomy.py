@@ -67,9 +67,7 @@ def dissect(path: Path, base: Base, *, words: int = 3) -> Anatomy:
 
 
 @torch.no_grad()
-def nearest_words(
-    adapter: SoftPrompt, base: Base, count: int
-) -> list[list[tuple[str, float]]]:
+def nearest_words(adapter: SoftPrompt, base: Base, count: int) -> list[list[tuple[str, float]]]:
     """The `count` vocabulary tokens most similar (cosine) to each virtual token's embedding."""
     normalised = torch.nn.functional.normalize
     vocabulary = normalised(base.model.get_input_embeddings().weight.float(), dim=-1)

@@ -110,4 +110,3 @@ def off_probe(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
     """Logits `[tokens, vocabulary]` on the first window, to be compared bit for bit."""
     with torch.no_grad():
         return model(input_ids=windows[:1].to(model.device), use_cache=False).logits[0]
-

@@ -99,9 +99,7 @@ def evaluate_saved(experiment: Experiment, path: Path | None) -> Evaluation:
     scored: dict[str, Interval] = {}
     for name in recipe.task.metrics:
         measure = metric(name)
-        statistics = measure.statistics(
-            [r.prediction for r in rows], [r.references for r in rows]
-        )
+        statistics = measure.statistics([r.prediction for r in rows], [r.references for r in rows])
         scored[name] = bootstrap_interval(
             measure, [statistics], resamples=recipe.evaluate.bootstrap, seed=0
         )

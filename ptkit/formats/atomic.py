@@ -67,7 +67,9 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 _sync(file)
         os.chmod(scratch, 0o755)
         if path.exists():
-            retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+            retired = Path(
+                tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old")
+            )
             os.replace(path, retired / path.name)
             os.replace(scratch, path)
             shutil.rmtree(retired)

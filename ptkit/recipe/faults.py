@@ -50,9 +50,7 @@ def recipe_faults(source: YamlSource) -> tuple[Recipe | None, list[str]]:
     return (None, unique) if unique else (recipe, [])
 
 
-def _method(
-    source: YamlSource, index: int, entry: Any, faults: list[str]
-) -> MethodSection | None:
+def _method(source: YamlSource, index: int, entry: Any, faults: list[str]) -> MethodSection | None:
     path: KeyPath = ("methods", index)
     known = method_sections()
     if not isinstance(entry, dict):
@@ -85,7 +83,9 @@ def _fault(source: YamlSource, error: Any, below: KeyPath) -> str:
         return f"{where}: `{dotted}` unknown; {did_you_mean(str(path[-1]), known)}"
     if kind == "missing":
         description = _description(source.data, path)
-        return f"{where}: `{dotted}` is missing" + (f"; expected: {description}" if description else "")
+        return f"{where}: `{dotted}` is missing" + (
+            f"; expected: {description}" if description else ""
+        )
     if kind == "union_tag_not_found":
         return f"{where}: `{dotted}.kind` is missing; expected `generation` or `classification`"
     if kind == "union_tag_invalid":
@@ -97,7 +97,7 @@ def _fault(source: YamlSource, error: Any, below: KeyPath) -> str:
         found = _shown(error["input"])
         hint = ""
         if kind == "literal_error" and isinstance(error["input"], str):
-            options = [w for w in expected.split("'")[1::2]]
+            options = list(expected.split("'")[1::2])
             close = nearest(error["input"], options)
             hint = f"; did you mean `{close}`?" if close else ""
         return f"{where}: `{dotted}` expected {expected}, found {found}{hint}"

@@ -125,7 +125,9 @@ class ClassificationTask(Section):
     """Label -> the words that stand for it after the input (keep the leading space)."""
     max_input_tokens: Annotated[int, Field(gt=0)] = 256
     """Inputs are cut on the left to this many tokens."""
-    metrics: list[Literal["accuracy", "macro_f1"]] = Field(default=["accuracy", "macro_f1"], min_length=1)
+    metrics: list[Literal["accuracy", "macro_f1"]] = Field(
+        default=["accuracy", "macro_f1"], min_length=1
+    )
     """Metrics on predicted labels; the first is *the score* in tables."""
 
     @field_validator("verbalizer")
@@ -268,7 +270,9 @@ class Recipe(Section):
         for entry in self.methods:
             if entry.title == title:
                 return entry
-        raise KeyError(f"no method `{title}`; {did_you_mean(title, [m.title for m in self.methods])}")
+        raise KeyError(
+            f"no method `{title}`; {did_you_mean(title, [m.title for m in self.methods])}"
+        )
 
 
 def method_section(settings: dict[str, Any]) -> MethodSection:

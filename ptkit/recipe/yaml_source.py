@@ -68,9 +68,7 @@ class YamlSource:
             if last:
                 place[key] = _parse(text, f"--set {assignment}")
                 # What was written below an overridden key is gone.
-                self.origins = {
-                    p: w for p, w in self.origins.items() if p[: len(path)] != path
-                }
+                self.origins = {p: w for p, w in self.origins.items() if p[: len(path)] != path}
                 self.origins[path] = f"--set {assignment}"
             else:
                 place = place[key]

@@ -60,7 +60,9 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     if recipe.retention is not None and text is not None:
         windows = text_windows(base, text, recipe.retention.max_tokens)
         untouched = language_modelling(base.model, windows, None)
-    some_tokens = torch.tensor([encode_examples(data.test[:1], base.tokenizer, recipe.task)[0].input_ids])
+    some_tokens = torch.tensor(
+        [encode_examples(data.test[:1], base.tokenizer, recipe.task)[0].input_ids]
+    )
     return Experiment(
         recipe,
         base,

@@ -71,7 +71,9 @@ def fit(
         log_with=settings.report_to or None, project_dir=run,
     )  # fmt: skip
     if settings.report_to:
-        accelerator.init_trackers("ptkit", {"learning_rate": learning_rate, **settings.model_dump()})
+        accelerator.init_trackers(
+            "ptkit", {"learning_rate": learning_rate, **settings.model_dump()}
+        )
     loop = _Loop(adapter, train, validation, settings, learning_rate, seed, run, accelerator)
     try:
         return loop.run_to_end(report)
@@ -238,4 +240,3 @@ class _Loop:
 
     def _parameters_now(self) -> dict[str, Tensor]:
         return {n: p.detach().clone() for n, p in self.adapter.trainable().items()}
-

@@ -79,7 +79,9 @@ def run_cell(
         record = CellRecord.read(done)
         observer.cell_finished(record, reused=True)
         return record
-    observer.cell_started(cell_name(method, seed), experiment.recipe.train.steps if method.trains else 0)
+    observer.cell_started(
+        cell_name(method, seed), experiment.recipe.train.steps if method.trains else 0
+    )
     started = datetime.now(UTC)
     set_seed(seed)
     adapter = _adapter(experiment, method, seed, start_from)
@@ -254,9 +256,7 @@ def _save(
         return "model", sum(f.stat().st_size for f in (folder / "model").glob("*.safetensors"))
     files = adapter.files()
     info = adapter_info(experiment, record)
-    write_adapter(
-        folder / "adapter", AdapterFiles(files.config, files.tensors, info), replace=True
-    )
+    write_adapter(folder / "adapter", AdapterFiles(files.config, files.tensors, info), replace=True)
     return "adapter", (folder / "adapter" / WEIGHTS).stat().st_size
 
 

@@ -1,0 +1,77 @@
+"""Writes docs/recipes.md from the recipe schema, the one place where keys are described.
+
+python scripts/make_recipe_reference.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from ptkit.recipe import schema
+
+OUT = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
+HEAD = """# Recipes
+
+A recipe is one YAML file (YAML 1.2: `1e-5` is a number, `off` a word). Unknown keys are refused.
+`ptkit recipes copy NAME` gives you a commented one to start from; `--set KEY=VALUE` overrides any
+key for one run. This page is made from the schema by `scripts/make_recipe_reference.py`.
+"""
+SECTIONS: list[tuple[str, type[BaseModel]]] = [
+    ("Top level", schema.Recipe),
+    ("`model`", schema.ModelSection),
+    ("`task` with `kind: generation`", schema.GenerationTask),
+    ("`task` with `kind: classification`", schema.ClassificationTask),
+    ("`task.data`", schema.DataSection),
+    ("`task.data.splits`", schema.Splits),
+    ("`task.data.limits`", schema.Limits),
+    ("`train`", schema.TrainSection),
+    ("`evaluate`", schema.EvaluateSection),
+    ("`retention`", schema.RetentionSection),
+]
+
+
+def default(field: Any) -> str:
+    """A field's default as written in YAML, empty when it must be given or is a section."""
+    value = field.get_default(call_default_factory=True)
+    if value is PydanticUndefined:
+        return "required"
+    if isinstance(value, BaseModel):
+        return ""
+    if value is None:
+        return "`null`"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, list):
+        return f"`[{', '.join(map(str, value))}]`"
+    return f"`{value!r}`".replace("'", "")
+
+
+def table(section: type[BaseModel]) -> str:
+    """The keys of a section."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in section.model_fields.items():
+        meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+        rows.append(f"| `{name}` | {default(field)} | {meaning} |")
+    return "\n".join(rows)
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    methods = [
+        (f"`methods` with `kind: {kind}`", section)
+        for kind, section in schema.method_sections().items()
+    ]
+    for title, section in [*SECTIONS[:7], *methods, *SECTIONS[7:]]:
+        summary = (section.__doc__ or "").strip().splitlines()[0]
+        parts.append(f"## {title}\n\n{summary}\n\n{table(section)}\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    OUT.write_text(reference(), encoding="utf-8")
+    print(OUT)

@@ -1,0 +1,64 @@
+"""What the documentation says, the program does."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+def documented_commands() -> list[list[str]]:
+    """Every `$ ptkit ...` line of the README and the recipes' headers, split into words."""
+    texts = [(ROOT / "README.md").read_text()]
+    texts += [p.read_text() for p in (ROOT / "recipes").glob("*.yaml")]
+    lines = [
+        m for t in texts for m in re.findall(r"(?:\$|run:|it:|own:|key:|fewer:) +(ptkit .*)", t)
+    ]
+    return [shlex.split(line.split(" #")[0])[1:] for line in lines]
+
+
+def test_readme_commands_and_options_exist() -> None:
+    commands = documented_commands()
+    assert len(commands) > 15
+    help_of: dict[tuple[str, ...], str] = {}
+    for words in commands:
+        if words[0].startswith("-"):
+            continue
+        name = tuple(words[:2]) if words[0] == "recipes" else (words[0],)
+        if name not in help_of:
+            help_of[name] = subprocess.run(
+                [sys.executable, "-m", "ptkit", *name, "--help"],
+                check=True, capture_output=True, text=True,
+            ).stdout  # fmt: skip
+        for option in (w for w in words if w.startswith("--")):
+            assert option in help_of[name], f"{name} has no {option}"
+
+
+def test_recipe_reference_is_up_to_date() -> None:
+    from make_recipe_reference import reference
+
+    assert (ROOT / "docs" / "recipes.md").read_text() == reference(), (
+        "run scripts/make_recipe_reference.py"
+    )
+
+
+def test_readme_python_examples_name_what_exists() -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(code) == 2
+    for block in code:
+        imports = [line for line in block.splitlines() if line.startswith(("from", "import"))]
+        exec("\n".join(imports), {})
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/how-it-works.md", "CHANGELOG.md"])
+def test_links_to_files_of_the_project_resolve(name: str) -> None:
+    page = ROOT / name
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), f"{name} links to {target}"

@@ -1,0 +1,121 @@
+"""Metrics equal what the field's libraries say; intervals behave as intervals should."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import sacrebleu
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from sklearn.metrics import accuracy_score, f1_score
+
+from ptkit.errors import UserError
+from ptkit.evaluate.metrics import METRICS, metric
+from ptkit.evaluate.statistics import bootstrap_interval, seeds_interval
+
+WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", ".", "red"]
+TEXT = st.lists(st.sampled_from(WORDS), max_size=8).map(" ".join)
+CORPUS = st.lists(
+    st.tuples(TEXT, st.lists(TEXT.filter(bool), min_size=1, max_size=3)), min_size=1, max_size=6
+)
+LABELS = st.lists(st.tuples(*[st.sampled_from("abcd")] * 2), min_size=1, max_size=30)
+
+
+def streams(references: list[list[str]]) -> list[list[str | None]]:
+    most = max(map(len, references))
+    return [[r[i] if i < len(r) else None for r in references] for i in range(most)]
+
+
+@given(CORPUS)
+@settings(max_examples=60, deadline=None)
+def test_text_metrics_equal_their_libraries(corpus) -> None:
+    predictions = [p for p, _ in corpus]
+    references = [r for _, r in corpus]
+    assert metric("bleu")(predictions, references) == pytest.approx(
+        sacrebleu.corpus_bleu(predictions, streams(references)).score
+    )
+    assert metric("chrf")(predictions, references) == pytest.approx(
+        sacrebleu.corpus_chrf(predictions, streams(references)).score
+    )
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    for name in ("rouge1", "rouge2", "rougeL"):
+        expected = [
+            max(scorer.score(r, p)[name].fmeasure for r in rs)
+            for p, rs in zip(predictions, references, strict=True)
+        ]
+        assert metric(name)(predictions, references) == pytest.approx(100 * np.mean(expected))
+
+
+@given(LABELS)
+@settings(max_examples=40, deadline=None)
+def test_label_metrics_equal_scikit_learn(pairs) -> None:
+    gold, predicted = zip(*pairs, strict=True)
+    references = [[g] for g in gold]
+    assert metric("accuracy")(predicted, references) == 100 * accuracy_score(gold, predicted)
+    assert metric("macro_f1")(predicted, references) == pytest.approx(
+        100 * f1_score(gold, predicted, average="macro", zero_division=0)
+    )
+
+
+def test_exact_match_accepts_any_reference() -> None:
+    assert metric("exact_match")(["a b ", "c"], [["x", "a b"], ["d"]]) == 50.0
+
+
+def test_unknown_metric_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean `bleu`"):
+        metric("blue")
+    assert len(METRICS) >= 8
+
+
+def test_bootstrap_of_bleu_agrees_with_sacrebleus_own() -> None:
+    pick = random.Random(0)
+    words = ["one", "two", "three", "four", "five", "six"]
+    references = [[" ".join(pick.choices(words, k=8))] for _ in range(80)]
+    predictions = [
+        " ".join(w if pick.random() < 0.8 else pick.choice(words) for w in r[0].split())
+        for r in references
+    ]
+    rows = metric("bleu").statistics(predictions, references)
+    ours = bootstrap_interval(metric("bleu"), [rows], resamples=1000, seed=0)
+    theirs = sacrebleu.metrics.BLEU().corpus_score(predictions, streams(references), 1000)
+    assert ours.mean == pytest.approx(theirs.score)
+    assert (ours.high - ours.low) / 2 == pytest.approx(theirs._ci, rel=0.15)
+
+
+def test_interval_is_a_point_when_every_row_is_the_same() -> None:
+    rows = np.ones((20, 1))
+    interval = bootstrap_interval(metric("exact_match"), [rows, rows], resamples=100, seed=0)
+    assert (interval.low, interval.mean, interval.high) == (100.0, 100.0, 100.0)
+    assert (interval.n_seeds, interval.n_examples, interval.std) == (2, 20, 0.0)
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(1)
+    covered = 0
+    for trial in range(200):
+        rows = (generator.random((100, 1)) < 0.7).astype(float)
+        interval = bootstrap_interval(metric("exact_match"), [rows], resamples=200, seed=trial)
+        covered += interval.low <= 70.0 <= interval.high
+    assert 180 <= covered <= 199
+
+
+def test_interval_widens_with_disagreement_between_seeds() -> None:
+    generator = np.random.default_rng(2)
+    same = [(generator.random((200, 1)) < 0.5).astype(float)] * 3
+    apart = [(generator.random((200, 1)) < p).astype(float) for p in (0.2, 0.5, 0.8)]
+
+    def width(per_seed: list) -> float:
+        interval = bootstrap_interval(metric("exact_match"), per_seed, resamples=300, seed=0)
+        return interval.high - interval.low
+
+    assert width(apart) > 2 * width(same)
+
+
+def test_one_seed_gives_no_interval_over_seeds() -> None:
+    assert seeds_interval([1.5]).low is None
+    interval = seeds_interval([1.0, 2.0, 3.0])
+    # Student's t with two degrees of freedom: 4.303 * 1 / sqrt(3).
+    assert interval.high - interval.mean == pytest.approx(2.484, abs=1e-3)
