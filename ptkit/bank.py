@@ -64,10 +64,6 @@ class AdapterBank:
         self._require(name)
         del self._prefixes[name]
 
-    def list(self) -> list[str]:
-        """Names of the resident adapters, in the order they were loaded."""
-        return [*self._prefixes]
-
     def prefix(self, name: str) -> KVPrefix:
         """The compiled adapter `name`. Raises AdapterError when there is none."""
         self._require(name)
@@ -100,3 +96,7 @@ class AdapterBank:
             raise AdapterError(
                 f"no adapter `{name}` is loaded; {did_you_mean(name, self._prefixes)}"
             )
+
+    def list(self) -> list[str]:
+        """Names of the resident adapters, in the order they were loaded."""
+        return [*self._prefixes]

@@ -170,13 +170,16 @@ class PrefixBatch:
             missing = longest - tensor.shape[1]
             return torch.nn.functional.pad(tensor, (0, 0, missing, 0)) if missing else tensor
 
+        def stacked(parts: list[Tensor | None], heads: int, dim: int) -> Tensor:
+            return torch.stack([row(part, heads, dim) for part in parts])
+
         keys = tuple(
-            torch.stack([row(p and p.keys[i], s.kv_heads, s.key_dim) for p in prefixes])
-            for i, s in enumerate(layout)
+            stacked([p.keys[i] if p else None for p in prefixes], shape.kv_heads, shape.key_dim)
+            for i, shape in enumerate(layout)
         )
         values = tuple(
-            torch.stack([row(p and p.values[i], s.kv_heads, s.value_dim) for p in prefixes])
-            for i, s in enumerate(layout)
+            stacked([p.values[i] if p else None for p in prefixes], shape.kv_heads, shape.value_dim)
+            for i, shape in enumerate(layout)
         )
         lengths = torch.tensor([p.virtual_tokens if p else 0 for p in prefixes], device=device)
         visible = torch.arange(longest, device=device) >= (longest - lengths)[:, None]

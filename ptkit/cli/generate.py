@@ -64,7 +64,7 @@ def generate(
     texts = [text if raw else fill_template(text, place) for text, _, place in rows]
     torch.manual_seed(seed)
     options = {"temperature": temperature, "top_p": top_p} if sample else {}
-    answers = bank.generate(
+    answers: list[str] = bank.generate(
         texts,
         [name for _, name, _ in rows],
         max_new_tokens=max_new_tokens,

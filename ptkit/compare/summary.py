@@ -69,7 +69,7 @@ def summarise(folder: Path, records: Sequence[CellRecord], recipe: Recipe) -> li
 def _summary(folder: Path, own: list[CellRecord], recipe: Recipe, *, trains: bool) -> MethodSummary:
     first = own[0]
     predictions = [read_predictions(folder, record) for record in own]
-    metrics = {}
+    metrics: dict[str, Interval] = {}
     for name in recipe.task.metrics:
         measure = metric(name)
         per_seed = [

@@ -34,12 +34,11 @@ def encode_examples(
     matters most); targets longer than `max_target_tokens` lose their right end. Generated
     targets end with the end-of-text token, so that the model learns to stop.
     """
-    generated = isinstance(task, GenerationTask)
     inputs = tokenizer([e.input for e in examples])["input_ids"]
     targets = tokenizer([e.target for e in examples], add_special_tokens=False)["input_ids"]
     encoded = []
     for input_ids, target_ids in zip(inputs, targets, strict=True):
-        if generated:
+        if isinstance(task, GenerationTask):
             target_ids = [*target_ids, tokenizer.eos_token_id][: task.max_target_tokens]
         encoded.append(EncodedExample(input_ids[-task.max_input_tokens :], target_ids))
     return encoded

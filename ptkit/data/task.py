@@ -69,8 +69,9 @@ def _generation(task: GenerationTask, rows: Dataset, split: str) -> list[Example
     examples = []
     for number, row in enumerate(rows, start=1):
         text = target.render(row)
-        references = (text.strip(),)
-        if task.references is not None:
+        if task.references is None:
+            references: tuple[str, ...] = (text.strip(),)
+        else:
             references = _references(row[task.references], task.references, split, number)
         examples.append(Example(input_.render(row), text, references))
     return examples

@@ -70,11 +70,11 @@ def dissect(path: Path, base: Base, *, words: int = 3) -> Anatomy:
 def nearest_words(adapter: SoftPrompt, base: Base, count: int) -> list[list[tuple[str, float]]]:
     """The `count` vocabulary tokens most similar (cosine) to each virtual token's embedding."""
     normalised = torch.nn.functional.normalize
-    vocabulary = normalised(base.model.get_input_embeddings().weight.float(), dim=-1)
+    vocabulary = normalised(base.embedding.weight.float(), dim=-1)
     soft = normalised(adapter.embeddings().float(), dim=-1)
     similarity, ids = (soft @ vocabulary.T).topk(count, dim=-1)
     return [
-        [(base.tokenizer.decode([i]), s) for i, s in zip(row_ids, row, strict=True)]
+        [(str(base.tokenizer.decode([i])), s) for i, s in zip(row_ids, row, strict=True)]
         for row_ids, row in zip(ids.tolist(), similarity.tolist(), strict=True)
     ]
 

@@ -34,7 +34,7 @@ class LoraSection(MethodSection):
     """`lora`."""
     rank: int = Field(default=8, ge=1)
     """Rank of each weight's change."""
-    alpha: float = Field(default=16, gt=0)
+    alpha: int = Field(default=16, ge=1)
     """Scale of the change is alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before the low-rank matrices."""

@@ -45,7 +45,7 @@ class PromptTuning(SoftPrompt):
             num_virtual_tokens=section.num_virtual_tokens,
             **prompt_learning_shape(base),
         )
-        self.encoder = PromptEmbedding(self.config, base.model.get_input_embeddings())
+        self.encoder = PromptEmbedding(self.config, base.embedding)
         self.encoder.to(base.model.device)
 
     @classmethod
@@ -57,7 +57,7 @@ class PromptTuning(SoftPrompt):
         with torch.no_grad():
             weight = adapter.encoder.embedding.weight
             if tokens is None:
-                weight.normal_(std=base.model.get_input_embeddings().weight.float().std().item())
+                weight.normal_(std=float(base.embedding.weight.float().std()))
             else:
                 weight.copy_(start_embeddings(base, tokens))
         return adapter

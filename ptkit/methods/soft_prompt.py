@@ -23,7 +23,7 @@ def prompt_learning_shape(base: Base) -> dict[str, Any]:
     return {
         "num_layers": len(base.layout),
         "num_attention_heads": config.num_attention_heads,
-        "token_dim": base.model.get_input_embeddings().weight.shape[1],
+        "token_dim": base.embedding.embedding_dim,
         "num_transformer_submodules": 1,
     }
 
@@ -48,7 +48,7 @@ class SoftPrompt(Adapter):
     def read_embeddings(files: AdapterFiles, base: Base) -> Tensor:
         """`prompt_embeddings` of `files`, checked against the base's hidden size."""
         soft = files.tensors.get("prompt_embeddings")
-        hidden = base.model.get_input_embeddings().weight.shape[1]
+        hidden = base.embedding.embedding_dim
         if soft is None or soft.ndim != 2 or soft.shape[1] != hidden:
             found = "no such tensor" if soft is None else f"shape {list(soft.shape)}"
             raise AdapterError(

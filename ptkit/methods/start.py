@@ -62,5 +62,5 @@ def start_tokens(
 def start_embeddings(base: Base, tokens: Tensor) -> Tensor:
     """What the base's input embedding gives for `tokens`, `[num_virtual_tokens, hidden]`."""
     with torch.no_grad():
-        embedded = base.model.get_input_embeddings()(tokens.to(base.model.device))
+        embedded = base.embedding(tokens.to(base.model.device))
     return embedded.float().clone()

@@ -139,9 +139,10 @@ def _written_path(data: Any, location: KeyPath) -> KeyPath:
 def _section_at(data: Any, path: KeyPath) -> type[BaseModel] | None:
     """The section class that describes the mapping at `path`."""
     section: type[BaseModel] | None = Recipe
-    place = data
+    place: Any = data
     for i, part in enumerate(path):
-        place = place[part] if isinstance(place, list) or part in place else {}
+        inside = isinstance(place, list) or (isinstance(place, dict) and part in place)
+        place = place[part] if inside else {}
         kind = place.get("kind") if isinstance(place, dict) else None
         if path[:1] == ("task",) and i == 0:
             section = TASKS.get(str(kind))

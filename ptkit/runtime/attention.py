@@ -94,7 +94,9 @@ def _prefix_eager(
 
 def _prefix_sdpa_mask(*args: Any, **kw: Any) -> Tensor:
     # sdpa's `is_causal` shortcut (a mask of None) cannot say "and all of the prefix".
-    return sdpa_mask(*args, **{**kw, "allow_is_causal_skip": False})
+    mask = sdpa_mask(*args, **{**kw, "allow_is_causal_skip": False})
+    assert mask is not None
+    return mask
 
 
 AttentionInterface.register("ptkit_sdpa", _prefix_sdpa)

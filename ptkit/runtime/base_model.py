@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -57,6 +59,13 @@ class Base:
     def pad_token_id(self) -> int:
         """The id used for padding (never attended to)."""
         return int(self.tokenizer.pad_token_id)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The table of input embeddings, `[vocabulary, hidden]`."""
+        table = self.model.get_input_embeddings()
+        assert isinstance(table, nn.Embedding)
+        return table
 
     @property
     def parameters(self) -> int:
@@ -123,7 +132,7 @@ def load_base(section: ModelSection) -> Base:
             raise ModelError(f"{section.id} is an encoder-decoder; ptkit needs a causal LM here")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         with _no_loading_bar():
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=getattr(torch, section.dtype),
                 attn_implementation=section.attention,

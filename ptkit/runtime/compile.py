@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +32,9 @@ def _reading(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _cache_as_prefix(cache: DynamicCache) -> KVPrefix:
+    layers: Any = cache.layers
     return KVPrefix(
-        tuple(layer.keys[0] for layer in cache.layers),
-        tuple(layer.values[0] for layer in cache.layers),
+        tuple(layer.keys[0] for layer in layers), tuple(layer.values[0] for layer in layers)
     )
 
 

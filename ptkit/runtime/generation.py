@@ -58,10 +58,11 @@ def generate(
             cache.batch_repeat_interleave(returned)
         extra["past_key_values"] = cache
         skipped += batch.longest
+    generator: Any = model  # transformers' stubs do not know `generate` on every model class
     was_training = model.training
     model.eval()
     try:
-        output = model.generate(
+        output = generator.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             pad_token_id=pad_token_id,
