@@ -18,6 +18,7 @@ from ptkit.compare.grid import cells, run_grid
 from ptkit.compare.outputs import write_outputs
 from ptkit.compare.table import markdown_table, summary_table
 from ptkit.errors import AdapterError, ModelError, UserError
+from ptkit.evaluate.answers import answers
 from ptkit.evaluate.retention import language_modelling, measure_retention, text_windows
 from ptkit.evaluate.saved import evaluate_saved
 from ptkit.formats.adapter_files import read_adapter
@@ -242,6 +243,20 @@ def test_export_verifies_and_halves_the_size_in_bfloat16(comparison, tmp_path: P
     with pytest.raises(AdapterError, match="whole model"):
         export_run(out / "cells" / "full-seed0", tmp_path / "f", base=random_base("llama"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "half"]
+
+
+def test_answers_of_lora_prefix_and_base_come_in_order_and_leave_the_base(comparison) -> None:
+    _, out, _, _ = comparison
+    base = random_base("llama")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = base.model(input_ids=ids).logits
+    places = [None, *(out / "cells" / f"{m}-seed0" / "adapter" for m in TRAINED)]
+    rows = [(text, place) for text in ("w1 w2 w3", "w9") for place in places]
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    together = answers(base, rows, **options)
+    assert together == [answers(base, [row], **options)[0] for row in rows]
+    assert all(len(answer.split()) == 5 for answer in together)
+    assert torch.equal(base.model(input_ids=ids).logits, before)
 
 
 def test_cell_of_another_seed_or_method_is_refused(comparison, tmp_path: Path) -> None:

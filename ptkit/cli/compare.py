@@ -45,5 +45,8 @@ def compare(
         for record in records:
             typer.echo(record.as_line())
         return
-    Console().print(summary_table(summaries))
+    console = Console()
+    # Piped output has no width of its own; below 100 columns figures would be cut.
+    console.width = max(console.width, 100)
+    console.print(summary_table(summaries))
     typer.echo(f"{folder / 'report.html'}")

@@ -44,45 +44,46 @@ def generate(
 
     An adapter knows the template it was trained with: give `name[Aurora], ...`, not the template.
     """
-    import torch
-
-    from ptkit.bank import AdapterBank
     from ptkit.evaluate.saved import fill_template, find_adapter
     from ptkit.recipe.schema import ModelSection
-    from ptkit.runtime.base_model import load_base
 
     inputs = _inputs(prompt, input_file)
-    places = [find_adapter(path) for path in adapter or []]
-    bank = AdapterBank(load_base(ModelSection(id=model)))
-    names: list[str | None] = [bank.load(p, _unique_name(p, bank.list())) for p in places]
-    if with_base or not names:
-        names.insert(0, None)
-        places.insert(0, places[0] if places else None)  # type: ignore[arg-type]
+    places: list[Path | None] = [find_adapter(path) for path in adapter or []]
+    # The base gets the first adapter's template: the same text, so that answers compare.
+    template = places[0] if places else None
+    if with_base or not places:
+        places.insert(0, None)
+
+    import torch
+
+    from ptkit.evaluate.answers import answers
+    from ptkit.runtime.base_model import load_base
+
+    asked = [(text, place) for text in inputs for place in places]
     rows = [
-        (text, name, place) for text in inputs for name, place in zip(names, places, strict=True)
+        (text if raw else fill_template(text, place or template), place) for text, place in asked
     ]
-    texts = [text if raw else fill_template(text, place) for text, _, place in rows]
     torch.manual_seed(seed)
     options = {"temperature": temperature, "top_p": top_p} if sample else {}
-    answers: list[str] = bank.generate(
-        texts,
-        [name for _, name, _ in rows],
+    found = answers(
+        load_base(ModelSection(id=model)),
+        rows,
         max_new_tokens=max_new_tokens,
         num_beams=beams,
         do_sample=sample,
         **options,
     )
-    for (text, name, _), answer in zip(rows, answers, strict=True):
-        shown = name or "base"
+    for (text, place), answer in zip(asked, found, strict=True):
+        name = None if place is None else _name(place)
         if json_output:
             line = {"input": text, "adapter": name, "output": answer.strip()}
             typer.echo(json.dumps(line, ensure_ascii=False))
-        elif len(names) == 1:
+        elif len(places) == 1:
             typer.echo(answer.strip())
         else:
-            if name == names[0]:
+            if place == places[0]:
                 typer.secho(text, bold=True)
-            typer.secho(f"  {shown}: ", fg=typer.colors.CYAN, nl=False)
+            typer.secho(f"  {name or 'base'}: ", fg=typer.colors.CYAN, nl=False)
             typer.echo(answer.strip())
 
 
@@ -107,8 +108,7 @@ def _inputs(prompts: list[str] | None, file: Path | None) -> list[str]:
     return found
 
 
-def _unique_name(path: Path, taken: list[str]) -> str:
+def _name(path: Path) -> str:
     """A readable name for the adapter in `path`: its folder's, or its run's."""
     path = path.resolve()
-    name = path.parent.name if path.name == "adapter" else path.name
-    return name if name not in taken else str(path)
+    return path.parent.name if path.name == "adapter" else path.name

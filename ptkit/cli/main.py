@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import warnings
 from types import FrameType
 from typing import Annotated
 
@@ -71,6 +72,9 @@ def run() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not debug:
+        # Libraries announcing each other's deprecations are of no use to who runs a command.
+        warnings.filterwarnings("ignore", category=FutureWarning)
     signal.signal(signal.SIGINT, _interrupt)
     try:
         app()

@@ -21,10 +21,24 @@ def size(count: float | None) -> str:
 
 def parameters(count: int, share: float) -> str:
     """Trained values and their share of the base."""
+    return f"{count:,} ({percent(share)})" if count else NONE
+
+
+def short_parameters(count: int, share: float) -> str:
+    """`parameters` where there is little room: `15.4k 0.23%`."""
     if not count:
         return NONE
-    percent = f"{share:.2%}" if share >= 0.0005 else f"{share:.4%}"
-    return f"{count:,} ({percent})"
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit} {percent(share)}"
+    return f"{count} {percent(share)}"
+
+
+def percent(share: float) -> str:
+    """A share with two digits that say something."""
+    if share >= 0.1:
+        return f"{share:.0%}"
+    return f"{share:.2%}" if share >= 0.0005 else f"{share:.4%}"
 
 
 def seconds(value: float, trains: bool) -> str:

@@ -37,6 +37,7 @@ def render_report(recipe: Recipe, summaries: Sequence[MethodSummary], recipe_tex
         summaries=summaries,
         colours={s.title: i for i, s in enumerate(summaries)},
         best=best,
+        columns=list(_cells(best)),
         rows=[_row(s, s is best) for s in summaries],
         charts=_charts(summaries),
         samples=_samples(summaries),
@@ -49,32 +50,36 @@ def render_report(recipe: Recipe, summaries: Sequence[MethodSummary], recipe_tex
 
 
 def _row(summary: MethodSummary, best: bool) -> dict[str, Any]:
-    """One row of the summary table: what is shown and, per column, what it sorts by."""
-    forgetting, retention = summary.forgetting, summary.retention
-    others = [
-        (figures.score(interval), interval.mean)
-        for name, interval in summary.metrics.items()
-        if name != summary.score
-    ]
+    """One row of the summary table."""
     return {
         "title": summary.title,
         "best": best,
         "score": summary.leading,
-        "cells": [
-            *others,
-            (str(len(summary.records)), len(summary.records)),
-            (
-                figures.parameters(summary.trainable_parameters, summary.share),
-                summary.trainable_parameters,
-            ),
-            (figures.size(summary.bytes_on_disk), summary.bytes_on_disk),
-            (figures.seconds(summary.seconds, summary.trains), summary.seconds),
-            (figures.size(summary.peak_memory_bytes), summary.peak_memory_bytes or 0),
-            (figures.forgetting(forgetting), forgetting.mean if forgetting else 0),
-            (figures.retention(retention), retention.mean if retention else 0),
-            (figures.off(summary.off_exact), figures.off(summary.off_exact)),
-        ],
+        "cells": list(_cells(summary).values()),
     }
+
+
+def _cells(summary: MethodSummary) -> dict[str, tuple[str, float | str]]:
+    """Column -> what is shown and what it sorts by, for all columns after the score."""
+    forgetting, retention = summary.forgetting, summary.retention
+    off = figures.off(summary.off_exact)
+    cells: dict[str, tuple[str, float | str]] = {
+        "forgetting": (figures.forgetting(forgetting), forgetting.mean if forgetting else 0),
+        "retention": (figures.retention(retention), retention.mean if retention else 0),
+        "adapter off": (off, off),
+        "trained": (
+            figures.parameters(summary.trainable_parameters, summary.share),
+            summary.trainable_parameters,
+        ),
+        "on disk": (figures.size(summary.bytes_on_disk), summary.bytes_on_disk),
+        "time": (figures.seconds(summary.seconds, summary.trains), summary.seconds),
+        "peak memory": (figures.size(summary.peak_memory_bytes), summary.peak_memory_bytes or 0),
+    }
+    for name, interval in summary.metrics.items():
+        if name != summary.score:
+            cells[f"{name} [95 %]"] = (figures.score(interval), interval.mean)
+    cells["seeds"] = (str(len(summary.records)), len(summary.records))
+    return cells
 
 
 def _charts(summaries: Sequence[MethodSummary]) -> list[tuple[str, str, Markup]]:

@@ -3,46 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.table import Table
 
 from ptkit.compare import figures
 from ptkit.compare.summary import MethodSummary
+from ptkit.evaluate.statistics import Interval
+
+Row = dict[str, str]
 
 
-def _columns(summaries: Sequence[MethodSummary]) -> list[str]:
-    first = summaries[0]
-    return [
-        "method",
-        f"{first.score} [95 %]",
-        "seeds",
-        "trained",
-        "on disk",
-        "time",
-        "peak mem.",
-        "forgetting",
-        "retention",
-        "off",
-    ]
+def _row(summary: MethodSummary) -> Row:
+    """Column -> figure."""
+    return {
+        "method": summary.title,
+        f"{summary.score} [95 %]": figures.score(summary.leading),
+        "seeds": str(len(summary.records)),
+        "trained": figures.parameters(summary.trainable_parameters, summary.share),
+        "on disk": figures.size(summary.bytes_on_disk),
+        "time": figures.seconds(summary.seconds, summary.trains),
+        "peak mem.": figures.size(summary.peak_memory_bytes),
+        "forgetting": figures.forgetting(summary.forgetting),
+        "retention": figures.retention(summary.retention),
+        "off": figures.off(summary.off_exact),
+    }
 
 
-def _cells(summary: MethodSummary) -> list[str]:
-    return [
-        summary.title,
-        figures.score(summary.leading),
-        str(len(summary.records)),
-        figures.parameters(summary.trainable_parameters, summary.share),
-        figures.size(summary.bytes_on_disk),
-        figures.seconds(summary.seconds, summary.trains),
-        figures.size(summary.peak_memory_bytes),
-        figures.forgetting(summary.forgetting),
-        figures.retention(summary.retention),
-        figures.off(summary.off_exact),
-    ]
+def _short_row(summary: MethodSummary) -> Row:
+    """`_row` for the width of a terminal; intervals over seeds are in the report."""
+
+    def mean(interval: Interval | None) -> Interval | None:
+        return interval and replace(interval, low=None, high=None)
+
+    row = _row(summary)
+    del row["seeds"]
+    row["trained"] = figures.short_parameters(summary.trainable_parameters, summary.share)
+    row["time"] = f"{summary.seconds:.0f} s" if summary.trains else figures.NONE
+    row["forgetting"] = figures.forgetting(mean(summary.forgetting))
+    row["retention"] = figures.retention(mean(summary.retention))
+    renamed = {"peak mem.": "memory", "forgetting": "forget", "retention": "retain"}
+    return {renamed.get(name, name): value for name, value in row.items()}
 
 
-def caption(summaries: Sequence[MethodSummary]) -> str:
-    """What the figures are, and their n."""
+def caption(summaries: Sequence[MethodSummary], *, spread: bool) -> str:
+    """What the figures are, and their n. spread: forgetting is shown with its interval."""
     record = summaries[0].records[0]
     text = (
         f"n = {record.n_test} test rows; interval: 95 % bootstrap over seeds and rows; "
@@ -51,7 +56,7 @@ def caption(summaries: Sequence[MethodSummary]) -> str:
     if record.retention is not None:
         text += (
             f"; forgetting: nats per token on {int(record.retention['tokens']):,} tokens of "
-            "general text with the adapter on, ± over seeds; retention: next-token accuracy "
+            f"general text with the adapter on{', ± over seeds' if spread else ''}; retention: next-token accuracy "
             "there, after / before; off: base logits with the adapter switched off"
         )
     return text + "."
@@ -60,20 +65,29 @@ def caption(summaries: Sequence[MethodSummary]) -> str:
 def summary_table(summaries: Sequence[MethodSummary]) -> Table:
     """The comparison for the terminal; the best score is bold."""
     best = max(summaries, key=lambda s: s.leading.mean)
-    table = Table(caption=caption(summaries), caption_justify="left", pad_edge=False, box=None)
-    for i, name in enumerate(_columns(summaries)):
-        table.add_column(name, justify="left" if i == 0 else "right", header_style="bold")
-    for summary in summaries:
-        table.add_row(*_cells(summary), style="bold" if summary is best else None)
+    seeds = max(len(s.records) for s in summaries)
+    table = Table(
+        caption=f"{seeds} seeds, {caption(summaries, spread=False)}",
+        caption_justify="left",
+        pad_edge=False,
+        box=None,
+    )
+    rows = [_short_row(s) for s in summaries]
+    for i, name in enumerate(rows[0]):
+        table.add_column(
+            name, justify="left" if i == 0 else "right", header_style="bold", no_wrap=True
+        )
+    for summary, row in zip(summaries, rows, strict=True):
+        table.add_row(*row.values(), style="bold" if summary is best else None)
     return table
 
 
 def markdown_table(summaries: Sequence[MethodSummary]) -> str:
     """The comparison for a README or a paper's draft."""
-    names = _columns(summaries)
+    rows = [_row(s) for s in summaries]
     lines = [
-        "| " + " | ".join(names) + " |",
-        "|---" + "|---:" * (len(names) - 1) + "|",
-        *("| " + " | ".join(_cells(s)) + " |" for s in summaries),
+        "| " + " | ".join(rows[0]) + " |",
+        "|---" + "|---:" * (len(rows[0]) - 1) + "|",
+        *("| " + " | ".join(row.values()) + " |" for row in rows),
     ]
-    return "\n".join(lines) + f"\n\n{caption(summaries)}\n"
+    return "\n".join(lines) + f"\n\n{caption(summaries, spread=True)}\n"

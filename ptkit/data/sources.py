@@ -112,7 +112,7 @@ def _from_files(paths: list[Path]) -> Dataset:
         if not path.stat().st_size:
             raise DataError(f"{path} is empty")
         kinds.add(path.suffix)
-    if len(kinds) > 1:
+    if len(kinds) != 1:
         raise DataError(f"the files of one split must have one format, found {', '.join(kinds)}")
     suffix = kinds.pop()
     options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}

@@ -34,6 +34,11 @@ def find_adapter(path: Path) -> Path:
             return candidate
     if not path.exists():
         raise AdapterError(f"no such adapter or run: {path}")
+    if (path / "model" / "config.json").is_file():
+        raise AdapterError(
+            f"{path} is a full fine-tuning run: it has no adapter, its whole model is in "
+            f"{path / 'model'}; give that as the model"
+        )
     raise AdapterError(f"{path} is neither an adapter ({CONFIG} is missing) nor a finished run")
 
 

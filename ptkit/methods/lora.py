@@ -69,7 +69,9 @@ class Lora(Adapter):
     @classmethod
     def from_files(cls, files: AdapterFiles, section: LoraSection, base: Base) -> Lora:
         values = {k: v for k, v in files.config.items() if k in LoraConfig.__dataclass_fields__}
-        adapter = cls(section, base, LoraConfig(**{**values, "inference_mode": False}))
+        # The base was checked by its fingerprint; PEFT would warn about its name.
+        values |= {"inference_mode": False, "base_model_name_or_path": None}
+        adapter = cls(section, base, LoraConfig(**values))
         result: Any = set_peft_model_state_dict(adapter.peft_model, dict(files.tensors))
         if result.unexpected_keys:
             adapter.close()

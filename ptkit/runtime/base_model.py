@@ -106,8 +106,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 @contextmanager
-def _no_loading_bar() -> Iterator[None]:
-    """Hide the bar of reading weights from disk; downloads keep theirs."""
+def no_weights_bar() -> Iterator[None]:
+    """Hide the bars of reading and writing weights; downloads keep theirs."""
     active = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -131,7 +131,7 @@ def load_base(section: ModelSection) -> Base:
         if config.is_encoder_decoder:
             raise ModelError(f"{section.id} is an encoder-decoder; ptkit needs a causal LM here")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        with _no_loading_bar():
+        with no_weights_bar():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=getattr(torch, section.dtype),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ptkit.errors import AdapterError, PtkitError
+from ptkit.errors import PtkitError
 from ptkit.evaluate.saved import find_adapter
 from ptkit.formats.adapter_files import WEIGHTS, read_adapter, write_adapter
 from ptkit.methods import adapter_from_files, require_same_base
@@ -33,11 +33,6 @@ def export_run(
     The result is read back, compared with what was trained and loaded on its base. Raises
     UserError when `out` exists, AdapterError when the run is not finished or for another base.
     """
-    if (run / "model").is_dir() and not (run / "adapter").exists():
-        raise AdapterError(
-            f"{run} is a full fine-tuning run: it has no adapter, its whole model is in "
-            f"{run / 'model'} (load it with transformers)"
-        )
     trained = read_adapter(find_adapter(run))
     if base is None:
         made_for = trained.info.get("base", {})

@@ -31,6 +31,7 @@ from ptkit.formats import atomic
 from ptkit.formats.adapter_files import WEIGHTS, AdapterFiles, read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, create_adapter, require_same_base
 from ptkit.recipe.schema import MethodSection
+from ptkit.runtime.base_model import no_weights_bar
 from ptkit.train.checkpoint import Progress, remove_checkpoints
 from ptkit.train.experiment import Experiment
 from ptkit.train.loop import StepReport, fit
@@ -250,7 +251,7 @@ def _save(
 ) -> tuple[str, int]:
     """Save the trained adapter (or model); returns its folder's name and its weights' bytes."""
     if not adapter.has_off:
-        with atomic.folder(folder / "model", replace=True) as scratch:
+        with atomic.folder(folder / "model", replace=True) as scratch, no_weights_bar():
             adapter.model.save_pretrained(scratch)
             experiment.base.tokenizer.save_pretrained(scratch)
         return "model", sum(f.stat().st_size for f in (folder / "model").glob("*.safetensors"))
