@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import ptkit
 
 PACKAGE = Path(ptkit.__file__).parent
@@ -51,8 +53,8 @@ def test_imports_point_downwards() -> None:
     checked, wrong = 0, []
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
-        if parts == ("__init__",):
-            continue
+        if len(parts) == 1 and parts[0].startswith("__"):
+            continue  # the package's own doors, open to every layer
         for module in runtime_imports(ast.parse(path.read_text())):
             names = module.split(".")
             if names[0] != "ptkit" or len(names) < 2:
@@ -84,3 +86,13 @@ def test_help_answers_in_under_half_a_second() -> None:
 
     # The best of several: other tests share the machine.
     assert min(seconds() for _ in range(5)) < 0.5
+
+
+def test_public_names_are_real_and_importing_the_package_is_free() -> None:
+    assert sorted(ptkit.__all__) == sorted(ptkit._HOMES)
+    for name in ptkit.__all__:
+        assert getattr(ptkit, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute `nothing`"):
+        ptkit.nothing  # noqa: B018
+    code = "import sys, ptkit; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 import subprocess
@@ -49,12 +51,13 @@ def test_recipe_reference_is_up_to_date() -> None:
     )
 
 
-def test_readme_python_examples_name_what_exists() -> None:
+def test_readme_python_examples_run() -> None:
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(code) == 2
-    for block in code:
-        imports = [line for line in block.splitlines() if line.startswith(("from", "import"))]
-        exec("\n".join(imports), {})
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()):
+        exec(code[1], {})
+    imports = [line for line in code[0].splitlines() if line.startswith(("from", "import"))]
+    exec("\n".join(imports), {})
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/how-it-works.md", "CHANGELOG.md"])

@@ -54,9 +54,10 @@ def caption(summaries: Sequence[MethodSummary], *, spread: bool) -> str:
         "peak memory beyond what was in use before"
     )
     if record.retention is not None:
+        over_seeds = ", ± over seeds" if spread else ""
         text += (
             f"; forgetting: nats per token on {int(record.retention['tokens']):,} tokens of "
-            f"general text with the adapter on{', ± over seeds' if spread else ''}; retention: next-token accuracy "
+            f"general text with the adapter on{over_seeds}; retention: next-token accuracy "
             "there, after / before; off: base logits with the adapter switched off"
         )
     return text + "."
