@@ -9,7 +9,7 @@ import torch
 from conftest import random_base
 
 from ptkit.data.encode import EncodedExample, length_grouped_batches
-from ptkit.errors import AdapterError
+from ptkit.errors import AdapterError, PtkitError
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, adapter_from_files, require_same_base
 from ptkit.recipe.schema import TrainSection
@@ -140,6 +140,31 @@ def test_gradient_accumulation_equals_one_large_batch(change, tmp_path: Path) ->
     torch.testing.assert_close(
         run("large", batch_size=4), run("small", **change), atol=1e-6, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("name", ["prefix_mlp", "prompt_tuning", "p_tuning", "full"])
+def test_gradient_checkpointing_trains_to_the_same_weights(name: str, tmp_path: Path) -> None:
+    plain, expected = train(name, tmp_path / "plain")
+    checkpointed, progress = train(name, tmp_path / "checkpointed", gradient_checkpointing=True)
+    assert progress.curve == expected.curve
+    for key, value in plain.trainable().items():
+        torch.testing.assert_close(value, checkpointed.trainable()[key], atol=1e-6, rtol=1e-5)
+
+
+def test_bfloat16_autocast_trains_to_nearly_the_same_loss(tmp_path: Path) -> None:
+    _, plain = train("prefix_tuning", tmp_path / "plain")
+    _, mixed = train("prefix_tuning", tmp_path / "mixed", autocast="bf16")
+    assert mixed.best_loss == pytest.approx(plain.best_loss, rel=0.02)
+    assert mixed.curve != plain.curve, "autocast must have had an effect"
+
+
+def test_loss_that_is_not_finite_stops_the_run_with_the_fix(tmp_path: Path) -> None:
+    adapter = fresh("prompt_tuning", random_base("llama"))
+    with torch.no_grad():
+        adapter.encoder.embedding.weight[0, 0] = float("nan")
+    settings = TrainSection(steps=2, batch_size=4, warmup_steps=0)
+    with pytest.raises(PtkitError, match="the loss became nan: lower the method's `learning_rate`"):
+        fit(adapter, rows(8, 1), rows(4, 2), settings, 1e-2, seed=0, run=tmp_path)
 
 
 def test_early_stopping_keeps_the_best_parameters(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import get_scheduler
 
@@ -66,6 +67,8 @@ def fit(
     """
     if not train or not validation:
         raise DataError("training needs at least one row for training and one for validation")
+    # Accelerate keeps the precision of a process's first run; a later run may use another.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=settings.autocast, cpu=adapter.base.model.device.type == "cpu",
         log_with=settings.report_to or None, project_dir=run,
