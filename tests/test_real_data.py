@@ -17,7 +17,8 @@ def test_prefix_tuning_beats_base_and_demonstrations_on_e2e(real_data, tmp_path)
             f"task.data.files={{train: {real_data}/e2e/train.jsonl, "
             f"validation: {real_data}/e2e/validation.jsonl}}",
             "task.data.limits={train: 3000, validation: 48, test: 48}",
-            "methods=[{kind: base}, {kind: text_prompt}, {kind: prefix_tuning}]",
+            "methods=[{kind: base}, {kind: text_prompt}, "
+            "{kind: prefix_tuning, learning_rate: 0.3}]",
             "seeds=[0]",
             "train.steps=150",
             "train.eval_every=75",

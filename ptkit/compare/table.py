@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rich.table import Table
+from rich.text import Text
 
 from ptkit.compare import figures
 from ptkit.compare.summary import MethodSummary
@@ -68,24 +69,34 @@ def summary_table(summaries: Sequence[MethodSummary]) -> Table:
     best = max(summaries, key=lambda s: s.leading.mean)
     seeds = max(len(s.records) for s in summaries)
     table = Table(
-        caption=f"{seeds} seeds, {caption(summaries, spread=False)}",
+        caption=f"{seeds} seed{'s' * (seeds > 1)}, {caption(summaries, spread=False)}",
         caption_justify="left",
         pad_edge=False,
         box=None,
     )
     rows = [_short_row(s) for s in summaries]
-    for i, name in enumerate(rows[0]):
+    for name in rows[0]:
+        # Where the width is short, long names fold; figures are never cut.
+        is_name = name == "method"
         table.add_column(
-            name, justify="left" if i == 0 else "right", header_style="bold", no_wrap=True
+            name,
+            justify="left" if is_name else "right",
+            header_style="bold",
+            no_wrap=not is_name,
+            overflow="fold",
         )
     for summary, row in zip(summaries, rows, strict=True):
-        table.add_row(*row.values(), style="bold" if summary is best else None)
+        # Text, because a label or an interval in brackets is not rich's markup.
+        cells = [Text(value) for value in row.values()]
+        table.add_row(*cells, style="bold" if summary is best else None)
     return table
 
 
 def markdown_table(summaries: Sequence[MethodSummary]) -> str:
     """The comparison for a README or a paper's draft."""
     rows = [_row(s) for s in summaries]
+    for row in rows:
+        row["method"] = row["method"].replace("|", r"\|")
     lines = [
         "| " + " | ".join(rows[0]) + " |",
         "|---" + "|---:" * (len(rows[0]) - 1) + "|",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,31 @@ class Metric(ABC):
     def __init__(self, name: str) -> None:
         self.name = name
 
-    @abstractmethod
     def statistics(
         self, predictions: Sequence[str], references: Sequence[Sequence[str]]
     ) -> Statistics:
-        """One row per example, `[examples, k]`. Every example has at least one reference."""
+        """One row per example, `[examples, k]`; k depends on the metric.
+
+        Raises ValueError without predictions, when the lengths differ, and for an example
+        without a reference: the libraries would score the rows that are left, or return NaN.
+        """
+        if not predictions or len(predictions) != len(references):
+            raise ValueError(
+                f"{len(predictions)} predictions and {len(references)} lists of references; "
+                "expected equally many, at least one"
+            )
+        for number, row in enumerate(references, start=1):
+            if isinstance(row, str) or not row:
+                raise ValueError(f"example {number}: expected a list of references, found {row!r}")
+        return self._rows(predictions, references)
+
+    @abstractmethod
+    def _rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
+        """`statistics` of checked input."""
+
+    @abstractmethod
+    def signature(self, references: Sequence[Sequence[str]]) -> str:
+        """Library, version and settings behind the figure, so that another can repeat it."""
 
     @abstractmethod
     def score(self, rows: Statistics) -> float:
@@ -49,9 +70,7 @@ class SacreBleu(Metric):
 
         self._library: Any = {"bleu": BLEU, "chrf": CHRF}[name]()
 
-    def statistics(
-        self, predictions: Sequence[str], references: Sequence[Sequence[str]]
-    ) -> Statistics:
+    def _rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
         # sacrebleu wants one list per reference position; None where an example has fewer.
         most = max(map(len, references))
         streams = [[r[i] if i < len(r) else None for r in references] for i in range(most)]
@@ -62,6 +81,12 @@ class SacreBleu(Metric):
         totals = rows.sum(axis=0).astype(np.int64).tolist()
         return float(self._library._compute_score_from_stats(totals).score)
 
+    def signature(self, references: Sequence[Sequence[str]]) -> str:
+        # sacrebleu notes the number of references while scoring: -1 where it varies.
+        counts = {len(row) for row in references}
+        self._library.num_refs = counts.pop() if len(counts) == 1 else -1
+        return f"sacrebleu {self._library.get_signature()}"
+
 
 class MeanOverExamples(Metric):
     """A metric whose corpus value is the mean of its values per example."""
@@ -70,9 +95,7 @@ class MeanOverExamples(Metric):
     def value(self, prediction: str, references: Sequence[str]) -> float:
         """The value of one example, in 0..1."""
 
-    def statistics(
-        self, predictions: Sequence[str], references: Sequence[Sequence[str]]
-    ) -> Statistics:
+    def _rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
         values = [self.value(p, r) for p, r in zip(predictions, references, strict=True)]
         return np.asarray(values, dtype=np.float64)[:, None]
 
@@ -92,12 +115,18 @@ class Rouge(MeanOverExamples):
     def value(self, prediction: str, references: Sequence[str]) -> float:
         return float(self._library.score_multi(list(references), prediction)[self.name].fmeasure)
 
+    def signature(self, references: Sequence[Sequence[str]]) -> str:
+        return f"rouge-score {version('rouge-score')}, F1, stemmed, best reference"
+
 
 class ExactMatch(MeanOverExamples):
     """Share of predictions equal to one of their references, spaces at the ends aside."""
 
     def value(self, prediction: str, references: Sequence[str]) -> float:
         return float(prediction.strip() in {reference.strip() for reference in references})
+
+    def signature(self, references: Sequence[Sequence[str]]) -> str:
+        return "equal to a reference, case and inner spaces included"
 
 
 class LabelMetric(Metric):
@@ -109,9 +138,7 @@ class LabelMetric(Metric):
 
         self._accuracy, self._f1 = accuracy_score, f1_score
 
-    def statistics(
-        self, predictions: Sequence[str], references: Sequence[Sequence[str]]
-    ) -> Statistics:
+    def _rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
         gold = [r[0] for r in references]
         index = {label: i for i, label in enumerate(sorted({*gold, *predictions}))}
         pairs = [(index[g], index[p]) for g, p in zip(gold, predictions, strict=True)]
@@ -122,6 +149,9 @@ class LabelMetric(Metric):
         if self.name == "accuracy":
             return 100.0 * float(self._accuracy(gold, predicted))
         return 100.0 * float(self._f1(gold, predicted, average="macro", zero_division=0))
+
+    def signature(self, references: Sequence[Sequence[str]]) -> str:
+        return f"scikit-learn {version('scikit-learn')}"
 
 
 METRICS: dict[str, type[Metric]] = {

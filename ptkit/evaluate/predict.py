@@ -103,6 +103,8 @@ def _generated(
         do_sample=False,
     )
     texts = adapter.base.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    if adapter.answer_end is not None:
+        texts = [text.split(adapter.answer_end)[0] for text in texts]
     return [text.strip() for text in texts]
 
 

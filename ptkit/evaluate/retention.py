@@ -69,7 +69,7 @@ class Retention:
 def text_windows(base: Base, text: str, max_tokens: int) -> torch.Tensor:
     """Full windows of token ids, `[windows, tokens]`. Raises DataError when there is none."""
     ids = base.tokenizer(text, add_special_tokens=False)["input_ids"][:max_tokens]
-    window = WINDOW if base.max_positions is None else min(WINDOW, base.max_positions // 2)
+    window = WINDOW if base.max_positions is None else min(WINDOW, base.max_positions // 4)
     count = len(ids) // window
     if not count:
         raise DataError(f"the retention text has {len(ids)} tokens, at least {window} are needed")

@@ -112,6 +112,11 @@ class Adapter(nn.Module):
                 parameter.copy_(tensors[name])
 
     @property
+    def answer_end(self) -> str | None:
+        """Text at which a generated answer is over, for methods that never learnt to stop."""
+        return None
+
+    @property
     def has_off(self) -> bool:
         """Whether the base stays reachable, bit for bit, beside the adapter."""
         return True

@@ -32,7 +32,7 @@ class PTuningSection(PromptMethodSection):
     """Reparameterisation of the embeddings; dropped at export."""
     encoder_hidden_size: int = Field(default=128, ge=1)
     """Width of the encoder."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     """AdamW's peak learning rate (for the encoder's weights)."""
 
 

@@ -34,7 +34,7 @@ class PrefixTuningSection(PromptMethodSection):
     """Train an MLP that makes the prefix instead of the prefix itself; dropped at export."""
     encoder_hidden_size: int = Field(default=128, ge=1)
     """Width of that MLP."""
-    learning_rate: float = 3e-2
+    learning_rate: float = 0.1
     """AdamW's peak learning rate. Keys and values of RoPE models are large: direct prefixes
     want 3e-2 to 3e-1, the MLP about 3e-3."""
 

@@ -27,7 +27,7 @@ class PromptTuningSection(PromptMethodSection):
     """`prompt_tuning`."""
     num_virtual_tokens: int = 20
     """Virtual tokens: learnt positions before the input (the paper uses 20 to 100)."""
-    learning_rate: float = 0.1
+    learning_rate: float = 0.3
     """AdamW's peak learning rate. Soft prompts want rates far above those of weights."""
 
 

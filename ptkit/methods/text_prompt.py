@@ -40,6 +40,7 @@ class TextPrompt(Adapter):
     """Real tokens read once by the base and kept as a KV prefix."""
 
     section_class = TextPromptSection
+    section: TextPromptSection
 
     def __init__(self, section: TextPromptSection, base: Base, text: str) -> None:
         super().__init__(section, base)
@@ -61,6 +62,11 @@ class TextPrompt(Adapter):
     @property
     def virtual_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def answer_end(self) -> str | None:
+        # After its answer the base goes on with a demonstration of its own.
+        return self.section.separator or None
 
     def prefix(self) -> KVPrefix:
         if self._prefix is None:

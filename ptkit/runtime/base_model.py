@@ -124,6 +124,8 @@ def load_base(section: ModelSection) -> Base:
     from a repository and reads safetensors only.
     """
     source = str(TINY_EN_FOLDER) if section.id == TINY_EN else section.id
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+        raise ModelError(f"cannot load the base model `{section.id}`: no such folder")
     device = resolve_device(section.device)
     options = {"revision": section.revision, "trust_remote_code": False}
     try:
