@@ -1,0 +1,300 @@
+"""The report: self-contained, complete, safe with hostile text, whole where figures are missing.
+
+Records are invented: what is tested is what is made of them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sacrebleu
+from markupsafe import escape
+from rich.console import Console
+
+from ptkit.compare.outputs import write_outputs
+from ptkit.compare.summary import MethodSummary
+from ptkit.compare.table import markdown_table, summary_table
+from ptkit.recipe import load_recipe
+from ptkit.train.record import CellRecord
+
+#: title, kind, trained parameters, how many of ten words it gets right, forgetting
+METHODS = [
+    ("base", "base", 0, 3, 0.0),
+    ("text_prompt", "text_prompt", 0, 5, 0.21),
+    ("prompt_tuning", "prompt_tuning", 5_120, 7, 0.14),
+    ("prefix_tuning", "prefix_tuning", 61_440, 8, -0.01),
+    ("lora", "lora", 98_304, 8, 0.05),
+    ("full", "full", 6_829_568, 9, 0.41),
+]
+UNTRAINED = METHODS[:2]
+WORDS = ["the", "small", "red", "house", "near", "the", "river", "is", "very", "old"]
+HOSTILE = """</pre><script>alert(1)</script><img src=x onerror="alert(2)">'"&{{ 7*7 }}[/red]|"""
+VOID = {"meta", "link", "br", "img", "circle", "line", "polyline"}
+
+
+class Page(HTMLParser):
+    """What a browser would fetch or run, and whether every tag is closed in order."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.handlers: list[str] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in {"src", "href", "srcset", "action", "data", "poster", "xlink:href"}:
+                self.addresses.append(value or "")
+            if name.startswith("on"):
+                self.handlers.append(name)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def compared(
+    folder: Path,
+    methods: list[tuple[str, str, int, int, float]] = METHODS,
+    *,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    task: str = "generation",
+    retention: bool = True,
+    hostile: str = "",
+) -> tuple[str, list[MethodSummary]]:
+    """The page and summaries of an invented comparison of 30 test rows."""
+    generation = task == "generation"
+    recipe: dict[str, Any] = {
+        "name": "invented",
+        "description": f"Which method writes best?{hostile}",
+        "task": {"kind": task, "data": {"builtin": "facts-to-text"}, "input": "{facts}"},
+        "methods": [{"kind": kind, "label": title + hostile} for title, kind, *_ in methods],
+        "seeds": list(seeds),
+        "evaluate": {"bootstrap": 100},
+    }
+    recipe["task"] |= {"target": "{text}"} if generation else {"verbalizer": {"a": "A", "b": "B"}}
+    if not retention:
+        recipe["retention"] = None
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    loaded = load_recipe(folder / "recipe.yaml")
+    metrics = {"bleu": 1.0, "chrf": 2.0} if generation else {"accuracy": 1.0, "macro_f1": 1.0}
+    records = []
+    for title, kind, parameters, right, forgetting in methods:
+        for seed in seeds if parameters else seeds[:1]:
+            cell = f"{title}-seed{seed}"
+            rows = []
+            for i in range(30):
+                gold = " ".join(WORDS[i % 4 :]) if generation else "ab"[i % 2]
+                words = [w if (i + j + seed) % 10 < right else "no" for j, w in enumerate(WORDS)]
+                said = " ".join(words[i % 4 :]) if generation else "ab"[(i * 7 + right) % 10 > 5]
+                references = [gold, "another"][: 1 + generation * (i % 2)]
+                rows.append({
+                    "input": f"row {i}{hostile}",
+                    "prediction": said + hostile,
+                    "references": references,
+                    "label": None if generation else gold,
+                })  # fmt: skip
+            place = folder / "cells" / cell / "predictions.jsonl"
+            place.parent.mkdir(parents=True)
+            place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            lost = forgetting + 0.01 * seed if parameters else forgetting
+            kept = {"tokens": 20_000, "base_nats": 3.4, "forgetting": lost, "retention": 0.97}
+            records.append(
+                CellRecord(
+                    recipe="invented",
+                    cell=cell,
+                    method=title + hostile,
+                    kind=kind,
+                    seed=seed,
+                    settings={},
+                    n_train=500 if parameters else 0,
+                    n_test=30,
+                    metrics=metrics,
+                    score=next(iter(metrics)),
+                    trainable_parameters=parameters,
+                    base_parameters=6_829_568,
+                    bytes_on_disk=4 * parameters,
+                    train_seconds=12.0 if parameters else 0.0,
+                    train_steps=300,
+                    best_step=250,
+                    tokens_per_second=5000.0,
+                    peak_memory_bytes=120_000_000 if parameters else None,
+                    eval_seconds=2.0,
+                    curve=[
+                        {"step": s, "train_loss": 4.0 / s, "validation_loss": 5.0 / s}
+                        for s in (100, 200, 300)
+                    ]
+                    if parameters
+                    else [],
+                    retention=kept if retention else None,
+                    adapter_off_exact=None if kind == "full" else True,
+                    adapter_path=None,
+                    versions={"ptkit": "0.1.0", "torch": "2.13.0"},
+                    hardware=f"2 CPU cores{hostile}",
+                    started="2026-01-01T00:00:00+00:00",
+                )
+            )
+    summaries = write_outputs(folder, records, loaded.recipe)
+    return (folder / "report.html").read_text(), summaries
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[MethodSummary]]:
+    return compared(tmp_path_factory.mktemp("usual") / "out")
+
+
+def test_page_fetches_nothing_and_is_small(usual) -> None:
+    page = Page(usual[0])
+    assert page.addresses
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert not re.search(r"url\(|@import|https?://|fetch\(|XMLHttpRequest", usual[0])
+    assert len(usual[0].encode()) < 1_500_000
+    assert page.open == []
+
+
+def test_page_names_model_n_seeds_methods_versions_and_definitions(usual) -> None:
+    text = " ".join(Page(usual[0]).text.split())
+    for said in (
+        "tiny-en", "30 test rows", "3 seeds: 0, 1, 2", "2 CPU cores", "torch 2.13.0",
+        "95 % percentile bootstrap over seeds and test rows, 100 resamples",
+        "Cross-entropy per token on 20,000 tokens of general text",
+        "Next-token accuracy on that text, after / before",
+        "Full fine-tuning has no “off”",
+        "The exact recipe", '"name": "invented"',
+        *(title for title, *_ in METHODS),
+    ):  # fmt: skip
+        assert said in text
+
+
+def test_every_score_stands_with_its_interval_and_seeds(usual) -> None:
+    table = usual[0].split("<tbody>")[1].split("</tbody>")[0]
+    rows = table.split("<tr")[1:]
+    assert len(rows) == len(METHODS)
+    for row, summary in zip(rows, usual[1], strict=True):
+        for interval in summary.metrics.values():
+            assert f"{interval.mean:.1f} [{interval.low:.1f}, {interval.high:.1f}]" in row
+        assert f">{len(summary.records)}</td>" in row
+    assert table.count("no off") == 2  # shown and sorted by, in the row of full fine-tuning
+    assert "no off" in rows[-1]
+
+
+def test_tiles_give_the_highest_mean_the_least_forgetting_and_the_smallest(usual) -> None:
+    tiles = usual[0].split('<ul class="tiles">')[1].split("</ul>")[0].split("<li>")[1:]
+    titles = [re.search(r'</span>(\w+)</span>\s*<span class="beside">', t)[1] for t in tiles]
+    assert titles == ["full", "prefix_tuning", "prompt_tuning"]
+    full = usual[1][-1].leading
+    assert f"[{full.low:.1f}, {full.high:.1f}]" in tiles[0]
+    assert "20.5 KB" in tiles[2]
+
+
+def test_figures_that_do_not_exist_sort_last(usual) -> None:
+    base = usual[0].split("<tbody>")[1].split("</tr>")[0]
+    # Time and peak memory of a method that trains nothing.
+    assert base.count('data-value=""') == 2
+
+
+def test_charts_have_names_and_no_broken_numbers(usual) -> None:
+    charts = re.findall(r"<svg.*?</svg>", usual[0], re.S)
+    assert len(charts) == 3
+    for chart in charts:
+        assert 'role="img" aria-label="' in chart
+        assert "nan" not in chart
+        assert "inf" not in chart
+
+
+def test_metrics_are_given_with_their_librarys_signature(usual) -> None:
+    bleu = sacrebleu.metrics.BLEU()
+    bleu.corpus_score(["a"] * 2, [["a", "b"], ["c", None]])
+    assert f"bleu: sacrebleu {bleu.get_signature()}" in Page(usual[0]).text
+    assert "nrefs:var" in usual[0]
+
+
+def test_hostile_text_is_shown_and_never_run(tmp_path: Path) -> None:
+    source, summaries = compared(tmp_path / "out", hostile=HOSTILE)
+    page = Page(source)
+    assert page.tags.count("script") == 1
+    assert "img" not in page.tags
+    assert page.handlers == []
+    assert page.open == []
+    assert "{{ 7*7 }}" in page.text
+    # description, prediction of every method in every sample, hardware
+    assert source.count(str(escape(HOSTILE))) > 6 * len(METHODS)
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(summary_table(summaries))
+    assert "[/red]" in console.export_text().replace("\n", "")
+    lines = markdown_table(summaries).splitlines()[: 2 + len(METHODS)]
+    cells = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+    assert len(cells) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "charts", "tiles"),
+    [
+        ({"seeds": (0,)}, 3, 3),
+        ({"retention": False}, 2, 2),
+        ({"methods": UNTRAINED}, 1, 1),
+        ({"methods": UNTRAINED, "retention": False}, 0, 1),
+        ({"methods": METHODS[2:3], "seeds": (5,)}, 2, 3),
+        ({"methods": [("a", "lora", 9, 10, 0.0), ("b", "full", 9, 10, 0.0)]}, 3, 3),
+        ({"task": "classification"}, 3, 3),
+    ],
+    ids=["one seed", "no retention", "nothing trained", "bare", "one method", "ties", "labels"],
+)
+def test_report_is_whole_where_figures_are_missing(
+    tmp_path: Path, options: dict[str, Any], charts: int, tiles: int
+) -> None:
+    source, summaries = compared(tmp_path / "out", **options)
+    page = Page(source)
+    assert page.open == []
+    assert page.tags.count("svg") == charts
+    assert source.split('<ul class="tiles">')[1].split("</ul>")[0].count("<li>") == tiles
+    assert "None" not in page.text.replace('"retention": null', "")
+    assert "nan" not in re.sub(r"[a-z]*nan[a-z]+", "", page.text)
+    assert all(s.title in page.text for s in summaries)
+    if summaries[0].forgetting is None:
+        assert "Next-token accuracy" not in page.text
+        assert source.count('data-value=""') >= 2 * len(summaries)
+
+
+def test_labels_say_whether_they_are_right(tmp_path: Path) -> None:
+    source, summaries = compared(tmp_path / "out", task="classification")
+    marks = source.count("✓ right"), source.count("✗ wrong")
+    right = sum(
+        s.samples[i]["prediction"] == s.samples[i]["references"][0]
+        for s in summaries
+        for i in range(0, 30, 5)
+    )
+    assert marks == (right, 6 * len(METHODS) - right)
+    assert 0 < right < 6 * len(METHODS)
+
+
+def test_terminal_table_keeps_every_figure_at_100_columns(tmp_path: Path) -> None:
+    long = [(t if p else f"{t}-{'very-' * 8}long", k, p, r, f) for t, k, p, r, f in METHODS]
+    _, summaries = compared(tmp_path / "out", long)
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(summary_table(summaries))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
+    for summary in summaries:
+        assert f"[{summary.leading.low:.1f}, {summary.leading.high:.1f}]" in text
+    assert "3 seeds, n = 30" in text
