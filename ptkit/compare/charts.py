@@ -10,8 +10,12 @@ from markupsafe import Markup, escape
 
 from ptkit.compare.summary import MethodSummary
 
-WIDTH, HEIGHT = 560, 340
-LEFT, RIGHT, TOP, BOTTOM = 56, 20, 16, 48
+WIDTH, HEIGHT = 480, 330
+LEFT, RIGHT, TOP, BOTTOM = 62, 20, 16, 54
+#: Room a label takes per character and line, at the size phones show (15 of the units above).
+CHARACTER, LINE = 7.6, 16.0
+#: Longer labels are cut; the whole name is in the point's tooltip and in the table.
+LONGEST = 20
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
-    """A method in a scatter chart, with the interval of its y value."""
+    """A method in a scatter chart, with the interval of its y value and, if known, of its x."""
 
     label: str
     colour: int
@@ -54,6 +58,13 @@ class Point:
     y: float
     low: float
     high: float
+    x_low: float | None = None
+    x_high: float | None = None
+
+    @property
+    def short(self) -> str:
+        """The label as the chart has room for it."""
+        return self.label if len(self.label) <= LONGEST else self.label[: LONGEST - 1] + "…"
 
 
 def padded(values: Sequence[float], share: float = 0.08) -> tuple[float, float]:
@@ -73,7 +84,7 @@ def scatter(
     front: bool = False,
 ) -> Markup:
     """Points with error bars and labels; `front` joins the Pareto-optimal ones (less x, more y)."""
-    xs = [p.x for p in points]
+    xs = [v for p in points for v in (p.x, p.x_low, p.x_high) if v is not None]
     x_low, x_high = (min(xs) / 2.5, max(xs) * 4) if logarithmic else padded(xs, 0.12)
     y_low, y_high = padded([v for p in points for v in (p.low, p.high)])
     x = Axis(x_low, x_high, LEFT, WIDTH - RIGHT, logarithmic)
@@ -89,17 +100,68 @@ def scatter(
             f"[{point.low:.1f}, {point.high:.1f}]</title>"
             f'<line x1="{at_x:.1f}" x2="{at_x:.1f}" y1="{y.at(point.low):.1f}" '
             f'y2="{y.at(point.high):.1f}" class="bar"/>'
+            f"{_across(point, x, at_y)}"
             f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="5.5"/></g>'
         )
-    for point, at_y in _label_rows(points, y):
-        at_x = x.at(point.x)
-        # Labels stand to the right of their point, unless they would leave the chart there.
-        shift, anchor = (-11, "end") if at_x > WIDTH - 130 else (11, "start")
+    for point, (at_x, at_y, anchor) in _placed_labels(points, x, y):
         parts.append(
-            f'<text class="label" x="{at_x + shift:.1f}" y="{at_y + 4:.1f}" '
-            f'text-anchor="{anchor}">{escape(point.label)}</text>'
+            f'<text class="label" x="{at_x:.1f}" y="{at_y + 4:.1f}" '
+            f'text-anchor="{anchor}">{escape(point.short)}</text>'
         )
     return _svg(title, parts)
+
+
+def _across(point: Point, x: Axis, at_y: float) -> str:
+    """The bar of the point's x interval, where it has one."""
+    if point.x_low is None or point.x_high is None:
+        return ""
+    return (
+        f'<line x1="{x.at(point.x_low):.1f}" x2="{x.at(point.x_high):.1f}" y1="{at_y:.1f}" '
+        f'y2="{at_y:.1f}" class="bar"/>'
+    )
+
+
+Box = tuple[float, float, float, float]
+
+
+def _overlap(a: Box, b: Box) -> float:
+    """Area two boxes (left, top, right, bottom) share."""
+    wide, high = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return max(0.0, wide) * max(0.0, high)
+
+
+def _placed_labels(
+    points: Sequence[Point], x: Axis, y: Axis
+) -> list[tuple[Point, tuple[float, float, str]]]:
+    """Where each label stands (x, middle, anchor): beside its point, hiding no point or label."""
+    taken: list[Box] = []
+    for point in points:
+        at_x, at_y = x.at(point.x), y.at(point.y)
+        left = at_x - 8 if point.x_low is None else min(at_x - 8, x.at(point.x_low))
+        right = at_x + 8 if point.x_high is None else max(at_x + 8, x.at(point.x_high))
+        taken += [(at_x - 8, at_y - 8, at_x + 8, at_y + 8), (left, at_y - 2, right, at_y + 2)]
+    placed = []
+    for point in sorted(points, key=lambda p: -p.y):
+        at_x, at_y = x.at(point.x), y.at(point.y)
+        wide = CHARACTER * len(point.short)
+        # Nearest first: right, left, then ever further above and below.
+        rises = (0.0, *(sign * step * 0.5 * LINE for step in range(2, 12) for sign in (-1, 1)))
+        options: list[tuple[float, Box, tuple[float, float, str]]] = []
+        for rise in rises:
+            for left, anchor in ((at_x + 11, "start"), (at_x - 11 - wide, "end")):
+                middle = at_y + rise
+                box = (left, middle - LINE / 2, left + wide, middle + LINE / 2)
+                if box[0] < x.start or box[2] > WIDTH or box[1] < 0 or box[3] > y.start + 8:
+                    continue
+                hidden = sum(_overlap(box, other) for other in taken)
+                foot = left if anchor == "start" else left + wide
+                options.append((hidden, box, (foot, middle, anchor)))
+        if not options:  # wider than the chart: keep it beside its point
+            options = [(0.0, (at_x, at_y, at_x, at_y), (at_x + 11, at_y, "start"))]
+        _, box, where = min(options, key=lambda option: option[0])
+        taken.append(box)
+        placed.append((point, where))
+    return placed
 
 
 def _label_rows(points: Sequence[Point], y: Axis) -> list[tuple[Point, float]]:
@@ -108,7 +170,7 @@ def _label_rows(points: Sequence[Point], y: Axis) -> list[tuple[Point, float]]:
     for point in sorted(points, key=lambda p: y.at(p.y)):
         at_y = y.at(point.y)
         if placed:
-            at_y = max(at_y, placed[-1][1] + 15)
+            at_y = max(at_y, placed[-1][1] + LINE)
         placed.append((point, at_y))
     overflow = max(0.0, placed[-1][1] - (HEIGHT - BOTTOM - 4)) if placed else 0.0
     return [(point, at_y - overflow) for point, at_y in placed]
@@ -138,7 +200,9 @@ def learning_curves(summaries: Sequence[tuple[int, MethodSummary]], title: str) 
         lines.append((colour, summary.title, mean))
     values = [loss for _, _, line in lines for _, loss in line]
     steps = [step for _, _, line in lines for step, _ in line]
-    x = Axis(0, max(steps) * 1.02, LEFT, WIDTH - RIGHT - 100)
+    longest = min(LONGEST, max(len(name) for _, name, _ in lines))
+    room = 1.12 * CHARACTER * longest + 6  # bold
+    x = Axis(0, max(steps) * 1.02, LEFT, WIDTH - max(RIGHT, room))
     y = Axis(*padded(values), HEIGHT - BOTTOM, TOP)
     parts = [_frame(x, y, "optimiser step", "validation loss (nats per token)")]
     for colour, name, line in lines:
@@ -153,7 +217,7 @@ def learning_curves(summaries: Sequence[tuple[int, MethodSummary]], title: str) 
     for point, at_y in _label_rows(ends, y):
         parts.append(
             f'<text class="label s{point.colour} named" x="{x.end + 6:.1f}" '
-            f'y="{at_y + 4:.1f}">{escape(point.label)}</text>'
+            f'y="{at_y + 4:.1f}">{escape(point.short)}</text>'
         )
     return _svg(title, parts)
 

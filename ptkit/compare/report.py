@@ -12,6 +12,7 @@ from ptkit.compare import figures
 from ptkit.compare.charts import Point, learning_curves, scatter
 from ptkit.compare.summary import MethodSummary
 from ptkit.evaluate.metrics import metric
+from ptkit.evaluate.statistics import Interval
 from ptkit.recipe.schema import GenerationTask, Recipe
 
 #: Test rows shown side by side.
@@ -138,11 +139,20 @@ def _charts(summaries: Sequence[MethodSummary]) -> list[tuple[str, str, Markup]]
     """(heading, explanation, SVG) of every chart there is data for."""
     name = summaries[0].score
 
-    def point(i: int, summary: MethodSummary, x: float) -> Point:
+    def point(i: int, summary: MethodSummary, x: float, spread: Interval | None = None) -> Point:
         interval = summary.leading
         assert interval.low is not None
         assert interval.high is not None
-        return Point(summary.title, i, x, interval.mean, interval.low, interval.high)
+        return Point(
+            summary.title,
+            i,
+            x,
+            interval.mean,
+            interval.low,
+            interval.high,
+            spread.low if spread else None,
+            spread.high if spread else None,
+        )
 
     trained = [(i, s) for i, s in enumerate(summaries) if s.trains]
     charts = []
@@ -157,7 +167,7 @@ def _charts(summaries: Sequence[MethodSummary]) -> list[tuple[str, str, Markup]]
         ))  # fmt: skip
     measured = [(i, s) for i, s in enumerate(summaries) if s.forgetting is not None]
     if len(measured) > 1:
-        points = [point(i, s, s.forgetting.mean) for i, s in measured if s.forgetting]
+        points = [point(i, s, s.forgetting.mean, s.forgetting) for i, s in measured if s.forgetting]
         charts.append((
             f"{name} against forgetting",
             "Higher and further left is better: more of the task learnt, less of the base lost "
