@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ptkit.errors import AdapterError, did_you_mean
-from ptkit.formats.adapter_files import read_adapter
-from ptkit.methods import Adapter, adapter_from_files, require_same_base
+from ptkit.methods import Adapter, load_adapter
 from ptkit.prefix import KVPrefix, PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.generation import generate
@@ -45,9 +44,7 @@ class AdapterBank:
         Returns the name. Raises AdapterError when it is damaged, unsafe or for another base.
         """
         name = name or path.resolve().name
-        files = read_adapter(path)
-        require_same_base(files, self.base, str(path))
-        adapter = adapter_from_files(files, self.base)
+        adapter = load_adapter(path, self.base)
         try:
             self.add(name, adapter)
         finally:

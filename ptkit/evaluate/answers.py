@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ptkit.bank import AdapterBank
-from ptkit.evaluate.saved import load_saved
+from ptkit.methods import load_adapter
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.generation import generate
 
@@ -22,7 +22,7 @@ def answers(base: Base, rows: Sequence[tuple[str, Path | None]], **options: Any)
     bank = AdapterBank(base)
     changing: list[Path] = []
     for place in dict.fromkeys(place for _, place in rows if place is not None):
-        adapter = load_saved(place, base)
+        adapter = load_adapter(place, base)
         try:
             if adapter.prefix() is None:
                 changing.append(place)
@@ -37,7 +37,7 @@ def answers(base: Base, rows: Sequence[tuple[str, Path | None]], **options: Any)
     for place in changing:
         own = [i for i, (_, p) in enumerate(rows) if p == place]
         prompts = base.tokenizer([rows[i][0] for i in own])["input_ids"]
-        adapter = load_saved(place, base)
+        adapter = load_adapter(place, base)
         try:
             tokens = generate(
                 adapter.model, prompts, None, pad_token_id=base.pad_token_id, **options

@@ -106,7 +106,7 @@ def measure_retention(
     return Retention(before, language_modelling(adapter.model, windows, prefix))
 
 
-def off_probe(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
-    """Logits `[tokens, vocabulary]` on the first window, to be compared bit for bit."""
+def off_probe(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits `[tokens, vocabulary]` on `input_ids` `[1, tokens]`, to be compared bit for bit."""
     with torch.no_grad():
-        return model(input_ids=windows[:1].to(model.device), use_cache=False).logits[0]
+        return model(input_ids=input_ids.to(model.device), use_cache=False).logits[0]

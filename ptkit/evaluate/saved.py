@@ -11,16 +11,13 @@ from ptkit.data.templates import Template
 from ptkit.errors import AdapterError
 from ptkit.evaluate.predict import Prediction, predict
 from ptkit.evaluate.retention import Retention, measure_retention
-from ptkit.formats.adapter_files import CONFIG, INFO, read_adapter
+from ptkit.formats.adapter_files import CONFIG, INFO
 from ptkit.methods import (
     ADAPTERS,
-    Adapter,
     Demonstrations,
-    adapter_from_files,
     create_adapter,
-    require_same_base,
+    load_adapter,
 )
-from ptkit.runtime.base_model import Base
 
 if TYPE_CHECKING:
     from ptkit.evaluate.statistics import Interval
@@ -54,13 +51,6 @@ def fill_template(text: str, adapter: Path | None) -> str:
     return template.render({columns.pop(): text}) if len(columns) == 1 else text
 
 
-def load_saved(path: Path, base: Base) -> Adapter:
-    """The adapter in `path`, checked against `base`."""
-    files = read_adapter(path)
-    require_same_base(files, base, str(path))
-    return adapter_from_files(files, base)
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """Scores of one adapter, each with its 95 % interval over the test rows."""
@@ -92,7 +82,7 @@ def evaluate_saved(experiment: Experiment, path: Path | None) -> Evaluation:
         section = ADAPTERS["base"].section_class(kind="base")
         adapter = create_adapter(section, experiment.base, Demonstrations((), 0))
     else:
-        adapter = load_saved(find_adapter(path), experiment.base)
+        adapter = load_adapter(find_adapter(path), experiment.base)
     recipe = experiment.recipe
     try:
         rows = predict(adapter, experiment.data.test, recipe.task, recipe.evaluate.batch_size)

@@ -12,6 +12,7 @@ from ptkit.methods.adapter import (
     Demonstrations,
     adapter_from_files,
     create_adapter,
+    load_adapter,
     require_same_base,
 )
 
@@ -24,5 +25,6 @@ __all__ = [
     "Demonstrations",
     "adapter_from_files",
     "create_adapter",
+    "load_adapter",
     "require_same_base",
 ]

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptkit.errors import AdapterError, did_you_mean
-from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.formats.adapter_files import AdapterFiles, read_adapter
 from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import MethodSection
 from ptkit.runtime.base_model import Base
@@ -184,6 +185,16 @@ def require_same_base(files: AdapterFiles, base: Base, where: str) -> None:
             f"{where} was made for the base model `{name}`, not for `{base.id}`{detail}; "
             f"load it on `{name}`"
         )
+
+
+def load_adapter(path: Path, base: Base) -> Adapter:
+    """The adapter in the folder `path`, checked against `base`.
+
+    Raises AdapterError when it is damaged, unsafe, of an unknown type or for another base.
+    """
+    files = read_adapter(path)
+    require_same_base(files, base, str(path))
+    return adapter_from_files(files, base)
 
 
 def _last_part(name: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -26,7 +25,7 @@ class Experiment:
     """A recipe made ready to run.
 
     windows: the retention text, `[windows, tokens]`; untouched: the base's score on it;
-    probe: the base's logits on its first window, before anything was attached to it.
+    probe: the base's logits on `probe_ids` `[1, tokens]`, before anything was attached to it.
     """
 
     recipe: Recipe
@@ -36,6 +35,7 @@ class Experiment:
     validation: list[EncodedExample]
     windows: torch.Tensor | None
     untouched: LanguageModelling | None
+    probe_ids: torch.Tensor
     probe: torch.Tensor
 
     @property
@@ -60,9 +60,8 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     if recipe.retention is not None and text is not None:
         windows = text_windows(base, text, recipe.retention.max_tokens)
         untouched = language_modelling(base.model, windows, None)
-    some_tokens = torch.tensor(
-        [encode_examples(data.test[:1], base.tokenizer, recipe.task)[0].input_ids]
-    )
+    first = encode_examples(data.test[:1], base.tokenizer, recipe.task)[0].input_ids
+    probe_ids = torch.tensor([first]) if windows is None else windows[:1]
     return Experiment(
         recipe,
         base,
@@ -71,10 +70,6 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
         encode_examples(data.validation, base.tokenizer, recipe.task),
         windows,
         untouched,
-        off_probe(base.model, some_tokens if windows is None else windows),
+        probe_ids,
+        off_probe(base.model, probe_ids),
     )
-
-
-def run_folder(root: Path, recipe: Recipe) -> Path:
-    """Where results of `recipe` go below `root` unless the user says otherwise."""
-    return root / recipe.name

@@ -236,14 +236,9 @@ def _off_exact(experiment: Experiment, adapter: Adapter) -> bool | None:
     """Whether the base's logits with the adapter off are bit for bit those from before."""
     if not adapter.has_off:
         return None
-    if experiment.windows is not None:
-        inputs = experiment.windows
-    else:
-        text = experiment.data.test[0].input
-        inputs = torch.tensor([experiment.base.tokenizer(text)["input_ids"]])
     off: AbstractContextManager[Any] = adapter.off()
     with off:
-        return torch.equal(off_probe(experiment.base.model, inputs), experiment.probe)
+        return torch.equal(off_probe(experiment.base.model, experiment.probe_ids), experiment.probe)
 
 
 def _save(
