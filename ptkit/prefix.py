@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ class KVPrefix:
         """Number of virtual positions."""
         return self.keys[0].shape[1]
 
-    @property
+    @cached_property
     def layout(self) -> KVLayout:
         """The layer shapes of the base model this prefix was made for."""
         return KVLayout(
@@ -66,10 +67,15 @@ class KVPrefix:
             for k, v in zip(self.keys, self.values, strict=True)
         )
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes held by all keys and values."""
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
+    @cached_property
+    def alone(self) -> PrefixBatch:
+        """The batch of one row that uses this prefix; made once, so that a swap is a look-up."""
+        return PrefixBatch.shared(self, 1)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> KVPrefix:
         """A prefix with `change` applied to every tensor."""
@@ -83,6 +89,42 @@ class KVPrefix:
         """The prefix cut from the graph that made it."""
         return self.map(lambda t: t.detach())
 
+    @classmethod
+    def concatenated(cls, prefixes: Sequence[KVPrefix]) -> KVPrefix:
+        """All virtual tokens of `prefixes`, in order: a style and a task, say.
+
+        Each keeps the keys and values it was trained to; none reads another. The input comes
+        after all of them, so an earlier one is further away than it was in training.
+        Raises AdapterError when they are of different base models.
+        """
+        _require_one_layout(prefixes)
+        return _by_layer(prefixes, lambda parts: torch.cat(parts, dim=1))
+
+    @classmethod
+    def averaged(
+        cls, prefixes: Sequence[KVPrefix], weights: Sequence[float] | None = None
+    ) -> KVPrefix:
+        """The weighted mean of prefixes of equal length; `weights` (default: equal) add up to 1.
+
+        Raises AdapterError when lengths or base models differ, ValueError for a wrong number of
+        weights.
+        """
+        _require_one_layout(prefixes)
+        lengths = [p.virtual_tokens for p in prefixes]
+        if len(set(lengths)) > 1:
+            raise AdapterError(
+                f"only prefixes of equal length can be averaged, these have {lengths} virtual "
+                "tokens; concatenate them instead"
+            )
+        shares = [1 / len(prefixes)] * len(prefixes) if weights is None else list(weights)
+        if len(shares) != len(prefixes):
+            raise ValueError(f"{len(prefixes)} prefixes need as many weights, found {len(shares)}")
+
+        def mean(parts: list[Tensor]) -> Tensor:
+            return torch.stack([t * share for t, share in zip(parts, shares, strict=True)]).sum(0)
+
+        return _by_layer(prefixes, mean)
+
     def flat(self) -> Tensor:
         """PEFT's PREFIX_TUNING layout, `[virtual_tokens, layers * 2 * kv_heads * head_dim]`.
 
@@ -94,8 +136,16 @@ class KVPrefix:
         return torch.stack(pairs).permute(2, 0, 1, 3).reshape(self.virtual_tokens, -1)
 
     @classmethod
-    def from_flat(cls, flat: Tensor, layout: KVLayout) -> KVPrefix:
+    def from_flat(
+        cls,
+        flat: Tensor,
+        layout: KVLayout,
+        *,
+        copied_to: tuple[torch.device, torch.dtype] | None = None,
+    ) -> KVPrefix:
         """Read PEFT's PREFIX_TUNING layout (see `flat`); differentiable, makes views only.
+
+        copied_to: device and dtype of a copy, made at once for all layers, instead of views
 
         Raises AdapterError when the row width does not fit `layout`.
         """
@@ -108,8 +158,30 @@ class KVPrefix:
                 f"found a tensor of shape {list(flat.shape)}"
             )
         pairs = flat.view(flat.shape[0], 2 * len(layout), shape.kv_heads, shape.key_dim)
-        parts = pairs.permute(1, 2, 0, 3).unbind(0)
-        return cls(tuple(parts[0::2]), tuple(parts[1::2]))
+        pairs = pairs.permute(1, 2, 0, 3)
+        if copied_to is not None:
+            device, dtype = copied_to
+            pairs = torch.empty_like(
+                pairs, device=device, dtype=dtype, memory_format=torch.contiguous_format
+            ).copy_(pairs)
+        parts = pairs.unbind(0)
+        return cls(parts[0::2], parts[1::2])
+
+
+def _by_layer(prefixes: Sequence[KVPrefix], combine: Callable[[list[Tensor]], Tensor]) -> KVPrefix:
+    """A prefix whose every tensor is `combine` of the same tensor of all `prefixes`."""
+    layers = range(len(prefixes[0].keys))
+    return KVPrefix(
+        tuple(combine([p.keys[i] for p in prefixes]) for i in layers),
+        tuple(combine([p.values[i] for p in prefixes]) for i in layers),
+    )
+
+
+def _require_one_layout(prefixes: Sequence[KVPrefix]) -> None:
+    if not prefixes:
+        raise AdapterError("no prefix to compose")
+    if any(p.layout != prefixes[0].layout for p in prefixes):
+        raise AdapterError("only prefixes of one base model can be composed")
 
 
 @dataclass(frozen=True)

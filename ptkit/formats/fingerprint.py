@@ -25,7 +25,9 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         flat = value.detach().reshape(-1)
-        at = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel())).long()
+        # In integers: float32 cannot tell the positions of a large embedding apart.
+        count = min(SAMPLES, flat.numel())
+        at = torch.arange(count) * (flat.numel() - 1) // max(1, count - 1)
         sample = flat[at.to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16)
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(sample.numpy().tobytes())

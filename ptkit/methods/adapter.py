@@ -73,6 +73,12 @@ class Adapter(nn.Module):
         """The adapter that `files` hold, ready to be used and to be trained further."""
         raise AdapterError(f"{section.kind} adapters cannot be loaded from files")
 
+    @classmethod
+    def prefix_from_files(cls, files: AdapterFiles, section: Any, base: Base) -> KVPrefix | None:
+        """The compiled form of what `files` hold, without what only training needs."""
+        prefix = cls.from_files(files, section, base).prefix()
+        return None if prefix is None else prefix.detach()
+
     def prefix(self) -> KVPrefix | None:
         """The compiled adapter, differentiable in its parameters; None without virtual tokens."""
         return None
@@ -151,13 +157,27 @@ def adapter_from_files(files: AdapterFiles, base: Base) -> Adapter:
 
     Raises AdapterError for PEFT types no method of ptkit reads.
     """
+    cls, section = _method_of(files)
+    return cls.from_files(files, section, base)
+
+
+def compile_files(files: AdapterFiles, base: Base) -> KVPrefix | None:
+    """The KV prefix of the adapter that `files` hold, detached; None if it has none (LoRA).
+
+    Raises AdapterError for PEFT types no method of ptkit reads.
+    """
+    cls, section = _method_of(files)
+    return cls.prefix_from_files(files, section, base)
+
+
+def _method_of(files: AdapterFiles) -> tuple[type[Adapter], MethodSection]:
     for kind, cls in ADAPTERS.items():
         if files.peft_type in cls.peft_types:
             # Without ptkit's record of the method, the first one that reads this PEFT type.
             recorded = files.info.get("method", {}).get("kind", kind)
             if recorded in ADAPTERS and files.peft_type in ADAPTERS[recorded].peft_types:
                 kind, cls = recorded, ADAPTERS[recorded]
-            return cls.from_files(files, cls.section_class(kind=kind), base)
+            return cls, cls.section_class(kind=kind)
     known = {t for cls in ADAPTERS.values() for t in cls.peft_types}
     raise AdapterError(
         f"adapters of PEFT type `{files.peft_type}` cannot be loaded; "

@@ -78,6 +78,10 @@ class Lora(Adapter):
             raise AdapterError(f"tensors this base has no place for: {result.unexpected_keys[:3]}")
         return adapter
 
+    @classmethod
+    def prefix_from_files(cls, files: AdapterFiles, section: LoraSection, base: Base) -> None:
+        return None
+
     @property
     def model(self) -> PreTrainedModel:
         # LoRA acts inside the base's own modules, so the base is what is run.

@@ -89,13 +89,19 @@ class PrefixTuning(Adapter):
     def from_files(
         cls, files: AdapterFiles, section: PrefixTuningSection, base: Base
     ) -> PrefixTuning:
-        flat = files.tensors.get("prompt_embeddings")
-        if flat is None:
-            raise AdapterError("the file holds no `prompt_embeddings`; it is not a prefix")
+        flat = _flat_of(files)
         KVPrefix.from_flat(flat, base.layout)  # refuses shapes of another base
         # An MLP that made the prefix is folded in already: train on directly.
         update = {"num_virtual_tokens": flat.shape[0], "reparameterize": False}
         return cls(section.model_copy(update=update), base, flat.float())
+
+    @classmethod
+    def prefix_from_files(
+        cls, files: AdapterFiles, section: PrefixTuningSection, base: Base
+    ) -> KVPrefix:
+        # Copied: the tensors may be views of a mapped file, which may change under the adapter.
+        place = base.model.device, base.model.dtype
+        return KVPrefix.from_flat(_flat_of(files), base.layout, copied_to=place)
 
     @property
     def virtual_tokens(self) -> int:
@@ -114,3 +120,10 @@ class PrefixTuning(Adapter):
         return AdapterFiles(
             peft_config_dict(self.config, self.base), {"prompt_embeddings": self.flat().detach()}
         )
+
+
+def _flat_of(files: AdapterFiles) -> Tensor:
+    flat = files.tensors.get("prompt_embeddings")
+    if flat is None:
+        raise AdapterError("the file holds no `prompt_embeddings`; it is not a prefix")
+    return flat

@@ -49,17 +49,22 @@ class Injection:
         The layers of a model share a mask object, so the work is done once per distinct mask;
         holding the mask itself keeps its id from being reused.
         """
+        if torch.compiler.is_compiling():  # the compiler shares equal work by itself
+            return _joined(batch, mask)
         held = self._extended.get(id(mask))
         if held is None:
-            visible = batch.visible[:, None, None, :]
-            if mask.dtype != torch.bool:  # additive, as eager attention wants it
-                blocked = torch.finfo(mask.dtype).min
-                visible = torch.where(visible, 0.0, blocked).to(mask.dtype)
-            rows, queries = batch.rows, mask.shape[-2]
-            columns = visible.expand(rows, 1, queries, batch.longest)
-            joined = torch.cat([columns, mask.expand(rows, 1, queries, mask.shape[-1])], dim=-1)
-            held = self._extended[id(mask)] = (mask, joined)
+            held = self._extended[id(mask)] = (mask, _joined(batch, mask))
         return held[1]
+
+
+def _joined(batch: PrefixBatch, mask: Tensor) -> Tensor:
+    """Columns for the prefix region, then those of `mask`."""
+    visible = batch.visible[:, None, None, :]
+    if mask.dtype != torch.bool:  # additive, as eager attention wants it
+        visible = torch.where(visible, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
+    rows, queries = batch.rows, mask.shape[-2]
+    columns = visible.expand(rows, 1, queries, batch.longest)
+    return torch.cat([columns, mask.expand(rows, 1, queries, mask.shape[-1])], dim=-1)
 
 
 def _with_prefix(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
+from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.forward import pad_rows
 
+CacheT = TypeVar("CacheT", bound=Cache)
 
-def prefilled_cache(batch: PrefixBatch) -> DynamicCache:
-    """A cache that already holds each row's prefix, as if its virtual tokens had been read."""
-    cache = DynamicCache()
+
+def prefilled_cache(batch: PrefixBatch, cache: CacheT) -> CacheT:
+    """The empty `cache` with each row's prefix in it, as if its virtual tokens had been read."""
     for layer, (keys, values) in enumerate(zip(batch.keys, batch.values, strict=True)):
         cache.update(keys, values, layer)
     return cache
@@ -27,12 +29,15 @@ def generate(
     batch: PrefixBatch | None,
     *,
     pad_token_id: int,
+    static_positions: int | None = None,
     **generate_options: Any,
 ) -> list[list[int]]:
     """New token ids for each prompt, end-of-text and padding removed.
 
     prompts: token ids of each row, of any lengths (they are left-padded here)
     batch: the rows' prefixes, or None for the plain base
+    static_positions: use a static cache of this many positions (virtual tokens, prompt and new
+        tokens), so that a compiled model sees one shape; default: a cache that grows
     generate_options: anything transformers' `generate` takes (`max_new_tokens`, `num_beams`,
         `do_sample`, ...). Options that change the number of returned rows are multiplied out:
         with `num_return_sequences=k` row i's answers are at `[i * k, (i + 1) * k)`.
@@ -41,7 +46,12 @@ def generate(
     (derived from its own mask), and reads no other row's prefix.
     """
     input_ids, attention_mask = pad_rows(prompts, pad_token_id, left=True)
-    extra: dict[str, Any] = {}
+    beams = generate_options.get("num_beams", 1)
+    cache: Any = None  # without a prefix, the kind of cache the model itself would take
+    if static_positions is not None:
+        if beams > 1:
+            raise ModelError("a static cache cannot be reordered: use num_beams=1 with it")
+        cache = StaticCache(model.config, static_positions)
     skipped = input_ids.shape[1]
     if batch is not None and batch.longest:
         # The prefix region of input_ids is never read (the cache says it is done); the mask
@@ -49,14 +59,12 @@ def generate(
         dummy = torch.full((len(prompts), batch.longest), pad_token_id, dtype=torch.long)
         input_ids = torch.cat([dummy, input_ids], dim=1)
         attention_mask = torch.cat([batch.visible.long().cpu(), attention_mask], dim=1)
-        cache = prefilled_cache(batch)
-        beams = generate_options.get("num_beams", 1)
+        cache = prefilled_cache(batch, DynamicCache() if cache is None else cache)
         if beams > 1:
             cache.batch_repeat_interleave(beams)
         returned = generate_options.get("num_return_sequences", 1)
         if returned > 1 and beams == 1:
             cache.batch_repeat_interleave(returned)
-        extra["past_key_values"] = cache
         skipped += batch.longest
     generator: Any = model  # transformers' stubs do not know `generate` on every model class
     was_training = model.training
@@ -66,7 +74,7 @@ def generate(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             pad_token_id=pad_token_id,
-            **extra,
+            past_key_values=cache,
             **generate_options,
         )
     finally:

@@ -31,7 +31,7 @@ def continuation_scores(
     ids, mask = (t.to(model.device) for t in pad_rows(contexts, pad_token_id, left=True))
     cache = DynamicCache()
     if batch is not None and batch.longest:
-        cache = prefilled_cache(batch)
+        prefilled_cache(batch, cache)
         mask = torch.cat([batch.visible.long().to(mask.device), mask], dim=1)
     positions = mask.cumsum(-1).sub(1).clamp(min=0)
     with prefix_removed(model):  # the prefix is in the cache, not in the attention

@@ -1,0 +1,7 @@
+"""Many adapters on one frozen base: kept in tiers, swapped, mixed in a batch, composed."""
+
+from ptkit.bank.bank import AdapterBank, RowNames
+from ptkit.bank.slots import SlotTable
+from ptkit.bank.store import AdapterStatus, BankCounts
+
+__all__ = ["AdapterBank", "AdapterStatus", "BankCounts", "RowNames", "SlotTable"]

@@ -1,0 +1,317 @@
+"""Many adapters on one frozen base; every row of a batch picks its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal
+
+from ptkit.bank.ensemble import AveragedLogProbabilities, EnsembleBy, label_votes, vote
+from ptkit.bank.lora_rows import LoraRows
+from ptkit.bank.slots import SlotTable
+from ptkit.bank.source import locate, name_of, read_checked, require_files, stamp
+from ptkit.bank.store import AdapterStatus, BankCounts, PrefixStore
+from ptkit.errors import AdapterError
+from ptkit.methods import Adapter, compile_files
+from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.runtime.base_model import Base
+from ptkit.runtime.generation import generate
+from ptkit.runtime.scoring import continuation_scores
+
+#: What one row of a batch uses: an adapter, several at once, or None for the plain base.
+RowNames = str | Sequence[str] | None
+
+
+class AdapterBank:
+    """Compiled adapters by name, for one base model.
+
+    Each adapter is compiled once, when it is loaded; at request time no encoder, MLP or prompt
+    token runs. Prefixes live on the model's device within `budget` bytes; the least recently
+    used move to host memory within `host_budget` bytes, and from there leave memory: their files
+    are read again when needed. Files that change on disk are noticed at most `check_every`
+    seconds later; a bad file changes nothing but the adapter's `fault`.
+
+    budget, host_budget: bytes, None for no limit. On a CPU both are the same memory, so there
+        the second tier is off unless asked for.
+
+    Safe to use from several threads. A `PrefixBatch` holds the prefixes it was made of: rows
+    under way finish with the version they started with, whatever is swapped or unloaded.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        *,
+        budget: int | None = None,
+        host_budget: int | Literal["auto"] | None = "auto",
+        check_every: float = 1.0,
+    ) -> None:
+        self.base = base
+        if host_budget == "auto":
+            host_budget = 0 if base.model.device.type == "cpu" else None
+        self._store = PrefixStore(base, budget, host_budget, check_every)
+        self._lora = LoraRows(base)
+
+    # Coming and going
+
+    def add(self, name: str, adapter: Adapter | KVPrefix) -> None:
+        """Keep `adapter`, made in this process, as `name`, in place of what had that name.
+
+        With no file to read it from again, it stays in memory until it is unloaded. Raises
+        AdapterError for methods that change weights instead of making a prefix, and for prefixes
+        of another base.
+        """
+        prefix = adapter if isinstance(adapter, KVPrefix) else adapter.prefix()
+        method = "prefix" if isinstance(adapter, KVPrefix) else adapter.section.kind
+        if prefix is None:
+            raise AdapterError(
+                f"`{name}` is a {method} adapter, which changes the base's weights; only adapters "
+                "that compile to a KV prefix can be added (`load` takes saved LoRA adapters)"
+            )
+        if prefix.layout != self.base.layout:
+            raise AdapterError(f"the prefix `{name}` was made for another base model")
+        self._require_kind(name, lora=False)
+        self._store.put(name, prefix.detach(), method, None, None)
+
+    def register(self, source: str | Path, name: str | None = None) -> str:
+        """Know the adapter in `source` as `name` without reading it yet: the disk tier.
+
+        It is read, verified and compiled when first used. Returns the name (default: the
+        folder's). Raises AdapterError when the files are not there or the name is taken.
+        """
+        path = locate(source)
+        require_files(path)
+        name = name or name_of(path)
+        self._require_kind(name, lora=False)
+        self._store.register(name, path)
+        return name
+
+    def register_all(self, folder: Path) -> list[str]:
+        """Register every adapter folder directly below `folder`, by its own name, sorted."""
+        if not folder.is_dir():
+            raise AdapterError(f"no such folder of adapters: {folder}")
+        found = sorted(p for p in folder.iterdir() if stamp(p)[1] is not None)
+        return [self.register(path, path.name) for path in found]
+
+    def load(self, source: str | Path, name: str | None = None) -> str:
+        """Read the adapter `source` now and keep it as `name`, in place of what had that name.
+
+        source: an adapter folder, or a hub id `user/repo[@revision]`
+
+        Returns the name (default: the folder's). Raises AdapterError, leaving everything as it
+        was, when it is damaged, unsafe or for another base. LoRA adapters are taken too: they
+        make no prefix, but a row may name one beside its prefix (see `rows`); they stay on the
+        device, outside the budget.
+        """
+        path = locate(source)
+        name = name or name_of(path)
+        read = read_checked(path, self.base)
+        lora = read.files.peft_type == "LORA"
+        self._require_kind(name, lora=lora)
+        if lora:
+            self._lora.load(name, read.files)
+        else:
+            prefix = compile_files(read.files, self.base)
+            assert prefix is not None
+            self._store.put(name, prefix, read.files.peft_type.lower(), path, read)
+        return name
+
+    def swap(self, name: str, source: str | Path) -> None:
+        """Replace the adapter `name` by the one in `source`; rows under way keep the old one.
+
+        Raises AdapterError, leaving the old one in use, when the new one cannot be loaded.
+        """
+        self.status(name)
+        self.load(source, name)
+
+    def unload(self, name: str) -> None:
+        """Forget the adapter `name`."""
+        if name in self._lora:
+            self._lora.unload(name)
+        else:
+            self._store.remove(name)
+
+    def pin(self, name: str) -> None:
+        """Keep the adapter `name` on the device, whatever the budget, from its next use on."""
+        self._store.pin(name, True)
+
+    def unpin(self, name: str) -> None:
+        """Let the adapter `name` leave the device again."""
+        self._store.pin(name, False)
+
+    def compose(
+        self,
+        name: str,
+        parts: Sequence[str],
+        *,
+        how: Literal["concatenate", "average"] = "concatenate",
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        """Keep a new adapter `name` made of others: a style before a task, or their mean.
+
+        weights: for `average`, one per part, adding up to 1; default: equal. Raises AdapterError
+        when the parts cannot be combined.
+        """
+        prefixes = [self.prefix(part) for part in parts]
+        if how == "concatenate":
+            self.add(name, KVPrefix.concatenated(prefixes))
+        else:
+            self.add(name, KVPrefix.averaged(prefixes, weights))
+
+    # Use
+
+    def prefix(self, name: str) -> KVPrefix:
+        """The compiled adapter `name`, on the device; fetched from its tier if need be.
+
+        Raises AdapterError when there is none, or its files, needed now, are bad.
+        """
+        return self._store.get(name)
+
+    def rows(self, names: Sequence[RowNames]) -> PrefixBatch:
+        """The prefixes of a batch whose row i uses `names[i]`; None is the plain base.
+
+        A sequence of names concatenates their prefixes in that order; LoRA adapters among them
+        add no virtual tokens (run the model within `weights(names)` for their part).
+        """
+        prefixes = [self._row(row) for row in names]
+        first = prefixes[0] if prefixes else None
+        if first is not None and len(prefixes) == 1:
+            return first.alone
+        if first is not None and all(prefix is first for prefix in prefixes):
+            return PrefixBatch.shared(first, len(prefixes))
+        return PrefixBatch.gathered(prefixes, self.base.layout)
+
+    def weights(self, names: Sequence[RowNames]) -> AbstractContextManager[None]:
+        """Within this context, row i of a batch runs with the LoRA adapter among `names[i]`."""
+        return self._lora.rows([self._lora_of(row) for row in names])
+
+    def slots(self, rows: int, *, slots: int, virtual_tokens: int) -> SlotTable:
+        """Buffers of fixed shape for `rows` rows over `slots` of this bank's adapters.
+
+        virtual_tokens: the longest adapter a slot can hold. See `SlotTable`.
+        """
+        return SlotTable(self.base, self.prefix, rows, slots, virtual_tokens)
+
+    def generate(
+        self, texts: Sequence[str], names: Sequence[RowNames], **options: Any
+    ) -> list[str]:
+        """Answers to `texts`, row i under `names[i]`, all in one batch.
+
+        options: anything transformers' `generate` takes. Greedy rows get the tokens they get
+        alone.
+        """
+        if len(texts) != len(names):
+            raise ValueError(f"{len(texts)} texts need as many names, found {len(names)}")
+        if not texts:
+            return []
+        prompts = self.base.tokenizer(list(texts))["input_ids"]
+        with self.weights(names):
+            answers = generate(
+                self.base.model, prompts, self.rows(names),
+                pad_token_id=self.base.pad_token_id, **options,
+            )  # fmt: skip
+        return self.base.tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+    def ensemble(
+        self,
+        texts: Sequence[str],
+        names: Sequence[RowNames],
+        *,
+        by: EnsembleBy = "vote",
+        **options: Any,
+    ) -> list[str]:
+        """One answer per text from all of `names` together, in one batch (Lester et al. 2021,
+        section 6: prompt ensembling).
+
+        by: `vote` takes the commonest of the adapters' answers (the earliest adapter's on a tie);
+            `average` generates from the mean of their log-probabilities at every token
+        options: anything transformers' `generate` takes
+        """
+        count = len(names)
+        repeated = [text for text in texts for _ in names]
+        if by == "average":
+            options["logits_processor"] = [AveragedLogProbabilities(count)]
+        answers = self.generate(repeated, [*names] * len(texts), **options)
+        groups = [answers[i : i + count] for i in range(0, len(answers), count)]
+        return [group[0] if by == "average" else vote(group) for group in groups]
+
+    def classify(
+        self,
+        texts: Sequence[str],
+        labels: Sequence[str],
+        names: Sequence[RowNames],
+        *,
+        by: EnsembleBy = "vote",
+    ) -> list[str]:
+        """The likeliest of `labels` after each text, decided by all of `names` together.
+
+        Every text is read once per adapter, in one batch, and all labels are scored from there.
+        by: as in `ensemble`; a tied vote goes to the likelier label
+        """
+        tokenizer = self.base.tokenizer
+        contexts = [c for c in tokenizer(list(texts))["input_ids"] for _ in names]
+        words = tokenizer(list(labels), add_special_tokens=False)["input_ids"]
+        rows = [*names] * len(texts)
+        with self.weights(rows):
+            scores = continuation_scores(
+                self.base.model, contexts, words, self.rows(rows),
+                pad_token_id=self.base.pad_token_id,
+            )  # fmt: skip
+        grouped = scores.view(len(texts), len(names), len(labels))
+        return [labels[i] for i in label_votes(grouped, by).tolist()]
+
+    # What is there
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._store or name in self._lora
+
+    def status(self, name: str) -> AdapterStatus:
+        """Where the adapter `name` is and what is known of it."""
+        if name in self._lora:
+            size = self._lora.nbytes(name)
+            return AdapterStatus(name, None, "lora", "resident", 1, 0, size, pinned=True)
+        return self._store.status(name)
+
+    @property
+    def counts(self) -> BankCounts:
+        """Hits, reads, evictions so far."""
+        return self._store.counts
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the prefixes on the device."""
+        return self._store.resident.bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the prefixes in host memory."""
+        return self._store.host.bytes
+
+    def _require_kind(self, name: str, *, lora: bool) -> None:
+        """Raise AdapterError when `name` already stands for the other kind of adapter."""
+        if name in (self._store if lora else self._lora):
+            kind = "a prefix" if lora else "a LoRA adapter"
+            raise AdapterError(f"`{name}` is {kind} in this bank; unload it first")
+
+    def _row(self, row: RowNames) -> KVPrefix | None:
+        prefixes = [self.prefix(name) for name in _parts(row) if name not in self._lora]
+        if len(prefixes) > 1:
+            return KVPrefix.concatenated(prefixes)
+        return prefixes[0] if prefixes else None
+
+    def _lora_of(self, row: RowNames) -> str | None:
+        named = [name for name in _parts(row) if name in self._lora]
+        if len(named) > 1:
+            raise AdapterError(f"a row takes one LoRA adapter, found {', '.join(named)}")
+        return named[0] if named else None
+
+    def list(self) -> list[str]:
+        """Names of all adapters, in the order they came; LoRA adapters last."""
+        return [*self._store.names(), *self._lora.names]
+
+
+def _parts(row: RowNames) -> Sequence[str]:
+    if row is None:
+        return ()
+    return (row,) if isinstance(row, str) else row

@@ -1,0 +1,75 @@
+"""Where an adapter comes from, and whether it is still what was read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ptkit.errors import AdapterError
+from ptkit.formats.adapter_files import CONFIG, INFO, WEIGHTS, AdapterFiles, read_adapter
+from ptkit.formats.hub import fetch_adapter, is_hub_id
+from ptkit.methods import require_same_base
+from ptkit.runtime.base_model import Base
+
+#: Identity of an adapter's files at one moment; None for one that is missing.
+Stamp = tuple[tuple[int, int, int] | None, ...]
+
+
+def locate(source: str | Path) -> Path:
+    """The folder of the adapter `source`: a folder, or a hub id `user/repo[@revision]`.
+
+    Raises AdapterError when it is neither, or the Hub does not hand it out.
+    """
+    path = Path(source).expanduser()
+    if isinstance(source, str) and not path.exists() and is_hub_id(source):
+        return fetch_adapter(source)
+    return path
+
+
+def stamp(path: Path) -> Stamp:
+    """What a change of the adapter's files on disk would change: inode, size, time of writing."""
+    return tuple(_stamp_of(f"{path}/{file}") for file in (WEIGHTS, CONFIG, INFO))
+
+
+def _stamp_of(file: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An adapter's files and the stamp they had before they were read."""
+
+    files: AdapterFiles
+    stamp: Stamp
+
+
+def read_checked(path: Path, base: Base) -> Reading:
+    """Read the adapter folder `path` for `base`.
+
+    Raises AdapterError when it is damaged, unsafe, not finite or for another base.
+    """
+    before = stamp(path)
+    files = read_adapter(path)
+    require_same_base(files, base, str(path))
+    return Reading(files, before)
+
+
+def require_files(path: Path) -> None:
+    """Raise AdapterError unless `path` looks like an adapter folder. Nothing is opened."""
+    weights, config, _ = stamp(path)
+    if weights is None or config is None:
+        missing = path if not path.is_dir() else path / (WEIGHTS if weights is None else CONFIG)
+        raise AdapterError(f"{missing} is missing; an adapter folder holds {CONFIG} and {WEIGHTS}")
+
+
+def name_of(path: Path) -> str:
+    """A readable name for the adapter in `path`: its folder's, its run's, or its repository's."""
+    path = path.resolve()
+    if path.parent.name == "snapshots":  # the Hub's cache: models--user--repo/snapshots/COMMIT
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return path.parent.name if path.name == "adapter" else path.name
