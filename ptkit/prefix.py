@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptkit.errors import AdapterError
 
@@ -223,7 +223,9 @@ class PrefixBatch:
         Each row gets only its own keys and values; the padding is zeros and is masked.
         Gradients flow to every prefix.
         """
-        present = [p for p in prefixes if p is not None]
+        # Rows that share a prefix share its padding, and their gradients meet in one place.
+        slots = {id(p): p for p in prefixes if p is not None}
+        present = [*slots.values()]
         for prefix in present:
             if prefix.layout != layout:
                 raise AdapterError(
@@ -234,25 +236,27 @@ class PrefixBatch:
         if not present:
             return cls((), (), torch.zeros(len(prefixes), 0, dtype=torch.bool))
         longest = max(p.virtual_tokens for p in present)
-        device, dtype = present[0].keys[0].device, present[0].keys[0].dtype
+        device = present[0].keys[0].device
+        numbers = {key: slot for slot, key in enumerate(slots)}
+        plain = len(present)  # the slot of rows without a prefix, zeros
+        rows = [plain if p is None else numbers[id(p)] for p in prefixes]
+        with_plain = plain in rows
+        index = torch.tensor(rows, device=device)
+        in_order = rows == list(range(len(rows)))
 
-        def row(tensor: Tensor | None, heads: int, dim: int) -> Tensor:
-            if tensor is None:
-                return torch.zeros(heads, longest, dim, device=device, dtype=dtype)
-            missing = longest - tensor.shape[1]
-            return torch.nn.functional.pad(tensor, (0, 0, missing, 0)) if missing else tensor
+        def table(parts: list[Tensor]) -> Tensor:
+            padded = [
+                nn.functional.pad(t, (0, 0, longest - t.shape[1], 0)) if t.shape[1] < longest else t
+                for t in parts
+            ]
+            if with_plain:
+                padded.append(torch.zeros_like(padded[0]))
+            stacked = torch.stack(padded)
+            return stacked if in_order else stacked.index_select(0, index)
 
-        def stacked(parts: list[Tensor | None], heads: int, dim: int) -> Tensor:
-            return torch.stack([row(part, heads, dim) for part in parts])
-
-        keys = tuple(
-            stacked([p.keys[i] if p else None for p in prefixes], shape.kv_heads, shape.key_dim)
-            for i, shape in enumerate(layout)
-        )
-        values = tuple(
-            stacked([p.values[i] if p else None for p in prefixes], shape.kv_heads, shape.value_dim)
-            for i, shape in enumerate(layout)
-        )
+        layers = range(len(layout))
+        keys = tuple(table([p.keys[i] for p in present]) for i in layers)
+        values = tuple(table([p.values[i] for p in present]) for i in layers)
         lengths = torch.tensor([p.virtual_tokens if p else 0 for p in prefixes], device=device)
         visible = torch.arange(longest, device=device) >= (longest - lengths)[:, None]
         return cls(keys, values, visible)

@@ -24,10 +24,10 @@ from ptkit.evaluate.saved import evaluate_saved
 from ptkit.formats.adapter_files import read_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
 from ptkit.recipe import load_recipe
-from ptkit.train import loop
 from ptkit.train.experiment import prepare
 from ptkit.train.export import export_run
-from ptkit.train.run import Observer, run_cell
+from ptkit.train.run import Cell, Observer, run_cells
+from ptkit.train.trainee import StepReport
 
 RECIPE = """
 name: small
@@ -151,7 +151,7 @@ class Kill(Observer):
     def __init__(self, after: int) -> None:
         self.left = after
 
-    def stepped(self, report: loop.StepReport) -> None:
+    def stepped(self, report: StepReport) -> None:
         self.left -= 1
         if not self.left:
             raise KeyboardInterrupt
@@ -170,6 +170,26 @@ def test_interrupted_comparison_ends_with_the_same_results(comparison, tmp_path:
         assert ours.curve == theirs.curve
     assert not list(tmp_path.rglob("*.tmp"))
     assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_seeds_trained_in_one_batch_end_as_they_do_alone(comparison, tmp_path: Path) -> None:
+    loaded, _, alone, _ = comparison
+    together = load_recipe(loaded.path, ["train.together=2"])
+    with pytest.raises(KeyboardInterrupt):
+        run_grid(together, tmp_path, base=random_base("llama"), observer=Kill(7))
+    records = run_grid(together, tmp_path, base=random_base("llama"))
+    expected = {record.cell: record for record in alone}
+    assert {r.cell for r in records} == expected.keys()
+    for record in records:
+        other = expected[record.cell]
+        assert record.trained_together == (2 if record.method in TRAINED[:4] else 1)
+        assert record.metrics == other.metrics
+        assert record.best_step == other.best_step
+        for ours, theirs in zip(record.curve, other.curve, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-5)
+    summaries = write_outputs(tmp_path, records, together.recipe)
+    assert "were trained 2 in a batch" in markdown_table(summaries)
+    assert "up to 2 in one batch" in (tmp_path / "report.html").read_text()
 
 
 def test_folder_of_another_recipe_is_refused(comparison) -> None:
@@ -264,9 +284,9 @@ def test_cell_of_another_seed_or_method_is_refused(comparison, tmp_path: Path) -
     experiment = prepare(loaded, random_base("llama"))
     method = loaded.recipe.method("prompt_tuning")
     with pytest.raises(UserError, match="`seed`"):
-        run_cell(experiment, method, 7, out / "cells" / "prompt_tuning-seed0")
+        run_cells(experiment, [Cell(method, 7, out / "cells" / "prompt_tuning-seed0")])
     with pytest.raises(UserError, match="`method`"):
-        run_cell(experiment, method, 0, out / "cells" / "prefix_tuning-seed0")
+        run_cells(experiment, [Cell(method, 0, out / "cells" / "prefix_tuning-seed0")])
 
 
 def test_too_few_positions_are_refused_before_training(recipe_file: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from ptkit.errors import AdapterError, PtkitError
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, adapter_from_files, require_same_base
 from ptkit.recipe.schema import TrainSection
-from ptkit.train.loop import StepReport, fit
+from ptkit.train.loop import fit as fit_jobs
+from ptkit.train.trainee import Job, StepReport
 
 TRAINED = {
     "prefix_tuning": {"num_virtual_tokens": 4},
@@ -23,6 +24,12 @@ TRAINED = {
     "lora": {"rank": 2, "dropout": 0.1},
     "full": {},
 }
+
+
+def fit(adapter, train, validation, settings, learning_rate, **own):
+    """One adapter by itself; returns its progress."""
+    (progress,) = fit_jobs([Job(adapter, train, validation, settings, learning_rate, **own)])
+    return progress
 
 
 def rows(count: int, seed: int) -> list[EncodedExample]:

@@ -16,9 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ptkit.train.loop import StepReport
 from ptkit.train.record import CellRecord
 from ptkit.train.run import Observer
+from ptkit.train.trainee import StepReport
 
 
 class LiveDisplay(Observer):

@@ -43,7 +43,7 @@ def train(
     from ptkit.cli.options import one_method, start_over
     from ptkit.recipe import load_recipe
     from ptkit.train.experiment import prepare
-    from ptkit.train.run import cell_name, run_cell
+    from ptkit.train.run import Cell, cell_name, run_cells
 
     loaded = load_recipe(recipe, set_ or [])
     section = one_method(loaded.recipe, method)
@@ -53,9 +53,8 @@ def train(
         start_over(folder)
     experiment = prepare(loaded)
     with LiveDisplay(1, quiet=quiet or json_output) as display:
-        record = run_cell(
-            experiment, section, used_seed, folder, observer=display, start_from=start_from
-        )
+        cell = Cell(section, used_seed, folder, start_from)
+        (record,) = run_cells(experiment, [cell], display)
     if json_output:
         typer.echo(json.dumps({**record.as_dict(), "folder": str(folder)}))
         return

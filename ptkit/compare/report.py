@@ -46,6 +46,7 @@ def render_report(recipe: Recipe, summaries: Sequence[MethodSummary], recipe_tex
         n_seeds=max(len(s.records) for s in summaries),
         signatures=_signatures(summaries),
         first=first,
+        together=max(s.trained_together for s in summaries),
         score=first.score,
         generation=generation,
         figures=figures,

@@ -45,6 +45,11 @@ class MethodSummary:
     samples: tuple[Prediction, ...]
 
     @property
+    def trained_together(self) -> int:
+        """Cells of the largest training batch any of the records comes from."""
+        return max(record.trained_together for record in self.records)
+
+    @property
     def leading(self) -> Interval:
         """The interval of the metric that is *the score*."""
         return self.metrics[self.score]

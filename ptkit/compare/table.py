@@ -54,6 +54,13 @@ def caption(summaries: Sequence[MethodSummary], *, spread: bool) -> str:
         f"n = {record.n_test} test rows; interval: 95 % bootstrap over seeds and rows; "
         "peak memory beyond what was in use before"
     )
+    together = [s for s in summaries if s.trained_together > 1]
+    if together:
+        names = ", ".join(s.title for s in together)
+        text += (
+            f"; seeds of {names} were trained {max(s.trained_together for s in together)} in a "
+            "batch: time is a seed's share of it, memory that of the whole batch"
+        )
     if record.retention is not None:
         over_seeds = ", ± over seeds" if spread else ""
         text += (

@@ -7,7 +7,7 @@ soft embeddings in prompt tuning and P-tuning, and keys and values in prefix tun
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -21,6 +21,7 @@ from ptkit.runtime.base_model import Base
 class PromptMethodSection(MethodSection):
     """Settings shared by the methods that learn virtual tokens."""
 
+    shares_batch: ClassVar[bool] = True
     num_virtual_tokens: int = Field(default=10, ge=1, le=4096)
     """Virtual tokens: learnt positions before the input."""
     start: Literal["examples", "text", "vocabulary", "random"] = "examples"

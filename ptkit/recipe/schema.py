@@ -166,10 +166,20 @@ class TrainSection(Section):
     """Steps between validation losses; the best checkpoint by that loss is what is kept."""
     save_every: Annotated[int, Field(gt=0)] = 50
     """Steps between saves from which a killed run resumes."""
+    together: Annotated[int, Field(gt=0)] = 1
+    """Seeds of a prompt method that `ptkit compare` trains in one batch, each with the result it
+    has alone. Faster where a single batch is too small to fill the machine; a cell's time is then
+    its share, its peak memory that of the whole batch."""
     patience: Annotated[int, Field(gt=0)] | None = None
     """Stop after this many validations without improvement; null trains all steps."""
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = []
     """Trackers to log to (through accelerate); each must be installed."""
+
+    @model_validator(mode="after")
+    def _can_be_together(self) -> TrainSection:
+        if self.together > 1 and (self.autocast == "fp16" or self.report_to):
+            raise ValueError("`together` needs `autocast: no` or `bf16`, and no `report_to`")
+        return self
 
 
 class EvaluateSection(Section):
@@ -196,6 +206,8 @@ class MethodSection(Section):
 
     trains: ClassVar[bool] = True
     """False for baselines that learn nothing (they run once, whatever the seeds)."""
+    shares_batch: ClassVar[bool] = False
+    """Whether adapters of this method can be trained in one batch, row by row."""
 
     kind: str
     """The method."""

@@ -1,245 +1,198 @@
-"""The training loop of one adapter, on accelerate.
+"""The training loop, on accelerate: one adapter, or several in one forward and backward.
 
 Accelerate places, distributes and autocasts; the order of the data, the choice of the best
-checkpoint and exact resumption are here. transformers' Trainer is not used because it resumes
-from pickles, may leave half-written checkpoints, and recomputes the prompt for every row.
+checkpoint and exact resumption are ours (`ptkit.train.trainee`). transformers' Trainer is not
+used because it resumes from pickles, may leave half-written checkpoints, recomputes the prompt
+for every row, and trains one set of parameters at a time.
+
+Several adapters share the base, not a gradient: every row reads its own adapter's prefix, every
+adapter's loss is divided by its own tokens, and each has its own optimiser. The result of each
+is the one it has alone; what is shared is the cost of running a small batch.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
-from transformers import get_scheduler
 
-from ptkit.data.encode import EncodedExample, length_grouped_batches
-from ptkit.errors import DataError, PtkitError
-from ptkit.methods import Adapter
-from ptkit.recipe.schema import TrainSection
+from ptkit.data.encode import EncodedExample
+from ptkit.errors import UserError
 from ptkit.runtime.attention import prefix_attention
-from ptkit.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ptkit.train.checkpoint import Progress
 from ptkit.train.memory import PeakMemory
 from ptkit.train.objective import Objective, collate
+from ptkit.train.trainee import Job, Trainee
+
+#: Settings that belong to the step, so that jobs of one loop must agree on them.
+SHARED_SETTINGS = ("autocast", "gradient_checkpointing", "gradient_accumulation", "report_to")
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What a progress display is told after every step.
+def fit(jobs: Sequence[Job]) -> list[Progress]:
+    """Train the jobs' adapters, all on one base, and leave each with its best parameters by
+    validation loss.
 
-    loss: training loss of the step; validation_loss: of the latest validation, if any; both in
-    nats per target token.
+    Killed at any point, the same call goes on from each job's last checkpoint and ends with the
+    same parameters. Raises PtkitError when a loss is not finite, UserError for jobs that cannot
+    share a loop.
     """
-
-    step: int
-    steps: int
-    loss: float
-    validation_loss: float | None
-
-
-Report = Callable[[StepReport], None]
-
-
-def fit(
-    adapter: Adapter,
-    train: Sequence[EncodedExample],
-    validation: Sequence[EncodedExample],
-    settings: TrainSection,
-    learning_rate: float,
-    *,
-    seed: int,
-    run: Path,
-    report: Report | None = None,
-) -> Progress:
-    """Train `adapter` and leave it with its best parameters by validation loss.
-
-    run: folder for checkpoints. If it holds some, training resumes there, and ends with the
-    same parameters as a run that was never interrupted. Raises PtkitError when the loss is not
-    finite.
-    """
-    if not train or not validation:
-        raise DataError("training needs at least one row for training and one for validation")
+    settings = jobs[0].settings
+    if len(jobs) > 1:
+        _require_shareable(jobs)
     # Accelerate keeps the precision of a process's first run; a later run may use another.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
-        mixed_precision=settings.autocast, cpu=adapter.base.model.device.type == "cpu",
-        log_with=settings.report_to or None, project_dir=run,
-    )  # fmt: skip
+        mixed_precision=settings.autocast,
+        cpu=jobs[0].adapter.base.model.device.type == "cpu",
+        log_with=settings.report_to or None,
+        project_dir=jobs[0].run,
+    )
     if settings.report_to:
-        accelerator.init_trackers(
-            "ptkit", {"learning_rate": learning_rate, **settings.model_dump()}
-        )
-    loop = _Loop(adapter, train, validation, settings, learning_rate, seed, run, accelerator)
+        tracked = {"learning_rate": jobs[0].learning_rate, **settings.model_dump()}
+        accelerator.init_trackers("ptkit", tracked)
     try:
-        return loop.run_to_end(report)
+        return _Loop(jobs, accelerator).run()
     finally:
         if settings.report_to:
             accelerator.end_training()
 
 
+def _require_shareable(jobs: Sequence[Job]) -> None:
+    first = jobs[0]
+    for job in jobs[1:]:
+        for key in SHARED_SETTINGS:
+            if getattr(job.settings, key) != getattr(first.settings, key):
+                raise UserError(f"adapters trained together must have the same `{key}`")
+    if any(job.adapter.base is not first.adapter.base for job in jobs):
+        raise UserError("adapters trained together must be of one base model")
+    for job in jobs:
+        if not job.adapter.virtual_tokens:
+            raise UserError(
+                f"`{job.adapter.section.title}` changes the base's weights and cannot share a "
+                "batch with other adapters in training"
+            )
+    if first.settings.autocast == "fp16" or first.settings.report_to:
+        raise UserError("adapters are trained together without fp16 and `report_to` only")
+
+
 class _Loop:
-    def __init__(
-        self,
-        adapter: Adapter,
-        train: Sequence[EncodedExample],
-        validation: Sequence[EncodedExample],
-        settings: TrainSection,
-        learning_rate: float,
-        seed: int,
-        run: Path,
-        accelerator: Accelerator,
-    ) -> None:
-        self.adapter, self.train, self.settings = adapter, train, settings
-        self.run, self.accelerator = run, accelerator
-        self.pad = adapter.base.pad_token_id
-        self.parameters = list(adapter.trainable().values())
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, weight_decay=settings.weight_decay
+    def __init__(self, jobs: Sequence[Job], accelerator: Accelerator) -> None:
+        self.accelerator, self.settings = accelerator, jobs[0].settings
+        if len(jobs) > 1 and accelerator.num_processes > 1:
+            raise UserError("adapters are trained together in one process only")
+        self.pad = jobs[0].adapter.base.pad_token_id
+        self.model = jobs[0].adapter.model
+        self.trainees = [
+            Trainee(job, accelerator.process_index, accelerator.num_processes) for job in jobs
+        ]
+        self.objective, *optimizers = accelerator.prepare(
+            Objective([t.adapter for t in self.trainees]),
+            *(t.plain_optimizer for t in self.trainees),
         )
-        schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-        self.scheduler = get_scheduler(
-            schedule, optimizer, settings.warmup_steps, num_training_steps=settings.steps
-        )
-        self.plain_optimizer = optimizer
-        self.objective, self.optimizer = accelerator.prepare(Objective(adapter), optimizer)
-        self.validation = sorted(validation, key=len)
-        # fp16 and multi-process runs change the parameters' gradients, never their identity.
-        self.batches = self._share(
-            length_grouped_batches([len(e) for e in train], settings.batch_size, seed)
-        )
+        for trainee, optimizer in zip(self.trainees, optimizers, strict=True):
+            trainee.optimizer = optimizer
 
-    def _share(self, batches: Iterator[list[int]]) -> Iterator[list[int]]:
-        """This process's batches: every n-th of the common order."""
-        first, step = self.accelerator.process_index, self.accelerator.num_processes
-        return itertools.islice(batches, first, None, step)
-
-    def run_to_end(self, report: Report | None) -> Progress:
-        settings, accelerator = self.settings, self.accelerator
-        loaded = load_checkpoint(self.run, self.adapter, self.plain_optimizer)
-        if loaded is None:
-            progress, best = Progress(), self._parameters_now()
-        else:
-            progress, best = loaded
-            self.scheduler.load_state_dict(progress.schedule)
-            # The scheduler restores its count only; the rate of the next step is the group's.
-            for group, rate in zip(
-                self.plain_optimizer.param_groups, self.scheduler.get_last_lr(), strict=True
-            ):
-                group["lr"] = rate
-        skip = progress.step * settings.gradient_accumulation
-        batches = itertools.islice(self.batches, skip, None)
-        memory = PeakMemory(accelerator.device)
-        started, already = time.perf_counter(), progress.seconds
-        model = self.adapter.model
-        if settings.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        attention: Any = prefix_attention(model) if self.adapter.virtual_tokens else nullcontext()
+    def run(self) -> list[Progress]:
+        """Train until every trainee has finished."""
+        for trainee in self.trainees:
+            trainee.resume()
+        memory = PeakMemory(self.accelerator.device)
+        if self.settings.gradient_checkpointing:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        prompts = any(t.adapter.virtual_tokens for t in self.trainees)
+        attention: Any = prefix_attention(self.model) if prompts else nullcontext()
         try:
             with attention:
-                while progress.step < settings.steps and not self._stale(progress):
-                    loss, tokens = self._step(batches)
-                    progress.step += 1
-                    progress.tokens += tokens
-                    progress.loss_since_validation.append(loss)
-                    last = progress.step == settings.steps
-                    if last or progress.step % settings.eval_every == 0:
-                        best = self._validate(progress, best)
-                    if last or progress.step % settings.save_every == 0 or self._stale(progress):
-                        progress.seconds = already + time.perf_counter() - started
-                        progress.peak_memory_bytes = max(progress.peak_memory_bytes, memory.bytes())
-                        progress.schedule = self.scheduler.state_dict()
-                        if accelerator.is_main_process:
-                            save_checkpoint(
-                                self.run, progress, self.adapter, best, self.plain_optimizer
-                            )
-                    if report is not None:
-                        latest = progress.curve[-1]["validation_loss"] if progress.curve else None
-                        report(StepReport(progress.step, settings.steps, loss, latest))
+                while active := [i for i, t in enumerate(self.trainees) if not t.finished]:
+                    self._step(active, memory)
         finally:
-            if settings.gradient_checkpointing:
-                model.activation_checkpointing_disable()
-            model.eval()
-        self.adapter.load_trainable(best)
-        return progress
+            if self.settings.gradient_checkpointing:
+                self.model.activation_checkpointing_disable()
+            self.model.eval()
+        for trainee in self.trainees:
+            trainee.adapter.load_trainable(trainee.best)
+        return [t.progress for t in self.trainees]
 
-    def _stale(self, progress: Progress) -> bool:
-        patience = self.settings.patience
-        return patience is not None and progress.stale_validations >= patience
+    def _step(self, active: list[int], memory: PeakMemory) -> None:
+        """One optimiser step of every active trainee, then what is due after it."""
+        clock = time.perf_counter()
+        losses, tokens = self._gradients(active)
+        for i, loss, read in zip(active, losses, tokens, strict=True):
+            self.trainees[i].step(loss, read)
+        # An equal share of the common step each: together the shares are the time it took.
+        share = (time.perf_counter() - clock) / len(active)
+        for i, loss in zip(active, losses, strict=True):
+            trainee = self.trainees[i]
+            clock = time.perf_counter()
+            if trainee.validation_due:
+                entry = trainee.validated(self.validation_loss(i))
+                if self.settings.report_to:
+                    self.accelerator.log(entry, step=trainee.progress.step)
+            trainee.progress.seconds += share + time.perf_counter() - clock
+            if trainee.save_due:
+                trainee.progress.peak_memory_bytes = max(
+                    trainee.progress.peak_memory_bytes, memory.bytes()
+                )
+                if self.accelerator.is_main_process:
+                    trainee.save()
+            trainee.report(loss)
 
-    def _step(self, batches: Iterator[list[int]]) -> tuple[float, int]:
-        """One optimiser step. Returns its loss per target token and the tokens it read."""
+    def _gradients(self, active: list[int]) -> tuple[list[float], list[int]]:
+        """Gradients of each active trainee's own loss, summed over accumulated batches.
+
+        Returns, for each, the loss per target token and the tokens read.
+        """
         accelerator = self.accelerator
-        self.adapter.model.train()
-        parts = [
-            collate([self.train[i] for i in next(batches)], self.pad)
-            for _ in range(self.settings.gradient_accumulation)
+        self.model.train()
+        # [active][accumulated] -> rows
+        batches = [
+            [self.trainees[i].next_batch() for _ in range(self.settings.gradient_accumulation)]
+            for i in active
         ]
-        supervised = torch.tensor(sum(int((p["labels"] >= 0).sum()) for p in parts))
-        everywhere = accelerator.reduce(supervised.to(accelerator.device)).item()
-        # DDP averages gradients over processes; the loss is a mean over all their tokens.
+        supervised = torch.tensor([sum(map(_targets, own)) for own in batches])
+        everywhere: Any = accelerator.reduce(supervised.to(accelerator.device))
+        # DDP averages gradients over processes; a loss is a mean over all its tokens.
         scale = accelerator.num_processes / everywhere
-        total = torch.zeros((), device=accelerator.device)
-        for i, part in enumerate(parts):
-            last = i == len(parts) - 1
+        total = torch.zeros(len(active), device=accelerator.device)
+        for n in range(self.settings.gradient_accumulation):
+            part = [own[n] for own in batches]
+            last = n == self.settings.gradient_accumulation - 1
             with nullcontext() if last else accelerator.no_sync(self.objective):
-                part = {n: t.to(accelerator.device) for n, t in part.items()}
                 with accelerator.autocast():
-                    loss = self.objective(**part) * scale
-                accelerator.backward(loss)
-                total += loss.detach() / accelerator.num_processes
-        accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        value = float(accelerator.reduce(total))
-        if value != value or value in (float("inf"), float("-inf")):
-            raise PtkitError(
-                f"the loss became {value}: lower the method's `learning_rate`"
-                + (" or use `autocast: bf16`" if self.settings.autocast == "fp16" else "")
-            )
-        return value, sum(int(p["attention_mask"].sum()) for p in parts)
+                    losses = self.objective(active, [len(r) for r in part], **self._tensors(part))
+                losses = losses * scale
+                accelerator.backward(losses.sum())
+                total += losses.detach() / accelerator.num_processes
+        accelerator.unscale_gradients()
+        values: Any = accelerator.reduce(total)
+        read = [sum(len(row) for rows in own for row in rows) for own in batches]
+        return values.tolist(), read
 
-    def _validate(self, progress: Progress, best: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Measure the validation loss; returns the best parameters so far."""
-        loss = self.validation_loss()
-        since = progress.loss_since_validation
-        entry = {
-            "step": progress.step,
-            "train_loss": sum(since) / len(since),
-            "validation_loss": loss,
-        }
-        progress.curve.append(entry)
-        progress.loss_since_validation = []
-        if self.settings.report_to:
-            self.accelerator.log(entry, step=progress.step)
-        if loss < progress.best_loss:
-            progress.best_loss, progress.best_step = loss, progress.step
-            progress.stale_validations = 0
-            return self._parameters_now()
-        progress.stale_validations += 1
-        return best
+    def _tensors(self, rows_of_each: list[list[EncodedExample]]) -> dict[str, Tensor]:
+        together = collate([row for rows in rows_of_each for row in rows], self.pad)
+        return {name: t.to(self.accelerator.device) for name, t in together.items()}
 
     @torch.no_grad()
-    def validation_loss(self) -> float:
-        """Mean cross-entropy per target token over the validation rows, in nats."""
-        self.adapter.model.eval()
-        size = self.settings.batch_size * 2
+    def validation_loss(self, index: int) -> float:
+        """Mean cross-entropy per target token of a trainee's validation rows, in nats."""
+        self.model.eval()
+        trainee = self.trainees[index]
+        objective = self.accelerator.unwrap_model(self.objective)
+        size = trainee.settings.batch_size * 2
         total, count = 0.0, 0
-        for start in range(0, len(self.validation), size):
-            part = collate(self.validation[start : start + size], self.pad)
-            part = {n: t.to(self.accelerator.device) for n, t in part.items()}
+        for start in range(0, len(trainee.validation), size):
+            rows = trainee.validation[start : start + size]
             with self.accelerator.autocast():
-                total += float(self.accelerator.unwrap_model(self.objective)(**part))
-            count += int((part["labels"] >= 0).sum())
+                total += float(objective([index], [len(rows)], **self._tensors([rows])))
+            count += _targets(rows)
         return total / count
 
-    def _parameters_now(self) -> dict[str, Tensor]:
-        return {n: p.detach().clone() for n, p in self.adapter.trainable().items()}
+
+def _targets(rows: Sequence[EncodedExample]) -> int:
+    return sum(len(row.target_ids) for row in rows)

@@ -29,21 +29,45 @@ def collate(rows: Sequence[EncodedExample], pad_token_id: int) -> dict[str, Tens
 
 
 class Objective(nn.Module):
-    """Summed loss of a batch under an adapter; a module so that DDP can wrap it."""
+    """Losses of a batch whose rows belong to one or several adapters of one base.
 
-    def __init__(self, adapter: Adapter) -> None:
+    A module, so that DDP can wrap it.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
         super().__init__()
-        self.adapter = adapter
+        self.adapters = nn.ModuleList(adapters)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy in nats, summed over the supervised tokens of all rows.
+    def forward(
+        self,
+        active: Sequence[int],
+        rows: Sequence[int],
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+    ) -> Tensor:
+        """Cross-entropy in nats of each active adapter's rows, summed over their supervised
+        tokens, `[active]`.
 
-        The adapter compiles once, whatever the number of rows; its prefix is expanded over
-        them without a copy.
+        active: indices of the adapters in this batch, in the order of their rows
+        rows: how many rows each of them has; they add up to the rows of the tensors
+
+        Every adapter compiles once, whatever the number of its rows.
         """
-        prefix = self.adapter.prefix()
-        batch = None if prefix is None else PrefixBatch.shared(prefix, len(input_ids))
+        adapters: list[Adapter] = [self.adapters[i] for i in active]  # type: ignore[misc]
+        prefixes = [adapter.prefix() for adapter in adapters]
+        batch = None
+        if len(prefixes) > 1:
+            owner = [prefix for prefix, n in zip(prefixes, rows, strict=True) for _ in range(n)]
+            batch = PrefixBatch.gathered(owner, adapters[0].base.layout)
+        elif prefixes[0] is not None:
+            batch = PrefixBatch.shared(prefixes[0], rows[0])
         logits, targets = supervised_logits(
-            self.adapter.model, input_ids, attention_mask, labels, batch
+            adapters[0].model, input_ids, attention_mask, labels, batch
         )
-        return token_losses(logits, targets).sum()
+        losses = token_losses(logits, targets)
+        if len(active) == 1:
+            return losses.sum()[None]
+        # Supervised tokens come row by row, so each adapter's are together.
+        counts = (labels[:, 1:] != IGNORED).sum(-1).split(list(rows))
+        return torch.stack([part.sum() for part in losses.split([int(c.sum()) for c in counts])])

@@ -18,6 +18,8 @@ class CellRecord:
     train_seconds, eval_seconds: wall clock; peak_memory_bytes: above what was in use before
     curve: `{step, train_loss, validation_loss}` in nats per target token
     retention: see `ptkit.evaluate.retention.Retention.as_dict`; None when not measured
+    trained_together: cells in the training batch; with more than one, train_seconds is an equal
+    share of its time and peak_memory_bytes that of the whole batch
     adapter_off_exact: base logits bit-identical with the adapter off; None without an "off"
     """
 
@@ -44,6 +46,7 @@ class CellRecord:
     retention: dict[str, float] | None
     adapter_off_exact: bool | None
     adapter_path: str | None
+    trained_together: int = 1
     versions: dict[str, str] = field(default_factory=dict)
     hardware: str = ""
     started: str = ""

@@ -1,4 +1,4 @@
-"""One cell: train a method with a seed, measure it, write its record last.
+"""Cells: train a method with a seed (or several at once), measure it, write its record last.
 
 Folder of a cell:
     cell.json           what this cell is; a resumed run must match it
@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -34,8 +35,9 @@ from ptkit.recipe.schema import MethodSection
 from ptkit.runtime.base_model import no_weights_bar
 from ptkit.train.checkpoint import Progress, remove_checkpoints
 from ptkit.train.experiment import Experiment
-from ptkit.train.loop import StepReport, fit
+from ptkit.train.loop import fit
 from ptkit.train.record import CellRecord
+from ptkit.train.trainee import Job, StepReport
 
 
 class Observer:
@@ -59,54 +61,82 @@ def cell_name(method: MethodSection, seed: int) -> str:
     return f"{method.title}-seed{seed}"
 
 
-def run_cell(
-    experiment: Experiment,
-    method: MethodSection,
-    seed: int,
-    folder: Path,
-    *,
-    observer: Observer | None = None,
-    start_from: Path | None = None,
-) -> CellRecord:
-    """Train, measure and save one cell; a finished one is read back, a killed one resumed.
+@dataclass(frozen=True)
+class Cell:
+    """One method with one seed of a recipe, and the folder it lives in.
 
-    start_from: an adapter folder to train further instead of a fresh start.
-    Raises UserError when `folder` holds a cell of another recipe, seed, base or data.
+    start_from: an adapter folder to train further instead of a fresh start
+    """
+
+    method: MethodSection
+    seed: int
+    folder: Path
+    start_from: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The cell's name in tables and logs."""
+        return cell_name(self.method, self.seed)
+
+    @property
+    def done(self) -> Path:
+        """The record whose presence means that the cell is finished."""
+        return self.folder / "record.json"
+
+
+def run_cells(
+    experiment: Experiment, cells: Sequence[Cell], observer: Observer | None = None
+) -> list[CellRecord]:
+    """Train `cells` in one batch, measure and save each; finished ones are read back, killed
+    ones go on where they were.
+
+    Raises UserError when a folder holds a cell of another recipe, seed, base or data, and when
+    several cells cannot share a batch.
     """
     observer = observer or Observer()
-    claim(experiment, method, seed, folder, start_from)
-    done = folder / "record.json"
-    if done.exists():
-        record = CellRecord.read(done)
-        observer.cell_finished(record, reused=True)
-        return record
-    observer.cell_started(
-        cell_name(method, seed), experiment.recipe.train.steps if method.trains else 0
-    )
+    records: dict[Cell, CellRecord] = {}
+    for cell in cells:
+        claim(experiment, cell)
+        if cell.done.exists():
+            records[cell] = CellRecord.read(cell.done)
+            observer.cell_finished(records[cell], reused=True)
+    todo = [cell for cell in cells if cell not in records]
+    if todo:
+        records |= zip(todo, _train_and_measure(experiment, todo, observer), strict=True)
+    return [records[cell] for cell in cells]
+
+
+def _train_and_measure(
+    experiment: Experiment, cells: Sequence[Cell], observer: Observer
+) -> list[CellRecord]:
+    trains = cells[0].method.trains
+    title = " + ".join(cell.name for cell in cells)
+    observer.cell_started(title, experiment.recipe.train.steps if trains else 0)
     started = datetime.now(UTC)
-    set_seed(seed)
-    adapter = _adapter(experiment, method, seed, start_from)
+    adapters: list[Adapter] = []
+    records = []
     try:
-        progress = Progress()
-        if method.trains:
-            progress = _fit(experiment, adapter, seed, folder, observer)
-        record = _measure(experiment, adapter, method, seed, folder, progress, started, observer)
+        for cell in cells:
+            set_seed(cell.seed)
+            adapters.append(_adapter(experiment, cell))
+        progresses = [Progress() for _ in cells]
+        if trains:
+            progresses = _fit(experiment, cells, adapters, observer)
+        for cell, adapter, progress in zip(cells, adapters, progresses, strict=True):
+            record = _measure(experiment, adapter, cell, progress, started, observer)
+            record = record.updated(trained_together=len(cells))
+            atomic.write_json(cell.done, record.as_dict())
+            remove_checkpoints(cell.folder)
+            observer.cell_finished(record, reused=False)
+            records.append(record)
     finally:
-        adapter.close()
-    atomic.write_json(done, record.as_dict())
-    remove_checkpoints(folder)
-    observer.cell_finished(record, reused=False)
-    return record
+        for adapter in adapters:
+            adapter.close()
+    return records
 
 
-def claim(
-    experiment: Experiment,
-    method: MethodSection,
-    seed: int,
-    folder: Path,
-    start_from: Path | None = None,
-) -> None:
-    """Write what this cell is to `folder`, or raise UserError when it already is another."""
+def claim(experiment: Experiment, cell: Cell) -> None:
+    """Write what `cell` is to its folder, or raise UserError when it already is another."""
     recipe = experiment.recipe
     identity = {
         "model": recipe.model.model_dump(exclude={"device"}),
@@ -115,11 +145,11 @@ def claim(
         "task": recipe.task.model_dump(),
         "train": recipe.train.model_dump(exclude={"report_to"}),
         "retention": recipe.retention and recipe.retention.model_dump(),
-        "method": method.model_dump(),
-        "seed": seed,
-        "start_from": str(start_from) if start_from else None,
+        "method": cell.method.model_dump(),
+        "seed": cell.seed,
+        "start_from": str(cell.start_from) if cell.start_from else None,
     }
-    path = folder / "cell.json"
+    path = cell.folder / "cell.json"
     if not path.exists():
         atomic.write_json(path, identity)
         return
@@ -127,58 +157,64 @@ def claim(
     changed = sorted(k for k in identity if there.get(k) != json.loads(json.dumps(identity[k])))
     if changed:
         raise UserError(
-            f"{folder} holds a run that differs in {', '.join(f'`{k}`' for k in changed)}; "
+            f"{cell.folder} holds a run that differs in {', '.join(f'`{k}`' for k in changed)}; "
             "choose another --out, or pass --fresh to start over"
         )
 
 
-def _adapter(
-    experiment: Experiment, method: MethodSection, seed: int, start_from: Path | None
-) -> Adapter:
-    base = experiment.base
-    if start_from is None:
+def _adapter(experiment: Experiment, cell: Cell) -> Adapter:
+    base, method = experiment.base, cell.method
+    if cell.start_from is None:
         texts = [example.input + example.target for example in experiment.data.train]
-        return create_adapter(method, base, Demonstrations(texts, seed))
-    files = read_adapter(start_from)
-    require_same_base(files, base, str(start_from))
+        return create_adapter(method, base, Demonstrations(texts, cell.seed))
+    files = read_adapter(cell.start_from)
+    require_same_base(files, base, str(cell.start_from))
     cls = ADAPTERS[method.kind]
     if files.peft_type not in cls.peft_types:
         raise UserError(
-            f"{start_from} is a {files.peft_type} adapter; `{method.kind}` cannot train it further"
+            f"{cell.start_from} is a {files.peft_type} adapter; `{method.kind}` cannot train it "
+            "further"
         )
     return cls.from_files(files, method, base)
 
 
 def _fit(
-    experiment: Experiment, adapter: Adapter, seed: int, folder: Path, observer: Observer
-) -> Progress:
+    experiment: Experiment,
+    cells: Sequence[Cell],
+    adapters: Sequence[Adapter],
+    observer: Observer,
+) -> list[Progress]:
     recipe = experiment.recipe
-    for rows in (experiment.train, experiment.validation):
-        require_room(adapter, rows, recipe.task)
-    learning_rate = adapter.section.learning_rate  # type: ignore[attr-defined]
+    for adapter in adapters:
+        for rows in (experiment.train, experiment.validation):
+            require_room(adapter, rows, recipe.task)
     return fit(
-        adapter,
-        experiment.train,
-        experiment.validation,
-        recipe.train,
-        learning_rate,
-        seed=seed,
-        run=folder,
-        report=observer.stepped,
+        [
+            Job(
+                adapter,
+                experiment.train,
+                experiment.validation,
+                recipe.train,
+                adapter.section.learning_rate,  # type: ignore[attr-defined]
+                cell.seed,
+                cell.folder,
+                # One bar for all of them: they take their steps together.
+                observer.stepped if cell is cells[0] else None,
+            )
+            for cell, adapter in zip(cells, adapters, strict=True)
+        ]
     )
 
 
 def _measure(
     experiment: Experiment,
     adapter: Adapter,
-    method: MethodSection,
-    seed: int,
-    folder: Path,
+    cell: Cell,
     progress: Progress,
     started: datetime,
     observer: Observer,
 ) -> CellRecord:
-    recipe, base = experiment.recipe, experiment.base
+    recipe, base, method, folder = experiment.recipe, experiment.base, cell.method, cell.folder
     clock = time.perf_counter()
     predictions = predict(
         adapter, experiment.data.test, recipe.task, recipe.evaluate.batch_size, observer.predicting
@@ -192,10 +228,10 @@ def _measure(
     atomic.write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
     record = CellRecord(
         recipe=recipe.name,
-        cell=cell_name(method, seed),
+        cell=cell.name,
         method=method.title,
         kind=method.kind,
-        seed=seed,
+        seed=cell.seed,
         settings=method.model_dump(),
         n_train=len(experiment.train) if method.trains else 0,
         n_test=len(predictions),

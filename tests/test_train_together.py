@@ -1,0 +1,107 @@
+"""Adapters trained in one batch: each ends as it does alone."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_base
+from test_peft_parity import LEARNT, make_adapter
+from test_train import Killed, fresh, rows
+
+from ptkit.errors import UserError
+from ptkit.methods import Adapter
+from ptkit.recipe.schema import TrainSection
+from ptkit.runtime.base_model import Base
+from ptkit.train.loop import fit
+from ptkit.train.trainee import Job, StepReport
+
+#: Different methods, lengths, learning rates, seeds, batch sizes, schedules and data.
+VARIED = [
+    ("prefix", 5, 1e-2, {"batch_size": 2}),
+    ("prompt", 3, 5e-2, {"batch_size": 3, "schedule": "cosine"}),
+    ("prefix-mlp", 4, 1e-3, {"batch_size": 1, "warmup_steps": 7}),
+    ("p-tuning-lstm", 6, 1e-3, {"batch_size": 2, "steps": 20}),
+    ("prefix", 2, 3e-2, {"batch_size": 4, "schedule": "constant"}),
+]
+
+
+def job(base: Base, which: int, run: Path, **changes) -> Job:
+    method, length, rate, own = VARIED[which]
+    torch.manual_seed(which)
+    adapter = make_adapter(base, {**LEARNT[method], "num_virtual_tokens": length})
+    common = {"steps": 50, "warmup_steps": 2, "eval_every": 10, "save_every": 15}
+    settings = TrainSection(**{**common, **own, **changes})
+    return Job(
+        adapter, rows(20, which), rows(6, 50 + which), settings, rate, which, run / str(which)
+    )
+
+
+def parameters(adapter: Adapter) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in adapter.trainable().items()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation": 2}, {"patience": 1}])
+def test_each_ends_as_it_does_alone(family: str, changes: dict, tmp_path: Path) -> None:
+    base = random_base(family)
+    jobs = [job(base, i, tmp_path / "together", **changes) for i in range(len(VARIED))]
+    together = fit(jobs)
+    for i, progress in enumerate(together):
+        alone = job(base, i, tmp_path / "alone", **changes)
+        (expected,) = fit([alone])
+        assert progress.step == expected.step
+        assert progress.best_step == expected.best_step
+        assert progress.tokens == expected.tokens
+        for a, b in zip(progress.curve, expected.curve, strict=True):
+            assert a == pytest.approx(b, abs=1e-5)
+        ended = parameters(alone.adapter)
+        for name, value in parameters(jobs[i].adapter).items():
+            torch.testing.assert_close(value, ended[name], atol=1e-5, rtol=1e-5)
+    stopped = {p.step for p in together}
+    assert len(stopped) > 1, "some must finish before others for this to prove anything"
+    assert all(p.grad is None for p in base.model.parameters())
+
+
+def test_killed_together_resume_together_bit_for_bit(tmp_path: Path) -> None:
+    def run(folder: str, kill_at: int | None) -> list[dict[str, torch.Tensor]] | None:
+        def report(step: StepReport) -> None:
+            if step.step == kill_at:
+                raise Killed
+
+        base = random_base("llama")
+        jobs = [job(base, i, tmp_path / folder) for i in range(3)]
+        jobs[1] = Job(**{**vars(jobs[1]), "report": report})
+        try:
+            fit(jobs)
+        except Killed:
+            return None
+        return [parameters(j.adapter) for j in jobs]
+
+    whole = run("whole", None)
+    for at in (5, 16, 44):
+        assert run("cut", at) is None
+    for ended, expected in zip(run("cut", None), whole, strict=True):
+        for name, value in ended.items():
+            assert torch.equal(value, expected[name]), name
+
+
+def test_shares_of_the_time_add_up_to_it(tmp_path: Path) -> None:
+    base = random_base("gpt2")
+    jobs = [job(base, i, tmp_path) for i in range(3)]
+    clock = time.perf_counter()
+    shares = sum(p.seconds for p in fit(jobs))
+    assert 0.3 * (time.perf_counter() - clock) < shares <= time.perf_counter() - clock
+
+
+def test_what_cannot_share_a_batch_is_refused(tmp_path: Path) -> None:
+    base = random_base("gpt2")
+    one, other = job(base, 0, tmp_path), job(base, 1, tmp_path)
+    with pytest.raises(UserError, match="same `autocast`"):
+        fit([one, job(base, 1, tmp_path, autocast="bf16")])
+    with pytest.raises(UserError, match="one base model"):
+        fit([one, job(random_base("gpt2"), 1, tmp_path)])
+    lora = fresh("lora", base)
+    with pytest.raises(UserError, match="changes the base's weights"):
+        fit([one, Job(**{**vars(other), "adapter": lora})])
