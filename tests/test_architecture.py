@@ -17,6 +17,7 @@ PACKAGE = Path(ptkit.__file__).parent
 #: Upper layers first; a module may import from its own layer and from those below.
 LAYERS = [
     {"cli"},
+    {"bench"},
     {"compare"},
     {"train"},
     {"evaluate"},

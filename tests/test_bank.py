@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import random_base
@@ -18,13 +21,22 @@ from ptkit.runtime.generation import generate
 from ptkit.runtime.scoring import continuation_scores
 
 
-def bank_of_four(family: str) -> AdapterBank:
-    """A prefix, a soft prompt, a P-tuning prompt and a text prompt, of different lengths."""
+def bank_of_many(family: str) -> AdapterBank:
+    """A prefix, a soft prompt, a P-tuning prompt and a text prompt, of different lengths, and
+    two that were saved in half precision."""
     torch.manual_seed(11)
     base = random_base(family)
-    bank = AdapterBank(base)
+    bank = AdapterBank(base, check_every=1e9)
     for name, length in (("prefix", 4), ("prompt", 7), ("p-tuning-mlp", 2)):
         bank.add(name, make_adapter(base, {**LEARNT[name], "num_virtual_tokens": length}))
+    for name, dtype in (("prefix", torch.bfloat16), ("prompt", torch.float16)):
+        adapter = make_adapter(base, {**LEARNT[name], "num_virtual_tokens": 3})
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "adapter"
+            write_adapter(path, adapter.files().to(dtype))
+            # It leaves with its file: nothing of it may still be mapped.
+            bank.load(path, f"{name}, {dtype}")
+            bank.prefix(f"{name}, {dtype}")
     text = ADAPTERS["text_prompt"]
     demonstrations = Demonstrations(["w9 w8 w7", "w3 w4"], 0)
     bank.add("text", text.create(text.section_class(kind="text_prompt"), base, demonstrations))
@@ -32,19 +44,21 @@ def bank_of_four(family: str) -> AdapterBank:
 
 
 BANKS: dict[str, AdapterBank] = {}
+NAMES = [
+    None, "prefix", "prompt", "p-tuning-mlp", "text", "prefix, torch.bfloat16",
+    "prompt, torch.float16", ("prefix", "prompt"),
+]  # fmt: skip
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    names=st.lists(
-        st.sampled_from([None, "prefix", "prompt", "p-tuning-mlp", "text"]), min_size=1, max_size=6
-    ),
-    lengths=st.lists(st.integers(1, 9), min_size=6, max_size=6),
+    names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=9),
+    lengths=st.lists(st.integers(1, 9), min_size=9, max_size=9),
     seed=st.integers(0, 1000),
     beams=st.sampled_from([1, 2]),
 )
 def test_row_in_mixed_batch_equals_solo_run(family, names, lengths, seed, beams) -> None:
-    bank = BANKS.setdefault(family, bank_of_four(family))
+    bank = BANKS.setdefault(family, bank_of_many(family))
     prompts = rows_of(lengths[: len(names)], seed)
     options = {"pad_token_id": 0, "max_new_tokens": 5, "do_sample": False, "num_beams": beams}
     together = generate(bank.base.model, prompts, bank.rows(names), **options)
@@ -54,7 +68,7 @@ def test_row_in_mixed_batch_equals_solo_run(family, names, lengths, seed, beams)
 
 
 def test_no_row_sees_a_neighbour_full_of_nan(family: str) -> None:
-    bank = bank_of_four(family)
+    bank = bank_of_many(family)
     clean = bank.prefix("prefix")
     poison = bank.prefix("prompt").map(lambda t: torch.full_like(t, float("nan")))
     prompts = rows_of([5, 3])
@@ -70,7 +84,7 @@ def test_no_row_sees_a_neighbour_full_of_nan(family: str) -> None:
 
 
 def test_label_scores_in_a_mixed_batch_equal_a_full_forward(family: str) -> None:
-    bank = bank_of_four(family)
+    bank = bank_of_many(family)
     model = bank.base.model
     contexts = rows_of([4, 7, 2])
     labels = [[3], [5, 6, 7], [8, 9]]
@@ -89,7 +103,7 @@ def test_label_scores_in_a_mixed_batch_equal_a_full_forward(family: str) -> None
 
 
 def test_gathered_gradients_reach_each_rows_own_prefix_only(family: str) -> None:
-    bank = bank_of_four(family)
+    bank = bank_of_many(family)
     parts = [
         bank.prefix(name).map(lambda t: t.clone().requires_grad_()) for name in ("prefix", "prompt")
     ]
@@ -114,7 +128,7 @@ def test_flat_layout_round_trips(tokens: int, heads: int, dim: int, n: int) -> N
 
 
 def test_a_bad_file_never_disturbs_the_adapter_in_use(tmp_path) -> None:
-    bank = bank_of_four("llama")
+    bank = bank_of_many("llama")
     adapter = make_adapter(bank.base, LEARNT["prefix"])
     write_adapter(tmp_path / "good", adapter.files())
     assert bank.load(tmp_path / "good") == "good"

@@ -98,6 +98,18 @@ def test_train_export_inspect_evaluate_generate(trained: Path) -> None:
     assert rows[1]["output"] == rows[2]["output"]
 
 
+def test_ensemble_of_one_adapter_twice_is_that_adapter(trained: Path) -> None:
+    options = ("kind[boat], name[Bo]", "-a", "adapters/mine", "--max-new-tokens", "6", "--json")
+    (alone,) = ptkit("generate", *options, cwd=trained).stdout.splitlines()
+    for by in ("vote", "average"):
+        (line,) = ptkit(
+            "generate", *options, "-a", "adapters/mine", "--ensemble", by, cwd=trained
+        ).stdout.splitlines()
+        assert json.loads(line)["output"] == json.loads(alone)["output"]
+    message = refused("generate", *options, "--ensemble", "vote", cwd=trained)
+    assert "at least two --adapter" in message
+
+
 def test_input_file_and_standard_input_give_the_same_answers(trained: Path) -> None:
     (trained / "in.txt").write_text("kind[robot], name[Ada]\nkind[boat], name[Bo]\n")
     options = ("-a", "adapters/mine", "--max-new-tokens", "6")

@@ -14,11 +14,11 @@ import torch
 from conftest import random_base
 from rich.console import Console
 
+from ptkit.bank import AdapterBank
 from ptkit.compare.grid import cells, run_grid
 from ptkit.compare.outputs import write_outputs
 from ptkit.compare.table import markdown_table, summary_table
 from ptkit.errors import AdapterError, ModelError, UserError
-from ptkit.evaluate.answers import answers
 from ptkit.evaluate.retention import language_modelling, measure_retention, text_windows
 from ptkit.evaluate.saved import evaluate_saved
 from ptkit.formats.adapter_files import read_adapter
@@ -265,16 +265,20 @@ def test_export_verifies_and_halves_the_size_in_bfloat16(comparison, tmp_path: P
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "half"]
 
 
-def test_answers_of_lora_prefix_and_base_come_in_order_and_leave_the_base(comparison) -> None:
+def test_lora_prefix_and_base_share_a_batch_and_leave_the_base(comparison) -> None:
     _, out, _, _ = comparison
     base = random_base("llama")
     ids = torch.tensor([[5, 6, 7, 8]])
     before = base.model(input_ids=ids).logits
-    places = [None, *(out / "cells" / f"{m}-seed0" / "adapter" for m in TRAINED)]
-    rows = [(text, place) for text in ("w1 w2 w3", "w9") for place in places]
+    bank = AdapterBank(base)
+    for method in TRAINED:
+        bank.load(out / "cells" / f"{method}-seed0" / "adapter", method)
+    names = [None, *TRAINED] * 2
+    texts = ["w1 w2 w3"] * 6 + ["w9"] * 6
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-    together = answers(base, rows, **options)
-    assert together == [answers(base, [row], **options)[0] for row in rows]
+    together = bank.generate(texts, names, **options)
+    alone = [bank.generate([t], [n], **options)[0] for t, n in zip(texts, names, strict=True)]
+    assert together == alone
     assert all(len(answer.split()) == 5 for answer in together)
     assert torch.equal(base.model(input_ids=ids).logits, before)
 

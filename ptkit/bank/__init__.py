@@ -2,6 +2,7 @@
 
 from ptkit.bank.bank import AdapterBank, RowNames
 from ptkit.bank.slots import SlotTable
+from ptkit.bank.source import name_of
 from ptkit.bank.store import AdapterStatus, BankCounts
 
-__all__ = ["AdapterBank", "AdapterStatus", "BankCounts", "RowNames", "SlotTable"]
+__all__ = ["AdapterBank", "AdapterStatus", "BankCounts", "RowNames", "SlotTable", "name_of"]

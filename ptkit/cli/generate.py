@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from ptkit.cli.options import JsonOutput, ModelOption
+
+
+class Ensemble(StrEnum):
+    """How several adapters decide on one answer."""
+
+    vote = "vote"
+    average = "average"
 
 
 def generate(
@@ -18,7 +26,7 @@ def generate(
     ] = None,
     adapter: Annotated[
         Optional[list[Path]],  # noqa: UP045
-        typer.Option("--adapter", "-a", help="Adapter or run folder; repeatable."),
+        typer.Option("--adapter", "-a", help="Adapter or run folder, or hub id; repeatable."),
     ] = None,
     model: ModelOption = "tiny-en",
     input_file: Annotated[
@@ -32,6 +40,10 @@ def generate(
         bool,
         typer.Option("--raw", help="Use inputs as they are, not in the adapter's own template."),
     ] = False,
+    ensemble: Annotated[
+        Optional[Ensemble],  # noqa: UP045
+        typer.Option(help="Let all adapters answer as one: by majority, or token by token."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     beams: Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")] = 1,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of searching.")] = False,
@@ -44,11 +56,14 @@ def generate(
 
     An adapter knows the template it was trained with: give `name[Aurora], ...`, not the template.
     """
+    from ptkit.errors import UserError
     from ptkit.evaluate.saved import fill_template, find_adapter
     from ptkit.recipe.schema import ModelSection
 
     inputs = _inputs(prompt, input_file)
     places: list[Path | None] = [find_adapter(path) for path in adapter or []]
+    if ensemble and (len(places) < 2 or with_base):
+        raise UserError("--ensemble needs at least two --adapter, and no --base")
     # The base gets the first adapter's template: the same text, so that answers compare.
     template = places[0] if places else None
     if with_base or not places:
@@ -56,35 +71,48 @@ def generate(
 
     import torch
 
-    from ptkit.evaluate.answers import answers
+    from ptkit.bank import AdapterBank, name_of
     from ptkit.runtime.base_model import load_base
 
-    asked = [(text, place) for text in inputs for place in places]
-    rows = [
-        (text if raw else fill_template(text, place or template), place) for text, place in asked
-    ]
     torch.manual_seed(seed)
-    options = {"temperature": temperature, "top_p": top_p} if sample else {}
-    found = answers(
-        load_base(ModelSection(id=model)),
-        rows,
-        max_new_tokens=max_new_tokens,
-        num_beams=beams,
-        do_sample=sample,
-        **options,
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "num_beams": beams,
+        "do_sample": sample,
+        **({"temperature": temperature, "top_p": top_p} if sample else {}),
+    }
+    bank = AdapterBank(load_base(ModelSection(id=model)))
+    names = [None if place is None else bank.load(place, str(place)) for place in places]
+
+    def filled(text: str, place: Path | None) -> str:
+        return text if raw else fill_template(text, place or template)
+
+    if ensemble:
+        texts = [filled(text, template) for text in inputs]
+        for text, answer in zip(
+            inputs, bank.ensemble(texts, names, by=ensemble.value, **options), strict=True
+        ):
+            _print(text, f"ensemble of {len(places)}", answer, json_output, alone=True)
+        return
+    asked = [(text, place) for text in inputs for place in places]
+    answers = bank.generate(
+        [filled(text, place) for text, place in asked], names * len(inputs), **options
     )
-    for (text, place), answer in zip(asked, found, strict=True):
-        name = None if place is None else _name(place)
-        if json_output:
-            line = {"input": text, "adapter": name, "output": answer.strip()}
-            typer.echo(json.dumps(line, ensure_ascii=False))
-        elif len(places) == 1:
-            typer.echo(answer.strip())
-        else:
-            if place == places[0]:
-                typer.secho(text, bold=True)
-            typer.secho(f"  {name or 'base'}: ", fg=typer.colors.CYAN, nl=False)
-            typer.echo(answer.strip())
+    for (text, place), answer in zip(asked, answers, strict=True):
+        name = None if place is None else name_of(place)
+        if place == places[0] and len(places) > 1 and not json_output:
+            typer.secho(text, bold=True)
+        _print(text, name, answer, json_output, alone=len(places) == 1)
+
+
+def _print(text: str, name: str | None, answer: str, json_output: bool, *, alone: bool) -> None:
+    if json_output:
+        line = {"input": text, "adapter": name, "output": answer.strip()}
+        typer.echo(json.dumps(line, ensure_ascii=False))
+        return
+    if not alone:
+        typer.secho(f"  {name or 'base'}: ", fg=typer.colors.CYAN, nl=False)
+    typer.echo(answer.strip())
 
 
 def _inputs(prompts: list[str] | None, file: Path | None) -> list[str]:
@@ -106,9 +134,3 @@ def _inputs(prompts: list[str] | None, file: Path | None) -> list[str]:
     if not found:
         raise UserError("no input: give a prompt, --input FILE, or lines on standard input")
     return found
-
-
-def _name(path: Path) -> str:
-    """A readable name for the adapter in `path`: its folder's, or its run's."""
-    path = path.resolve()
-    return path.parent.name if path.name == "adapter" else path.name

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ptkit.cli import compare, evaluate, export, generate, inspect, recipes, train
+from ptkit.cli import bench, compare, evaluate, export, generate, inspect, recipes, train
 from ptkit.errors import PtkitError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(bench.app, name="bench")
 app.command("train")(train.train)
 app.command("compare")(compare.compare)
 app.command("evaluate")(evaluate.evaluate)

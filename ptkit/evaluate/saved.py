@@ -12,6 +12,7 @@ from ptkit.errors import AdapterError
 from ptkit.evaluate.predict import Prediction, predict
 from ptkit.evaluate.retention import Retention, measure_retention
 from ptkit.formats.adapter_files import CONFIG, INFO
+from ptkit.formats.hub import fetch_adapter, is_hub_id
 from ptkit.methods import (
     ADAPTERS,
     Demonstrations,
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
 
 
 def find_adapter(path: Path) -> Path:
-    """The adapter folder `path` means: itself, or the `adapter` folder of a run."""
+    """The adapter folder `path` means: itself, the `adapter` folder of a run, or, where nothing
+    is called that here, the adapter with this hub id (`user/repo[@revision]`)."""
     for candidate in (path, path / "adapter"):
         if (candidate / CONFIG).is_file():
             return candidate
+    if not path.exists() and is_hub_id(str(path)):
+        return fetch_adapter(str(path))
     if not path.exists():
         raise AdapterError(f"no such adapter or run: {path}")
     if (path / "model" / "config.json").is_file():

@@ -1,0 +1,63 @@
+"""What is measured on: a base of GPT-2-small's shape with random weights, and adapters for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from ptkit.errors import PtkitError
+from ptkit.formats.adapter_files import AdapterFiles, write_adapter
+from ptkit.methods import Demonstrations
+from ptkit.methods.prefix_tuning import PrefixTuning, PrefixTuningSection
+from ptkit.recipe.schema import ModelSection
+from ptkit.runtime.base_model import TINY_EN, Base, frozen_base, load_base, resolve_device
+
+#: Name of the random base; its shape is the one PEFT's and S-LoRA's papers and issues talk about.
+GPT2_SMALL = "gpt2-small"
+
+
+def bench_base(model: str) -> Base:
+    """The base `gpt2-small` (random weights, nothing to download), `tiny-en`, or any other id."""
+    if model != GPT2_SMALL:
+        return load_base(ModelSection(id=model, device="auto"))
+    torch.manual_seed(0)
+    config = GPT2Config(eos_token_id=None, bos_token_id=None)
+    random_weights: Any = GPT2LMHeadModel(config)
+    random_weights.to(resolve_device("auto"))
+    # Its ids are a part of the model's vocabulary; no text is read.
+    tokenizer = load_base(ModelSection(id=TINY_EN, device="cpu")).tokenizer
+    return frozen_base(random_weights, tokenizer, GPT2_SMALL)
+
+
+def random_prompts(base: Base, rows: int, tokens: int, seed: int = 0) -> list[list[int]]:
+    """`rows` prompts of `tokens` random ids."""
+    generator = torch.Generator().manual_seed(seed)
+    highest = min(base.embedding.num_embeddings, len(base.tokenizer))
+    return torch.randint(1, highest, (rows, tokens), generator=generator).tolist()
+
+
+def random_prefixes(
+    base: Base, folder: Path, count: int, virtual_tokens: int, dtype: torch.dtype = torch.float32
+) -> list[Path]:
+    """`count` different prefix adapters of `base` below `folder`, as PEFT and ptkit save them."""
+    section = PrefixTuningSection(
+        kind="prefix_tuning", num_virtual_tokens=virtual_tokens, start="random"
+    )
+    files = PrefixTuning.create(section, base, Demonstrations((), 0)).files()
+    shape = files.tensors["prompt_embeddings"].shape
+    info = {"base": {"id": base.id, "fingerprint": base.fingerprint}}
+    generator = torch.Generator().manual_seed(1)
+    paths = []
+    for number in range(count):
+        flat = torch.randn(shape, generator=generator).to(dtype)
+        path = folder / f"adapter-{number:05d}"
+        write_adapter(path, AdapterFiles(files.config, {"prompt_embeddings": flat}, info))
+        paths.append(path)
+    return paths
+
+
+class ParityError(PtkitError):
+    """Contenders gave different results: a faster wrong answer is not reported."""

@@ -1,0 +1,174 @@
+"""`ptkit bench`: measurements beside PEFT, on this machine, in one run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from ptkit.cli.options import JsonOutput
+
+if TYPE_CHECKING:
+    from ptkit.bench.result import BenchResult, Figure
+
+app = typer.Typer(
+    help="Measure ptkit beside PEFT on this machine; results are checked against each other first.",
+    no_args_is_help=True,
+)
+
+BenchModel = Annotated[
+    str,
+    typer.Option(
+        "--model", help="`gpt2-small` (its shape, random weights), `tiny-en`, a hub id or folder."
+    ),
+]
+VirtualTokens = Annotated[int, typer.Option(min=1, help="Virtual tokens of every adapter.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds.")]
+
+
+@app.command()
+def swap(
+    model: BenchModel = "gpt2-small",
+    virtual_tokens: VirtualTokens = 10,
+    rounds: Rounds = 200,
+    json_output: JsonOutput = False,
+) -> None:
+    """Swap to a resident adapter; load one from disk and activate it."""
+    from ptkit.bench.swap import bench_swap
+
+    _show(bench_swap(model, virtual_tokens=virtual_tokens, rounds=rounds), json_output)
+
+
+@app.command()
+def mixed(
+    model: BenchModel = "gpt2-small",
+    adapters: Annotated[int, typer.Option(min=1, help="Adapters, one request each.")] = 16,
+    virtual_tokens: VirtualTokens = 10,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated per request.")] = 24,
+    rounds: Rounds = 5,
+    json_output: JsonOutput = False,
+) -> None:
+    """One request for each of many adapters in one batch; PEFT takes them in a loop."""
+    from ptkit.bench.mixed import bench_mixed
+
+    result = bench_mixed(
+        model,
+        adapters=adapters,
+        virtual_tokens=virtual_tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+    )
+    _show(result, json_output)
+
+
+@app.command()
+def traffic(
+    model: BenchModel = "gpt2-small",
+    adapters: Annotated[int, typer.Option(min=2, help="Registered adapters.")] = 10_000,
+    budget: Annotated[int, typer.Option(min=1, help="Adapters the budget holds.")] = 500,
+    virtual_tokens: VirtualTokens = 10,
+    requests: Annotated[int, typer.Option(min=1, help="Timed fetches.")] = 20_000,
+    rounds: Rounds = 10,
+    folder: Annotated[
+        Optional[Path],  # noqa: UP045  (typer reads annotations at run time)
+        typer.Option(help="Where the adapters' files go for the time being (3.7 GB by default)."),
+    ] = None,
+    json_output: JsonOutput = False,
+) -> None:
+    """Thousands of adapters on disk, memory for few, requests with Zipf's frequencies."""
+    from ptkit.bench.traffic import bench_traffic
+
+    result = bench_traffic(
+        model,
+        adapters=adapters,
+        budget_adapters=budget,
+        virtual_tokens=virtual_tokens,
+        requests=requests,
+        rounds=rounds,
+        folder=folder,
+    )
+    _show(result, json_output)
+
+
+@app.command()
+def together(
+    model: BenchModel = "tiny-en",
+    adapters: Annotated[int, typer.Option(min=2, help="Adapters trained.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of each per step.")] = 2,
+    virtual_tokens: VirtualTokens = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps per round.")] = 20,
+    rounds: Rounds = 5,
+    json_output: JsonOutput = False,
+) -> None:
+    """Train several prefixes in one batch; the peer is ptkit, one after the other."""
+    from ptkit.bench.together import bench_together
+
+    result = bench_together(
+        model,
+        adapters=adapters,
+        batch_size=batch_size,
+        virtual_tokens=virtual_tokens,
+        steps=steps,
+        rounds=rounds,
+    )
+    _show(result, json_output)
+
+
+@app.command()
+def soak(
+    model: BenchModel = "tiny-en",
+    minutes: Annotated[float, typer.Option(min=0.01, help="How long.")] = 10.0,
+    threads: Annotated[int, typer.Option(min=2, help="A quarter of them change adapters.")] = 8,
+    json_output: JsonOutput = False,
+) -> None:
+    """Swaps, loads, bad files and generation from many threads at once; every answer checked."""
+    from ptkit.bench.soak import bench_soak
+
+    _show(bench_soak(model, minutes=minutes, threads=threads), json_output)
+
+
+def _show(result: BenchResult, json_output: bool) -> None:
+    """Print the result; exit code 1 where a target is missed, so that scripts notice."""
+    if json_output:
+        typer.echo(json.dumps(result.as_dict()))
+    else:
+        _print(result)
+    if any(figure.met is False for figure in result.figures):
+        raise typer.Exit(1)
+
+
+def _print(result: BenchResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    settings = ", ".join(f"{name} {value}" for name, value in result.settings.items())
+    table = Table(title=f"ptkit bench {result.name}: {settings}", box=None, title_justify="left")
+    for name in ("", "measured", "quartiles", "target", ""):
+        table.add_column(name, justify="left" if not name else "right")
+    for figure in result.figures:
+        spread = ""
+        if figure.low is not None and figure.high is not None:
+            spread = f"{_value(figure, figure.low)} to {_value(figure, figure.high)}"
+        mark = {True: "met", False: "missed", None: ""}[figure.met]
+        table.add_row(figure.what, _value(figure, figure.value), spread, _target(figure), mark)
+    console = Console()
+    console.width = max(console.width, 100)
+    console.print(table)
+    console.print(f"Checked first: {result.parity}.", markup=False, highlight=False)
+
+
+def _target(figure: Figure) -> str:
+    if figure.at_least is not None:
+        return f"≥ {_value(figure, figure.at_least)}"
+    return "" if figure.at_most is None else f"≤ {_value(figure, figure.at_most)}"
+
+
+def _value(figure: Figure, value: float) -> str:
+    if figure.unit == "bytes":
+        return f"{value / 1e6:,.1f} MB"
+    if figure.unit == "":
+        return f"{value:,.0f}"
+    digits = 1 if figure.unit in ("us", "%") else 2
+    return f"{value:,.{digits}f} {figure.unit.replace('us', 'µs').replace('x', '×')}"
