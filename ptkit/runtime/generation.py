@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, StaticCache
 
 from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
+from ptkit.runtime.cache import ReservedCache, growing_cache, prefilled_cache
 from ptkit.runtime.forward import pad_rows
-
-CacheT = TypeVar("CacheT", bound=Cache)
-
-
-def prefilled_cache(batch: PrefixBatch, cache: CacheT) -> CacheT:
-    """The empty `cache` with each row's prefix in it, as if its virtual tokens had been read."""
-    for layer, (keys, values) in enumerate(zip(batch.keys, batch.values, strict=True)):
-        cache.update(keys, values, layer)
-    return cache
 
 
 @torch.no_grad()
@@ -47,11 +39,17 @@ def generate(
     """
     input_ids, attention_mask = pad_rows(prompts, pad_token_id, left=True)
     beams = generate_options.get("num_beams", 1)
-    cache: Any = None  # without a prefix, the kind of cache the model itself would take
+    positions = input_ids.shape[1] + int(generate_options.get("max_new_tokens") or 0)
+    cache: Any
     if static_positions is not None:
         if beams > 1:
             raise ModelError("a static cache cannot be reordered: use num_beams=1 with it")
         cache = StaticCache(model.config, static_positions)
+    elif batch is not None and batch.longest:
+        # Layers with a window would drop the prefix: here all attend to everything.
+        cache = ReservedCache(positions + batch.longest)
+    else:
+        cache = growing_cache(model, positions)
     skipped = input_ids.shape[1]
     if batch is not None and batch.longest:
         # The prefix region of input_ids is never read (the cache says it is done); the mask
@@ -59,7 +57,7 @@ def generate(
         dummy = torch.full((len(prompts), batch.longest), pad_token_id, dtype=torch.long)
         input_ids = torch.cat([dummy, input_ids], dim=1)
         attention_mask = torch.cat([batch.visible.long().cpu(), attention_mask], dim=1)
-        cache = prefilled_cache(batch, DynamicCache() if cache is None else cache)
+        prefilled_cache(batch, cache)
         if beams > 1:
             cache.batch_repeat_interleave(beams)
         returned = generate_options.get("num_return_sequences", 1)

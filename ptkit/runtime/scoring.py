@@ -10,8 +10,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.attention import prefix_removed
+from ptkit.runtime.cache import prefilled_cache
 from ptkit.runtime.forward import pad_rows
-from ptkit.runtime.generation import prefilled_cache
 
 
 @torch.no_grad()
