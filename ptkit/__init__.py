@@ -9,16 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptkit.bank import AdapterBank
+    from ptkit.bank import AdapterBank, Conversation
     from ptkit.prefix import KVPrefix
     from ptkit.recipe import load_recipe
     from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
 
-__all__ = ["AdapterBank", "KVPrefix", "ModelSection", "load_base", "load_recipe"]
+__all__ = ["AdapterBank", "Conversation", "KVPrefix", "ModelSection", "load_base", "load_recipe"]
 
 _HOMES = {
     "AdapterBank": "ptkit.bank",
+    "Conversation": "ptkit.bank",
     "KVPrefix": "ptkit.prefix",
     "ModelSection": "ptkit.recipe.schema",
     "load_base": "ptkit.runtime.base_model",

@@ -44,7 +44,7 @@ class KVLayout(tuple[LayerShape, ...]):
         return first
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KVPrefix:
     """Keys and values at the virtual positions of one adapter.
 
@@ -82,7 +82,10 @@ class KVPrefix:
         return KVPrefix(tuple(map(change, self.keys)), tuple(map(change, self.values)))
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> KVPrefix:
-        """The prefix on `device` in `dtype` (no copy where nothing changes)."""
+        """The prefix on `device` in `dtype` (itself where nothing changes)."""
+        device = torch.device(device)
+        if all(t.device == device and t.dtype == dtype for t in (*self.keys, *self.values)):
+            return self
         return self.map(lambda t: t.to(device=device, dtype=dtype))
 
     def detach(self) -> KVPrefix:
@@ -184,7 +187,7 @@ def _require_one_layout(prefixes: Sequence[KVPrefix]) -> None:
         raise AdapterError("only prefixes of one base model can be composed")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrefixBatch:
     """The prefixes of one batch's rows, left-padded to the longest.
 

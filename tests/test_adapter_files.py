@@ -203,6 +203,15 @@ def test_fingerprint_survives_loading_in_bfloat16() -> None:
     assert model_fingerprint(model.bfloat16().float()) == expected
 
 
+def test_fingerprint_reaches_the_end_of_a_table_larger_than_float32_can_count() -> None:
+    from ptkit.formats.fingerprint import model_fingerprint
+
+    table = torch.nn.Embedding.from_pretrained(torch.zeros(2**24 // 64 + 3, 64))
+    before = model_fingerprint(table)
+    table.weight.data[-1, -1] = 1.0
+    assert model_fingerprint(table) != before
+
+
 def test_unknown_peft_type_names_the_known_ones(saved: Path) -> None:
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))

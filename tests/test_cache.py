@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
-from ptkit.runtime.cache import ReservedCache, growing_cache
+from ptkit.runtime.cache import ReservedCache, cache_for
 from ptkit.runtime.generation import generate
 
 operations = st.lists(
@@ -95,6 +95,6 @@ def test_layers_with_a_window_keep_their_own_cache() -> None:
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, sliding_window=4,
     )  # fmt: skip
-    cache = growing_cache(MistralForCausalLM(config), 20)
+    cache = cache_for(MistralForCausalLM(config), None, 20)
     assert not isinstance(cache, ReservedCache)
     assert all(layer.is_sliding for layer in cache.layers)

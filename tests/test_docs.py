@@ -17,8 +17,9 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 
 def documented_commands() -> list[list[str]]:
-    """Every `$ ptkit ...` line of the README and the recipes' headers, split into words."""
+    """Every `$ ptkit ...` line of the README, docs and recipes' headers, split into words."""
     texts = [(ROOT / "README.md").read_text()]
+    texts += [p.read_text() for p in (ROOT / "docs").glob("*.md")]
     texts += [p.read_text() for p in (ROOT / "recipes").glob("*.yaml")]
     lines = [
         m for t in texts for m in re.findall(r"(?:\$|run:|it:|own:|key:|fewer:) +(ptkit .*)", t)
@@ -33,7 +34,7 @@ def test_readme_commands_and_options_exist() -> None:
     for words in commands:
         if words[0].startswith("-"):
             continue
-        name = tuple(words[:2]) if words[0] == "recipes" else (words[0],)
+        name = tuple(words[:2]) if words[0] in ("recipes", "bank", "bench") else (words[0],)
         if name not in help_of:
             help_of[name] = subprocess.run(
                 [sys.executable, "-m", "ptkit", *name, "--help"],
@@ -60,7 +61,19 @@ def test_readme_python_examples_run() -> None:
     exec("\n".join(imports), {})
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/how-it-works.md", "CHANGELOG.md"])
+def test_examples_of_the_bank_guide_run() -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/bank.md").read_text(), re.DOTALL)
+    assert len(code) >= 3
+    names: dict[str, object] = {}
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()):
+        for block in code:  # each goes on where the one before it ended
+            exec(block, names)
+
+
+PAGES = ["README.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_links_to_files_of_the_project_resolve(name: str) -> None:
     page = ROOT / name
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):

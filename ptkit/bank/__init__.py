@@ -1,8 +1,18 @@
 """Many adapters on one frozen base: kept in tiers, swapped, mixed in a batch, composed."""
 
 from ptkit.bank.bank import AdapterBank, RowNames
+from ptkit.bank.conversation import Conversation, Exchange
 from ptkit.bank.slots import SlotTable
 from ptkit.bank.source import name_of
 from ptkit.bank.store import AdapterStatus, BankCounts
 
-__all__ = ["AdapterBank", "AdapterStatus", "BankCounts", "RowNames", "SlotTable", "name_of"]
+__all__ = [
+    "AdapterBank",
+    "AdapterStatus",
+    "BankCounts",
+    "Conversation",
+    "Exchange",
+    "RowNames",
+    "SlotTable",
+    "name_of",
+]

@@ -110,7 +110,7 @@ class AdapterBank:
         lora = read.files.peft_type == "LORA"
         self._require_kind(name, lora=lora)
         if lora:
-            self._lora.load(name, read.files)
+            self._lora.load(name, read.files, path)
         else:
             prefix = compile_files(read.files, self.base)
             assert prefix is not None
@@ -185,6 +185,12 @@ class AdapterBank:
     def weights(self, names: Sequence[RowNames]) -> AbstractContextManager[None]:
         """Within this context, row i of a batch runs with the LoRA adapter among `names[i]`."""
         return self._lora.rows([self._lora_of(row) for row in names])
+
+    def versions(self, row: RowNames) -> tuple[object, ...]:
+        """What `row` stands for at this moment, one object per name; equal to what it was before
+        only while no adapter of it has changed."""
+        lora = self._lora
+        return tuple(lora[name] if name in lora else self.prefix(name) for name in _parts(row))
 
     def slots(self, rows: int, *, slots: int, virtual_tokens: int) -> SlotTable:
         """Buffers of fixed shape for `rows` rows over `slots` of this bank's adapters.
@@ -269,8 +275,10 @@ class AdapterBank:
     def status(self, name: str) -> AdapterStatus:
         """Where the adapter `name` is and what is known of it."""
         if name in self._lora:
-            size = self._lora.nbytes(name)
-            return AdapterStatus(name, None, "lora", "resident", 1, 0, size, pinned=True)
+            lora, size = self._lora[name], self._lora.nbytes(name)
+            return AdapterStatus(
+                name, lora.path, "lora", "resident", lora.version, 0, size, pinned=True
+            )
         return self._store.status(name)
 
     @property

@@ -12,7 +12,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -38,6 +40,18 @@ def _name_rows(_: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> tuple
     return args, {**kw, "adapter_names": [name for name in names for _ in range(repeats)]}
 
 
+@dataclass(frozen=True)
+class LoadedLora:
+    """A LoRA adapter in the base.
+
+    internal: its name inside PEFT's layers; version: one more with every replacement
+    """
+
+    internal: str
+    path: Path
+    version: int
+
+
 class LoraRows:
     """LoRA adapters put into one base model, inactive except in rows that name them.
 
@@ -50,19 +64,22 @@ class LoraRows:
         self._change = threading.Condition()
         self._running = 0
         self._waiting = 0
-        self._internal: dict[str, str] = {}
+        self._loaded: dict[str, LoadedLora] = {}
         self._numbers = count()
         self._hooks: list[Any] = []
 
     def __contains__(self, name: str) -> bool:
-        return name in self._internal
+        return name in self._loaded
+
+    def __getitem__(self, name: str) -> LoadedLora:
+        return self._loaded[name]
 
     @property
     def names(self) -> list[str]:
         """Names of the adapters, in the order they came."""
-        return [*self._internal]
+        return [*self._loaded]
 
-    def load(self, name: str, files: AdapterFiles) -> None:
+    def load(self, name: str, files: AdapterFiles, path: Path) -> None:
         """Put the LoRA adapter `files` into the base under `name`; nothing runs with it yet.
 
         Raises AdapterError for kinds of LoRA that PEFT cannot mix within a batch, and when the
@@ -94,19 +111,20 @@ class LoraRows:
                     f"`{name}` holds tensors this base has no place for: "
                     f"{result.unexpected_keys[:3]}"
                 )
-            replaced = self._internal.get(name)
-            self._internal[name] = internal
+            replaced = self._loaded.get(name)
+            version = 1 if replaced is None else replaced.version + 1
+            self._loaded[name] = LoadedLora(internal, path, version)
             if replaced is not None:
-                self._remove(replaced)
+                self._remove(replaced.internal)
 
     def unload(self, name: str) -> None:
         """Take the adapter `name` out; the last one leaves the base's own layers behind."""
         with self._alone():
-            self._remove(self._internal.pop(name))
+            self._remove(self._loaded.pop(name).internal)
 
     def nbytes(self, name: str) -> int:
         """Bytes of the adapter's matrices."""
-        internal = self._internal[name]
+        internal = self._loaded[name].internal
         return sum(
             p.numel() * p.element_size()
             for n, p in self.base.model.named_parameters()
@@ -121,7 +139,7 @@ class LoraRows:
             self._running += 1
         try:
             token = _rows.set(
-                tuple(_PLAIN if name is None else self._internal[name] for name in names)
+                tuple(_PLAIN if name is None else self._loaded[name].internal for name in names)
             )
             try:
                 yield

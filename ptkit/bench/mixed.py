@@ -33,7 +33,11 @@ def bench_mixed(
     """
     base = bench_base(model)
     prompts = random_prompts(base, adapters, input_tokens)
-    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    options: dict[str, Any] = {
+        "max_new_tokens": new_tokens,
+        "min_new_tokens": new_tokens,
+        "do_sample": False,
+    }
     pad = base.pad_token_id
     with tempfile.TemporaryDirectory() as scratch:
         paths = random_prefixes(base, Path(scratch), adapters, virtual_tokens)

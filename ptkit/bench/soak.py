@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from ptkit.runtime.base_model import Base
 from ptkit.runtime.generation import generate
 
 ADAPTERS = 24
-OPTIONS = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 
 
 @dataclass

@@ -45,6 +45,10 @@ def bench_swap(model: str, *, virtual_tokens: int = 10, rounds: int = 200) -> Be
             bank.load(paths[next(files)], "new")
             bank.rows(["new"])
 
+        def forget_peft() -> None:
+            peft.set_adapter("0")  # PEFT warns of deleting the active one
+            peft.delete_adapter("new")
+
         swaps = interleaved(
             {
                 "ptkit": lambda: bank.rows([str(next(ours))]),
@@ -61,7 +65,7 @@ def bench_swap(model: str, *, virtual_tokens: int = 10, rounds: int = 200) -> Be
                 "read": lambda: [
                     t.clone() for t in load_file(paths[next(files)] / WEIGHTS).values()
                 ],
-                "forget": lambda: peft.delete_adapter("new"),
+                "forget": forget_peft,
             },
             rounds=rounds,
             warm_up=5,

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,11 @@ def bench_traffic(
         hit_rate = (bank.counts.hits - before) / requests
         busiest = names[int(ranked[0])]
         prompts = random_prompts(base, batch, 32)
-        options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+        options: dict[str, Any] = {
+            "max_new_tokens": new_tokens,
+            "min_new_tokens": new_tokens,
+            "do_sample": False,
+        }
         upcoming = iter(generator.permutation(drawn[-requests:]).tolist())
 
         def answer(rows: list[str]) -> list[list[int]]:

@@ -46,6 +46,7 @@ def mixed(
     model: BenchModel = "gpt2-small",
     adapters: Annotated[int, typer.Option(min=1, help="Adapters, one request each.")] = 16,
     virtual_tokens: VirtualTokens = 10,
+    input_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated per request.")] = 24,
     rounds: Rounds = 5,
     json_output: JsonOutput = False,
@@ -57,6 +58,7 @@ def mixed(
         model,
         adapters=adapters,
         virtual_tokens=virtual_tokens,
+        input_tokens=input_tokens,
         new_tokens=new_tokens,
         rounds=rounds,
     )

@@ -12,7 +12,18 @@ from typing import Annotated
 
 import typer
 
-from ptkit.cli import bench, compare, evaluate, export, generate, inspect, recipes, train
+from ptkit.cli import (
+    bank,
+    bench,
+    chat,
+    compare,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    recipes,
+    train,
+)
 from ptkit.errors import PtkitError
 
 app = typer.Typer(
@@ -25,11 +36,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(bank.app, name="bank")
 app.add_typer(bench.app, name="bench")
 app.command("train")(train.train)
 app.command("compare")(compare.compare)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ptkit.errors import AdapterError
@@ -72,18 +74,41 @@ def read_adapter(path: Path) -> AdapterFiles:
     """
     if not path.is_dir():
         raise AdapterError(f"{path} is not an adapter folder (no such directory)")
+    return AdapterFiles(read_config(path), _read_tensors(path), read_info(path))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """PEFT's `adapter_config.json` in the folder `path`. Raises AdapterError when it is not one."""
     config = _read_json(path / CONFIG)
+    if config is None:
+        raise AdapterError(
+            f"{path / CONFIG} is missing; an adapter folder holds {CONFIG} and {WEIGHTS}"
+        )
     if not isinstance(config.get("peft_type"), str):
         raise AdapterError(f"{path / CONFIG}: `peft_type` is missing; this is not a PEFT adapter")
-    info = _read_json(path / INFO) if (path / INFO).exists() else {}
-    return AdapterFiles(config, _read_tensors(path), info)
+    return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise AdapterError(f"{path} is missing; an adapter folder holds {CONFIG} and {WEIGHTS}")
+def read_info(path: Path) -> dict[str, Any]:
+    """ptkit's own record in the folder `path`; empty where there is none."""
+    return _read_json(path / INFO) or {}
+
+
+def read_dtypes(path: Path) -> set[str]:
+    """Names of the tensors' dtypes (safetensors': `F32`, `BF16`), from the file's header alone.
+
+    Raises AdapterError as `read_adapter` does.
+    """
+    with _opened(path) as weights:
+        return {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`, None when there is no such file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AdapterError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(value, dict):
@@ -91,22 +116,31 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The folder's safetensors file, open. Raises AdapterError when it is missing or damaged."""
     weights = path / WEIGHTS
-    if not weights.is_file():
+    try:
+        with safe_open(weights, framework="pt") as file:
+            yield file
+    except FileNotFoundError as error:
         pickles = [p.name for p in sorted(path.iterdir()) if p.suffix in PICKLES]
         if pickles:
             raise AdapterError(
                 f"{path} holds only pickled weights ({', '.join(pickles)}), which can run code "
                 "when read; ask its author for safetensors, or re-save it with PEFT"
-            )
-        raise AdapterError(f"{weights} is missing")
-    try:
-        tensors = load_file(weights)
+            ) from error
+        raise AdapterError(f"{weights} is missing") from error
     except (SafetensorError, ValueError, OSError) as error:
         raise AdapterError(
             f"{weights} is damaged or not a safetensors file ({error}); fetch or export it again"
         ) from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    weights = path / WEIGHTS
     if not tensors:
         raise AdapterError(f"{weights} holds no tensors")
     for name, tensor in tensors.items():

@@ -133,6 +133,12 @@ def load_base(section: ModelSection) -> Base:
         if config.is_encoder_decoder:
             raise ModelError(f"{section.id} is an encoder-decoder; ptkit needs a causal LM here")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"cannot load the base model `{section.id}`: {_first_line(error)} "
+            "(a hub id needs network and, for gated models, `hf auth login`)"
+        ) from error
+    try:
         with no_weights_bar():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 source,
@@ -142,12 +148,15 @@ def load_base(section: ModelSection) -> Base:
                 **options,
             )
     except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"cannot load the base model `{section.id}`: {first_line} "
-            "(a hub id needs network and, for gated models, `hf auth login`)"
+            f"cannot load the weights of `{section.id}`: {_first_line(error)} "
+            "(only safetensors are read, never pickles such as pytorch_model.bin)"
         ) from error
     return frozen_base(model.to(device), tokenizer, section.id, section.revision)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def frozen_base(

@@ -78,13 +78,19 @@ class ReservedCache(DynamicCache):
         self.layer_class_to_replicate = make_layer
 
 
-def growing_cache(model: PreTrainedModel, positions: int) -> DynamicCache:
-    """The cache `model` would take itself, with memory reserved where all its layers attend to
-    everything; layers with a window or a state keep their own kind."""
-    own = DynamicCache(config=model.config)
-    if any(type(layer) is not DynamicLayer for layer in own.layers):
-        return own
-    return ReservedCache(positions)
+def cache_for(model: PreTrainedModel, batch: PrefixBatch | None, positions: int) -> DynamicCache:
+    """An empty cache with memory for the rows' prefixes and `positions` more, reserved where all
+    layers attend to everything.
+
+    Without prefixes, layers with a window or a state keep the kind of cache `model` would take
+    itself; with them they cannot, for a window would drop the prefix.
+    """
+    longest = 0 if batch is None else batch.longest
+    if not longest:
+        own = DynamicCache(config=model.config)
+        if any(type(layer) is not DynamicLayer for layer in own.layers):
+            return own
+    return ReservedCache(longest + positions)
 
 
 def prefilled_cache(batch: PrefixBatch, cache: CacheT) -> CacheT:

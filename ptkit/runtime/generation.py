@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.cache import ReservedCache, growing_cache, prefilled_cache
+from ptkit.runtime.cache import cache_for, prefilled_cache
 from ptkit.runtime.forward import pad_rows
 
 
@@ -22,6 +22,7 @@ def generate(
     *,
     pad_token_id: int,
     static_positions: int | None = None,
+    read: DynamicCache | None = None,
     **generate_options: Any,
 ) -> list[list[int]]:
     """New token ids for each prompt, end-of-text and padding removed.
@@ -45,11 +46,10 @@ def generate(
         if beams > 1:
             raise ModelError("a static cache cannot be reordered: use num_beams=1 with it")
         cache = StaticCache(model.config, static_positions)
-    elif batch is not None and batch.longest:
-        # Layers with a window would drop the prefix: here all attend to everything.
-        cache = ReservedCache(positions + batch.longest)
+    elif read is not None:
+        cache = read
     else:
-        cache = growing_cache(model, positions)
+        cache = cache_for(model, batch, positions)
     skipped = input_ids.shape[1]
     if batch is not None and batch.longest:
         # The prefix region of input_ids is never read (the cache says it is done); the mask
@@ -57,7 +57,8 @@ def generate(
         dummy = torch.full((len(prompts), batch.longest), pad_token_id, dtype=torch.long)
         input_ids = torch.cat([dummy, input_ids], dim=1)
         attention_mask = torch.cat([batch.visible.long().cpu(), attention_mask], dim=1)
-        prefilled_cache(batch, cache)
+        if read is None:
+            prefilled_cache(batch, cache)
         if beams > 1:
             cache.batch_repeat_interleave(beams)
         returned = generate_options.get("num_return_sequences", 1)

@@ -1,0 +1,208 @@
+"""A conversation of several turns with adapters of a bank, its cache kept between turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
+
+from ptkit.bank.bank import AdapterBank, RowNames
+from ptkit.errors import ModelError
+from ptkit.runtime.cache import ReservedCache, cache_for, prefilled_cache
+from ptkit.runtime.generation import generate
+
+#: Length of an answer unless said otherwise, in tokens.
+MAX_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A user's text and the answer to it, with the answer's token ids."""
+
+    text: str
+    answer: str
+    answer_ids: list[int]
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What one adapter has read so far: its prefix and `ids`, as keys and values in `cache`.
+
+    versions: of the adapters that read it (`AdapterBank.versions`)
+    """
+
+    versions: tuple[object, ...]
+    ids: list[int]
+    cache: DynamicCache
+
+
+class Conversation:
+    """Turns with one adapter or several, one after the other.
+
+    What was said stays in memory as keys and values: a new turn reads its own tokens only. Keys
+    and values depend on the prefix before them, so every adapter has its own; one that comes in
+    later reads the conversation so far once, and answers as if it had been there from the start.
+
+    With a chat template the tokenizer's is used; without one, texts and answers follow each other
+    line by line, the way adapters of plain language models are trained.
+
+    adapter: the first speaker, None for the plain base
+    system: a text before the conversation (the chat template's system message, or a first line)
+
+    Not for several threads at once; the bank below may be shared.
+    """
+
+    def __init__(
+        self, bank: AdapterBank, *, adapter: RowNames = None, system: str | None = None
+    ) -> None:
+        self.bank = bank
+        self.adapter: RowNames = None
+        self.system = system
+        self.exchanges: list[Exchange] = []
+        self._memories: dict[RowNames, _Memory] = {}
+        self.use(adapter)
+
+    def use(self, adapter: RowNames) -> None:
+        """Let `adapter` answer from now on. Raises AdapterError when the bank has none such."""
+        self.bank.rows([adapter])
+        self.adapter = adapter if adapter is None or isinstance(adapter, str) else (*adapter,)
+
+    def reset(self) -> None:
+        """Forget everything said."""
+        self.exchanges.clear()
+        self._memories.clear()
+
+    def say(
+        self, text: str, *, on_text: Callable[[str], None] | None = None, **options: Any
+    ) -> str:
+        """The answer to `text` after everything said before.
+
+        on_text: called with pieces of the answer as they come
+        options: anything transformers' `generate` takes for one row; `max_new_tokens` (256 by
+            default) is lowered to the positions the model has left
+
+        Raises ModelError when none is left. Whatever is raised, an interruption included, the
+        conversation is as it was before.
+        """
+        prompt = self._prompt(text, self.exchanges)
+        bank, base = self.bank, self.bank.base
+        versions = bank.versions(self.adapter)  # before the rows: never newer than what they hold
+        batch = bank.rows([self.adapter])
+        options = self._within_room(options, batch.longest, len(prompt))
+        if on_text is not None:
+            options["streamer"] = _Pieces(base.tokenizer, on_text)
+        # Taken out: an interruption half-way leaves a cache nobody can trust.
+        cache = self._remembered(self._memories.pop(self.adapter, None), versions, prompt)
+        if cache is None:
+            cache = cache_for(base.model, batch, len(prompt))
+            if batch.longest:
+                prefilled_cache(batch, cache)
+        with bank.weights([self.adapter]):
+            (answer_ids,) = generate(
+                base.model, [prompt], batch, pad_token_id=base.pad_token_id, read=cache, **options
+            )
+        (answer,) = base.tokenizer.batch_decode([answer_ids], skip_special_tokens=True)
+        if isinstance(cache, ReservedCache):  # other kinds cannot go back to an earlier position
+            read = cache.get_seq_length() - batch.longest
+            self._memories[self.adapter] = _Memory(versions, [*prompt, *answer_ids][:read], cache)
+        self.exchanges.append(Exchange(text, answer, answer_ids))
+        return answer
+
+    def compare(
+        self,
+        texts: Sequence[str],
+        adapters: Sequence[RowNames],
+        *,
+        instead: bool = False,
+        **options: Any,
+    ) -> list[str]:
+        """What each of `adapters` would answer to its own of `texts` here, in one mixed batch.
+
+        instead: in place of the last exchange, not after it
+
+        Nothing is added to the conversation.
+        """
+        before = self.exchanges[:-1] if instead else self.exchanges
+        prompts = [self._prompt(text, before) for text in texts]
+        bank, base = self.bank, self.bank.base
+        batch = bank.rows(adapters)
+        options = self._within_room(options, batch.longest, max(map(len, prompts)))
+        with bank.weights(adapters):
+            answers = generate(
+                base.model, prompts, batch, pad_token_id=base.pad_token_id, **options
+            )
+        return base.tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+    def _within_room(self, options: dict[str, Any], virtual: int, read: int) -> dict[str, Any]:
+        """`options` with an answer no longer than the positions left after `read` tokens."""
+        base, wanted = self.bank.base, int(options.get("max_new_tokens", MAX_NEW_TOKENS))
+        if base.max_positions is not None:
+            left = base.max_positions - virtual - read
+            if left < 1:
+                raise ModelError(
+                    f"the conversation is too long: {base.id} has {base.max_positions} positions, "
+                    f"it takes {read} and the adapter {virtual}; reset it to begin anew"
+                )
+            wanted = min(wanted, left)
+        return {**options, "max_new_tokens": wanted}
+
+    def _remembered(
+        self, memory: _Memory | None, versions: tuple[object, ...], prompt: list[int]
+    ) -> DynamicCache | None:
+        """The cache of `memory` cut back to what it shares with `prompt`, if it is of use."""
+        if memory is None or memory.versions != versions:
+            return None
+        shared = _shared(memory.ids, prompt[:-1])  # the last token is read to predict the next
+        if shared < len(memory.ids):
+            memory.cache.crop(shared - len(memory.ids))
+        return memory.cache
+
+    def _prompt(self, text: str, before: list[Exchange]) -> list[int]:
+        tokenizer = self.bank.base.tokenizer
+        if tokenizer.chat_template is not None:
+            return self._templated(text, before)
+        lines = [] if self.system is None else [self.system]
+        ids: list[int] = []
+        for exchange in before:
+            ids += _encoded(tokenizer, [*lines, exchange.text], start=not ids)
+            ids += exchange.answer_ids
+            lines = [""]  # the next text begins on a line of its own
+        return ids + _encoded(tokenizer, [*lines, text], start=not ids)
+
+    def _templated(self, text: str, before: list[Exchange]) -> list[int]:
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for exchange in before:
+            messages.append({"role": "user", "content": exchange.text})
+            messages.append({"role": "assistant", "content": exchange.answer})
+        messages.append({"role": "user", "content": text})
+        ids: Any = self.bank.base.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        return list(ids)
+
+
+class _Pieces(TextStreamer):
+    """transformers' streamer, handing whole words to a function instead of printing them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+        streamer: Any = super()
+        streamer.__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._on_text(text)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, lines: list[str], *, start: bool) -> list[int]:
+    return list(tokenizer("\n".join(lines), add_special_tokens=start)["input_ids"])
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens `a` and `b` begin with alike."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

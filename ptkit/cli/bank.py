@@ -1,0 +1,156 @@
+"""`ptkit bank`: what a folder of adapters holds, and whether a base can use it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from ptkit.cli.options import JsonOutput, ModelOption
+from ptkit.errors import UserError
+
+app = typer.Typer(help="List, load and verify a folder of adapters.", no_args_is_help=True)
+
+FolderArgument = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Folder whose direct subfolders are adapters.")
+]
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+@app.command()
+def ls(folder: FolderArgument, json_output: JsonOutput = False) -> None:
+    """List the adapters: method, base, virtual tokens, size; reads no weights, loads no model."""
+    from ptkit.bank.listing import Listed, list_adapters
+
+    found = list_adapters(_existing(folder))
+    if json_output:
+        for listed in found:
+            typer.echo(json.dumps({**asdict(listed), "path": str(listed.path)}))
+        return
+
+    def row(a: Listed) -> list[str]:
+        tokens = "" if a.virtual_tokens is None else str(a.virtual_tokens)
+        return [a.name, a.method, a.base or "", tokens, ", ".join(a.dtypes), f"{a.bytes:,}",
+                a.fault or ""]  # fmt: skip
+
+    titles = ["adapter", "method", "base", "virtual tokens", "dtype", "bytes", "fault"]
+    _table(titles if any(a.fault for a in found) else titles[:-1], [row(a) for a in found])
+    total = sum(a.bytes for a in found)
+    typer.echo(f"{len(found)} adapters, {total / 1e6:,.2f} MB in {folder}")
+
+
+@app.command()
+def load(
+    folder: FolderArgument,
+    model: ModelOption = "tiny-en",
+    budget: Annotated[
+        Optional[str],  # noqa: UP045  (typer reads annotations at run time)
+        typer.Option(help="Device memory for prefixes, `500MB` say. Default: no limit."),
+    ] = None,
+    json_output: JsonOutput = False,
+) -> None:
+    """Load every adapter into a bank: what it takes, how long, and where each one ends up."""
+    limit = None if budget is None else _bytes(budget)
+    from ptkit.bank import AdapterBank
+    from ptkit.recipe.schema import ModelSection
+    from ptkit.runtime.base_model import load_base
+
+    _existing(folder)
+    base = load_base(ModelSection(id=model))
+    base.fingerprint, base.layout  # noqa: B018  (of the base, not of loading adapters)
+    bank = AdapterBank(base, budget=limit)
+    started = time.perf_counter()
+    for path in _adapters(folder):
+        bank.load(path)
+    seconds = time.perf_counter() - started
+    statuses = [bank.status(name) for name in bank.list()]
+    summary: dict[str, Any] = {
+        "adapters": len(statuses), "seconds": seconds, "budget": limit,
+        "resident_bytes": bank.resident_bytes, "host_bytes": bank.host_bytes,
+        "evictions": bank.counts.evictions,
+    }  # fmt: skip
+    if json_output:
+        shown = [{**asdict(s), "path": str(s.path)} for s in statuses]
+        typer.echo(json.dumps({**summary, "loaded": shown}))
+        return
+    _table(
+        ["adapter", "method", "virtual tokens", "bytes", "where"],
+        [[s.name, str(s.method), str(s.virtual_tokens), f"{s.nbytes or 0:,}", s.tier]
+         for s in statuses],
+    )  # fmt: skip
+    typer.echo(
+        f"{len(statuses)} adapters in {seconds * 1e3:,.1f} ms; "
+        f"{bank.resident_bytes / 1e6:,.2f} MB of prefixes on the device"
+        + ("" if limit is None else f", of {limit / 1e6:,.2f} MB")
+    )
+
+
+@app.command()
+def verify(
+    folder: FolderArgument, model: ModelOption = "tiny-en", json_output: JsonOutput = False
+) -> None:
+    """Read, check and compile every adapter for the base; exit code 2 when one is refused.
+
+    Checked: files complete and safe, values finite, shapes and fingerprint those of the base.
+    """
+    from ptkit.bank import AdapterBank
+    from ptkit.errors import AdapterError
+    from ptkit.recipe.schema import ModelSection
+    from ptkit.runtime.base_model import load_base
+
+    _existing(folder)
+    bank = AdapterBank(load_base(ModelSection(id=model)))
+    refused = 0
+    for path in _adapters(folder):
+        fault = None
+        try:
+            bank.unload(bank.load(path))
+        except AdapterError as error:
+            fault, refused = str(error), refused + 1
+        if json_output:
+            typer.echo(json.dumps({"adapter": path.name, "ok": fault is None, "fault": fault}))
+        else:
+            mark, color = ("ok     ", "green") if fault is None else ("refused", "red")
+            typer.secho(mark, fg=color, nl=False)
+            typer.echo(f" {path.name}" + ("" if fault is None else f": {fault}"))
+    if refused:
+        raise UserError(f"{refused} of the adapters in {folder} cannot be used with {model}")
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"no such folder of adapters: {folder}")
+    if not _adapters(folder):
+        raise UserError(f"{folder} holds no adapters (folders with an adapter_config.json)")
+    return folder
+
+
+def _adapters(folder: Path) -> list[Path]:
+    from ptkit.formats.adapter_files import CONFIG
+
+    return sorted(path for path in folder.iterdir() if (path / CONFIG).is_file())
+
+
+def _bytes(text: str) -> int:
+    """`500MB` as bytes; decimal units, and binary ones with an i. Raises UserError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*((?:[KMG]I?)?)B?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise UserError(f"`{text}` is not a size in bytes; write 500MB, 2GiB or 750000")
+    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+
+
+def _table(titles: list[str], rows: list[list[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*titles, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row[: len(titles)])
+    Console(markup=False, highlight=False).print(table)
