@@ -19,7 +19,7 @@ from ptkit.compare.grid import cells, run_grid
 from ptkit.compare.outputs import write_outputs
 from ptkit.compare.table import markdown_table, summary_table
 from ptkit.errors import AdapterError, ModelError, UserError
-from ptkit.evaluate.retention import language_modelling, measure_retention, text_windows
+from ptkit.evaluate.retention import measure_retention, probe_base
 from ptkit.evaluate.saved import evaluate_saved
 from ptkit.formats.adapter_files import read_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
@@ -242,7 +242,7 @@ def test_saved_adapter_evaluates_to_its_record(comparison) -> None:
         if record.method in TRAINED and record.seed == 0:
             result = evaluate_saved(experiment, out / "cells" / record.cell)
             assert {n: i.mean for n, i in result.metrics.items()} == pytest.approx(record.metrics)
-            assert result.retention.forgetting == pytest.approx(
+            assert result.retention.overall["forgetting"] == pytest.approx(
                 record.retention["forgetting"], abs=1e-5
             )
             checked += 1
@@ -301,25 +301,49 @@ def test_too_few_positions_are_refused_before_training(recipe_file: Path, tmp_pa
 
 
 def test_forgetting_of_a_known_change_is_exact() -> None:
-    """The loss with a prefix is what transformers' own loss says, window by window."""
+    """Losses and divergence are what transformers' own forward says, window by window."""
     base = random_base("qwen3")
-    words = " ".join(f"w{i % 90 + 1}" for i in range(400))
-    windows = text_windows(base, words, 256)
-    before = language_modelling(base.model, windows, None)
+    texts = {
+        "count": " ".join(f"w{i % 90 + 1}" for i in range(400)),
+        "back": " ".join(f"w{90 - i % 90}" for i in range(200)),
+    }
+    probe = probe_base(base, texts, 256)
+    windows = probe.windows["count"]
+    before = probe.untouched["count"]
+    assert [len(w) for w in probe.windows.values()] == [8, 6]  # of 32 tokens
     with torch.no_grad():
         expected = base.model(input_ids=windows, labels=windows).loss
     assert before.nats == pytest.approx(float(expected), abs=1e-5)
     section = ADAPTERS["base"].section_class(kind="base")
     none = create_adapter(section, base, Demonstrations((), 0))
-    assert measure_retention(none, windows, before).forgetting == 0.0
+    untouched = measure_retention(none, probe).as_dict()
+    assert untouched["forgetting"] == untouched["drift"] == 0.0
+    assert untouched["retention"] == 1.0
     text = ADAPTERS["text_prompt"]
     prompt = text.create(
         text.section_class(kind="text_prompt", separator=" "), base, Demonstrations(["w5 w6 w7"], 0)
     )
-    with_prompt = torch.cat([prompt.token_ids.expand(len(windows), -1), windows], dim=1)
-    labels = with_prompt.clone()
-    labels[:, : prompt.virtual_tokens + 1] = -100
+
+    def with_prompt(rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([prompt.token_ids.expand(len(rows), -1), rows], dim=1)
+
+    measured = measure_retention(prompt, probe).as_dict()
+    own = prompt.virtual_tokens
+    lost, tokens = 0.0, 0
+    for name, rows in probe.windows.items():
+        labels = with_prompt(rows).clone()
+        labels[:, : own + 1] = -100
+        with torch.no_grad():
+            after = float(base.model(input_ids=with_prompt(rows), labels=labels).loss)
+            plain = float(base.model(input_ids=rows, labels=rows).loss)
+        assert measured["domains"][name]["forgetting"] == pytest.approx(after - plain, abs=1e-5)
+        count = rows.shape[0] * (rows.shape[1] - 1)
+        lost, tokens = lost + (after - plain) * count, tokens + count
+    assert measured["tokens"] == measured["drift_tokens"] == tokens
+    assert measured["forgetting"] == pytest.approx(lost / tokens, abs=1e-5)
+    rows = probe.drift_windows
     with torch.no_grad():
-        after = base.model(input_ids=with_prompt, labels=labels).loss
-    measured = measure_retention(prompt, windows, before)
-    assert measured.forgetting == pytest.approx(float(after - expected), abs=1e-5)
+        p = base.model(input_ids=rows).logits[:, :-1].double().log_softmax(-1)
+        q = base.model(input_ids=with_prompt(rows)).logits[:, own:-1].double().log_softmax(-1)
+    divergence = (p.exp() * (p - q)).sum(-1).mean()
+    assert measured["drift"] == pytest.approx(float(divergence), abs=1e-4)

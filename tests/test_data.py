@@ -11,7 +11,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptkit.data import general_text, load_task
+from ptkit.data import general_texts, load_task
 from ptkit.data.encode import encode_examples
 from ptkit.data.sources import builtin_sets
 from ptkit.data.templates import Template
@@ -120,12 +120,12 @@ def test_built_in_sets_are_complete_and_portions_are_held_out() -> None:
 
 
 def test_general_text_is_shipped_and_errors_name_the_file(tmp_path: Path) -> None:
-    assert len(general_text("general-en", tmp_path)) > 8000
+    assert len(general_texts("general-en", tmp_path)["general-en"]) > 8000
     with pytest.raises(DataError, match=r"retention\.text.*missing\.txt"):
-        general_text("missing.txt", tmp_path)
+        general_texts("missing.txt", tmp_path)
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(DataError, match="not UTF-8"):
-        general_text("latin.txt", tmp_path)
+        general_texts("latin.txt", tmp_path)
 
 
 @given(st.dictionaries(st.text("abcde", min_size=1, max_size=4), st.text(max_size=12), min_size=1))

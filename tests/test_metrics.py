@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sacrebleu
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
@@ -143,3 +145,90 @@ def test_one_seed_gives_no_interval_over_seeds() -> None:
     interval = seeds_interval([1.0, 2.0, 3.0])
     # Student's t with two degrees of freedom: 4.303 * 1 / sqrt(3).
     assert interval.high - interval.mean == pytest.approx(2.484, abs=1e-3)
+
+
+def test_ter_equals_sacrebleu_with_any_number_of_references() -> None:
+    predictions = ["the cat sat", "a dog", "no", ""]
+    references = [["the cat sat down", "cat sat"], ["a big dog"], ["yes"], ["it is"]]
+    streams = [["the cat sat down", "a big dog", "yes", "it is"], ["cat sat", None, None, None]]
+    theirs = sacrebleu.metrics.TER().corpus_score(predictions, streams).score
+    measure = metric("ter")
+    assert measure(predictions, references) == pytest.approx(theirs)
+    assert not measure.higher_is_better
+
+
+@pytest.mark.parametrize("labels", [2, 4])
+def test_roc_auc_precision_and_recall_equal_scikit_learn(labels: int) -> None:
+    from sklearn import metrics as theirs
+
+    generator = np.random.default_rng(labels)
+    names = [f"label {i}" for i in range(labels)]
+    scores = generator.normal(size=(60, labels))
+    gold = generator.integers(labels, size=60)
+    shares = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    references = [[names[g]] for g in gold]
+    predictions = [names[i] for i in scores.argmax(1)]
+    details = [{"label_scores": dict(zip(names, row, strict=True))} for row in scores.tolist()]
+    measure = metric("roc_auc")
+    found = measure.score(measure.statistics(predictions, references, details))
+    expected = (
+        theirs.roc_auc_score(gold, shares[:, 1])
+        if labels == 2
+        else theirs.roc_auc_score(gold, shares, multi_class="ovr", average="macro")
+    )
+    assert found == pytest.approx(100 * expected)
+    plain = [names[g] for g in gold]
+    for name, function in (
+        ("macro_precision", theirs.precision_score),
+        ("macro_recall", theirs.recall_score),
+    ):
+        value = function(plain, predictions, average="macro", zero_division=0)
+        assert metric(name)(predictions, references) == pytest.approx(100 * value)
+    with pytest.raises(ValueError, match="needs the `label_scores`"):
+        measure.statistics(predictions, references)
+
+
+def test_own_metric_is_the_mean_of_its_values(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "mine_for_test.py").write_text(
+        "def longer(prediction, references):\n    return len(prediction) - len(references[0])\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    measure = metric("mine_for_test:longer")
+    assert measure(["abc", "a"], [["a"], ["b"]]) == 1.0
+    with pytest.raises(UserError, match="cannot be imported"):
+        metric("mine_for_test:shorter")
+
+
+def test_perplexity_is_exp_of_transformers_own_loss(base) -> None:
+    from ptkit.data.task import Example
+    from ptkit.evaluate.predict import predict
+    from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
+    from ptkit.recipe.schema import GenerationTask
+
+    task = GenerationTask(
+        kind="generation", data={"builtin": "facts-to-text"}, input="{a}", target="{b}",
+        metrics=["perplexity"], max_target_tokens=4,
+    )  # fmt: skip
+    rows = [("w5 w6", "w7"), ("w8", "w9 w10 w11"), ("w12 w13 w14", "w15 w16")]
+    examples = [Example(a, b, (b,)) for a, b in rows]
+    untouched = create_adapter(
+        ADAPTERS["base"].section_class(kind="base"), base, Demonstrations((), 0)
+    )
+    found = predict(untouched, examples, task, batch_size=2)
+    nats, tokens = 0.0, 0
+    for (a, b), prediction in zip(rows, found, strict=True):
+        before, after = (base.tokenizer(t)["input_ids"] for t in (a, b))
+        after = [*after, base.tokenizer.eos_token_id]
+        ids = torch.tensor([[*before, *after]])
+        labels = ids.clone()
+        labels[:, : len(before)] = -100
+        with torch.no_grad():
+            loss = float(base.model(input_ids=ids, labels=labels).loss)
+        assert prediction.details["tokens"] == len(after)
+        assert prediction.details["nats"] == pytest.approx(loss * len(after), abs=1e-4)
+        nats, tokens = nats + loss * len(after), tokens + len(after)
+    measure = metric("perplexity")
+    rows_of = measure.statistics(
+        [p.prediction for p in found], [p.references for p in found], [p.details for p in found]
+    )
+    assert measure.score(rows_of) == pytest.approx(float(np.exp(nats / tokens)), rel=1e-4)

@@ -112,18 +112,30 @@ def compared(
                     "prediction": said + hostile,
                     "references": references,
                     "label": None if generation else gold,
+                    "details": {},
                 })  # fmt: skip
             place = folder / "cells" / cell / "predictions.jsonl"
             place.parent.mkdir(parents=True)
             place.write_text("".join(json.dumps(row) + "\n" for row in rows))
             lost = forgetting + 0.01 * seed if parameters else forgetting
-            kept = {"tokens": 20_000, "base_nats": 3.4, "forgetting": lost, "retention": 0.97}
+            kept = {
+                "tokens": 20_000,
+                "base_nats": 3.4,
+                "forgetting": lost,
+                "retention": 0.97,
+                "drift": 0.1,
+                "drift_tokens": 512,
+                "domains": {"general": {"forgetting": lost}},
+            }
             records.append(
                 CellRecord(
                     recipe="invented",
                     cell=cell,
                     method=title + hostile,
                     kind=kind,
+                    family=title + hostile,
+                    sweep={},
+                    tuned=None,
                     seed=seed,
                     settings={},
                     n_train=500 if parameters else 0,
@@ -146,6 +158,8 @@ def compared(
                     if parameters
                     else [],
                     retention=kept if retention else None,
+                    decode_ms=5.0,
+                    added_ms=None if kind == "full" else 0.1,
                     adapter_off_exact=None if kind == "full" else True,
                     adapter_path=None,
                     versions={"ptkit": "0.1.0", "torch": "2.13.0"},
@@ -208,8 +222,8 @@ def test_tiles_give_the_highest_mean_the_least_forgetting_and_the_smallest(usual
 
 def test_figures_that_do_not_exist_sort_last(usual) -> None:
     base = usual[0].split("<tbody>")[1].split("</tr>")[0]
-    # Time and peak memory of a method that trains nothing.
-    assert base.count('data-value=""') == 2
+    # Time, speed and peak memory of a method that trains nothing.
+    assert base.count('data-value=""') == 3
 
 
 def test_charts_have_names_and_no_broken_numbers(usual) -> None:
@@ -298,3 +312,21 @@ def test_terminal_table_keeps_every_figure_at_100_columns(tmp_path: Path) -> Non
     for summary in summaries:
         assert f"[{summary.leading.low:.1f}, {summary.leading.high:.1f}]" in text
     assert "3 seeds, n = 30" in text
+
+
+def test_plots_and_latex_are_written(usual, tmp_path: Path) -> None:
+    compared(tmp_path / "out", hostile=r" 50% & $x_1$ \\ {#}~^")
+    names = {p.name for p in (tmp_path / "out" / "plots").iterdir()}
+    assert names == {
+        f"{name}.{suffix}"
+        for name in ("bleu-against-trained-parameters", "bleu-against-forgetting",
+                     "learning-curves")
+        for suffix in ("png", "svg")
+    }  # fmt: skip
+    tex = (tmp_path / "out" / "table.tex").read_text()
+    body = tex.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+    assert len(body) == len(METHODS)
+    columns = {len(re.findall(r"(?<!\\)&", line)) for line in body}
+    assert columns == {tex.split("tabular}{l")[1].split("}")[0].count("r")}
+    assert r"50\% \& \$x\_1\$ \textbackslash{}" in tex
+    assert tex.count(r"\textbf{") == 1

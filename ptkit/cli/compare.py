@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from ptkit.cli.options import Fresh, JsonOutput, Quiet, RecipeArgument, Set
+from ptkit.errors import UserError
 
 
 def compare(
@@ -18,10 +19,19 @@ def compare(
     ] = None,
     set_: Set = None,
     fresh: Fresh = False,
+    on: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="ray[://HOST:PORT]",
+            help="Run the cells as tasks of a Ray cluster; `ray` alone uses this machine.",
+        ),
+    ] = None,
+    cell_cpus: Annotated[float, typer.Option(min=0.1, help="With --on: CPUs of one cell.")] = 1,
+    cell_gpus: Annotated[float, typer.Option(min=0, help="With --on: GPUs of one cell.")] = 0,
     quiet: Quiet = False,
     json_output: JsonOutput = False,
 ) -> None:
-    """Compare the methods of a recipe: table, report.html, results.jsonl and results.csv.
+    """Compare the methods of a recipe: report.html, tables, plots, results.jsonl and results.csv.
 
     Interrupted comparisons go on when the same command is given again; finished cells are kept.
     """
@@ -30,6 +40,7 @@ def compare(
     from ptkit.cli.display import LiveDisplay
     from ptkit.cli.options import start_over
     from ptkit.compare.grid import cells, run_grid
+    from ptkit.compare.on_ray import run_on_ray
     from ptkit.compare.outputs import write_outputs
     from ptkit.compare.table import summary_table
     from ptkit.recipe import load_recipe
@@ -39,7 +50,13 @@ def compare(
     if fresh:
         start_over(folder)
     with LiveDisplay(len(cells(loaded.recipe)), quiet=quiet or json_output) as display:
-        records = run_grid(loaded, folder, observer=display)
+        if on is None:
+            records = run_grid(loaded, folder, observer=display)
+        else:
+            address = _ray_address(on)
+            records = run_on_ray(
+                loaded, folder, address, cpus=cell_cpus, gpus=cell_gpus, observer=display
+            )
     summaries = write_outputs(folder, records, loaded.recipe)
     if json_output:
         for record in records:
@@ -50,3 +67,12 @@ def compare(
     console.width = max(console.width, 100)
     console.print(summary_table(summaries))
     typer.echo(f"{folder / 'report.html'}")
+
+
+def _ray_address(on: str) -> str | None:
+    """What `--on` names: None for this machine. Raises UserError for anything but Ray."""
+    if on == "ray":
+        return None
+    if not on.startswith("ray://") or len(on) == len("ray://"):
+        raise UserError(f"`--on {on}`: expected `ray`, or `ray://HOST:PORT`")
+    return on

@@ -87,6 +87,11 @@ class LiveDisplay(Observer):
         assert self.cell is not None
         self.progress.update(self.cell, completed=done)
 
+    def trial_finished(self, cell: str, validation_loss: float) -> None:
+        self.console.print(
+            f"{cell}: validation loss {validation_loss:.3f}", highlight=False, markup=False
+        )
+
     def cell_finished(self, record: CellRecord, reused: bool) -> None:
         self.finished += 1
         if self.cell is not None:

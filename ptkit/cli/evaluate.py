@@ -49,8 +49,9 @@ def evaluate(
                 f"  {name:12} {interval.mean:6.2f}  [{interval.low:.2f}, {interval.high:.2f}]"
             )
         if result.retention is not None:
+            overall = result.retention.overall
             typer.echo(
-                f"  {'forgetting':12} {result.retention.forgetting:+6.3f}  nats per token, "
-                f"n={result.retention.base.tokens:,} tokens; "
-                f"retention {result.retention.retention:.1%}"
+                f"  {'forgetting':12} {overall['forgetting']:+6.3f}  nats per token, "
+                f"n={overall['tokens']:,} tokens; retention {overall['retention']:.1%}; "
+                f"drift {result.retention.drift:.3f}"
             )

@@ -22,6 +22,7 @@ from ptkit.cli import (
     generate,
     inspect,
     recipes,
+    report,
     train,
 )
 from ptkit.errors import PtkitError
@@ -40,6 +41,7 @@ app.add_typer(bank.app, name="bank")
 app.add_typer(bench.app, name="bench")
 app.command("train")(train.train)
 app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)

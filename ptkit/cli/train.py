@@ -39,6 +39,8 @@ def train(
     A run that was stopped (Ctrl-C, kill, power) goes on where it last saved when the same
     command is given again, and ends with the same weights.
     """
+    from accelerate import PartialState
+
     from ptkit.cli.display import LiveDisplay
     from ptkit.cli.options import one_method, start_over
     from ptkit.recipe import load_recipe
@@ -49,12 +51,18 @@ def train(
     section = one_method(loaded.recipe, method)
     used_seed = loaded.recipe.seeds[0] if seed is None else seed
     folder = out or Path("runs") / loaded.recipe.name / cell_name(section, used_seed)
-    if fresh:
+    # Under `accelerate launch` every process trains; the first one speaks and writes.
+    processes = PartialState()
+    if fresh and processes.is_main_process:
         start_over(folder)
+    processes.wait_for_everyone()
     experiment = prepare(loaded)
-    with LiveDisplay(1, quiet=quiet or json_output) as display:
+    silent = quiet or json_output or not processes.is_main_process
+    with LiveDisplay(1, quiet=silent) as display:
         cell = Cell(section, used_seed, folder, start_from)
         (record,) = run_cells(experiment, [cell], display)
+    if not processes.is_main_process:
+        return
     if json_output:
         typer.echo(json.dumps({**record.as_dict(), "folder": str(folder)}))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ptkit.compare.statistics import Difference
 from ptkit.evaluate.statistics import Interval
 
 #: What stands where a figure does not exist (nothing trained, one seed, no "off").
@@ -52,21 +53,41 @@ def score(interval: Interval) -> str:
 
 
 def forgetting(interval: Interval | None) -> str:
-    """Nats per token lost, with the half-width of its interval where there are several seeds."""
-    if interval is None:
-        return NONE
-    if interval.high is None:
-        return f"{interval.mean:+.3f}"
-    return f"{interval.mean:+.3f} ± {interval.high - interval.mean:.3f}"
+    """Nats per token lost."""
+    return NONE if interval is None else _with_spread(interval, "+.3f", 1, "")
+
+
+def drift(interval: Interval | None) -> str:
+    """Nats per token between the base's predictions and the adapted ones."""
+    return NONE if interval is None else _with_spread(interval, ".3f", 1, "")
 
 
 def retention(interval: Interval | None) -> str:
     """Share of the base's next-token accuracy kept, in percent."""
-    if interval is None:
-        return NONE
+    return NONE if interval is None else _with_spread(interval, ".1f", 100, "%")
+
+
+def _with_spread(interval: Interval, form: str, scale: float, unit: str) -> str:
+    """A mean, and the half-width of its interval where there are several seeds."""
+    mean = f"{scale * interval.mean:{form}}{unit}"
     if interval.high is None:
-        return f"{interval.mean:.1%}"
-    return f"{interval.mean:.1%} ± {100 * (interval.high - interval.mean):.1f}"
+        return mean
+    return f"{mean} ± {scale * (interval.high - interval.mean):{form.lstrip('+')}}"
+
+
+def added_time(milliseconds: float | None) -> str:
+    """What an adapter adds to the time of a generated token."""
+    return NONE if milliseconds is None else f"{milliseconds:+.2f} ms"
+
+
+def difference(found: Difference | None) -> str:
+    """A score minus the baseline's, its 95 % interval and corrected p value."""
+    if found is None:
+        return NONE
+    i = found.interval
+    small = found.p_value < 0.001
+    chance = "p < 0.001" if small else f"p = {found.p_value:.3f}"
+    return f"{i.mean:+.1f} [{i.low:+.1f}, {i.high:+.1f}], {chance}"
 
 
 def off(exact: bool | None) -> str:

@@ -1,4 +1,4 @@
-"""The files of a finished comparison: results.jsonl, results.csv, table.md, report.html."""
+"""The files of a finished comparison: results, tables, plots and the report."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from ptkit.compare.charts import charts_of
+from ptkit.compare.plots import write_plots
 from ptkit.compare.report import render_report
 from ptkit.compare.summary import MethodSummary, summarise
-from ptkit.compare.table import markdown_table
+from ptkit.compare.table import latex_table, markdown_table
 from ptkit.formats import atomic
 from ptkit.recipe.schema import Recipe
 from ptkit.train.record import CellRecord
@@ -23,6 +25,8 @@ def write_outputs(
     atomic.write_text(folder / "results.jsonl", "".join(r.as_line() + "\n" for r in records))
     atomic.write_text(folder / "results.csv", _csv(records))
     atomic.write_text(folder / "table.md", markdown_table(summaries))
+    atomic.write_text(folder / "table.tex", latex_table(summaries))
+    write_plots(charts_of(summaries), folder / "plots")
     recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
     atomic.write_text(folder / "report.html", render_report(recipe, summaries, recipe_text))
     return summaries
@@ -33,10 +37,15 @@ def _csv(records: Sequence[CellRecord]) -> str:
     rows = []
     for record in records:
         values = record.as_dict()
-        nested = {"settings", "curve", "versions", "metrics", "retention"}
+        nested = {"settings", "curve", "versions", "metrics", "retention", "sweep", "tuned"}
         row = {k: v for k, v in values.items() if k not in nested}
+        row |= {f"sweep_{k}": v for k, v in values["sweep"].items()}
+        row |= {f"tuned_{k}": v for k, v in (values["tuned"] or {}).get("settings", {}).items()}
         row |= {f"metric_{k}": v for k, v in values["metrics"].items()}
-        row |= {f"retention_{k}": v for k, v in (values["retention"] or {}).items()}
+        retention = dict(values["retention"] or {})
+        for domain, figures in retention.pop("domains", {}).items():
+            retention[f"forgetting_{domain}"] = figures["forgetting"]
+        row |= {f"retention_{k}": v for k, v in retention.items()}
         rows.append(row)
     stream = io.StringIO()
     writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(k for r in rows for k in r)))

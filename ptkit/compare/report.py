@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from ptkit.compare import figures
-from ptkit.compare.charts import Point, learning_curves, scatter
-from ptkit.compare.summary import MethodSummary
+from ptkit.compare.charts import charts_of, colours
+from ptkit.compare.summary import MethodSummary, baseline_of, best_of, written
+from ptkit.compare.svg import draw
 from ptkit.evaluate.metrics import metric
 from ptkit.evaluate.statistics import Interval
 from ptkit.recipe.schema import GenerationTask, Recipe
@@ -32,20 +32,27 @@ def render_report(recipe: Recipe, summaries: Sequence[MethodSummary], recipe_tex
         lstrip_blocks=True,
     )
     first = summaries[0].records[0]
-    best = max(summaries, key=lambda s: s.leading.mean)
+    best = best_of(summaries)
     generation = isinstance(recipe.task, GenerationTask)
+    shade = colours(summaries)
+    machines = {r.hardware: None for s in summaries for r in s.records}
     return environment.get_template("report.html.j2").render(
         recipe=recipe,
         recipe_text=recipe_text,
         highlights=_highlights(summaries),
-        colours={s.title: i for i, s in enumerate(summaries)},
-        columns=list(_cells(best)),
-        rows=[_row(s, s is best) for s in summaries],
-        charts=_charts(summaries),
+        colours=shade,
+        columns=list(_cells(best, summaries)),
+        rows=[_row(s, summaries, shade, best=s is best) for s in summaries],
+        charts=[(chart.title, chart.note, draw(chart)) for chart in charts_of(summaries)],
         samples=_samples(summaries, generation=generation),
         n_seeds=max(len(s.records) for s in summaries),
         signatures=_signatures(summaries),
+        searches=_searches(summaries),
+        baseline=baseline_of(recipe),
+        compared=sum(s.against is not None for s in summaries),
+        best=best,
         first=first,
+        machines=list(machines),
         together=max(s.trained_together for s in summaries),
         score=first.score,
         generation=generation,
@@ -54,14 +61,26 @@ def render_report(recipe: Recipe, summaries: Sequence[MethodSummary], recipe_tex
     )
 
 
+def _searches(summaries: Sequence[MethodSummary]) -> list[dict[str, Any]]:
+    """What was tried to find each method's settings, and what was chosen."""
+    found = []
+    for summary in summaries:
+        tuned = summary.records[0].tuned
+        if tuned is not None:
+            chosen = ", ".join(f"{k} = {written(v)}" for k, v in tuned["settings"].items())
+            found.append({"title": summary.title, "chosen": chosen, **tuned})
+    return found
+
+
 def _highlights(summaries: Sequence[MethodSummary]) -> list[dict[str, Any]]:
     """The few findings a reader should leave with, each with the method it belongs to.
 
     Differences that the intervals do not support are not claimed: a tile says which mean is
     the highest, not which method is the best.
     """
-    best = max(summaries, key=lambda s: s.leading.mean)
-    found = [_highlight(f"highest {best.score}", best, figures.score(best.leading), "")]
+    best = best_of(summaries)
+    most = "highest" if best.higher_is_better else "lowest"
+    found = [_highlight(f"{most} {best.score}", best, figures.score(best.leading), "")]
     trained = [s for s in summaries if s.trains]
     kept = [s for s in trained if s.forgetting is not None]
     if kept:
@@ -95,31 +114,53 @@ def _signatures(summaries: Sequence[MethodSummary]) -> dict[str, str]:
     return {name: metric(name).signature(references) for name in summaries[0].metrics}
 
 
-def _row(summary: MethodSummary, best: bool) -> dict[str, Any]:
+def _row(
+    summary: MethodSummary,
+    summaries: Sequence[MethodSummary],
+    shade: dict[str, int],
+    *,
+    best: bool,
+) -> dict[str, Any]:
     """One row of the summary table."""
     return {
-        "title": summary.title,
+        "title": summary.family,
+        "colour": shade[summary.title] % 10,
         "best": best,
-        "score": summary.leading,
-        "cells": list(_cells(summary).values()),
+        "cells": list(_cells(summary, summaries).values()),
     }
 
 
-def _cells(summary: MethodSummary) -> dict[str, tuple[str, float | str]]:
-    """Column -> what is shown and what it sorts by, for all columns after the score.
+def _cells(
+    summary: MethodSummary, summaries: Sequence[MethodSummary]
+) -> dict[str, tuple[str, float | str]]:
+    """Column -> what is shown and what it sorts by, for all columns after the method's.
 
     A figure that does not exist sorts by the empty text: last, whichever way.
     """
-    forgetting, retention = summary.forgetting, summary.retention
-    off = figures.off(summary.off_exact)
-    cells: dict[str, tuple[str, float | str]] = {
+    cells: dict[str, tuple[str, float | str]] = {}
+    for key in dict.fromkeys(k for s in summaries for k in s.sweep):
+        value = summary.sweep.get(key, "")
+        cells[key] = (written(value) or figures.NONE, value if _sorts(value) else str(value))
+    cells[f"{summary.score} [95 %]"] = (figures.score(summary.leading), summary.leading.mean)
+    if any(s.against is not None for s in summaries):
+        against = summary.against
+        cells["difference"] = (
+            figures.difference(against), against.interval.mean if against else ""
+        )  # fmt: skip
+    cells |= {
         f"{name} [95 %]": (figures.score(interval), interval.mean)
         for name, interval in summary.metrics.items()
         if name != summary.score
     }
+    cells["forgetting"] = _measured(summary.forgetting, figures.forgetting)
     cells |= {
-        "forgetting": (figures.forgetting(forgetting), forgetting.mean if forgetting else ""),
-        "retention": (figures.retention(retention), retention.mean if retention else ""),
+        f"forgetting: {name}": _measured(interval, figures.forgetting)
+        for name, interval in summary.domains.items()
+    }
+    off, added = figures.off(summary.off_exact), summary.added_ms
+    cells |= {
+        "retention": _measured(summary.retention, figures.retention),
+        "drift": _measured(summary.drift, figures.drift),
         "adapter off": (off, off),
         "trained": (
             figures.parameters(summary.trainable_parameters, summary.share),
@@ -130,58 +171,30 @@ def _cells(summary: MethodSummary) -> dict[str, tuple[str, float | str]]:
             figures.seconds(summary.seconds, summary.trains),
             summary.seconds if summary.trains else "",
         ),
+        "tokens/s": _speed(summary),
+        "added per token": (figures.added_time(added), "" if added is None else added),
         "peak memory": (figures.size(summary.peak_memory_bytes), summary.peak_memory_bytes or ""),
         "seeds": (str(len(summary.records)), len(summary.records)),
     }
     return cells
 
 
-def _charts(summaries: Sequence[MethodSummary]) -> list[tuple[str, str, Markup]]:
-    """(heading, explanation, SVG) of every chart there is data for."""
-    name = summaries[0].score
+def _sorts(value: object) -> bool:
+    return isinstance(value, int | float)
 
-    def point(i: int, summary: MethodSummary, x: float, spread: Interval | None = None) -> Point:
-        interval = summary.leading
-        assert interval.low is not None
-        assert interval.high is not None
-        return Point(
-            summary.title,
-            i,
-            x,
-            interval.mean,
-            interval.low,
-            interval.high,
-            spread.low if spread else None,
-            spread.high if spread else None,
-        )
 
-    trained = [(i, s) for i, s in enumerate(summaries) if s.trains]
-    charts = []
-    if trained:
-        points = [point(i, s, s.trainable_parameters) for i, s in trained]
-        charts.append((
-            f"{name} against trained parameters",
-            "Higher and further left is better. The line joins the methods no other beats with "
-            "fewer parameters; bars are 95 % intervals.",
-            scatter(points, f"{name} against trained parameters", "trained parameters (log)",
-                    name, logarithmic=True, front=True),
-        ))  # fmt: skip
-    measured = [(i, s) for i, s in enumerate(summaries) if s.forgetting is not None]
-    if len(measured) > 1:
-        points = [point(i, s, s.forgetting.mean, s.forgetting) for i, s in measured if s.forgetting]
-        charts.append((
-            f"{name} against forgetting",
-            "Higher and further left is better: more of the task learnt, less of the base lost "
-            "while the adapter is on.",
-            scatter(points, f"{name} against forgetting", "forgetting (nats per token)", name),
-        ))  # fmt: skip
-    if trained and all(record.curve for _, s in trained for record in s.records):
-        charts.append((
-            "Learning curves",
-            "Validation loss, mean over seeds.",
-            learning_curves(trained, "Validation loss by step"),
-        ))  # fmt: skip
-    return charts
+def _measured(
+    interval: Interval | None, shown: Callable[[Interval | None], str]
+) -> tuple[str, float | str]:
+    return shown(interval), "" if interval is None else interval.mean
+
+
+def _speed(summary: MethodSummary) -> tuple[str, float | str]:
+    """Tokens read per second of training, mean over seeds."""
+    if not summary.trains:
+        return figures.NONE, ""
+    mean = sum(r.tokens_per_second for r in summary.records) / len(summary.records)
+    return f"{mean:,.0f}", mean
 
 
 def _samples(summaries: Sequence[MethodSummary], *, generation: bool) -> list[dict[str, Any]]:
@@ -189,6 +202,11 @@ def _samples(summaries: Sequence[MethodSummary], *, generation: bool) -> list[di
 
     correct: whether a predicted label is the gold one; None for texts, which are not so simple.
     """
+    # Of a sweep, the best of each method.
+    families: dict[str, list[MethodSummary]] = {}
+    for summary in summaries:
+        families.setdefault(summary.family, []).append(summary)
+    summaries = [best_of(own) for own in families.values()]
     first = summaries[0].samples
     chosen = range(0, len(first), max(1, len(first) // SAMPLES))[:SAMPLES]
     samples = []

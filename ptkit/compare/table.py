@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from rich.table import Table
 from rich.text import Text
 
 from ptkit.compare import figures
-from ptkit.compare.summary import MethodSummary
+from ptkit.compare.summary import MethodSummary, best_of, written
 from ptkit.evaluate.statistics import Interval
 
 Row = dict[str, str]
@@ -18,7 +18,8 @@ Row = dict[str, str]
 def _row(summary: MethodSummary) -> Row:
     """Column -> figure."""
     return {
-        "method": summary.title,
+        "method": summary.family,
+        **{key: written(value) for key, value in summary.sweep.items()},
         f"{summary.score} [95 %]": figures.score(summary.leading),
         "seeds": str(len(summary.records)),
         "trained": figures.parameters(summary.trainable_parameters, summary.share),
@@ -29,6 +30,14 @@ def _row(summary: MethodSummary) -> Row:
         "retention": figures.retention(summary.retention),
         "off": figures.off(summary.off_exact),
     }
+
+
+def _rows(summaries: Sequence[MethodSummary], row: Callable[[MethodSummary], Row]) -> list[Row]:
+    """The rows with the columns of all; methods that a sweep leaves alone have gaps in its own."""
+    rows = [row(s) for s in summaries]
+    swept = dict.fromkeys(key for s in summaries for key in s.sweep)
+    names = ["method", *swept, *(n for n in rows[0] if n != "method" and n not in swept)]
+    return [{name: each.get(name, figures.NONE) for name in names} for each in rows]
 
 
 def _short_row(summary: MethodSummary) -> Row:
@@ -73,7 +82,7 @@ def caption(summaries: Sequence[MethodSummary], *, spread: bool) -> str:
 
 def summary_table(summaries: Sequence[MethodSummary]) -> Table:
     """The comparison for the terminal; the best score is bold."""
-    best = max(summaries, key=lambda s: s.leading.mean)
+    best = best_of(summaries)
     seeds = max(len(s.records) for s in summaries)
     table = Table(
         caption=f"{seeds} seed{'s' * (seeds > 1)}, {caption(summaries, spread=False)}",
@@ -81,7 +90,7 @@ def summary_table(summaries: Sequence[MethodSummary]) -> Table:
         pad_edge=False,
         box=None,
     )
-    rows = [_short_row(s) for s in summaries]
+    rows = _rows(summaries, _short_row)
     for name in rows[0]:
         # Where the width is short, long names fold; figures are never cut.
         is_name = name == "method"
@@ -101,7 +110,7 @@ def summary_table(summaries: Sequence[MethodSummary]) -> Table:
 
 def markdown_table(summaries: Sequence[MethodSummary]) -> str:
     """The comparison for a README or a paper's draft."""
-    rows = [_row(s) for s in summaries]
+    rows = _rows(summaries, _row)
     for row in rows:
         row["method"] = row["method"].replace("|", r"\|")
     lines = [
@@ -110,3 +119,37 @@ def markdown_table(summaries: Sequence[MethodSummary]) -> str:
         *("| " + " | ".join(row.values()) + " |" for row in rows),
     ]
     return "\n".join(lines) + f"\n\n{caption(summaries, spread=True)}\n"
+
+
+#: What TeX would take for a command, and how to print it.
+_TEX = {
+    "\\": r"\textbackslash{}", "%": r"\%", "&": r"\&", "#": r"\#", "_": r"\_", "$": r"\$",
+    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "±": r"$\pm$", "–": "--",
+}  # fmt: skip
+
+
+def latex_table(summaries: Sequence[MethodSummary]) -> str:
+    """The comparison as a LaTeX table (package booktabs); the best score is bold."""
+    rows = _rows(summaries, _row)
+    best = best_of(summaries)
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        r"\caption{" + _tex(caption(summaries, spread=True)) + "}",
+        r"\begin{tabular}{l" + "r" * (len(rows[0]) - 1) + "}",
+        r"\toprule",
+        " & ".join(map(_tex, rows[0])) + r" \\",
+        r"\midrule",
+    ]
+    for summary, row in zip(summaries, rows, strict=True):
+        cells = {name: _tex(value) for name, value in row.items()}
+        if summary is best:
+            score = f"{summary.score} [95 %]"
+            cells[score] = rf"\textbf{{{cells[score]}}}"
+        lines.append(" & ".join(cells.values()) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(character, character) for character in text)

@@ -1,6 +1,6 @@
 """Datasets, templates and the examples a task is made of."""
 
-from ptkit.data.general_text import general_text
+from ptkit.data.general_text import general_texts
 from ptkit.data.task import Example, TaskData, load_task
 
-__all__ = ["Example", "TaskData", "general_text", "load_task"]
+__all__ = ["Example", "TaskData", "general_texts", "load_task"]

@@ -12,6 +12,21 @@ from ptkit.recipe.schema import resolve_path
 GENERAL_EN = "general-en"
 
 
+def general_texts(names: str | list[str], folder: Path) -> dict[str, str]:
+    """Name -> text of every domain in `names`, by file name without its ending.
+
+    Raises DataError as `general_text` does, and for two domains of one name.
+    """
+    listed = [names] if isinstance(names, str) else names
+    found: dict[str, str] = {}
+    for name in listed:
+        short = Path(name).stem
+        if short in found:
+            raise DataError(f"`retention.text`: two texts are called `{short}`; rename one file")
+        found[short] = general_text(name, folder)
+    return found
+
+
 def general_text(name_or_path: str, folder: Path) -> str:
     """The text called `general-en`, or the UTF-8 file `name_or_path` (from `folder` on).
 

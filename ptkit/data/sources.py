@@ -57,7 +57,8 @@ def load_rows(section: DataSection, folder: Path) -> Rows:
     test = found.get("test", validation)
     limits = section.limits
     return Rows(
-        _first(train, limits.train),
+        # A random draw is made per seed, from all rows (see `ptkit.train.experiment`).
+        train if section.draw == "seed" else _first(train, limits.train),
         _first(validation, limits.validation),
         _first(test, limits.test),
     )
@@ -155,6 +156,8 @@ def _from_hub(section: DataSection) -> dict[str, Dataset]:
     found = {}
     for split in SPLITS:
         name = getattr(section.splits, split)
+        if name is None:
+            continue
         if name in loaded:
             found[split] = loaded[name]
         elif split in section.splits.model_fields_set:

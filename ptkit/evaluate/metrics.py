@@ -1,4 +1,4 @@
-"""Metrics, computed by the field's libraries: sacrebleu, rouge-score, scikit-learn.
+"""Metrics, computed by the field's libraries: sacrebleu, rouge-score, scikit-learn; or your own.
 
 Each metric first turns every example into a row of statistics, then scores any set of rows.
 Scoring all rows gives the library's own corpus value; a bootstrap re-scores resampled rows
@@ -7,10 +7,12 @@ without tokenising anything again.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,16 +22,31 @@ from ptkit.errors import UserError, did_you_mean
 Statistics = npt.NDArray[np.float64]
 
 
+#: What a prediction carries beside its text, where a metric asks for it (see `Metric.needs`).
+Details = Mapping[str, Any]
+
+
 class Metric(ABC):
-    """A score of predictions against references, in 0..100, higher is better."""
+    """A score of predictions against references, in 0..100 unless its class says otherwise."""
+
+    #: Whether more is better.
+    higher_is_better: ClassVar[bool] = True
+    #: The detail of a prediction it needs: `label_scores` (label -> log-probability) or `nats`
+    #: (of the target, with `tokens`); None for those that read texts alone.
+    needs: ClassVar[str | None] = None
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def statistics(
-        self, predictions: Sequence[str], references: Sequence[Sequence[str]]
+        self,
+        predictions: Sequence[str],
+        references: Sequence[Sequence[str]],
+        details: Sequence[Details] = (),
     ) -> Statistics:
         """One row per example, `[examples, k]`; k depends on the metric.
+
+        details: one per prediction, for metrics that need them
 
         Raises ValueError without predictions, when the lengths differ, and for an example
         without a reference: the libraries would score the rows that are left, or return NaN.
@@ -42,11 +59,21 @@ class Metric(ABC):
         for number, row in enumerate(references, start=1):
             if isinstance(row, str) or not row:
                 raise ValueError(f"example {number}: expected a list of references, found {row!r}")
+        if self.needs is not None:
+            if len(details) != len(predictions) or any(self.needs not in d for d in details):
+                raise ValueError(f"`{self.name}` needs the `{self.needs}` of every prediction")
+            return self._detailed_rows(references, details)
         return self._rows(predictions, references)
 
-    @abstractmethod
     def _rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
-        """`statistics` of checked input."""
+        """`statistics` of checked texts."""
+        raise NotImplementedError
+
+    def _detailed_rows(
+        self, references: Sequence[Sequence[str]], details: Sequence[Details]
+    ) -> Statistics:
+        """`statistics` of checked details."""
+        raise NotImplementedError
 
     @abstractmethod
     def signature(self, references: Sequence[Sequence[str]]) -> str:
@@ -66,9 +93,9 @@ class SacreBleu(Metric):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        from sacrebleu.metrics import BLEU, CHRF
+        from sacrebleu.metrics import BLEU, CHRF, TER
 
-        self._library: Any = {"bleu": BLEU, "chrf": CHRF}[name]()
+        self._library: Any = {"bleu": BLEU, "chrf": CHRF, "ter": TER}[name]()
 
     def _rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
         # sacrebleu wants one list per reference position; None where an example has fewer.
@@ -86,6 +113,16 @@ class SacreBleu(Metric):
         counts = {len(row) for row in references}
         self._library.num_refs = counts.pop() if len(counts) == 1 else -1
         return f"sacrebleu {self._library.get_signature()}"
+
+
+class TranslationEditRate(SacreBleu):
+    """TER by sacrebleu: edits per 100 words of the reference, so less is better."""
+
+    higher_is_better: ClassVar[bool] = False
+
+    def score(self, rows: Statistics) -> float:
+        # Reference lengths are means over several references, hence not whole.
+        return float(self._library._compute_score_from_stats(rows.sum(axis=0).tolist()).score)
 
 
 class MeanOverExamples(Metric):
@@ -129,14 +166,45 @@ class ExactMatch(MeanOverExamples):
         return "equal to a reference, case and inner spaces included"
 
 
-class LabelMetric(Metric):
-    """Accuracy and macro-averaged F1 of labels, by scikit-learn."""
+class OwnMetric(MeanOverExamples):
+    """A function of yours, `module:function`: (prediction, references) -> a number, more is better.
+
+    The score is the mean over examples, as it comes: it is not multiplied by 100.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        from sklearn.metrics import accuracy_score, f1_score
+        module, _, function = name.partition(":")
+        if "" not in sys.path:
+            sys.path.insert(0, "")  # modules of the current folder, as `python -m` finds them
+        try:
+            self._function = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"the metric `{name}` cannot be imported: {error}") from error
 
-        self._accuracy, self._f1 = accuracy_score, f1_score
+    def value(self, prediction: str, references: Sequence[str]) -> float:
+        return float(self._function(prediction, list(references)))
+
+    def score(self, rows: Statistics) -> float:
+        return float(rows.mean())
+
+    def signature(self, references: Sequence[Sequence[str]]) -> str:
+        return f"mean of {self.name}"
+
+
+class LabelMetric(Metric):
+    """Accuracy, and macro-averaged F1, precision and recall of labels, by scikit-learn."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        from sklearn import metrics
+
+        self._function: Any = {
+            "accuracy": metrics.accuracy_score,
+            "macro_f1": metrics.f1_score,
+            "macro_precision": metrics.precision_score,
+            "macro_recall": metrics.recall_score,
+        }[name]
 
     def _rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
         gold = [r[0] for r in references]
@@ -146,28 +214,81 @@ class LabelMetric(Metric):
 
     def score(self, rows: Statistics) -> float:
         gold, predicted = rows.T.astype(np.int64)
-        if self.name == "accuracy":
-            return 100.0 * float(self._accuracy(gold, predicted))
-        return 100.0 * float(self._f1(gold, predicted, average="macro", zero_division=0))
+        options = {} if self.name == "accuracy" else {"average": "macro", "zero_division": 0}
+        return 100.0 * float(self._function(gold, predicted, **options))
 
     def signature(self, references: Sequence[Sequence[str]]) -> str:
         return f"scikit-learn {version('scikit-learn')}"
 
 
+class RocAuc(Metric):
+    """Area under the ROC curve, one label against the rest, averaged over labels; scikit-learn."""
+
+    needs: ClassVar[str | None] = "label_scores"
+
+    def _detailed_rows(
+        self, references: Sequence[Sequence[str]], details: Sequence[Details]
+    ) -> Statistics:
+        labels = sorted(details[0]["label_scores"])
+        scores = np.array([[d["label_scores"][label] for label in labels] for d in details])
+        shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+        shares /= shares.sum(axis=1, keepdims=True)
+        gold = np.array([[labels.index(r[0])] for r in references])
+        return np.hstack([gold, shares]).astype(np.float64)
+
+    def score(self, rows: Statistics) -> float:
+        from sklearn.metrics import roc_auc_score
+
+        gold, shares = rows[:, 0].astype(np.int64), rows[:, 1:]
+        # A resample may lack a label; its curve does not exist then.
+        present = [c for c in np.unique(gold) if len(np.unique(gold)) > 1]
+        areas = [roc_auc_score(gold == c, shares[:, c]) for c in present]
+        return 100.0 * float(np.mean(areas)) if areas else 50.0
+
+    def signature(self, references: Sequence[Sequence[str]]) -> str:
+        return f"scikit-learn {version('scikit-learn')}, one against the rest, macro"
+
+
+class Perplexity(Metric):
+    """exp of the cross-entropy per token of the target after the input; less is better."""
+
+    higher_is_better: ClassVar[bool] = False
+    needs: ClassVar[str | None] = "nats"
+
+    def _detailed_rows(
+        self, references: Sequence[Sequence[str]], details: Sequence[Details]
+    ) -> Statistics:
+        return np.array([[d["nats"], d["tokens"]] for d in details], dtype=np.float64)
+
+    def score(self, rows: Statistics) -> float:
+        nats, tokens = rows.sum(axis=0)
+        return float(np.exp(nats / tokens))
+
+    def signature(self, references: Sequence[Sequence[str]]) -> str:
+        return "of the target's tokens, end of text included, in this model's vocabulary"
+
+
 METRICS: dict[str, type[Metric]] = {
     "bleu": SacreBleu,
     "chrf": SacreBleu,
+    "ter": TranslationEditRate,
     "rouge1": Rouge,
     "rouge2": Rouge,
     "rougeL": Rouge,
     "exact_match": ExactMatch,
     "accuracy": LabelMetric,
     "macro_f1": LabelMetric,
+    "macro_precision": LabelMetric,
+    "macro_recall": LabelMetric,
+    "roc_auc": RocAuc,
+    "perplexity": Perplexity,
 }
 
 
 def metric(name: str) -> Metric:
-    """The metric called `name`. Raises UserError for an unknown one."""
+    """The metric called `name`, or your own, `module:function`. Raises UserError for neither."""
+    if ":" in name:
+        return OwnMetric(name)
     if name not in METRICS:
         raise UserError(f"no metric `{name}`; {did_you_mean(name, METRICS)}")
     return METRICS[name](name)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
 
 from ptkit.data.encode import EncodedExample, encode_examples, label_token_ids
 from ptkit.data.task import Example
+from ptkit.evaluate.metrics import metric
 from ptkit.methods import Adapter
 from ptkit.prefix import KVPrefix, PrefixBatch
 from ptkit.recipe.schema import ClassificationTask, GenerationTask
+from ptkit.runtime.forward import IGNORED, pad_rows, supervised_logits, token_losses
 from ptkit.runtime.generation import generate
 from ptkit.runtime.scoring import continuation_scores
 
@@ -20,12 +24,14 @@ class Prediction:
     """One test row and what the model made of it.
 
     prediction, references: generated text and the acceptable texts; for classification, labels.
+    details: what metrics ask for beside the text (`Metric.needs`)
     """
 
     input: str
     prediction: str
     references: tuple[str, ...]
     label: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The row as written to `predictions.jsonl`."""
@@ -50,24 +56,31 @@ def predict(
     compiled = adapter.prefix()
     prefix = None if compiled is None else compiled.detach()
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids))
-    answers: dict[int, str] = {}
+    answers: dict[int, tuple[str, dict[str, Any]]] = {}
+    wanted = {metric(name).needs for name in task.metrics}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         inputs = [encoded[i].input_ids for i in rows]
         if isinstance(task, GenerationTask):
             texts = _generated(adapter, inputs, prefix, task)
+            details: list[dict[str, Any]] = [{} for _ in rows]
+            if "nats" in wanted:
+                details = _target_nats(adapter, [encoded[i] for i in rows], prefix)
         else:
-            texts = _likeliest(adapter, inputs, prefix, task)
-        answers.update(zip(rows, texts, strict=True))
+            texts, details = _likeliest(adapter, inputs, prefix, task)
+            if "label_scores" not in wanted:
+                details = [{} for _ in rows]
+        answers.update(zip(rows, zip(texts, details, strict=True), strict=True))
         if report is not None:
             report(len(answers), len(encoded))
     classification = isinstance(task, ClassificationTask)
     return [
         Prediction(
             example.input,
-            answers[i],
+            answers[i][0],
             (str(example.label),) if classification else example.references,
             example.label,
+            answers[i][1],
         )
         for i, example in enumerate(examples)
     ]
@@ -110,7 +123,8 @@ def _generated(
 
 def _likeliest(
     adapter: Adapter, inputs: list[list[int]], prefix: KVPrefix | None, task: ClassificationTask
-) -> list[str]:
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """The likeliest label of every row, and the log-probability of each label's words."""
     words = label_token_ids(task, adapter.base.tokenizer)
     scores = continuation_scores(
         adapter.model,
@@ -120,4 +134,30 @@ def _likeliest(
         pad_token_id=adapter.base.pad_token_id,
     )
     labels = list(words)
-    return [labels[i] for i in scores.argmax(-1).tolist()]
+    details = [{"label_scores": dict(zip(labels, r, strict=True))} for r in scores.tolist()]
+    return [labels[i] for i in scores.argmax(-1).tolist()], details
+
+
+@torch.no_grad()
+def _target_nats(
+    adapter: Adapter, rows: Sequence[EncodedExample], prefix: KVPrefix | None
+) -> list[dict[str, Any]]:
+    """Cross-entropy of every row's target after its input, in nats, and its tokens."""
+    device = adapter.model.device
+    both = [[*row.input_ids, *row.target_ids] for row in rows]
+    ids, mask = pad_rows(both, adapter.base.pad_token_id, left=False)
+    labels = torch.full_like(ids, IGNORED)
+    for i, row in enumerate(rows):
+        start = len(row.input_ids)
+        labels[i, start : start + len(row.target_ids)] = torch.tensor(row.target_ids)
+    adapter.model.eval()
+    logits, targets = supervised_logits(
+        adapter.model, ids.to(device), mask.to(device), labels.to(device),
+        _shared(prefix, len(rows)),
+    )  # fmt: skip
+    counts = [len(row.target_ids) for row in rows]
+    losses = token_losses(logits, targets).double().split(counts)
+    return [
+        {"nats": float(loss.sum()), "tokens": count}
+        for loss, count in zip(losses, counts, strict=True)
+    ]

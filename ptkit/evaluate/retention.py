@@ -2,14 +2,19 @@
 
 `forgetting` is the cross-entropy per token on general text with the adapter on, minus the
 base's, as in PEFT's method comparison, so that figures compare. `retention` is the next-token
-accuracy on that text, after / before: the score of the task the base was made for.
+accuracy on that text, after / before: the score of the task the base was made for. `drift` is
+the Kullback-Leibler divergence of the adapted predictions from the base's own, KL(base || adapter):
+what changed, whether or not it became worse.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptkit.errors import DataError
@@ -20,7 +25,8 @@ from ptkit.runtime.forward import supervised_logits, token_losses
 
 #: Tokens per window. Windows are full, so nothing is padded.
 WINDOW = 256
-#: Logits held at once; keeps large vocabularies within memory.
+#: Logits held at once; keeps large vocabularies within memory. Also of the base's own
+#: predictions that are kept to measure drift against.
 MAX_LOGITS = 40_000_000
 
 
@@ -35,50 +41,107 @@ class LanguageModelling:
     accuracy: float
     tokens: int
 
+    @classmethod
+    def pooled(cls, parts: list[LanguageModelling]) -> LanguageModelling:
+        """Over all tokens of several texts."""
+        tokens = sum(p.tokens for p in parts)
+        nats = sum(p.nats * p.tokens for p in parts) / tokens
+        return cls(nats, sum(p.accuracy * p.tokens for p in parts) / tokens, tokens)
+
+
+@dataclass(frozen=True)
+class GeneralProbe:
+    """General texts and what the base itself makes of them.
+
+    windows, untouched: per domain, `[windows, tokens]` and the base's score
+    drift_windows: the first windows of all domains, as many as memory for logits allows
+    base_log_probs: the base's predictions on them, `[windows * (tokens - 1), vocabulary]`
+    """
+
+    windows: Mapping[str, Tensor]
+    untouched: Mapping[str, LanguageModelling]
+    drift_windows: Tensor
+    base_log_probs: Tensor
+
 
 @dataclass(frozen=True)
 class Retention:
-    """The base and the adapter on the same text."""
+    """The base and the adapter on the same texts.
 
-    base: LanguageModelling
-    adapter: LanguageModelling
+    base, adapter: per domain; drift: nats per token over the first drift_tokens
+    """
+
+    base: Mapping[str, LanguageModelling]
+    adapter: Mapping[str, LanguageModelling]
+    drift: float
+    drift_tokens: int
 
     @property
-    def forgetting(self) -> float:
-        """Nats per token lost with the adapter on; 0 for the base itself."""
-        return self.adapter.nats - self.base.nats
+    def overall(self) -> dict[str, float]:
+        """Over all tokens of all domains.
 
-    @property
-    def retention(self) -> float:
-        """Next-token accuracy with the adapter on, relative to the base's."""
-        return self.adapter.accuracy / self.base.accuracy
+        forgetting: nats per token lost with the adapter on, 0 for the base itself; retention:
+        next-token accuracy with the adapter on, relative to the base's.
+        """
+        base, adapter = (
+            LanguageModelling.pooled(list(side.values())) for side in (self.base, self.adapter)
+        )
+        return _compared(base, adapter)
 
-    def as_dict(self) -> dict[str, float]:
-        """The fields of a record's `retention`."""
+    def as_dict(self) -> dict[str, Any]:
+        """The fields of a record's `retention`: overall, drift, and per domain."""
         return {
-            "tokens": self.base.tokens,
-            "base_nats": self.base.nats,
-            "adapter_nats": self.adapter.nats,
-            "forgetting": self.forgetting,
-            "base_accuracy": self.base.accuracy,
-            "adapter_accuracy": self.adapter.accuracy,
-            "retention": self.retention,
+            **self.overall,
+            "drift": self.drift,
+            "drift_tokens": self.drift_tokens,
+            "domains": {n: _compared(self.base[n], self.adapter[n]) for n in self.base},
         }
 
 
-def text_windows(base: Base, text: str, max_tokens: int) -> torch.Tensor:
+def _compared(base: LanguageModelling, adapter: LanguageModelling) -> dict[str, float]:
+    return {
+        "tokens": base.tokens,
+        "base_nats": base.nats,
+        "adapter_nats": adapter.nats,
+        "forgetting": adapter.nats - base.nats,
+        "base_accuracy": base.accuracy,
+        "adapter_accuracy": adapter.accuracy,
+        "retention": adapter.accuracy / base.accuracy,
+    }
+
+
+def probe_base(base: Base, texts: Mapping[str, str], max_tokens: int) -> GeneralProbe:
+    """Measure the base on `texts` (domain -> text), `max_tokens` of each.
+
+    Raises DataError for a text that does not fill one window.
+    """
+    windows = {name: text_windows(base, name, text, max_tokens) for name, text in texts.items()}
+    untouched = {name: language_modelling(base.model, w, None) for name, w in windows.items()}
+    vocabulary = base.model.get_output_embeddings().weight.shape[0]
+    width = next(iter(windows.values())).shape[1]
+    total = max(1, MAX_LOGITS // (vocabulary * width))
+    # Evenly from all domains, at least one window each.
+    each = max(1, total // len(windows))
+    drift_windows = torch.cat([w[:each] for w in windows.values()])
+    log_probs = _log_probs(base.model, drift_windows, None)
+    return GeneralProbe(windows, untouched, drift_windows, log_probs)
+
+
+def text_windows(base: Base, name: str, text: str, max_tokens: int) -> Tensor:
     """Full windows of token ids, `[windows, tokens]`. Raises DataError when there is none."""
     ids = base.tokenizer(text, add_special_tokens=False)["input_ids"][:max_tokens]
     window = WINDOW if base.max_positions is None else min(WINDOW, base.max_positions // 4)
     count = len(ids) // window
     if not count:
-        raise DataError(f"the retention text has {len(ids)} tokens, at least {window} are needed")
+        raise DataError(
+            f"the retention text `{name}` has {len(ids)} tokens, at least {window} are needed"
+        )
     return torch.tensor(ids[: count * window]).view(count, window)
 
 
 @torch.no_grad()
 def language_modelling(
-    model: PreTrainedModel, windows: torch.Tensor, prefix: KVPrefix | None
+    model: PreTrainedModel, windows: Tensor, prefix: KVPrefix | None
 ) -> LanguageModelling:
     """Score `model` (with `prefix` before every window) on `windows` `[windows, tokens]`."""
     model.eval()
@@ -94,19 +157,39 @@ def language_modelling(
     return LanguageModelling(nats / tokens, right / tokens, tokens)
 
 
-def measure_retention(
-    adapter: Adapter, windows: torch.Tensor, before: LanguageModelling
-) -> Retention:
-    """Compare `adapter` with the base's own result `before` on the same windows."""
+def measure_retention(adapter: Adapter, probe: GeneralProbe) -> Retention:
+    """Compare `adapter` with the base's own results on the same windows.
+
+    Raises ModelError when a window does not fit beside the virtual tokens.
+    """
     adapter.base.require_positions(
-        adapter.virtual_tokens, windows.shape[1], f"`{adapter.section.title}`"
+        adapter.virtual_tokens, probe.drift_windows.shape[1], f"`{adapter.section.title}`"
     )
     compiled = adapter.prefix()
     prefix = None if compiled is None else compiled.detach()
-    return Retention(before, language_modelling(adapter.model, windows, prefix))
+    after = {n: language_modelling(adapter.model, w, prefix) for n, w in probe.windows.items()}
+    log_probs = _log_probs(adapter.model, probe.drift_windows, prefix)
+    # Both sides are log-probabilities: `input` is the adapter, `target` the base.
+    drift = torch.nn.functional.kl_div(
+        log_probs, probe.base_log_probs, reduction="batchmean", log_target=True
+    )
+    # Rounding may leave a hair below zero where nothing changed.
+    return Retention(probe.untouched, after, max(0.0, float(drift)), len(log_probs))
 
 
-def off_probe(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def _log_probs(model: PreTrainedModel, windows: Tensor, prefix: KVPrefix | None) -> Tensor:
+    """Log-probabilities at all predicted tokens of `windows`, `[n, vocabulary]`, float32."""
+    model.eval()
+    parts = []
+    for window in windows.to(model.device).split(4):
+        batch = None if prefix is None else PrefixBatch.shared(prefix, len(window))
+        logits, _ = supervised_logits(model, window, torch.ones_like(window), window, batch)
+        parts.append(logits.float().log_softmax(-1))
+    return torch.cat(parts)
+
+
+def off_probe(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Logits `[tokens, vocabulary]` on `input_ids` `[1, tokens]`, to be compared bit for bit."""
     with torch.no_grad():
         return model(input_ids=input_ids.to(model.device), use_cache=False).logits[0]

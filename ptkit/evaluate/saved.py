@@ -91,14 +91,16 @@ def evaluate_saved(experiment: Experiment, path: Path | None) -> Evaluation:
     try:
         rows = predict(adapter, experiment.data.test, recipe.task, recipe.evaluate.batch_size)
         retention = None
-        if experiment.windows is not None and experiment.untouched is not None:
-            retention = measure_retention(adapter, experiment.windows, experiment.untouched)
+        if experiment.general is not None:
+            retention = measure_retention(adapter, experiment.general)
     finally:
         adapter.close()
     scored: dict[str, Interval] = {}
     for name in recipe.task.metrics:
         measure = metric(name)
-        statistics = measure.statistics([r.prediction for r in rows], [r.references for r in rows])
+        statistics = measure.statistics(
+            [r.prediction for r in rows], [r.references for r in rows], [r.details for r in rows]
+        )
         scored[name] = bootstrap_interval(
             measure, [statistics], resamples=recipe.evaluate.bootstrap, seed=0
         )

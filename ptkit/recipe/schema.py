@@ -13,7 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ptkit.errors import did_you_mean
 
@@ -43,12 +51,16 @@ class Splits(Section):
     """The source's names for the three splits."""
 
     train: str = "train"
-    validation: str = "validation"
+    """Training rows."""
+    validation: str | None = "validation"
+    """Rows that choose the best checkpoint and, in a search, the settings; null holds the last
+    tenth of the training rows out for it (use it where `test` is the source's validation)."""
     test: str = "test"
+    """Rows every figure is about."""
 
 
 class Limits(Section):
-    """Use only the first rows of each split."""
+    """Use only so many rows of each split."""
 
     train: Annotated[int, Field(gt=0)] | None = None
     validation: Annotated[int, Field(gt=0)] | None = None
@@ -72,7 +84,10 @@ class DataSection(Section):
     """The source's names for the three splits. Missing validation or test falls back as the
     data documentation says: test -> validation; validation -> the last 10 % of train."""
     limits: Limits = Limits()
-    """Use only the first rows of each split."""
+    """Use only so many rows of each split."""
+    draw: Literal["first", "seed"] = "first"
+    """Which training rows `limits.train` keeps: the `first`, or a random draw by the cell's `seed`,
+    so that the seeds of a low-data comparison differ in their data too."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
@@ -83,6 +98,20 @@ class DataSection(Section):
                 + (f", found {', '.join(given)}" if given else "")
             )
         return self
+
+
+#: A metric's name, or `module:function`.
+MetricName = Annotated[str, Field(min_length=1)]
+
+
+def _require_metrics(cls: Any, names: list[str]) -> list[str]:
+    """Raise ValueError for a metric the task does not have, or one named twice."""
+    for name in names:
+        if ":" not in name and name not in cls._known_metrics:
+            raise ValueError(f"no metric `{name}`; {did_you_mean(name, cls._known_metrics)}")
+    if len(set(names)) < len(names):
+        raise ValueError("a metric is named twice")
+    return names
 
 
 class GenerationTask(Section):
@@ -104,10 +133,14 @@ class GenerationTask(Section):
     """Targets are cut to, and generation stops at, this many tokens."""
     num_beams: Annotated[int, Field(ge=1)] = 1
     """Beams of the search used for evaluation; 1 is greedy."""
-    metrics: list[Literal["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"]] = Field(
-        default=["bleu", "chrf"], min_length=1
-    )
-    """Metrics on generated text; the first is *the score* in tables."""
+    metrics: list[MetricName] = Field(default=["bleu", "chrf"], min_length=1)
+    """`bleu`, `chrf`, `ter`, `rouge1`, `rouge2`, `rougeL`, `exact_match`, `perplexity` of the
+    target, or your own `module:function`; the first is *the score* in tables."""
+    _known_metrics: ClassVar[tuple[str, ...]] = (
+        "bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "exact_match", "perplexity",
+    )  # fmt: skip
+
+    _metrics_are_known = field_validator("metrics")(_require_metrics)
 
 
 class ClassificationTask(Section):
@@ -125,10 +158,14 @@ class ClassificationTask(Section):
     """Label -> the words that stand for it after the input (keep the leading space)."""
     max_input_tokens: Annotated[int, Field(gt=0)] = 256
     """Inputs are cut on the left to this many tokens."""
-    metrics: list[Literal["accuracy", "macro_f1"]] = Field(
-        default=["accuracy", "macro_f1"], min_length=1
-    )
-    """Metrics on predicted labels; the first is *the score* in tables."""
+    metrics: list[MetricName] = Field(default=["accuracy", "macro_f1"], min_length=1)
+    """`accuracy`, `macro_f1`, `macro_precision`, `macro_recall`, `roc_auc`, or your own
+    `module:function`; the first is *the score* in tables."""
+    _known_metrics: ClassVar[tuple[str, ...]] = (
+        "accuracy", "macro_f1", "macro_precision", "macro_recall", "roc_auc",
+    )  # fmt: skip
+
+    _metrics_are_known = field_validator("metrics")(_require_metrics)
 
     @field_validator("verbalizer")
     @classmethod
@@ -189,16 +226,59 @@ class EvaluateSection(Section):
     """Rows per evaluation batch."""
     bootstrap: Annotated[int, Field(ge=100)] = 1000
     """Resamples (over seeds and examples) behind every 95 % interval."""
+    baseline: str | None = None
+    """Method (label or name) that the others are compared with by a paired bootstrap test,
+    corrected for their number (Holm); default: `full` where the recipe has it, else the first."""
 
 
 class RetentionSection(Section):
     """How much of the base model's behaviour is left with the adapter on."""
 
-    text: str = "general-en"
+    text: str | Annotated[list[str], Field(min_length=1)] = "general-en"
     """General text whose cross-entropy per token is compared: `general-en` (ships with ptkit)
-    or a UTF-8 text file; relative paths start at the recipe's folder."""
+    or a UTF-8 text file; relative paths start at the recipe's folder. A list measures several
+    domains, each also on its own."""
     max_tokens: Annotated[int, Field(gt=0)] = 20_000
-    """Use only this many tokens of it."""
+    """Use only this many tokens of each."""
+
+
+class Range(Section):
+    """Values from `low` to `high`."""
+
+    low: float
+    """Smallest value."""
+    high: float
+    """Largest value."""
+    steps: Annotated[int, Field(ge=2)] | None = None
+    """How many values, evenly spaced; a sweep needs it, a search draws from the whole range."""
+    log: bool = False
+    """Space them evenly on a logarithmic scale."""
+
+    @model_validator(mode="after")
+    def _rises(self) -> Range:
+        if self.low >= self.high:
+            raise ValueError(f"`low` must be below `high`, found {self.low} and {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a logarithmic range starts above zero, found {self.low}")
+        return self
+
+
+Values = Annotated[list[Any], Field(min_length=1)] | Range
+
+
+class BudgetSection(Section):
+    """The same tuning effort for every method, before its seeds are run."""
+
+    trials: Annotated[int, Field(gt=0)]
+    """Settings tried for each method in `search`; the one with the lowest validation loss is run
+    with all seeds. The test rows play no part in it."""
+    sampler: Literal["random", "optuna"] = "random"
+    """Random search (Bergstra & Bengio 2012), or Optuna's TPE (needs `pip install optuna`)."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the search, and of the trials' training."""
+    search: dict[str, dict[str, Values]] = Field(min_length=1)
+    """Method (its label or name) -> its keys -> the values to try, a list or
+    `{low: 1e-3, high: 1.0, log: true}`."""
 
 
 class MethodSection(Section):
@@ -256,6 +336,12 @@ class Recipe(Section):
     """How results are measured."""
     retention: RetentionSection | None = RetentionSection()
     """General text on which forgetting is measured; null skips it."""
+    budget: BudgetSection | None = None
+    """Search for each method's settings before its seeds are run (`ptkit compare`)."""
+    sweep: dict[str, Values] = {}
+    """Keys of the recipe -> the values they take; every combination is run (`ptkit compare`).
+    `methods.prefix_tuning.num_virtual_tokens: [1, 5, 10]` varies one method, `methods.*.KEY` all
+    that have the key, `task.data.limits.train: [50, 100]` everything."""
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -273,9 +359,28 @@ class Recipe(Section):
             raise ValueError(
                 f"two methods are called `{twice[0]}`; give each entry its own `label`"
             )
+        if self.evaluate.baseline is not None and self.evaluate.baseline not in titles:
+            raise ValueError(
+                f"`evaluate.baseline`: no method `{self.evaluate.baseline}`; "
+                + did_you_mean(self.evaluate.baseline, titles)
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("`seeds` holds the same seed twice")
         return self
+
+    @field_validator("budget", "sweep")
+    @classmethod
+    def _can_be_expanded(cls, value: Any, info: ValidationInfo) -> Any:
+        """Every key there is, and every value one that the key takes.
+
+        Checked on the field, so that the fault names its line; the fields before it are read.
+        """
+        rest = {k: v for k, v in info.data.items() if k != "budget"}
+        if value and {"name", "task", "methods"} <= rest.keys():
+            expansion = importlib.import_module("ptkit.recipe.expansion")
+            without: Any = {**rest, info.field_name: value}
+            getattr(expansion, f"check_{info.field_name}")(cls.model_construct(**without))
+        return value
 
     def method(self, title: str) -> MethodSection:
         """The entry called `title` (a label or a method's name). Raises KeyError."""

@@ -7,42 +7,56 @@ from dataclasses import dataclass
 
 import torch
 
-from ptkit.data import TaskData, general_text, load_task
+from ptkit.data import Example, TaskData, general_texts, load_task
 from ptkit.data.encode import EncodedExample, encode_examples
-from ptkit.evaluate.retention import (
-    LanguageModelling,
-    language_modelling,
-    off_probe,
-    text_windows,
-)
+from ptkit.evaluate.retention import GeneralProbe, off_probe, probe_base
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.schema import Recipe
 from ptkit.runtime.base_model import Base, load_base
 
 
 @dataclass(frozen=True)
+class TrainingRows:
+    """The rows a cell is trained on, as text and as token ids, in one order."""
+
+    examples: list[Example]
+    encoded: list[EncodedExample]
+
+
+@dataclass(frozen=True)
 class Experiment:
     """A recipe made ready to run.
 
-    windows: the retention text, `[windows, tokens]`; untouched: the base's score on it;
-    probe: the base's logits on `probe_ids` `[1, tokens]`, before anything was attached to it.
+    rows: of the training split; the cells of a seed take `training(seed)` of them
+    general: the base's own results on general text; None when retention is not measured
+    probe: the base's logits on `probe_ids` `[1, tokens]`, before anything was attached to it
     """
 
     recipe: Recipe
     base: Base
     data: TaskData
-    train: list[EncodedExample]
+    rows: TrainingRows
     validation: list[EncodedExample]
-    windows: torch.Tensor | None
-    untouched: LanguageModelling | None
+    general: GeneralProbe | None
     probe_ids: torch.Tensor
     probe: torch.Tensor
 
-    @property
-    def data_fingerprint(self) -> str:
-        """16 hex digits over the training and validation rows as token ids."""
+    def training(self, seed: int) -> TrainingRows:
+        """The training rows of the cells with `seed`: all, or a random draw (`task.data.draw`)."""
+        data = self.recipe.task.data
+        if data.draw == "first":
+            return self.rows
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.rows.examples), generator=generator).tolist()
+        drawn = order[: data.limits.train]
+        return TrainingRows(
+            [self.rows.examples[i] for i in drawn], [self.rows.encoded[i] for i in drawn]
+        )
+
+    def data_fingerprint(self, seed: int) -> str:
+        """16 hex digits over the training and validation rows of `seed` as token ids."""
         digest = hashlib.sha256()
-        for row in (*self.train, *self.validation):
+        for row in (*self.training(seed).encoded, *self.validation):
             digest.update(repr((row.input_ids, row.target_ids)).encode())
         return digest.hexdigest()[:16]
 
@@ -52,24 +66,22 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
 
     The data comes first: a mistake in it should show before a large model is loaded.
     """
-    recipe = loaded.recipe
+    recipe, retention = loaded.recipe, loaded.recipe.retention
     data = load_task(recipe.task, loaded.folder)
-    text = general_text(recipe.retention.text, loaded.folder) if recipe.retention else None
+    texts = general_texts(retention.text, loaded.folder) if retention else None
     base = base or load_base(recipe.model)
-    windows = untouched = None
-    if recipe.retention is not None and text is not None:
-        windows = text_windows(base, text, recipe.retention.max_tokens)
-        untouched = language_modelling(base.model, windows, None)
+    general = None
+    if texts is not None and retention is not None:
+        general = probe_base(base, texts, retention.max_tokens)
     first = encode_examples(data.test[:1], base.tokenizer, recipe.task)[0].input_ids
-    probe_ids = torch.tensor([first]) if windows is None else windows[:1]
+    probe_ids = torch.tensor([first]) if general is None else general.drift_windows[:1]
     return Experiment(
         recipe,
         base,
         data,
-        encode_examples(data.train, base.tokenizer, recipe.task),
+        TrainingRows(data.train, encode_examples(data.train, base.tokenizer, recipe.task)),
         encode_examples(data.validation, base.tokenizer, recipe.task),
-        windows,
-        untouched,
+        general,
         probe_ids,
         off_probe(base.model, probe_ids),
     )

@@ -14,10 +14,14 @@ from ptkit.errors import PtkitError
 class CellRecord:
     """One method with one seed, trained and measured.
 
-    metrics: name -> corpus value in 0..100; score: the name of the leading one
+    cell: its folder below `cells/`; family: the recipe's entry, which `method` is with the values
+    of its own swept keys; sweep: all swept keys, those outside the methods too
+    tuned: what a search chose, `{trials, seed, settings}`; None where there was none
+    metrics: name -> corpus value; score: the name of the leading one
     train_seconds, eval_seconds: wall clock; peak_memory_bytes: above what was in use before
     curve: `{step, train_loss, validation_loss}` in nats per target token
     retention: see `ptkit.evaluate.retention.Retention.as_dict`; None when not measured
+    decode_ms: milliseconds per generated token of one row; added_ms: what the adapter adds to it
     trained_together: cells in the training batch; with more than one, train_seconds is an equal
     share of its time and peak_memory_bytes that of the whole batch
     adapter_off_exact: base logits bit-identical with the adapter off; None without an "off"
@@ -27,6 +31,9 @@ class CellRecord:
     cell: str
     method: str
     kind: str
+    family: str
+    sweep: dict[str, Any]
+    tuned: dict[str, Any] | None
     seed: int
     settings: dict[str, Any]
     n_train: int
@@ -43,7 +50,9 @@ class CellRecord:
     peak_memory_bytes: int | None
     eval_seconds: float
     curve: list[dict[str, float]]
-    retention: dict[str, float] | None
+    retention: dict[str, Any] | None
+    decode_ms: float
+    added_ms: float | None
     adapter_off_exact: bool | None
     adapter_path: str | None
     trained_together: int = 1

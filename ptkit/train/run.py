@@ -12,19 +12,22 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import set_seed
 
 from ptkit.errors import UserError
+from ptkit.evaluate.latency import measure_latency
 from ptkit.evaluate.metrics import metric
 from ptkit.evaluate.predict import Prediction, predict, require_room
 from ptkit.evaluate.retention import measure_retention, off_probe
@@ -52,13 +55,21 @@ class Observer:
     def predicting(self, done: int, rows: int) -> None:
         """Test rows are being predicted."""
 
+    def trial_finished(self, cell: str, validation_loss: float) -> None:
+        """A trial of a search is over."""
+
     def cell_finished(self, record: CellRecord, reused: bool) -> None:
         """The cell's record is on disk; `reused` when it was there already."""
 
 
 def cell_name(method: MethodSection, seed: int) -> str:
     """Name of a cell's folder."""
-    return f"{method.title}-seed{seed}"
+    return f"{folder_name(method.title)}-seed{seed}"
+
+
+def folder_name(text: str) -> str:
+    """`text` as one folder's name: what a shell would trip over becomes a comma."""
+    return re.sub(r"[^\w.=+-]+", ",", text)
 
 
 @dataclass(frozen=True)
@@ -66,17 +77,23 @@ class Cell:
     """One method with one seed of a recipe, and the folder it lives in.
 
     start_from: an adapter folder to train further instead of a fresh start
+    variant, family, sweep, tuned: see `CellRecord`; the folder of the variant, "" for none
     """
 
     method: MethodSection
     seed: int
     folder: Path
     start_from: Path | None = None
+    variant: str = ""
+    family: str | None = None
+    sweep: dict[str, Any] = field(default_factory=dict, hash=False)
+    tuned: dict[str, Any] | None = field(default=None, hash=False)
 
     @property
     def name(self) -> str:
-        """The cell's name in tables and logs."""
-        return cell_name(self.method, self.seed)
+        """The cell's name in tables and logs, and its folder below `cells/`."""
+        own = cell_name(self.method, self.seed)
+        return f"{self.variant}/{own}" if self.variant else own
 
     @property
     def done(self) -> Path:
@@ -106,6 +123,30 @@ def run_cells(
     return [records[cell] for cell in cells]
 
 
+def run_trial(experiment: Experiment, cell: Cell, observer: Observer | None = None) -> float:
+    """Train `cell` and return its lowest validation loss; nothing is measured on the test rows.
+
+    The result stays in `trial.json`, from which the next call reads it.
+    """
+    done = cell.folder / "trial.json"
+    claim(experiment, cell)
+    if not done.exists():
+        observer = observer or Observer()
+        observer.cell_started(cell.name, experiment.recipe.train.steps)
+        set_seed(cell.seed)
+        adapter = _adapter(experiment, cell)
+        try:
+            (progress,) = _fit(experiment, [cell], [adapter], observer)
+        finally:
+            adapter.close()
+        atomic.write_json(
+            done, {"validation_loss": progress.best_loss, "seconds": progress.seconds}
+        )
+        remove_checkpoints(cell.folder)
+        observer.trial_finished(cell.name, progress.best_loss)
+    return float(json.loads(done.read_text())["validation_loss"])
+
+
 def _train_and_measure(
     experiment: Experiment, cells: Sequence[Cell], observer: Observer
 ) -> list[CellRecord]:
@@ -122,6 +163,10 @@ def _train_and_measure(
         progresses = [Progress() for _ in cells]
         if trains:
             progresses = _fit(experiment, cells, adapters, observer)
+        processes = PartialState()
+        if not processes.is_main_process:  # the first process measures and writes for all
+            processes.wait_for_everyone()
+            return [CellRecord.read(cell.done) for cell in cells]
         for cell, adapter, progress in zip(cells, adapters, progresses, strict=True):
             record = _measure(experiment, adapter, cell, progress, started, observer)
             record = record.updated(trained_together=len(cells))
@@ -129,6 +174,7 @@ def _train_and_measure(
             remove_checkpoints(cell.folder)
             observer.cell_finished(record, reused=False)
             records.append(record)
+        processes.wait_for_everyone()
     finally:
         for adapter in adapters:
             adapter.close()
@@ -141,7 +187,7 @@ def claim(experiment: Experiment, cell: Cell) -> None:
     identity = {
         "model": recipe.model.model_dump(exclude={"device"}),
         "base_fingerprint": experiment.base.fingerprint,
-        "data_fingerprint": experiment.data_fingerprint,
+        "data_fingerprint": experiment.data_fingerprint(cell.seed),
         "task": recipe.task.model_dump(),
         "train": recipe.train.model_dump(exclude={"report_to"}),
         "retention": recipe.retention and recipe.retention.model_dump(),
@@ -165,7 +211,8 @@ def claim(experiment: Experiment, cell: Cell) -> None:
 def _adapter(experiment: Experiment, cell: Cell) -> Adapter:
     base, method = experiment.base, cell.method
     if cell.start_from is None:
-        texts = [example.input + example.target for example in experiment.data.train]
+        rows = experiment.training(cell.seed).examples
+        texts = [example.input + example.target for example in rows]
         return create_adapter(method, base, Demonstrations(texts, cell.seed))
     files = read_adapter(cell.start_from)
     require_same_base(files, base, str(cell.start_from))
@@ -185,14 +232,15 @@ def _fit(
     observer: Observer,
 ) -> list[Progress]:
     recipe = experiment.recipe
-    for adapter in adapters:
-        for rows in (experiment.train, experiment.validation):
+    training = [experiment.training(cell.seed).encoded for cell in cells]
+    for adapter, own in zip(adapters, training, strict=True):
+        for rows in (own, experiment.validation):
             require_room(adapter, rows, recipe.task)
     return fit(
         [
             Job(
                 adapter,
-                experiment.train,
+                own,
                 experiment.validation,
                 recipe.train,
                 adapter.section.learning_rate,  # type: ignore[attr-defined]
@@ -201,7 +249,7 @@ def _fit(
                 # One bar for all of them: they take their steps together.
                 observer.stepped if cell is cells[0] else None,
             )
-            for cell, adapter in zip(cells, adapters, strict=True)
+            for cell, adapter, own in zip(cells, adapters, training, strict=True)
         ]
     )
 
@@ -222,8 +270,9 @@ def _measure(
     eval_seconds = time.perf_counter() - clock
     scores = score(predictions, recipe.task.metrics)
     retention = None
-    if experiment.windows is not None and experiment.untouched is not None:
-        retention = measure_retention(adapter, experiment.windows, experiment.untouched).as_dict()
+    if experiment.general is not None:
+        retention = measure_retention(adapter, experiment.general).as_dict()
+    latency = measure_latency(adapter, experiment.probe_ids[0, :32].tolist())
     lines = [json.dumps(p.as_dict(), ensure_ascii=False) for p in predictions]
     atomic.write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
     record = CellRecord(
@@ -231,9 +280,12 @@ def _measure(
         cell=cell.name,
         method=method.title,
         kind=method.kind,
+        family=cell.family or method.title,
+        sweep=cell.sweep,
+        tuned=cell.tuned,
         seed=cell.seed,
         settings=method.model_dump(),
-        n_train=len(experiment.train) if method.trains else 0,
+        n_train=len(experiment.training(cell.seed).encoded) if method.trains else 0,
         n_test=len(predictions),
         metrics=scores,
         score=recipe.task.metrics[0],
@@ -248,6 +300,8 @@ def _measure(
         eval_seconds=eval_seconds,
         curve=progress.curve,
         retention=retention,
+        decode_ms=latency.adapter,
+        added_ms=latency.added,
         adapter_off_exact=_off_exact(experiment, adapter),
         adapter_path=None,
         versions=versions(),
@@ -264,8 +318,9 @@ def score(predictions: Sequence[Prediction], metrics: Sequence[str]) -> dict[str
     """Corpus value of each metric on `predictions`."""
     texts = [p.prediction for p in predictions]
     references = [p.references for p in predictions]
+    details = [p.details for p in predictions]
     measured = ((name, metric(name)) for name in metrics)
-    return {name: m.score(m.statistics(texts, references)) for name, m in measured}
+    return {name: m.score(m.statistics(texts, references, details)) for name, m in measured}
 
 
 def _off_exact(experiment: Experiment, adapter: Adapter) -> bool | None:

@@ -1,0 +1,45 @@
+"""`ptkit report`: the outputs of comparisons, made again or merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ptkit.errors import UserError
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Comparison folders.")],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045  (typer reads annotations at run time)
+        typer.Option("--out", "-o", help="Folder of the merged comparison."),
+    ] = None,
+) -> None:
+    """Make a comparison's tables, plots and report again, or those of several merged into one.
+
+    Comparisons of one recipe that were run with other seeds or methods, on other machines say,
+    become one comparison in --out. Unfinished ones are reported as far as they got.
+    """
+    from rich.console import Console
+
+    from ptkit.compare.merge import merge, read_comparison
+    from ptkit.compare.outputs import write_outputs
+    from ptkit.compare.table import summary_table
+
+    if len(folders) > 1 and out is None:
+        raise UserError("several comparisons become one in a new folder: give --out")
+    parts = [read_comparison(folder) for folder in folders]
+    whole = parts[0] if out is None else merge(parts, out)
+    summaries = write_outputs(whole.folder, whole.records, whole.loaded.recipe)
+    console = Console()
+    console.width = max(console.width, 100)
+    console.print(summary_table(summaries))
+    if whole.missing:
+        typer.echo(
+            f"{whole.missing} cells are missing; `ptkit compare {whole.folder / 'recipe.yaml'} "
+            f"--out {whole.folder}` runs them",
+            err=True,
+        )
+    typer.echo(f"{whole.folder / 'report.html'}")

@@ -1,0 +1,60 @@
+"""What an adapter adds to the time of every generated token."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+from ptkit.methods import Adapter
+from ptkit.prefix import PrefixBatch
+from ptkit.runtime.generation import generate
+
+#: Tokens generated per measurement, and measurements of each side, taken in turns.
+NEW_TOKENS = 16
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds per generated token, for one row; medians over rounds.
+
+    adapter: with the adapter on; base: with it off, measured in turns; None without an "off"
+    """
+
+    adapter: float
+    base: float | None
+
+    @property
+    def added(self) -> float | None:
+        """What the adapter adds, in milliseconds; noise may make it negative."""
+        return None if self.base is None else self.adapter - self.base
+
+
+def measure_latency(adapter: Adapter, prompt: list[int]) -> Latency:
+    """Time greedy generation after `prompt` with the adapter on and off.
+
+    The first token, which reads the prompt, is not counted: what it costs depends on the prompt.
+    """
+    compiled = adapter.prefix()
+    batch = None if compiled is None else PrefixBatch.shared(compiled.detach(), 1)
+
+    def per_token(on: bool) -> float:
+        def seconds(tokens: int) -> float:
+            started = time.perf_counter()
+            generate(
+                adapter.model, [prompt], batch if on else None,
+                pad_token_id=adapter.base.pad_token_id,
+                max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+            )  # fmt: skip
+            return time.perf_counter() - started
+
+        return 1000 * (seconds(NEW_TOKENS + 1) - seconds(1)) / NEW_TOKENS
+
+    on, off = [], []
+    for _ in range(ROUNDS):
+        on.append(per_token(True))
+        if adapter.has_off:
+            with adapter.off():
+                off.append(per_token(False))
+    return Latency(statistics.median(on), statistics.median(off) if off else None)

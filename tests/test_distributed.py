@@ -1,0 +1,154 @@
+"""More than one process, more than one machine, and processes that are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import random_base
+from test_compare import recipe_file as recipe_file
+
+from ptkit.compare.grid import run_grid
+from ptkit.recipe import load_recipe
+from ptkit.train.record import CellRecord
+from ptkit.train.run import Observer
+
+METHODS = (
+    "methods=[{kind: base}, {kind: prefix_tuning, num_virtual_tokens: 4}, {kind: lora, rank: 2}]"
+)
+
+
+@pytest.fixture(scope="module")
+def recipe_with_base(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The small recipe's file and the settings that make it load its base from a folder."""
+    folder = tmp_path_factory.mktemp("base")
+    base = random_base("llama")
+    base.model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    return [str(recipe_file), f"model.id={folder}", "model.device=cpu"]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "ptkit", *arguments]
+
+
+def settings(*assignments: str) -> list[str]:
+    return [word for assignment in assignments for word in ("--set", assignment)]
+
+
+def test_two_processes_train_like_one(recipe_with_base: list[str], tmp_path: Path) -> None:
+    """Two processes with a batch each take the steps of one that accumulates two batches."""
+    recipe, *base = recipe_with_base
+    train = ["train", recipe, "--method", "prefix_tuning", "--json", *settings(*base)]
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [*launch, "ptkit", *train, "--out", "two"], cwd=tmp_path, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)  # printed once
+    alone = subprocess.run(
+        command(*train, *settings("train.gradient_accumulation=2"), "--out", "one"),
+        cwd=tmp_path, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    one = json.loads(alone.stdout)
+    assert len(two["curve"]) == len(one["curve"]) == 2
+    for a, b in zip(two["curve"], one["curve"], strict=True):
+        assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
+    assert two["metrics"] == one["metrics"]
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(
+        p.name for p in (tmp_path / "one").iterdir()
+    )
+
+
+def test_killed_at_any_moment_a_comparison_ends_as_if_nothing_had_happened(
+    recipe_with_base: list[str], tmp_path: Path
+) -> None:
+    """kill -9 after 1, 2, 3 ... finished cells or between, until nothing is left to do."""
+    recipe, *base = recipe_with_base
+    compare = command("compare", recipe, *settings(*base, METHODS), "--out", "out", "--quiet")
+    kills = 0
+    for _ in range(30):
+        process = subprocess.Popen(compare, cwd=tmp_path, stdout=subprocess.DEVNULL)
+        seen = len(list(tmp_path.rglob("record.json")))
+        steps = len(list(tmp_path.rglob("checkpoint-*")))
+        while process.poll() is None:
+            # Something new is on disk: a cell, or a checkpoint of one under way.
+            if (len(list(tmp_path.rglob("record.json"))) > seen
+                    or len(list(tmp_path.rglob("checkpoint-*"))) > steps):  # fmt: skip
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.002)
+        if process.wait() == 0:
+            break
+    assert process.returncode == 0
+    assert kills >= 3
+    loaded = load_recipe(recipe, [*base, METHODS])
+    whole = {r.cell: r for r in run_grid(loaded, tmp_path / "whole")}
+    for path in (tmp_path / "out").rglob("record.json"):
+        record = CellRecord.read(path)
+        assert record.metrics == whole[record.cell].metrics
+        assert record.curve == whole[record.cell].curve
+        assert record.retention == whole[record.cell].retention
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.name.endswith((".tmp", ".old"))]
+
+
+def test_cells_of_a_lost_node_run_on_another(
+    recipe_with_base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    from ptkit.compare.on_ray import run_on_ray
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    recipe, *base = recipe_with_base
+    loaded = load_recipe(recipe, [*base, METHODS, "seeds=[0, 1, 2]"])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        ray.init(address=cluster.address, log_to_driver=False)
+
+        class Lose(Observer):
+            """Takes a node away, with what runs on it, as soon as the first cell is done."""
+
+            lost = False
+
+            def cell_finished(self, record: CellRecord, reused: bool) -> None:
+                if not self.lost:
+                    self.lost = True
+                    cluster.remove_node(nodes[0], allow_graceful=False)
+
+        lose = Lose()
+        records = run_on_ray(loaded, tmp_path / "ray", None, cpus=1, gpus=0, observer=lose)
+        assert lose.lost
+        assert len(ray.nodes()) - sum(n["Alive"] for n in ray.nodes()) == 1
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    here = run_grid(loaded, tmp_path / "here")
+    assert [r.cell for r in records] == [r.cell for r in here]
+    for there, own in zip(records, here, strict=True):
+        assert there.metrics == own.metrics
+        for a, b in zip(there.curve, own.curve, strict=True):
+            assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
+
+
+def test_wrong_address_of_a_cluster_is_refused(recipe_file: Path, tmp_path: Path) -> None:
+    from test_cli import ptkit
+
+    message = ptkit("compare", recipe_file, "--on", "slurm", cwd=tmp_path, code=2).stderr
+    assert "expected `ray`, or `ray://HOST:PORT`" in message
