@@ -44,6 +44,7 @@ def train(
     from ptkit.cli.display import LiveDisplay
     from ptkit.cli.options import one_method, start_over
     from ptkit.recipe import load_recipe
+    from ptkit.runtime.base_model import resolve_device
     from ptkit.train.experiment import prepare
     from ptkit.train.run import Cell, cell_name, run_cells
 
@@ -52,7 +53,8 @@ def train(
     used_seed = loaded.recipe.seeds[0] if seed is None else seed
     folder = out or Path("runs") / loaded.recipe.name / cell_name(section, used_seed)
     # Under `accelerate launch` every process trains; the first one speaks and writes.
-    processes = PartialState()
+    device = resolve_device(loaded.recipe.model.device)
+    processes = PartialState(cpu=device.type == "cpu")
     if fresh and processes.is_main_process:
         start_over(folder)
     processes.wait_for_everyone()

@@ -45,8 +45,7 @@ def write_plots(charts: Sequence[Chart], folder: Path) -> list[Path]:
 
 
 def _scatter(chart: Scatter, axes: Any) -> None:
-    if chart.logarithmic:
-        axes.set_xscale("log")
+    _limits(axes, [p.x for p in chart.points], logarithmic=chart.logarithmic)
     if chart.front:
         front = chart.pareto()
         axes.plot([p.x for p in front], [p.y for p in front], "--", color="0.6", linewidth=0.8)
@@ -65,8 +64,7 @@ def _scatter(chart: Scatter, axes: Any) -> None:
 
 
 def _lines(chart: Lines, axes: Any) -> None:
-    if chart.logarithmic:
-        axes.set_xscale("log")
+    _limits(axes, [p.x for li in chart.lines for p in li.points], logarithmic=chart.logarithmic)
     if chart.ticks is not None:
         axes.set_xticks(chart.ticks, [f"{tick:g}" for tick in chart.ticks], minor=False)
         axes.minorticks_off()
@@ -84,3 +82,14 @@ def _lines(chart: Lines, axes: Any) -> None:
                 markersize=3, linewidth=1, color=colour,
             )  # fmt: skip
     axes.legend(frameon=False, fontsize=7)
+
+
+def _limits(axes: Any, values: Sequence[float], *, logarithmic: bool) -> None:
+    """Room around `values`, which may all be the same."""
+    low, high = min(values), max(values)
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.5, high * 2)
+    else:
+        room = 0.08 * (high - low) or abs(high) * 0.08 or 1.0
+        axes.set_xlim(low - room, high + room)

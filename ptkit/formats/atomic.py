@@ -79,3 +79,15 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     _sync(path.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what writers that were killed left in the folder `path` (hidden, never read).
+
+    Only where nobody else is writing.
+    """
+    for left in [*path.glob(".*.tmp"), *path.glob(".*.old")]:
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -101,6 +102,10 @@ def _fault(source: YamlSource, error: Any, below: KeyPath) -> str:
             close = nearest(error["input"], options)
             hint = f"; did you mean `{close}`?" if close else ""
         return f"{where}: `{dotted}` expected {expected}, found {found}{hint}"
+    if not path:
+        # Faults of several keys at once name the one to change first.
+        named = re.match(r"`([\w.]+)`: ", message)
+        where = source.where(tuple(named[1].split("."))) if named else where
     return f"{where}: {f'`{dotted}`: ' if dotted else ''}{message}"
 
 

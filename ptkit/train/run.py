@@ -116,6 +116,7 @@ def run_cells(
         claim(experiment, cell)
         if cell.done.exists():
             records[cell] = CellRecord.read(cell.done)
+            _tidy(cell.folder)  # it may have been killed just after its record
             observer.cell_finished(records[cell], reused=True)
     todo = [cell for cell in cells if cell not in records]
     if todo:
@@ -163,7 +164,7 @@ def _train_and_measure(
         progresses = [Progress() for _ in cells]
         if trains:
             progresses = _fit(experiment, cells, adapters, observer)
-        processes = PartialState()
+        processes = PartialState(cpu=experiment.base.model.device.type == "cpu")
         if not processes.is_main_process:  # the first process measures and writes for all
             processes.wait_for_everyone()
             return [CellRecord.read(cell.done) for cell in cells]
@@ -171,7 +172,7 @@ def _train_and_measure(
             record = _measure(experiment, adapter, cell, progress, started, observer)
             record = record.updated(trained_together=len(cells))
             atomic.write_json(cell.done, record.as_dict())
-            remove_checkpoints(cell.folder)
+            _tidy(cell.folder)
             observer.cell_finished(record, reused=False)
             records.append(record)
         processes.wait_for_everyone()
@@ -179,6 +180,12 @@ def _train_and_measure(
         for adapter in adapters:
             adapter.close()
     return records
+
+
+def _tidy(folder: Path) -> None:
+    """Delete what a finished cell no longer needs."""
+    remove_checkpoints(folder)
+    atomic.remove_leftovers(folder)
 
 
 def claim(experiment: Experiment, cell: Cell) -> None:
