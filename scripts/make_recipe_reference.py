@@ -31,6 +31,8 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`train`", schema.TrainSection),
     ("`evaluate`", schema.EvaluateSection),
     ("`retention`", schema.RetentionSection),
+    ("`budget`", schema.BudgetSection),
+    ("A range, in `sweep` and `budget.search`", schema.Range),
 ]
 
 

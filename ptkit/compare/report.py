@@ -41,7 +41,10 @@ def render_report(recipe: Recipe, summaries: Sequence[MethodSummary], recipe_tex
         recipe_text=recipe_text,
         highlights=_highlights(summaries),
         colours=shade,
-        columns=list(_cells(best, summaries)),
+        columns=[
+            f"difference from {baseline_of(recipe)}" if name == "difference" else name
+            for name in _cells(best, summaries)
+        ],
         rows=[_row(s, summaries, shade, best=s is best) for s in summaries],
         charts=[(chart.title, chart.note, draw(chart)) for chart in charts_of(summaries)],
         samples=_samples(summaries, generation=generation),

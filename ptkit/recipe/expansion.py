@@ -52,14 +52,14 @@ def expand(recipe: Recipe) -> list[Variant]:
             _set(data, key.split("."), value, key)
         entries = [e for method in recipe.methods for e in _entries(method, recipe)]
         data["methods"] = [entry.section.model_dump() for entry in entries]
-        if data["budget"] is not None:
-            # Searched per entry, by the name of its family (see `Entry`).
-            data["budget"] = None
+        # These two name the methods as the recipe does, not as the entries made of them.
+        data |= {"budget": None, "evaluate": {**data["evaluate"], "baseline": None}}
         try:
             varied = Recipe.model_validate(data)
         except ValidationError as error:
             raise ValueError(f"{_told(settings)}: {_reason(error)}") from error
-        varied = varied.model_copy(update={"budget": recipe.budget})
+        evaluate = varied.evaluate.model_copy(update={"baseline": recipe.evaluate.baseline})
+        varied = varied.model_copy(update={"budget": recipe.budget, "evaluate": evaluate})
         shown = {_short(key): value for key, value in settings.items()}
         variants.append(Variant(varied, shown, tuple(entries)))
     return variants

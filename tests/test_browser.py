@@ -1,0 +1,85 @@
+"""The report in a real browser: no error, no request, usable on a phone, light and dark."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import compared
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (.ci/run installs it)")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("browser") / "out"
+    compared(folder)
+    return folder / "report.html"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_report_is_quiet_complete_and_fits_the_screen(
+    browser: Any, report: Path, width: str, scheme: str
+) -> None:
+    wide, high = WIDTHS[width]
+    page = browser.new_page(viewport={"width": wide, "height": high}, color_scheme=scheme)
+    faults: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: faults.append(message.text))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(report.as_uri(), wait_until="networkidle")
+    assert faults == []
+    assert [url for url in asked if not url.startswith("data:")] == [report.as_uri()]
+    # Nothing but the table, which scrolls by itself, is wider than the screen.
+    assert page.evaluate("document.documentElement.scrollWidth") <= wide
+    ink, paper = page.evaluate(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    )
+    lightness = [sum(map(int, c[4:-1].split(","))) for c in (ink, paper)]
+    assert (lightness[0] < lightness[1]) == (scheme == "light")
+    for text in page.query_selector_all("svg text"):
+        box, frame = text.bounding_box(), page.viewport_size
+        assert box is None or box["x"] >= 0
+        assert box is None or box["x"] + box["width"] <= frame["width"]
+    page.close()
+
+
+def test_headings_sort_the_table_both_ways(browser: Any, report: Path) -> None:
+    page = browser.new_page()
+    page.goto(report.as_uri())
+
+    def column(index: int) -> list[float]:
+        return page.evaluate(
+            f"[...document.querySelectorAll('#summary tbody tr')]"
+            f".map(row => row.children[{index}].dataset.value).filter(v => v).map(Number)"
+        )
+
+    head = page.locator("#summary thead button", has_text="bleu [95 %]")
+    index = page.evaluate(
+        "[...document.querySelectorAll('#summary thead th')]"
+        ".findIndex(th => th.textContent.includes('bleu [95 %]'))"
+    )
+    head.click()
+    assert column(index) == sorted(column(index), reverse=True)
+    head.focus()
+    page.keyboard.press("Enter")
+    assert column(index) == sorted(column(index))
+    assert page.locator("#summary thead [aria-sort=ascending]").count() == 1
+    page.close()
