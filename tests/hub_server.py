@@ -1,7 +1,8 @@
 """A Hugging Face Hub on this machine: enough of its HTTP interface for the real clients.
 
 Repositories are folders, `ROOT/models/USER/REPO/REVISION/...` and `ROOT/datasets/...`; every
-revision is a commit of its own. What was asked for is kept in `requests`.
+revision is a commit of its own (a comma stands for a slash in its name). What was asked for is
+kept in `requests`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Hub:
         if repo in self.gated:
             raise Refused(403, "GatedRepo", f"Access to {kind} {repo} is restricted")
         for folder in home.iterdir():
-            if revision in (folder.name, commit_of(folder)):
+            if revision in (folder.name.replace(",", "/"), commit_of(folder)):
                 return folder
         raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
 
@@ -84,12 +85,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {self.path}")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         url = urlsplit(self.path)
-        path = unquote(url.path)
+        # Matched as it came: a revision such as `refs/convert/parquet` has its slashes quoted.
+        path = url.path
         try:
             for pattern, handler in self._routes:
                 match = re.fullmatch(pattern, path)
                 if match:
-                    handler(self, *match.groups(), query=parse_qs(url.query), body=body)
+                    parts = (part and unquote(part) for part in match.groups())
+                    handler(self, *parts, query=parse_qs(url.query), body=body)
                     return
             raise Refused(404, "NotFound", f"nothing at {path}")
         except Refused as refusal:

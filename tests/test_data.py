@@ -74,7 +74,7 @@ def test_limits_take_the_first_rows(tmp_path: Path) -> None:
         ({"train": "good.jsonl"}, {"input": "{aa}"}, "`task.input` names the column `aa`"),
         ({"train": "good.jsonl"}, {"target": "{a.x}"}, "`task.target` is not a template"),
         ({"train": "good.jsonl"}, {"references": "c"}, "`task.references` names the column `c`"),
-        ({"train": "good.jsonl"}, {"references": "b"}, "train row 1: `b` should be a non-empty"),
+        ({"train": "good.jsonl"}, {"references": "b"}, "test row 1: `b` should be a non-empty"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, files, changes, message: str) -> None:
@@ -151,3 +151,9 @@ def test_encoding_cuts_inputs_left_targets_right_and_ends_targets(tmp_path: Path
     assert encode_examples(examples, tokenizer, plain)[0].target_ids == [5, 6, 7, 0]
     encoded = encode_examples(examples, tokenizer, cut)[0]
     assert (encoded.input_ids, encoded.target_ids) == ([3, 4], [5, 6, 7])
+
+
+def test_lists_are_written_one_entry_per_line() -> None:
+    row = {"triples": [["Ada", "born in", "London"], ["Ada", "wrote", "Note G"]], "facts": ["a", 2]}
+    assert Template("{facts}\n").render(row) == "a\n2\n"
+    assert Template("{triples}").render(row) == "Ada | born in | London\nAda | wrote | Note G"

@@ -10,13 +10,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, List, Value
 from hub_server import HubServer
 from test_cli import QUICK
 
 from ptkit.data.sources import BUILTIN
+from ptkit.recipe import load_recipe, shipped_recipes
 from ptkit.runtime.base_model import TINY_EN_FOLDER
 
 SHIPPED = Path(__file__).resolve().parents[1] / "adapters"
@@ -33,18 +36,27 @@ class Client:
     cwd: Path
 
     def __call__(self, *arguments: str | Path, code: int = 0, offline: bool = False):
+        done = self._run("-m", "ptkit", *map(str, arguments), offline=offline)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    def python(self, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a Python program with the same cache and address."""
+        done = self._run("-c", code, *arguments, offline=False)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    def _run(self, *words: str, offline: bool) -> subprocess.CompletedProcess[str]:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
         env |= {
             "HF_ENDPOINT": self.url, "HF_HOME": str(self.cache),
             "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_TELEMETRY": "1",
         }  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-m", "ptkit", *map(str, arguments)], cwd=self.cwd, env=env,
-            capture_output=True, text=True, timeout=300,
+        return subprocess.run(
+            [sys.executable, *words], cwd=self.cwd, env=env, capture_output=True, text=True,
+            timeout=300,
         )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        return done
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +181,81 @@ def test_stand_in_knows_commits(server: HubServer, monkeypatch) -> None:
     assert commit != api.model_info("team/facts", revision="v1.0").sha
     assert api.model_info("team/facts", revision=commit).sha == commit
     assert "adapter_config.json" in api.list_repo_files("team/facts")
+
+
+#: Hub recipe -> configuration, and one row of its data set as its card describes it.
+SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, list[str]]]] = {
+    "e2e-gpt2": ("e2e_nlg", {"meaning_representation": "name[A]", "target": "A.",
+                             "references": ["A."]}, {}),
+    "webnlg-gpt2": ("en", {"input": ["A | b | C"], "target": "A b C.", "references": ["A."]}, {}),
+    "dart-gpt2": ("dart", {"tripleset": [["A", "b", "C"]], "target": "A b C.",
+                           "references": ["A."]}, {}),
+    "translation-gpt2": ("default", {"en": "a dog", "de": "ein Hund"}, {}),
+    "persona-gpt2": ("default", {"user 1 personas": "I sing.", "user 2 personas": "I swim.",
+                                 "Best Generated Conversation": "User 1: Hi"}, {}),
+    "sst2-gpt2": ("default", {"sentence": "good", "label": 1}, {"label": ["negative", "positive"]}),
+    "agnews-gpt2": ("default", {"text": "goal", "label": 1},
+                    {"label": ["World", "Sports", "Business", "Sci/Tech"]}),
+    "trec-gpt2": ("default", {"text": "who ?", "coarse_label": 3, "fine_label": 1},
+                  {"coarse_label": ["ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"]}),
+    "boolq-gpt2": ("boolq", {"question": "is it", "passage": "It is.", "label": 1},
+                   {"label": ["False", "True"]}),
+    "rte-gpt2": ("rte", {"premise": "a", "hypothesis": "b", "label": 0},
+                 {"label": ["entailment", "not_entailment"]}),
+    "cb-gpt2": ("cb", {"premise": "a", "hypothesis": "b", "label": 2},
+                {"label": ["entailment", "contradiction", "neutral"]}),
+}  # fmt: skip
+UNLABELLED = ("sst2-gpt2", "boolq-gpt2", "rte-gpt2", "cb-gpt2")
+
+
+def test_hub_recipes_read_their_data_sets(client: Client, server: HubServer) -> None:
+    """Columns, labels, configurations and revisions of every hub recipe fit its data set."""
+    hub_recipes = {n for n, path in shipped_recipes().items() if "hub:" in path.read_text()}
+    assert hub_recipes == set(SHAPES)
+    readmes: dict[Path, list[str]] = {}
+    for name, (config, row, labels) in SHAPES.items():
+        section = load_recipe(name).recipe.task.data
+        revision = (section.revision or "main").replace("/", ",")
+        home = server.hub.root / "datasets" / str(section.hub) / revision
+        types = {k: ClassLabel(names=v) for k, v in labels.items()}
+        for split in ("train", "validation", "test"):
+            if name in ("agnews-gpt2", "trec-gpt2") and split == "validation":
+                continue
+            unknown = dict.fromkeys(labels, -1) if name in UNLABELLED and split == "test" else {}
+            # GEM gives training rows no references.
+            bare = {"references": []} if "references" in row and split == "train" else {}
+            rows = Dataset.from_list([{**row, **unknown, **bare}] * 12)
+            if bare:
+                rows = rows.cast_column("references", List(Value("string")))
+            for column, label in types.items():
+                rows = rows.cast_column(column, label)
+            folder = home / config / split
+            folder.mkdir(parents=True)
+            rows.to_parquet(folder / "0000.parquet")
+        if revision == "main":
+            readmes.setdefault(home, []).append(config)
+    for home, configs in readmes.items():
+        described = [
+            {"config_name": c, "data_files": [{"split": s, "path": f"{c}/{s}/*.parquet"}
+                                              for s in ("train", "validation", "test")
+                                              if (home / c / s).is_dir()]}
+            for c in configs
+        ]  # fmt: skip
+        (home / "README.md").write_text(f"---\n{json.dumps({'configs': described})}\n---\n")
+    code = (
+        "import json, sys\n"
+        "from ptkit.data import load_task\n"
+        "from ptkit.recipe import load_recipe\n"
+        "for name in sys.argv[1:]:\n"
+        "    loaded = load_recipe(name)\n"
+        "    data = load_task(loaded.recipe.task, loaded.folder)\n"
+        "    print(json.dumps([name, len(data.train), data.test[0].input, data.test[0].target]))\n"
+    )
+    done = client.python(code, *SHAPES)
+    found = {line[0]: line[1:] for line in map(json.loads, done.stdout.splitlines())}
+    assert found.keys() == SHAPES.keys()
+    assert found["webnlg-gpt2"] == [12, "A | b | C\n", "A b C."]
+    assert found["dart-gpt2"][1] == "A | b | C\n"
+    assert found["sst2-gpt2"] == [11, "good\nThe review is", " good"]
+    assert found["trec-gpt2"] == [11, "who ?\nThe answer is", " a person"]
+    assert found["boolq-gpt2"][2] == " yes"

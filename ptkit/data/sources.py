@@ -144,7 +144,9 @@ def _require_json_lines(path: Path) -> None:
 
 def _from_hub(section: DataSection) -> dict[str, Dataset]:
     try:
-        loaded = load_dataset(section.hub, section.config, revision=section.revision)
+        loaded = load_dataset(
+            section.hub, section.config, revision=section.revision, data_dir=section.data_dir
+        )
     except Exception as error:  # datasets, huggingface_hub and the network each raise their own
         reason = str(error).strip().splitlines()[0]
         raise DataError(

@@ -61,20 +61,19 @@ def _generation(task: GenerationTask, rows: Dataset, split: str) -> list[Example
     input_, target = Template(task.input, "task.input"), Template(task.target, "task.target")
     for template in (input_, target):
         template.require(rows.column_names)
-    column = task.references if task.references in rows.column_names else None
-    # Only the rows that are judged need all acceptable texts.
-    if task.references is not None and column is None and split == "test":
+    # Only the rows that are judged need all acceptable texts; some sets give others none.
+    judged = task.references is not None and split == "test"
+    if judged and task.references not in rows.column_names:
         raise DataError(
             f"`task.references` names the column `{task.references}`, which the data does not "
-            f"have; {did_you_mean(task.references, rows.column_names)}"
+            f"have; {did_you_mean(str(task.references), rows.column_names)}"
         )
     examples = []
     for number, row in enumerate(rows, start=1):
         text = target.render(row)
-        if column is None:
-            references: tuple[str, ...] = (text.strip(),)
-        else:
-            references = _references(row[column], column, split, number)
+        references: tuple[str, ...] = (text.strip(),)
+        if judged and task.references is not None:
+            references = _references(row[task.references], task.references, split, number)
         examples.append(Example(input_.render(row), text, references))
     return examples
 

@@ -12,6 +12,9 @@ from ptkit.errors import DataError, did_you_mean
 class Template:
     """Text with `{column}` placeholders; `{{` and `}}` stand for braces.
 
+    A column that holds a list is written one entry per line, an entry that is itself a list with
+    its parts between bars: the triples of WebNLG and DART.
+
     No attribute or index access (`{a.b}`, `{a[0]}`) and no format specifications: a recipe
     names columns, it does not run code. Raises DataError when `text` is not such a template.
     """
@@ -49,6 +52,15 @@ class Template:
         """The template filled from `row`. Raises DataError for a missing column."""
         self.require(list(row))
         return "".join(
-            literal + ("" if column is None else str(row[column]))
+            literal + ("" if column is None else _written(row[column]))
             for literal, column in self._parts
         )
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "\n".join(
+            " | ".join(map(str, entry)) if isinstance(entry, list | tuple) else str(entry)
+            for entry in value
+        )
+    return str(value)

@@ -78,6 +78,8 @@ class DataSection(Section):
     """Configuration (subset) of the hub dataset."""
     revision: str | None = None
     """Revision of the hub dataset."""
+    data_dir: str | None = None
+    """Folder of the hub dataset to read, where its files are not described by configurations."""
     files: dict[str, str | list[str]] | None = None
     """Split -> JSONL, JSON, CSV or Parquet file(s); relative paths start at the recipe's folder."""
     splits: Splits = Splits()
