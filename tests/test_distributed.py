@@ -72,6 +72,17 @@ def test_two_processes_train_like_one(recipe_with_base: list[str], tmp_path: Pat
     )
 
 
+def saved(folder: Path) -> set[str]:
+    """Records and checkpoints below `folder`, which may change meanwhile."""
+    walked = os.walk(folder)  # unlike rglob, it does not mind what vanishes
+    return {
+        os.path.join(where, name)
+        for where, folders, files in walked
+        for name in (*folders, *files)
+        if name == "record.json" or name.startswith("checkpoint-")
+    }
+
+
 def test_killed_at_any_moment_a_comparison_ends_as_if_nothing_had_happened(
     recipe_with_base: list[str], tmp_path: Path
 ) -> None:
@@ -84,12 +95,9 @@ def test_killed_at_any_moment_a_comparison_ends_as_if_nothing_had_happened(
             compare, cwd=tmp_path, stdout=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},  # as here: sums depend on it
         )  # fmt: skip
-        seen = len(list(tmp_path.rglob("record.json")))
-        steps = len(list(tmp_path.rglob("checkpoint-*")))
+        seen = saved(tmp_path)
         while process.poll() is None:
-            # Something new is on disk: a cell, or a checkpoint of one under way.
-            if (len(list(tmp_path.rglob("record.json"))) > seen
-                    or len(list(tmp_path.rglob("checkpoint-*"))) > steps):  # fmt: skip
+            if saved(tmp_path) - seen:  # a cell's record, or a checkpoint of one under way
                 os.kill(process.pid, signal.SIGKILL)
                 kills += 1
                 break
