@@ -3,21 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test lint format setup setup-dev clean
 
 demo: setup  ## compare all methods on the embedded base model, export two, swap them
 	$(BIN)/python scripts/demo.py
 
-test: setup  ## lint, types and tests
+test: setup-dev  ## lint, types and tests
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -n 2
 
-lint: setup
+lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup
+format: setup-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -27,6 +27,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("ptkit needs Python 3.11 or newer, found " + sys.version.split()[0] + "; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt torch
+	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e .
+	@touch $@
+
+# What only the tests need: Ray, a browser's driver, linters.
+setup-dev: $(VENV)/.ready-dev
+
+$(VENV)/.ready-dev: $(VENV)/.ready
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 

@@ -12,7 +12,7 @@ from ptkit.runtime.generation import generate
 
 #: Tokens generated per measurement, and measurements of each side, taken in turns.
 NEW_TOKENS = 16
-ROUNDS = 5
+ROUNDS = 3
 
 
 @dataclass(frozen=True)

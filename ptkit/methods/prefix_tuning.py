@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from peft import PrefixTuningConfig
 from peft.tuners.prefix_tuning import PrefixEncoder
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ptkit.errors import AdapterError
+from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, peft_config_dict, register
 from ptkit.methods.start import PromptMethodSection, start_tokens
@@ -34,9 +34,20 @@ class PrefixTuningSection(PromptMethodSection):
     """Train an MLP that makes the prefix instead of the prefix itself; dropped at export."""
     encoder_hidden_size: int = Field(default=128, ge=1)
     """Width of that MLP."""
+    trained_layers: int | None = Field(default=None, ge=1)
+    """Upper layers whose keys and values are trained (Liu et al. 2022, P-tuning v2, section 4.3);
+    those below stay what they were at the start, the real ones of its tokens. null: all."""
     learning_rate: float = 0.1
     """AdamW's peak learning rate. Keys and values of RoPE models are large: direct prefixes
     want 3e-2 to 3e-1, the MLP about 3e-3."""
+
+    @model_validator(mode="after")
+    def _lower_layers_are_real(self) -> PrefixTuningSection:
+        if self.trained_layers is not None and self.start == "random":
+            raise ValueError(
+                "`trained_layers` leaves layers at their start, which `start: random` has none of"
+            )
+        return self
 
 
 @register
@@ -47,24 +58,24 @@ class PrefixTuning(Adapter):
     peft_types = ("PREFIX_TUNING",)
     section: PrefixTuningSection
     start: Tensor
+    lower: Tensor
 
     def __init__(self, section: PrefixTuningSection, base: Base, start: Tensor | None) -> None:
         """start: PEFT's flat layout `[virtual_tokens, layers * 2 * kv_heads * head_dim]`."""
         super().__init__(section, base)
-        shape = base.layout.uniform
-        self.config = PrefixTuningConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=section.num_virtual_tokens,
-            num_layers=len(base.layout),
-            # In PREFIX_TUNING configs PEFT means the key/value heads and their total width.
-            num_attention_heads=shape.kv_heads,
-            token_dim=shape.kv_heads * shape.key_dim,
-            num_transformer_submodules=1,
-            prefix_projection=section.reparameterize,
-            encoder_hidden_size=section.encoder_hidden_size,
-        )
+        layers = len(base.layout)
+        trained = section.trained_layers or layers
+        if trained > layers:
+            raise ModelError(f"`trained_layers` is {trained}, but {base.id} has {layers} layers")
+        self.config = self._config(layers)
         device = base.model.device
-        self.encoder = PrefixEncoder(self.config).to(device)
+        self.encoder = PrefixEncoder(self._config(trained)).to(device)
+        # [virtual_tokens, values of the layers that are not trained]; no columns without any
+        width = (layers - trained) * 2 * self.config.token_dim
+        rows = section.num_virtual_tokens
+        lower = torch.zeros(rows, width) if start is None else start[:, :width]
+        self.register_buffer("lower", lower.clone().to(device))
+        start = None if start is None else start[:, width:]
         if start is not None and section.reparameterize:
             last = self.encoder.transform[-1]
             assert isinstance(last, nn.Linear)
@@ -76,6 +87,21 @@ class PrefixTuning(Adapter):
                 with torch.no_grad():
                     self.encoder.embedding.weight.copy_(start)
             self.register_buffer("start", torch.zeros((), device=device))
+
+    def _config(self, layers: int) -> PrefixTuningConfig:
+        """PEFT's settings of a prefix for `layers` layers."""
+        section, shape = self.section, self.base.layout.uniform
+        return PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=section.num_virtual_tokens,
+            num_layers=layers,
+            # In PREFIX_TUNING configs PEFT means the key/value heads and their total width.
+            num_attention_heads=shape.kv_heads,
+            token_dim=shape.kv_heads * shape.key_dim,
+            num_transformer_submodules=1,
+            prefix_projection=section.reparameterize,
+            encoder_hidden_size=section.encoder_hidden_size,
+        )
 
     @classmethod
     def create(
@@ -110,7 +136,8 @@ class PrefixTuning(Adapter):
     def flat(self) -> Tensor:
         """The prefix in PEFT's layout, differentiable; the MLP runs once, not once per row."""
         indices = torch.arange(self.virtual_tokens, device=self.encoder.embedding.weight.device)
-        return self.start + self.encoder(indices)
+        learnt = self.start + self.encoder(indices)
+        return torch.cat([self.lower, learnt], dim=1) if self.lower.shape[1] else learnt
 
     def prefix(self) -> KVPrefix:
         prefix = KVPrefix.from_flat(self.flat(), self.base.layout)
