@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ptkit.compare.summary import MethodSummary, written
+from ptkit.compare.summary import MethodSummary, best_of, written
 from ptkit.evaluate.statistics import Interval
+
+#: Lines of a chart beyond which each method keeps only its best one.
+MOST_LINES = 8
 
 
 @dataclass(frozen=True)
 class Point:
-    """A method in a scatter chart, with the interval of its y value and, if known, of its x."""
+    """A method in a scatter chart, with the interval of its y value and, if known, of its x.
+
+    label: the whole name, for the tooltip; shown: what stands beside the point, "" for nothing
+    """
 
     label: str
+    shown: str
     colour: int
     x: float
     y: float
@@ -61,12 +69,26 @@ class LinePoint:
 
 @dataclass(frozen=True)
 class Line:
-    """A named line. reference: of a method that does not vary along x."""
+    """A named line.
+
+    reference: of a method that does not vary along x; others: the values of the swept keys that
+    do not vary along it
+    """
 
     label: str
     colour: int
     points: tuple[LinePoint, ...]
     reference: bool = False
+    family: str = ""
+    others: tuple[tuple[str, object], ...] = ()
+
+    def holds(self, summaries: Iterable[MethodSummary], key: str) -> bool:
+        """Whether one of `summaries` is a point of this line over `key`."""
+        return any(
+            s.family == self.family
+            and tuple((k, v) for k, v in s.sweep.items() if k != key) == self.others
+            for s in summaries
+        )
 
 
 @dataclass(frozen=True)
@@ -136,8 +158,10 @@ def _point(
     spread: Interval | None = None,
 ) -> Point:
     low, high = _bounds(summary.leading)
+    # Of a sweep only the best of each method is named; a label at every point hides them all.
+    shown = summary.family if summary in best_of_families(summaries) else ""
     return Point(
-        summary.title, colours(summaries)[summary.title], x, summary.leading.mean, low, high,
+        summary.title, shown, colours(summaries)[summary.title], x, summary.leading.mean, low, high,
         spread.low if spread else None, spread.high if spread else None,
     )  # fmt: skip
 
@@ -156,15 +180,33 @@ def _swept(summaries: Sequence[MethodSummary]) -> Iterator[Lines]:
         if len(values) < 2:
             continue
         lines = tuple(_lines_over(key, values, summaries))
+        others = ", ".join(dict.fromkeys(k for s in summaries for k in s.sweep if k != key))
+        note = "Mean over seeds; bars are 95 % intervals."
+        if any(line.reference for line in lines):
+            note += " Dashed: methods that do not depend on it."
+        if others and len(lines) > MOST_LINES:
+            best = {s.family: s for s in best_of_families(summaries)}
+            lines = tuple(line for line in lines if line.holds(best.values(), key))
+            note += f" Each method at its best {others}."
+        elif others:
+            note += f" After a method's name: its {others}."
         yield Lines(
             f"{name} over {key}",
-            "Mean over seeds; bars are 95 % intervals. Dashed: methods that do not depend on it.",
+            note,
             key,
             name,
             lines,
             logarithmic=values[0] > 0 and values[-1] >= 20 * values[0],
             ticks=tuple(values),
         )
+
+
+def best_of_families(summaries: Sequence[MethodSummary]) -> list[MethodSummary]:
+    """Of a sweep, the best of each method; without one, all."""
+    families: dict[str, list[MethodSummary]] = {}
+    for summary in summaries:
+        families.setdefault(summary.family, []).append(summary)
+    return [best_of(own) for own in families.values()]
 
 
 def _is_number(value: object) -> bool:
@@ -175,29 +217,27 @@ def _lines_over(
     key: str, values: Sequence[float], summaries: Sequence[MethodSummary]
 ) -> Iterator[Line]:
     """One line per family and combination of the other swept values."""
-    groups: dict[str, list[MethodSummary]] = {}
+    groups: dict[Any, list[MethodSummary]] = {}
     for summary in summaries:
-        others = [f"{k}={written(v)}" for k, v in summary.sweep.items() if k != key]
-        groups.setdefault(" ".join([summary.family, *others]), []).append(summary)
+        others = tuple((k, v) for k, v in summary.sweep.items() if k != key)
+        groups.setdefault((summary.family, others), []).append(summary)
     shade = colours(summaries)
-    for label, own in groups.items():
+    for (family, others), own in groups.items():
+        label = " ".join([family, *(written(value) for _, value in others)])
         colour = shade[own[0].title]
-        if key not in own[0].sweep:
+        reference = key not in own[0].sweep
+        if reference:
             mean = own[0].leading.mean
-            ends = (LinePoint(values[0], mean), LinePoint(values[-1], mean))
-            yield Line(label, colour, ends, reference=True)
-            continue
-        along = sorted(own, key=lambda s: s.sweep[key])
-        yield Line(
-            label,
-            colour,
-            tuple(LinePoint(s.sweep[key], s.leading.mean, *_bounds(s.leading)) for s in along),
-        )
+            points = [LinePoint(values[0], mean), LinePoint(values[-1], mean)]
+        else:
+            along = sorted(own, key=lambda s: s.sweep[key])
+            points = [LinePoint(s.sweep[key], s.leading.mean, *_bounds(s.leading)) for s in along]
+        yield Line(label, colour, tuple(points), reference, family, others)
 
 
 def _curves(summaries: Sequence[MethodSummary]) -> Iterator[Lines]:
     """Validation loss by step, mean over seeds; one line per trained method."""
-    trained = [s for s in summaries if s.trains]
+    trained = [s for s in best_of_families(summaries) if s.trains]
     if not trained or not all(record.curve for s in trained for record in s.records):
         return
     shade = colours(summaries)
@@ -208,10 +248,11 @@ def _curves(summaries: Sequence[MethodSummary]) -> Iterator[Lines]:
             for entry in record.curve:
                 by_step.setdefault(int(entry["step"]), []).append(entry["validation_loss"])
         mean = (LinePoint(step, sum(v) / len(v)) for step, v in sorted(by_step.items()))
-        lines.append(Line(summary.title, shade[summary.title], tuple(mean)))
+        lines.append(Line(summary.family, shade[summary.title], tuple(mean)))
     yield Lines(
         "Learning curves",
-        "Validation loss, mean over seeds.",
+        "Validation loss, mean over seeds."
+        + (" Of a sweep, the best of each method." if any(s.sweep for s in summaries) else ""),
         "optimiser step",
         "validation loss (nats per token)",
         tuple(lines),

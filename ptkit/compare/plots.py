@@ -59,7 +59,7 @@ def _scatter(chart: Scatter, axes: Any) -> None:
             linewidth=1, color=f"C{point.colour % 10}",
         )  # fmt: skip
         axes.annotate(
-            point.label, (point.x, point.y), textcoords="offset points", xytext=(5, 4), fontsize=7
+            point.shown, (point.x, point.y), textcoords="offset points", xytext=(5, 4), fontsize=7
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ptkit.compare import figures
-from ptkit.compare.charts import charts_of, colours
+from ptkit.compare.charts import best_of_families, charts_of, colours
 from ptkit.compare.summary import MethodSummary, baseline_of, best_of, written
 from ptkit.compare.svg import draw
 from ptkit.evaluate.metrics import metric
@@ -205,11 +205,7 @@ def _samples(summaries: Sequence[MethodSummary], *, generation: bool) -> list[di
 
     correct: whether a predicted label is the gold one; None for texts, which are not so simple.
     """
-    # Of a sweep, the best of each method.
-    families: dict[str, list[MethodSummary]] = {}
-    for summary in summaries:
-        families.setdefault(summary.family, []).append(summary)
-    summaries = [best_of(own) for own in families.values()]
+    summaries = best_of_families(summaries)
     first = summaries[0].samples
     chosen = range(0, len(first), max(1, len(first) // SAMPLES))[:SAMPLES]
     samples = []

@@ -90,7 +90,7 @@ def _scatter(chart: Scatter) -> Markup:
     for point, (at_x, at_y, anchor) in _placed_labels(points, x, y):
         parts.append(
             f'<text class="label" x="{at_x:.1f}" y="{at_y + 4:.1f}" '
-            f'text-anchor="{anchor}">{escape(_cut(point.label))}</text>'
+            f'text-anchor="{anchor}">{escape(_cut(point.shown))}</text>'
         )
     return _svg(chart.title, parts)
 
@@ -125,9 +125,9 @@ def _placed_labels(
         right = at_x + 8 if point.x_high is None else max(at_x + 8, x.at(point.x_high))
         taken += [(at_x - 8, at_y - 8, at_x + 8, at_y + 8), (left, at_y - 2, right, at_y + 2)]
     placed = []
-    for point in sorted(points, key=lambda p: -p.y):
+    for point in sorted((p for p in points if p.shown), key=lambda p: -p.y):
         at_x, at_y = x.at(point.x), y.at(point.y)
-        wide = CHARACTER * len(_cut(point.label))
+        wide = CHARACTER * len(_cut(point.shown))
         # Nearest first: right, left, then ever further above and below.
         rises = (0.0, *(sign * step * 0.5 * LINE for step in range(2, 12) for sign in (-1, 1)))
         options: list[tuple[float, Box, tuple[float, float, str]]] = []
@@ -169,7 +169,7 @@ def _lines(chart: Lines) -> Markup:
         parts.append(
             f'<g class="s{line.colour % 10}"><title>{escape(line.label)}</title>'
             f'<polyline class="{style}" points="{path}"/>'
-            f"{''.join(_bar_and_dot(p, x, y) for p in line.points if p.low is not None)}</g>"
+            f"{''.join(_bar_and_dot(p, x, y) for p in _dotted(line))}</g>"
         )
     for line, at_y in _label_rows(chart.lines, y):
         parts.append(
@@ -179,14 +179,19 @@ def _lines(chart: Lines) -> Markup:
     return _svg(chart.title, parts)
 
 
+def _dotted(line: Line) -> list[LinePoint]:
+    """The points that are drawn as such: those with an interval, and one that makes no line."""
+    return [p for p in line.points if p.low is not None or len(line.points) == 1]
+
+
 def _bar_and_dot(point: LinePoint, x: Axis, y: Axis) -> str:
-    assert point.low is not None
-    assert point.high is not None
-    at = f"{x.at(point.x):.1f}"
-    return (
-        f'<line x1="{at}" x2="{at}" y1="{y.at(point.low):.1f}" y2="{y.at(point.high):.1f}" '
-        f'class="bar"/><circle cx="{at}" cy="{y.at(point.y):.1f}" r="4"/>'
-    )
+    at, bar = f"{x.at(point.x):.1f}", ""
+    if point.low is not None and point.high is not None:
+        bar = (
+            f'<line x1="{at}" x2="{at}" y1="{y.at(point.low):.1f}" y2="{y.at(point.high):.1f}" '
+            f'class="bar"/>'
+        )
+    return f'{bar}<circle cx="{at}" cy="{y.at(point.y):.1f}" r="4"/>'
 
 
 def _label_rows(lines: Sequence[Line], y: Axis) -> list[tuple[Line, float]]:

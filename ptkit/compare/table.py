@@ -91,6 +91,11 @@ def summary_table(summaries: Sequence[MethodSummary]) -> Table:
         box=None,
     )
     rows = _rows(summaries, _short_row)
+    swept = {key for s in summaries for key in s.sweep}
+    if swept:  # their columns need the room; the report has the others
+        score = f"{best.score} [95 %]"
+        kept = [n for n in rows[0] if n in {"method", *swept, score, "trained", "forget"}]
+        rows = [{name: row[name] for name in kept} for row in rows]
     for name in rows[0]:
         # Where the width is short, long names fold; figures are never cut.
         is_name = name == "method"
@@ -98,7 +103,7 @@ def summary_table(summaries: Sequence[MethodSummary]) -> Table:
             name,
             justify="left" if is_name else "right",
             header_style="bold",
-            no_wrap=not is_name,
+            no_wrap=not is_name and name not in swept,
             overflow="fold",
         )
     for summary, row in zip(summaries, rows, strict=True):
