@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,28 @@ class Client:
         done = self._run("-c", code, *arguments, offline=False)
         assert done.returncode == 0, done.stderr
         return done
+
+    def refusals(self, *commands: Sequence[str]) -> list[str]:
+        """The messages of commands that must exit with 2, all run in one process: starting one
+        takes seconds."""
+        code = (
+            "import contextlib, io, json, sys\n"
+            "from ptkit.cli.main import run\n"
+            "for words in json.loads(sys.argv[1]):\n"
+            "    message, ended = io.StringIO(), 0\n"
+            "    sys.argv = ['ptkit', *words]\n"
+            "    with contextlib.redirect_stderr(message):\n"
+            "        try:\n"
+            "            run()\n"
+            "        except SystemExit as error:\n"
+            "            ended = error.code\n"
+            "    print(json.dumps([ended, message.getvalue()]), flush=True)\n"
+        )
+        lines = self.python(code, json.dumps(commands)).stdout.splitlines()
+        results = [json.loads(line) for line in lines]
+        assert [ended for ended, _ in results] == [2] * len(commands), results
+        assert not any("Traceback" in message for _, message in results)
+        return [message for _, message in results]
 
     def _run(self, *words: str, offline: bool) -> subprocess.CompletedProcess[str]:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
@@ -139,36 +161,46 @@ def test_trains_and_compares_on_a_hub_model_and_hub_data(client: Client) -> None
 
 
 def test_what_the_hub_refuses_is_told_with_exit_code_2(client: Client) -> None:
-    def message(*arguments: str) -> str:
-        return client(*arguments, code=2).stderr
+    def with_model(name: str) -> list[str]:
+        return ["generate", "x", "--model", name]
 
-    def with_data(*settings: str) -> str:
-        pairs = [p for s in settings for p in ("--set", s)]
-        return message("train", "quickstart", *QUICK, "--set", "task.data.builtin=null", *pairs)
+    def with_adapter(name: str) -> list[str]:
+        return ["generate", "x", "-a", name]
 
-    assert "`team/nothing`" in message("generate", "x", "--model", "team/nothing")
-    assert "gated" in message("generate", "x", "--model", "team/gated-base")
-    assert "safetensors" in message("generate", "x", "--model", "team/pickled")
-    unknown = message("generate", "x", "-a", "team/nothing")
-    assert "no such adapter: team/nothing is neither a folder here nor" in unknown
-    assert "team/facts has no revision `v9`" in message("generate", "x", "-a", "team/facts@v9")
-    assert "team/secret is gated" in message("generate", "x", "-a", "team/secret")
-    assert "adapter_config.json" in message("generate", "x", "-a", "team/tiny")
-    assert "`team/nothing` cannot be loaded" in with_data("task.data.hub=team/nothing")
-    assert "`team/facts-data` cannot be loaded" in with_data(
-        "task.data.hub=team/facts-data", "task.data.revision=v9"
-    )
-    assert "has no split `dev`; known: test, train, validation" in with_data(
-        "task.data.hub=team/facts-data", "task.data.splits.validation=dev"
-    )
+    def with_data(*settings: str) -> list[str]:
+        pairs = [p for s in ("task.data.builtin=null", *settings) for p in ("--set", s)]
+        return ["train", "quickstart", *QUICK, *pairs]
+
+    expected = [
+        (with_model("team/nothing"), "`team/nothing`"),
+        (with_model("team/gated-base"), "gated"),
+        (with_model("team/pickled"), "only safetensors are read, never pickles"),
+        (with_adapter("team/nothing"), "no such adapter: team/nothing is neither a folder here"),
+        (with_adapter("team/facts@v9"), "team/facts has no revision `v9`"),
+        (with_adapter("team/secret"), "team/secret is gated"),
+        (with_adapter("team/tiny"), "team/tiny is on the Hub but holds no adapter"),
+        (with_data("task.data.hub=team/nothing"), "`team/nothing` cannot be loaded"),
+        (
+            with_data("task.data.hub=team/facts-data", "task.data.revision=v9"),
+            "`team/facts-data` cannot be loaded",
+        ),
+        (
+            with_data("task.data.hub=team/facts-data", "task.data.splits.validation=dev"),
+            "has no split `dev`; known: test, train, validation",
+        ),
+    ]
+    messages = client.refusals(*(command for command, _ in expected))
+    for message, (command, said) in zip(messages, expected, strict=True):
+        assert said in message, command
 
 
 def test_no_hub_and_an_empty_cache(server, tmp_path: Path) -> None:
     nowhere = Client("http://127.0.0.1:9", tmp_path / "cache", tmp_path)
-    down = nowhere("generate", "x", "--model", "team/tiny", code=2).stderr
-    assert "cannot load the base model `team/tiny`" in down
-    down = nowhere("generate", "x", "-a", "team/facts", code=2).stderr
-    assert "nor in the Hub's cache, and the Hub cannot be reached" in down
+    model, adapter = nowhere.refusals(
+        ["generate", "x", "--model", "team/tiny"], ["generate", "x", "-a", "team/facts"]
+    )
+    assert "cannot load the base model `team/tiny`" in model
+    assert "nor in the Hub's cache, and the Hub cannot be reached" in adapter
 
 
 def test_stand_in_knows_commits(server: HubServer, monkeypatch) -> None:

@@ -59,4 +59,6 @@ def fetch_adapter(hub_id: str) -> Path:
     except (HfHubHTTPError, OSError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise AdapterError(f"cannot fetch {hub_id} from the Hub: {first_line}") from error
+    if not (Path(folder) / CONFIG).is_file():
+        raise AdapterError(f"{hub_id} is on the Hub but holds no adapter ({CONFIG} is missing)")
     return Path(folder)
