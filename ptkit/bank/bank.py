@@ -10,9 +10,10 @@ from typing import Any, Literal
 from ptkit.bank.ensemble import AveragedLogProbabilities, EnsembleBy, label_votes, vote
 from ptkit.bank.lora_rows import LoraRows
 from ptkit.bank.slots import SlotTable
-from ptkit.bank.source import locate, name_of, read_checked, require_files, stamp
+from ptkit.bank.source import locate, name_of, read_checked, require_files
 from ptkit.bank.store import AdapterStatus, BankCounts, PrefixStore
 from ptkit.errors import AdapterError
+from ptkit.formats.adapter_files import adapter_folders
 from ptkit.methods import Adapter, compile_files
 from ptkit.prefix import KVPrefix, PrefixBatch
 from ptkit.runtime.base_model import Base
@@ -89,10 +90,7 @@ class AdapterBank:
 
     def register_all(self, folder: Path) -> list[str]:
         """Register every adapter folder directly below `folder`, by its own name, sorted."""
-        if not folder.is_dir():
-            raise AdapterError(f"no such folder of adapters: {folder}")
-        found = sorted(p for p in folder.iterdir() if stamp(p)[1] is not None)
-        return [self.register(path, path.name) for path in found]
+        return [self.register(path, path.name) for path in adapter_folders(folder)]
 
     def load(self, source: str | Path, name: str | None = None) -> str:
         """Read the adapter `source` now and keep it as `name`, in place of what had that name.
@@ -212,12 +210,18 @@ class AdapterBank:
         if not texts:
             return []
         prompts = self.base.tokenizer(list(texts))["input_ids"]
+        answers = self.generate_ids(prompts, names, **options)
+        return self.base.tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+    def generate_ids(
+        self, prompts: list[list[int]], names: Sequence[RowNames], **options: Any
+    ) -> list[list[int]]:
+        """`generate` from token ids to token ids, without the end-of-text token."""
         with self.weights(names):
-            answers = generate(
+            return generate(
                 self.base.model, prompts, self.rows(names),
                 pad_token_id=self.base.pad_token_id, **options,
             )  # fmt: skip
-        return self.base.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
     def ensemble(
         self,

@@ -127,12 +127,9 @@ class Conversation:
         before = self.exchanges[:-1] if instead else self.exchanges
         prompts = [self._prompt(text, before) for text in texts]
         bank, base = self.bank, self.bank.base
-        batch = bank.rows(adapters)
-        options = self._within_room(options, batch.longest, max(map(len, prompts)))
-        with bank.weights(adapters):
-            answers = generate(
-                base.model, prompts, batch, pad_token_id=base.pad_token_id, **options
-            )
+        longest = bank.rows(adapters).longest
+        options = self._within_room(options, longest, max(map(len, prompts)))
+        answers = bank.generate_ids(prompts, adapters, **options)
         return base.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
     def _within_room(self, options: dict[str, Any], virtual: int, read: int) -> dict[str, Any]:

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import CONFIG, WEIGHTS, read_config, read_dtypes, read_info
+from ptkit.formats.adapter_files import (
+    WEIGHTS,
+    adapter_folders,
+    base_id,
+    read_config,
+    read_dtypes,
+    read_info,
+)
 
 
 @dataclass(frozen=True)
@@ -29,14 +36,14 @@ class Listed:
 
 def list_adapters(folder: Path) -> list[Listed]:
     """Every adapter folder directly below `folder`, by name; bad ones with their fault."""
-    return [_listed(path) for path in sorted(folder.iterdir()) if (path / CONFIG).is_file()]
+    return [_listed(path) for path in adapter_folders(folder)]
 
 
 def _listed(path: Path) -> Listed:
     try:
         config, info = read_config(path), read_info(path)
         method = str(config["peft_type"]).lower()
-        base = info.get("base", {}).get("id") or config.get("base_model_name_or_path")
+        base = base_id(config, info)
         tokens = config.get("num_virtual_tokens")
         dtypes = tuple(sorted(read_dtypes(path)))
         size = (path / WEIGHTS).stat().st_size

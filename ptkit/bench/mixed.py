@@ -12,7 +12,13 @@ from peft import PeftModel
 
 from ptkit.bank import AdapterBank
 from ptkit.bench.result import BenchResult, Figure
-from ptkit.bench.subjects import ParityError, bench_base, random_prefixes, random_prompts
+from ptkit.bench.subjects import (
+    ParityError,
+    bench_base,
+    load_beside_peft,
+    random_prefixes,
+    random_prompts,
+)
 from ptkit.bench.timing import interleaved, ratio
 from ptkit.runtime.generation import generate
 
@@ -42,12 +48,7 @@ def bench_mixed(
     with tempfile.TemporaryDirectory() as scratch:
         paths = random_prefixes(base, Path(scratch), adapters, virtual_tokens)
         bank = AdapterBank(base, check_every=math.inf)  # the files go when all are loaded
-        peft: PeftModel = PeftModel.from_pretrained(base.model, paths[0], adapter_name="0")
-        for number, path in enumerate(paths):
-            bank.load(path, str(number))
-            if number:
-                peft.load_adapter(path, adapter_name=str(number))
-        peft.eval()
+        peft = load_beside_peft(bank, paths)
     names = bank.list()
 
     def with_ptkit() -> list[list[int]]:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from ptkit.bank import AdapterBank
 from ptkit.errors import PtkitError
 from ptkit.formats.adapter_files import AdapterFiles, write_adapter
 from ptkit.methods import Demonstrations
@@ -57,6 +59,16 @@ def random_prefixes(
         write_adapter(path, AdapterFiles(files.config, {"prompt_embeddings": flat}, info))
         paths.append(path)
     return paths
+
+
+def load_beside_peft(bank: AdapterBank, paths: list[Path]) -> PeftModel:
+    """Load the adapters in `paths` into `bank` and into a PeftModel of its base, as 0, 1, 2, ..."""
+    peft: PeftModel = PeftModel.from_pretrained(bank.base.model, paths[0], adapter_name="0")
+    for number, path in enumerate(paths):
+        bank.load(path, str(number))
+        if number:
+            peft.load_adapter(path, adapter_name=str(number))
+    return peft.eval()
 
 
 class ParityError(PtkitError):

@@ -12,7 +12,13 @@ from safetensors.torch import load_file
 
 from ptkit.bank import AdapterBank
 from ptkit.bench.result import BenchResult, Figure
-from ptkit.bench.subjects import ParityError, bench_base, random_prefixes, random_prompts
+from ptkit.bench.subjects import (
+    ParityError,
+    bench_base,
+    load_beside_peft,
+    random_prefixes,
+    random_prompts,
+)
 from ptkit.bench.timing import interleaved, ratio
 from ptkit.formats.adapter_files import WEIGHTS
 from ptkit.runtime.forward import all_logits
@@ -28,12 +34,7 @@ def bench_swap(model: str, *, virtual_tokens: int = 10, rounds: int = 200) -> Be
     with tempfile.TemporaryDirectory() as scratch:
         paths = random_prefixes(base, Path(scratch), 16, virtual_tokens)
         bank = AdapterBank(base)
-        peft: PeftModel = PeftModel.from_pretrained(base.model, paths[0], adapter_name="0")
-        for number, path in enumerate(paths):
-            bank.load(path, str(number))
-            if number:
-                peft.load_adapter(path, adapter_name=str(number))
-        peft.eval()
+        peft = load_beside_peft(bank, paths)
         difference = _parity(bank, peft)
         ours, theirs, files = (cycle(range(len(paths))) for _ in range(3))
 

@@ -28,7 +28,8 @@ def ls(folder: FolderArgument, json_output: JsonOutput = False) -> None:
     """List the adapters: method, base, virtual tokens, size; reads no weights, loads no model."""
     from ptkit.bank.listing import Listed, list_adapters
 
-    found = list_adapters(_existing(folder))
+    _adapters(folder)
+    found = list_adapters(folder)
     if json_output:
         for listed in found:
             typer.echo(json.dumps({**asdict(listed), "path": str(listed.path)}))
@@ -61,12 +62,12 @@ def load(
     from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
 
-    _existing(folder)
+    paths = _adapters(folder)
     base = load_base(ModelSection(id=model))
     base.fingerprint, base.layout  # noqa: B018  (of the base, not of loading adapters)
     bank = AdapterBank(base, budget=limit)
     started = time.perf_counter()
-    for path in _adapters(folder):
+    for path in paths:
         bank.load(path)
     seconds = time.perf_counter() - started
     statuses = [bank.status(name) for name in bank.list()]
@@ -104,10 +105,10 @@ def verify(
     from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
 
-    _existing(folder)
+    paths = _adapters(folder)
     bank = AdapterBank(load_base(ModelSection(id=model)))
     refused = 0
-    for path in _adapters(folder):
+    for path in paths:
         fault = None
         try:
             bank.unload(bank.load(path))
@@ -123,18 +124,14 @@ def verify(
         raise UserError(f"{refused} of the adapters in {folder} cannot be used with {model}")
 
 
-def _existing(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise UserError(f"no such folder of adapters: {folder}")
-    if not _adapters(folder):
-        raise UserError(f"{folder} holds no adapters (folders with an adapter_config.json)")
-    return folder
-
-
 def _adapters(folder: Path) -> list[Path]:
-    from ptkit.formats.adapter_files import CONFIG
+    """The adapter folders below `folder`. Raises UserError when there are none."""
+    from ptkit.formats.adapter_files import CONFIG, adapter_folders
 
-    return sorted(path for path in folder.iterdir() if (path / CONFIG).is_file())
+    found = adapter_folders(folder)
+    if not found:
+        raise UserError(f"{folder} holds no adapters (folders with an {CONFIG})")
+    return found
 
 
 def _bytes(text: str) -> int:

@@ -50,8 +50,10 @@ def chat(
     What was said stays in memory as keys and values, so a turn reads its own tokens only. Lines
     on standard input are answered one by one, without prompts, and a wrong one ends the command.
     """
-    if adapters is not None and not adapters.is_dir():
-        raise UserError(f"no such folder of adapters: {adapters}")
+    from ptkit.formats.adapter_files import adapter_folders
+
+    if adapters is not None:
+        adapter_folders(adapters)  # refuses a missing one before a model loads
 
     import torch
 

@@ -32,8 +32,7 @@ def inspect(
 
     path = find_adapter(adapter)
     files = read_adapter(path)
-    named = files.info.get("base", {}).get("id") or files.config.get("base_model_name_or_path")
-    base = load_base(ModelSection(id=model or str(named)))
+    base = load_base(ModelSection(id=model or str(files.base_id)))
     anatomy = dissect(path, base, words=words)
     if json_output:
         typer.echo(json.dumps(_as_dict(anatomy), ensure_ascii=False))
@@ -44,8 +43,7 @@ def inspect(
 def _as_dict(anatomy: Anatomy) -> dict[str, object]:
     return {
         "peft_type": anatomy.files.peft_type,
-        "base": anatomy.files.info.get("base")
-        or {"id": anatomy.files.config.get("base_model_name_or_path")},
+        "base": anatomy.files.info.get("base") or {"id": anatomy.files.base_id},
         "parameters": anatomy.parameters,
         "share": anatomy.share,
         "bytes": anatomy.bytes,
@@ -67,8 +65,7 @@ def _show(anatomy: Anatomy, path: Path) -> None:
     console.print(f"[bold]{path}[/]  {files.peft_type}", highlight=False)
     base = info.get("base", {})
     console.print(
-        f"base {base.get('id') or files.config.get('base_model_name_or_path')}"
-        + (f" ({base['fingerprint']})" if base.get("fingerprint") else ""),
+        f"base {files.base_id}" + (f" ({base['fingerprint']})" if base.get("fingerprint") else ""),
         highlight=False,
     )
     console.print(

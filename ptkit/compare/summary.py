@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from ptkit.compare.statistics import Difference, holm, paired_difference
-from ptkit.evaluate.metrics import Metric, Statistics, metric
+from ptkit.evaluate.metrics import Statistics, metric
+from ptkit.evaluate.predict import Prediction, statistics_of
 from ptkit.evaluate.statistics import Interval, bootstrap_interval, seeds_interval
 from ptkit.recipe.schema import Recipe
 from ptkit.train.record import CellRecord
-
-Prediction = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class MethodSummary:
     drift: Interval | None
     domains: dict[str, Interval]
     off_exact: bool | None
-    samples: tuple[Prediction, ...]
+    samples: tuple[dict[str, Any], ...]
     against: Difference | None = None
 
     @property
@@ -89,7 +88,7 @@ def best_of(summaries: Sequence[MethodSummary]) -> MethodSummary:
     return max(summaries, key=lambda s: sign * s.leading.mean)
 
 
-def read_predictions(folder: Path, record: CellRecord) -> list[Prediction]:
+def read_predictions(folder: Path, record: CellRecord) -> list[dict[str, Any]]:
     """The rows of a cell's `predictions.jsonl`."""
     path = folder / "cells" / record.cell / "predictions.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -144,12 +143,13 @@ def _summary(
 ) -> tuple[MethodSummary, list[Statistics]]:
     """The summary of a method's records, and the leading metric's statistics per seed."""
     first = own[0]
-    predictions = [read_predictions(folder, record) for record in own]
+    read = [read_predictions(folder, record) for record in own]
+    predictions = [[Prediction(**row) for row in rows] for rows in read]
     metrics: dict[str, Interval] = {}
     leading: list[Statistics] = []
     for name in recipe.task.metrics:
         measure = metric(name)
-        per_seed = [_statistics(measure, rows) for rows in predictions]
+        per_seed = [statistics_of(measure, rows) for rows in predictions]
         metrics[name] = bootstrap_interval(
             measure, per_seed, resamples=recipe.evaluate.bootstrap, seed=0
         )
@@ -187,13 +187,6 @@ def _summary(
         drift=over_seeds("drift"),
         domains=domains,
         off_exact=None if None in exact else all(exact),
-        samples=tuple(predictions[0]),
+        samples=tuple(read[0]),
     )
     return summary, leading
-
-
-def _statistics(measure: Metric, rows: list[Prediction]) -> Statistics:
-    return measure.statistics(
-        [r["prediction"] for r in rows], [r["references"] for r in rows],
-        [r["details"] for r in rows],
-    )  # fmt: skip

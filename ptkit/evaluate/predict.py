@@ -10,11 +10,11 @@ import torch
 
 from ptkit.data.encode import EncodedExample, encode_examples, label_token_ids
 from ptkit.data.task import Example
-from ptkit.evaluate.metrics import metric
+from ptkit.evaluate.metrics import Metric, Statistics, metric
 from ptkit.methods import Adapter
 from ptkit.prefix import KVPrefix, PrefixBatch
 from ptkit.recipe.schema import ClassificationTask, GenerationTask
-from ptkit.runtime.forward import IGNORED, pad_rows, supervised_logits, token_losses
+from ptkit.runtime.forward import collate, supervised_logits, token_losses
 from ptkit.runtime.generation import generate
 from ptkit.runtime.scoring import continuation_scores
 
@@ -86,6 +86,13 @@ def predict(
     ]
 
 
+def statistics_of(measure: Metric, rows: Sequence[Prediction]) -> Statistics:
+    """What `measure` makes of predictions, one row per example (see `Metric.statistics`)."""
+    return measure.statistics(
+        [r.prediction for r in rows], [r.references for r in rows], [r.details for r in rows]
+    )
+
+
 def require_room(
     adapter: Adapter,
     encoded: Sequence[EncodedExample],
@@ -144,17 +151,9 @@ def _target_nats(
 ) -> list[dict[str, Any]]:
     """Cross-entropy of every row's target after its input, in nats, and its tokens."""
     device = adapter.model.device
-    both = [[*row.input_ids, *row.target_ids] for row in rows]
-    ids, mask = pad_rows(both, adapter.base.pad_token_id, left=False)
-    labels = torch.full_like(ids, IGNORED)
-    for i, row in enumerate(rows):
-        start = len(row.input_ids)
-        labels[i, start : start + len(row.target_ids)] = torch.tensor(row.target_ids)
+    batch = {n: t.to(device) for n, t in collate(rows, adapter.base.pad_token_id).items()}
     adapter.model.eval()
-    logits, targets = supervised_logits(
-        adapter.model, ids.to(device), mask.to(device), labels.to(device),
-        _shared(prefix, len(rows)),
-    )  # fmt: skip
+    logits, targets = supervised_logits(adapter.model, **batch, batch=_shared(prefix, len(rows)))
     counts = [len(row.target_ids) for row in rows]
     losses = token_losses(logits, targets).double().split(counts)
     return [

@@ -54,14 +54,20 @@ class GeneralProbe:
     """General texts and what the base itself makes of them.
 
     windows, untouched: per domain, `[windows, tokens]` and the base's score
-    drift_windows: the first windows of all domains, as many as memory for logits allows
-    base_log_probs: the base's predictions on them, `[windows * (tokens - 1), vocabulary]`
+    kept: of how many windows per domain the base's predictions are kept, to measure drift
+    against: as many as memory for logits allows
+    base_log_probs: per domain, `[kept windows * (tokens - 1), vocabulary]`
     """
 
     windows: Mapping[str, Tensor]
     untouched: Mapping[str, LanguageModelling]
-    drift_windows: Tensor
-    base_log_probs: Tensor
+    kept: int
+    base_log_probs: Mapping[str, Tensor]
+
+    @property
+    def drift_windows(self) -> Tensor:
+        """The windows drift is measured on, of all domains."""
+        return torch.cat([windows[: self.kept] for windows in self.windows.values()])
 
 
 @dataclass(frozen=True)
@@ -116,15 +122,18 @@ def probe_base(base: Base, texts: Mapping[str, str], max_tokens: int) -> General
     Raises DataError for a text that does not fill one window.
     """
     windows = {name: text_windows(base, name, text, max_tokens) for name, text in texts.items()}
-    untouched = {name: language_modelling(base.model, w, None) for name, w in windows.items()}
     vocabulary = base.model.get_output_embeddings().weight.shape[0]
     width = next(iter(windows.values())).shape[1]
     total = max(1, MAX_LOGITS // (vocabulary * width))
     # Evenly from all domains, at least one window each.
     each = max(1, total // len(windows))
-    drift_windows = torch.cat([w[:each] for w in windows.values()])
-    log_probs = _log_probs(base.model, drift_windows, None)
-    return GeneralProbe(windows, untouched, drift_windows, log_probs)
+    read = {name: language_modelling(base.model, w, None, each) for name, w in windows.items()}
+    return GeneralProbe(
+        windows,
+        {name: result for name, (result, _) in read.items()},
+        each,
+        {name: log_probs for name, (_, log_probs) in read.items()},
+    )
 
 
 def text_windows(base: Base, name: str, text: str, max_tokens: int) -> Tensor:
@@ -141,20 +150,28 @@ def text_windows(base: Base, name: str, text: str, max_tokens: int) -> Tensor:
 
 @torch.no_grad()
 def language_modelling(
-    model: PreTrainedModel, windows: Tensor, prefix: KVPrefix | None
-) -> LanguageModelling:
-    """Score `model` (with `prefix` before every window) on `windows` `[windows, tokens]`."""
+    model: PreTrainedModel, windows: Tensor, prefix: KVPrefix | None, keep: int
+) -> tuple[LanguageModelling, Tensor]:
+    """Score `model` (with `prefix` before every window) on `windows` `[windows, tokens]`.
+
+    Returns the score, and the log-probabilities at all predicted tokens of the first `keep`
+    windows, `[n, vocabulary]`, float32.
+    """
     model.eval()
     vocabulary = model.get_output_embeddings().weight.shape[0]
     rows = max(1, MAX_LOGITS // (vocabulary * windows.shape[1]))
+    wanted = min(keep, len(windows)) * (windows.shape[1] - 1)
     nats, right, tokens = 0.0, 0, 0
+    kept: list[Tensor] = []
     for part in windows.to(model.device).split(rows):
         batch = None if prefix is None else PrefixBatch.shared(prefix, len(part))
         logits, targets = supervised_logits(model, part, torch.ones_like(part), part, batch)
         nats += float(token_losses(logits, targets).sum(dtype=torch.float64))
         right += int((logits.argmax(-1) == targets).sum())
+        if tokens < wanted:  # so far every token read was kept
+            kept.append(logits[: wanted - tokens].float().log_softmax(-1))
         tokens += len(targets)
-    return LanguageModelling(nats / tokens, right / tokens, tokens)
+    return LanguageModelling(nats / tokens, right / tokens, tokens), torch.cat(kept)
 
 
 def measure_retention(adapter: Adapter, probe: GeneralProbe) -> Retention:
@@ -163,30 +180,25 @@ def measure_retention(adapter: Adapter, probe: GeneralProbe) -> Retention:
     Raises ModelError when a window does not fit beside the virtual tokens.
     """
     adapter.base.require_positions(
-        adapter.virtual_tokens, probe.drift_windows.shape[1], f"`{adapter.section.title}`"
+        adapter.virtual_tokens,
+        next(iter(probe.windows.values())).shape[1],
+        f"`{adapter.section.title}`",
     )
     compiled = adapter.prefix()
     prefix = None if compiled is None else compiled.detach()
-    after = {n: language_modelling(adapter.model, w, prefix) for n, w in probe.windows.items()}
-    log_probs = _log_probs(adapter.model, probe.drift_windows, prefix)
-    # Both sides are log-probabilities: `input` is the adapter, `target` the base.
-    drift = torch.nn.functional.kl_div(
-        log_probs, probe.base_log_probs, reduction="batchmean", log_target=True
-    )
+    after = {}
+    divergence, tokens = 0.0, 0
+    for name, windows in probe.windows.items():
+        after[name], log_probs = language_modelling(adapter.model, windows, prefix, probe.kept)
+        # Both sides are log-probabilities: `input` is the adapter, `target` the base.
+        divergence += float(
+            torch.nn.functional.kl_div(
+                log_probs, probe.base_log_probs[name], reduction="sum", log_target=True
+            )
+        )
+        tokens += len(log_probs)
     # Rounding may leave a hair below zero where nothing changed.
-    return Retention(probe.untouched, after, max(0.0, float(drift)), len(log_probs))
-
-
-@torch.no_grad()
-def _log_probs(model: PreTrainedModel, windows: Tensor, prefix: KVPrefix | None) -> Tensor:
-    """Log-probabilities at all predicted tokens of `windows`, `[n, vocabulary]`, float32."""
-    model.eval()
-    parts = []
-    for window in windows.to(model.device).split(4):
-        batch = None if prefix is None else PrefixBatch.shared(prefix, len(window))
-        logits, _ = supervised_logits(model, window, torch.ones_like(window), window, batch)
-        parts.append(logits.float().log_softmax(-1))
-    return torch.cat(parts)
+    return Retention(probe.untouched, after, max(0.0, divergence / tokens), tokens)
 
 
 def off_probe(model: PreTrainedModel, input_ids: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptkit.data.templates import Template
 from ptkit.errors import AdapterError
-from ptkit.evaluate.predict import Prediction, predict
+from ptkit.evaluate.predict import Prediction, predict, statistics_of
 from ptkit.evaluate.retention import Retention, measure_retention
 from ptkit.formats.adapter_files import CONFIG, INFO
 from ptkit.formats.hub import fetch_adapter, is_hub_id
@@ -98,10 +98,7 @@ def evaluate_saved(experiment: Experiment, path: Path | None) -> Evaluation:
     scored: dict[str, Interval] = {}
     for name in recipe.task.metrics:
         measure = metric(name)
-        statistics = measure.statistics(
-            [r.prediction for r in rows], [r.references for r in rows], [r.details for r in rows]
-        )
         scored[name] = bootstrap_interval(
-            measure, [statistics], resamples=recipe.evaluate.bootstrap, seed=0
+            measure, [statistics_of(measure, rows)], resamples=recipe.evaluate.bootstrap, seed=0
         )
     return Evaluation(str(path) if path else "base", scored, rows, retention)

@@ -48,12 +48,24 @@ class AdapterFiles:
         """PEFT's name of the method, `PREFIX_TUNING` for example."""
         return str(self.config.get("peft_type"))
 
+    @property
+    def base_id(self) -> str | None:
+        """Id of the base model the adapter names."""
+        return base_id(self.config, self.info)
+
     def to(self, dtype: torch.dtype) -> AdapterFiles:
         """The same adapter with floating tensors in `dtype`."""
         tensors = {
             name: t.to(dtype) if t.is_floating_point() else t for name, t in self.tensors.items()
         }
         return AdapterFiles(self.config, tensors, self.info)
+
+
+def adapter_folders(folder: Path) -> list[Path]:
+    """The adapter folders directly below `folder`, by name. Raises AdapterError without it."""
+    if not folder.is_dir():
+        raise AdapterError(f"no such folder of adapters: {folder}")
+    return sorted(path for path in folder.iterdir() if (path / CONFIG).is_file())
 
 
 def write_adapter(path: Path, files: AdapterFiles, *, replace: bool = False) -> None:
@@ -92,6 +104,11 @@ def read_config(path: Path) -> dict[str, Any]:
 def read_info(path: Path) -> dict[str, Any]:
     """ptkit's own record in the folder `path`; empty where there is none."""
     return _read_json(path / INFO) or {}
+
+
+def base_id(config: dict[str, Any], info: dict[str, Any]) -> str | None:
+    """Id of the base model an adapter names: in ptkit's record, else in PEFT's settings."""
+    return info.get("base", {}).get("id") or config.get("base_model_name_or_path")
 
 
 def read_dtypes(path: Path) -> set[str]:

@@ -192,7 +192,7 @@ def require_same_base(files: AdapterFiles, base: Base, where: str) -> None:
     the base is all there is (its last part is compared: `gpt2` is `openai-community/gpt2`).
     """
     made_for = files.info.get("base", {})
-    name = made_for.get("id") or files.config.get("base_model_name_or_path")
+    name = files.base_id
     if made_for.get("fingerprint"):
         same = made_for["fingerprint"] == base.fingerprint
         detail = f" (weights {made_for['fingerprint']}, here {base.fingerprint})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptkit.data.encode import EncodedExample
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.attention import prefix_attention, prefix_removed, prefixed_positions
 
@@ -101,3 +102,18 @@ def pad_rows(rows: list[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor,
         ids[i, at] = torch.tensor(row, dtype=torch.long)
         mask[i, at] = 1
     return ids, mask
+
+
+def collate(rows: Sequence[EncodedExample], pad_token_id: int) -> dict[str, Tensor]:
+    """Right-padded `input_ids`, `attention_mask` and `labels`, each `[rows, longest]`."""
+    longest = max(map(len, rows))
+    shape = (len(rows), longest)
+    ids = torch.full(shape, pad_token_id, dtype=torch.long)
+    mask = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORED, dtype=torch.long)
+    for i, row in enumerate(rows):
+        tokens = torch.tensor(row.input_ids + row.target_ids)
+        ids[i, : len(row)] = tokens
+        mask[i, : len(row)] = 1
+        labels[i, len(row.input_ids) : len(row)] = tokens[len(row.input_ids) :]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}

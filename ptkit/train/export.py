@@ -35,9 +35,8 @@ def export_run(
     """
     trained = read_adapter(find_adapter(run))
     if base is None:
-        made_for = trained.info.get("base", {})
-        name = made_for.get("id") or trained.config.get("base_model_name_or_path")
-        base = load_base(ModelSection(id=str(name), revision=made_for.get("revision")))
+        revision = trained.info.get("base", {}).get("revision")
+        base = load_base(ModelSection(id=str(trained.base_id), revision=revision))
     require_same_base(trained, base, str(run))
     files = trained.to(getattr(torch, dtype))
     write_adapter(out, files, replace=replace)

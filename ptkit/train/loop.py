@@ -25,9 +25,10 @@ from torch import Tensor
 from ptkit.data.encode import EncodedExample
 from ptkit.errors import UserError
 from ptkit.runtime.attention import prefix_attention
+from ptkit.runtime.forward import collate
 from ptkit.train.checkpoint import Progress
 from ptkit.train.memory import PeakMemory
-from ptkit.train.objective import Objective, collate
+from ptkit.train.objective import Objective
 from ptkit.train.trainee import Job, Trainee
 
 #: Settings that belong to the step, so that jobs of one loop must agree on them.

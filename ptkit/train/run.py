@@ -29,7 +29,7 @@ from accelerate.utils import set_seed
 from ptkit.errors import UserError
 from ptkit.evaluate.latency import measure_latency
 from ptkit.evaluate.metrics import metric
-from ptkit.evaluate.predict import Prediction, predict, require_room
+from ptkit.evaluate.predict import Prediction, predict, require_room, statistics_of
 from ptkit.evaluate.retention import measure_retention, off_probe
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import WEIGHTS, AdapterFiles, read_adapter, write_adapter
@@ -323,11 +323,8 @@ def _measure(
 
 def score(predictions: Sequence[Prediction], metrics: Sequence[str]) -> dict[str, float]:
     """Corpus value of each metric on `predictions`."""
-    texts = [p.prediction for p in predictions]
-    references = [p.references for p in predictions]
-    details = [p.details for p in predictions]
     measured = ((name, metric(name)) for name in metrics)
-    return {name: m.score(m.statistics(texts, references, details)) for name, m in measured}
+    return {name: m.score(statistics_of(m, predictions)) for name, m in measured}
 
 
 def _off_exact(experiment: Experiment, adapter: Adapter) -> bool | None:
