@@ -9,15 +9,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ptkit.api import Comparison, LoadedAdapter, Run, compare, load_adapter, train
     from ptkit.bank import AdapterBank, Conversation
+    from ptkit.hub.export import export_run
+    from ptkit.hub.transfer import pull, push
+    from ptkit.hub.verify import verify
     from ptkit.prefix import KVPrefix
     from ptkit.recipe import load_recipe
     from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
 
-__all__ = ["AdapterBank", "Conversation", "KVPrefix", "ModelSection", "load_base", "load_recipe"]
+__all__ = [
+    "AdapterBank",
+    "Comparison",
+    "Conversation",
+    "KVPrefix",
+    "LoadedAdapter",
+    "ModelSection",
+    "Run",
+    "compare",
+    "export_run",
+    "load_adapter",
+    "load_base",
+    "load_recipe",
+    "pull",
+    "push",
+    "train",
+    "verify",
+]
 
 _HOMES = {
+    "Comparison": "ptkit.api",
+    "LoadedAdapter": "ptkit.api",
+    "Run": "ptkit.api",
+    "compare": "ptkit.api",
+    "load_adapter": "ptkit.api",
+    "train": "ptkit.api",
+    "export_run": "ptkit.hub.export",
+    "pull": "ptkit.hub.transfer",
+    "push": "ptkit.hub.transfer",
+    "verify": "ptkit.hub.verify",
     "AdapterBank": "ptkit.bank",
     "Conversation": "ptkit.bank",
     "KVPrefix": "ptkit.prefix",

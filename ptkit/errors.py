@@ -1,6 +1,7 @@
 """The errors ptkit raises, and the exit code each one gives the command line.
 
     PtkitError                exit 1   something failed that the user did not cause
+    ├── HubError                       the Hub, or the way to it, failed
     └── UserError             exit 2   the request cannot be carried out as written
         ├── RecipeError                a recipe is malformed; lists every fault with its line
         ├── DataError                  a dataset, column, template or label does not fit
@@ -20,6 +21,10 @@ class PtkitError(Exception):
     """Base of every error ptkit raises on purpose."""
 
     exit_code = 1
+
+
+class HubError(PtkitError):
+    """The Hub, or the way to it, failed; the same request may succeed later."""
 
 
 class UserError(PtkitError):

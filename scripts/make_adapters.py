@@ -34,7 +34,8 @@ def main() -> None:
     for name, (recipe, method) in ADAPTERS.items():
         run, out = runs / name, ROOT / "adapters" / name
         ptkit("train", recipe, "--method", method, "--seed", "0", "--out", str(run))
-        ptkit("export", str(run), "--out", str(out), "--dtype", "bfloat16", "--force")
+        card = ("--license", "apache-2.0", "--language", "en")
+        ptkit("export", str(run), "--out", str(out), "--dtype", "bfloat16", "--force", *card)
 
 
 if __name__ == "__main__":

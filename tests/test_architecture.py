@@ -17,10 +17,11 @@ PACKAGE = Path(ptkit.__file__).parent
 #: Upper layers first; a module may import from its own layer and from those below.
 LAYERS = [
     {"cli"},
-    {"bench"},
-    {"compare"},
-    {"train"},
-    {"evaluate"},
+    {"api"},
+    {"bench", "hub"},
+    {"comparison"},
+    {"training"},
+    {"evaluation"},
     {"bank"},
     {"methods"},
     {"runtime"},

@@ -15,19 +15,19 @@ from conftest import random_base
 from rich.console import Console
 
 from ptkit.bank import AdapterBank
-from ptkit.compare.grid import cells, run_grid
-from ptkit.compare.outputs import write_outputs
-from ptkit.compare.table import markdown_table, summary_table
+from ptkit.comparison.grid import cells, run_grid
+from ptkit.comparison.outputs import write_outputs
+from ptkit.comparison.table import markdown_table, summary_table
 from ptkit.errors import AdapterError, ModelError, UserError
-from ptkit.evaluate.retention import measure_retention, probe_base
-from ptkit.evaluate.saved import evaluate_saved
+from ptkit.evaluation.retention import measure_retention, probe_base
+from ptkit.evaluation.saved import evaluate_saved
 from ptkit.formats.adapter_files import read_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
 from ptkit.recipe import load_recipe
-from ptkit.train.experiment import prepare
-from ptkit.train.export import export_run
-from ptkit.train.run import Cell, Observer, run_cells
-from ptkit.train.trainee import StepReport
+from ptkit.training.experiment import prepare
+from ptkit.training.export import export_run
+from ptkit.training.run import Cell, Observer, run_cells
+from ptkit.training.trainee import StepReport
 
 RECIPE = """
 name: small
@@ -140,8 +140,8 @@ def test_finished_cells_are_not_run_again(comparison, monkeypatch) -> None:
     def fails(*args, **kwargs):
         raise AssertionError("a finished cell was trained again")
 
-    monkeypatch.setattr("ptkit.train.run.fit", fails)
-    monkeypatch.setattr("ptkit.train.run.predict", fails)
+    monkeypatch.setattr("ptkit.training.run.fit", fails)
+    monkeypatch.setattr("ptkit.training.run.predict", fails)
     assert run_grid(loaded, out, base=random_base("llama")) == records
 
 

@@ -14,10 +14,10 @@ import pytest
 from conftest import random_base
 from test_compare import recipe_file as recipe_file
 
-from ptkit.compare.grid import run_grid
+from ptkit.comparison.grid import run_grid
 from ptkit.recipe import load_recipe
-from ptkit.train.record import CellRecord
-from ptkit.train.run import Observer
+from ptkit.training.record import CellRecord
+from ptkit.training.run import Observer
 
 # A grid small enough to be killed at every file it writes.
 SMALL = "methods=[{kind: base}, {kind: prefix_tuning, num_virtual_tokens: 4}]"
@@ -125,7 +125,7 @@ def test_cells_of_a_lost_node_run_on_another(
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    from ptkit.compare.on_ray import run_on_ray
+    from ptkit.comparison.on_ray import run_on_ray
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))

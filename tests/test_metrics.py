@@ -15,8 +15,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score
 
 from ptkit.errors import UserError
-from ptkit.evaluate.metrics import METRICS, metric
-from ptkit.evaluate.statistics import bootstrap_interval, seeds_interval
+from ptkit.evaluation.metrics import METRICS, metric
+from ptkit.evaluation.statistics import bootstrap_interval, seeds_interval
 
 WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", ".", "red"]
 TEXT = st.lists(st.sampled_from(WORDS), max_size=8).map(" ".join)
@@ -201,7 +201,7 @@ def test_own_metric_is_the_mean_of_its_values(tmp_path: Path, monkeypatch) -> No
 
 def test_perplexity_is_exp_of_transformers_own_loss(base) -> None:
     from ptkit.data.task import Example
-    from ptkit.evaluate.predict import predict
+    from ptkit.evaluation.predict import predict
     from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
     from ptkit.recipe.schema import GenerationTask
 

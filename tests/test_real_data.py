@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ptkit.compare.grid import run_grid
+from ptkit.comparison.grid import run_grid
 from ptkit.recipe import load_recipe
 
 RECIPE = Path(__file__).parent / "recipes" / "e2e.yaml"

@@ -17,11 +17,11 @@ import sacrebleu
 from markupsafe import escape
 from rich.console import Console
 
-from ptkit.compare.outputs import write_outputs
-from ptkit.compare.summary import MethodSummary
-from ptkit.compare.table import markdown_table, summary_table
+from ptkit.comparison.outputs import write_outputs
+from ptkit.comparison.summary import MethodSummary
+from ptkit.comparison.table import markdown_table, summary_table
 from ptkit.recipe import load_recipe
-from ptkit.train.record import CellRecord
+from ptkit.training.record import CellRecord
 
 #: title, kind, trained parameters, how many of ten words it gets right, forgetting
 METHODS = [

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ptkit.compare.statistics import holm, paired_difference
-from ptkit.evaluate.metrics import Statistics, metric
-from ptkit.evaluate.statistics import bootstrap_interval
+from ptkit.comparison.statistics import holm, paired_difference
+from ptkit.evaluation.metrics import Statistics, metric
+from ptkit.evaluation.statistics import bootstrap_interval
 
 EXACT = metric("exact_match")
 ROWS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40)

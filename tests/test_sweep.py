@@ -10,15 +10,15 @@ from conftest import random_base
 from test_cli import ptkit
 from test_compare import recipe_file as recipe_file
 
-from ptkit.compare.grid import cells, plan, run_grid
-from ptkit.compare.merge import merge, read_comparison
-from ptkit.compare.outputs import write_outputs
-from ptkit.compare.search import _optuna, _random
+from ptkit.comparison.grid import cells, plan, run_grid
+from ptkit.comparison.merge import merge, read_comparison
+from ptkit.comparison.outputs import write_outputs
+from ptkit.comparison.search import _optuna, _random
 from ptkit.errors import RecipeError, UserError
 from ptkit.recipe import load_recipe
 from ptkit.recipe.expansion import expand, values_of
 from ptkit.recipe.schema import Range
-from ptkit.train.run import Observer
+from ptkit.training.run import Observer
 
 PREFIX = "methods=[{kind: base}, {kind: prefix_tuning, num_virtual_tokens: 4}]"
 
@@ -120,7 +120,7 @@ def test_summaries_keep_values_apart_and_compare_like_with_like(swept) -> None:
 
 
 def test_draws_differ_by_seed_and_repeat(recipe_file: Path) -> None:
-    from ptkit.train.experiment import prepare
+    from ptkit.training.experiment import prepare
 
     loaded = load_recipe(recipe_file, ["task.data.limits.train=6", "task.data.draw=seed"])
     first, again = (prepare(loaded, random_base("llama")) for _ in range(2))
@@ -178,7 +178,7 @@ def test_search_keeps_the_lowest_validation_loss_and_its_trials(
 
 def test_samplers_suggest_within_the_space_and_repeat() -> None:
     pytest.importorskip("optuna")
-    from ptkit.compare.search import Trial
+    from ptkit.comparison.search import Trial
 
     space = {"learning_rate": Range(low=1e-3, high=1.0, log=True), "num_virtual_tokens": [1, 5]}
     for sampler in (_random, _optuna):

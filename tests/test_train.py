@@ -13,8 +13,8 @@ from ptkit.errors import AdapterError, PtkitError
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, adapter_from_files, require_same_base
 from ptkit.recipe.schema import TrainSection
-from ptkit.train.loop import fit as fit_jobs
-from ptkit.train.trainee import Job, StepReport
+from ptkit.training.loop import fit as fit_jobs
+from ptkit.training.trainee import Job, StepReport
 
 TRAINED = {
     "prefix_tuning": {"num_virtual_tokens": 4},
@@ -97,7 +97,7 @@ def test_killed_run_resumes_to_the_same_weights_bit_for_bit(name: str, tmp_path:
 
 
 def test_interrupted_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch) -> None:
-    from ptkit.train import checkpoint
+    from ptkit.training import checkpoint
 
     assert train("prefix_tuning", tmp_path, kill_at=6) is None
     before = sorted(p.name for p in tmp_path.iterdir())

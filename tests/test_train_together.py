@@ -15,8 +15,8 @@ from ptkit.errors import UserError
 from ptkit.methods import Adapter
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base
-from ptkit.train.loop import fit
-from ptkit.train.trainee import Job, StepReport
+from ptkit.training.loop import fit
+from ptkit.training.trainee import Job, StepReport
 
 #: Different methods, lengths, learning rates, seeds, batch sizes, schedules and data.
 VARIED = [

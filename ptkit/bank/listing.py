@@ -7,12 +7,12 @@ from pathlib import Path
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import (
-    WEIGHTS,
     adapter_folders,
     base_id,
     read_config,
     read_dtypes,
     read_info,
+    weights_path,
 )
 
 
@@ -46,7 +46,7 @@ def _listed(path: Path) -> Listed:
         base = base_id(config, info)
         tokens = config.get("num_virtual_tokens")
         dtypes = tuple(sorted(read_dtypes(path)))
-        size = (path / WEIGHTS).stat().st_size
+        size = weights_path(path).stat().st_size
     except AdapterError as error:
         return Listed(path.name, path, "?", fault=str(error))
     return Listed(path.name, path, method, base, tokens, dtypes, size)

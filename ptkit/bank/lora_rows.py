@@ -17,12 +17,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft import inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.methods.lora import lora_config
 from ptkit.runtime.base_model import Base
 
 #: PEFT's word for a row without any adapter.
@@ -85,8 +86,8 @@ class LoraRows:
         Raises AdapterError for kinds of LoRA that PEFT cannot mix within a batch, and when the
         tensors do not fit the base; the base is then as it was.
         """
-        values = {k: v for k, v in files.config.items() if k in LoraConfig.__dataclass_fields__}
-        config = LoraConfig(**values | {"inference_mode": True, "base_model_name_or_path": None})
+        config = lora_config(files, self.base)
+        config.inference_mode = True
         if config.use_dora or config.modules_to_save or config.bias != "none":
             raise AdapterError(
                 f"`{name}` uses DoRA, trained biases or `modules_to_save`, which cannot differ "

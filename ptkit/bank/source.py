@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import CONFIG, INFO, WEIGHTS, AdapterFiles, read_adapter
+from ptkit.formats.adapter_files import (
+    CONFIG,
+    INFO,
+    INT8_WEIGHTS,
+    WEIGHTS,
+    AdapterFiles,
+    read_adapter,
+)
 from ptkit.formats.hub import fetch_adapter, is_hub_id
 from ptkit.methods import require_same_base
 from ptkit.runtime.base_model import Base
@@ -29,7 +36,7 @@ def locate(source: str | Path) -> Path:
 
 def stamp(path: Path) -> Stamp:
     """What a change of the adapter's files on disk would change: inode, size, time of writing."""
-    return tuple(_stamp_of(f"{path}/{file}") for file in (WEIGHTS, CONFIG, INFO))
+    return tuple(_stamp_of(f"{path}/{file}") for file in (WEIGHTS, INT8_WEIGHTS, CONFIG, INFO))
 
 
 def _stamp_of(file: str) -> tuple[int, int, int] | None:
@@ -61,9 +68,10 @@ def read_checked(path: Path, base: Base) -> Reading:
 
 def require_files(path: Path) -> None:
     """Raise AdapterError unless `path` looks like an adapter folder. Nothing is opened."""
-    weights, config, _ = stamp(path)
-    if weights is None or config is None:
-        missing = path if not path.is_dir() else path / (WEIGHTS if weights is None else CONFIG)
+    weights, int8, config, _ = stamp(path)
+    no_weights = weights is None and int8 is None
+    if no_weights or config is None:
+        missing = path if not path.is_dir() else path / (WEIGHTS if no_weights else CONFIG)
         raise AdapterError(f"{missing} is missing; an adapter folder holds {CONFIG} and {WEIGHTS}")
 
 

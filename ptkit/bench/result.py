@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from ptkit.train.run import hardware, versions
+from ptkit.training.provenance import hardware, versions
 
 Unit = Literal["x", "s", "ms", "us", "bytes", "%", ""]
 

@@ -16,9 +16,9 @@ from ptkit.methods import Demonstrations
 from ptkit.methods.prefix_tuning import PrefixTuning, PrefixTuningSection
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base
-from ptkit.train.loop import fit
-from ptkit.train.memory import PeakMemory
-from ptkit.train.trainee import Job
+from ptkit.training.loop import fit
+from ptkit.training.memory import PeakMemory
+from ptkit.training.trainee import Job
 
 
 def bench_together(

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ptkit.cli.options import JsonOutput, ModelOption
+from ptkit.cli import adapters
+from ptkit.cli.options import JsonOutput, ModelOption, OutputFormat, table
 from ptkit.errors import UserError
 
 app = typer.Typer(help="List, load and verify a folder of adapters.", no_args_is_help=True)
@@ -26,24 +27,8 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "
 @app.command()
 def ls(folder: FolderArgument, json_output: JsonOutput = False) -> None:
     """List the adapters: method, base, virtual tokens, size; reads no weights, loads no model."""
-    from ptkit.bank.listing import Listed, list_adapters
-
     _adapters(folder)
-    found = list_adapters(folder)
-    if json_output:
-        for listed in found:
-            typer.echo(json.dumps({**asdict(listed), "path": str(listed.path)}))
-        return
-
-    def row(a: Listed) -> list[str]:
-        tokens = "" if a.virtual_tokens is None else str(a.virtual_tokens)
-        return [a.name, a.method, a.base or "", tokens, ", ".join(a.dtypes), f"{a.bytes:,}",
-                a.fault or ""]  # fmt: skip
-
-    titles = ["adapter", "method", "base", "virtual tokens", "dtype", "bytes", "fault"]
-    _table(titles if any(a.fault for a in found) else titles[:-1], [row(a) for a in found])
-    total = sum(a.bytes for a in found)
-    typer.echo(f"{len(found)} adapters, {total / 1e6:,.2f} MB in {folder}")
+    adapters.ls(folder, OutputFormat.json if json_output else OutputFormat.human)
 
 
 @app.command()
@@ -80,7 +65,7 @@ def load(
         shown = [{**asdict(s), "path": str(s.path)} for s in statuses]
         typer.echo(json.dumps({**summary, "loaded": shown}))
         return
-    _table(
+    table(
         ["adapter", "method", "virtual tokens", "bytes", "where"],
         [[s.name, str(s.method), str(s.virtual_tokens), f"{s.nbytes or 0:,}", s.tier]
          for s in statuses],
@@ -140,14 +125,3 @@ def _bytes(text: str) -> int:
     if match is None:
         raise UserError(f"`{text}` is not a size in bytes; write 500MB, 2GiB or 750000")
     return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
-
-
-def _table(titles: list[str], rows: list[list[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*titles, box=box.SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(*row[: len(titles)])
-    Console(markup=False, highlight=False).print(table)

@@ -37,36 +37,28 @@ def compare(
     """
     from rich.console import Console
 
+    from ptkit.api import compare as run
     from ptkit.cli.display import LiveDisplay
-    from ptkit.cli.options import start_over
-    from ptkit.compare.grid import cells, run_grid
-    from ptkit.compare.on_ray import run_on_ray
-    from ptkit.compare.outputs import write_outputs
-    from ptkit.compare.table import summary_table
+    from ptkit.comparison.grid import cells
+    from ptkit.comparison.table import summary_table
     from ptkit.recipe import load_recipe
 
+    ray = on is not None and (_ray_address(on) or True)
     loaded = load_recipe(recipe, set_ or [])
-    folder = out or Path("comparisons") / loaded.recipe.name
-    if fresh:
-        start_over(folder)
     with LiveDisplay(len(cells(loaded.recipe)), quiet=quiet or json_output) as display:
-        if on is None:
-            records = run_grid(loaded, folder, observer=display)
-        else:
-            address = _ray_address(on)
-            records = run_on_ray(
-                loaded, folder, address, cpus=cell_cpus, gpus=cell_gpus, observer=display
-            )
-    summaries = write_outputs(folder, records, loaded.recipe)
+        done = run(
+            loaded, out=out, fresh=fresh, ray=ray, cell_cpus=cell_cpus, cell_gpus=cell_gpus,
+            observer=display,
+        )  # fmt: skip
     if json_output:
-        for record in records:
+        for record in done.records:
             typer.echo(record.as_line())
         return
     console = Console()
     # Piped output has no width of its own; below 100 columns figures would be cut.
     console.width = max(console.width, 100)
-    console.print(summary_table(summaries))
-    typer.echo(f"{folder / 'report.html'}")
+    console.print(summary_table(done.summaries))
+    typer.echo(str(done.report))
 
 
 def _ray_address(on: str) -> str | None:

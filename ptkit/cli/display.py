@@ -16,9 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ptkit.train.record import CellRecord
-from ptkit.train.run import Observer
-from ptkit.train.trainee import StepReport
+from ptkit.training.record import CellRecord
+from ptkit.training.run import Observer
+from ptkit.training.trainee import StepReport
 
 
 class LiveDisplay(Observer):

@@ -26,10 +26,10 @@ def evaluate(
 ) -> None:
     """Score saved adapters (or the base) on the test rows of a recipe, with 95 % intervals."""
     from ptkit.errors import UserError
-    from ptkit.evaluate.saved import evaluate_saved
+    from ptkit.evaluation.saved import evaluate_saved
     from ptkit.formats import atomic
     from ptkit.recipe import load_recipe
-    from ptkit.train.experiment import prepare
+    from ptkit.training.experiment import prepare
 
     places: list[Path | None] = [*adapter] if adapter else [None]
     if predictions is not None and len(places) > 1:

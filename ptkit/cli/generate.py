@@ -57,7 +57,7 @@ def generate(
     An adapter knows the template it was trained with: give `name[Aurora], ...`, not the template.
     """
     from ptkit.errors import UserError
-    from ptkit.evaluate.saved import fill_template, find_adapter
+    from ptkit.evaluation.saved import fill_template, find_adapter
     from ptkit.recipe.schema import ModelSection
 
     inputs = _inputs(prompt, input_file)

@@ -11,7 +11,7 @@ import typer
 from ptkit.cli.options import JsonOutput
 
 if TYPE_CHECKING:
-    from ptkit.evaluate.anatomy import Anatomy
+    from ptkit.evaluation.anatomy import Anatomy
 
 
 def inspect(
@@ -24,8 +24,8 @@ def inspect(
     json_output: JsonOutput = False,
 ) -> None:
     """Show an adapter's tensors, size, share of the base, norms per layer and nearest words."""
-    from ptkit.evaluate.anatomy import dissect
-    from ptkit.evaluate.saved import find_adapter
+    from ptkit.evaluation.anatomy import dissect
+    from ptkit.evaluation.saved import find_adapter
     from ptkit.formats.adapter_files import read_adapter
     from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
@@ -75,7 +75,7 @@ def _show(anatomy: Anatomy, path: Path) -> None:
         highlight=False,
     )
     if info.get("metrics"):
-        scores = "  ".join(f"{n} {v:.2f}" for n, v in info["metrics"].items())
+        scores = "  ".join(f"{n} {v['value']:.2f}" for n, v in info["metrics"].items())
         console.print(f"{scores}  (n={info.get('n_test')}, seed {info.get('seed')})")
     tensors = Table("tensor", "dtype", "shape", title=None)
     shown = list(files.tensors.items())

@@ -13,17 +13,23 @@ from typing import Annotated
 import typer
 
 from ptkit.cli import (
+    adapters,
     bank,
     bench,
     chat,
     compare,
+    convert,
     evaluate,
     export,
     generate,
     inspect,
+    pull,
+    push,
     recipes,
     report,
+    search,
     train,
+    verify,
 )
 from ptkit.errors import PtkitError
 
@@ -37,6 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(adapters.app, name="adapters")
 app.add_typer(bank.app, name="bank")
 app.add_typer(bench.app, name="bench")
 app.command("train")(train.train)
@@ -47,6 +54,11 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
+app.command("convert")(convert.convert)
+app.command("verify")(verify.verify)
+app.command("push")(push.push)
+app.command("pull")(pull.pull)
+app.command("search")(search.search)
 
 
 def _version(shown: bool) -> None:

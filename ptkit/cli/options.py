@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from typing import Annotated, Optional
 
 import typer
-
-from ptkit.errors import UserError
-
-if TYPE_CHECKING:
-    from ptkit.recipe.schema import MethodSection, Recipe
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
@@ -30,24 +25,30 @@ ModelOption = Annotated[
 ]
 
 
-def one_method(recipe: Recipe, title: str | None) -> MethodSection:
-    """The method a single run is about. Raises UserError when the choice is not clear."""
-    if title is not None:
-        try:
-            return recipe.method(title)
-        except KeyError as error:
-            raise UserError(str(error.args[0])) from error
-    trained = [m for m in recipe.methods if m.trains]
-    if len(trained) != 1:
-        names = ", ".join(m.title for m in recipe.methods)
-        raise UserError(f"the recipe has several methods; choose one with --method: {names}")
-    return trained[0]
+class OutputFormat(StrEnum):
+    """How commands about adapters and the Hub answer, as the `hf` command does."""
+
+    human = "human"
+    json = "json"
+    quiet = "quiet"
 
 
-def start_over(folder: Path) -> None:
-    """Delete `folder` if it is a run or comparison of ptkit's. Raises UserError when it is not."""
-    if not folder.exists():
-        return
-    if not any((folder / mark).exists() for mark in ("cell.json", "recipe.yaml")):
-        raise UserError(f"{folder} is not a run of ptkit's; --fresh does not delete it")
-    shutil.rmtree(folder)
+FormatOption = Annotated[
+    OutputFormat,
+    typer.Option("--format", help="Answer for people, as JSON, or the bare names, line by line."),
+]
+AdapterArgument = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="Adapter or run folder, or USER/REPO[@REVISION].")
+]
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print rows below their titles; values are shown as they are, without markup."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(*titles, box=box.SIMPLE_HEAD)
+    for row in rows:
+        shown.add_row(*row[: len(titles)])
+    Console(markup=False, highlight=False).print(shown)

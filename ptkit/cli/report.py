@@ -24,9 +24,9 @@ def report(
     """
     from rich.console import Console
 
-    from ptkit.compare.merge import merge, read_comparison
-    from ptkit.compare.outputs import write_outputs
-    from ptkit.compare.table import summary_table
+    from ptkit.comparison.merge import merge, read_comparison
+    from ptkit.comparison.outputs import write_outputs
+    from ptkit.comparison.table import summary_table
 
     if len(folders) > 1 and out is None:
         raise UserError("several comparisons become one in a new folder: give --out")

@@ -41,28 +41,28 @@ def train(
     """
     from accelerate import PartialState
 
+    from ptkit.api import one_method, run_folder, start_over
+    from ptkit.api import train as run
     from ptkit.cli.display import LiveDisplay
-    from ptkit.cli.options import one_method, start_over
     from ptkit.recipe import load_recipe
     from ptkit.runtime.base_model import resolve_device
-    from ptkit.train.experiment import prepare
-    from ptkit.train.run import Cell, cell_name, run_cells
 
     loaded = load_recipe(recipe, set_ or [])
     section = one_method(loaded.recipe, method)
     used_seed = loaded.recipe.seeds[0] if seed is None else seed
-    folder = out or Path("runs") / loaded.recipe.name / cell_name(section, used_seed)
+    folder = run_folder(loaded.recipe, section, used_seed, out)
     # Under `accelerate launch` every process trains; the first one speaks and writes.
     device = resolve_device(loaded.recipe.model.device)
     processes = PartialState(cpu=device.type == "cpu")
     if fresh and processes.is_main_process:
         start_over(folder)
     processes.wait_for_everyone()
-    experiment = prepare(loaded)
     silent = quiet or json_output or not processes.is_main_process
     with LiveDisplay(1, quiet=silent) as display:
-        cell = Cell(section, used_seed, folder, start_from)
-        (record,) = run_cells(experiment, [cell], display)
+        record = run(
+            loaded, method=section.title, seed=used_seed, out=folder, start_from=start_from,
+            observer=display,
+        ).record  # fmt: skip
     if not processes.is_main_process:
         return
     if json_output:

@@ -57,7 +57,7 @@ def load_rows(section: DataSection, folder: Path) -> Rows:
     test = found.get("test", validation)
     limits = section.limits
     return Rows(
-        # A random draw is made per seed, from all rows (see `ptkit.train.experiment`).
+        # A random draw is made per seed, from all rows (see `ptkit.training.experiment`).
         train if section.draw == "seed" else _first(train, limits.train),
         _first(validation, limits.validation),
         _first(test, limits.test),

@@ -1,16 +1,23 @@
 """An adapter on disk, in PEFT's layout: `adapter_model.safetensors` + `adapter_config.json`.
 
 `ptkit.json` beside them records what PEFT has no place for: a fingerprint of the base, the
-method, scores, versions. Adapters without it (made by plain PEFT) are read as well.
+method, scores, versions; `recipe.yaml` is how it was made, `README.md` its card. Adapters without
+them (made by plain PEFT) are read as well.
+
+Files come from strangers: only regular files of bounded size are opened, and every fault of
+their contents is an AdapterError.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterator
+import stat
+import struct
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +28,21 @@ from torch import Tensor
 
 from ptkit.errors import AdapterError
 from ptkit.formats import atomic
+from ptkit.formats.int8 import dequantised, quantised
 
 WEIGHTS = "adapter_model.safetensors"
+#: Weights PEFT does not read (see `ptkit.formats.int8`), in place of `WEIGHTS`.
+INT8_WEIGHTS = "adapter_model.int8.safetensors"
 CONFIG = "adapter_config.json"
 INFO = "ptkit.json"
+RECIPE = "recipe.yaml"
+CARD = "README.md"
+#: Everything an adapter folder may hold that ptkit reads.
+ADAPTER_FILES = (CONFIG, WEIGHTS, INT8_WEIGHTS, INFO, RECIPE, CARD)
 
+#: No adapter's settings come near these; what does is refused before it is read.
+MAX_JSON_BYTES = 4_000_000
+MAX_HEADER_BYTES = 4_000_000
 #: Serialisations that can run code when read. They are named in the refusal, never opened.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -37,11 +54,13 @@ class AdapterFiles:
     config: PEFT's `adapter_config.json`
     tensors: the trained parameters only
     info: ptkit's own record, empty for adapters made by plain PEFT
+    texts: other files by name: the recipe, the card
     """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     info: dict[str, Any] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def peft_type(self) -> str:
@@ -58,7 +77,7 @@ class AdapterFiles:
         tensors = {
             name: t.to(dtype) if t.is_floating_point() else t for name, t in self.tensors.items()
         }
-        return AdapterFiles(self.config, tensors, self.info)
+        return replace(self, tensors=tensors)
 
 
 def adapter_folders(folder: Path) -> list[Path]:
@@ -68,14 +87,36 @@ def adapter_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if (path / CONFIG).is_file())
 
 
-def write_adapter(path: Path, files: AdapterFiles, *, replace: bool = False) -> None:
-    """Write `files` to the folder `path`; it appears complete or not at all."""
+def write_adapter(
+    path: Path, files: AdapterFiles, *, replace: bool = False, int8: bool = False
+) -> None:
+    """Write `files` to the folder `path`; it appears complete or not at all.
+
+    int8: store the weights as 8-bit integers, which ptkit reads and PEFT does not
+    """
+    tensors = quantised(files.tensors) if int8 else files.tensors
+    name = INT8_WEIGHTS if int8 else WEIGHTS
     with atomic.folder(path, replace=replace) as scratch:
-        contiguous = {name: t.detach().cpu().contiguous() for name, t in files.tensors.items()}
-        save_file(contiguous, scratch / WEIGHTS, metadata={"format": "pt"})
+        contiguous = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+        save_file(contiguous, scratch / name, metadata={"format": "pt"})
         atomic.write_json(scratch / CONFIG, files.config)
         if files.info:
-            atomic.write_json(scratch / INFO, files.info)
+            digest = {"file": name, "sha256": sha256(scratch / name)}
+            atomic.write_json(scratch / INFO, {**files.info, "weights": digest})
+        for text_name, text in files.texts.items():
+            atomic.write_text(scratch / text_name, text)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_path(path: Path) -> Path:
+    """The weights' file of the adapter folder `path`: PEFT's, else ptkit's int8 (there or not)."""
+    int8 = path / INT8_WEIGHTS
+    return int8 if int8.is_file() and not (path / WEIGHTS).exists() else path / WEIGHTS
 
 
 def read_adapter(path: Path) -> AdapterFiles:
@@ -103,12 +144,26 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def read_info(path: Path) -> dict[str, Any]:
     """ptkit's own record in the folder `path`; empty where there is none."""
-    return _read_json(path / INFO) or {}
+    info = _read_json(path / INFO) or {}
+    for part in ("base", "method", "task"):
+        if not isinstance(info.get(part, {}), dict):
+            raise AdapterError(f"{path / INFO}: `{part}` should be an object")
+    return info
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """The recipe and the card in the folder `path`, where they are there."""
+    texts = {name: _read_bytes(path / name) for name in (RECIPE, CARD)}
+    try:
+        return {name: content.decode() for name, content in texts.items() if content is not None}
+    except UnicodeDecodeError as error:
+        raise AdapterError(f"{path}: the recipe or the card is not UTF-8 text") from error
 
 
 def base_id(config: dict[str, Any], info: dict[str, Any]) -> str | None:
     """Id of the base model an adapter names: in ptkit's record, else in PEFT's settings."""
-    return info.get("base", {}).get("id") or config.get("base_model_name_or_path")
+    named = info.get("base", {}).get("id") or config.get("base_model_name_or_path")
+    return named if isinstance(named, str) else None
 
 
 def read_dtypes(path: Path) -> set[str]:
@@ -122,44 +177,101 @@ def read_dtypes(path: Path) -> set[str]:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in `path`, None when there is no such file."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+    content = _read_bytes(path)
+    if content is None:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path} is not valid JSON ({error})") from error
+    value = _json(content, path)
     if not isinstance(value, dict):
         raise AdapterError(f"{path} should hold a JSON object, found {type(value).__name__}")
     return value
 
 
+def _json(content: bytes, path: Path) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({name for name, _ in pairs}) < len(pairs):
+            raise ValueError("a key is given twice")
+        return dict(pairs)
+
+    try:
+        return json.loads(content, object_pairs_hook=once)
+    except RecursionError:
+        raise AdapterError(f"{path} is not valid JSON (nested too deeply)") from None
+    except ValueError as error:  # malformed, not UTF-8, or a key given twice
+        raise AdapterError(f"{path} is not valid JSON ({error})") from error
+
+
+def _read_bytes(path: Path) -> bytes | None:
+    """A small file's content, None when there is no such file."""
+    size = _size(path)
+    if size is None:
+        return None
+    if size > MAX_JSON_BYTES:
+        raise AdapterError(f"{path} has {size:,} bytes, more than any adapter needs")
+    return path.read_bytes()
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a regular file, None when there is none. Raises AdapterError for anything else:
+    reading a device or a pipe might never end."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:  # a loop of links, a name too long
+        raise AdapterError(f"{path} cannot be opened ({error.strerror})") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise AdapterError(f"{path} is not a regular file")
+    return found.st_size
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The folder's safetensors file, open. Raises AdapterError when it is missing or damaged."""
-    weights = path / WEIGHTS
-    try:
-        with safe_open(weights, framework="pt") as file:
-            yield file
-    except FileNotFoundError as error:
+    weights = weights_path(path)
+    if _size(weights) is None:
         pickles = [p.name for p in sorted(path.iterdir()) if p.suffix in PICKLES]
         if pickles:
             raise AdapterError(
                 f"{path} holds only pickled weights ({', '.join(pickles)}), which can run code "
                 "when read; ask its author for safetensors, or re-save it with PEFT"
-            ) from error
-        raise AdapterError(f"{weights} is missing") from error
+            )
+        raise AdapterError(f"{weights} is missing")
+    _require_plain_header(weights)
+    try:
+        with safe_open(weights, framework="pt") as file:
+            yield file
     except (SafetensorError, ValueError, OSError) as error:
-        raise AdapterError(
-            f"{weights} is damaged or not a safetensors file ({error}); fetch or export it again"
-        ) from error
+        raise _damaged(weights, str(error)) from error
+
+
+def _require_plain_header(weights: Path) -> None:
+    """Raise AdapterError for a header that is absurdly long or names a tensor twice: readers
+    would differ in which of the two they take."""
+    with weights.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if length > MAX_HEADER_BYTES:
+            raise _damaged(weights, f"its header claims {length:,} bytes")
+        header = file.read(length)
+    if len(header) < length or not length:
+        raise _damaged(weights, "it ends within its header")
+    _json(header, weights)
+
+
+def _damaged(weights: Path, reason: str) -> AdapterError:
+    return AdapterError(
+        f"{weights} is damaged or not a safetensors file ({reason}); fetch or export it again"
+    )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    weights = path / WEIGHTS
+    weights = weights_path(path)
     if not tensors:
         raise AdapterError(f"{weights} holds no tensors")
+    if weights.name == INT8_WEIGHTS:
+        tensors = dequantised(tensors)
     for name, tensor in tensors.items():
         if not _finite(tensor):
             raise AdapterError(f"{weights}: `{name}` holds values that are not finite")
@@ -169,6 +281,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
+    if tensor.element_size() < 2:  # 8-bit floats have no arithmetic
+        tensor = tensor.float()
     # One pass without a mask: the extremes of a tensor with NaN are NaN.
     low, high = tensor.aminmax()
     return math.isfinite(low.item()) and math.isfinite(high.item())

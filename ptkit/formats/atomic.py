@@ -64,6 +64,7 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         yield scratch
         for file in scratch.rglob("*"):
             if file.is_file():
+                os.chmod(file, 0o644)  # some writers make files nobody else can read
                 _sync(file)
         os.chmod(scratch, 0o755)
         if path.exists():

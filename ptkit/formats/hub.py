@@ -1,64 +1,160 @@
-"""Adapters on the Hugging Face Hub, by id."""
+"""Adapters on the Hugging Face Hub, by id: names, downloads, and what its refusals mean."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import CONFIG, INFO, WEIGHTS
+from ptkit.errors import AdapterError, HubError, UserError
+from ptkit.formats.adapter_files import (
+    ADAPTER_FILES,
+    CONFIG,
+    INFO,
+    INT8_WEIGHTS,
+    PICKLES,
+    WEIGHTS,
+)
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_PART = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
+_HUB_ID = re.compile(rf"(?P<repository>{_PART}/{_PART})(?:@(?P<revision>{_PART}(?:/{_PART})*))?")
+
+
+@dataclass(frozen=True)
+class HubId:
+    """`user/repo`, or `user/repo@revision`."""
+
+    repository: str
+    revision: str | None = None
+
+    @classmethod
+    def read(cls, text: str) -> HubId:
+        """Raises UserError for anything else: a path, `..`, an address."""
+        found = _HUB_ID.fullmatch(text)
+        if found is None or ".." in text:
+            raise UserError(
+                f"`{text}` is not a repository on the Hub; expected `user/repo` or "
+                "`user/repo@revision`"
+            )
+        return cls(found["repository"], found["revision"])
+
+    @property
+    def name(self) -> str:
+        """The repository's name without its owner."""
+        return self.repository.partition("/")[2]
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.revision}" if self.revision else self.repository
 
 
 def is_hub_id(text: str) -> bool:
     """Whether `text` has the form `user/repo` or `user/repo@revision`."""
-    return _HUB_ID.fullmatch(text) is not None and not text.startswith(".")
+    return _HUB_ID.fullmatch(text) is not None and ".." not in text
 
 
-def fetch_adapter(hub_id: str) -> Path:
+def fetch_adapter(hub_id: str, *, whole: bool = False) -> Path:
     """Download the adapter `user/repo[@revision]` and return its folder in the Hub's cache.
 
-    Only the adapter's own files are asked for; whatever else the repository holds stays there.
-    Raises AdapterError when the repository, revision or files are missing, not public for the
-    token in use, or the Hub cannot be reached and nothing is cached.
+    whole: with the recipe and the card
+
+    Only files ptkit reads are asked for; whatever else the repository holds stays there. Raises
+    AdapterError when the repository, revision or files are missing, only pickled, or not public
+    for the token in use, HubError when the Hub fails, and AdapterError when it cannot be reached
+    and nothing is cached.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    repository, _, revision = hub_id.partition("@")
-    try:
-        folder = snapshot_download(
-            repository, revision=revision or None, allow_patterns=[CONFIG, WEIGHTS, INFO]
+    source = HubId.read(hub_id)
+    wanted = list(ADAPTER_FILES if whole else (CONFIG, WEIGHTS, INT8_WEIGHTS, INFO))
+    with hub_errors(source):
+        folder = Path(
+            snapshot_download(source.repository, revision=source.revision, allow_patterns=wanted)
         )
-    except GatedRepoError as error:
+    if not (folder / CONFIG).is_file():
+        raise AdapterError(f"{hub_id} is on the Hub but holds no adapter ({CONFIG} is missing)")
+    if not any((folder / name).is_file() for name in (WEIGHTS, INT8_WEIGHTS)):
+        pickles = [n for n in hub_files(source) if n.endswith(PICKLES)]
+        found = f"only pickled weights ({', '.join(pickles)}), which can run code when read"
         raise AdapterError(
-            f"{hub_id} is gated: ask for access on its page, then `hf auth login`"
+            f"{hub_id} holds {found if pickles else 'no weights'}; ask its author for safetensors"
+        )
+    return folder
+
+
+def hub_files(source: HubId) -> list[str]:
+    """Names of all files of a repository's revision. Raises as `fetch_adapter` does."""
+    from huggingface_hub import HfApi
+
+    with hub_errors(source):
+        return list(HfApi().list_repo_files(source.repository, revision=source.revision))
+
+
+@contextmanager
+def hub_errors(source: HubId, *, writing: bool = False) -> Iterator[None]:
+    """Turn what the Hub's client raises about `source` into errors that name the fix."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise AdapterError(
+            f"{source} is gated: ask for access on its page, then `hf auth login`"
         ) from error
-    except RevisionNotFoundError as error:
-        raise AdapterError(f"{repository} has no revision `{revision}`") from error
-    except RepositoryNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
+        raise AdapterError(f"{source.repository} has no revision `{source.revision}`") from error
+    except errors.RepositoryNotFoundError as error:
+        if writing:
+            raise UserError(
+                f"{source} is not a repository you can write to: check its name, and log in "
+                "with `hf auth login`"
+            ) from error
         raise AdapterError(
-            f"no such adapter: {hub_id} is neither a folder here nor a repository on the Hub "
+            f"no such adapter: {source} is neither a folder here nor a repository on the Hub "
             "(a private one needs `hf auth login`)"
         ) from error
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         raise AdapterError(
-            f"{hub_id} is neither a folder here nor in the Hub's cache, and the Hub cannot be "
+            f"{source} is neither a folder here nor in the Hub's cache, and the Hub cannot be "
             "reached"
         ) from error
-    except HFValidationError as error:
-        raise AdapterError(f"`{hub_id}` is not a valid hub id: {error}") from error
-    except (HfHubHTTPError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise AdapterError(f"cannot fetch {hub_id} from the Hub: {first_line}") from error
-    if not (Path(folder) / CONFIG).is_file():
-        raise AdapterError(f"{hub_id} is on the Hub but holds no adapter ({CONFIG} is missing)")
-    return Path(folder)
+    except errors.OfflineModeIsEnabled as error:
+        raise UserError(f"{source}: offline mode is on (HF_HUB_OFFLINE)") from error
+    except errors.LocalTokenNotFoundError as error:
+        raise UserError("you are not logged in to the Hub; run `hf auth login`") from error
+    except errors.HFValidationError as error:
+        raise UserError(f"`{source}` is not a valid hub id: {error}") from error
+    except errors.HfHubHTTPError as error:
+        raise _explained(source, error) from error
+    except Exception as error:
+        if not _of_the_network(error):
+            raise
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise HubError(f"the connection to the Hub failed for {source}: {first_line}") from error
+
+
+def _of_the_network(error: BaseException) -> bool:
+    """Whether the client hands on its HTTP library's error (which library differs by version),
+    as it came or as the cause of one of its own."""
+    if isinstance(error, OSError) or type(error).__module__.startswith("http"):
+        return True
+    return error.__cause__ is not None and _of_the_network(error.__cause__)
+
+
+_STATUS = {
+    401: "the Hub does not accept the token in use; run `hf auth login`",
+    403: "the token in use has no right to do this; it needs write access to {source}",
+    409: "{source} was changed by somebody else at the same moment; look at it and push again",
+    413: "the Hub finds the upload too large",
+    429: "the Hub asks for fewer requests (429); wait a few minutes and run the command again",
+}
+
+
+def _explained(source: HubId, error: OSError) -> Exception:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in _STATUS:
+        kind = HubError if status == 429 else UserError
+        return kind(_STATUS[status].format(source=source))
+    first_line = str(error).strip().splitlines()[0]
+    return HubError(f"the Hub failed for {source}: {first_line}")

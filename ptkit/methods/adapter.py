@@ -15,7 +15,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptkit.errors import AdapterError, did_you_mean
+from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter
 from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import MethodSection
@@ -171,17 +171,23 @@ def compile_files(files: AdapterFiles, base: Base) -> KVPrefix | None:
 
 
 def _method_of(files: AdapterFiles) -> tuple[type[Adapter], MethodSection]:
+    if files.config.get("task_type") not in (None, "CAUSAL_LM", "FEATURE_EXTRACTION"):
+        raise AdapterError(
+            f"the adapter was made for {files.config['task_type']}, a model with another head "
+            "than a language model's; ptkit reads adapters of causal language models"
+        )
     for kind, cls in ADAPTERS.items():
         if files.peft_type in cls.peft_types:
             # Without ptkit's record of the method, the first one that reads this PEFT type.
             recorded = files.info.get("method", {}).get("kind", kind)
-            if recorded in ADAPTERS and files.peft_type in ADAPTERS[recorded].peft_types:
-                kind, cls = recorded, ADAPTERS[recorded]
+            named = ADAPTERS.get(recorded) if isinstance(recorded, str) else None
+            if named is not None and files.peft_type in named.peft_types:
+                kind, cls = recorded, named
             return cls, cls.section_class(kind=kind)
     known = {t for cls in ADAPTERS.values() for t in cls.peft_types}
     raise AdapterError(
-        f"adapters of PEFT type `{files.peft_type}` cannot be loaded; "
-        + did_you_mean(files.peft_type, known)
+        f"adapters of PEFT type `{files.peft_type}` cannot be loaded: ptkit reads "
+        f"{', '.join(sorted(known))}"
     )
 
 

@@ -12,6 +12,7 @@ from peft import PromptEncoder, PromptEncoderConfig
 from pydantic import Field
 from torch import Tensor, nn
 
+from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Demonstrations, peft_config_dict, register
 from ptkit.methods.soft_prompt import SoftPrompt, prompt_learning_shape
@@ -78,12 +79,14 @@ class PTuning(SoftPrompt):
     @classmethod
     def from_files(cls, files: AdapterFiles, section: PTuningSection, base: Base) -> PTuning:
         soft = cls.read_embeddings(files, base)
+        # The encoder that made the embeddings is not in the file; a fresh one goes on from them.
         update = {
             "num_virtual_tokens": soft.shape[0],
             "encoder": str(files.config.get("encoder_reparameterization_type", "mlp")).lower(),
             "encoder_hidden_size": files.config.get("encoder_hidden_size") or 128,
         }
-        # The encoder that made the embeddings is not in the file; a fresh one goes on from them.
+        if update["encoder"] not in ("mlp", "lstm") or not _is_width(update["encoder_hidden_size"]):
+            raise AdapterError(f"no encoder of P-tuning's: {update}")
         return cls(section.model_copy(update=update), base, soft)
 
     def embeddings(self) -> Tensor:
@@ -95,3 +98,8 @@ class PTuning(SoftPrompt):
             peft_config_dict(self.config, self.base),
             {"prompt_embeddings": self.embeddings().detach()},
         )
+
+
+def _is_width(value: object) -> bool:
+    """Whether `value`, read from a file, is a width somebody may have trained with."""
+    return type(value) is int and 1 <= value <= 65_536

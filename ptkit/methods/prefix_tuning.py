@@ -14,9 +14,10 @@ from peft.tuners.prefix_tuning import PrefixEncoder
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ptkit.errors import AdapterError, ModelError
+from ptkit.errors import ModelError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, peft_config_dict, register
+from ptkit.methods.peft_tensors import virtual_tokens_of
 from ptkit.methods.start import PromptMethodSection, start_tokens
 from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import register_method
@@ -55,7 +56,8 @@ class PrefixTuning(Adapter):
     """A KV prefix, learnt directly or through an MLP on top of its start."""
 
     section_class = PrefixTuningSection
-    peft_types = ("PREFIX_TUNING",)
+    # CARTRIDGE differs in how it is trained: its file is the same flat prefix.
+    peft_types = ("PREFIX_TUNING", "CARTRIDGE")
     section: PrefixTuningSection
     start: Tensor
     lower: Tensor
@@ -112,10 +114,18 @@ class PrefixTuning(Adapter):
         return cls(section, base, start)
 
     @classmethod
+    def from_prefix(cls, prefix: KVPrefix, base: Base) -> PrefixTuning:
+        """An adapter of `prefix`, whatever method made it, to be saved or trained further."""
+        section = PrefixTuningSection(
+            kind="prefix_tuning", num_virtual_tokens=prefix.virtual_tokens
+        )
+        return cls(section, base, prefix.flat().float())
+
+    @classmethod
     def from_files(
         cls, files: AdapterFiles, section: PrefixTuningSection, base: Base
     ) -> PrefixTuning:
-        flat = _flat_of(files)
+        flat = virtual_tokens_of(files)
         KVPrefix.from_flat(flat, base.layout)  # refuses shapes of another base
         # An MLP that made the prefix is folded in already: train on directly.
         update = {"num_virtual_tokens": flat.shape[0], "reparameterize": False}
@@ -127,7 +137,7 @@ class PrefixTuning(Adapter):
     ) -> KVPrefix:
         # Copied: the tensors may be views of a mapped file, which may change under the adapter.
         place = base.model.device, base.model.dtype
-        return KVPrefix.from_flat(_flat_of(files), base.layout, copied_to=place)
+        return KVPrefix.from_flat(virtual_tokens_of(files), base.layout, copied_to=place)
 
     @property
     def virtual_tokens(self) -> int:
@@ -147,10 +157,3 @@ class PrefixTuning(Adapter):
         return AdapterFiles(
             peft_config_dict(self.config, self.base), {"prompt_embeddings": self.flat().detach()}
         )
-
-
-def _flat_of(files: AdapterFiles) -> Tensor:
-    flat = files.tensors.get("prompt_embeddings")
-    if flat is None:
-        raise AdapterError("the file holds no `prompt_embeddings`; it is not a prefix")
-    return flat

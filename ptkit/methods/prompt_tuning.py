@@ -13,6 +13,7 @@ from peft.tuners.prompt_tuning import PromptEmbedding
 
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Demonstrations, peft_config_dict, register
+from ptkit.methods.peft_tensors import MULTITASK
 from ptkit.methods.soft_prompt import SoftPrompt, prompt_learning_shape
 from ptkit.methods.start import PromptMethodSection, start_embeddings, start_tokens
 from ptkit.recipe.schema import register_method
@@ -36,7 +37,8 @@ class PromptTuning(SoftPrompt):
     """Embeddings `[num_virtual_tokens, hidden]`, learnt directly."""
 
     section_class = PromptTuningSection
-    peft_types = ("PROMPT_TUNING",)
+    # CPT's file is the soft prompt it ended with; a multi-task prompt is one per task.
+    peft_types = ("PROMPT_TUNING", "CPT", MULTITASK)
 
     def __init__(self, section: PromptTuningSection, base: Base) -> None:
         super().__init__(section, base)

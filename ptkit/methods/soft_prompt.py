@@ -11,6 +11,7 @@ from torch import Tensor
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter
+from ptkit.methods.peft_tensors import virtual_tokens_of
 from ptkit.methods.start import PromptMethodSection
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base
@@ -44,14 +45,19 @@ class SoftPrompt(Adapter):
     def prefix(self) -> KVPrefix:
         return compile_embeddings(self.base.model, self.embeddings())
 
+    @classmethod
+    def prefix_from_files(cls, files: AdapterFiles, section: Any, base: Base) -> KVPrefix:
+        # The embeddings are all there is to compile: no encoder is built.
+        with torch.no_grad():
+            return compile_embeddings(base.model, cls.read_embeddings(files, base))
+
     @staticmethod
     def read_embeddings(files: AdapterFiles, base: Base) -> Tensor:
         """`prompt_embeddings` of `files`, checked against the base's hidden size."""
-        soft = files.tensors.get("prompt_embeddings")
-        hidden = base.embedding.embedding_dim
-        if soft is None or soft.ndim != 2 or soft.shape[1] != hidden:
-            found = "no such tensor" if soft is None else f"shape {list(soft.shape)}"
+        soft, hidden = virtual_tokens_of(files), base.embedding.embedding_dim
+        if soft.shape[1] != hidden:
             raise AdapterError(
-                f"`prompt_embeddings` should have shape [virtual tokens, {hidden}], found {found}"
+                f"`prompt_embeddings` should have shape [virtual tokens, {hidden}], found "
+                f"{list(soft.shape)}"
             )
-        return soft.to(dtype=torch.float32)
+        return soft.to(device=base.model.device, dtype=torch.float32)

@@ -35,12 +35,17 @@ class LoadedRecipe:
 
     def resolved(self) -> str:
         """The recipe as YAML with every default and override written out."""
-        stream = io.StringIO()
-        yaml = YAML(typ="safe", pure=True)
-        yaml.default_flow_style = False
-        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-        yaml.dump(self.recipe.model_dump(mode="json"), stream)
-        return stream.getvalue()
+        return recipe_as_yaml(self.recipe)
+
+
+def recipe_as_yaml(recipe: Recipe) -> str:
+    """`recipe` as YAML with every default written out."""
+    stream = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump(recipe.model_dump(mode="json"), stream)
+    return stream.getvalue()
 
 
 def recipes_folder() -> Path:

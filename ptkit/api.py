@@ -1,0 +1,241 @@
+"""What the command line does, from Python.
+
+`train`, `compare` and `load_adapter` are here; `push`, `pull` and `verify` in `ptkit.hub`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ptkit.comparison.grid import run_grid
+from ptkit.comparison.on_ray import run_on_ray
+from ptkit.comparison.outputs import write_outputs
+from ptkit.comparison.summary import MethodSummary
+from ptkit.errors import AdapterError, UserError
+from ptkit.evaluation.saved import find_adapter
+from ptkit.formats.adapter_files import CONFIG, read_adapter
+from ptkit.methods import compile_files, require_same_base
+from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.recipe import LoadedRecipe, load_recipe
+from ptkit.recipe.schema import MethodSection, ModelSection, Recipe
+from ptkit.runtime.base_model import Base, frozen_base, load_base
+from ptkit.runtime.cache import ReservedCache, prefilled_cache
+from ptkit.runtime.generation import generate
+from ptkit.training.experiment import prepare
+from ptkit.training.record import CellRecord
+from ptkit.training.run import Cell, Observer, cell_name, run_cells
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, and what was measured."""
+
+    folder: Path
+    record: CellRecord
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the trained adapter, in PEFT's layout. Raises AdapterError for full
+        fine-tuning, which trains a whole model."""
+        return find_adapter(self.folder)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison: its folder, every cell's record, and one summary per method."""
+
+    folder: Path
+    records: list[CellRecord]
+    summaries: list[MethodSummary]
+
+    @property
+    def report(self) -> Path:
+        """The HTML report."""
+        return self.folder / "report.html"
+
+
+def train(
+    recipe: str | Path | LoadedRecipe,
+    *,
+    method: str | None = None,
+    seed: int | None = None,
+    out: str | Path | None = None,
+    start_from: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+    base: Base | None = None,
+    observer: Observer | None = None,
+) -> Run:
+    """Train one method of a recipe and measure it, as `ptkit train` does.
+
+    recipe: a file, the name of a shipped recipe, or a loaded one
+    method: which of its methods (label or kind); may be left out where only one is trained
+    seed: default: the recipe's first
+    out: default `runs/RECIPE/METHOD-seedN`; a run that was stopped there goes on
+    start_from: an adapter folder to train further
+    overrides: `key.path=value` assignments to the recipe
+    fresh: delete what is in the folder and start over
+    base: a loaded base to use instead of loading the recipe's
+
+    Raises RecipeError, DataError, ModelError or UserError, before anything is trained, for what
+    cannot be carried out.
+    """
+    loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
+    section = one_method(loaded.recipe, method)
+    used_seed = loaded.recipe.seeds[0] if seed is None else seed
+    folder = run_folder(loaded.recipe, section, used_seed, out)
+    if fresh:
+        start_over(folder)
+    origin = None if start_from is None else find_adapter(Path(start_from))
+    cell = Cell(section, used_seed, folder, origin)
+    (record,) = run_cells(prepare(loaded, base), [cell], observer)
+    return Run(folder, record)
+
+
+def compare(
+    recipe: str | Path | LoadedRecipe,
+    *,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+    ray: str | bool = False,
+    cell_cpus: float = 1,
+    cell_gpus: float = 0,
+    observer: Observer | None = None,
+) -> Comparison:
+    """Run every method of a recipe with every seed, as `ptkit compare` does.
+
+    out: default `comparisons/RECIPE`; a comparison that was stopped there goes on
+    ray: run the cells as tasks of a Ray cluster: its address `ray://HOST:PORT`, or True for one
+        on this machine; cell_cpus, cell_gpus: what one cell needs there
+
+    For the other arguments, and what is raised, see `train`.
+    """
+    loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
+    folder = Path("comparisons") / loaded.recipe.name if out is None else Path(out)
+    if fresh:
+        start_over(folder)
+    if ray:
+        address = ray if isinstance(ray, str) else None
+        records = run_on_ray(
+            loaded, folder, address, cpus=cell_cpus, gpus=cell_gpus, observer=observer
+        )
+    else:
+        records = run_grid(loaded, folder, observer=observer)
+    return Comparison(folder, records, write_outputs(folder, records, loaded.recipe))
+
+
+class LoadedAdapter:
+    """One adapter on one base, ready to answer.
+
+    The prefix is compiled: nothing of the method runs when text is read. For many adapters, or
+    different ones in one batch, see `AdapterBank`.
+    """
+
+    def __init__(self, path: Path, base: Base, prefix: KVPrefix, info: Mapping[str, Any]) -> None:
+        self.path, self.base, self.prefix, self.info = path, base, prefix, info
+
+    def inputs(self, encoding: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Arguments for transformers' own `model.generate(**inputs, max_new_tokens=...)`.
+
+        encoding: what the tokenizer gives, `input_ids` and `attention_mask` `[rows, tokens]`;
+            several rows of unequal length are padded at the left (`padding_side="left"`)
+
+        The answers start after `inputs["input_ids"].shape[1]` positions. Beam search and several
+        returned sequences need the rows repeated first: use `generate` of this class.
+        """
+        ids, mask = encoding["input_ids"], encoding["attention_mask"]
+        batch = PrefixBatch.shared(self.prefix, len(ids))
+        virtual = torch.full((len(ids), batch.longest), self.base.pad_token_id, dtype=ids.dtype)
+        seen = torch.ones((len(ids), batch.longest), dtype=mask.dtype)
+        return {
+            "input_ids": torch.cat([virtual.to(ids.device), ids], dim=1),
+            "attention_mask": torch.cat([seen.to(mask.device), mask], dim=1),
+            "past_key_values": prefilled_cache(
+                batch, ReservedCache(batch.longest + ids.shape[1] + 64)
+            ),
+        }
+
+    def generate(self, texts: Sequence[str], **options: Any) -> list[str]:
+        """Answers to `texts`; `options` are transformers' (`max_new_tokens`, `num_beams`, ...)."""
+        encode, decode = self.base.tokenizer, self.base.tokenizer.batch_decode
+        prompts = [encode(text, add_special_tokens=False)["input_ids"] for text in texts]
+        tokens = generate(
+            self.base.model, prompts, PrefixBatch.shared(self.prefix, len(prompts)),
+            pad_token_id=self.base.pad_token_id, **options,
+        )  # fmt: skip
+        return list(decode(tokens, skip_special_tokens=True))
+
+
+def load_adapter(
+    source: str | Path,
+    model: Base | PreTrainedModel | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> LoadedAdapter:
+    """Read, check and compile the adapter `source`: a folder, a run, or `user/repo[@revision]`.
+
+    model: the base, loaded or by name; default: the one the adapter names
+    tokenizer: its tokenizer, where `model` is a transformers model
+
+    Raises AdapterError when it is damaged, unsafe, for another base, or has no virtual tokens
+    (LoRA: give it to PEFT, or to an `AdapterBank`), ModelError when the base cannot be loaded.
+    """
+    path = find_adapter(Path(source))
+    files = read_adapter(path)
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise UserError("give the tokenizer too: load_adapter(source, model, tokenizer)")
+        base = frozen_base(model, tokenizer, str(model.name_or_path))
+    elif isinstance(model, Base):
+        base = model
+    else:
+        named = model or files.base_id
+        if named is None:
+            raise UserError(f"{source} names no base model; give it: load_adapter(source, model)")
+        revision = files.info.get("base", {}).get("revision") if model is None else None
+        base = load_base(ModelSection(id=named, revision=revision))
+    require_same_base(files, base, str(source))
+    prefix = compile_files(files, base)
+    if prefix is None:
+        raise AdapterError(
+            f"{source} is a {files.peft_type} adapter: it has no virtual tokens; load it with "
+            "PEFT, or into an AdapterBank"
+        )
+    return LoadedAdapter(path, base, prefix, files.info)
+
+
+def one_method(recipe: Recipe, title: str | None) -> MethodSection:
+    """The method a single run is about. Raises UserError when the choice is not clear."""
+    if title is not None:
+        try:
+            return recipe.method(title)
+        except KeyError as error:
+            raise UserError(str(error.args[0])) from error
+    trained = [m for m in recipe.methods if m.trains]
+    if len(trained) != 1:
+        names = ", ".join(m.title for m in recipe.methods)
+        raise UserError(f"the recipe has several methods; choose one with --method: {names}")
+    return trained[0]
+
+
+def run_folder(recipe: Recipe, method: MethodSection, seed: int, out: str | Path | None) -> Path:
+    """The folder of a run: `out`, or the default one."""
+    return Path("runs") / recipe.name / cell_name(method, seed) if out is None else Path(out)
+
+
+def start_over(folder: Path) -> None:
+    """Delete `folder` if it is a run or comparison of ptkit's. Raises UserError when it is not."""
+    if not folder.exists():
+        return
+    comparison = (folder / "recipe.yaml").exists() and not (folder / CONFIG).exists()
+    if not comparison and not (folder / "cell.json").exists():
+        raise UserError(f"{folder} is not a run of ptkit's; --fresh does not delete it")
+    shutil.rmtree(folder)

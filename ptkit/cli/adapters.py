@@ -1,0 +1,133 @@
+"""`ptkit adapters`: the adapters on this machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ptkit.cli.options import AdapterArgument, FormatOption, OutputFormat, table
+
+if TYPE_CHECKING:
+    from ptkit.bank.listing import Listed
+
+app = typer.Typer(help="List, describe, compare and delete adapters.", no_args_is_help=True)
+
+
+@app.command()
+def ls(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder whose direct subfolders are adapters.")
+    ] = Path("adapters"),
+    format: FormatOption = OutputFormat.human,
+) -> None:
+    """List the adapters: method, base, virtual tokens, size; reads no weights, loads no model."""
+    from ptkit.bank.listing import list_adapters
+
+    found = list_adapters(folder)
+    if format is OutputFormat.json:
+        for listed in found:
+            typer.echo(json.dumps({**asdict(listed), "path": str(listed.path)}))
+        return
+    if format is OutputFormat.quiet:
+        for listed in found:
+            typer.echo(listed.path)
+        return
+    titles = ["adapter", "method", "base", "virtual tokens", "dtype", "bytes", "fault"]
+    table(titles if any(a.fault for a in found) else titles[:-1], map(_row, found))
+    total = sum(a.bytes for a in found)
+    typer.echo(f"{len(found)} adapters, {total / 1e6:,.2f} MB in {folder}")
+
+
+def _row(a: Listed) -> list[str]:
+    tokens = "" if a.virtual_tokens is None else str(a.virtual_tokens)
+    return [a.name, a.method, a.base or "", tokens, ", ".join(a.dtypes), f"{a.bytes:,}",
+            a.fault or ""]  # fmt: skip
+
+
+@app.command()
+def info(adapter: AdapterArgument, format: FormatOption = OutputFormat.human) -> None:
+    """Show what an adapter's record says: method, base, scores, forgetting; loads no model."""
+    from ptkit.hub.describe import describe
+
+    facts = describe(adapter)
+    if format is OutputFormat.json:
+        typer.echo(json.dumps(facts, ensure_ascii=False))
+        return
+    if format is OutputFormat.quiet:
+        typer.echo(facts["path"])
+        return
+    for name, value in facts.items():
+        for line in _lines(value):
+            typer.secho(f"{name:>15}  ", fg=typer.colors.CYAN, nl=False)
+            typer.echo(line)
+            name = ""
+
+
+@app.command()
+def diff(
+    first: AdapterArgument, second: AdapterArgument, format: FormatOption = OutputFormat.human
+) -> None:
+    """Compare two adapters: settings, scores and trained values that differ."""
+    from ptkit.hub.describe import differences
+
+    found = differences(first, second)
+    if format is OutputFormat.json:
+        typer.echo(json.dumps([asdict(d) for d in found], ensure_ascii=False))
+        return
+    if format is OutputFormat.quiet:
+        for difference in found:
+            typer.echo(difference.name)
+        return
+    if not found:
+        typer.echo("no difference")
+        return
+    table(["", first, second], [[d.name, _shown(d.first), _shown(d.second)] for d in found])
+
+
+@app.command()
+def rm(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Adapter folders.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    format: FormatOption = OutputFormat.human,
+) -> None:
+    """Delete adapter folders. Nothing else is deleted, and runs are not adapters."""
+    from ptkit.errors import UserError
+    from ptkit.formats.adapter_files import CONFIG
+
+    for folder in folders:
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"{folder} is not an adapter folder (it has no {CONFIG})")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UserError("nobody can be asked here; give --yes to delete")
+        names = ", ".join(map(str, folders))
+        if not typer.confirm(f"Delete {names}?", err=True):
+            raise UserError("nothing was deleted")
+    for folder in folders:
+        shutil.rmtree(folder)
+        if format is OutputFormat.json:
+            typer.echo(json.dumps({"deleted": str(folder)}))
+        elif format is OutputFormat.quiet:
+            typer.echo(folder)
+        else:
+            typer.echo(f"deleted {folder}")
+
+
+def _lines(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [f"{key}: {_shown(entry)}" for key, entry in value.items()]
+    return _shown(value).splitlines() or [""]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

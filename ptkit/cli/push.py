@@ -1,0 +1,54 @@
+"""`ptkit push`: an adapter to the Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ptkit.cli.options import FormatOption, OutputFormat
+
+
+def push(
+    adapter: Annotated[Path, typer.Argument(help="Adapter or run folder, adapters/NAME.")],
+    repository: Annotated[str, typer.Argument(metavar="USER/REPO", help="Made if not there.")],
+    private: Annotated[
+        Optional[bool],  # noqa: UP045  (typer reads annotations at run time)
+        typer.Option("--private/--public", help="Of a new repository; default: the account's."),
+    ] = None,
+    revision: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Branch to commit to; made if not there."),
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Propose the commit as a pull request.")
+    ] = False,
+    message: Annotated[Optional[str], typer.Option(help="Commit message.")] = None,  # noqa: UP045
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and list the files; send nothing.")
+    ] = False,
+    format: FormatOption = OutputFormat.human,
+) -> None:
+    """Upload an adapter with its card and record, in one commit; prints the commit's address.
+
+    The adapter is checked first. Log in once with `hf auth login`; huggingface_hub's settings
+    (HF_TOKEN, HF_ENDPOINT, HF_HOME) are honoured.
+    """
+    from ptkit.hub.transfer import push as run
+
+    done = run(
+        adapter, repository, private=private, revision=revision, create_pr=create_pr,
+        dry_run=dry_run, message=message,
+    )  # fmt: skip
+    if format is OutputFormat.json:
+        typer.echo(json.dumps(vars(done)))
+        return
+    if format is OutputFormat.human:
+        for name, size in done.files.items():
+            typer.secho(f"{size:>10,}  {name}", err=True, dim=True)
+    if done.url is None:
+        typer.secho(f"nothing was sent to {done.repository} (dry run)", err=True)
+    else:
+        typer.echo(done.url)

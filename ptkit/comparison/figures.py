@@ -1,0 +1,95 @@
+"""How figures are written, the same in the terminal, in Markdown and in the report."""
+
+from __future__ import annotations
+
+from ptkit.comparison.statistics import Difference
+from ptkit.evaluation.statistics import Interval
+
+#: What stands where a figure does not exist (nothing trained, one seed, no "off").
+NONE = "–"
+
+
+def size(count: float | None) -> str:
+    """Bytes in the unit a reader would choose."""
+    if not count:
+        return NONE
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def parameters(count: int, share: float) -> str:
+    """Trained values and their share of the base."""
+    return f"{count:,} ({percent(share)})" if count else NONE
+
+
+def short_parameters(count: int, share: float) -> str:
+    """`parameters` where there is little room: `15.4k 0.23%`."""
+    if not count:
+        return NONE
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit} {percent(share)}"
+    return f"{count} {percent(share)}"
+
+
+def percent(share: float) -> str:
+    """A share with two digits that say something."""
+    if share >= 0.1:
+        return f"{share:.0%}"
+    return f"{share:.2%}" if share >= 0.0005 else f"{share:.4%}"
+
+
+def seconds(value: float, trains: bool) -> str:
+    """Wall-clock training time."""
+    return f"{value:.1f} s" if trains else NONE
+
+
+def score(interval: Interval) -> str:
+    """A score with its 95 % interval."""
+    return f"{interval.mean:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
+
+
+def forgetting(interval: Interval | None) -> str:
+    """Nats per token lost."""
+    return NONE if interval is None else _with_spread(interval, "+.3f", 1, "")
+
+
+def drift(interval: Interval | None) -> str:
+    """Nats per token between the base's predictions and the adapted ones."""
+    return NONE if interval is None else _with_spread(interval, ".3f", 1, "")
+
+
+def retention(interval: Interval | None) -> str:
+    """Share of the base's next-token accuracy kept, in percent."""
+    return NONE if interval is None else _with_spread(interval, ".1f", 100, "%")
+
+
+def _with_spread(interval: Interval, form: str, scale: float, unit: str) -> str:
+    """A mean, and the half-width of its interval where there are several seeds."""
+    mean = f"{scale * interval.mean:{form}}{unit}"
+    if interval.high is None:
+        return mean
+    return f"{mean} ± {scale * (interval.high - interval.mean):{form.lstrip('+')}}"
+
+
+def added_time(milliseconds: float | None) -> str:
+    """What an adapter adds to the time of a generated token."""
+    return NONE if milliseconds is None else f"{milliseconds:+.2f} ms"
+
+
+def difference(found: Difference | None) -> str:
+    """A score minus the baseline's, its 95 % interval and corrected p value."""
+    if found is None:
+        return NONE
+    i = found.interval
+    small = found.p_value < 0.001
+    chance = "p < 0.001" if small else f"p = {found.p_value:.3f}"
+    return f"{i.mean:+.1f} [{i.low:+.1f}, {i.high:+.1f}], {chance}"
+
+
+def off(exact: bool | None) -> str:
+    """Whether the base is bit-identical with the adapter off."""
+    return {True: "exact", False: "NOT EXACT", None: "no off"}[exact]

@@ -1,0 +1,87 @@
+"""Reading comparisons back from their folders, and making one of several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ptkit.comparison.grid import claim_folder, plan
+from ptkit.errors import UserError
+from ptkit.formats import atomic
+from ptkit.recipe import LoadedRecipe, load_recipe
+from ptkit.training.record import CellRecord
+
+#: What parts of one comparison, made on different machines, may differ in.
+OWN = {"name", "description", "seeds", "methods"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison's folder, its recipe, the records that are there, and how many are not."""
+
+    folder: Path
+    loaded: LoadedRecipe
+    records: tuple[CellRecord, ...]
+    missing: int
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """Read what `ptkit compare` left in `folder`. Raises UserError when it holds no cell."""
+    recipe = folder / "recipe.yaml"
+    if not recipe.is_file():
+        raise UserError(f"{folder} is not a comparison (it has no recipe.yaml)")
+    loaded = load_recipe(recipe)
+    cells = [cell for group in plan(loaded.recipe, folder) for cell in group.cells]
+    records = tuple(CellRecord.read(cell.done) for cell in cells if cell.done.is_file())
+    if not records:
+        raise UserError(f"{folder} holds no finished cell")
+    return Comparison(folder, loaded, records, len(cells) - len(records))
+
+
+def merge(parts: Sequence[Comparison], out: Path) -> Comparison:
+    """One comparison in `out` with the methods, seeds and cells of all `parts`.
+
+    Only records and predictions are copied. Raises UserError when the parts' recipes differ in
+    more than name, seeds and methods, when they call different settings by one name, or when two
+    hold different results for one cell.
+    """
+    first = parts[0]
+    shared = first.loaded.recipe.model_dump(exclude=OWN)
+    methods = {m.title: m for m in first.loaded.recipe.methods}
+    seeds = list(first.loaded.recipe.seeds)
+    for part in parts[1:]:
+        recipe = part.loaded.recipe
+        other = recipe.model_dump(exclude=OWN)
+        changed = sorted(key for key in shared if shared[key] != other[key])
+        if changed:
+            raise UserError(
+                f"{part.folder} and {first.folder} differ in {', '.join(f'`{k}`' for k in changed)}"
+                "; only comparisons that differ in seeds and methods can be merged"
+            )
+        for method in recipe.methods:
+            if methods.setdefault(method.title, method) != method:
+                raise UserError(
+                    f"{part.folder} and {first.folder} mean different settings by the method "
+                    f"`{method.title}`; give one of them another `label`"
+                )
+        seeds += [seed for seed in recipe.seeds if seed not in seeds]
+    merged = first.loaded.recipe.model_copy(
+        update={"methods": list(methods.values()), "seeds": seeds}
+    )
+    loaded = replace(first.loaded, recipe=merged)
+    claim_folder(loaded, out)
+    for part in parts:
+        for record in part.records:
+            _copy(part.folder / "cells" / record.cell, out / "cells" / record.cell)
+    return read_comparison(out)
+
+
+def _copy(source: Path, target: Path) -> None:
+    for name in ("predictions.jsonl", "record.json"):  # the record last: it says "finished"
+        content, there = (source / name).read_bytes(), target / name
+        if there.is_file() and there.read_bytes() != content:
+            raise UserError(
+                f"{source} and {target} hold different results for one cell; remove one of them"
+            )
+        atomic.write_bytes(there, content)

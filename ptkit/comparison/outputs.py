@@ -1,0 +1,54 @@
+"""The files of a finished comparison: results, tables, plots and the report."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from ptkit.comparison.charts import charts_of
+from ptkit.comparison.plots import write_plots
+from ptkit.comparison.report import render_report
+from ptkit.comparison.summary import MethodSummary, summarise
+from ptkit.comparison.table import latex_table, markdown_table
+from ptkit.formats import atomic
+from ptkit.recipe.schema import Recipe
+from ptkit.training.record import CellRecord
+
+
+def write_outputs(
+    folder: Path, records: Sequence[CellRecord], recipe: Recipe
+) -> list[MethodSummary]:
+    """Write all outputs from the cells below `folder`; returns the summaries they show."""
+    summaries = summarise(folder, records, recipe)
+    atomic.write_text(folder / "results.jsonl", "".join(r.as_line() + "\n" for r in records))
+    atomic.write_text(folder / "results.csv", _csv(records))
+    atomic.write_text(folder / "table.md", markdown_table(summaries))
+    atomic.write_text(folder / "table.tex", latex_table(summaries))
+    write_plots(charts_of(summaries), folder / "plots")
+    recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    atomic.write_text(folder / "report.html", render_report(recipe, summaries, recipe_text))
+    return summaries
+
+
+def _csv(records: Sequence[CellRecord]) -> str:
+    """One row per cell, metrics and retention in columns of their own."""
+    rows = []
+    for record in records:
+        values = record.as_dict()
+        nested = {"settings", "curve", "versions", "metrics", "retention", "sweep", "tuned"}
+        row = {k: v for k, v in values.items() if k not in nested}
+        row |= {f"sweep_{k}": v for k, v in values["sweep"].items()}
+        row |= {f"tuned_{k}": v for k, v in (values["tuned"] or {}).get("settings", {}).items()}
+        row |= {f"metric_{k}": v for k, v in values["metrics"].items()}
+        retention = dict(values["retention"] or {})
+        for domain, figures in retention.pop("domains", {}).items():
+            retention[f"forgetting_{domain}"] = figures["forgetting"]
+        row |= {f"retention_{k}": v for k, v in retention.items()}
+        rows.append(row)
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(k for r in rows for k in r)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()

@@ -1,0 +1,192 @@
+"""From the records of a grid to one row per method and swept value, figures with intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ptkit.comparison.statistics import Difference, holm, paired_difference
+from ptkit.evaluation.metrics import Statistics, metric
+from ptkit.evaluation.predict import Prediction, statistics_of
+from ptkit.evaluation.statistics import Interval, bootstrap_interval, seeds_interval
+from ptkit.recipe.schema import Recipe
+from ptkit.training.record import CellRecord
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """One method, with one combination of swept values, over all its seeds.
+
+    family: the recipe's entry; sweep: swept key -> value, empty without a sweep
+    metrics: bootstrap over seeds and examples; forgetting, retention, drift: Student-t over seeds
+    domains: forgetting per general text, where there are several
+    share: trainable parameters / base parameters; seconds, peak_memory, added_ms: means over seeds
+    off_exact: True when it held in every cell; None when the method has no "off"
+    against: the score minus the baseline's, and the p value corrected for all comparisons made;
+    None for the baseline itself
+    samples: predictions of the first seed, in the order of the test rows
+    """
+
+    family: str
+    sweep: dict[str, Any]
+    kind: str
+    trains: bool
+    records: tuple[CellRecord, ...]
+    metrics: dict[str, Interval]
+    score: str
+    higher_is_better: bool
+    trainable_parameters: int
+    share: float
+    bytes_on_disk: int
+    seconds: float
+    peak_memory_bytes: float | None
+    added_ms: float | None
+    forgetting: Interval | None
+    retention: Interval | None
+    drift: Interval | None
+    domains: dict[str, Interval]
+    off_exact: bool | None
+    samples: tuple[dict[str, Any], ...]
+    against: Difference | None = None
+
+    @property
+    def title(self) -> str:
+        """The method, with its swept values where there are any."""
+        values = " ".join(f"{key}={written(value)}" for key, value in self.sweep.items())
+        return f"{self.family} {values}".strip()
+
+    @property
+    def trained_together(self) -> int:
+        """Cells of the largest training batch any of the records comes from."""
+        return max(record.trained_together for record in self.records)
+
+    @property
+    def leading(self) -> Interval:
+        """The interval of the metric that is *the score*."""
+        return self.metrics[self.score]
+
+
+def written(value: Any) -> str:
+    """A swept value as it is shown."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def baseline_of(recipe: Recipe) -> str:
+    """The method the others are compared with."""
+    titles = [method.title for method in recipe.methods]
+    return recipe.evaluate.baseline or ("full" if "full" in titles else titles[0])
+
+
+def best_of(summaries: Sequence[MethodSummary]) -> MethodSummary:
+    """The summary with the best mean score: the highest, or lowest where less is better."""
+    sign = 1 if summaries[0].higher_is_better else -1
+    return max(summaries, key=lambda s: sign * s.leading.mean)
+
+
+def read_predictions(folder: Path, record: CellRecord) -> list[dict[str, Any]]:
+    """The rows of a cell's `predictions.jsonl`."""
+    path = folder / "cells" / record.cell / "predictions.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def summarise(folder: Path, records: Sequence[CellRecord], recipe: Recipe) -> list[MethodSummary]:
+    """One summary per method and combination of swept values, in the order they were planned."""
+    groups: dict[tuple[str, str], list[CellRecord]] = {}
+    for record in records:
+        groups.setdefault((record.method, json.dumps(record.sweep)), []).append(record)
+    families = [method.title for method in recipe.methods]
+    order = sorted(groups.values(), key=lambda own: families.index(own[0].family))
+    trains = {method.title: method.trains for method in recipe.methods}
+    summaries, leading = [], []
+    for own in order:
+        summary, statistics = _summary(folder, own, recipe, trains=trains[own[0].family])
+        summaries.append(summary)
+        leading.append(statistics)
+    return _compared(summaries, leading, recipe)
+
+
+def _compared(
+    summaries: list[MethodSummary], leading: list[list[Statistics]], recipe: Recipe
+) -> list[MethodSummary]:
+    """`summaries` with the difference of each from the baseline of the same swept values."""
+    baseline = baseline_of(recipe)
+    measure = metric(recipe.task.metrics[0])
+    found: dict[int, Difference] = {}
+    for i, summary in enumerate(summaries):
+        if summary.family == baseline:
+            continue
+        partners = [
+            j for j, other in enumerate(summaries)
+            if other.family == baseline
+            and all(summary.sweep.get(k, v) == v for k, v in other.sweep.items())
+            and len(leading[j][0]) == len(leading[i][0])
+        ]  # fmt: skip
+        if len(partners) == 1:
+            found[i] = paired_difference(
+                measure, leading[i], leading[partners[0]],
+                resamples=recipe.evaluate.bootstrap, seed=0,
+            )  # fmt: skip
+    corrected = dict(zip(found, holm([d.p_value for d in found.values()]), strict=True))
+    return [
+        replace(s, against=replace(found[i], p_value=corrected[i])) if i in found else s
+        for i, s in enumerate(summaries)
+    ]
+
+
+def _summary(
+    folder: Path, own: list[CellRecord], recipe: Recipe, *, trains: bool
+) -> tuple[MethodSummary, list[Statistics]]:
+    """The summary of a method's records, and the leading metric's statistics per seed."""
+    first = own[0]
+    read = [read_predictions(folder, record) for record in own]
+    predictions = [[Prediction(**row) for row in rows] for rows in read]
+    metrics: dict[str, Interval] = {}
+    leading: list[Statistics] = []
+    for name in recipe.task.metrics:
+        measure = metric(name)
+        per_seed = [statistics_of(measure, rows) for rows in predictions]
+        metrics[name] = bootstrap_interval(
+            measure, per_seed, resamples=recipe.evaluate.bootstrap, seed=0
+        )
+        leading = leading or per_seed
+    retained = [r.retention for r in own if r.retention is not None]
+    memory = [r.peak_memory_bytes for r in own if r.peak_memory_bytes is not None]
+    added = [r.added_ms for r in own if r.added_ms is not None]
+    exact = [r.adapter_off_exact for r in own]
+
+    def over_seeds(key: str) -> Interval | None:
+        return seeds_interval([r[key] for r in retained]) if retained else None
+
+    domains: dict[str, Interval] = {}
+    if retained and len(retained[0]["domains"]) > 1:
+        for name in retained[0]["domains"]:
+            values = [r["domains"][name]["forgetting"] for r in retained]
+            domains[name] = seeds_interval(values)
+    summary = MethodSummary(
+        family=first.family,
+        sweep=first.sweep,
+        kind=first.kind,
+        trains=trains,
+        records=tuple(own),
+        metrics=metrics,
+        score=first.score,
+        higher_is_better=metric(first.score).higher_is_better,
+        trainable_parameters=first.trainable_parameters,
+        share=first.trainable_parameters / first.base_parameters,
+        bytes_on_disk=first.bytes_on_disk,
+        seconds=float(np.mean([r.train_seconds for r in own])),
+        peak_memory_bytes=float(np.mean(memory)) if memory else None,
+        added_ms=float(np.mean(added)) if added else None,
+        forgetting=over_seeds("forgetting"),
+        retention=over_seeds("retention"),
+        drift=over_seeds("drift"),
+        domains=domains,
+        off_exact=None if None in exact else all(exact),
+        samples=tuple(read[0]),
+    )
+    return summary, leading

@@ -1,0 +1,98 @@
+"""What an adapter is made of: tensors, sizes, nearest words, norms per layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ptkit.formats.adapter_files import AdapterFiles, read_adapter, weights_path
+from ptkit.methods import adapter_from_files, require_same_base
+from ptkit.methods.soft_prompt import SoftPrompt
+from ptkit.prefix import KVPrefix
+from ptkit.runtime.base_model import Base
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """Mean length of a layer's key and value vectors, of the adapter and of real text."""
+
+    layer: int
+    key: float
+    value: float
+    text_key: float
+    text_value: float
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of one adapter.
+
+    nearest: for each virtual token of a soft prompt, (token, cosine) of the closest words.
+    """
+
+    files: AdapterFiles
+    parameters: int
+    share: float
+    bytes: int
+    virtual_tokens: int
+    prefix_bytes: int
+    layers: list[LayerNorms]
+    nearest: list[list[tuple[str, float]]]
+
+
+def dissect(path: Path, base: Base, *, words: int = 3) -> Anatomy:
+    """Read the adapter in `path` and describe it on `base`."""
+    files = read_adapter(path)
+    require_same_base(files, base, str(path))
+    adapter = adapter_from_files(files, base)
+    try:
+        compiled = adapter.prefix()
+        prefix = None if compiled is None else compiled.detach()
+        nearest = nearest_words(adapter, base, words) if isinstance(adapter, SoftPrompt) else []
+        parameters = sum(t.numel() for t in files.tensors.values())
+        return Anatomy(
+            files,
+            parameters,
+            parameters / base.parameters,
+            weights_path(path).stat().st_size,
+            adapter.virtual_tokens,
+            0 if prefix is None else prefix.nbytes,
+            [] if prefix is None else layer_norms(prefix, base),
+            nearest,
+        )
+    finally:
+        adapter.close()
+
+
+@torch.no_grad()
+def nearest_words(adapter: SoftPrompt, base: Base, count: int) -> list[list[tuple[str, float]]]:
+    """The `count` vocabulary tokens most similar (cosine) to each virtual token's embedding."""
+    normalised = torch.nn.functional.normalize
+    vocabulary = normalised(base.embedding.weight.float(), dim=-1)
+    soft = normalised(adapter.embeddings().float(), dim=-1)
+    similarity, ids = (soft @ vocabulary.T).topk(count, dim=-1)
+    return [
+        [(str(base.tokenizer.decode([i])), s) for i, s in zip(row_ids, row, strict=True)]
+        for row_ids, row in zip(ids.tolist(), similarity.tolist(), strict=True)
+    ]
+
+
+def layer_norms(prefix: KVPrefix, base: Base) -> list[LayerNorms]:
+    """Vector lengths per layer, beside those of a sentence the base reads."""
+    from ptkit.runtime.compile import compile_tokens
+
+    sentence = "The committee published its report on Monday, and nobody was surprised by it."
+    ids = torch.tensor(base.tokenizer(sentence, add_special_tokens=False)["input_ids"])
+    text = compile_tokens(base.model, ids)
+
+    def length(vectors: torch.Tensor) -> float:
+        return float(vectors.float().norm(dim=-1).mean())
+
+    return [
+        LayerNorms(i, *map(length, parts))
+        for i, parts in enumerate(
+            zip(prefix.keys, prefix.values, text.keys, text.values, strict=True)
+        )
+    ]

@@ -1,0 +1,106 @@
+"""Evaluating what is on disk: an exported adapter, a run's folder, a fully fine-tuned model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptkit.data.templates import Template
+from ptkit.errors import AdapterError
+from ptkit.evaluation.predict import Prediction, predict
+from ptkit.evaluation.retention import Retention, measure_retention
+from ptkit.evaluation.score import score_intervals
+from ptkit.formats.adapter_files import CONFIG, INFO
+from ptkit.formats.hub import fetch_adapter, is_hub_id
+from ptkit.methods import (
+    ADAPTERS,
+    Adapter,
+    Demonstrations,
+    create_adapter,
+    load_adapter,
+)
+
+if TYPE_CHECKING:
+    from ptkit.evaluation.statistics import Interval
+    from ptkit.training.experiment import Experiment
+
+
+def find_adapter(path: Path, *, whole: bool = False) -> Path:
+    """The adapter folder `path` means: itself, the `adapter` folder of a run, or, where nothing
+    is called that here, the adapter with this hub id (`user/repo[@revision]`).
+
+    whole: fetch the recipe and the card too
+    """
+    for candidate in (path, path / "adapter"):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    if not path.exists() and is_hub_id(str(path)):
+        return fetch_adapter(str(path), whole=whole)
+    if not path.exists():
+        raise AdapterError(f"no such adapter or run: {path}")
+    if (path / "model" / "config.json").is_file():
+        raise AdapterError(
+            f"{path} is a full fine-tuning run: it has no adapter, its whole model is in "
+            f"{path / 'model'}; give that as the model"
+        )
+    raise AdapterError(f"{path} is neither an adapter ({CONFIG} is missing) nor a finished run")
+
+
+def fill_template(text: str, adapter: Path | None) -> str:
+    """`text` in the input template the adapter was trained with, if that has one column."""
+    if adapter is None or not (adapter / INFO).exists():
+        return text
+    pattern = json.loads((adapter / INFO).read_text()).get("task", {}).get("input")
+    if pattern is None:
+        return text
+    template = Template(pattern)
+    columns = set(template.columns)
+    return template.render({columns.pop(): text}) if len(columns) == 1 else text
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one adapter, each with its 95 % interval over the test rows."""
+
+    name: str
+    metrics: dict[str, Interval]
+    predictions: list[Prediction]
+    retention: Retention | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "adapter": self.name,
+            "n": len(self.predictions),
+            "metrics": {
+                name: {"value": i.mean, "low": i.low, "high": i.high}
+                for name, i in self.metrics.items()
+            },
+            "retention": None if self.retention is None else self.retention.as_dict(),
+        }
+
+
+def evaluate_saved(experiment: Experiment, path: Path | None) -> Evaluation:
+    """Predict and score the experiment's test rows with the adapter in `path` (None: the base)."""
+    if path is None:
+        section = ADAPTERS["base"].section_class(kind="base")
+        adapter = create_adapter(section, experiment.base, Demonstrations((), 0))
+    else:
+        adapter = load_adapter(find_adapter(path), experiment.base)
+    try:
+        return evaluate(experiment, adapter, str(path) if path else "base")
+    finally:
+        adapter.close()
+
+
+def evaluate(experiment: Experiment, adapter: Adapter, name: str) -> Evaluation:
+    """Predict and score the experiment's test rows with `adapter`; `name` is what it is called."""
+    recipe = experiment.recipe
+    rows = predict(adapter, experiment.data.test, recipe.task, recipe.evaluate.batch_size)
+    retention = None
+    if experiment.general is not None:
+        retention = measure_retention(adapter, experiment.general)
+    scored = score_intervals(rows, recipe.task.metrics, recipe.evaluate.bootstrap)
+    return Evaluation(name, scored, rows, retention)

@@ -1,0 +1,1 @@
+"""Adapters that travel: their cards, the Hugging Face Hub, and checks of what arrives."""

@@ -1,0 +1,141 @@
+"""Model cards: what an adapter is, what it scored, what it forgets, how to use it.
+
+Mitchell et al. 2019, "Model Cards for Model Reporting"; the metadata are the Hub's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ptkit.formats.adapter_files import RECIPE, AdapterFiles
+from ptkit.runtime.base_model import TINY_EN
+
+#: Stands in a card for the repository it will be in; `ptkit push` puts the name in.
+PLACE = "USER/REPO"
+
+_METHODS = {
+    "PREFIX_TUNING": "prefix tuning",
+    "PROMPT_TUNING": "prompt tuning",
+    "P_TUNING": "P-tuning",
+    "LORA": "LoRA",
+}
+_TASKS = {"generation": "text-generation", "classification": "text-classification"}
+
+
+def card_text(
+    name: str,
+    files: AdapterFiles,
+    stored_bytes: int,
+    *,
+    int8: bool = False,
+    table: str | None = None,
+    license: str | None = None,
+    language: str | None = None,
+) -> str:
+    """The card of the adapter `files`, whose weights take `stored_bytes` on disk.
+
+    int8: they are stored as 8-bit integers, which PEFT does not read
+    table: Markdown of the comparison it was part of
+    license, language: the Hub's identifiers (`apache-2.0`, `en`); left out when not known
+    """
+    metadata = _metadata(name, files, license, language)
+    return f"---\n{metadata}\n---\n\n{_body(name, files, stored_bytes, int8, table)}"
+
+
+def named(card: str, repository: str) -> str:
+    """The card with the repository's id wherever it says how to load the adapter."""
+    return card.replace(PLACE, repository)
+
+
+def _metadata(name: str, files: AdapterFiles, license: str | None, language: str | None) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    info, base, data = files.info, files.base_id, files.info.get("data", {})
+    task = _TASKS.get(info.get("task", {}).get("kind", ""), "text-generation")
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=data.get("hub") or f"ptkit/{data.get('builtin', 'unpublished')}",
+            dataset_name=data.get("hub") or data.get("builtin") or "unpublished",
+            dataset_config=data.get("config"),
+            dataset_revision=data.get("revision"),
+            dataset_split="test",
+            metric_type=metric,
+            metric_value=round(claim["value"], 2),
+        )
+        for metric, claim in info.get("metrics", {}).items()
+    ]
+    tags = ["ptkit", files.peft_type.lower().replace("_", "-"), f"base_model:adapter:{base}"]
+    return ModelCardData(
+        base_model=base,
+        base_model_relation="adapter",
+        library_name="peft",
+        pipeline_tag="text-generation",
+        license=license,
+        language=language,
+        datasets=[data["hub"]] if data.get("hub") else None,
+        tags=tags,
+        model_name=name,
+        eval_results=results or None,
+    ).to_yaml()
+
+
+def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: str | None) -> str:
+    from jinja2 import Environment, PackageLoader
+
+    info, base = files.info, str(files.base_id)
+    stored = info.get("method", {})
+    method = _METHODS.get(files.peft_type, files.peft_type)
+    if stored.get("reparameterize"):
+        method += " (made by an MLP, folded in)"
+    values = sum(t.numel() for t in files.tensors.values())
+    parameters = info.get("base", {}).get("parameters")
+    task = info.get("task", {})
+    environment = Environment(
+        loader=PackageLoader("ptkit.hub", "."), trim_blocks=True, lstrip_blocks=True,
+        autoescape=False,  # Markdown, not HTML
+    )  # fmt: skip
+    text = environment.get_template("card.md.jinja").render(
+        name=name,
+        place=PLACE,
+        info=info,
+        base=base,
+        base_source="path/to/tiny-en" if base == TINY_EN else base,
+        method=f"{method[:1].upper()}{method[1:]}",
+        data=_data(info.get("data", {})),
+        parameters=values,
+        share=values / parameters if parameters else None,
+        bytes=stored_bytes,
+        dtype=info.get("dtype", _dtype(files)),
+        virtual_tokens=files.config.get("num_virtual_tokens"),
+        metrics=info.get("metrics"),
+        lost=info.get("int8_lost") if int8 else None,
+        table=table and table.strip(),
+        retention=info.get("retention"),
+        peft=not int8,
+        template=task.get("input", "").encode("unicode_escape").decode(),
+        example=repr(task.get("input") or "..."),
+        labels=", ".join(f"`{word.strip()}`" for word in task.get("verbalizer", {}).values()),
+        fingerprint=info.get("base", {}).get("fingerprint"),
+        recipe=RECIPE in files.texts,
+        versions=_versions(info.get("versions", {})),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    if data.get("hub"):
+        return f"`{data['hub']}`"
+    if data.get("builtin"):
+        return f"`{data['builtin']}`, a data set that ships with ptkit"
+    return "data that is not published"
+
+
+def _dtype(files: AdapterFiles) -> str:
+    return str(next(iter(files.tensors.values())).dtype).removeprefix("torch.")
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -1,0 +1,100 @@
+"""What adapters' records say, and in what two adapters differ. No model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptkit.evaluation.saved import find_adapter
+from ptkit.formats.adapter_files import AdapterFiles, read_adapter, weights_path
+
+
+def describe(source: str | Path) -> dict[str, Any]:
+    """The facts about the adapter `source` (a folder or a hub id), in the order to show them."""
+    path = find_adapter(Path(source), whole=True)
+    files = read_adapter(path)
+    info = files.info
+    facts: dict[str, Any] = {
+        "path": str(path),
+        "method": files.peft_type.lower(),
+        "base": info.get("base") or {"id": files.base_id},
+        "virtual tokens": files.config.get("num_virtual_tokens"),
+        "values": sum(t.numel() for t in files.tensors.values()),
+        "bytes": weights_path(path).stat().st_size,
+        "dtype": info.get("dtype") or _dtypes(files),
+    }
+    if info:
+        facts |= {
+            "recipe": info.get("recipe"),
+            "seed": info.get("seed"),
+            "data": info.get("data"),
+            "scores": {n: _claim(c) for n, c in (info.get("metrics") or {}).items()},
+            "test rows": info.get("n_test"),
+            "forgetting": (info.get("retention") or {}).get("forgetting"),
+            "settings": info.get("method"),
+            "converted from": info.get("converted_from"),
+            "versions": info.get("versions"),
+        }
+    return {name: value for name, value in facts.items() if value not in (None, {})}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing two adapters differ in."""
+
+    name: str
+    first: Any
+    second: Any
+
+
+def differences(first: str | Path, second: str | Path) -> list[Difference]:
+    """Settings, scores and tensors in which two adapters differ.
+
+    A tensor's entry holds its length in the first and the distance between the two; tensors of
+    different shapes are shown by their shapes.
+    """
+    paths = [find_adapter(Path(source)) for source in (first, second)]
+    one, other = (read_adapter(path) for path in paths)
+    found = _unequal("", _settings(one), _settings(other))
+    for name in sorted(one.tensors.keys() | other.tensors.keys()):
+        a, b = one.tensors.get(name), other.tensors.get(name)
+        if a is None or b is None or a.shape != b.shape:
+            shapes = [None if t is None else str(list(t.shape)) for t in (a, b)]
+            found.append(Difference(f"tensor {name}", *shapes))
+            continue
+        distance = float((a.float() - b.float()).norm())
+        if distance:
+            length = float(a.float().norm())
+            found.append(
+                Difference(f"tensor {name}", f"length {length:.4g}", f"distance {distance:.4g}")
+            )
+    return found
+
+
+def _settings(files: AdapterFiles) -> dict[str, Any]:
+    """Everything that is said about an adapter, without the digest of its weights."""
+    info = {key: value for key, value in files.info.items() if key not in ("weights", "format")}
+    return {**info, "peft": files.config}
+
+
+def _unequal(prefix: str, one: dict[str, Any], other: dict[str, Any]) -> list[Difference]:
+    found = []
+    for key in dict.fromkeys([*one, *other]):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _unequal(f"{prefix}{key}.", a, b)
+        elif a != b:
+            found.append(Difference(f"{prefix}{key}", a, b))
+    return found
+
+
+def _claim(claim: Any) -> str:
+    if not isinstance(claim, dict) or claim.get("value") is None:
+        return str(claim)
+    interval = "" if claim.get("low") is None else f" [{claim['low']:.2f}, {claim['high']:.2f}]"
+    return f"{claim['value']:.2f}{interval}"
+
+
+def _dtypes(files: AdapterFiles) -> str:
+    return ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in files.tensors.values()}))

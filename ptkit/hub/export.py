@@ -1,0 +1,143 @@
+"""Exporting a run's adapter: parameters only, in PEFT's layout, verified by reloading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ptkit.errors import AdapterError, PtkitError
+from ptkit.evaluation.saved import Evaluation, evaluate, find_adapter
+from ptkit.formats.adapter_files import (
+    CARD,
+    RECIPE,
+    AdapterFiles,
+    read_adapter,
+    read_texts,
+    weights_path,
+    write_adapter,
+)
+from ptkit.formats.int8 import dequantised, quantised
+from ptkit.hub.card import card_text
+from ptkit.hub.convert import as_prefix
+from ptkit.methods import adapter_from_files, require_same_base
+from ptkit.recipe import load_recipe
+from ptkit.recipe.schema import ModelSection
+from ptkit.runtime.base_model import Base, load_base
+from ptkit.training.experiment import prepare
+from ptkit.training.provenance import claim
+
+Dtype = Literal["float32", "bfloat16", "float16", "int8"]
+#: `peft`: as trained. `kv`: compiled to a prefix, whatever the method.
+Format = Literal["peft", "kv"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. bytes: size of the weights file; parameters: values in it.
+
+    lost: for int8, what each metric lost against the original on the recipe's test rows
+    """
+
+    path: Path
+    parameters: int
+    bytes: int
+    largest_rounding: float
+    lost: dict[str, float] | None
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    *,
+    dtype: Dtype = "float32",
+    format: Format = "peft",
+    replace_out: bool = False,
+    base: Base | None = None,
+    recipe: Path | None = None,
+    license: str | None = None,
+    language: str | None = None,
+) -> Exported:
+    """Write the adapter of `run` (a finished run or an adapter folder) to `out` in `dtype`.
+
+    The result is read back, compared with what was trained and loaded on its base; int8 is
+    scored on the recipe's test rows (`recipe`: instead of the run's own). Raises UserError when
+    `out` exists, AdapterError when the run is not finished or for another base.
+    """
+    path = find_adapter(run)
+    trained = read_adapter(path)
+    texts = read_texts(path)
+    if base is None:
+        revision = trained.info.get("base", {}).get("revision")
+        base = load_base(ModelSection(id=str(trained.base_id), revision=revision))
+    require_same_base(trained, base, str(run))
+    if format == "kv":
+        trained = as_prefix(trained, base)
+    if dtype == "int8":
+        stored = replace(trained, tensors=dequantised(quantised(trained.tensors)))
+        info, lost = _scored(trained, stored, base, recipe or path / RECIPE)
+    else:
+        stored, lost = trained.to(getattr(torch, dtype)), None
+        info = dict(trained.info)
+    if info:
+        info |= {"dtype": dtype, "card": {"license": license, "language": language}}
+    kept = {RECIPE: texts[RECIPE]} if RECIPE in texts else {}
+    files = replace(stored, info=info, texts=kept)
+    tensors = quantised(trained.tensors) if dtype == "int8" else stored.tensors
+    card = card_text(
+        out.name, files, sum(t.nbytes for t in tensors.values()), int8=dtype == "int8",
+        table=_table_above(path), license=license, language=language,
+    )  # fmt: skip
+    files = replace(files, texts={**kept, CARD: card})
+    write_adapter(out, files, replace=replace_out, int8=dtype == "int8")
+    reloaded = read_adapter(out)
+    if any(not torch.equal(reloaded.tensors[n], t.cpu()) for n, t in stored.tensors.items()):
+        raise PtkitError(f"{out}: what was read back differs from what was written")
+    adapter_from_files(reloaded, base).close()
+    rounding = max(
+        float((t.float() - reloaded.tensors[n].float()).abs().max())
+        for n, t in trained.tensors.items()
+    )
+    return Exported(
+        out,
+        sum(t.numel() for t in trained.tensors.values()),
+        weights_path(out).stat().st_size,
+        rounding,
+        lost,
+    )
+
+
+def _scored(
+    original: AdapterFiles, stored: AdapterFiles, base: Base, recipe: Path
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The record with the scores of `stored`, and what each metric lost against `original`."""
+    if not recipe.is_file():
+        raise AdapterError(
+            f"int8 loses accuracy, which is measured on the recipe's test rows, but {recipe} is "
+            "missing; give the recipe with --recipe FILE, or choose another --dtype"
+        )
+    experiment = prepare(load_recipe(recipe), base)
+
+    def measured(files: AdapterFiles) -> Evaluation:
+        adapter = adapter_from_files(files, base)
+        try:
+            return evaluate(experiment, adapter, str(recipe))
+        finally:
+            adapter.close()
+
+    before, after = measured(original), measured(stored)
+    lost = {name: before.metrics[name].mean - i.mean for name, i in after.metrics.items()}
+    claims = {name: claim(interval) for name, interval in after.metrics.items()}
+    retention = after.retention and after.retention.as_dict()
+    measured_info = {"metrics": claims, "n_test": len(after.predictions), "retention": retention}
+    return {**original.info, **measured_info, "int8_lost": lost}, lost
+
+
+def _table_above(path: Path) -> str | None:
+    """The Markdown table of the comparison the adapter folder `path` is in, if it is in one."""
+    for folder in path.resolve().parents[:5]:
+        if (folder / "table.md").is_file() and (folder / RECIPE).is_file():
+            return (folder / "table.md").read_text(encoding="utf-8")
+    return None

@@ -1,0 +1,144 @@
+"""Adapters to and from the Hugging Face Hub; huggingface_hub does the transport.
+
+Its settings are honoured (`HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`), and one commit
+holds all files: a push that is cut off leaves the repository as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ptkit.errors import AdapterError, UserError
+from ptkit.evaluation.saved import find_adapter
+from ptkit.formats import atomic
+from ptkit.formats.adapter_files import (
+    ADAPTER_FILES,
+    CARD,
+    INT8_WEIGHTS,
+    read_adapter,
+    read_texts,
+    weights_path,
+)
+from ptkit.formats.hub import HubId, fetch_adapter, hub_errors
+from ptkit.hub.card import card_text, named
+from ptkit.hub.verify import Check, check_files
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was uploaded, or would be. url: of the commit or pull request; None for a dry run."""
+
+    repository: str
+    revision: str | None
+    files: dict[str, int]
+    url: str | None
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What was downloaded: the folder it is in now, and the checks it passed."""
+
+    path: Path
+    checks: tuple[Check, ...]
+
+
+def push(
+    path: str | Path,
+    repository: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    message: str | None = None,
+) -> Pushed:
+    """Upload the adapter in `path` to the Hub repository `user/repo`, made if it is not there.
+
+    private: of a repository that is made; default: the account's own
+    revision: branch to commit to, made if it is not there; create_pr: propose the commit instead
+    dry_run: check everything here, ask the Hub nothing
+
+    A folder without a card gets one, and the card in it the repository's name. Raises
+    AdapterError for an adapter that is damaged or not what its record says, UserError when the
+    Hub refuses, HubError when it fails.
+    """
+    target = HubId.read(repository)
+    if target.revision is not None:
+        raise UserError(f"`{repository}`: give the revision with --revision")
+    folder = find_adapter(Path(path))
+    faults = [c.detail for c in check_files(folder, str(path)) if c.passed is False]
+    if faults:
+        raise AdapterError(f"{path} is not pushed: " + "; ".join(faults))
+    texts = read_texts(folder)
+    card = texts.get(CARD)
+    if card is None:
+        files = replace(read_adapter(folder), texts=texts)
+        weights = weights_path(folder)
+        card = card_text(
+            target.name,
+            files,
+            weights.stat().st_size,
+            int8=weights.name == INT8_WEIGHTS,
+            **files.info.get("card", {}),
+        )
+    card = named(card, target.repository)
+    present = [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
+    sizes = {p.name: p.stat().st_size for p in present} | {CARD: len(card.encode())}
+    if dry_run:
+        return Pushed(target.repository, revision, sizes, None)
+    if card != texts.get(CARD):
+        atomic.write_text(folder / CARD, card)
+    url = _upload(folder, target, list(sizes), private, revision, create_pr, message)
+    return Pushed(target.repository, revision, sizes, url)
+
+
+def _upload(
+    folder: Path,
+    target: HubId,
+    names: list[str],
+    private: bool | None,
+    revision: str | None,
+    create_pr: bool,
+    message: str | None,
+) -> str:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi()
+    with hub_errors(target, writing=True):
+        api.create_repo(target.repository, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(target.repository, branch=revision, exist_ok=True)
+        commit = api.create_commit(
+            target.repository,
+            [CommitOperationAdd(name, folder / name) for name in names],
+            commit_message=message or "Upload adapter with ptkit",
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return commit.pr_url or commit.commit_url
+
+
+def pull(source: str, out: str | Path | None = None, *, force: bool = False) -> Pulled:
+    """Download the adapter `user/repo[@revision]` from the Hub to the folder `out`.
+
+    out: default `adapters/REPO`
+
+    Only the files ptkit reads are asked for, and the folder appears complete or not at all.
+    Raises UserError when it exists and `force` is False, AdapterError when the adapter is
+    damaged, pickled, or not what its record says, HubError when the Hub fails.
+    """
+    wanted = HubId.read(source)
+    folder = Path(out) if out is not None else Path("adapters") / wanted.name
+    if folder.exists() and not force:
+        raise UserError(f"{folder} exists; choose another place with --out, or pass --force")
+    cached = fetch_adapter(source, whole=True)
+    checks = tuple(check_files(cached, str(cached)))
+    faults = [check.detail for check in checks if check.passed is False]
+    if faults:
+        raise AdapterError(f"{source} is not kept: " + "; ".join(faults))
+    with atomic.folder(folder, replace=force) as scratch:
+        for name in ADAPTER_FILES:
+            if (cached / name).is_file():
+                atomic.write_bytes(scratch / name, (cached / name).read_bytes())
+    return Pulled(folder, checks)

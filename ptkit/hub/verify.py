@@ -1,0 +1,256 @@
+"""Is an adapter what it says: its files, its base, its scores?
+
+Three depths: what the files alone show, what loading it on its base shows, and what running its
+recipe's test again shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptkit.errors import AdapterError, DataError, PtkitError, UserError
+from ptkit.evaluation.saved import evaluate_saved, find_adapter
+from ptkit.evaluation.statistics import Interval
+from ptkit.formats.adapter_files import (
+    INFO,
+    PICKLES,
+    RECIPE,
+    AdapterFiles,
+    read_adapter,
+    sha256,
+    weights_path,
+)
+from ptkit.formats.hub import HubId, hub_files, is_hub_id
+from ptkit.methods import compile_files, require_same_base
+from ptkit.methods.lora import lora_config
+from ptkit.recipe import LoadedRecipe, load_recipe
+from ptkit.recipe.schema import ModelSection
+from ptkit.runtime.base_model import Base, load_base
+from ptkit.training.experiment import prepare
+
+#: Of a score's interval: how far a second reading of the same rows may be from the first. The
+#: interval is about other rows; these are the same, decoded greedily, so only rounding differs.
+TOLERANCE = 0.25
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. passed: None where it could not be, `detail` says why."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found about one adapter."""
+
+    adapter: str
+    path: Path
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return all(check.passed is not False for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--format json`."""
+        return {
+            "adapter": self.adapter,
+            "passed": self.passed,
+            "checks": [vars(check) for check in self.checks],
+        }
+
+
+def verify(
+    source: str | Path,
+    *,
+    model: str | None = None,
+    base: Base | None = None,
+    score: bool = False,
+    recipe: str | Path | None = None,
+) -> Verification:
+    """Check the adapter `source`, a folder or a hub id `user/repo[@revision]`.
+
+    model: id of the base to check it on; default: the one it names. base: a loaded one instead
+    score: run its recipe's test again and compare with the scores it claims
+    recipe: a recipe file to use instead of the adapter's own
+
+    A fault of the adapter is a failed check, never an exception; raises PtkitError when the
+    adapter cannot be found or its base not loaded.
+    """
+    path = find_adapter(Path(source), whole=True)
+    checks = list(check_files(path, str(source)))
+    if all(check.passed is not False for check in checks):
+        files = read_adapter(path)
+        if base is None:
+            named = model or files.base_id
+            if named is None:
+                raise UserError(f"{source} names no base model; give it with --model")
+            revision = files.info.get("base", {}).get("revision") if model is None else None
+            base = load_base(ModelSection(id=named, revision=revision))
+        checks += _check_base(files, base, str(source))
+        if score and all(check.passed is not False for check in checks):
+            checks += _check_scores(path, files, base, recipe)
+    return Verification(str(source), path, tuple(checks))
+
+
+def check_files(path: Path, source: str) -> Iterator[Check]:
+    """What the files in the adapter folder `path` show without any model."""
+    try:
+        files = read_adapter(path)
+    except AdapterError as error:
+        yield Check("files", False, str(error))
+        return
+    values = sum(t.numel() for t in files.tensors.values())
+    weights = weights_path(path)
+    yield Check(
+        "files", True, f"{files.peft_type}, {values:,} finite values, {weights.stat().st_size:,} B"
+    )
+    names = [p.relative_to(path).as_posix() for p in path.rglob("*")]
+    if is_hub_id(source) and not Path(source).exists():
+        try:
+            names = hub_files(HubId.read(source))
+        except PtkitError as error:
+            yield Check("no pickle", None, f"the repository's list of files: {error}")
+            names = []
+    pickles = sorted(name for name in names if name.endswith(PICKLES))
+    if pickles:
+        yield Check("no pickle", False, f"{', '.join(pickles)} can run code when opened")
+    elif names:
+        yield Check("no pickle", True, "only files that cannot run code")
+    yield from _check_record(files, weights)
+
+
+def _check_record(files: AdapterFiles, weights: Path) -> Iterator[Check]:
+    info = files.info
+    if not info:
+        yield Check("record", None, f"no {INFO}: nothing says how it was made or what it scored")
+        return
+    digest = info.get("weights")
+    if not isinstance(digest, dict) or "sha256" not in digest:
+        yield Check("weights", None, f"{INFO} holds no digest of the weights")
+    else:
+        same = sha256(weights) == digest["sha256"] and weights.name == digest.get("file")
+        yield Check(
+            "weights", same,
+            "those the record was written for" if same else
+            f"{weights.name} is not the file that {INFO} was written for",
+        )  # fmt: skip
+    claims = info.get("metrics")
+    faults = [] if claims is None else _claim_faults(claims, info.get("n_test"))
+    if faults:
+        yield Check("claims", False, "; ".join(faults))
+    elif claims:
+        said = ", ".join(f"{name} {claim['value']:.2f}" for name, claim in claims.items())
+        yield Check("claims", True, f"{said} on {info['n_test']} rows")
+
+
+def _claim_faults(claims: Any, rows: Any) -> list[str]:
+    """What is wrong with the scores an adapter claims."""
+    if not isinstance(claims, dict):
+        return ["`metrics` should be an object"]
+    faults = [] if type(rows) is int and rows > 0 else ["no number of test rows"]
+    for name, claim in claims.items():
+        entries = claim if isinstance(claim, dict) else {}
+        numbers = [entries.get(key) for key in ("low", "value", "high")]
+        found = [float(n) for n in numbers if isinstance(n, int | float)]
+        if len(found) != 3:
+            faults.append(f"`{name}` has no value with an interval")
+        elif not found[0] <= found[1] <= found[2]:
+            faults.append(f"`{name}` = {found[1]} is outside its own interval")
+    return faults
+
+
+def _check_base(files: AdapterFiles, base: Base, source: str) -> Iterator[Check]:
+    try:
+        require_same_base(files, base, source)
+    except AdapterError as error:
+        yield Check("base", False, str(error))
+        return
+    made_for = files.info.get("base", {})
+    if made_for.get("fingerprint"):
+        yield Check("base", True, f"{base.id}, weights {base.fingerprint}")
+    else:
+        yield Check("base", None, f"{base.id} by name only: the adapter has no fingerprint of it")
+    if made_for.get("tokenizer"):
+        same = made_for["tokenizer"] == base.tokenizer_fingerprint
+        found = f"vocabulary {base.tokenizer_fingerprint}"
+        yield Check("tokenizer", same, found if same else f"{found}, not {made_for['tokenizer']}")
+    try:
+        prefix = compile_files(files, base)
+        if prefix is None:
+            lora_config(files, base)
+    except AdapterError as error:
+        yield Check("shapes", False, str(error))
+        return
+    detail = "matrices fit the base's modules"
+    if prefix is not None:
+        detail = f"{prefix.virtual_tokens} virtual tokens in {len(prefix.keys)} layers"
+    yield Check("shapes", True, detail)
+
+
+def _check_scores(
+    path: Path, files: AdapterFiles, base: Base, recipe: str | Path | None
+) -> Iterator[Check]:
+    claims: Mapping[str, Mapping[str, float]] = files.info.get("metrics") or {}
+    if not claims:
+        yield Check("score", None, "no score is claimed")
+        return
+    loaded = _recipe(path, recipe)
+    try:
+        experiment = prepare(loaded, base)
+    except DataError as error:
+        raise DataError(f"{error}; a recipe that finds its data here: --recipe FILE") from error
+    evaluation = evaluate_saved(experiment, path)
+    if len(evaluation.predictions) != files.info.get("n_test"):
+        yield Check(
+            "score", False,
+            f"claimed on {files.info.get('n_test')} rows, the recipe's test has "
+            f"{len(evaluation.predictions)}",
+        )  # fmt: skip
+        return
+    for name, found in evaluation.metrics.items():
+        if name not in claims:
+            yield Check(f"score: {name}", None, f"{found.mean:.2f} here, nothing is claimed")
+            continue
+        yield _reproduced(name, claims[name], found)
+    claimed = (files.info.get("retention") or {}).get("forgetting")
+    if evaluation.retention is not None and claimed is not None:
+        here = evaluation.retention.overall["forgetting"]
+        same = abs(here - claimed) <= 0.02 + 0.05 * abs(claimed)
+        yield Check("forgetting", same, f"{here:+.3f} here, {claimed:+.3f} claimed")
+
+
+def _reproduced(name: str, claim: Mapping[str, float], found: Interval) -> Check:
+    """Whether a score read again is the claimed one, but for rounding."""
+    low, high = claim["low"], claim["high"]
+    allowed = max(TOLERANCE * (high - low), 1e-6)
+    same = low <= found.mean <= high and abs(found.mean - claim["value"]) <= allowed
+    detail = (
+        f"{found.mean:.2f} here, {claim['value']:.2f} [{low:.2f}, {high:.2f}] claimed"
+        f" (n={found.n_examples})"
+    )
+    return Check(f"score: {name}", same, detail)
+
+
+def _recipe(path: Path, given: str | Path | None) -> LoadedRecipe:
+    """The recipe whose test is run. Raises UserError for one that would run a stranger's choice
+    of code, AdapterError when there is none."""
+    if given is not None:
+        return load_recipe(given)
+    if not (path / RECIPE).is_file():
+        raise AdapterError(f"{path} has no {RECIPE}; give the recipe with --recipe FILE")
+    loaded = load_recipe(path / RECIPE)
+    own = [name for name in loaded.recipe.task.metrics if ":" in name]
+    if own:
+        raise UserError(
+            f"the recipe in {path} scores with code of its own ({', '.join(own)}); read it, and "
+            "give it with --recipe if you trust it"
+        )
+    return loaded

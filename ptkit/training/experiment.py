@@ -1,0 +1,87 @@
+"""Everything the cells of one recipe share: base, data, and the base's own measurements."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from ptkit.data import Example, TaskData, general_texts, load_task
+from ptkit.data.encode import EncodedExample, encode_examples
+from ptkit.evaluation.retention import GeneralProbe, off_probe, probe_base
+from ptkit.recipe import LoadedRecipe
+from ptkit.recipe.schema import Recipe
+from ptkit.runtime.base_model import Base, load_base
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """The rows a cell is trained on, as text and as token ids, in one order."""
+
+    examples: list[Example]
+    encoded: list[EncodedExample]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A recipe made ready to run.
+
+    rows: of the training split; the cells of a seed take `training(seed)` of them
+    general: the base's own results on general text; None when retention is not measured
+    probe: the base's logits on `probe_ids` `[1, tokens]`, before anything was attached to it
+    """
+
+    recipe: Recipe
+    base: Base
+    data: TaskData
+    rows: TrainingRows
+    validation: list[EncodedExample]
+    general: GeneralProbe | None
+    probe_ids: torch.Tensor
+    probe: torch.Tensor
+
+    def training(self, seed: int) -> TrainingRows:
+        """The training rows of the cells with `seed`: all, or a random draw (`task.data.draw`)."""
+        data = self.recipe.task.data
+        if data.draw == "first":
+            return self.rows
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.rows.examples), generator=generator).tolist()
+        drawn = order[: data.limits.train]
+        return TrainingRows(
+            [self.rows.examples[i] for i in drawn], [self.rows.encoded[i] for i in drawn]
+        )
+
+    def data_fingerprint(self, seed: int) -> str:
+        """16 hex digits over the training and validation rows of `seed` as token ids."""
+        digest = hashlib.sha256()
+        for row in (*self.training(seed).encoded, *self.validation):
+            digest.update(repr((row.input_ids, row.target_ids)).encode())
+        return digest.hexdigest()[:16]
+
+
+def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
+    """Load the data, then the base (or use the given one), and measure the base on its own.
+
+    The data comes first: a mistake in it should show before a large model is loaded.
+    """
+    recipe, retention = loaded.recipe, loaded.recipe.retention
+    data = load_task(recipe.task, loaded.folder)
+    texts = general_texts(retention.text, loaded.folder) if retention else None
+    base = base or load_base(recipe.model)
+    general = None
+    if texts is not None and retention is not None:
+        general = probe_base(base, texts, retention.max_tokens)
+    first = encode_examples(data.test[:1], base.tokenizer, recipe.task)[0].input_ids
+    probe_ids = torch.tensor([first]) if general is None else general.drift_windows[:1]
+    return Experiment(
+        recipe,
+        base,
+        data,
+        TrainingRows(data.train, encode_examples(data.train, base.tokenizer, recipe.task)),
+        encode_examples(data.validation, base.tokenizer, recipe.task),
+        general,
+        probe_ids,
+        off_probe(base.model, probe_ids),
+    )

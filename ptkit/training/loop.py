@@ -1,0 +1,199 @@
+"""The training loop, on accelerate: one adapter, or several in one forward and backward.
+
+Accelerate places, distributes and autocasts; the order of the data, the choice of the best
+checkpoint and exact resumption are ours (`ptkit.training.trainee`). transformers' Trainer is not
+used because it resumes from pickles, may leave half-written checkpoints, recomputes the prompt
+for every row, and trains one set of parameters at a time.
+
+Several adapters share the base, not a gradient: every row reads its own adapter's prefix, every
+adapter's loss is divided by its own tokens, and each has its own optimiser. The result of each
+is the one it has alone; what is shared is the cost of running a small batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from ptkit.data.encode import EncodedExample
+from ptkit.errors import UserError
+from ptkit.runtime.attention import prefix_attention
+from ptkit.runtime.forward import collate
+from ptkit.training.checkpoint import Progress
+from ptkit.training.memory import PeakMemory
+from ptkit.training.objective import Objective
+from ptkit.training.trainee import Job, Trainee
+
+#: Settings that belong to the step, so that jobs of one loop must agree on them.
+SHARED_SETTINGS = ("autocast", "gradient_checkpointing", "gradient_accumulation", "report_to")
+
+
+def fit(jobs: Sequence[Job]) -> list[Progress]:
+    """Train the jobs' adapters, all on one base, and leave each with its best parameters by
+    validation loss.
+
+    Killed at any point, the same call goes on from each job's last checkpoint and ends with the
+    same parameters. Raises PtkitError when a loss is not finite, UserError for jobs that cannot
+    share a loop.
+    """
+    settings = jobs[0].settings
+    if len(jobs) > 1:
+        _require_shareable(jobs)
+    # Accelerate keeps the precision of a process's first run; a later run may use another.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=settings.autocast,
+        cpu=jobs[0].adapter.base.model.device.type == "cpu",
+        log_with=settings.report_to or None,
+        project_dir=jobs[0].run,
+    )
+    if settings.report_to:
+        tracked = {"learning_rate": jobs[0].learning_rate, **settings.model_dump()}
+        accelerator.init_trackers("ptkit", tracked)
+    try:
+        return _Loop(jobs, accelerator).run()
+    finally:
+        if settings.report_to:
+            accelerator.end_training()
+
+
+def _require_shareable(jobs: Sequence[Job]) -> None:
+    first = jobs[0]
+    for job in jobs[1:]:
+        for key in SHARED_SETTINGS:
+            if getattr(job.settings, key) != getattr(first.settings, key):
+                raise UserError(f"adapters trained together must have the same `{key}`")
+    if any(job.adapter.base is not first.adapter.base for job in jobs):
+        raise UserError("adapters trained together must be of one base model")
+    for job in jobs:
+        if not job.adapter.virtual_tokens:
+            raise UserError(
+                f"`{job.adapter.section.title}` changes the base's weights and cannot share a "
+                "batch with other adapters in training"
+            )
+    if first.settings.autocast == "fp16" or first.settings.report_to:
+        raise UserError("adapters are trained together without fp16 and `report_to` only")
+
+
+class _Loop:
+    def __init__(self, jobs: Sequence[Job], accelerator: Accelerator) -> None:
+        self.accelerator, self.settings = accelerator, jobs[0].settings
+        if len(jobs) > 1 and accelerator.num_processes > 1:
+            raise UserError("adapters are trained together in one process only")
+        self.pad = jobs[0].adapter.base.pad_token_id
+        self.model = jobs[0].adapter.model
+        self.trainees = [
+            Trainee(job, accelerator.process_index, accelerator.num_processes) for job in jobs
+        ]
+        self.objective, *optimizers = accelerator.prepare(
+            Objective([t.adapter for t in self.trainees]),
+            *(t.plain_optimizer for t in self.trainees),
+        )
+        for trainee, optimizer in zip(self.trainees, optimizers, strict=True):
+            trainee.optimizer = optimizer
+
+    def run(self) -> list[Progress]:
+        """Train until every trainee has finished."""
+        for trainee in self.trainees:
+            trainee.resume()
+        memory = PeakMemory(self.accelerator.device)
+        if self.settings.gradient_checkpointing:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        prompts = any(t.adapter.virtual_tokens for t in self.trainees)
+        attention: Any = prefix_attention(self.model) if prompts else nullcontext()
+        try:
+            with attention:
+                while active := [i for i, t in enumerate(self.trainees) if not t.finished]:
+                    self._step(active, memory)
+        finally:
+            if self.settings.gradient_checkpointing:
+                self.model.activation_checkpointing_disable()
+            self.model.eval()
+        for trainee in self.trainees:
+            trainee.adapter.load_trainable(trainee.best)
+        return [t.progress for t in self.trainees]
+
+    def _step(self, active: list[int], memory: PeakMemory) -> None:
+        """One optimiser step of every active trainee, then what is due after it."""
+        clock = time.perf_counter()
+        losses, tokens = self._gradients(active)
+        for i, loss, read in zip(active, losses, tokens, strict=True):
+            self.trainees[i].step(loss, read)
+        # An equal share of the common step each: together the shares are the time it took.
+        share = (time.perf_counter() - clock) / len(active)
+        for i, loss in zip(active, losses, strict=True):
+            trainee = self.trainees[i]
+            clock = time.perf_counter()
+            if trainee.validation_due:
+                entry = trainee.validated(self.validation_loss(i))
+                if self.settings.report_to:
+                    self.accelerator.log(entry, step=trainee.progress.step)
+            trainee.progress.seconds += share + time.perf_counter() - clock
+            if trainee.save_due:
+                trainee.progress.peak_memory_bytes = max(
+                    trainee.progress.peak_memory_bytes, memory.bytes()
+                )
+                if self.accelerator.is_main_process:
+                    trainee.save()
+            trainee.report(loss)
+
+    def _gradients(self, active: list[int]) -> tuple[list[float], list[int]]:
+        """Gradients of each active trainee's own loss, summed over accumulated batches.
+
+        Returns, for each, the loss per target token and the tokens read.
+        """
+        accelerator = self.accelerator
+        self.model.train()
+        # [active][accumulated] -> rows
+        batches = [
+            [self.trainees[i].next_batch() for _ in range(self.settings.gradient_accumulation)]
+            for i in active
+        ]
+        supervised = torch.tensor([sum(map(_targets, own)) for own in batches])
+        everywhere: Any = accelerator.reduce(supervised.to(accelerator.device))
+        # DDP averages gradients over processes; a loss is a mean over all its tokens.
+        scale = accelerator.num_processes / everywhere
+        total = torch.zeros(len(active), device=accelerator.device)
+        for n in range(self.settings.gradient_accumulation):
+            part = [own[n] for own in batches]
+            last = n == self.settings.gradient_accumulation - 1
+            with nullcontext() if last else accelerator.no_sync(self.objective):
+                with accelerator.autocast():
+                    losses = self.objective(active, [len(r) for r in part], **self._tensors(part))
+                losses = losses * scale
+                accelerator.backward(losses.sum())
+                total += losses.detach() / accelerator.num_processes
+        accelerator.unscale_gradients()
+        values: Any = accelerator.reduce(total)
+        read = [sum(len(row) for rows in own for row in rows) for own in batches]
+        return values.tolist(), read
+
+    def _tensors(self, rows_of_each: list[list[EncodedExample]]) -> dict[str, Tensor]:
+        together = collate([row for rows in rows_of_each for row in rows], self.pad)
+        return {name: t.to(self.accelerator.device) for name, t in together.items()}
+
+    @torch.no_grad()
+    def validation_loss(self, index: int) -> float:
+        """Mean cross-entropy per target token of a trainee's validation rows, in nats."""
+        self.model.eval()
+        trainee = self.trainees[index]
+        objective = self.accelerator.unwrap_model(self.objective)
+        size = trainee.settings.batch_size * 2
+        total, count = 0.0, 0
+        for start in range(0, len(trainee.validation), size):
+            rows = trainee.validation[start : start + size]
+            with self.accelerator.autocast():
+                total += float(objective([index], [len(rows)], **self._tensors([rows])))
+            count += _targets(rows)
+        return total / count
+
+
+def _targets(rows: Sequence[EncodedExample]) -> int:
+    return sum(len(row.target_ids) for row in rows)

@@ -1,0 +1,350 @@
+"""Cells: train a method with a seed (or several at once), measure it, write its record last.
+
+Folder of a cell:
+    cell.json           what this cell is; a resumed run must match it
+    checkpoint-STEP/    while training
+    adapter/ or model/  the result (PEFT's layout; transformers' for full fine-tuning)
+    predictions.jsonl   one line per test row
+    record.json         the measurements; its presence means the cell is finished
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+
+from ptkit.errors import UserError
+from ptkit.evaluation.latency import measure_latency
+from ptkit.evaluation.predict import predict, require_room
+from ptkit.evaluation.retention import measure_retention, off_probe
+from ptkit.evaluation.score import score_intervals
+from ptkit.evaluation.statistics import Interval
+from ptkit.formats import atomic
+from ptkit.formats.adapter_files import RECIPE, WEIGHTS, read_adapter, write_adapter
+from ptkit.methods import ADAPTERS, Adapter, Demonstrations, create_adapter, require_same_base
+from ptkit.recipe.schema import MethodSection
+from ptkit.runtime.base_model import no_weights_bar
+from ptkit.training.checkpoint import Progress, remove_checkpoints
+from ptkit.training.experiment import Experiment
+from ptkit.training.loop import fit
+from ptkit.training.provenance import adapter_info, hardware, recipe_of_cell, versions
+from ptkit.training.record import CellRecord
+from ptkit.training.trainee import Job, StepReport
+
+
+class Observer:
+    """Told what a run is doing; every method does nothing unless overridden."""
+
+    def cell_started(self, cell: str, steps: int) -> None:
+        """A cell begins; `steps` is 0 for methods that train nothing."""
+
+    def stepped(self, report: StepReport) -> None:
+        """An optimiser step was taken."""
+
+    def predicting(self, done: int, rows: int) -> None:
+        """Test rows are being predicted."""
+
+    def trial_finished(self, cell: str, validation_loss: float) -> None:
+        """A trial of a search is over."""
+
+    def cell_finished(self, record: CellRecord, reused: bool) -> None:
+        """The cell's record is on disk; `reused` when it was there already."""
+
+
+def cell_name(method: MethodSection, seed: int) -> str:
+    """Name of a cell's folder."""
+    return f"{folder_name(method.title)}-seed{seed}"
+
+
+def folder_name(text: str) -> str:
+    """`text` as one folder's name: what a shell would trip over becomes a comma."""
+    return re.sub(r"[^\w.=+-]+", ",", text)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method with one seed of a recipe, and the folder it lives in.
+
+    start_from: an adapter folder to train further instead of a fresh start
+    variant, family, sweep, tuned: see `CellRecord`; the folder of the variant, "" for none
+    """
+
+    method: MethodSection
+    seed: int
+    folder: Path
+    start_from: Path | None = None
+    variant: str = ""
+    family: str | None = None
+    sweep: dict[str, Any] = field(default_factory=dict, hash=False)
+    tuned: dict[str, Any] | None = field(default=None, hash=False)
+
+    @property
+    def name(self) -> str:
+        """The cell's name in tables and logs, and its folder below `cells/`."""
+        own = cell_name(self.method, self.seed)
+        return f"{self.variant}/{own}" if self.variant else own
+
+    @property
+    def done(self) -> Path:
+        """The record whose presence means that the cell is finished."""
+        return self.folder / "record.json"
+
+
+def run_cells(
+    experiment: Experiment, cells: Sequence[Cell], observer: Observer | None = None
+) -> list[CellRecord]:
+    """Train `cells` in one batch, measure and save each; finished ones are read back, killed
+    ones go on where they were.
+
+    Raises UserError when a folder holds a cell of another recipe, seed, base or data, and when
+    several cells cannot share a batch.
+    """
+    observer = observer or Observer()
+    records: dict[Cell, CellRecord] = {}
+    for cell in cells:
+        claim(experiment, cell)
+        if cell.done.exists():
+            records[cell] = CellRecord.read(cell.done)
+            _tidy(cell.folder)  # it may have been killed just after its record
+            observer.cell_finished(records[cell], reused=True)
+    todo = [cell for cell in cells if cell not in records]
+    if todo:
+        records |= zip(todo, _train_and_measure(experiment, todo, observer), strict=True)
+    return [records[cell] for cell in cells]
+
+
+def run_trial(experiment: Experiment, cell: Cell, observer: Observer | None = None) -> float:
+    """Train `cell` and return its lowest validation loss; nothing is measured on the test rows.
+
+    The result stays in `trial.json`, from which the next call reads it.
+    """
+    done = cell.folder / "trial.json"
+    claim(experiment, cell)
+    if not done.exists():
+        observer = observer or Observer()
+        observer.cell_started(cell.name, experiment.recipe.train.steps)
+        set_seed(cell.seed)
+        adapter = _adapter(experiment, cell)
+        try:
+            (progress,) = _fit(experiment, [cell], [adapter], observer)
+        finally:
+            adapter.close()
+        atomic.write_json(
+            done, {"validation_loss": progress.best_loss, "seconds": progress.seconds}
+        )
+        remove_checkpoints(cell.folder)
+        observer.trial_finished(cell.name, progress.best_loss)
+    return float(json.loads(done.read_text())["validation_loss"])
+
+
+def _train_and_measure(
+    experiment: Experiment, cells: Sequence[Cell], observer: Observer
+) -> list[CellRecord]:
+    trains = cells[0].method.trains
+    title = " + ".join(cell.name for cell in cells)
+    observer.cell_started(title, experiment.recipe.train.steps if trains else 0)
+    started = datetime.now(UTC)
+    adapters: list[Adapter] = []
+    records = []
+    try:
+        for cell in cells:
+            set_seed(cell.seed)
+            adapters.append(_adapter(experiment, cell))
+        progresses = [Progress() for _ in cells]
+        if trains:
+            progresses = _fit(experiment, cells, adapters, observer)
+        processes = PartialState(cpu=experiment.base.model.device.type == "cpu")
+        if not processes.is_main_process:  # the first process measures and writes for all
+            processes.wait_for_everyone()
+            return [CellRecord.read(cell.done) for cell in cells]
+        for cell, adapter, progress in zip(cells, adapters, progresses, strict=True):
+            record = _measure(experiment, adapter, cell, progress, started, observer)
+            record = record.updated(trained_together=len(cells))
+            atomic.write_json(cell.done, record.as_dict())
+            _tidy(cell.folder)
+            observer.cell_finished(record, reused=False)
+            records.append(record)
+        processes.wait_for_everyone()
+    finally:
+        for adapter in adapters:
+            adapter.close()
+    return records
+
+
+def _tidy(folder: Path) -> None:
+    """Delete what a finished cell no longer needs."""
+    remove_checkpoints(folder)
+    atomic.remove_leftovers(folder)
+
+
+def claim(experiment: Experiment, cell: Cell) -> None:
+    """Write what `cell` is to its folder, or raise UserError when it already is another."""
+    recipe = experiment.recipe
+    identity = {
+        "model": recipe.model.model_dump(exclude={"device"}),
+        "base_fingerprint": experiment.base.fingerprint,
+        "data_fingerprint": experiment.data_fingerprint(cell.seed),
+        "task": recipe.task.model_dump(),
+        "train": recipe.train.model_dump(exclude={"report_to"}),
+        "retention": recipe.retention and recipe.retention.model_dump(),
+        "method": cell.method.model_dump(),
+        "seed": cell.seed,
+        "start_from": str(cell.start_from) if cell.start_from else None,
+    }
+    path = cell.folder / "cell.json"
+    if not path.exists():
+        atomic.write_json(path, identity)
+        return
+    there = json.loads(path.read_text())
+    changed = sorted(k for k in identity if there.get(k) != json.loads(json.dumps(identity[k])))
+    if changed:
+        raise UserError(
+            f"{cell.folder} holds a run that differs in {', '.join(f'`{k}`' for k in changed)}; "
+            "choose another --out, or pass --fresh to start over"
+        )
+
+
+def _adapter(experiment: Experiment, cell: Cell) -> Adapter:
+    base, method = experiment.base, cell.method
+    if cell.start_from is None:
+        rows = experiment.training(cell.seed).examples
+        texts = [example.input + example.target for example in rows]
+        return create_adapter(method, base, Demonstrations(texts, cell.seed))
+    files = read_adapter(cell.start_from)
+    require_same_base(files, base, str(cell.start_from))
+    cls = ADAPTERS[method.kind]
+    if files.peft_type not in cls.peft_types:
+        raise UserError(
+            f"{cell.start_from} is a {files.peft_type} adapter; `{method.kind}` cannot train it "
+            "further"
+        )
+    return cls.from_files(files, method, base)
+
+
+def _fit(
+    experiment: Experiment,
+    cells: Sequence[Cell],
+    adapters: Sequence[Adapter],
+    observer: Observer,
+) -> list[Progress]:
+    recipe = experiment.recipe
+    training = [experiment.training(cell.seed).encoded for cell in cells]
+    for adapter, own in zip(adapters, training, strict=True):
+        for rows in (own, experiment.validation):
+            require_room(adapter, rows, recipe.task)
+    return fit(
+        [
+            Job(
+                adapter,
+                own,
+                experiment.validation,
+                recipe.train,
+                adapter.section.learning_rate,  # type: ignore[attr-defined]
+                cell.seed,
+                cell.folder,
+                # One bar for all of them: they take their steps together.
+                observer.stepped if cell is cells[0] else None,
+            )
+            for cell, adapter, own in zip(cells, adapters, training, strict=True)
+        ]
+    )
+
+
+def _measure(
+    experiment: Experiment,
+    adapter: Adapter,
+    cell: Cell,
+    progress: Progress,
+    started: datetime,
+    observer: Observer,
+) -> CellRecord:
+    recipe, base, method, folder = experiment.recipe, experiment.base, cell.method, cell.folder
+    clock = time.perf_counter()
+    predictions = predict(
+        adapter, experiment.data.test, recipe.task, recipe.evaluate.batch_size, observer.predicting
+    )
+    eval_seconds = time.perf_counter() - clock
+    scores = score_intervals(predictions, recipe.task.metrics, recipe.evaluate.bootstrap)
+    retention = None
+    if experiment.general is not None:
+        retention = measure_retention(adapter, experiment.general).as_dict()
+    latency = measure_latency(adapter, experiment.probe_ids[0, :32].tolist())
+    lines = [json.dumps(p.as_dict(), ensure_ascii=False) for p in predictions]
+    atomic.write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+    record = CellRecord(
+        recipe=recipe.name,
+        cell=cell.name,
+        method=method.title,
+        kind=method.kind,
+        family=cell.family or method.title,
+        sweep=cell.sweep,
+        tuned=cell.tuned,
+        seed=cell.seed,
+        settings=method.model_dump(),
+        n_train=len(experiment.training(cell.seed).encoded) if method.trains else 0,
+        n_test=len(predictions),
+        metrics={name: interval.mean for name, interval in scores.items()},
+        score=recipe.task.metrics[0],
+        trainable_parameters=adapter.trainable_parameters,
+        base_parameters=base.parameters,
+        bytes_on_disk=0,
+        train_seconds=progress.seconds,
+        train_steps=progress.step,
+        best_step=progress.best_step,
+        tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
+        peak_memory_bytes=progress.peak_memory_bytes if method.trains else None,
+        eval_seconds=eval_seconds,
+        curve=progress.curve,
+        retention=retention,
+        decode_ms=latency.adapter,
+        added_ms=latency.added,
+        adapter_off_exact=_off_exact(experiment, adapter),
+        adapter_path=None,
+        versions=versions(),
+        hardware=hardware(base.model.device),
+        started=started.isoformat(timespec="seconds"),
+    )
+    if not method.trains:
+        return record
+    path, size = _save(adapter, folder, experiment, record, scores)
+    return record.updated(bytes_on_disk=size, adapter_path=path)
+
+
+def _off_exact(experiment: Experiment, adapter: Adapter) -> bool | None:
+    """Whether the base's logits with the adapter off are bit for bit those from before."""
+    if not adapter.has_off:
+        return None
+    off: AbstractContextManager[Any] = adapter.off()
+    with off:
+        return torch.equal(off_probe(experiment.base.model, experiment.probe_ids), experiment.probe)
+
+
+def _save(
+    adapter: Adapter,
+    folder: Path,
+    experiment: Experiment,
+    record: CellRecord,
+    scores: Mapping[str, Interval],
+) -> tuple[str, int]:
+    """Save the trained adapter (or model); returns its folder's name and its weights' bytes."""
+    if not adapter.has_off:
+        with atomic.folder(folder / "model", replace=True) as scratch, no_weights_bar():
+            adapter.model.save_pretrained(scratch)
+            experiment.base.tokenizer.save_pretrained(scratch)
+        return "model", sum(f.stat().st_size for f in (folder / "model").glob("*.safetensors"))
+    info = adapter_info(experiment, record, scores)
+    recipe = recipe_of_cell(experiment.recipe, record.settings, record.seed)
+    files = replace(adapter.files(), info=info, texts={RECIPE: recipe})
+    write_adapter(folder / "adapter", files, replace=True)
+    return "adapter", (folder / "adapter" / WEIGHTS).stat().st_size

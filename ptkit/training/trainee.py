@@ -1,0 +1,180 @@
+"""One adapter in training: its own data order, optimiser, schedule, best parameters and saves."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+from ptkit.data.encode import EncodedExample, length_grouped_batches
+from ptkit.errors import DataError, PtkitError
+from ptkit.methods import Adapter
+from ptkit.recipe.schema import TrainSection
+from ptkit.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a progress display is told after every step.
+
+    loss: training loss of the step; validation_loss: of the latest validation, if any; both in
+    nats per target token.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    validation_loss: float | None
+
+
+Report = Callable[[StepReport], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """An adapter to train.
+
+    run: folder for checkpoints; if it holds some, training resumes there
+    report: told after every step
+    """
+
+    adapter: Adapter
+    train: Sequence[EncodedExample]
+    validation: Sequence[EncodedExample]
+    settings: TrainSection
+    learning_rate: float
+    seed: int
+    run: Path
+    report: Report | None = None
+
+    def __post_init__(self) -> None:
+        if not self.train or not self.validation:
+            raise DataError("training needs at least one row for training and one for validation")
+
+
+class Trainee:
+    """The state of one job. What happens to it depends on its own data and seed only.
+
+    process, processes: which part of every batch order is this process's.
+    """
+
+    def __init__(self, job: Job, process: int, processes: int) -> None:
+        self.job, self.adapter, self.settings = job, job.adapter, job.settings
+        self.parameters = list(job.adapter.trainable().values())
+        self.plain_optimizer = torch.optim.AdamW(
+            self.parameters, lr=job.learning_rate, weight_decay=self.settings.weight_decay
+        )
+        self.optimizer: torch.optim.Optimizer = self.plain_optimizer
+        schedule = self.settings.schedule
+        self.scheduler = get_scheduler(
+            "constant_with_warmup" if schedule == "constant" else schedule,
+            self.plain_optimizer,
+            self.settings.warmup_steps,
+            num_training_steps=self.settings.steps,
+        )
+        self.validation = sorted(job.validation, key=len)
+        self.progress = Progress()
+        self.best = self._parameters_now()
+        order = length_grouped_batches(
+            [len(e) for e in job.train], self.settings.batch_size, job.seed
+        )
+        self._order: Iterator[list[int]] = itertools.islice(order, process, None, processes)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        loaded = load_checkpoint(self.job.run, self.adapter, self.plain_optimizer)
+        if loaded is None:
+            return
+        self.progress, self.best = loaded
+        self.scheduler.load_state_dict(self.progress.schedule)
+        # The scheduler restores its count only; the rate of the next step is the group's.
+        for group, rate in zip(
+            self.plain_optimizer.param_groups, self.scheduler.get_last_lr(), strict=True
+        ):
+            group["lr"] = rate
+        read = self.progress.step * self.settings.gradient_accumulation
+        self._order = itertools.islice(self._order, read, None)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or validation has not improved for too long."""
+        return self.progress.step >= self.settings.steps or self._stale
+
+    @property
+    def _stale(self) -> bool:
+        patience = self.settings.patience
+        return patience is not None and self.progress.stale_validations >= patience
+
+    def next_batch(self) -> list[EncodedExample]:
+        """The rows of the next batch."""
+        return [self.job.train[i] for i in next(self._order)]
+
+    def step(self, loss: float, tokens: int) -> None:
+        """Take the optimiser step that the parameters' gradients ask for.
+
+        loss: of this step, in nats per target token; tokens: read for it. Raises PtkitError when
+        the loss is not finite.
+        """
+        if not math.isfinite(loss):
+            raise PtkitError(
+                f"the loss became {loss}: lower the method's `learning_rate`"
+                + (" or use `autocast: bf16`" if self.settings.autocast == "fp16" else "")
+            )
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.progress.step += 1
+        self.progress.tokens += tokens
+        self.progress.loss_since_validation.append(loss)
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether the step just taken is one to validate after."""
+        step = self.progress.step
+        return step == self.settings.steps or step % self.settings.eval_every == 0
+
+    def validated(self, loss: float) -> dict[str, float]:
+        """Note a validation loss and keep the parameters if it is the best; the curve's entry."""
+        progress = self.progress
+        since = progress.loss_since_validation
+        entry = {
+            "step": progress.step,
+            "train_loss": sum(since) / len(since),
+            "validation_loss": loss,
+        }
+        progress.curve.append(entry)
+        progress.loss_since_validation = []
+        if loss < progress.best_loss:
+            progress.best_loss, progress.best_step = loss, progress.step
+            progress.stale_validations = 0
+            self.best = self._parameters_now()
+        else:
+            progress.stale_validations += 1
+        return entry
+
+    @property
+    def save_due(self) -> bool:
+        """Whether the step just taken is one to save after."""
+        return self.finished or self.progress.step % self.settings.save_every == 0
+
+    def save(self) -> None:
+        """Write a checkpoint; it appears complete or not at all."""
+        self.progress.schedule = self.scheduler.state_dict()
+        save_checkpoint(self.job.run, self.progress, self.adapter, self.best, self.plain_optimizer)
+
+    def report(self, loss: float) -> None:
+        """Tell the job's display, if it has one."""
+        if self.job.report is not None:
+            curve = self.progress.curve
+            latest = curve[-1]["validation_loss"] if curve else None
+            self.job.report(StepReport(self.progress.step, self.settings.steps, loss, latest))
+
+    def _parameters_now(self) -> dict[str, Tensor]:
+        return {n: p.detach().clone() for n, p in self.adapter.trainable().items()}
