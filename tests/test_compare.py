@@ -22,10 +22,10 @@ from ptkit.errors import AdapterError, ModelError, UserError
 from ptkit.evaluation.retention import measure_retention, probe_base
 from ptkit.evaluation.saved import evaluate_saved
 from ptkit.formats.adapter_files import read_adapter
+from ptkit.hub.export import export_run
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
 from ptkit.recipe import load_recipe
 from ptkit.training.experiment import prepare
-from ptkit.training.export import export_run
 from ptkit.training.run import Cell, Observer, run_cells
 from ptkit.training.trainee import StepReport
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import ptkit
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -27,6 +29,10 @@ def documented_commands() -> list[list[str]]:
     return [shlex.split(line.split(" #")[0])[1:] for line in lines]
 
 
+#: Commands with commands of their own.
+GROUPS = ("adapters", "recipes", "bank", "bench")
+
+
 def test_readme_commands_and_options_exist() -> None:
     commands = documented_commands()
     assert len(commands) > 15
@@ -34,7 +40,11 @@ def test_readme_commands_and_options_exist() -> None:
     for words in commands:
         if words[0].startswith("-"):
             continue
-        name = tuple(words[:2]) if words[0] in ("recipes", "bank", "bench") else (words[0],)
+        name = (
+            tuple(words[:2])
+            if words[0] in ("adapters", "recipes", "bank", "bench")
+            else (words[0],)
+        )
         if name not in help_of:
             help_of[name] = subprocess.run(
                 [sys.executable, "-m", "ptkit", *name, "--help"],
@@ -61,13 +71,39 @@ def test_readme_python_examples_run() -> None:
     exec("\n".join(imports), {})
 
 
-def test_examples_of_the_bank_guide_run() -> None:
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/bank.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("page", ["bank.md", "python.md"])
+def test_examples_of_the_guides_run(page: str, tmp_path: Path) -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
     assert len(code) >= 3
+    for name in ("adapters", "ptkit"):  # what the examples write stays out of the project
+        (tmp_path / name).symlink_to(ROOT / name)
     names: dict[str, object] = {}
-    with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()):
         for block in code:  # each goes on where the one before it ended
             exec(block, names)
+
+
+def test_every_public_name_is_in_an_example() -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
+    imported = set(
+        re.findall(r"\w+", " ".join(re.findall(r"from ptkit import (.*)", "\n".join(code))))
+    )
+    # What functions return is not imported to be made.
+    assert imported | {"Run", "Comparison", "LoadedAdapter"} == set(ptkit.__all__)
+
+
+def test_answers_through_transformers_own_generate_are_the_banks() -> None:
+    text = (ROOT / "docs/python.md").read_text().partition("<!-- five lines -->")[2]
+    block = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    names: dict[str, object] = {}
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()):
+        exec(block, names)
+    bank = ptkit.AdapterBank(ptkit.load_base(ptkit.ModelSection(id="tiny-en")))
+    bank.load(ROOT / "adapters/facts-prefix")
+    prompts = ["kind[robot]\n", "kind[boat], name[Orwick]\n"]
+    expected = bank.generate(prompts, ["facts-prefix"] * 2, max_new_tokens=24)
+    tokenizer, answers = names["tokenizer"], names["answers"]
+    assert tokenizer.batch_decode(answers, skip_special_tokens=True) == expected
 
 
 PAGES = ["README.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]

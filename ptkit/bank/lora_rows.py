@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
-from ptkit.methods.lora import lora_config
+from ptkit.methods.lora_files import lora_config
 from ptkit.runtime.base_model import Base
 
 #: PEFT's word for a row without any adapter.

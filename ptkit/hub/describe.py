@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def _unequal(prefix: str, one: dict[str, Any], other: dict[str, Any]) -> list[Di
         a, b = one.get(key), other.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += _unequal(f"{prefix}{key}.", a, b)
+        elif isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-4):
+            continue  # shown with four digits they would look the same
         elif a != b:
             found.append(Difference(f"{prefix}{key}", a, b))
     return found

@@ -25,7 +25,7 @@ from ptkit.formats.adapter_files import (
 )
 from ptkit.formats.hub import HubId, hub_files, is_hub_id
 from ptkit.methods import compile_files, require_same_base
-from ptkit.methods.lora import lora_config
+from ptkit.methods.lora_files import lora_config
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import Base, load_base

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -232,5 +233,5 @@ def peft_config_dict(config: PeftConfig, base: Base) -> dict[str, Any]:
     config.base_model_name_or_path = base.id
     config.revision = base.revision
     config.inference_mode = True
-    values = config.to_dict()
+    values = {k: v.value if isinstance(v, Enum) else v for k, v in config.to_dict().items()}
     return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
