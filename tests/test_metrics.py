@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,8 +14,10 @@ import sacrebleu
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nltk.translate.meteor_score import meteor_score
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score
+from test_cli import ptkit
 
 from ptkit.errors import UserError
 from ptkit.evaluation.metrics import METRICS, metric
@@ -61,11 +66,44 @@ def test_label_metrics_equal_scikit_learn(pairs) -> None:
     )
 
 
+class SmallWordNet:
+    """In place of the data nltk fetches: `cat` and `dog` mean the same."""
+
+    def ensure_loaded(self) -> None:
+        """There is nothing to load."""
+
+    def synsets(self, word: str) -> list:
+        names = ["cat", "dog"] if word in ("cat", "dog") else [word]
+        lemmas = [SimpleNamespace(name=lambda name=name: name) for name in names]
+        return [SimpleNamespace(lemmas=lambda: lemmas)]
+
+
+@given(CORPUS.filter(lambda corpus: all(p for p, _ in corpus)))
+@settings(max_examples=30, deadline=None)
+def test_meteor_is_nltks(corpus) -> None:
+    with mock.patch("nltk.corpus.wordnet", SmallWordNet()):
+        found = metric("meteor")([p for p, _ in corpus], [r for _, r in corpus])
+    expected = [
+        meteor_score([r.split() for r in rs], p.split(), wordnet=SmallWordNet()) for p, rs in corpus
+    ]
+    assert found == pytest.approx(100 * np.mean(expected))
+
+
+def test_meteor_without_wordnet_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Absent(SmallWordNet):
+        def ensure_loaded(self) -> None:
+            raise LookupError("Resource wordnet not found.")
+
+    monkeypatch.setattr("nltk.corpus.wordnet", Absent())
+    with pytest.raises(UserError, match=r"nltk\.downloader wordnet"):
+        metric("meteor")
+
+
 def test_exact_match_accepts_any_reference() -> None:
     assert metric("exact_match")(["a b ", "c"], [["x", "a b"], ["d"]]) == 50.0
 
 
-@pytest.mark.parametrize("name", sorted(METRICS))
+@pytest.mark.parametrize("name", sorted(METRICS.keys() - {"meteor"}))
 def test_examples_that_do_not_match_up_are_refused(name: str) -> None:
     measure = metric(name)
     with pytest.raises(ValueError, match="2 predictions and 1 lists"):
@@ -87,7 +125,7 @@ def test_signature_is_sacrebleus_own(name: str, references: list[list[str]]) -> 
 
 
 def test_every_metric_says_how_it_is_computed() -> None:
-    assert all(metric(name).signature([["a"]]) for name in METRICS)
+    assert all(metric(name).signature([["a"]]) for name in METRICS.keys() - {"meteor"})
 
 
 def test_unknown_metric_names_the_nearest() -> None:
@@ -232,3 +270,29 @@ def test_perplexity_is_exp_of_transformers_own_loss(base) -> None:
         [p.prediction for p in found], [p.references for p in found], [p.details for p in found]
     )
     assert measure.score(rows_of) == pytest.approx(float(np.exp(nats / tokens)), rel=1e-4)
+
+
+def test_scores_of_a_run_are_the_libraries_on_its_saved_predictions(tmp_path: Path) -> None:
+    """From `predictions.jsonl` alone, without any code of ptkit's."""
+    quick = ("--set", "task.data.limits.test=20", "--set", "retention=null")
+    metrics = ("--set", "task.metrics=[bleu, chrf, rouge1, rougeL]",
+               "--set", "task.max_target_tokens=16")  # fmt: skip
+    ptkit("train", "table-to-text", "-m", "base", "--out", "texts", *quick, *metrics, cwd=tmp_path)
+    record = json.loads((tmp_path / "texts/record.json").read_text())["metrics"]
+    rows = [json.loads(r) for r in (tmp_path / "texts/predictions.jsonl").read_text().splitlines()]
+    predictions, references = [r["prediction"] for r in rows], [r["references"] for r in rows]
+    assert record["bleu"] == sacrebleu.corpus_bleu(predictions, streams(references)).score
+    assert record["chrf"] == sacrebleu.corpus_chrf(predictions, streams(references)).score
+    for name in ("rouge1", "rougeL"):
+        scorer = RougeScorer([name], use_stemmer=True)
+        best = [scorer.score_multi(r, p)[name].fmeasure
+                for p, r in zip(predictions, references, strict=True)]  # fmt: skip
+        assert record[name] == pytest.approx(100 * np.mean(best))
+    ptkit("train", "message-routing", "-m", "base", "--out", "labels", *quick, cwd=tmp_path)
+    record = json.loads((tmp_path / "labels/record.json").read_text())["metrics"]
+    rows = [json.loads(r) for r in (tmp_path / "labels/predictions.jsonl").read_text().splitlines()]
+    gold, predicted = [r["label"] for r in rows], [r["prediction"] for r in rows]
+    assert record["accuracy"] == pytest.approx(100 * accuracy_score(gold, predicted))
+    assert record["macro_f1"] == pytest.approx(
+        100 * f1_score(gold, predicted, average="macro", zero_division=0)
+    )

@@ -1,20 +1,24 @@
-"""`ptkit evaluate`: measure a saved adapter on a recipe's test rows."""
+"""`ptkit evaluate`: measure saved adapters on a recipe's test rows, or on standard tasks."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
-from ptkit.cli.options import JsonOutput, RecipeArgument, Set
+from ptkit.cli.options import JsonOutput, Set
+from ptkit.errors import UserError
 
 
 def evaluate(
-    recipe: RecipeArgument,
+    recipe: Annotated[
+        Optional[str],  # noqa: UP045  (typer reads annotations at run time)
+        typer.Argument(metavar="[RECIPE]", help="A recipe file, or the name of a shipped recipe."),
+    ] = None,
     adapter: Annotated[
-        Optional[list[Path]],  # noqa: UP045  (typer reads annotations at run time)
+        Optional[list[Path]],  # noqa: UP045
         typer.Option("--adapter", "-a", help="Adapter or run folder; repeatable. None: the base."),
     ] = None,
     set_: Set = None,
@@ -22,19 +26,62 @@ def evaluate(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Write the predictions to this JSONL file (one adapter only)."),
     ] = None,
+    harness: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="TASKS", help="Tasks of lm-evaluation-harness, with commas; no RECIPE then."
+        ),
+    ] = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="With --harness: base model; default: the one the adapter names."),
+    ] = None,
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="With --harness: only so many examples of each task."),
+    ] = None,
+    shots: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="With --harness: demonstrations; default: the task's own."),
+    ] = None,
+    include: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="With --harness: a folder with tasks of your own."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --harness: rows at a time.")] = 16,
     json_output: JsonOutput = False,
 ) -> None:
-    """Score saved adapters (or the base) on the test rows of a recipe, with 95 % intervals."""
-    from ptkit.errors import UserError
+    """Score saved adapters (or the base) on the test rows of a recipe, with 95 % intervals.
+
+    With --harness, on standard tasks (needs `pip install ptkit[harness]`).
+    """
+    places: list[Path | None] = [*adapter] if adapter else [None]
+    if harness is not None:
+        if recipe is not None:
+            raise UserError("--harness has tasks of its own; give either a recipe or --harness")
+        options = {"limit": limit, "shots": shots, "include": include, "batch_size": batch_size}
+        _standard_tasks(harness, places, model, json_output, options)
+        return
+    if recipe is None:
+        raise UserError("nothing to evaluate on: give a recipe, or --harness TASKS")
+    if predictions is not None and len(places) > 1:
+        raise UserError("--predictions takes the rows of one adapter; give a single --adapter")
+    _recipe_rows(recipe, set_ or [], places, predictions, json_output)
+
+
+def _recipe_rows(
+    recipe: str,
+    overrides: list[str],
+    places: list[Path | None],
+    predictions: Path | None,
+    json_output: bool,
+) -> None:
     from ptkit.evaluation.saved import evaluate_saved
     from ptkit.formats import atomic
     from ptkit.recipe import load_recipe
     from ptkit.training.experiment import prepare
 
-    places: list[Path | None] = [*adapter] if adapter else [None]
-    if predictions is not None and len(places) > 1:
-        raise UserError("--predictions takes the rows of one adapter; give a single --adapter")
-    experiment = prepare(load_recipe(recipe, set_ or []))
+    experiment = prepare(load_recipe(recipe, overrides))
     for place in places:
         result = evaluate_saved(experiment, place)
         if predictions is not None:
@@ -55,3 +102,39 @@ def evaluate(
                 f"n={overall['tokens']:,} tokens; retention {overall['retention']:.1%}; "
                 f"drift {result.retention.drift:.3f}"
             )
+
+
+def _standard_tasks(
+    tasks: str,
+    places: list[Path | None],
+    model: str | None,
+    json_output: bool,
+    options: dict[str, Any],
+) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise UserError("--harness needs lm-evaluation-harness: `pip install 'ptkit[harness]'`")
+    from ptkit.evaluation.harness import evaluate_tasks
+    from ptkit.evaluation.saved import adapter_at
+    from ptkit.runtime.base_model import Base
+
+    base: Base | None = None
+    for place in places:
+        with adapter_at(place, model, base) as loaded:
+            base = loaded.base
+            names = [name.strip() for name in tasks.split(",") if name.strip()]
+            found = evaluate_tasks(loaded, names, **options)
+        title = str(place) if place else "base"
+        if json_output:
+            typer.echo(json.dumps({"adapter": title, "tasks": found}))
+            continue
+        typer.echo(title)
+        for task, values in found.items():
+            for name, value in values.items():
+                metric, _, filtered = name.partition(",")
+                if metric.endswith("_stderr") or name == "n":
+                    continue
+                error = values.get(f"{metric}_stderr,{filtered}")
+                spread = f" ± {error:.4f}" if error is not None else ""
+                typer.echo(f"  {task:20} {metric:16} {value:.4f}{spread}  (n={values['n']})")

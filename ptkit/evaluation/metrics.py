@@ -156,6 +156,35 @@ class Rouge(MeanOverExamples):
         return f"rouge-score {version('rouge-score')}, F1, stemmed, best reference"
 
 
+class Meteor(MeanOverExamples):
+    """METEOR by nltk, lower-cased, stemmed, with WordNet's synonyms; the best reference counts.
+
+    Mean over examples (nltk has no corpus value). WordNet is data nltk does not bring along.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        from nltk.corpus import wordnet
+        from nltk.tokenize import wordpunct_tokenize
+        from nltk.translate.meteor_score import meteor_score
+
+        try:
+            wordnet.ensure_loaded()
+        except LookupError as error:
+            raise UserError(
+                "`meteor` needs WordNet's data: `python -m nltk.downloader wordnet` fetches them"
+            ) from error
+        self._score, self._words, self._wordnet = meteor_score, wordpunct_tokenize, wordnet
+
+    def value(self, prediction: str, references: Sequence[str]) -> float:
+        tokenised = [self._words(reference) for reference in references]
+        words = self._words(prediction)
+        return float(self._score(tokenised, words, wordnet=self._wordnet))
+
+    def signature(self, references: Sequence[Sequence[str]]) -> str:
+        return f"nltk {version('nltk')}, wordpunct tokens, stems and WordNet, best reference"
+
+
 class ExactMatch(MeanOverExamples):
     """Share of predictions equal to one of their references, spaces at the ends aside."""
 
@@ -276,6 +305,7 @@ METRICS: dict[str, type[Metric]] = {
     "rouge1": Rouge,
     "rouge2": Rouge,
     "rougeL": Rouge,
+    "meteor": Meteor,
     "exact_match": ExactMatch,
     "accuracy": LabelMetric,
     "macro_f1": LabelMetric,

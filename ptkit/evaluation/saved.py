@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from ptkit.errors import AdapterError
 from ptkit.evaluation.predict import Prediction, predict
 from ptkit.evaluation.retention import Retention, measure_retention
 from ptkit.evaluation.score import score_intervals
-from ptkit.formats.adapter_files import CONFIG, INFO
+from ptkit.formats.adapter_files import CONFIG, INFO, read_adapter
 from ptkit.formats.hub import fetch_adapter, is_hub_id
 from ptkit.methods import (
     ADAPTERS,
@@ -21,6 +23,8 @@ from ptkit.methods import (
     create_adapter,
     load_adapter,
 )
+from ptkit.recipe.schema import ModelSection
+from ptkit.runtime.base_model import TINY_EN, Base, load_base
 
 if TYPE_CHECKING:
     from ptkit.evaluation.statistics import Interval
@@ -82,13 +86,35 @@ class Evaluation:
         }
 
 
+@contextmanager
+def adapter_at(place: Path | None, model: str | None, base: Base | None) -> Iterator[Adapter]:
+    """The adapter in `place` (None: no adapter) on its base while the context lasts.
+
+    model: id of the base; default: the one the adapter names, `tiny-en` without one
+    base: a loaded base to use where it is the right one
+    """
+    path = None if place is None else find_adapter(place)
+    named = model or (read_adapter(path).base_id if path else None) or TINY_EN
+    if base is None or base.id != named:
+        base = load_base(ModelSection(id=named))
+    adapter = _on_base(path, base)
+    try:
+        yield adapter
+    finally:
+        adapter.close()
+
+
+def _on_base(path: Path | None, base: Base) -> Adapter:
+    """The adapter in the folder `path`, or none at all, on `base`."""
+    if path is not None:
+        return load_adapter(path, base)
+    section = ADAPTERS["base"].section_class(kind="base")
+    return create_adapter(section, base, Demonstrations((), 0))
+
+
 def evaluate_saved(experiment: Experiment, path: Path | None) -> Evaluation:
     """Predict and score the experiment's test rows with the adapter in `path` (None: the base)."""
-    if path is None:
-        section = ADAPTERS["base"].section_class(kind="base")
-        adapter = create_adapter(section, experiment.base, Demonstrations((), 0))
-    else:
-        adapter = load_adapter(find_adapter(path), experiment.base)
+    adapter = _on_base(None if path is None else find_adapter(path), experiment.base)
     try:
         return evaluate(experiment, adapter, str(path) if path else "base")
     finally:

@@ -136,10 +136,11 @@ class GenerationTask(Section):
     num_beams: Annotated[int, Field(ge=1)] = 1
     """Beams of the search used for evaluation; 1 is greedy."""
     metrics: list[MetricName] = Field(default=["bleu", "chrf"], min_length=1)
-    """`bleu`, `chrf`, `ter`, `rouge1`, `rouge2`, `rougeL`, `exact_match`, `perplexity` of the
-    target, or your own `module:function`; the first is *the score* in tables."""
+    """`bleu`, `chrf`, `ter`, `rouge1`, `rouge2`, `rougeL`, `meteor`, `exact_match`, `perplexity` of
+    the target, or your own `module:function`; the first is *the score* in tables."""
     _known_metrics: ClassVar[tuple[str, ...]] = (
-        "bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "exact_match", "perplexity",
+        "bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "meteor", "exact_match",
+        "perplexity",
     )  # fmt: skip
 
     _metrics_are_known = field_validator("metrics")(_require_metrics)

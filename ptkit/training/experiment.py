@@ -9,6 +9,7 @@ import torch
 
 from ptkit.data import Example, TaskData, general_texts, load_task
 from ptkit.data.encode import EncodedExample, encode_examples
+from ptkit.evaluation.metrics import metric
 from ptkit.evaluation.retention import GeneralProbe, off_probe, probe_base
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.schema import Recipe
@@ -67,6 +68,8 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     The data comes first: a mistake in it should show before a large model is loaded.
     """
     recipe, retention = loaded.recipe, loaded.recipe.retention
+    for name in recipe.task.metrics:  # your own function, say: it should not fail after training
+        metric(name)
     data = load_task(recipe.task, loaded.folder)
     texts = general_texts(retention.text, loaded.folder) if retention else None
     base = base or load_base(recipe.model)

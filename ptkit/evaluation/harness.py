@@ -1,0 +1,194 @@
+"""Standard tasks by EleutherAI's lm-evaluation-harness, with an adapter on the base.
+
+The harness owns tasks, prompts and metrics; here is what it asks of a model: log-probabilities of
+given continuations, and generated text. Needs `pip install ptkit[harness]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from ptkit.data.encode import EncodedExample
+from ptkit.errors import DataError, UserError
+from ptkit.methods import Adapter
+from ptkit.prefix import PrefixBatch
+from ptkit.runtime.forward import collate, supervised_logits, token_losses
+from ptkit.runtime.generation import generate
+
+#: Of models whose positions are not bounded.
+_UNBOUNDED = 2048
+
+
+class AdapterLM(TemplateLM):
+    """An adapter on its base, as the harness sees a model. Its prefix is compiled once."""
+
+    backend = "causal"
+
+    def __init__(self, adapter: Adapter, batch_size: int) -> None:
+        super().__init__()
+        self.adapter, self.batch_size = adapter, batch_size
+        self.tokenizer: Any = adapter.base.tokenizer
+        compiled = adapter.prefix()
+        self._prefix = None if compiled is None else compiled.detach()
+        self.max_length = (adapter.base.max_positions or _UNBOUNDED) - adapter.virtual_tokens
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's cache of requests."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        # As the harness's own model for transformers: no special tokens unless it asks.
+        return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation in the tokenizer's chat template."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """For each (context, continuation): its log-probability, and whether greedy search would
+        have written it."""
+        rows = []
+        for _text, context, continuation in requests:
+            kept = self.max_length - len(continuation)
+            rows.append(EncodedExample(context[-kept:] if kept > 0 else [], continuation))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        results: dict[int, tuple[float, bool]] = {}
+        model, pad = self.adapter.model, self.adapter.base.pad_token_id
+        model.eval()
+        for start in range(0, len(order), self.batch_size):
+            part = order[start : start + self.batch_size]
+            own = [rows[i] for i in part]
+            tensors = {n: t.to(model.device) for n, t in collate(own, pad).items()}
+            logits, targets = supervised_logits(model, **tensors, batch=self._rows(len(part)))
+            counts = [len(row.target_ids) for row in own]
+            losses = token_losses(logits, targets).double().split(counts)
+            greedy = (logits.argmax(-1) == targets).split(counts)
+            for i, nats, equal in zip(part, losses, greedy, strict=True):
+                results[i] = (-float(nats.sum()), bool(equal.all()))
+        return [results[i] for i in range(len(rows))]
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-probability of each whole text, read in windows that do not overlap."""
+        found = []
+        for (text,) in (request.args for request in requests):
+            windows = get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, self.max_length, 1
+            )
+            pairs = [(None, *make_disjoint_window(window)) for window in windows]
+            found.append(sum(value for value, _ in self._loglikelihood_tokens(pairs)))
+        return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each context, up to the task's stop strings."""
+        order = sorted(range(len(requests)), key=lambda i: (str(requests[i].args[1]), i))
+        answers: dict[int, str] = {}
+        while order:
+            settings = requests[order[0]].args[1]
+            part = [i for i in order[: self.batch_size] if requests[i].args[1] == settings]
+            order = order[len(part) :]
+            answers |= zip(
+                part, self._written([requests[i].args[0] for i in part], settings), strict=True
+            )
+        return [answers[i] for i in range(len(requests))]
+
+    def _written(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
+        options: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), 256))
+        eos = self.tokenizer.decode([self.eot_token_id])
+        stop = handle_stop_sequences(options.pop("until", None), eos=eos)
+        longest = int(options.pop("max_gen_toks"))
+        if not options.get("do_sample"):
+            options.pop("temperature", None)
+        room = self.max_length - longest
+        if room < 1:
+            raise DataError(
+                f"the task generates up to {longest} tokens, {self.adapter.base.id} has "
+                f"{self.max_length} positions beside the adapter"
+            )
+        # Stopping is an economy here: the text is cut at the stop string in any case.
+        tokens = generate(
+            self.adapter.model,
+            [self.tok_encode(context)[-room:] for context in contexts],
+            self._rows(len(contexts)),
+            pad_token_id=self.adapter.base.pad_token_id,
+            max_new_tokens=longest,
+            stop_strings=stop,
+            tokenizer=self.tokenizer,
+            **options,
+        )
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [postprocess_generated_text(text, stop, None) for text in texts]
+
+    def _rows(self, rows: int) -> PrefixBatch | None:
+        return None if self._prefix is None else PrefixBatch.shared(self._prefix, rows)
+
+
+def evaluate_tasks(
+    adapter: Adapter,
+    tasks: Sequence[str],
+    *,
+    batch_size: int = 16,
+    limit: int | None = None,
+    shots: int | None = None,
+    include: Path | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Task -> metric -> value and standard error, as the harness reports them, with `n`.
+
+    limit: only so many examples of each task; shots: demonstrations in the prompt, default the
+    task's own; include: a folder with tasks of your own
+
+    Raises UserError for a task the harness does not know.
+    """
+    manager = TaskManager(include_path=str(include) if include else None)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise UserError(
+            f"the harness knows no task {', '.join(f'`{t}`' for t in unknown)}; `lm-eval ls tasks` "
+            "lists them, --include names a folder with your own"
+        )
+    found: Any = simple_evaluate(
+        AdapterLM(adapter, batch_size),
+        tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager,
+        log_samples=False, bootstrap_iters=1000, verbosity="ERROR",
+    )  # fmt: skip
+    results = {}
+    for task, values in found["results"].items():
+        kept = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        results[task] = {**kept, "n": found["n-samples"].get(task, {}).get("effective")}
+    return results

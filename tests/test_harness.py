@@ -1,0 +1,129 @@
+"""lm-evaluation-harness with an adapter: the same figures as its own model with PEFT's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from test_cli import ptkit, refused
+
+pytest.importorskip("lm_eval", reason="the harness is an optional extra")
+
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from ptkit.evaluation.harness import evaluate_tasks
+from ptkit.methods import ADAPTERS, Demonstrations, create_adapter, load_adapter
+from ptkit.recipe.schema import ModelSection
+from ptkit.runtime.base_model import TINY_EN_FOLDER, Base, load_base
+
+SHIPPED = Path(__file__).resolve().parents[1] / "adapters"
+TASKS = {
+    "pick": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    "read": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{question}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    },
+    "write": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "The",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 12, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+        "filter_list": [{"name": "first", "filter": [
+            {"function": "regex", "regex_pattern": "(\\w+)"}, {"function": "take_first"}]}],
+    },
+}  # fmt: skip
+DOCS = [
+    {"question": "kind[boat], name[Orwick], seats[six]\n", "choices": ["The boat", "A robot", "x"],
+     "answer": 0},
+    {"question": "kind[robot], name[Ferro]\n", "choices": ["The boat Orwick", "Ferro is"],
+     "answer": 1},
+    {"question": "The committee met on Monday and", "choices": [" nobody", " the the", " agreed"],
+     "answer": 2},
+    {"question": "Once", "choices": [" upon", " more than that"], "answer": 0},
+] * 2  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "docs.json").write_text("\n".join(json.dumps(doc) for doc in DOCS))
+    for name, task in TASKS.items():
+        files = {"data_files": {"test": str(folder / "docs.json")}}
+        values = {"task": name, "dataset_path": "json", "test_split": "test", **task,
+                  "dataset_kwargs": files}  # fmt: skip
+        (folder / f"{name}.yaml").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return load_base(ModelSection(id="tiny-en"))
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_figures_are_those_of_the_harness_own_model(
+    base: Base, tasks: Path, with_adapter: bool
+) -> None:
+    model = load_base(ModelSection(id="tiny-en")).model
+    if with_adapter:
+        adapter = load_adapter(SHIPPED / "facts-prefix", base)
+        model = PeftModel.from_pretrained(model, str(SHIPPED / "facts-prefix")).eval()
+        longest = base.max_positions - adapter.virtual_tokens
+    else:
+        section = ADAPTERS["base"].section_class(kind="base")
+        adapter = create_adapter(section, base, Demonstrations((), 0))
+        longest = base.max_positions
+    # One row at a time: PEFT's own padding is not the oracle.
+    peer = HFLM(model, tokenizer=str(TINY_EN_FOLDER), batch_size=1, device="cpu",
+                max_length=longest)  # fmt: skip
+    theirs = simple_evaluate(
+        peer, tasks=list(TASKS), task_manager=TaskManager(include_path=str(tasks)),
+        bootstrap_iters=0, verbosity="ERROR",
+    )["results"]  # fmt: skip
+    ours = evaluate_tasks(adapter, list(TASKS), batch_size=3, include=tasks)
+    for task in TASKS:
+        names = [n for n, v in theirs[task].items() if isinstance(v, float) and "stderr" not in n]
+        assert names
+        for name in names:
+            assert ours[task][name] == pytest.approx(theirs[task][name], rel=1e-4), (task, name)
+        assert ours[task]["n"] == len(DOCS)
+    assert 0 < ours["pick"]["acc,none"] <= 1
+    assert ours["read"]["bits_per_byte,none"] > 0.5
+
+
+def test_command(tasks: Path, tmp_path: Path) -> None:
+    done = ptkit("evaluate", "--harness", "pick,read", "--include", tasks, "-a",
+                 SHIPPED / "facts-prefix", "-a", SHIPPED / "facts-prompt", "--limit", "4", "--json",
+                 cwd=tmp_path)  # fmt: skip
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [Path(row["adapter"]).name for row in rows] == ["facts-prefix", "facts-prompt"]
+    assert rows[0]["tasks"]["pick"]["n"] == 4
+    assert rows[0]["tasks"] != rows[1]["tasks"]
+    shown = ptkit("evaluate", "--harness", "pick", "--include", tasks, "--model", "tiny-en",
+                  cwd=tmp_path)  # fmt: skip
+    assert "acc" in shown.stdout
+    assert torch.is_grad_enabled()
+
+
+def test_what_cannot_be_evaluated_is_told(tmp_path: Path) -> None:
+    assert "knows no task `nothing`" in refused(
+        "evaluate", "--harness", "nothing", "--model", "tiny-en", cwd=tmp_path
+    )
+    assert "give a recipe, or --harness TASKS" in refused("evaluate", cwd=tmp_path)
+    assert "--harness has tasks of its own" in refused(
+        "evaluate", "quickstart", "--harness", "pick", cwd=tmp_path
+    )
