@@ -152,6 +152,11 @@ class LoadedAdapter:
         The answers start after `inputs["input_ids"].shape[1]` positions. Beam search and several
         returned sequences need the rows repeated first: use `generate` of this class.
         """
+        if self.prefix.infix:
+            raise AdapterError(
+                f"{self.path} stands within its input, which `model.generate` has no place for; "
+                "use `generate` of this class"
+            )
         ids, mask = encoding["input_ids"], encoding["attention_mask"]
         batch = PrefixBatch.shared(self.prefix, len(ids))
         virtual = torch.full((len(ids), batch.longest), self.base.pad_token_id, dtype=ids.dtype)

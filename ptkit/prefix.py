@@ -48,11 +48,15 @@ class KVLayout(tuple[LayerShape, ...]):
 class KVPrefix:
     """Keys and values at the virtual positions of one adapter.
 
-    keys, values: one tensor per layer, `[kv_heads, virtual_tokens, head_dim]`.
+    keys, values: one tensor per layer, `[kv_heads, virtual_tokens, head_dim]`; keys are those of
+        the first positions
+    infix: the virtual tokens stand before the last token of the input, not before all of it
+        (Li & Liang 2021, section 7.2): what comes earlier is read as by the plain base
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    infix: bool = False
 
     @property
     def virtual_tokens(self) -> int:
@@ -79,7 +83,7 @@ class KVPrefix:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> KVPrefix:
         """A prefix with `change` applied to every tensor."""
-        return KVPrefix(tuple(map(change, self.keys)), tuple(map(change, self.values)))
+        return KVPrefix(tuple(map(change, self.keys)), tuple(map(change, self.values)), self.infix)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> KVPrefix:
         """The prefix on `device` in `dtype` (itself where nothing changes)."""
@@ -177,6 +181,7 @@ def _by_layer(prefixes: Sequence[KVPrefix], combine: Callable[[list[Tensor]], Te
     return KVPrefix(
         tuple(combine([p.keys[i] for p in prefixes]) for i in layers),
         tuple(combine([p.values[i] for p in prefixes]) for i in layers),
+        prefixes[0].infix,
     )
 
 
@@ -185,6 +190,8 @@ def _require_one_layout(prefixes: Sequence[KVPrefix]) -> None:
         raise AdapterError("no prefix to compose")
     if any(p.layout != prefixes[0].layout for p in prefixes):
         raise AdapterError("only prefixes of one base model can be composed")
+    if any(p.infix != prefixes[0].infix for p in prefixes):
+        raise AdapterError("a prefix and an infix cannot be composed into one")
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,11 +200,17 @@ class PrefixBatch:
 
     keys, values: one tensor per layer, `[rows, kv_heads, longest, head_dim]`
     visible: `[rows, longest]` bool, False where a row's prefix is shorter (always at the left)
+    infix: `[rows]` bool, rows whose virtual tokens stand before the last token of their input;
+        None where there is no such row
+    seen_from: `[rows]`, index of the first token that sees the virtual tokens; None: the first.
+        Set for one forward pass, by `ptkit.runtime.infix`
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     visible: Tensor
+    infix: Tensor | None = None
+    seen_from: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -217,6 +230,7 @@ class PrefixBatch:
             tuple(k.expand(rows, *k.shape) for k in prefix.keys),
             tuple(v.expand(rows, *v.shape) for v in prefix.values),
             torch.ones(rows, prefix.virtual_tokens, dtype=torch.bool, device=device),
+            torch.ones(rows, dtype=torch.bool, device=device) if prefix.infix else None,
         )
 
     @classmethod
@@ -262,4 +276,7 @@ class PrefixBatch:
         values = tuple(table([p.values[i] for p in present]) for i in layers)
         lengths = torch.tensor([p.virtual_tokens if p else 0 for p in prefixes], device=device)
         visible = torch.arange(longest, device=device) >= (longest - lengths)[:, None]
-        return cls(keys, values, visible)
+        infix = None
+        if any(p.infix for p in present):
+            infix = torch.tensor([p is not None and p.infix for p in prefixes], device=device)
+        return cls(keys, values, visible, infix)

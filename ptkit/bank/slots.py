@@ -114,6 +114,8 @@ class SlotTable:
         )
 
     def _write(self, slot: int, prefix: KVPrefix) -> None:
+        if prefix.infix:
+            raise AdapterError("an infix has no fixed place among the positions, as slots need")
         missing = self.virtual_tokens - prefix.virtual_tokens
         if missing < 0:
             raise AdapterError(

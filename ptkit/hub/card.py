@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptkit.formats.adapter_files import RECIPE, AdapterFiles
+from ptkit.methods.prefix_tuning import INFIX
 from ptkit.runtime.base_model import TINY_EN
 
 #: Stands in a card for the repository it will be in; `ptkit push` puts the name in.
@@ -20,6 +21,7 @@ _METHODS = {
     "PROMPT_TUNING": "prompt tuning",
     "P_TUNING": "P-tuning",
     "LORA": "LoRA",
+    INFIX: "infix tuning",
 }
 _TASKS = {"generation": "text-generation", "classification": "text-classification"}
 
@@ -114,7 +116,7 @@ def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: 
         lost=info.get("int8_lost") if int8 else None,
         table=table and table.strip(),
         retention=info.get("retention"),
-        peft=not int8,
+        unreadable="8-bit integers" if int8 else "an infix" if files.peft_type == INFIX else None,
         template=task.get("input", "").encode("unicode_escape").decode(),
         example=repr(task.get("input") or "..."),
         labels=", ".join(f"`{word.strip()}`" for word in task.get("verbalizer", {}).values()),

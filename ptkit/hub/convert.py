@@ -139,8 +139,10 @@ def as_prompt(files: AdapterFiles, base: Base, *, steps: int = 600) -> FittedPro
             embeddings, error = adapter.embeddings().detach(), 0.0
         else:
             prefix = adapter.prefix()
-            if prefix is None:
-                raise AdapterError(f"a {files.peft_type} adapter has no virtual tokens")
+            if prefix is None or prefix.infix:
+                raise AdapterError(
+                    f"a {files.peft_type} adapter has no virtual tokens before the input"
+                )
             embeddings, error = fitted_embeddings(prefix.detach(), base, steps=steps)
     finally:
         adapter.close()

@@ -6,6 +6,7 @@ With `reparameterize`, an MLP makes them (section 4.3); PEFT's `PrefixEncoder` i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -38,6 +39,9 @@ class PrefixTuningSection(PromptMethodSection):
     trained_layers: int | None = Field(default=None, ge=1)
     """Upper layers whose keys and values are trained (Liu et al. 2022, P-tuning v2, section 4.3);
     those below stay what they were at the start, the real ones of its tokens. null: all."""
+    position: Literal["prefix", "infix"] = "prefix"
+    """Where the virtual tokens stand: before the input, or (Li & Liang 2021, section 7.2) before
+    its last token. PEFT knows no infix, so such an adapter is for ptkit only."""
     learning_rate: float = 0.1
     """AdamW's peak learning rate. Keys and values of RoPE models are large: direct prefixes
     want 3e-2 to 3e-1, the MLP about 3e-3."""
@@ -51,13 +55,17 @@ class PrefixTuningSection(PromptMethodSection):
         return self
 
 
+#: In place of PEFT's type: PEFT would take the same tensors for a prefix, and be silently wrong.
+INFIX = "PTKIT_INFIX"
+
+
 @register
 class PrefixTuning(Adapter):
     """A KV prefix, learnt directly or through an MLP on top of its start."""
 
     section_class = PrefixTuningSection
     # CARTRIDGE differs in how it is trained: its file is the same flat prefix.
-    peft_types = ("PREFIX_TUNING", "CARTRIDGE")
+    peft_types = ("PREFIX_TUNING", "CARTRIDGE", INFIX)
     section: PrefixTuningSection
     start: Tensor
     lower: Tensor
@@ -117,7 +125,9 @@ class PrefixTuning(Adapter):
     def from_prefix(cls, prefix: KVPrefix, base: Base) -> PrefixTuning:
         """An adapter of `prefix`, whatever method made it, to be saved or trained further."""
         section = PrefixTuningSection(
-            kind="prefix_tuning", num_virtual_tokens=prefix.virtual_tokens
+            kind="prefix_tuning",
+            num_virtual_tokens=prefix.virtual_tokens,
+            position="infix" if prefix.infix else "prefix",
         )
         return cls(section, base, prefix.flat().float())
 
@@ -128,7 +138,11 @@ class PrefixTuning(Adapter):
         flat = virtual_tokens_of(files)
         KVPrefix.from_flat(flat, base.layout)  # refuses shapes of another base
         # An MLP that made the prefix is folded in already: train on directly.
-        update = {"num_virtual_tokens": flat.shape[0], "reparameterize": False}
+        update = {
+            "num_virtual_tokens": flat.shape[0],
+            "reparameterize": False,
+            "position": "infix" if files.peft_type == INFIX else "prefix",
+        }
         return cls(section.model_copy(update=update), base, flat.float())
 
     @classmethod
@@ -137,7 +151,8 @@ class PrefixTuning(Adapter):
     ) -> KVPrefix:
         # Copied: the tensors may be views of a mapped file, which may change under the adapter.
         place = base.model.device, base.model.dtype
-        return KVPrefix.from_flat(virtual_tokens_of(files), base.layout, copied_to=place)
+        prefix = KVPrefix.from_flat(virtual_tokens_of(files), base.layout, copied_to=place)
+        return replace(prefix, infix=files.peft_type == INFIX)
 
     @property
     def virtual_tokens(self) -> int:
@@ -151,9 +166,11 @@ class PrefixTuning(Adapter):
 
     def prefix(self) -> KVPrefix:
         prefix = KVPrefix.from_flat(self.flat(), self.base.layout)
+        prefix = replace(prefix, infix=self.section.position == "infix")
         return prefix.to(self.base.model.device, self.base.model.dtype)
 
     def files(self) -> AdapterFiles:
-        return AdapterFiles(
-            peft_config_dict(self.config, self.base), {"prompt_embeddings": self.flat().detach()}
-        )
+        config = peft_config_dict(self.config, self.base)
+        if self.section.position == "infix":
+            config["peft_type"] = INFIX
+        return AdapterFiles(config, {"prompt_embeddings": self.flat().detach()})

@@ -59,10 +59,13 @@ class Injection:
 
 def _joined(batch: PrefixBatch, mask: Tensor) -> Tensor:
     """Columns for the prefix region, then those of `mask`."""
+    rows, queries = batch.rows, mask.shape[-2]
     visible = batch.visible[:, None, None, :]
+    if batch.seen_from is not None:
+        query = torch.arange(queries, device=visible.device)
+        visible = visible & (query >= batch.seen_from[:, None])[:, None, :, None]
     if mask.dtype != torch.bool:  # additive, as eager attention wants it
         visible = torch.where(visible, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
-    rows, queries = batch.rows, mask.shape[-2]
     columns = visible.expand(rows, 1, queries, batch.longest)
     return torch.cat([columns, mask.expand(rows, 1, queries, mask.shape[-1])], dim=-1)
 
@@ -168,11 +171,15 @@ def prefix_removed(model: PreTrainedModel) -> Iterator[None]:
 
 
 def prefixed_positions(batch: PrefixBatch, attention_mask: Tensor) -> Tensor:
-    """Position ids `[rows, tokens]` of real tokens after each row's own virtual tokens.
+    """Position ids `[rows, tokens]` of real tokens around each row's own virtual tokens.
 
     attention_mask: `[rows, tokens]`, 1 on real tokens, padding on either side. Virtual tokens
-    take the first positions, as in PEFT and in both prefix-tuning and prompt-tuning papers.
+    take the first positions, as in PEFT and in both prefix-tuning and prompt-tuning papers; an
+    infix takes those between the tokens before `batch.seen_from` and the others.
     """
     lengths = batch.visible.sum(-1, keepdim=True).to(attention_mask.device)
+    if batch.seen_from is not None:
+        token = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        lengths = lengths * (token >= batch.seen_from[:, None])
     positions = attention_mask.long().cumsum(-1) - 1 + lengths
     return positions.masked_fill(attention_mask == 0, 0)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ptkit.data.encode import EncodedExample
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.attention import prefix_attention, prefix_removed, prefixed_positions
+from ptkit.runtime.infix import placed_before_last
 
 #: Label of positions that are not supervised (transformers' and PyTorch's convention).
 IGNORED = -100
@@ -39,13 +40,17 @@ def _head_on(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _placed(
-    model: PreTrainedModel, batch: PrefixBatch | None, attention_mask: Tensor
+    model: PreTrainedModel, batch: PrefixBatch | None, attention_mask: Tensor, last: Tensor
 ) -> Iterator[dict[str, Tensor]]:
-    """Put `batch` in place and yield the extra arguments the model's forward needs for it."""
+    """Put `batch` in place and yield the extra arguments the model's forward needs for it.
+
+    last: `[rows]`, index of the last token of each row's input (an infix stands before it)
+    """
     if batch is None or not batch.longest:
         with prefix_removed(model):
             yield {}
         return
+    batch = placed_before_last(model, batch, attention_mask, last)
     with prefix_attention(model) as injection:
         # Left in place afterwards: a checkpointed backward pass reads it again.
         injection.batch = batch
@@ -67,7 +72,8 @@ def supervised_logits(
     """
     targets = labels[:, 1:]
     positions = nn.functional.pad(targets != IGNORED, (0, 1), value=False)
-    with _placed(model, batch, attention_mask) as extra, _head_on(model, positions):
+    last = positions.long().argmax(-1)  # it predicts the first supervised token
+    with _placed(model, batch, attention_mask, last) as extra, _head_on(model, positions):
         logits = model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra
         ).logits
@@ -85,8 +91,13 @@ def all_logits(
     attention_mask: Tensor,
     batch: PrefixBatch | None,
 ) -> Tensor:
-    """Logits at every position, `[rows, tokens, vocab]`, with the rows' prefixes in place."""
-    with _placed(model, batch, attention_mask) as extra:
+    """Logits at every position, `[rows, tokens, vocab]`, with the rows' prefixes in place.
+
+    The whole row counts as its input: an infix stands before its last token.
+    """
+    index = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (attention_mask * index).argmax(-1)
+    with _placed(model, batch, attention_mask, last) as extra:
         return model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra
         ).logits

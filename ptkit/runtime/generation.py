@@ -12,6 +12,7 @@ from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.cache import cache_for, prefilled_cache
 from ptkit.runtime.forward import pad_rows
+from ptkit.runtime.infix import read_before_last
 
 
 @torch.no_grad()
@@ -54,11 +55,16 @@ def generate(
     if batch is not None and batch.longest:
         # The prefix region of input_ids is never read (the cache says it is done); the mask
         # over it is, and gives each row its own lengths and positions.
+        if batch.infix is not None and read is not None:
+            raise ModelError("a conversation cannot go on with an infix: it belongs to one input")
+        if batch.infix is not None:
+            device = model.device
+            read_before_last(model, input_ids.to(device), attention_mask.to(device), batch, cache)
+        elif read is None:
+            prefilled_cache(batch, cache)
         dummy = torch.full((len(prompts), batch.longest), pad_token_id, dtype=torch.long)
         input_ids = torch.cat([dummy, input_ids], dim=1)
         attention_mask = torch.cat([batch.visible.long().cpu(), attention_mask], dim=1)
-        if read is None:
-            prefilled_cache(batch, cache)
         if beams > 1:
             cache.batch_repeat_interleave(beams)
         returned = generate_options.get("num_return_sequences", 1)

@@ -12,6 +12,7 @@ from ptkit.prefix import PrefixBatch
 from ptkit.runtime.attention import prefix_removed
 from ptkit.runtime.cache import prefilled_cache
 from ptkit.runtime.forward import pad_rows
+from ptkit.runtime.infix import read_before_last
 
 
 @torch.no_grad()
@@ -31,7 +32,11 @@ def continuation_scores(
     ids, mask = (t.to(model.device) for t in pad_rows(contexts, pad_token_id, left=True))
     cache = DynamicCache()
     if batch is not None and batch.longest:
-        prefilled_cache(batch, cache)
+        if batch.infix is not None:
+            read_before_last(model, ids, mask, batch, cache)
+            ids = ids[:, -1:]
+        else:
+            prefilled_cache(batch, cache)
         mask = torch.cat([batch.visible.long().to(mask.device), mask], dim=1)
     positions = mask.cumsum(-1).sub(1).clamp(min=0)
     with prefix_removed(model):  # the prefix is in the cache, not in the attention

@@ -1,0 +1,147 @@
+"""Virtual tokens before the last token of the input: infix tuning (Li & Liang 2021, section 7.2).
+
+Everything before that token is read as by the plain base, so it depends on nothing that is
+learnt. The last token stays behind the virtual ones, for something real must be read after them:
+the first word of the answer is predicted there.
+
+A learnt key is that of one of the first positions. In models with rotary position embeddings
+(Su et al. 2021, section 3.4.2) a key further right is the same key turned by an angle that
+depends on the distance alone; elsewhere positions are added to the input and a key has none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from ptkit.errors import ModelError
+from ptkit.prefix import PrefixBatch
+from ptkit.runtime.attention import prefix_removed
+
+#: How far a key read at another position may be from the turned one, relative to its length.
+_TOLERANCE = 2e-2
+
+
+def placed_before_last(
+    model: PreTrainedModel, batch: PrefixBatch, attention_mask: Tensor, last: Tensor
+) -> PrefixBatch:
+    """`batch` with every infix where it belongs in these rows; itself when there is none.
+
+    attention_mask: `[rows, tokens]`, 1 on real tokens
+    last: `[rows]`, index of the last token of each row's input
+    """
+    if batch.infix is None:
+        return batch
+    seen_from = torch.where(batch.infix, last, 0)
+    index = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    before = (attention_mask * (index < seen_from[:, None])).sum(-1)
+    return replace(_moved(model, batch, before), seen_from=seen_from)
+
+
+def read_before_last(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    batch: PrefixBatch,
+    cache: Cache,
+) -> None:
+    """Put the rows' virtual tokens and all tokens of their inputs but the last into `cache`.
+
+    input_ids, attention_mask: `[rows, tokens]`, left-padded. Rows with an infix read their input
+    without it; the cache then holds its keys where they belong, for whatever is read next.
+    """
+    assert batch.infix is not None
+    mask = attention_mask[:, :-1]
+    moved = _moved(model, batch, mask.sum(-1))
+    for layer, (keys, values) in enumerate(zip(moved.keys, moved.values, strict=True)):
+        cache.update(keys, values, layer)
+    if not mask.shape[1]:
+        return
+    seen = (batch.visible & ~batch.infix[:, None]).to(mask.dtype)
+    whole = torch.cat([seen, mask], dim=1)
+    positions = (whole.cumsum(-1) - 1).clamp(min=0)[:, -mask.shape[1] :]
+    with prefix_removed(model):
+        model.base_model(
+            input_ids=input_ids[:, :-1], attention_mask=whole, position_ids=positions,
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+
+
+def _moved(model: PreTrainedModel, batch: PrefixBatch, offsets: Tensor) -> PrefixBatch:
+    """`batch` with the keys of its infix rows `offsets` `[rows]` positions further right."""
+    assert batch.infix is not None
+    frequencies = _frequencies(model)
+    if frequencies is None:
+        return batch
+    shift = torch.where(batch.infix, offsets, 0)
+    angles = shift[:, None].float() * frequencies.to(shift.device)  # [rows, half]
+    cos, sin = (torch.cat([f(angles)] * 2, dim=-1)[:, None, None] for f in (torch.cos, torch.sin))
+    return replace(batch, keys=tuple(_turned(k, cos, sin) for k in batch.keys))
+
+
+def _turned(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`keys` `[rows, heads, tokens, dim]` turned by the angles of `cos`, `sin` `[rows, 1, 1, dim]`;
+    dimensions beyond those of the angles have no position."""
+    width = cos.shape[-1]
+    turning, still = keys[..., :width].float(), keys[..., width:]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned.to(keys.dtype), still], dim=-1)
+
+
+def _frequencies(model: PreTrainedModel) -> Tensor | None:
+    """Angles per position, `[half of the rotary dimensions]`; None without rotary embeddings.
+
+    Raises ModelError for families that turn keys in another way, told by reading one token at
+    two positions.
+    """
+    known = model.__dict__.get("ptkit_frequencies", False)
+    if known is not False:
+        return known
+    module = _rotary(model)
+    frequencies = None if module is None else module.inv_freq.detach().float()
+    if frequencies is not None and not _agrees(model, frequencies):
+        raise ModelError(
+            f"{type(model).__name__} gives keys their positions in a way ptkit does not know, so "
+            "an infix cannot be placed in it; use `position: prefix`"
+        )
+    model.__dict__["ptkit_frequencies"] = frequencies
+    return frequencies
+
+
+def _rotary(model: PreTrainedModel) -> Any:
+    """The module that holds the model's rotary frequencies, if it has one."""
+    holders: list[nn.Module] = [m for m in model.modules() if hasattr(m, "inv_freq")]
+    return holders[0] if holders else None
+
+
+@torch.no_grad()
+def _agrees(model: PreTrainedModel, frequencies: Tensor) -> bool:
+    """Whether the keys of one token, alone, turn by `frequencies` when it is read elsewhere.
+
+    Alone it attends to itself only, so its keys differ by their positions in every layer.
+    """
+    distance = 11
+    # Any word; the first ones may be padding, whose embedding is zero.
+    word = int(model.config.get_text_config().vocab_size) // 2
+    token = torch.full((1, 1), word, dtype=torch.long, device=model.device)
+    read = []
+    for position in (0, distance):
+        cache = DynamicCache()
+        with prefix_removed(model):
+            model.base_model(
+                input_ids=token, position_ids=torch.full_like(token, position),
+                past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+        layers: Any = cache.layers
+        read.append([layer.keys for layer in layers])
+    angles = distance * frequencies[None].to(model.device)
+    cos, sin = (torch.cat([f(angles)] * 2, dim=-1)[:, None, None] for f in (torch.cos, torch.sin))
+    return all(
+        there.norm() > 0 and (_turned(here, cos, sin) - there).norm() <= _TOLERANCE * there.norm()
+        for here, there in zip(*read, strict=True)
+    )
