@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_overview import several
 from test_report import compared
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -32,11 +33,18 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report.html"
 
 
+@pytest.fixture(scope="module")
+def overview(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return several(tmp_path_factory.mktemp("overview")) / "overview.html"
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("which", ["report", "overview"])
 def test_report_is_quiet_complete_and_fits_the_screen(
-    browser: Any, report: Path, width: str, scheme: str
+    browser: Any, width: str, scheme: str, which: str, request: pytest.FixtureRequest
 ) -> None:
+    report: Path = request.getfixturevalue(which)
     wide, high = WIDTHS[width]
     page = browser.new_page(viewport={"width": wide, "height": high}, color_scheme=scheme)
     faults: list[str] = []

@@ -22,6 +22,7 @@ from ptkit.comparison.summary import MethodSummary
 from ptkit.comparison.table import markdown_table, summary_table
 from ptkit.recipe import load_recipe
 from ptkit.training.record import CellRecord
+from ptkit.training.run import folder_name
 
 #: title, kind, trained parameters, how many of ten words it gets right, forgetting
 METHODS = [
@@ -79,11 +80,12 @@ def compared(
     task: str = "generation",
     retention: bool = True,
     hostile: str = "",
+    name: str = "invented",
 ) -> tuple[str, list[MethodSummary]]:
     """The page and summaries of an invented comparison of 30 test rows."""
     generation = task == "generation"
     recipe: dict[str, Any] = {
-        "name": "invented",
+        "name": name,
         "description": f"Which method writes best?{hostile}",
         "task": {"kind": task, "data": {"builtin": "facts-to-text"}, "input": "{facts}"},
         "methods": [{"kind": kind, "label": title + hostile} for title, kind, *_ in methods],
@@ -100,7 +102,7 @@ def compared(
     records = []
     for title, kind, parameters, right, forgetting in methods:
         for seed in seeds if parameters else seeds[:1]:
-            cell = f"{title}-seed{seed}"
+            cell = f"{folder_name(title + hostile)}-seed{seed}"
             rows = []
             for i in range(30):
                 gold = " ".join(WORDS[i % 4 :]) if generation else "ab"[i % 2]
@@ -167,6 +169,8 @@ def compared(
                     started="2026-01-01T00:00:00+00:00",
                 )
             )
+    for record in records:
+        (folder / "cells" / record.cell / "record.json").write_text(record.as_line())
     summaries = write_outputs(folder, records, loaded.recipe)
     return (folder / "report.html").read_text(), summaries
 

@@ -1,4 +1,4 @@
-"""`ptkit report`: the outputs of comparisons, made again or merged."""
+"""`ptkit report`: the outputs of comparisons, made again, merged, or side by side."""
 
 from __future__ import annotations
 
@@ -14,23 +14,36 @@ def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Comparison folders.")],
     out: Annotated[
         Optional[Path],  # noqa: UP045  (typer reads annotations at run time)
-        typer.Option("--out", "-o", help="Folder of the merged comparison."),
+        typer.Option("--out", "-o", help="Folder of the merged comparison, or of the overview."),
+    ] = None,
+    overview: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="TITLE", help="Put comparisons of different tasks side by side on one page."
+        ),
     ] = None,
 ) -> None:
     """Make a comparison's tables, plots and report again, or those of several merged into one.
 
     Comparisons of one recipe that were run with other seeds or methods, on other machines say,
-    become one comparison in --out. Unfinished ones are reported as far as they got.
+    become one comparison in --out. Comparisons of different tasks become overview.html and
+    overview.md with --overview TITLE. Unfinished ones are reported as far as they got.
     """
     from rich.console import Console
 
     from ptkit.comparison.merge import merge, read_comparison
     from ptkit.comparison.outputs import write_outputs
+    from ptkit.comparison.overview import write_overview
     from ptkit.comparison.table import summary_table
 
-    if len(folders) > 1 and out is None:
+    if out is None and (len(folders) > 1 or overview is not None):
         raise UserError("several comparisons become one in a new folder: give --out")
     parts = [read_comparison(folder) for folder in folders]
+    if overview is not None:
+        assert out is not None
+        write_overview(parts, out, overview)
+        typer.echo(f"{out / 'overview.html'}")
+        return
     whole = parts[0] if out is None else merge(parts, out)
     summaries = write_outputs(whole.folder, whole.records, whole.loaded.recipe)
     console = Console()

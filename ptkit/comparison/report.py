@@ -24,44 +24,57 @@ def render_report(recipe: Recipe, summaries: Sequence[MethodSummary], recipe_tex
 
     Predictions and recipe are untrusted text; the template escapes everything.
     """
-    environment = Environment(
+    values = page_values(recipe, summaries, recipe_text)
+    return templates().get_template("report.html.j2").render(**values)
+
+
+def templates() -> Environment:
+    """The templates of the pages; whatever they show is escaped."""
+    return Environment(
         loader=PackageLoader("ptkit.comparison", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def page_values(
+    recipe: Recipe, summaries: Sequence[MethodSummary], recipe_text: str, anchor: str = ""
+) -> dict[str, Any]:
+    """What `comparison.html.j2` shows of one comparison. anchor: before the ids of its elements"""
     first = summaries[0].records[0]
     best = best_of(summaries)
     generation = isinstance(recipe.task, GenerationTask)
     shade = colours(summaries)
     machines = {r.hardware: None for s in summaries for r in s.records}
-    return environment.get_template("report.html.j2").render(
-        recipe=recipe,
-        recipe_text=recipe_text,
-        highlights=_highlights(summaries),
-        colours=shade,
-        columns=[
+    return {
+        "anchor": anchor,
+        "recipe": recipe,
+        "recipe_text": recipe_text,
+        "highlights": _highlights(summaries),
+        "colours": shade,
+        "columns": [
             f"difference from {baseline_of(recipe)}" if name == "difference" else name
             for name in _cells(best, summaries)
         ],
-        rows=[_row(s, summaries, shade, best=s is best) for s in summaries],
-        charts=[(chart.title, chart.note, draw(chart)) for chart in charts_of(summaries)],
-        samples=_samples(summaries, generation=generation),
-        n_seeds=max(len(s.records) for s in summaries),
-        signatures=_signatures(summaries),
-        searches=_searches(summaries),
-        baseline=baseline_of(recipe),
-        compared=sum(s.against is not None for s in summaries),
-        best=best,
-        first=first,
-        machines=list(machines),
-        together=max(s.trained_together for s in summaries),
-        score=first.score,
-        generation=generation,
-        figures=figures,
-        seconds=sum(r.train_seconds + r.eval_seconds for s in summaries for r in s.records),
-    )
+        "rows": [_row(s, summaries, shade, best=s is best) for s in summaries],
+        "charts": [(chart.title, chart.note, draw(chart)) for chart in charts_of(summaries)],
+        "samples": _samples(summaries, generation=generation),
+        "n_seeds": max(len(s.records) for s in summaries),
+        "signatures": _signatures(summaries),
+        "searches": _searches(summaries),
+        "baseline": baseline_of(recipe),
+        "compared": sum(s.against is not None for s in summaries),
+        "best": best,
+        "first": first,
+        "machines": list(machines),
+        "together": max(s.trained_together for s in summaries),
+        "score": first.score,
+        "generation": generation,
+        "figures": figures,
+        "seconds": sum(r.train_seconds + r.eval_seconds for s in summaries for r in s.records),
+    }
 
 
 def _searches(summaries: Sequence[MethodSummary]) -> list[dict[str, Any]]:

@@ -1,0 +1,198 @@
+"""Comparisons of different tasks on one page: their scores side by side, then each in full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+
+from ptkit.comparison import figures
+from ptkit.comparison.merge import Comparison
+from ptkit.comparison.report import page_values, templates
+from ptkit.comparison.summary import MethodSummary, summarise
+from ptkit.errors import UserError
+from ptkit.formats import atomic
+from ptkit.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Task:
+    """One comparison of the overview, and the summaries of its methods by name."""
+
+    recipe: Recipe
+    recipe_text: str
+    summaries: list[MethodSummary]
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        return self.recipe.name
+
+    def of(self, method: str) -> MethodSummary | None:
+        """The summary of `method`, if it was compared here."""
+        return next((s for s in self.summaries if s.title == method), None)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure: what is shown, what it sorts by, and whether it is the best of its column."""
+
+    shown: str
+    value: float | str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's figures, one per task."""
+
+    title: str
+    colour: int
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Methods by tasks."""
+
+    title: str
+    note: str
+    columns: list[str]
+    rows: list[Row]
+
+
+def write_overview(parts: Sequence[Comparison], out: Path, title: str) -> list[Table]:
+    """Write `overview.html` and `overview.md` to the folder `out`; returns the tables they show.
+
+    Raises UserError for two comparisons of one name.
+    """
+    names = [part.loaded.recipe.name for part in parts]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"two of these comparisons are called {', '.join(twice)}")
+    tasks = [
+        Task(
+            part.loaded.recipe,
+            (part.folder / "recipe.yaml").read_text(encoding="utf-8"),
+            summarise(part.folder, part.records, part.loaded.recipe),
+        )
+        for part in parts
+    ]
+    tables = tables_of(tasks)
+    atomic.write_text(out / "overview.html", _page(tasks, tables, title))
+    atomic.write_text(out / "overview.md", _markdown(tables, title))
+    return tables
+
+
+def tables_of(tasks: Sequence[Task]) -> list[Table]:
+    """Scores, the share of the way to full fine-tuning, forgetting and cost, method by task."""
+    methods = list(dict.fromkeys(s.title for task in tasks for s in task.summaries))
+
+    def table(
+        title: str,
+        note: str,
+        column: Callable[[Task], str],
+        cell: Callable[[Task, MethodSummary], tuple[str, float | str]],
+        better: Callable[[Task], int],
+    ) -> Table:
+        """better: 1 where the highest figure is marked, -1 the lowest, 0 none."""
+        figures_of = {
+            (method, task.name): cell(task, summary)
+            for method in methods for task in tasks
+            if (summary := task.of(method)) is not None
+        }  # fmt: skip
+        best: dict[str, float] = {}
+        for task in tasks:
+            known = [
+                value for (_, name), (_, value) in figures_of.items()
+                if name == task.name and isinstance(value, int | float)
+            ]  # fmt: skip
+            sign = better(task)
+            if known and sign:
+                best[task.name] = max(known) if sign > 0 else min(known)
+
+        def of(method: str, task: Task) -> Cell:
+            shown, value = figures_of.get((method, task.name), (figures.NONE, ""))
+            return Cell(shown, value, best=value == best.get(task.name))
+
+        rows = [
+            Row(method, number % 10, [of(method, task) for task in tasks])
+            for number, method in enumerate(methods)
+        ]
+        return Table(title, note, [column(task) for task in tasks], rows)
+
+    def headed(task: Task) -> str:
+        return f"{task.name}: {task.summaries[0].score}"
+
+    scores = table(
+        "Score", "Mean over seeds with its 95 % bootstrap interval over seeds and rows; n is each "
+        "task's own, above. Marked: the best mean of a task (all of equal ones); whether a "
+        "difference is more than chance is told by its paired test below.",
+        headed, lambda _, s: (figures.score(s.leading), s.leading.mean),
+        lambda task: 1 if task.summaries[0].higher_is_better else -1,
+    )  # fmt: skip
+    forgetting = table(
+        "Forgetting", "Nats per token lost on general text with the adapter on, ± over seeds; "
+        "marked: the least of the methods that train.",
+        lambda task: task.name,
+        lambda _, s: (
+            figures.forgetting(s.forgetting),
+            s.forgetting.mean if s.forgetting and s.trains else "",
+        ),
+        lambda _: -1,
+    )  # fmt: skip
+    cost = table(
+        "Trained parameters", "And their share of the base.", lambda task: task.name,
+        lambda _, s: (
+            figures.parameters(s.trainable_parameters, s.share), s.trainable_parameters or ""
+        ),
+        lambda _: 0,
+    )  # fmt: skip
+    found = [scores]
+    if all(task.of("base") and task.of("full") for task in tasks):
+        found.append(
+            table(
+                "Share of the way from the base to full fine-tuning",
+                "(method - base) / (full - base) of the means.", lambda task: task.name,
+                lambda task, s: _share(task, s), lambda _: 0,
+            )
+        )  # fmt: skip
+    return [*found, forgetting, cost]
+
+
+def _share(task: Task, summary: MethodSummary) -> tuple[str, float | str]:
+    base, full = task.of("base"), task.of("full")
+    assert base is not None
+    assert full is not None
+    way = full.leading.mean - base.leading.mean
+    if not way:
+        return figures.NONE, ""
+    share = (summary.leading.mean - base.leading.mean) / way
+    return f"{share:.0%}", share
+
+
+def _page(tasks: Sequence[Task], tables: Sequence[Table], title: str) -> str:
+    environment = templates()
+    body = environment.get_template("comparison.html.j2")
+    shown = []
+    for task in tasks:
+        values = page_values(task.recipe, task.summaries, task.recipe_text, f"{task.name}-")
+        # Rendered by the same escaping environment, hence safe to put in as it is.
+        shown.append({**values, "anchor": task.name, "html": Markup(body.render(**values))})
+    return environment.get_template("overview.html.j2").render(
+        title=title, tasks=shown, tables=tables
+    )
+
+
+def _markdown(tables: Sequence[Table], title: str) -> str:
+    lines = [f"# {title}", ""]
+    for table in tables:
+        lines += [f"## {table.title}", "", f"| method | {' | '.join(table.columns)} |",
+                  f"|---|{'---:|' * len(table.columns)}"]  # fmt: skip
+        for row in table.rows:
+            cells = (f"**{c.shown}**" if c.best else c.shown for c in row.cells)
+            lines.append(f"| {row.title} | {' | '.join(cells)} |")
+        lines += ["", table.note, ""]
+    return "\n".join(lines)

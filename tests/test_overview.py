@@ -1,0 +1,68 @@
+"""Comparisons of different tasks side by side."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from test_cli import ptkit, refused
+from test_report import METHODS, compared
+
+from ptkit.comparison.merge import read_comparison
+from ptkit.comparison.overview import write_overview
+from ptkit.errors import UserError
+
+
+def several(folder: Path, hostile: str = "") -> Path:
+    """An overview of two invented comparisons, in `folder`."""
+    compared(folder / "texts", name="texts", hostile=hostile)
+    compared(folder / "labels", METHODS[:-1], name="labels", task="classification")
+    parts = [read_comparison(folder / name) for name in ("texts", "labels")]
+    write_overview(parts, folder, "Two tasks" + hostile)
+    return folder
+
+
+def test_figures_are_those_of_the_comparisons(tmp_path: Path) -> None:
+    _, texts = compared(tmp_path / "texts", name="texts")
+    _, labels = compared(tmp_path / "labels", name="labels", task="classification")
+    parts = [read_comparison(tmp_path / name) for name in ("texts", "labels")]
+    tables = {table.title: table for table in write_overview(parts, tmp_path, "Two tasks")}
+    scores = tables["Score"]
+    assert scores.columns == ["texts: bleu", "labels: accuracy"]
+    for i, own in enumerate((texts, labels)):
+        assert [row.cells[i].value for row in scores.rows] == [s.leading.mean for s in own]
+        best = [row.title for row in scores.rows if row.cells[i].best]
+        highest = max(s.leading.mean for s in own)
+        assert best == [s.title for s in own if s.leading.mean == highest]
+    assert {"Forgetting", "Trained parameters"} <= tables.keys()
+    shares = tables.get("Share of the way from the base to full fine-tuning")
+    if shares is not None:
+        by_name = {row.title: row.cells[0].value for row in shares.rows}
+        assert by_name["base"] == 0
+        assert by_name["full"] == 1
+    text = (tmp_path / "overview.md").read_text()
+    assert text.startswith("# Two tasks\n")
+    assert f"{texts[1].leading.mean:.1f} [" in text
+
+
+def test_page_is_one_file_that_escapes_what_it_shows(tmp_path: Path) -> None:
+    page = (several(tmp_path, "<script>alert(1)</script>") / "overview.html").read_text()
+    assert "<script>alert" not in page
+    assert not re.search(r"(?:src|href)=[\"'](?!#|data:)", page)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert {"texts", "labels", "texts-summary", "labels-summary"} <= set(ids)
+    assert page.count('class="sortable"') >= 4
+    assert len(page) < 1_500_000
+
+
+def test_command_and_its_refusals(tmp_path: Path) -> None:
+    compared(tmp_path / "texts", name="texts")
+    compared(tmp_path / "labels", name="labels", task="classification")
+    assert "give --out" in refused("report", "texts", "labels", "--overview", "T", cwd=tmp_path)
+    done = ptkit("report", "texts", "labels", "--overview", "T", "--out", "both", cwd=tmp_path)
+    assert done.stdout.strip() == "both/overview.html"
+    parts = [read_comparison(tmp_path / "texts")] * 2
+    with pytest.raises(UserError, match="two of these comparisons are called texts"):
+        write_overview(parts, tmp_path, "T")
