@@ -233,6 +233,20 @@ class PrefixBatch:
             torch.ones(rows, dtype=torch.bool, device=device) if prefix.infix else None,
         )
 
+    def repeated(self, times: int) -> PrefixBatch:
+        """Every row `times` in a row, as beams are."""
+
+        def each(tensor: Tensor) -> Tensor:
+            return tensor.repeat_interleave(times, dim=0)
+
+        return PrefixBatch(
+            tuple(map(each, self.keys)),
+            tuple(map(each, self.values)),
+            each(self.visible),
+            None if self.infix is None else each(self.infix),
+            None if self.seen_from is None else each(self.seen_from),
+        )
+
     @classmethod
     def gathered(cls, prefixes: Sequence[KVPrefix | None], layout: KVLayout) -> PrefixBatch:
         """One prefix (or None, the plain base) per row, of any lengths, of the same base.

@@ -223,6 +223,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, list[str]]]] = {
     "dart-gpt2": ("dart", {"tripleset": [["A", "b", "C"]], "target": "A b C.",
                            "references": ["A."]}, {}),
     "translation-gpt2": ("default", {"en": "a dog", "de": "ein Hund"}, {}),
+    "xsum-bart": ("default", {"document": "It rained.", "summary": "Rain.", "id": "1"}, {}),
     "persona-gpt2": ("default", {"user 1 personas": "I sing.", "user 2 personas": "I swim.",
                                  "Best Generated Conversation": "User 1: Hi"}, {}),
     "sst2-gpt2": ("default", {"sentence": "good", "label": 1}, {"label": ["negative", "positive"]}),
@@ -291,3 +292,4 @@ def test_hub_recipes_read_their_data_sets(client: Client, server: HubServer) -> 
     assert found["sst2-gpt2"] == [11, "good\nThe review is", " good"]
     assert found["trec-gpt2"] == [11, "who ?\nThe answer is", " a person"]
     assert found["boolq-gpt2"][2] == " yes"
+    assert found["xsum-bart"] == [12, "It rained.", "Rain."]

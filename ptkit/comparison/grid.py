@@ -9,6 +9,7 @@ from pathlib import Path
 from ptkit.comparison.search import tune
 from ptkit.errors import UserError
 from ptkit.formats import atomic
+from ptkit.methods import require_method_fits
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.expansion import Entry, Variant, expand
 from ptkit.recipe.schema import MethodSection, ModelSection, Recipe
@@ -75,10 +76,13 @@ def run_grid(
     out: the comparison's folder; killed at any moment, the next call goes on from there.
     Raises UserError when it holds another recipe's comparison.
     """
-    claim_folder(loaded, out)
+    _require_unclaimed(loaded, out)
     records = []
     experiments = Experiments(loaded, base)
-    for group in plan(loaded.recipe, out):
+    groups = plan(loaded.recipe, out)
+    experiments.of(groups[0].variant)  # what cannot be carried out leaves nothing behind
+    claim_folder(loaded, out)
+    for group in groups:
         experiment = experiments.of(group.variant)
         own = [tuned(experiment, cell, out, observer) for cell in group.cells]
         records += run_cells(experiment, own, observer)
@@ -87,11 +91,15 @@ def run_grid(
 
 def claim_folder(loaded: LoadedRecipe, out: Path) -> None:
     """Keep the recipe in `out`. Raises UserError when another one's comparison is there."""
-    resolved = loaded.resolved()
+    _require_unclaimed(loaded, out)
+    if not (out / "recipe.yaml").exists():
+        atomic.write_text(out / "recipe.yaml", loaded.resolved())
+
+
+def _require_unclaimed(loaded: LoadedRecipe, out: Path) -> None:
+    """Raise UserError when `out` holds another recipe's comparison."""
     kept = out / "recipe.yaml"
-    if not kept.exists():
-        atomic.write_text(kept, resolved)
-    elif kept.read_text(encoding="utf-8") != resolved:
+    if kept.exists() and kept.read_text(encoding="utf-8") != loaded.resolved():
         raise UserError(
             f"{out} holds the comparison of another recipe (or of this one before it was "
             "changed); choose another --out, or pass --fresh to start over"
@@ -114,6 +122,8 @@ class Experiments:
         model = variant.recipe.model
         base = self._base if model == self._model else None
         experiment = prepare(replace(self._loaded, recipe=variant.recipe), base)
+        for entry in variant.entries:  # before the first cell is trained
+            require_method_fits(entry.section, experiment.base)
         self._base, self._model = experiment.base, model
         self._last = variant, experiment
         return experiment

@@ -27,13 +27,20 @@ def encode_examples(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     task: GenerationTask | ClassificationTask,
+    *,
+    pairs: bool = False,
 ) -> list[EncodedExample]:
     """Tokenise inputs and targets separately, so that training sees what generation will.
 
     Inputs longer than `max_input_tokens` lose their left end (what is nearest to the target
     matters most); targets longer than `max_target_tokens` lose their right end. Generated
     targets end with the end-of-text token, so that the model learns to stop.
+
+    pairs: for an encoder-decoder. Inputs and targets get the tokenizer's own special tokens, and
+        inputs lose their right end: in a text to be summed up, say, the beginning matters most.
     """
+    if pairs:
+        return _encoded_pairs(examples, tokenizer, task)
     inputs = tokenizer([e.input for e in examples])["input_ids"]
     targets = tokenizer([e.target for e in examples], add_special_tokens=False)["input_ids"]
     encoded = []
@@ -42,6 +49,24 @@ def encode_examples(
             target_ids = [*target_ids, tokenizer.eos_token_id][: task.max_target_tokens]
         encoded.append(EncodedExample(input_ids[-task.max_input_tokens :], target_ids))
     return encoded
+
+
+def _encoded_pairs(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    task: GenerationTask | ClassificationTask,
+) -> list[EncodedExample]:
+    inputs = tokenizer(
+        [e.input for e in examples], truncation=True, max_length=task.max_input_tokens
+    )["input_ids"]
+    longest = task.max_target_tokens if isinstance(task, GenerationTask) else None
+    targets = tokenizer(
+        text_target=[e.target for e in examples], truncation=longest is not None, max_length=longest
+    )["input_ids"]
+    # Some families write a language's name after the end (mBART).
+    end = tokenizer.eos_token_id
+    ended = [t if end in t[-2:] else [*t, end][:longest] for t in targets]
+    return [EncodedExample(i, t) for i, t in zip(inputs, ended, strict=True)]
 
 
 def label_token_ids(

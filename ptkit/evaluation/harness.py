@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ptkit.data.encode import EncodedExample
-from ptkit.errors import DataError, UserError
+from ptkit.errors import DataError, ModelError, UserError
 from ptkit.methods import Adapter
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.forward import collate, supervised_logits, token_losses
@@ -40,6 +40,8 @@ class AdapterLM(TemplateLM):
 
     def __init__(self, adapter: Adapter, batch_size: int) -> None:
         super().__init__()
+        if adapter.base.encoder_decoder:
+            raise ModelError("the harness is asked about causal language models only, so far")
         self.adapter, self.batch_size = adapter, batch_size
         self.tokenizer: Any = adapter.base.tokenizer
         compiled = adapter.prefix()
@@ -88,13 +90,14 @@ class AdapterLM(TemplateLM):
             rows.append(EncodedExample(context[-kept:] if kept > 0 else [], continuation))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         results: dict[int, tuple[float, bool]] = {}
-        model, pad = self.adapter.model, self.adapter.base.pad_token_id
+        model = self.adapter.model
         model.eval()
         for start in range(0, len(order), self.batch_size):
             part = order[start : start + self.batch_size]
             own = [rows[i] for i in part]
-            tensors = {n: t.to(model.device) for n, t in collate(own, pad).items()}
-            logits, targets = supervised_logits(model, **tensors, batch=self._rows(len(part)))
+            logits, targets = supervised_logits(
+                model, **collate(own, self.adapter.base), batch=self._rows(len(part))
+            )
             counts = [len(row.target_ids) for row in own]
             losses = token_losses(logits, targets).double().split(counts)
             greedy = (logits.argmax(-1) == targets).split(counts)

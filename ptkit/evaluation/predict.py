@@ -51,7 +51,7 @@ def predict(
     fit beside the adapter's virtual tokens.
     """
     base = adapter.base
-    encoded = encode_examples(examples, base.tokenizer, task)
+    encoded = encode_examples(examples, base.tokenizer, task, pairs=base.encoder_decoder)
     require_room(adapter, encoded, task)
     compiled = adapter.prefix()
     prefix = None if compiled is None else compiled.detach()
@@ -99,10 +99,15 @@ def require_room(
     task: GenerationTask | ClassificationTask,
 ) -> None:
     """Raise ModelError unless every example fits into the positions the adapter leaves."""
+    base, title = adapter.base, f"`{adapter.section.title}`"
+    inputs = max(len(e.input_ids) for e in encoded)
+    targets = max(len(e.target_ids) for e in encoded)
     if isinstance(task, GenerationTask):
-        longest = max(len(e.input_ids) for e in encoded) + task.max_target_tokens
-    else:
-        longest = max(map(len, encoded))
+        targets = task.max_target_tokens
+    if base.encoder_decoder:  # each side has positions of its own, virtual tokens have none
+        base.require_positions(0, max(inputs, targets), title)
+        return
+    longest = inputs + targets if isinstance(task, GenerationTask) else max(map(len, encoded))
     adapter.base.require_positions(adapter.virtual_tokens, longest, f"`{adapter.section.title}`")
 
 
@@ -150,8 +155,7 @@ def _target_nats(
     adapter: Adapter, rows: Sequence[EncodedExample], prefix: KVPrefix | None
 ) -> list[dict[str, Any]]:
     """Cross-entropy of every row's target after its input, in nats, and its tokens."""
-    device = adapter.model.device
-    batch = {n: t.to(device) for n, t in collate(rows, adapter.base.pad_token_id).items()}
+    batch = collate(rows, adapter.base)
     adapter.model.eval()
     logits, targets = supervised_logits(adapter.model, **batch, batch=_shared(prefix, len(rows)))
     counts = [len(row.target_ids) for row in rows]

@@ -160,7 +160,9 @@ def language_modelling(
     model.eval()
     vocabulary = model.get_output_embeddings().weight.shape[0]
     rows = max(1, MAX_LOGITS // (vocabulary * windows.shape[1]))
-    wanted = min(keep, len(windows)) * (windows.shape[1] - 1)
+    # A causal model predicts all tokens but the first; an encoder-decoder writes what it reads.
+    predicted = windows.shape[1] - (not model.config.is_encoder_decoder)
+    wanted = min(keep, len(windows)) * predicted
     nats, right, tokens = 0.0, 0, 0
     kept: list[Tensor] = []
     for part in windows.to(model.device).split(rows):
@@ -180,7 +182,7 @@ def measure_retention(adapter: Adapter, probe: GeneralProbe) -> Retention:
     Raises ModelError when a window does not fit beside the virtual tokens.
     """
     adapter.base.require_positions(
-        adapter.virtual_tokens,
+        0 if adapter.base.encoder_decoder else adapter.virtual_tokens,
         next(iter(probe.windows.values())).shape[1],
         f"`{adapter.section.title}`",
     )
@@ -203,5 +205,7 @@ def measure_retention(adapter: Adapter, probe: GeneralProbe) -> Retention:
 
 def off_probe(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Logits `[tokens, vocabulary]` on `input_ids` `[1, tokens]`, to be compared bit for bit."""
+    ids = input_ids.to(model.device)
+    written = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        return model(input_ids=input_ids.to(model.device), use_cache=False).logits[0]
+        return model(input_ids=ids, use_cache=False, **written).logits[0]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptkit.formats.adapter_files import RECIPE, AdapterFiles
-from ptkit.methods.prefix_tuning import INFIX
+from ptkit.methods.prefix_tuning import ENCODER_DECODER, INFIX
 from ptkit.runtime.base_model import TINY_EN
 
 #: Stands in a card for the repository it will be in; `ptkit push` puts the name in.
@@ -22,6 +22,12 @@ _METHODS = {
     "P_TUNING": "P-tuning",
     "LORA": "LoRA",
     INFIX: "infix tuning",
+    ENCODER_DECODER: "prefix tuning (encoder, decoder and cross-attention)",
+}
+#: Why PEFT cannot read a type.
+_UNREADABLE = {
+    INFIX: "an infix",
+    ENCODER_DECODER: "it has a prefix for the encoder, too",
 }
 _TASKS = {"generation": "text-generation", "classification": "text-classification"}
 
@@ -116,7 +122,7 @@ def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: 
         lost=info.get("int8_lost") if int8 else None,
         table=table and table.strip(),
         retention=info.get("retention"),
-        unreadable="8-bit integers" if int8 else "an infix" if files.peft_type == INFIX else None,
+        unreadable="8-bit integers" if int8 else _UNREADABLE.get(files.peft_type),
         template=task.get("input", "").encode("unicode_escape").decode(),
         example=repr(task.get("input") or "..."),
         labels=", ".join(f"`{word.strip()}`" for word in task.get("verbalizer", {}).values()),

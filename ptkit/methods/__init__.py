@@ -14,6 +14,7 @@ from ptkit.methods.adapter import (
     compile_files,
     create_adapter,
     load_adapter,
+    require_method_fits,
     require_same_base,
 )
 
@@ -28,5 +29,6 @@ __all__ = [
     "compile_files",
     "create_adapter",
     "load_adapter",
+    "require_method_fits",
     "require_same_base",
 ]

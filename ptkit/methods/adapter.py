@@ -16,7 +16,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptkit.errors import AdapterError
+from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter
 from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import MethodSection
@@ -47,6 +47,8 @@ class Adapter(nn.Module):
     section_class: ClassVar[type[MethodSection]]
     #: PEFT types whose files this method reads.
     peft_types: ClassVar[tuple[str, ...]] = ()
+    #: Whether it works on encoder-decoders, too.
+    encoder_decoder: ClassVar[bool] = False
 
     def __init__(self, section: MethodSection, base: Base) -> None:
         super().__init__()
@@ -149,8 +151,22 @@ def register(cls: type[Adapter]) -> type[Adapter]:
 
 
 def create_adapter(section: MethodSection, base: Base, demonstrations: Demonstrations) -> Adapter:
-    """A fresh adapter of the method `section` describes."""
+    """A fresh adapter of the method `section` describes.
+
+    Raises ModelError on a kind of base it does not work on.
+    """
+    require_method_fits(section, base)
     return ADAPTERS[section.kind].create(section, base, demonstrations)
+
+
+def require_method_fits(section: MethodSection, base: Base) -> None:
+    """Raise ModelError when the method does not work on this kind of model."""
+    if base.encoder_decoder and not ADAPTERS[section.kind].encoder_decoder:
+        able = ", ".join(kind for kind, cls in ADAPTERS.items() if cls.encoder_decoder)
+        raise ModelError(
+            f"`{section.title}` ({section.kind}) does not work on encoder-decoders such as "
+            f"{base.id}: its prompt would have to be read by the encoder; use {able}"
+        )
 
 
 def adapter_from_files(files: AdapterFiles, base: Base) -> Adapter:
@@ -172,10 +188,17 @@ def compile_files(files: AdapterFiles, base: Base) -> KVPrefix | None:
 
 
 def _method_of(files: AdapterFiles) -> tuple[type[Adapter], MethodSection]:
-    if files.config.get("task_type") not in (None, "CAUSAL_LM", "FEATURE_EXTRACTION"):
+    task = files.config.get("task_type")
+    own = files.peft_type.startswith("PTKIT_") or files.peft_type == "LORA"
+    if task == "SEQ_2_SEQ_LM" and not own:
         raise AdapterError(
-            f"the adapter was made for {files.config['task_type']}, a model with another head "
-            "than a language model's; ptkit reads adapters of causal language models"
+            "PEFT's prompts for encoder-decoders have the decoder's part only; ptkit reads those "
+            "it trained itself, and LoRA"
+        )
+    if task not in (None, "CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM"):
+        raise AdapterError(
+            f"the adapter was made for {task}, a model with another head than a language model's; "
+            "ptkit reads adapters of language models"
         )
     for kind, cls in ADAPTERS.items():
         if files.peft_type in cls.peft_types:

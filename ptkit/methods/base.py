@@ -25,6 +25,7 @@ class Untouched(Adapter):
     """No adapter."""
 
     section_class = BaseSection
+    encoder_decoder = True
 
     @classmethod
     def create(cls, section: BaseSection, base: Base, demonstrations: Demonstrations) -> Untouched:

@@ -29,6 +29,7 @@ class Full(Adapter):
     """A trainable copy of the base; the base itself stays frozen for the other methods."""
 
     section_class = FullSection
+    encoder_decoder = True
 
     def __init__(self, section: FullSection, base: Base) -> None:
         super().__init__(section, base)

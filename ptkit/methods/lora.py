@@ -51,6 +51,7 @@ class Lora(Adapter):
 
     section_class = LoraSection
     peft_types = ("LORA",)
+    encoder_decoder = True
 
     def __init__(self, section: LoraSection, base: Base, config: LoraConfig) -> None:
         super().__init__(section, base)
@@ -59,7 +60,7 @@ class Lora(Adapter):
     @classmethod
     def create(cls, section: LoraSection, base: Base, demonstrations: Demonstrations) -> Lora:
         config = LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type="SEQ_2_SEQ_LM" if base.encoder_decoder else "CAUSAL_LM",
             r=section.rank,
             lora_alpha=section.alpha,
             lora_dropout=section.dropout,

@@ -61,7 +61,7 @@ def lora_config(files: AdapterFiles, base: Base) -> LoraConfig:
         **settings.model_dump(exclude_none=True),
         target_modules=sorted(ranks),
         rank_pattern=others,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if base.encoder_decoder else "CAUSAL_LM",
     )
 
 

@@ -57,6 +57,9 @@ class PrefixTuningSection(PromptMethodSection):
 
 #: In place of PEFT's type: PEFT would take the same tensors for a prefix, and be silently wrong.
 INFIX = "PTKIT_INFIX"
+#: A prefix of the encoder, of the decoder and of what the decoder reads the encoder through (Li &
+#: Liang 2021, section 4.1 and figure 2); PEFT's has the decoder's part only.
+ENCODER_DECODER = "PTKIT_ENCODER_DECODER_PREFIX"
 
 
 @register
@@ -65,7 +68,8 @@ class PrefixTuning(Adapter):
 
     section_class = PrefixTuningSection
     # CARTRIDGE differs in how it is trained: its file is the same flat prefix.
-    peft_types = ("PREFIX_TUNING", "CARTRIDGE", INFIX)
+    peft_types = ("PREFIX_TUNING", "CARTRIDGE", INFIX, ENCODER_DECODER)
+    encoder_decoder = True
     section: PrefixTuningSection
     start: Tensor
     lower: Tensor
@@ -73,6 +77,13 @@ class PrefixTuning(Adapter):
     def __init__(self, section: PrefixTuningSection, base: Base, start: Tensor | None) -> None:
         """start: PEFT's flat layout `[virtual_tokens, layers * 2 * kv_heads * head_dim]`."""
         super().__init__(section, base)
+        if base.encoder_decoder and section.position == "infix":
+            raise ModelError(
+                f"{base.id} is an encoder-decoder: its encoder reads the input from both sides, so "
+                "nothing of it comes before an infix; use `position: prefix`"
+            )
+        if base.encoder_decoder and section.trained_layers is not None:
+            raise ModelError("`trained_layers` counts the layers of one stack; leave it out here")
         layers = len(base.layout)
         trained = section.trained_layers or layers
         if trained > layers:
@@ -173,4 +184,6 @@ class PrefixTuning(Adapter):
         config = peft_config_dict(self.config, self.base)
         if self.section.position == "infix":
             config["peft_type"] = INFIX
+        if self.base.encoder_decoder:
+            config |= {"peft_type": ENCODER_DECODER, "task_type": "SEQ_2_SEQ_LM"}
         return AdapterFiles(config, {"prompt_embeddings": self.flat().detach()})

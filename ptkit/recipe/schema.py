@@ -130,7 +130,7 @@ class GenerationTask(Section):
     references: str | None = None
     """Column holding the list of acceptable texts; without it the target alone is the reference."""
     max_input_tokens: Annotated[int, Field(gt=0)] = 256
-    """Inputs are cut on the left to this many tokens."""
+    """Inputs are cut on the left to this many tokens; for an encoder-decoder on the right."""
     max_target_tokens: Annotated[int, Field(gt=0)] = 128
     """Targets are cut to, and generation stops at, this many tokens."""
     num_beams: Annotated[int, Field(ge=1)] = 1

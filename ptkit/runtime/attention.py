@@ -32,6 +32,9 @@ class Injection:
     def __init__(self) -> None:
         self._batch: PrefixBatch | None = None
         self._extended: dict[int, tuple[Tensor, Tensor]] = {}
+        self._repeated: dict[int, PrefixBatch] = {}
+        #: Layer -> keys and values it computed in the last forward pass, while this is not None.
+        self.read: dict[int, tuple[Tensor, Tensor]] | None = None
 
     @property
     def batch(self) -> PrefixBatch | None:
@@ -42,6 +45,13 @@ class Injection:
     def batch(self, batch: PrefixBatch | None) -> None:
         self._batch = batch if batch is not None and batch.longest else None
         self._extended.clear()
+        self._repeated.clear()
+
+    def repeated(self, batch: PrefixBatch, times: int) -> PrefixBatch:
+        """`batch` with every row `times` in a row; made once per batch."""
+        if times not in self._repeated:
+            self._repeated[times] = batch.repeated(times)
+        return self._repeated[times]
 
     def extended(self, batch: PrefixBatch, mask: Tensor) -> Tensor:
         """`mask` `[rows|1, 1, queries, keys]` with the prefix region before its keys.
@@ -59,62 +69,97 @@ class Injection:
 
 def _joined(batch: PrefixBatch, mask: Tensor) -> Tensor:
     """Columns for the prefix region, then those of `mask`."""
-    rows, queries = batch.rows, mask.shape[-2]
+    rows, heads, queries = batch.rows, mask.shape[1], mask.shape[-2]
     visible = batch.visible[:, None, None, :]
     if batch.seen_from is not None:
         query = torch.arange(queries, device=visible.device)
         visible = visible & (query >= batch.seen_from[:, None])[:, None, :, None]
     if mask.dtype != torch.bool:  # additive, as eager attention wants it
         visible = torch.where(visible, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
-    columns = visible.expand(rows, 1, queries, batch.longest)
-    return torch.cat([columns, mask.expand(rows, 1, queries, mask.shape[-1])], dim=-1)
+    columns = visible.expand(rows, heads, queries, batch.longest)
+    return torch.cat([columns, mask.expand(rows, heads, queries, mask.shape[-1])], dim=-1)
 
 
 def _with_prefix(
-    module: nn.Module, key: Tensor, value: Tensor, mask: Tensor
+    module: nn.Module, key: Tensor, value: Tensor, mask: Tensor, kw: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Put this layer's prefix (if any) before `key` and `value`, and widen `mask` to match."""
+    """Put this layer's prefix (if any) before `key` and `value`, and widen `mask` to match.
+
+    kw: of the attention function; a relative position bias in it is widened too, by zeros: virtual
+    tokens have no distance
+    """
     injection: Injection = module.__dict__["ptkit_injection"]
+    layer: int = module.__dict__["ptkit_layer"]
+    if injection.read is not None:
+        injection.read[layer] = key, value
     batch = injection.batch
     if batch is None:
         return key, value, mask
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if len(key) != batch.rows:  # beams, of a decoder whose encoder reads every row once
+        batch = injection.repeated(batch, len(key) // batch.rows)
     key = torch.cat([batch.keys[layer].to(key.dtype), key], dim=2)
     value = torch.cat([batch.values[layer].to(value.dtype), value], dim=2)
+    if kw.get("position_bias") is not None:
+        kw["position_bias"] = nn.functional.pad(kw["position_bias"], (batch.longest, 0))
     return key, value, injection.extended(batch, mask)
 
 
 def _prefix_sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kw: Any
 ) -> tuple[Tensor, None]:
-    key, value, mask = _with_prefix(module, key, value, attention_mask)
+    key, value, mask = _with_prefix(module, key, value, attention_mask, kw)
     return sdpa_attention_forward(module, query, key, value, mask, **kw)
 
 
 def _prefix_eager(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kw: Any
 ) -> tuple[Tensor, Tensor]:
-    key, value, mask = _with_prefix(module, key, value, attention_mask)
+    key, value, mask = _with_prefix(module, key, value, attention_mask, kw)
     # Every family keeps its own eager attention (scaling, soft caps, sinks) in its module.
     eager = sys.modules[type(module).__module__].eager_attention_forward
     return eager(module, query, key, value, mask, **kw)
 
 
+#: Shortcuts in which a mask of None says "all", or "causal": neither can say "and the prefix".
+_WHOLE = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+
+
 def _prefix_sdpa_mask(*args: Any, **kw: Any) -> Tensor:
-    # sdpa's `is_causal` shortcut (a mask of None) cannot say "and all of the prefix".
-    mask = sdpa_mask(*args, **{**kw, "allow_is_causal_skip": False})
+    mask = sdpa_mask(*args, **{**kw, **_WHOLE})
     assert mask is not None
     return mask
+
+
+def _prefix_eager_mask(*args: Any, **kw: Any) -> Tensor:
+    return eager_mask(*args, **{**kw, **_WHOLE})
 
 
 AttentionInterface.register("ptkit_sdpa", _prefix_sdpa)
 AttentionMaskInterface.register("ptkit_sdpa", _prefix_sdpa_mask)
 AttentionInterface.register("ptkit_eager", _prefix_eager)
-AttentionMaskInterface.register("ptkit_eager", eager_mask)
+AttentionMaskInterface.register("ptkit_eager", _prefix_eager_mask)
 
 
-def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention modules of `model`, one per entry of its layout.
+
+    In an encoder-decoder: those of the encoder, then the decoder's own, then those through which
+    the decoder reads the encoder, each from the first layer up.
+    """
+    if not model.config.is_encoder_decoder:
+        return [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    # Encoders of some families do not number their layers; modules come from the first one up.
+    found = [
+        (name, module) for name, module in model.named_modules()
+        if type(module).__name__.endswith("Attention") and {"k_proj", "k"} & {*module._modules}
+    ]  # fmt: skip
+    crossing = ("encoder_attn", "EncDecAttention")
+
+    def site(entry: tuple[str, nn.Module]) -> int:
+        name, _ = entry
+        return 2 if name.endswith(crossing) else 1 if ".decoder." in f".{name}" else 0
+
+    return [module for _, module in sorted(found, key=site)]
 
 
 @contextmanager
@@ -137,22 +182,24 @@ def prefix_attention(model: PreTrainedModel) -> Iterator[Injection]:
             f"a prefix can be trained with `sdpa` or `eager` attention, this model uses `{own}`; "
             'load it with attn_implementation="sdpa"'
         )
-    holders = [model, *_attention_modules(model)]
+    modules = attention_modules(model)
     model.set_attn_implementation(f"ptkit_{own}")
-    if model.config._attn_implementation != f"ptkit_{own}" or len(holders) == 1:
+    if model.config._attn_implementation != f"ptkit_{own}" or not modules:
         raise ModelError(
             f"{type(model).__name__} does not let its attention be replaced "
             "(it is not on transformers' AttentionInterface)"
         )
     injection = Injection()
-    for module in holders:
-        # Not a module attribute: it must not appear among children, parameters or state.
-        module.__dict__["ptkit_injection"] = injection
+    model.__dict__["ptkit_injection"] = injection
+    for layer, module in enumerate(modules):
+        # Not module attributes: they must not appear among children, parameters or state.
+        module.__dict__ |= {"ptkit_injection": injection, "ptkit_layer": layer}
     try:
         yield injection
     finally:
-        for module in holders:
-            module.__dict__.pop("ptkit_injection", None)
+        for holder in (model, *modules):
+            holder.__dict__.pop("ptkit_injection", None)
+            holder.__dict__.pop("ptkit_layer", None)
         model.set_attn_implementation(own)
 
 

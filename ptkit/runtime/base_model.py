@@ -14,6 +14,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,7 +34,7 @@ TINY_EN_FOLDER = Path(__file__).resolve().parent.parent / "models" / TINY_EN
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen causal language model with its tokenizer."""
+    """A frozen language model, causal or an encoder-decoder, with its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -54,6 +55,11 @@ class Base:
     def tokenizer_fingerprint(self) -> str:
         """Identity of the vocabulary."""
         return tokenizer_fingerprint(self.tokenizer)
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether an encoder reads the input and a decoder writes the target."""
+        return bool(self.model.config.is_encoder_decoder)
 
     @property
     def pad_token_id(self) -> int:
@@ -130,8 +136,6 @@ def load_base(section: ModelSection) -> Base:
     options = {"revision": section.revision, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(source, **options)
-        if config.is_encoder_decoder:
-            raise ModelError(f"{section.id} is an encoder-decoder; ptkit needs a causal LM here")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
@@ -140,7 +144,8 @@ def load_base(section: ModelSection) -> Base:
         ) from error
     try:
         with no_weights_bar():
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            model: Any = kind.from_pretrained(
                 source,
                 dtype=getattr(torch, section.dtype),
                 attn_implementation=section.attention,

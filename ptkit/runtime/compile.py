@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ptkit.prefix import KVLayout, KVPrefix, LayerShape
-from ptkit.runtime.attention import prefix_removed
+from ptkit.runtime.attention import prefix_attention, prefix_removed
 
 
 @contextmanager
@@ -54,7 +54,12 @@ def compile_embeddings(model: PreTrainedModel, embeddings: Tensor) -> KVPrefix:
 
 
 def compile_tokens(model: PreTrainedModel, input_ids: Tensor) -> KVPrefix:
-    """The KV prefix of real tokens `[virtual_tokens]`: a text prompt, or a prefix's start."""
+    """The KV prefix of real tokens `[virtual_tokens]`: a text prompt, or a prefix's start.
+
+    One entry per attention module (see `ptkit.runtime.attention.attention_modules`).
+    """
+    if model.config.is_encoder_decoder:
+        return _read_by_all(model, input_ids)
     with torch.no_grad():
         cache = DynamicCache()
         with _reading(model):
@@ -62,6 +67,21 @@ def compile_tokens(model: PreTrainedModel, input_ids: Tensor) -> KVPrefix:
                 input_ids=input_ids[None].to(model.device), past_key_values=cache, use_cache=True
             )
     return _cache_as_prefix(cache)
+
+
+@torch.no_grad()
+def _read_by_all(model: PreTrainedModel, input_ids: Tensor) -> KVPrefix:
+    """What every attention of an encoder-decoder makes of the tokens: the encoder reads them, and
+    the decoder writes them, looking at what the encoder read."""
+    ids = input_ids[None].to(model.device)
+    with _reading(model), prefix_attention(model) as injection:
+        injection.read = {}
+        try:
+            model.base_model(input_ids=ids, decoder_input_ids=ids, use_cache=False)
+            read = [injection.read[layer] for layer in sorted(injection.read)]
+        finally:
+            injection.read = None
+    return KVPrefix(tuple(k[0].clone() for k, _ in read), tuple(v[0].clone() for _, v in read))
 
 
 def kv_layout(model: PreTrainedModel) -> KVLayout:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ptkit.data.encode import EncodedExample
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.attention import prefix_attention, prefix_removed, prefixed_positions
+from ptkit.runtime.base_model import Base
 from ptkit.runtime.infix import placed_before_last
 
 #: Label of positions that are not supervised (transformers' and PyTorch's convention).
@@ -40,21 +41,24 @@ def _head_on(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _placed(
-    model: PreTrainedModel, batch: PrefixBatch | None, attention_mask: Tensor, last: Tensor
+    model: PreTrainedModel, batch: PrefixBatch | None, attention_mask: Tensor, last: Tensor | None
 ) -> Iterator[dict[str, Tensor]]:
     """Put `batch` in place and yield the extra arguments the model's forward needs for it.
 
-    last: `[rows]`, index of the last token of each row's input (an infix stands before it)
+    last: `[rows]`, index of the last token of each row's input (an infix stands before it); None
+        for an encoder-decoder, whose virtual tokens have no positions
     """
     if batch is None or not batch.longest:
         with prefix_removed(model):
             yield {}
         return
-    batch = placed_before_last(model, batch, attention_mask, last)
+    if last is not None:
+        batch = placed_before_last(model, batch, attention_mask, last)
     with prefix_attention(model) as injection:
         # Left in place afterwards: a checkpointed backward pass reads it again.
         injection.batch = batch
-        yield {"position_ids": prefixed_positions(batch, attention_mask)}
+        positions = last is not None
+        yield {"position_ids": prefixed_positions(batch, attention_mask)} if positions else {}
 
 
 def supervised_logits(
@@ -69,7 +73,12 @@ def supervised_logits(
     input_ids, attention_mask, labels: `[rows, tokens]`; a label stands at its own token and is
     predicted from the position before it (transformers' convention); `IGNORED` elsewhere.
     batch: the rows' prefixes, or None for the plain base.
+
+    In an encoder-decoder the encoder reads `input_ids`, and `labels` `[rows, target tokens]` are
+    all that the decoder writes.
     """
+    if model.config.is_encoder_decoder:
+        return _written_logits(model, input_ids, attention_mask, labels, batch)
     targets = labels[:, 1:]
     positions = nn.functional.pad(targets != IGNORED, (0, 1), value=False)
     last = positions.long().argmax(-1)  # it predicts the first supervised token
@@ -78,6 +87,31 @@ def supervised_logits(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra
         ).logits
     return logits, targets[targets != IGNORED]
+
+
+def _written_logits(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    batch: PrefixBatch | None,
+) -> tuple[Tensor, Tensor]:
+    """`supervised_logits` of an encoder-decoder."""
+    writer: Any = model
+    positions = labels != IGNORED
+    with _placed(model, batch, attention_mask, None), _head_on(model, positions):
+        logits = writer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=writer.prepare_decoder_input_ids_from_labels(labels=labels),
+            use_cache=False,
+        ).logits
+    return logits, labels[positions]
+
+
+def supervised_counts(model: PreTrainedModel, labels: Tensor) -> Tensor:
+    """Supervised tokens of each row, `[rows]`, as `supervised_logits` returns them in turn."""
+    return ((labels if model.config.is_encoder_decoder else labels[:, 1:]) != IGNORED).sum(-1)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -115,8 +149,30 @@ def pad_rows(rows: list[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor,
     return ids, mask
 
 
-def collate(rows: Sequence[EncodedExample], pad_token_id: int) -> dict[str, Tensor]:
-    """Right-padded `input_ids`, `attention_mask` and `labels`, each `[rows, longest]`."""
+def collate(rows: Sequence[EncodedExample], base: Base) -> dict[str, Tensor]:
+    """Right-padded `input_ids`, `attention_mask` and `labels` on the base's device.
+
+    Each `[rows, longest]`: inputs and targets in one row. In an encoder-decoder the inputs are
+    `[rows, longest input]` and the labels `[rows, longest target]`.
+    """
+    tensors = (
+        _pairs(rows, base.pad_token_id)
+        if base.encoder_decoder
+        else _joined(rows, base.pad_token_id)
+    )
+    return {name: tensor.to(base.model.device) for name, tensor in tensors.items()}
+
+
+def _pairs(rows: Sequence[EncodedExample], pad_token_id: int) -> dict[str, Tensor]:
+    ids, mask = pad_rows([row.input_ids for row in rows], pad_token_id, left=False)
+    labels, written = pad_rows([row.target_ids for row in rows], pad_token_id, left=False)
+    return {
+        "input_ids": ids, "attention_mask": mask,
+        "labels": labels.masked_fill(written == 0, IGNORED),
+    }  # fmt: skip
+
+
+def _joined(rows: Sequence[EncodedExample], pad_token_id: int) -> dict[str, Tensor]:
     longest = max(map(len, rows))
     shape = (len(rows), longest)
     ids = torch.full(shape, pad_token_id, dtype=torch.long)

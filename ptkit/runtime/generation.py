@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 
 from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
+from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.cache import cache_for, prefilled_cache
 from ptkit.runtime.forward import pad_rows
 from ptkit.runtime.infix import read_before_last
@@ -39,6 +40,8 @@ def generate(
     A row of several gets the same greedy tokens as alone: every row has its own position ids
     (derived from its own mask), and reads no other row's prefix.
     """
+    if model.config.is_encoder_decoder:
+        return _written(model, prompts, batch, pad_token_id, generate_options)
     input_ids, attention_mask = pad_rows(prompts, pad_token_id, left=True)
     beams = generate_options.get("num_beams", 1)
     positions = input_ids.shape[1] + int(generate_options.get("max_new_tokens") or 0)
@@ -86,6 +89,37 @@ def generate(
         model.train(was_training)
     ends = _end_ids(model, generate_options)
     return [_until_end(row, ends) for row in output[:, skipped:].tolist()]
+
+
+def _written(
+    model: PreTrainedModel,
+    inputs: list[list[int]],
+    batch: PrefixBatch | None,
+    pad_token_id: int,
+    options: dict[str, Any],
+) -> list[list[int]]:
+    """`generate` of an encoder-decoder: the encoder reads each input once, beams share it."""
+    ids, mask = (t.to(model.device) for t in pad_rows(inputs, pad_token_id, left=False))
+    generator: Any = model
+    was_training = model.training
+    model.eval()
+    try:
+        with prefix_attention(model) as injection:
+            held, injection.batch = injection.batch, batch
+            try:
+                # The cache transformers makes by itself is as deep as the encoder.
+                cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+                output = generator.generate(
+                    input_ids=ids, attention_mask=mask, pad_token_id=pad_token_id,
+                    past_key_values=cache, **options,
+                )  # fmt: skip
+            finally:
+                injection.batch = held
+    finally:
+        model.train(was_training)
+    # The first token is the decoder's start. Words that only frame a text are not the answer.
+    frame = _end_ids(model, options)
+    return [_until_end(row[1:], frame) for row in output.tolist()]
 
 
 def _end_ids(model: PreTrainedModel, options: dict[str, Any]) -> set[int]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.attention import prefix_removed
+from ptkit.runtime.attention import prefix_attention, prefix_removed
 from ptkit.runtime.cache import prefilled_cache
 from ptkit.runtime.forward import pad_rows
 from ptkit.runtime.infix import read_before_last
@@ -29,6 +29,8 @@ def continuation_scores(
     contexts, continuations: token ids; every continuation has at least one token.
     batch: the contexts' prefixes, or None for the plain base.
     """
+    if model.config.is_encoder_decoder:
+        return _written_scores(model, contexts, continuations, batch, pad_token_id)
     ids, mask = (t.to(model.device) for t in pad_rows(contexts, pad_token_id, left=True))
     cache = DynamicCache()
     if batch is not None and batch.longest:
@@ -60,6 +62,34 @@ def continuation_scores(
         for at, token in enumerate(continuation[1:]):
             scores[:, i] += following[:, i, at, token]
     return scores
+
+
+def _written_scores(
+    model: PreTrainedModel,
+    contexts: list[list[int]],
+    continuations: list[list[int]],
+    batch: PrefixBatch | None,
+    pad_token_id: int,
+) -> Tensor:
+    """`continuation_scores` of an encoder-decoder: the encoder reads every context once."""
+    writer: Any = model
+    ids, mask = (t.to(model.device) for t in pad_rows(contexts, pad_token_id, left=False))
+    with prefix_attention(model) as injection:
+        held, injection.batch = injection.batch, batch
+        try:
+            read = writer.get_encoder()(input_ids=ids, attention_mask=mask)
+            scores = []
+            for continuation in continuations:
+                labels = torch.tensor([continuation] * len(contexts), device=model.device)
+                logits = writer(
+                    encoder_outputs=read, attention_mask=mask, use_cache=False,
+                    decoder_input_ids=writer.prepare_decoder_input_ids_from_labels(labels=labels),
+                ).logits  # fmt: skip
+                written = logits.float().log_softmax(-1).gather(-1, labels[..., None])
+                scores.append(written.sum(dim=(1, 2)))
+        finally:
+            injection.batch = held
+    return torch.stack(scores, dim=1)
 
 
 def _log_probs(

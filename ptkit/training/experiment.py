@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -76,14 +77,17 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     general = None
     if texts is not None and retention is not None:
         general = probe_base(base, texts, retention.max_tokens)
-    first = encode_examples(data.test[:1], base.tokenizer, recipe.task)[0].input_ids
+    encode = partial(
+        encode_examples, tokenizer=base.tokenizer, task=recipe.task, pairs=base.encoder_decoder
+    )
+    first = encode(data.test[:1])[0].input_ids
     probe_ids = torch.tensor([first]) if general is None else general.drift_windows[:1]
     return Experiment(
         recipe,
         base,
         data,
-        TrainingRows(data.train, encode_examples(data.train, base.tokenizer, recipe.task)),
-        encode_examples(data.validation, base.tokenizer, recipe.task),
+        TrainingRows(data.train, encode(data.train)),
+        encode(data.validation),
         general,
         probe_ids,
         off_probe(base.model, probe_ids),

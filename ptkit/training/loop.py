@@ -87,7 +87,7 @@ class _Loop:
         self.accelerator, self.settings = accelerator, jobs[0].settings
         if len(jobs) > 1 and accelerator.num_processes > 1:
             raise UserError("adapters are trained together in one process only")
-        self.pad = jobs[0].adapter.base.pad_token_id
+        self.base = jobs[0].adapter.base
         self.model = jobs[0].adapter.model
         self.trainees = [
             Trainee(job, accelerator.process_index, accelerator.num_processes) for job in jobs
@@ -176,7 +176,7 @@ class _Loop:
         return values.tolist(), read
 
     def _tensors(self, rows_of_each: list[list[EncodedExample]]) -> dict[str, Tensor]:
-        together = collate([row for rows in rows_of_each for row in rows], self.pad)
+        together = collate([row for rows in rows_of_each for row in rows], self.base)
         return {name: t.to(self.accelerator.device) for name, t in together.items()}
 
     @torch.no_grad()

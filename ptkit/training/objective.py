@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ptkit.methods import Adapter
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.forward import IGNORED, supervised_logits, token_losses
+from ptkit.runtime.forward import supervised_counts, supervised_logits, token_losses
 
 
 class Objective(nn.Module):
@@ -53,5 +53,5 @@ class Objective(nn.Module):
         if len(active) == 1:
             return losses.sum()[None]
         # Supervised tokens come row by row, so each adapter's are together.
-        counts = (labels[:, 1:] != IGNORED).sum(-1).split(list(rows))
+        counts = supervised_counts(adapters[0].model, labels).split(list(rows))
         return torch.stack([part.sum() for part in losses.split([int(c.sum()) for c in counts])])
