@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 
 from ptkit.data import Example, TaskData, general_texts, load_task
 from ptkit.data.encode import EncodedExample, encode_examples
+from ptkit.errors import UserError
 from ptkit.evaluation.metrics import metric
 from ptkit.evaluation.retention import GeneralProbe, off_probe, probe_base
 from ptkit.recipe import LoadedRecipe
@@ -69,6 +71,12 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     The data comes first: a mistake in it should show before a large model is loaded.
     """
     recipe, retention = loaded.recipe, loaded.recipe.retention
+    for tracker in recipe.train.report_to:  # accelerate would go on without it
+        if find_spec(tracker) is None:
+            raise UserError(
+                f"`train.report_to` names `{tracker}`, but `{tracker}` is not installed; "
+                f"`pip install {tracker}`"
+            )
     for name in recipe.task.metrics:  # your own function, say: it should not fail after training
         metric(name)
     data = load_task(recipe.task, loaded.folder)

@@ -56,7 +56,9 @@ def fit(jobs: Sequence[Job]) -> list[Progress]:
     )
     if settings.report_to:
         tracked = {"learning_rate": jobs[0].learning_rate, **settings.model_dump()}
-        accelerator.init_trackers("ptkit", tracked)
+        # Trackers take plain values only.
+        plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in tracked.items()}
+        accelerator.init_trackers("ptkit", plain)
     try:
         return _Loop(jobs, accelerator).run()
     finally:
