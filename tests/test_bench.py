@@ -7,10 +7,11 @@ import json
 import pytest
 from test_cli import ptkit
 
-from ptkit.bench import mixed, soak, swap, together, traffic
+from ptkit.bench import generate, infix, mixed, soak, swap, together, traffic, train
 from ptkit.bench.result import BenchResult, Figure
 from ptkit.bench.subjects import ParityError
 from ptkit.bench.timing import Timing, interleaved, ratio
+from ptkit.errors import UserError
 
 
 def figure(result: BenchResult, start: str) -> Figure:
@@ -94,3 +95,35 @@ def test_command_prints_json_and_fails_where_a_target_is_missed(monkeypatch, tmp
     assert "30.0 µs" in table
     assert "≤ 20.0 µs" in table
     assert "missed" in table
+
+
+def test_training_takes_the_steps_of_peft_and_the_trainer() -> None:
+    result = train.bench_train("tiny-en", list(train.CONTESTS), steps=3, batch_size=2, rounds=1)
+    for name in train.CONTESTS:
+        assert figure(result, f"{name}: a step, ptkit").value > 0
+        assert figure(result, f"{name}: PEFT + Trainer / ptkit").value > 0
+    assert result.settings["tokens_per_row"] > 10
+
+
+def test_other_losses_than_the_peers_are_not_reported(monkeypatch) -> None:
+    monkeypatch.setattr(train._Noted, "on_log", lambda self, *_, logs=None, **kw: (
+        self.clock.losses.append(9.0) if "loss" in logs else None))  # fmt: skip
+    with pytest.raises(ParityError, match="by PEFT"):
+        train.bench_train("tiny-en", ["prefix"], steps=3, batch_size=2, rounds=1)
+
+
+def test_unknown_method_of_a_training_bench() -> None:
+    with pytest.raises(UserError, match="did you mean `prefix`"):
+        train.bench_train("tiny-en", ["prefx"])
+
+
+def test_compiled_prompt_beside_peft() -> None:
+    result = generate.bench_generate("tiny-en", virtual_tokens=20, rows=3, new_tokens=4, rounds=1)
+    assert figure(result, "PEFT / ptkit").value > 0
+    assert "same greedy tokens" in result.parity
+
+
+def test_infix_step_is_faster_than_a_prefix_step() -> None:
+    result = infix.bench_infix("tiny-en", input_tokens=200, target_tokens=8, rows=2, rounds=2)
+    assert figure(result, "prefix / infix").value > 1.5
+    assert figure(result, "kept for each row").value > 0

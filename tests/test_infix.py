@@ -17,6 +17,7 @@ from test_peft_parity import LEARNT, make_adapter, rows_of
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from ptkit import AdapterBank, Conversation, load_adapter
+from ptkit.data.encode import EncodedExample
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import adapter_from_files, compile_files
@@ -27,12 +28,15 @@ from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.forward import (
     IGNORED,
     all_logits,
+    collate,
     pad_rows,
     supervised_logits,
     token_losses,
 )
 from ptkit.runtime.generation import generate
 from ptkit.runtime.scoring import continuation_scores
+from ptkit.training.context_cache import ContextCache
+from ptkit.training.objective import Objective
 
 INFIX = {"kind": "prefix_tuning", "num_virtual_tokens": 5, "position": "infix"}
 
@@ -236,3 +240,40 @@ def test_trains_beside_a_prefix_in_a_sweep(tmp_path: Path) -> None:
     assert [row["sweep"] for row in rows] == [{"position": where} for where in ("prefix", "infix")]
     assert rows[0]["metrics"] != rows[1]["metrics"]
     assert all(row["adapter_off_exact"] for row in rows)
+
+
+@pytest.mark.parametrize("budget", [0, 10**9])
+def test_kept_contexts_change_nothing_but_the_time(family: str, budget: int) -> None:
+    """Loss and gradient are those of reading every row from its first token."""
+
+    def found(kept: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(3)
+        base = random_base(family)
+        adapter = make_adapter(base, INFIX)
+        rows = [EncodedExample(i, t) for i, t in
+                zip(rows_of([9, 1, 5]), rows_of([4, 3, 2], seed=2), strict=True)]  # fmt: skip
+        objective = Objective([adapter])
+        if not kept:
+            loss = objective([0], [3], **collate(rows, base))
+        else:
+            cache = ContextCache(base, budget)
+            for _ in range(2):  # the second time from memory, where there is room
+                contexts = cache.contexts(rows)
+            assert (cache.nbytes > 0) == (budget > 0)
+            loss = objective([0], [3], **collate(cache.shortened(rows), base), contexts=contexts)
+        loss.sum().backward()
+        return loss.detach(), adapter.encoder.embedding.weight.grad
+
+    (loss, gradient), (own_loss, own_gradient) = found(True), found(False)
+    torch.testing.assert_close(loss, own_loss, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(gradient, own_gradient, atol=1e-4, rtol=1e-3)
+
+
+def test_budget_of_contexts_is_kept() -> None:
+    base = random_base("gpt2")
+    rows = [EncodedExample(i, [1]) for i in rows_of([20] * 6)]
+    whole = ContextCache(base, 10**9)
+    whole.contexts(rows)
+    some = ContextCache(base, whole.nbytes // 2)
+    some.contexts(rows)
+    assert whole.nbytes // 3 <= some.nbytes <= whole.nbytes // 2

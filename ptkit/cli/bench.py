@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -26,6 +27,83 @@ BenchModel = Annotated[
 ]
 VirtualTokens = Annotated[int, typer.Option(min=1, help="Virtual tokens of every adapter.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds.")]
+
+
+class Autocast(StrEnum):
+    """Mixed precision of both sides."""
+
+    no = "no"
+    bf16 = "bf16"
+
+
+@app.command()
+def train(
+    model: BenchModel = "gpt2-small",
+    method: Annotated[
+        Optional[list[str]],  # noqa: UP045  (typer reads annotations at run time)
+        typer.Option(
+            "--method",
+            "-m",
+            help="prefix, prefix-mlp, prompt-20, prompt-100, p-tuning, lora, full; default: all.",
+        ),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="Whose data is trained on.")] = "table-to-text",
+    steps: Annotated[int, typer.Option(min=3, help="Steps of a run.")] = 6,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 8,
+    rounds: Rounds = 3,
+    autocast: Annotated[Autocast, typer.Option(help="Mixed precision, on both sides.")] = (
+        Autocast.no
+    ),
+    json_output: JsonOutput = False,
+) -> None:
+    """The same training steps by ptkit and by PEFT + Trainer: time and memory of a step."""
+    from ptkit.bench.train import CONTESTS, bench_train
+
+    result = bench_train(
+        model, method or list(CONTESTS), recipe=recipe, steps=steps, batch_size=batch_size,
+        rounds=rounds, autocast=autocast.value,
+    )  # fmt: skip
+    _show(result, json_output)
+
+
+@app.command()
+def generate(
+    model: BenchModel = "gpt2-small",
+    virtual_tokens: VirtualTokens = 100,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 16,
+    input_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated per row.")] = 24,
+    rounds: Rounds = 5,
+    json_output: JsonOutput = False,
+) -> None:
+    """One batch with one long soft prompt, which PEFT reads in every row."""
+    from ptkit.bench.generate import bench_generate
+
+    result = bench_generate(
+        model, virtual_tokens=virtual_tokens, rows=rows, input_tokens=input_tokens,
+        new_tokens=new_tokens, rounds=rounds,
+    )  # fmt: skip
+    _show(result, json_output)
+
+
+@app.command()
+def infix(
+    model: BenchModel = "gpt2-small",
+    virtual_tokens: VirtualTokens = 10,
+    input_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each input.")] = 400,
+    target_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each target.")] = 30,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 8,
+    rounds: Rounds = 5,
+    json_output: JsonOutput = False,
+) -> None:
+    """A training step of an infix, whose inputs are read once for all epochs, and of a prefix."""
+    from ptkit.bench.infix import bench_infix
+
+    result = bench_infix(
+        model, virtual_tokens=virtual_tokens, input_tokens=input_tokens,
+        target_tokens=target_tokens, rows=rows, rounds=rounds,
+    )  # fmt: skip
+    _show(result, json_output)
 
 
 @app.command()

@@ -91,6 +91,11 @@ class Adapter(nn.Module):
         """Positions the adapter takes from the base's budget."""
         return 0
 
+    @property
+    def infix(self) -> bool:
+        """Whether its virtual tokens stand within the input (see `KVPrefix.infix`)."""
+        return False
+
     @abstractmethod
     def files(self) -> AdapterFiles:
         """The adapter in PEFT's layout, reparameterisation folded in. Raises AdapterError when

@@ -169,6 +169,10 @@ class PrefixTuning(Adapter):
     def virtual_tokens(self) -> int:
         return self.section.num_virtual_tokens
 
+    @property
+    def infix(self) -> bool:
+        return self.section.position == "infix"
+
     def flat(self) -> Tensor:
         """The prefix in PEFT's layout, differentiable; the MLP runs once, not once per row."""
         indices = torch.arange(self.virtual_tokens, device=self.encoder.embedding.weight.device)
@@ -177,12 +181,12 @@ class PrefixTuning(Adapter):
 
     def prefix(self) -> KVPrefix:
         prefix = KVPrefix.from_flat(self.flat(), self.base.layout)
-        prefix = replace(prefix, infix=self.section.position == "infix")
+        prefix = replace(prefix, infix=self.infix)
         return prefix.to(self.base.model.device, self.base.model.dtype)
 
     def files(self) -> AdapterFiles:
         config = peft_config_dict(self.config, self.base)
-        if self.section.position == "infix":
+        if self.infix:
             config["peft_type"] = INFIX
         if self.base.encoder_decoder:
             config |= {"peft_type": ENCODER_DECODER, "task_type": "SEQ_2_SEQ_LM"}

@@ -206,6 +206,9 @@ class TrainSection(Section):
     """Steps between validation losses; the best checkpoint by that loss is what is kept."""
     save_every: Annotated[int, Field(gt=0)] = 50
     """Steps between saves from which a killed run resumes."""
+    context_cache_mb: Annotated[int, Field(ge=0)] = 2000
+    """Memory for the inputs of an infix, which are read once and kept for all epochs; those that do
+    not fit are read again. It changes the time only."""
     together: Annotated[int, Field(gt=0)] = 1
     """Seeds of a prompt method that `ptkit compare` trains in one batch, each with the result it
     has alone. Faster where a single batch is too small to fill the machine; a cell's time is then

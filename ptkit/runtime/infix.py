@@ -42,6 +42,23 @@ def placed_before_last(
     return replace(_moved(model, batch, before), seen_from=seen_from)
 
 
+def placed_behind(model: PreTrainedModel, batch: PrefixBatch, contexts: PrefixBatch) -> PrefixBatch:
+    """`contexts`, then the virtual tokens of `batch`, all infixes, as one prefix of what follows.
+
+    contexts: keys and values of the rows' inputs without their last token
+    """
+    assert batch.infix is not None
+    assert bool(batch.infix.all())
+    moved = _moved(model, batch, contexts.visible.sum(-1))
+    if not contexts.longest:
+        return replace(moved, infix=None)
+    return PrefixBatch(
+        tuple(torch.cat(pair, dim=2) for pair in zip(contexts.keys, moved.keys, strict=True)),
+        tuple(torch.cat(pair, dim=2) for pair in zip(contexts.values, moved.values, strict=True)),
+        torch.cat([contexts.visible, moved.visible], dim=1),
+    )
+
+
 def read_before_last(
     model: PreTrainedModel,
     input_ids: Tensor,

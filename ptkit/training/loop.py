@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor
 
 from ptkit.data.encode import EncodedExample
 from ptkit.errors import UserError
 from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.forward import collate
 from ptkit.training.checkpoint import Progress
+from ptkit.training.context_cache import ContextCache
 from ptkit.training.memory import PeakMemory
 from ptkit.training.objective import Objective
 from ptkit.training.trainee import Job, Trainee
@@ -90,6 +90,9 @@ class _Loop:
         if len(jobs) > 1 and accelerator.num_processes > 1:
             raise UserError("adapters are trained together in one process only")
         self.base = jobs[0].adapter.base
+        self.contexts: ContextCache | None = None
+        if all(job.adapter.infix for job in jobs):
+            self.contexts = ContextCache(self.base, self.settings.context_cache_mb * 10**6)
         self.model = jobs[0].adapter.model
         self.trainees = [
             Trainee(job, accelerator.process_index, accelerator.num_processes) for job in jobs
@@ -177,9 +180,15 @@ class _Loop:
         read = [sum(len(row) for rows in own for row in rows) for own in batches]
         return values.tolist(), read
 
-    def _tensors(self, rows_of_each: list[list[EncodedExample]]) -> dict[str, Tensor]:
-        together = collate([row for rows in rows_of_each for row in rows], self.base)
-        return {name: t.to(self.accelerator.device) for name, t in together.items()}
+    def _tensors(self, rows_of_each: list[list[EncodedExample]]) -> dict[str, Any]:
+        """What the objective takes for these rows."""
+        rows = [row for rows in rows_of_each for row in rows]
+        known = {}
+        if self.contexts is not None:
+            known = {"contexts": self.contexts.contexts(rows)}
+            rows = self.contexts.shortened(rows)
+        together = collate(rows, self.base)
+        return {n: t.to(self.accelerator.device) for n, t in together.items()} | known
 
     @torch.no_grad()
     def validation_loss(self, index: int) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ptkit.methods import Adapter
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.forward import supervised_counts, supervised_logits, token_losses
+from ptkit.runtime.infix import placed_behind
 
 
 class Objective(nn.Module):
@@ -29,12 +30,15 @@ class Objective(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         labels: Tensor,
+        contexts: PrefixBatch | None = None,
     ) -> Tensor:
         """Cross-entropy in nats of each active adapter's rows, summed over their supervised
         tokens, `[active]`.
 
         active: indices of the adapters in this batch, in the order of their rows
         rows: how many rows each of them has; they add up to the rows of the tensors
+        contexts: for infixes, what was read of the rows before them (see
+            `ptkit.training.context_cache`)
 
         Every adapter compiles once, whatever the number of its rows.
         """
@@ -46,6 +50,9 @@ class Objective(nn.Module):
             batch = PrefixBatch.gathered(owner, adapters[0].base.layout)
         elif prefixes[0] is not None:
             batch = PrefixBatch.shared(prefixes[0], rows[0])
+        if contexts is not None:
+            assert batch is not None
+            batch = placed_behind(adapters[0].model, batch, contexts)
         logits, targets = supervised_logits(
             adapters[0].model, input_ids, attention_mask, labels, batch
         )
