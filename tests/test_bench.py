@@ -7,7 +7,18 @@ import json
 import pytest
 from test_cli import ptkit
 
-from ptkit.bench import generate, infix, mixed, soak, swap, together, traffic, train
+from ptkit.bench import (
+    generate,
+    growth,
+    infix,
+    mixed,
+    soak,
+    startup,
+    swap,
+    together,
+    traffic,
+    train,
+)
 from ptkit.bench.result import BenchResult, Figure
 from ptkit.bench.subjects import ParityError
 from ptkit.bench.timing import Timing, interleaved, ratio
@@ -127,3 +138,19 @@ def test_infix_step_is_faster_than_a_prefix_step() -> None:
     result = infix.bench_infix("tiny-en", input_tokens=200, target_tokens=8, rows=2, rounds=2)
     assert figure(result, "prefix / infix").value > 1.5
     assert figure(result, "kept for each row").value > 0
+
+
+def test_startup_beside_peft() -> None:
+    result = startup.bench_startup(rounds=1)
+    assert figure(result, "import ptkit").value < figure(result, "import peft").value
+    assert "same first answer" in result.parity
+
+
+def test_cost_as_work_grows_is_measured_and_drawn(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(growth, "AXES", {"virtual": (2, 40), "rows": (1, 3)})
+    result = growth.bench_memory(
+        "tiny-en", axes=("virtual", "rows"), rounds=1, plot=tmp_path / "growth.png"
+    )
+    assert figure(result, "virtual 40: PEFT / ptkit").value > 1
+    assert len(result.figures) == 4 * 4
+    assert (tmp_path / "growth.png").stat().st_size > 10_000

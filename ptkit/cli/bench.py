@@ -107,6 +107,41 @@ def infix(
 
 
 @app.command()
+def startup(rounds: Rounds = 5, json_output: JsonOutput = False) -> None:
+    """Whole processes: help, an import, and the first answer of an adapter."""
+    from ptkit.bench.startup import bench_startup
+
+    _show(bench_startup(rounds=rounds), json_output)
+
+
+class PromptMethod(StrEnum):
+    """Methods whose cost grows with their prompt."""
+
+    prompt_tuning = "prompt_tuning"
+    prefix_tuning = "prefix_tuning"
+    p_tuning = "p_tuning"
+
+
+@app.command()
+def memory(
+    model: BenchModel = "gpt2-small",
+    method: Annotated[PromptMethod, typer.Option("--method", "-m", help="What is trained.")] = (
+        PromptMethod.prompt_tuning
+    ),
+    rounds: Rounds = 3,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Draw the curves to this PNG or SVG file."),
+    ] = None,
+    json_output: JsonOutput = False,
+) -> None:
+    """Time and memory of a training step as virtual tokens, inputs and rows grow."""
+    from ptkit.bench.growth import bench_memory
+
+    _show(bench_memory(model, method=method.value, rounds=rounds, plot=plot), json_output)
+
+
+@app.command()
 def swap(
     model: BenchModel = "gpt2-small",
     virtual_tokens: VirtualTokens = 10,
@@ -209,14 +244,48 @@ def soak(
     _show(bench_soak(model, minutes=minutes, threads=threads), json_output)
 
 
+@app.command("all")
+def every(model: BenchModel = "gpt2-small", json_output: JsonOutput = False) -> None:
+    """Every benchmark but the soak, with its defaults, one after the other (about an hour)."""
+    from ptkit.bench.generate import bench_generate
+    from ptkit.bench.growth import bench_memory
+    from ptkit.bench.infix import bench_infix
+    from ptkit.bench.mixed import bench_mixed
+    from ptkit.bench.startup import bench_startup
+    from ptkit.bench.swap import bench_swap
+    from ptkit.bench.together import bench_together
+    from ptkit.bench.traffic import bench_traffic
+    from ptkit.bench.train import CONTESTS, bench_train
+
+    benches = (
+        lambda: bench_train(model, list(CONTESTS)),
+        lambda: bench_infix(model),
+        lambda: bench_together(model),
+        lambda: bench_generate(model),
+        lambda: bench_mixed(model),
+        lambda: bench_swap(model),
+        lambda: bench_traffic(model),
+        lambda: bench_memory(model),
+        bench_startup,
+    )
+    missed = [_printed(run(), json_output) for run in benches]
+    if any(missed):
+        raise typer.Exit(1)
+
+
 def _show(result: BenchResult, json_output: bool) -> None:
     """Print the result; exit code 1 where a target is missed, so that scripts notice."""
+    if _printed(result, json_output):
+        raise typer.Exit(1)
+
+
+def _printed(result: BenchResult, json_output: bool) -> bool:
+    """Print the result; returns whether a target is missed."""
     if json_output:
         typer.echo(json.dumps(result.as_dict()))
     else:
         _print(result)
-    if any(figure.met is False for figure in result.figures):
-        raise typer.Exit(1)
+    return any(figure.met is False for figure in result.figures)
 
 
 def _print(result: BenchResult) -> None:

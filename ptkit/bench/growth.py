@@ -1,0 +1,162 @@
+"""`ptkit bench memory`: time and memory of a training step as the work grows, beside PEFT."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import get_peft_model
+
+from ptkit.bench.result import BenchResult, Figure
+from ptkit.bench.subjects import ParityError, bench_base, random_prompts
+from ptkit.bench.timing import interleaved, ratio
+from ptkit.data.encode import EncodedExample
+from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
+from ptkit.runtime.attention import prefix_attention
+from ptkit.runtime.base_model import Base
+from ptkit.runtime.forward import collate
+from ptkit.training.memory import PeakMemory
+from ptkit.training.objective import Objective
+
+Axis = Literal["virtual", "input", "rows"]
+#: What grows, and the values it takes; the others stay at their first-named default.
+AXES: dict[Axis, tuple[int, ...]] = {
+    "virtual": (1, 8, 32, 128, 512),
+    "input": (32, 128, 256, 512),
+    "rows": (1, 4, 16, 64),
+}
+DEFAULTS: dict[Axis, int] = {"virtual": 20, "input": 64, "rows": 8}
+TARGET_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Point:
+    """A step at one size: seconds and peak bytes of both sides, and PEFT's time over ptkit's."""
+
+    axis: Axis
+    size: int
+    seconds: dict[str, float]
+    memory: dict[str, int]
+    faster: tuple[float, float, float]
+
+
+def bench_memory(
+    model: str,
+    *,
+    method: str = "prompt_tuning",
+    axes: Sequence[Axis] = ("virtual", "input", "rows"),
+    rounds: int = 3,
+    plot: Path | None = None,
+) -> BenchResult:
+    """Forward and backward of `method` at every size of `axes`; `plot`: a PNG or SVG of them.
+
+    Sizes beyond the base's positions are left out. The losses of both sides must agree.
+    """
+    base = bench_base(model)
+    base.model.eval()  # without dropout, so that losses can be compared
+    points = []
+    for axis in axes:
+        for size in AXES[axis]:
+            at = {**DEFAULTS, axis: size}
+            limit = base.max_positions
+            if limit is None or at["virtual"] + at["input"] + TARGET_TOKENS <= limit:
+                points.append(_measured(base, method, axis, at, rounds))
+    if plot is not None:
+        _draw(points, plot, f"{method} on {model}: a training step")
+    figures = []
+    for p in points:
+        where = f"{p.axis} {p.size}"
+        figures += [
+            Figure(f"{where}: a step, ptkit", p.seconds["ptkit"], "s"),
+            Figure(f"{where}: PEFT / ptkit", p.faster[0], "x", p.faster[1], p.faster[2]),
+            Figure(f"{where}: peak memory, ptkit", p.memory["ptkit"], "bytes"),
+            Figure(f"{where}: memory, ptkit / PEFT", p.memory["ptkit"] / p.memory["peft"], "x"),
+        ]
+    return BenchResult(
+        "memory", {"model": model, "method": method, "rounds": rounds, "defaults": dict(DEFAULTS)},
+        "the loss of every size", figures,
+    )  # fmt: skip
+
+
+def _measured(base: Base, method: str, axis: Axis, at: dict[Axis, int], rounds: int) -> Point:
+    section_class: Any = ADAPTERS[method].section_class
+    section = section_class(kind=method, num_virtual_tokens=at["virtual"], start="random")
+    torch.manual_seed(0)
+    adapter: Any = create_adapter(section, base, Demonstrations((), 0))
+    peer: Any = get_peft_model(base.model, copy.deepcopy(adapter.config))
+    peer.prompt_encoder["default"].load_state_dict(adapter.encoder.state_dict())
+    inputs = random_prompts(base, at["rows"], at["input"])
+    targets = random_prompts(base, at["rows"], TARGET_TOKENS, seed=1)
+    rows = [EncodedExample(i, t) for i, t in zip(inputs, targets, strict=True)]
+    tensors = collate(rows, base)
+    objective = Objective([adapter])
+    tokens = at["rows"] * TARGET_TOKENS
+
+    def ours() -> float:
+        with prefix_attention(base.model):
+            loss = objective([0], [len(rows)], **tensors).sum() / tokens
+            loss.backward()
+        return _cleared(loss, adapter.trainable().values())
+
+    def theirs() -> float:
+        loss = peer(**tensors).loss
+        loss.backward()
+        return _cleared(loss, peer.parameters())
+
+    mine, other = ours(), theirs()
+    if abs(mine - other) > 1e-3 * abs(other):
+        raise ParityError(f"{axis} {at[axis]}: the loss is {mine} here, {other} with PEFT")
+    timings = interleaved({"ptkit": ours, "peft": theirs}, rounds=rounds)
+    memory = {name: _peak(base, run) for name, run in (("ptkit", ours), ("peft", theirs))}
+    return Point(
+        axis, at[axis], {name: t.median for name, t in timings.items()}, memory,
+        ratio(timings["peft"], timings["ptkit"]),
+    )  # fmt: skip
+
+
+def _cleared(loss: torch.Tensor, parameters: Any) -> float:
+    for parameter in parameters:
+        parameter.grad = None
+    return float(loss.detach())
+
+
+def _peak(base: Base, run: Callable[[], float]) -> int:
+    memory = PeakMemory(base.model.device)
+    run()
+    return max(1, memory.bytes())
+
+
+def _draw(points: Sequence[Point], path: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = {"virtual": "virtual tokens", "input": "input tokens", "rows": "rows"}
+    axes = list(dict.fromkeys(p.axis for p in points))
+    figure, grid = pyplot.subplots(
+        2, len(axes), figsize=(3.6 * len(axes), 5.6), squeeze=False, layout="constrained"
+    )
+    for column, axis in enumerate(axes):
+        own = [p for p in points if p.axis == axis]
+        sizes = [p.size for p in own]
+        for side, label, colour in (("peft", "PEFT", "#cc3311"), ("ptkit", "ptkit", "#0077bb")):
+            top, bottom = grid[0][column], grid[1][column]
+            top.plot(sizes, [p.seconds[side] for p in own], "o-", color=colour, label=label)
+            bottom.plot(sizes, [p.memory[side] / 1e6 for p in own], "o-", color=colour, label=label)
+        for part, what in ((grid[0][column], "seconds"), (grid[1][column], "peak memory, MB")):
+            part.set(xscale="log", yscale="log", xlabel=names[axis])
+            part.set_xticks(sizes, [str(s) for s in sizes])
+            part.minorticks_off()
+            part.grid(alpha=0.3)
+            if column == 0:
+                part.set_ylabel(what)
+    grid[0][0].legend(frameon=False)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
