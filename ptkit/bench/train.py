@@ -6,6 +6,7 @@ import copy
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -239,7 +240,9 @@ def _peer_of(base: Base, contest: Contest, seed: int) -> Any:
     finally:
         adapter.close()
     own: Any = copy.deepcopy(base.model)
-    peer: Any = get_peft_model(own, config or copy.deepcopy(adapter.config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about GPT-2's Conv1D
+        peer: Any = get_peft_model(own, config or copy.deepcopy(adapter.config))
     if kind == "lora":
         set_peft_model_state_dict(peer, state)
     else:
