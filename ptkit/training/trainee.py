@@ -68,7 +68,10 @@ class Trainee:
         self.job, self.adapter, self.settings = job, job.adapter, job.settings
         self.parameters = list(job.adapter.trainable().values())
         self.plain_optimizer = torch.optim.AdamW(
-            self.parameters, lr=job.learning_rate, weight_decay=self.settings.weight_decay
+            self.parameters,
+            lr=job.learning_rate,
+            weight_decay=self.settings.weight_decay,
+            fused=True,  # one pass over the values: a tenth of a step of full fine-tuning
         )
         self.optimizer: torch.optim.Optimizer = self.plain_optimizer
         schedule = self.settings.schedule
