@@ -22,11 +22,11 @@ from ptkit.comparison.summary import MethodSummary
 from ptkit.errors import AdapterError, UserError
 from ptkit.evaluation.saved import find_adapter
 from ptkit.formats.adapter_files import CONFIG, read_adapter
-from ptkit.methods import compile_files, require_same_base
+from ptkit.methods import base_of, compile_files, require_same_base
 from ptkit.prefix import KVPrefix, PrefixBatch
 from ptkit.recipe import LoadedRecipe, load_recipe
-from ptkit.recipe.schema import MethodSection, ModelSection, Recipe
-from ptkit.runtime.base_model import Base, frozen_base, load_base
+from ptkit.recipe.schema import MethodSection, Recipe
+from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.cache import ReservedCache, prefilled_cache
 from ptkit.runtime.generation import generate
 from ptkit.training.experiment import prepare
@@ -202,11 +202,7 @@ def load_adapter(
     elif isinstance(model, Base):
         base = model
     else:
-        named = model or files.base_id
-        if named is None:
-            raise UserError(f"{source} names no base model; give it: load_adapter(source, model)")
-        revision = files.info.get("base", {}).get("revision") if model is None else None
-        base = load_base(ModelSection(id=named, revision=revision))
+        base = base_of(files, model, str(source))
     require_same_base(files, base, str(source))
     prefix = compile_files(files, base)
     if prefix is None:

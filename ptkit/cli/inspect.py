@@ -27,12 +27,11 @@ def inspect(
     from ptkit.evaluation.anatomy import dissect
     from ptkit.evaluation.saved import find_adapter
     from ptkit.formats.adapter_files import read_adapter
-    from ptkit.recipe.schema import ModelSection
-    from ptkit.runtime.base_model import load_base
+    from ptkit.methods import base_of
 
     path = find_adapter(adapter)
     files = read_adapter(path)
-    base = load_base(ModelSection(id=model or str(files.base_id)))
+    base = base_of(files, model, str(adapter))
     anatomy = dissect(path, base, words=words)
     if json_output:
         typer.echo(json.dumps(_as_dict(anatomy), ensure_ascii=False))

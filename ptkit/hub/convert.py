@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ptkit.errors import AdapterError, UserError
+from ptkit.errors import AdapterError
 from ptkit.evaluation.saved import find_adapter
 from ptkit.formats.adapter_files import (
     CARD,
@@ -25,13 +25,12 @@ from ptkit.formats.adapter_files import (
     write_adapter,
 )
 from ptkit.hub.card import card_text
-from ptkit.methods import ADAPTERS, adapter_from_files, require_same_base
+from ptkit.methods import ADAPTERS, adapter_from_files, base_of, require_same_base
 from ptkit.methods.peft_tensors import MULTITASK, task_of
 from ptkit.methods.prefix_tuning import PrefixTuning
 from ptkit.methods.soft_prompt import SoftPrompt
 from ptkit.prefix import KVPrefix
-from ptkit.recipe.schema import ModelSection
-from ptkit.runtime.base_model import Base, load_base
+from ptkit.runtime.base_model import Base
 from ptkit.runtime.compile import compile_embeddings
 
 
@@ -65,10 +64,7 @@ def convert_adapter(
     path = find_adapter(Path(source))
     files = one_task(read_adapter(path), task)
     if base is None:
-        named = model or files.base_id
-        if named is None:
-            raise UserError(f"{source} names no base model; give it with --model")
-        base = load_base(ModelSection(id=named))
+        base = base_of(files, model, str(source))
     require_same_base(files, base, str(source))
     error = 0.0
     if to == "prefix":

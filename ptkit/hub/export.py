@@ -22,10 +22,9 @@ from ptkit.formats.adapter_files import (
 from ptkit.formats.int8 import dequantised, quantised
 from ptkit.hub.card import card_text
 from ptkit.hub.convert import as_prefix
-from ptkit.methods import adapter_from_files, require_same_base
+from ptkit.methods import adapter_from_files, base_of, require_same_base
 from ptkit.recipe import load_recipe
-from ptkit.recipe.schema import ModelSection
-from ptkit.runtime.base_model import Base, load_base
+from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import prepare
 from ptkit.training.provenance import claim
 
@@ -70,8 +69,7 @@ def export_run(
     trained = read_adapter(path)
     texts = read_texts(path)
     if base is None:
-        revision = trained.info.get("base", {}).get("revision")
-        base = load_base(ModelSection(id=str(trained.base_id), revision=revision))
+        base = base_of(trained, None, str(run))
     require_same_base(trained, base, str(run))
     if format == "kv":
         trained = as_prefix(trained, base)

@@ -24,11 +24,10 @@ from ptkit.formats.adapter_files import (
     weights_path,
 )
 from ptkit.formats.hub import HubId, hub_files, is_hub_id
-from ptkit.methods import compile_files, require_same_base
+from ptkit.methods import base_of, compile_files, require_same_base
 from ptkit.methods.lora_files import lora_config
 from ptkit.recipe import LoadedRecipe, load_recipe
-from ptkit.recipe.schema import ModelSection
-from ptkit.runtime.base_model import Base, load_base
+from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import prepare
 
 #: Of a score's interval: how far a second reading of the same rows may be from the first. The
@@ -89,11 +88,7 @@ def verify(
     if all(check.passed is not False for check in checks):
         files = read_adapter(path)
         if base is None:
-            named = model or files.base_id
-            if named is None:
-                raise UserError(f"{source} names no base model; give it with --model")
-            revision = files.info.get("base", {}).get("revision") if model is None else None
-            base = load_base(ModelSection(id=named, revision=revision))
+            base = base_of(files, model, str(source))
         checks += _check_base(files, base, str(source))
         if score and all(check.passed is not False for check in checks):
             checks += _check_scores(path, files, base, recipe)

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter
 from ptkit.prefix import KVPrefix
-from ptkit.recipe.schema import MethodSection
-from ptkit.runtime.base_model import Base
+from ptkit.recipe.schema import MethodSection, ModelSection
+from ptkit.runtime.base_model import Base, load_base
 
 
 @dataclass(frozen=True)
@@ -240,6 +240,19 @@ def require_same_base(files: AdapterFiles, base: Base, where: str) -> None:
             f"{where} was made for the base model `{name}`, not for `{base.id}`{detail}; "
             f"load it on `{name}`"
         )
+
+
+def base_of(files: AdapterFiles, model: str | None, where: str) -> Base:
+    """Load the base `model`, or the one `files` name, in the revision they were made on.
+
+    where: what the files are called. Raises AdapterError when neither names one.
+    """
+    if model is not None:
+        return load_base(ModelSection(id=model))
+    if files.base_id is None:
+        raise AdapterError(f"{where} names no base model; give it (--model)")
+    revision = files.info.get("base", {}).get("revision")
+    return load_base(ModelSection(id=files.base_id, revision=revision))
 
 
 def load_adapter(path: Path, base: Base) -> Adapter:

@@ -96,8 +96,14 @@ def _moved(model: PreTrainedModel, batch: PrefixBatch, offsets: Tensor) -> Prefi
         return batch
     shift = torch.where(batch.infix, offsets, 0)
     angles = shift[:, None].float() * frequencies.to(shift.device)  # [rows, half]
-    cos, sin = (torch.cat([f(angles)] * 2, dim=-1)[:, None, None] for f in (torch.cos, torch.sin))
+    cos, sin = _cos_sin(angles)
     return replace(batch, keys=tuple(_turned(k, cos, sin) for k in batch.keys))
+
+
+def _cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `angles` `[rows, half]`, as `_turned` takes them: `[rows, 1, 1, dim]`."""
+    both = torch.cat([angles, angles], dim=-1)[:, None, None]
+    return both.cos(), both.sin()
 
 
 def _turned(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -156,8 +162,7 @@ def _agrees(model: PreTrainedModel, frequencies: Tensor) -> bool:
             )  # fmt: skip
         layers: Any = cache.layers
         read.append([layer.keys for layer in layers])
-    angles = distance * frequencies[None].to(model.device)
-    cos, sin = (torch.cat([f(angles)] * 2, dim=-1)[:, None, None] for f in (torch.cos, torch.sin))
+    cos, sin = _cos_sin(distance * frequencies[None].to(model.device))
     return all(
         there.norm() > 0 and (_turned(here, cos, sin) - there).norm() <= _TOLERANCE * there.norm()
         for here, there in zip(*read, strict=True)
