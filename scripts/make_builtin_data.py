@@ -9,6 +9,8 @@ on; the test rows are a third "seen" (attribute combinations that occur in train
 
 message-routing: short messages to a help desk, to be sorted into four labels. A quarter of the
 test rows come from templates held out from training.
+
+Four further sets are those of `literature_data`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+
+from literature_data import LITERATURE_SETS
 
 OUT = Path(__file__).resolve().parents[1] / "ptkit" / "data" / "builtin"
 Row = dict[str, object]
@@ -431,6 +435,7 @@ def main() -> None:
     for name, splits in (
         ("facts-to-text", facts_to_text()),
         ("message-routing", message_routing()),
+        *((name, make()) for name, make in LITERATURE_SETS.items()),
     ):
         for split, rows in splits.items():
             path = OUT / name / f"{split}.jsonl"

@@ -19,6 +19,7 @@ LAYERS = [
     {"cli"},
     {"api"},
     {"bench", "hub"},
+    {"serve"},
     {"comparison"},
     {"training"},
     {"evaluation"},

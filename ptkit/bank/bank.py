@@ -166,6 +166,10 @@ class AdapterBank:
         """
         return self._store.get(name)
 
+    def parts(self, row: RowNames) -> tuple[KVPrefix | None, str | None]:
+        """The prefix and the name of the LoRA adapter that `row` stands for at this moment."""
+        return self._row(row), self._lora_of(row)
+
     def rows(self, names: Sequence[RowNames]) -> PrefixBatch:
         """The prefixes of a batch whose row i uses `names[i]`; None is the plain base.
 

@@ -28,6 +28,7 @@ from ptkit.cli import (
     recipes,
     report,
     search,
+    serve,
     train,
     verify,
 )
@@ -52,6 +53,7 @@ app.command("report")(report.report)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)

@@ -71,7 +71,8 @@ class DataSection(Section):
     """Where the rows come from: exactly one of `builtin`, `hub` or `files`."""
 
     builtin: str | None = None
-    """A set that ships with ptkit: `facts-to-text`, `message-routing`."""
+    """A set that ships with ptkit: `facts-to-text`, `message-routing`, `captions-en-de`,
+    `report-summary`, `persona-reply`, `passage-question`."""
     hub: str | None = None
     """Id of a dataset on the Hugging Face Hub."""
     config: str | None = None

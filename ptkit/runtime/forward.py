@@ -21,7 +21,7 @@ IGNORED = -100
 
 
 @contextmanager
-def _head_on(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
+def head_on(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
     """Let the LM head read only `positions` (`[rows, tokens]` bool); logits become `[n, vocab]`.
 
     A hook rather than a rewritten forward: whatever the family does after its head (soft caps,
@@ -82,7 +82,7 @@ def supervised_logits(
     targets = labels[:, 1:]
     positions = nn.functional.pad(targets != IGNORED, (0, 1), value=False)
     last = positions.long().argmax(-1)  # it predicts the first supervised token
-    with _placed(model, batch, attention_mask, last) as extra, _head_on(model, positions):
+    with _placed(model, batch, attention_mask, last) as extra, head_on(model, positions):
         logits = model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra
         ).logits
@@ -99,7 +99,7 @@ def _written_logits(
     """`supervised_logits` of an encoder-decoder."""
     writer: Any = model
     positions = labels != IGNORED
-    with _placed(model, batch, attention_mask, None), _head_on(model, positions):
+    with _placed(model, batch, attention_mask, None), head_on(model, positions):
         logits = writer(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,0 +1,336 @@
+"""From a request to answers under way, and from their updates to OpenAI's responses."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+from transformers import PreTrainedTokenizerBase
+
+from ptkit.data.templates import Template
+from ptkit.errors import UserError
+from ptkit.serve.engine import Answer, Engine, FinishReason, Update
+from ptkit.serve.library import Library
+from ptkit.serve.protocol import (
+    AnswerMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatRequest,
+    ChunkChoice,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    Delta,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+from ptkit.serve.sampling import Sampling, Token
+
+
+@dataclass
+class Limits:
+    """max_tokens: longest answer; timeout: seconds an answer may take from its request on."""
+
+    max_tokens: int = 1024
+    timeout: float = 600.0
+
+
+@dataclass
+class Written:
+    """An answer as far as it is told."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+
+class Exchange:
+    """The answers to one request. Built in a worker thread, read in the event loop.
+
+    Answers are numbered as OpenAI numbers choices: the `n` of the first prompt, those of the
+    second, and so on.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        limits: Limits,
+        request: CompletionRequest | ChatRequest,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        """Raises UserError when the request cannot be carried out as written."""
+        self._engine: Engine = library.engine
+        self._tokenizer = library.bank.base.tokenizer
+        self._request = request
+        self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
+        kind = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
+        self._head: dict[str, Any] = {
+            "id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model
+        }  # fmt: skip
+        voices = library.voices(request.model)
+        prompts = _prompts(library, request)
+        virtual = max(0 if v.prefix is None else v.prefix.virtual_tokens for v in voices)
+        deadline = time.monotonic() + limits.timeout
+        self.answers: list[Answer] = []
+        for prompt in prompts:
+            room = None
+            if self._engine.longest is not None:
+                room = self._engine.longest - virtual - len(prompt)
+            for number in range(request.n):
+                index = len(self.answers)
+                sampling = _sampling(request, number, limits.max_tokens, room)
+                self.answers.append(
+                    Answer(
+                        prompt,
+                        voices,
+                        sampling,
+                        self._teller(loop, index),
+                        each_piece=request.stream,
+                        deadline=deadline,
+                    )
+                )
+        self.prompt_tokens = sum(map(len, prompts))
+
+    def _teller(self, loop: asyncio.AbstractEventLoop, index: int) -> Callable[[Update], None]:
+        def tell(update: Update) -> None:
+            try:
+                loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
+            except RuntimeError:  # the loop has ended, and with it everybody who could listen
+                return
+
+        return tell
+
+    def submit(self) -> None:
+        """Hand the answers to the engine. Raises what `Engine.submit` does."""
+        self._engine.submit(self.answers)
+
+    def cancel(self) -> None:
+        """Nobody waits for the answers any more."""
+        self._engine.cancel(self.answers)
+
+    async def updates(self) -> AsyncIterator[tuple[int, Update]]:
+        """(number of the answer, update) as they come, until all are finished.
+
+        Raises the first answer's error, the others then being given up.
+        """
+        left = len(self.answers)
+        try:
+            while left:
+                index, update = await self._updates.get()
+                if update.error is not None:
+                    raise update.error
+                left -= update.last
+                yield index, update
+        finally:
+            if left:
+                self.cancel()
+
+    async def whole(self) -> Completion | ChatCompletion:
+        """The response, when all is written."""
+        written = [Written() for _ in self.answers]
+        async for index, update in self.updates():
+            answer = written[index]
+            answer.text += update.text
+            answer.tokens += update.tokens
+            answer.finish = update.finish
+        if isinstance(self._request, ChatRequest):
+            return ChatCompletion(
+                choices=[
+                    ChatChoice(
+                        index=i,
+                        message=AnswerMessage(content=answer.text),
+                        logprobs=self._chat_logprobs(answer.tokens),
+                        finish_reason=answer.finish,
+                    )
+                    for i, answer in enumerate(written)
+                ],
+                usage=self.usage(),
+                **self._head,
+            )
+        return Completion(
+            choices=[
+                CompletionChoice(
+                    index=i,
+                    text=answer.text,
+                    logprobs=self._completion_logprobs(answer.tokens, 0),
+                    finish_reason=answer.finish,
+                )
+                for i, answer in enumerate(written)
+            ],
+            usage=self.usage(),
+            **self._head,
+        )
+
+    async def events(self) -> AsyncIterator[BaseModel]:
+        """The stream's events, the last one with the usage where that was asked for."""
+        chat = isinstance(self._request, ChatRequest)
+        if chat:
+            for index in range(len(self.answers)):
+                yield self._chunk(index, Delta(role="assistant", content=""), None, None)
+        offsets = [0] * len(self.answers)
+        async for index, update in self.updates():
+            if chat:
+                delta = Delta(content=update.text)
+                yield self._chunk(index, delta, self._chat_logprobs(update.tokens), update.finish)
+            else:
+                logprobs = self._completion_logprobs(update.tokens, offsets[index])
+                yield Completion(
+                    choices=[
+                        CompletionChoice(
+                            index=index,
+                            text=update.text,
+                            logprobs=logprobs,
+                            finish_reason=update.finish,
+                        )
+                    ],
+                    **self._head,
+                )
+            offsets[index] += len(update.text)
+        options = self._request.stream_options
+        if options is not None and options.include_usage:
+            kind: Any = ChatChunk if chat else Completion
+            yield kind(choices=[], usage=self.usage(), **self._head)
+
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        written = sum(answer.written for answer in self.answers)
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=written,
+            total_tokens=self.prompt_tokens + written,
+        )
+
+    def _chunk(
+        self, index: int, delta: Delta, logprobs: ChatLogprobs | None, finish: FinishReason | None
+    ) -> ChatChunk:
+        choice = ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)
+        return ChatChunk(choices=[choice], **self._head)
+
+    def _chat_logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs | None:
+        if not isinstance(self._request, ChatRequest) or not self._request.logprobs:
+            return None
+
+        def named(id: int, logprob: float) -> dict[str, Any]:
+            text = self._token(id)
+            return {"token": text, "logprob": logprob, "bytes": [*text.encode()]}
+
+        return ChatLogprobs(
+            content=[
+                TokenLogprob(
+                    **named(token.id, token.logprob or 0.0),
+                    top_logprobs=[TopLogprob(**named(*top)) for top in token.top],
+                )
+                for token in tokens
+            ]
+        )
+
+    def _completion_logprobs(self, tokens: Sequence[Token], at: int) -> CompletionLogprobs | None:
+        """at: characters of the answer before these tokens."""
+        if not isinstance(self._request, CompletionRequest) or self._request.logprobs is None:
+            return None
+        texts = [self._token(token.id) for token in tokens]
+        offsets = [at + sum(map(len, texts[:i])) for i in range(len(texts))]
+        return CompletionLogprobs(
+            tokens=texts,
+            token_logprobs=[token.logprob or 0.0 for token in tokens],
+            top_logprobs=[{self._token(i): p for i, p in token.top} for token in tokens]
+            if self._request.logprobs
+            else None,
+            text_offset=offsets,
+        )
+
+    def _token(self, id: int) -> str:
+        return str(self._tokenizer.decode([id]))
+
+
+def _sampling(
+    request: CompletionRequest | ChatRequest, number: int, most: int, room: int | None
+) -> Sampling:
+    """How answer `number` of a prompt is chosen.
+
+    most: the server's limit on answers; room: positions the prompt leaves
+    """
+    if isinstance(request, ChatRequest):
+        asked = request.max_completion_tokens or request.max_tokens
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        if request.top_logprobs and not request.logprobs:
+            raise UserError("`top_logprobs` needs `logprobs: true`")
+    else:
+        asked, logprobs = request.max_tokens, request.logprobs
+    if asked is not None and asked > most:
+        raise UserError(f"`max_tokens` is {asked}, this server writes at most {most}")
+    if asked is None:  # a conversation's answer may take what is left
+        asked = most if room is None else max(1, min(most, room))
+    return Sampling(
+        max_tokens=asked,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=None if request.seed is None else (request.seed + number) % 2**63,
+        stop=request.stops,
+        logprobs=logprobs,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        ignore_eos=request.ignore_eos,
+    )
+
+
+def _prompts(library: Library, request: CompletionRequest | ChatRequest) -> list[list[int]]:
+    """The token ids of every prompt. Raises UserError for ids the model does not have."""
+    base = library.bank.base
+    if isinstance(request, ChatRequest):
+        messages = [message.as_template_takes_it() for message in request.messages]
+        return [chat_prompt(base.tokenizer, messages)]
+    prompts: list[list[int]] = []
+    template = library.template(request.model) if request.template else None
+    for prompt in request.prompts:
+        if isinstance(prompt, str):
+            ids = [*base.tokenizer(_filled(prompt, template))["input_ids"]]
+            if not ids:
+                raise UserError("the prompt is empty: it has no tokens")
+        else:
+            ids, vocabulary = prompt, base.embedding.num_embeddings
+            if max(ids) >= vocabulary:
+                raise UserError(
+                    f"the prompt has the token {max(ids)}; the model knows 0 to {vocabulary - 1}"
+                )
+        prompts.append(ids)
+    return prompts
+
+
+def _filled(text: str, template: str | None) -> str:
+    """`text` in `template`, if that has one column."""
+    if template is None:
+        return text
+    filled = Template(template)
+    columns = {*filled.columns}
+    return filled.render({columns.pop(): text}) if len(columns) == 1 else text
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """The ids of a conversation, up to where the answer begins.
+
+    By the tokenizer's chat template; without one the messages follow each other line by line, as
+    in `ptkit chat`. Raises UserError when the template refuses them.
+    """
+    ids: Any
+    if tokenizer.chat_template is None:
+        ids = tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+    else:
+        try:
+            ids = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as error:  # templates raise what they like (jinja2's, TypeError, ...)
+            raise UserError(f"the model's chat template refuses the messages: {error}") from error
+    if not ids:
+        raise UserError("the messages are empty: they have no tokens")
+    return [*ids]

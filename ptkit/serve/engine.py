@@ -1,0 +1,522 @@
+"""The loop that runs all answers: one batch, joined and left at token boundaries.
+
+One thread owns the model. Others hand in answers to write and are told of every piece of text.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ptkit.bank import AdapterBank
+from ptkit.errors import PtkitError, UserError
+from ptkit.prefix import KVPrefix
+from ptkit.runtime.running import Reading, RowInput, RunningBatch, longest_row
+from ptkit.serve.sampling import NotFiniteError, Sampler, Sampling, Token
+from ptkit.serve.text import TextStream
+
+logger = logging.getLogger(__name__)
+
+FinishReason = Literal["stop", "length"]
+
+
+class QueueFullError(PtkitError):
+    """As many answers wait as may wait; the same request may be taken later."""
+
+
+class DrainingError(PtkitError):
+    """The engine finishes what it has and takes no more."""
+
+
+class TimedOutError(PtkitError):
+    """The answer was not finished in time."""
+
+
+class InUseError(UserError):
+    """The adapter takes part in answers under way and cannot be changed now."""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """What one row of an answer speaks with, as it was when the answer was asked for."""
+
+    name: str
+    prefix: KVPrefix | None
+    lora: str | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """News of an answer: text that became certain, its tokens, and why it ended if it did."""
+
+    text: str = ""
+    tokens: tuple[Token, ...] = ()
+    finish: FinishReason | None = None
+    error: PtkitError | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether nothing follows."""
+        return self.finish is not None or self.error is not None
+
+
+@dataclass(eq=False)
+class Answer:
+    """An answer to be written.
+
+    voices: one, or several that write one answer together (the mean of their log-probabilities
+        decides every token, as in `AdapterBank.ensemble`)
+    tell: called with every update, from the engine's thread: it must not block
+    each_piece: tell of every piece; otherwise once, at the end
+    deadline: `time.monotonic()` after which it is given up; None: never
+    """
+
+    prompt: list[int]
+    voices: tuple[Voice, ...]
+    sampling: Sampling
+    tell: Callable[[Update], None]
+    each_piece: bool = True
+    deadline: float | None = None
+    cancelled: bool = False
+    asked: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+    written: int = 0
+
+    @property
+    def name(self) -> str:
+        """What its requests are counted under."""
+        return self.voices[0].name if len(self.voices) == 1 else "ensemble"
+
+    @property
+    def positions(self) -> int:
+        """Positions its longest row may take."""
+        virtual = max(0 if v.prefix is None else v.prefix.virtual_tokens for v in self.voices)
+        return virtual + len(self.prompt) + self.sampling.max_tokens
+
+
+class Observer(Protocol):
+    """Is told what the engine does (see `ptkit.serve.metrics`)."""
+
+    def stepped(self, rows: int, waiting: int) -> None:
+        """One token was written in each of `rows` rows."""
+
+    def ended(self, answer: Answer, outcome: str) -> None:
+        """An answer ended: `stop`, `length`, `cancelled`, `timeout` or `error`."""
+
+
+class _Writing:
+    """The state of an answer under way: its sampler, its text and the rows it has."""
+
+    def __init__(self, answer: Answer, engine: Engine) -> None:
+        base = engine.bank.base
+        self.answer = answer
+        self.sampler = Sampler(answer.sampling, base.model.device)
+        self._stream = TextStream(base.tokenizer, answer.sampling.stop)
+        self._ends = frozenset() if answer.sampling.ignore_eos else engine.end_ids
+        self._text: list[str] = []
+        self._tokens: list[Token] = []
+        self.last_token = 0
+
+    def take(self, token: Token) -> FinishReason | None:
+        """Add a token to the answer and tell of what is new. Returns why it ended, if it did."""
+        answer = self.answer
+        if answer.first_token is None:
+            answer.first_token = time.monotonic()
+        finish: FinishReason | None = None
+        text = ""
+        self.last_token = token.id
+        answer.written += 1
+        if token.id in self._ends:
+            finish, text = "stop", self._stream.finish()
+        else:
+            self._tokens.append(token)
+            piece = self._stream.push(token.id)
+            text = piece.text
+            if piece.stopped:
+                finish = "stop"
+            elif answer.written >= answer.sampling.max_tokens:
+                finish, text = "length", text + self._stream.finish()
+        self._text.append(text)
+        if finish or (answer.each_piece and text):
+            answer.tell(Update("".join(self._text), tuple(self._tokens), finish))
+            self._text, self._tokens = [], []
+        return finish
+
+
+class Engine:
+    """Continuous batching over the adapters of a bank.
+
+    max_rows: rows written at the same time
+    max_waiting: answers that may wait for a row
+    piece: tokens of inputs read between two steps of the rows under way; longer inputs are read
+        in pieces, so that they hold back nobody for longer than that
+
+    Among those waiting, the adapter with the fewest rows under way comes first, then who asked
+    first: one adapter's crowd does not keep another's out.
+    """
+
+    def __init__(
+        self,
+        bank: AdapterBank,
+        *,
+        max_rows: int = 32,
+        max_waiting: int = 256,
+        piece: int = 512,
+        observer: Observer | None = None,
+    ) -> None:
+        self.bank = bank
+        self.max_rows = max_rows
+        self.max_waiting = max_waiting
+        self.longest = longest_row(bank.base.model)
+        ends = bank.base.model.generation_config.eos_token_id
+        self.end_ids = frozenset([ends] if isinstance(ends, int) else ends or ())
+        self._piece = piece
+        self._observer = observer
+        self._changed = threading.Condition()
+        self._waiting: deque[Answer] = deque()
+        self._draining = self._stopped = False
+        # Adapters being changed, and how many answers, waiting or under way, use each LoRA one.
+        self._changing: set[str] = set()
+        self._uses: Counter[str] = Counter()
+        # The loop's own: rows under way in the batch's order, and inputs being read.
+        self._batch = RunningBatch(bank.base.model)
+        self._rows: list[tuple[_Writing, Voice]] = []
+        self._readings: list[tuple[Reading, list[tuple[_Writing, Voice]]]] = []
+        self._thread = threading.Thread(target=self._run, name="ptkit-engine", daemon=True)
+        self._thread.start()
+
+    # Called from any thread
+
+    def submit(self, answers: Sequence[Answer]) -> None:
+        """Write `answers`; all are taken or none.
+
+        Raises QueueFullError, DrainingError, InUseError when a LoRA adapter among them is being
+        changed, and UserError when one can never fit.
+        """
+        for answer in answers:
+            self._require_fit(answer)
+        with self._changed:
+            if self._draining:
+                raise DrainingError("the server is shutting down")
+            if len(self._waiting) + len(answers) > self.max_waiting:
+                raise QueueFullError(
+                    f"{len(self._waiting)} answers are waiting, of at most {self.max_waiting}"
+                )
+            loras = [v.lora for a in answers for v in a.voices if v.lora is not None]
+            for name in loras:
+                if name in self._changing:
+                    raise InUseError(f"`{name}` is being changed; ask again")
+            self._uses.update(loras)
+            self._waiting.extend(answers)
+            self._changed.notify_all()
+
+    def cancel(self, answers: Sequence[Answer]) -> None:
+        """Stop writing `answers`; they are told nothing more."""
+        with self._changed:
+            for answer in answers:
+                answer.cancelled = True
+            self._changed.notify_all()
+
+    @contextmanager
+    def changing(self, name: str) -> Iterator[None]:
+        """Within this context the LoRA adapter `name` may be replaced or taken out.
+
+        A prefix may be at any time: rows keep the one they began with. Raises InUseError while
+        answers use it.
+        """
+        with self._changed:
+            if self._uses[name] or name in self._changing:
+                raise InUseError(
+                    f"`{name}` changes weights and is in use; try again when its answers are done"
+                )
+            self._changing.add(name)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._changing.discard(name)
+
+    @property
+    def waiting(self) -> int:
+        """Answers waiting for a row."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Rows under way, those whose input is being read included."""
+        return len(self._rows) + sum(len(rows) for _, rows in self._readings)
+
+    @property
+    def draining(self) -> bool:
+        """Whether nothing more is taken."""
+        return self._draining
+
+    @property
+    def alive(self) -> bool:
+        """Whether the loop runs."""
+        return self._thread.is_alive()
+
+    def drain(self) -> None:
+        """Take no more; what is there is finished."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._waiting or self._rows or self._readings)
+
+    def close(self) -> None:
+        """End the loop at the next token; answers under way are told that they failed."""
+        with self._changed:
+            self._draining = self._stopped = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _require_fit(self, answer: Answer) -> None:
+        if len(answer.voices) > self.max_rows:
+            raise UserError(
+                f"{len(answer.voices)} adapters cannot answer together, at most {self.max_rows} can"
+            )
+        if self.longest is not None and answer.positions > self.longest:
+            virtual = answer.positions - len(answer.prompt) - answer.sampling.max_tokens
+            raise UserError(
+                f"the request needs {answer.positions} positions (adapter {virtual}, prompt "
+                f"{len(answer.prompt)}, answer {answer.sampling.max_tokens}), the model has "
+                f"{self.longest}; shorten the prompt or lower max_tokens"
+            )
+
+    # The loop
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped or not self.idle)
+                stopped = self._stopped
+            if stopped:
+                self._end_all(DrainingError("the server has shut down"))
+                return
+            try:
+                self._turn()
+            except Exception as error:  # whatever happens, the other requests' server stays up
+                logger.exception("a step of the batch failed")
+                self._end_all(PtkitError(f"the batch failed: {type(error).__name__}: {error}"))
+
+    def _turn(self) -> None:
+        """Drop who is gone, begin what fits, read a piece of each input, write one token each."""
+        self._drop_gone()
+        self._admit()
+        for reading, rows in list(self._readings):
+            try:
+                with self.bank.weights([voice.lora for _, voice in rows]):
+                    reading.advance(max(1, self._piece // reading.rows))
+            except Exception as error:  # of these inputs; nobody else's rows are touched
+                logger.exception("reading an input failed")
+                self._readings.remove((reading, rows))
+                self._fail_all({writing for writing, _ in rows}, error)
+                continue
+            if reading.done:
+                self._readings.remove((reading, rows))
+                self._join(reading, rows)
+        if self._rows:
+            with self.bank.weights([voice.lora for _, voice in self._rows]):
+                logits = self._batch.step([writing.last_token for writing, _ in self._rows])
+            self._choose(logits, self._rows)
+            if self._observer is not None:
+                self._observer.stepped(len(self._rows), self.waiting)
+
+    def _admit(self) -> None:
+        """Begin to read the inputs of waiting answers, together while they are short."""
+        budget = self._piece
+        group: list[tuple[_Writing, Voice]] = []
+        longest = 0
+        passed_over: list[Answer] = []
+        long_one = any(not reading.done for reading, _ in self._readings)
+        with self._changed:
+            while self._waiting:
+                answer = self._fairest()
+                if self.running + len(group) + len(answer.voices) > self.max_rows:
+                    passed_over.append(answer)  # it is next: those after it do not overtake it
+                    break
+                writing = _Writing(answer, self)
+                voices = [(writing, voice) for voice in answer.voices]
+                infix = any(v.prefix is not None and v.prefix.infix for v in answer.voices)
+                length = max(longest, len(answer.prompt))
+                if len(answer.prompt) * len(voices) > self._piece or infix:
+                    if long_one:  # one long input at a time; shorter ones may go before it
+                        passed_over.append(answer)
+                        continue
+                    long_one = True
+                    self._begin(voices)
+                elif length * (len(group) + len(voices)) <= budget or not group:
+                    group += voices
+                    longest = length
+                else:
+                    passed_over.append(answer)
+                    break
+            self._waiting.extendleft(reversed(passed_over))
+        if group:
+            self._begin(group)
+
+    def _fairest(self) -> Answer:
+        """Take out the answer to begin next."""
+        if len(self._waiting) > 1:
+            under_way = Counter(w.answer.name for w, _ in self._rows)
+            for _, rows in self._readings:
+                under_way.update(w.answer.name for w, _ in rows)
+            answer = min(self._waiting, key=lambda a: under_way[a.name])  # the first of equals
+            self._waiting.remove(answer)
+            return answer
+        return self._waiting.popleft()
+
+    def _begin(self, rows: list[tuple[_Writing, Voice]]) -> None:
+        base = self.bank.base
+        inputs = [RowInput(writing.answer.prompt, voice.prefix) for writing, voice in rows]
+        reading = Reading(base.model, inputs, base.layout, base.pad_token_id)
+        self._readings.append((reading, rows))
+
+    def _join(self, reading: Reading, rows: list[tuple[_Writing, Voice]]) -> None:
+        """Let finished inputs become rows, with their first tokens."""
+        first = len(self._rows)
+        for index, row in enumerate(rows):
+            self._batch.join(reading, index)
+            self._rows.append(row)
+        self._choose(reading.logits, self._rows[first:])
+
+    def _choose(self, logits: Tensor, rows: Sequence[tuple[_Writing, Voice]]) -> None:
+        """The next token of every answer with all its rows among `rows`.
+
+        logits: `[rows, vocabulary]`
+        """
+        # max gives a NaN where there is one, so a bad row is noticed at no further cost.
+        best, likeliest = (t.tolist() for t in logits.max(-1))
+        of: dict[_Writing, list[int]] = {}
+        for index, (writing, _) in enumerate(rows):
+            of.setdefault(writing, []).append(index)
+        ended = []
+        for writing, indices in of.items():
+            if len(indices) == 1 and writing.sampler.takes_the_likeliest:
+                index = indices[0]
+                if best[index] != best[index] or best[index] == float("inf"):
+                    self._fail(writing, NotFiniteError(_NOT_FINITE))
+                    ended.append(writing)
+                    continue
+                token = Token(likeliest[index])
+            else:
+                try:
+                    token = writing.sampler.choose(_together(logits[indices]))
+                except NotFiniteError:
+                    self._fail(writing, NotFiniteError(_NOT_FINITE))
+                    ended.append(writing)
+                    continue
+            finish = writing.take(token)
+            if finish is not None:
+                self._observe(writing.answer, finish)
+                ended.append(writing)
+        self._leave(ended)
+
+    def _leave(self, writings: Sequence[_Writing]) -> None:
+        """Take the rows of `writings`, and their uses of LoRA adapters, out."""
+        if not writings:
+            return
+        gone = set(writings)
+        for row in reversed(range(len(self._rows))):
+            if self._rows[row][0] in gone:
+                self._batch.leave(row)
+                self._rows[row] = self._rows[-1]
+                self._rows.pop()
+        with self._changed:
+            for writing in gone:
+                self._uses.subtract(v.lora for v in writing.answer.voices if v.lora is not None)
+
+    def _drop_gone(self) -> None:
+        """Take out answers nobody waits for any more, and those that took too long."""
+        now = time.monotonic()
+
+        def gone(answer: Answer) -> bool:
+            late = answer.deadline is not None and now > answer.deadline
+            return answer.cancelled or late
+
+        with self._changed:
+            queued = [answer for answer in self._waiting if gone(answer)]
+            for answer in queued:
+                self._waiting.remove(answer)
+                self._uses.subtract(v.lora for v in answer.voices if v.lora is not None)
+        under_way = {writing for writing, _ in self._rows if gone(writing.answer)}
+        for answer in [*queued, *(writing.answer for writing in under_way)]:
+            self._give_up(answer)
+        self._leave([*under_way])
+        for reading, rows in list(self._readings):
+            if any(gone(writing.answer) for writing, _ in rows):
+                self._reread_without(reading, rows, gone)
+
+    def _reread_without(
+        self,
+        reading: Reading,
+        rows: list[tuple[_Writing, Voice]],
+        gone: Callable[[Answer], bool],
+    ) -> None:
+        """Inputs read together are of one cache: those who stay are begun anew."""
+        self._readings.remove((reading, rows))
+        leaving = {writing for writing, _ in rows if gone(writing.answer)}
+        for writing in leaving:
+            self._give_up(writing.answer)
+        self._leave([*leaving])
+        staying = [row for row in rows if row[0] not in leaving]
+        if staying:
+            self._begin(staying)
+
+    def _give_up(self, answer: Answer) -> None:
+        if answer.cancelled:
+            self._observe(answer, "cancelled")
+        else:
+            seconds = time.monotonic() - answer.asked
+            answer.tell(Update(error=TimedOutError(f"not finished after {seconds:.0f} s")))
+            self._observe(answer, "timeout")
+
+    def _fail(self, writing: _Writing, error: PtkitError) -> None:
+        writing.answer.tell(Update(error=error))
+        self._observe(writing.answer, "error")
+
+    def _fail_all(self, writings: set[_Writing], error: Exception) -> None:
+        failure = PtkitError(f"the input could not be read: {type(error).__name__}: {error}")
+        for writing in writings:
+            self._fail(writing, failure)
+        self._leave([*writings])
+
+    def _end_all(self, error: PtkitError) -> None:
+        """Tell everybody of `error` and begin from nothing."""
+        writings = {w for w, _ in self._rows} | {w for _, rows in self._readings for w, _ in rows}
+        with self._changed:
+            answers = [*self._waiting, *(writing.answer for writing in writings)]
+            self._waiting.clear()
+            self._uses.clear()
+        self._rows, self._readings = [], []
+        self._batch = RunningBatch(self.bank.base.model)
+        for answer in answers:
+            answer.tell(Update(error=error))
+            self._observe(answer, "error")
+
+    def _observe(self, answer: Answer, outcome: str) -> None:
+        if self._observer is not None:
+            self._observer.ended(answer, outcome)
+
+
+_NOT_FINITE = "the model's output is not finite under this adapter"
+
+
+def _together(logits: Tensor) -> Tensor:
+    """One row of scores from an answer's rows, `[rows, vocabulary]`."""
+    if len(logits) == 1:
+        return logits[0]
+    return torch.log_softmax(logits.float(), -1).mean(0)

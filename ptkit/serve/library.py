@@ -1,0 +1,280 @@
+"""The adapters a server knows: by name for requests, from one folder on disk, changed while it
+runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ptkit.bank import AdapterBank
+from ptkit.bank.source import read_checked
+from ptkit.errors import AdapterError, UserError, did_you_mean
+from ptkit.formats import atomic
+from ptkit.formats.adapter_files import (
+    ADAPTER_FILES,
+    adapter_folders,
+    read_config,
+    read_info,
+    weights_path,
+)
+from ptkit.formats.hub import HubId, fetch_adapter
+from ptkit.serve.engine import Engine, Voice
+
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
+#: Between the names of adapters that answer together.
+ENSEMBLE = ","
+
+Result = TypeVar("Result")
+
+
+class UnknownModelError(UserError):
+    """No base or adapter of this name is served."""
+
+
+class NotAllowedError(UserError):
+    """The server was started without this."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of an adapter, as the playground shows it.
+
+    score: the first metric its record claims, with its interval; n: rows it was measured on
+    forgetting: nats per token on general text; template: what its inputs were written in
+    fault: why its files on disk cannot be used as they are now
+    """
+
+    name: str
+    method: str | None
+    tier: str
+    version: int
+    virtual_tokens: int | None = None
+    parameters: int | None = None
+    bytes: int | None = None
+    recipe: str | None = None
+    metric: str | None = None
+    score: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    forgetting: float | None = None
+    template: str | None = None
+    fault: str | None = None
+
+
+class Library:
+    """Names for requests, over a bank and its engine.
+
+    root: the folder adapters are read from and uploaded to; None: only the base is served
+    allow_hub: adapters may also be loaded from the Hub
+    allow_changes: adapters may be loaded, swapped, unloaded and uploaded while the server runs
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        root: Path | None,
+        *,
+        base_name: str,
+        allow_hub: bool = False,
+        allow_changes: bool = True,
+    ) -> None:
+        self.engine = engine
+        self.bank: AdapterBank = engine.bank
+        self.base_name = base_name
+        self.root = None if root is None else root.resolve()
+        self.allow_hub = allow_hub
+        self.allow_changes = allow_changes
+
+    def register_all(self) -> list[str]:
+        """Know every adapter folder directly below the root. Prefixes are read when first used;
+        LoRA adapters, which become a part of the model, now. Returns faults, one line each."""
+        faults = []
+        for path in [] if self.root is None else adapter_folders(self.root):
+            try:
+                _require_name(path.name, self.base_name)
+                if read_config(path)["peft_type"] == "LORA":
+                    self.bank.load(path, path.name)
+                else:
+                    self.bank.register(path, path.name)
+            except UserError as error:
+                faults.append(f"{path.name}: {error}")
+        return faults
+
+    # For requests
+
+    def voices(self, model: str) -> tuple[Voice, ...]:
+        """What answers as `model`: the base, an adapter, or several (`A,B,C`) together.
+
+        Raises UnknownModelError, and AdapterError when files needed now are bad.
+        """
+        if model == self.base_name:
+            return (Voice(self.base_name, None),)
+        names = [name.strip() for name in model.split(ENSEMBLE)]
+        if len(set(names)) < len(names):
+            raise UserError(f"`{model}` names an adapter twice")
+        return tuple(self._voice(name) for name in names)
+
+    def names(self) -> list[str]:
+        """Names of all adapters, sorted."""
+        return sorted(self.bank.list())
+
+    def path(self, name: str) -> Path | None:
+        """Where the adapter `name` was read from."""
+        return self._known(name, lambda: self.bank.status(name).path)
+
+    def template(self, model: str) -> str | None:
+        """The template of the inputs that `model`, or the first adapter of several, was trained
+        on; None where none is known."""
+        first = model.split(ENSEMBLE)[0].strip()
+        if first == self.base_name:
+            return None
+        path = self.path(first)
+        template = None if path is None else read_info(path).get("task", {}).get("input")
+        return template if isinstance(template, str) else None
+
+    def card(self, name: str) -> Card:
+        """What is known of the adapter `name`."""
+        status = self._known(name, lambda: self.bank.status(name))
+        fault, info, method, size = status.fault, {}, status.method, status.nbytes
+        tokens = status.virtual_tokens
+        if status.path is not None:
+            try:
+                config, info = read_config(status.path), read_info(status.path)
+                method = str(config["peft_type"]).lower()
+                tokens = tokens or config.get("num_virtual_tokens")
+                size = weights_path(status.path).stat().st_size
+            except (AdapterError, OSError) as error:
+                fault = fault or str(error)
+        return Card(
+            name, method, status.tier, status.version, tokens, bytes=size, fault=fault,
+            **_recorded(info),
+        )  # fmt: skip
+
+    # Changes while the server runs
+
+    def load(self, name: str, *, path: str | None, hub: str | None, replace: bool) -> None:
+        """Read an adapter and serve it as `name`.
+
+        path: of a folder below the root; hub: `user/repo[@revision]`, where allowed
+        replace: `name` must be there and is replaced; otherwise it must not be
+        """
+        self._require_changes()
+        _require_name(name, self.base_name)
+        if replace:
+            self._known(name, lambda: None)
+        elif name in self.bank:
+            raise UserError(f"`{name}` is served already; swap it, or unload it first")
+        if (path is None) == (hub is None):
+            raise UserError("expected one of `path` (below the adapters' folder) and `hub`")
+        folder = self._from_hub(hub) if hub is not None else self._below_root(str(path))
+        with self._changing(name, folder):
+            self.bank.load(folder, name)
+
+    def unload(self, name: str) -> None:
+        """Serve `name` no longer; rows under way finish. Its files stay."""
+        self._require_changes()
+        self._known(name, lambda: None)
+        with self._changing(name, None):
+            self.bank.unload(name)
+
+    def upload(self, name: str, files: Mapping[str, bytes]) -> bool:
+        """Keep an adapter's files as the folder `name` below the root, and serve it, in place of
+        what had the name. Returns whether the name is new.
+
+        files: by name, of those an adapter consists of. Raises AdapterError, leaving everything
+        as it was, when they are not a sound adapter for this base.
+        """
+        self._require_changes()
+        _require_name(name, self.base_name)
+        if self.root is None:
+            raise NotAllowedError("the server has no folder of adapters (--adapters)")
+        unknown = sorted(files.keys() - set(ADAPTER_FILES))
+        if unknown:
+            raise UserError(
+                f"`{unknown[0]}` is no file of an adapter; those are {', '.join(ADAPTER_FILES)}"
+            )
+        new = name not in self.bank
+        with atomic.folder(self.root / name, replace=True) as scratch:
+            for file, content in files.items():
+                (scratch / file).write_bytes(content)
+            read_checked(scratch, self.bank.base)
+        folder = self.root / name
+        with self._changing(name, folder):
+            self.bank.load(folder, name)
+        return new
+
+    def _voice(self, name: str) -> Voice:
+        prefix, lora = self._known(name, lambda: self.bank.parts(name))
+        return Voice(name, prefix, lora)
+
+    def _known(self, name: str, look: Callable[[], Result]) -> Result:
+        """`look()`, or UnknownModelError when there is no adapter `name`."""
+        if name in self.bank:
+            try:
+                return look()
+            except AdapterError:
+                if name in self.bank:  # it was not taken out just now: its files are bad
+                    raise
+        near = did_you_mean(name, [self.base_name, *self.bank.list()[:100]])
+        raise UnknownModelError(f"the model `{name[:130]}` does not exist; {near}")
+
+    def _changing(self, name: str, folder: Path | None) -> Any:
+        """The context in which `name` may change: LoRA adapters must not be in use."""
+        new = None if folder is None else read_config(folder)["peft_type"]
+        old = self.bank.status(name).method if name in self.bank else None
+        if "LORA" in (new, str(old).upper()):
+            return self.engine.changing(name)
+        return nullcontext()
+
+    def _require_changes(self) -> None:
+        if not self.allow_changes:
+            raise NotAllowedError("this server's adapters are fixed (it runs with --read-only)")
+
+    def _from_hub(self, hub: str) -> Path:
+        if not self.allow_hub:
+            raise NotAllowedError("this server loads nothing from the Hub (--allow-hub lets it)")
+        HubId.read(hub)
+        return fetch_adapter(hub)
+
+    def _below_root(self, path: str) -> Path:
+        if self.root is None:
+            raise NotAllowedError("the server has no folder of adapters (--adapters)")
+        folder = (self.root / path).resolve()
+        if not folder.is_relative_to(self.root) or folder == self.root:
+            raise UserError("`path` must be a folder below the adapters' folder, relative to it")
+        return folder
+
+
+def _require_name(name: str, base_name: str) -> None:
+    if re.fullmatch(NAME, name) is None:
+        raise UserError(
+            f"`{name[:130]}` is no name for an adapter: letters, digits, `.`, `_` and `-`, at most "
+            "128, not beginning with `.` or `-`"
+        )
+    if name == base_name:
+        raise UserError(f"`{name}` is the name of the base model")
+
+
+def _recorded(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a card that come from ptkit's record of an adapter."""
+    metrics, retention = info.get("metrics"), info.get("retention")
+    metric, claim = None, None
+    if isinstance(metrics, dict) and metrics:
+        metric, claim = next(iter(metrics.items()))
+    claim = claim if isinstance(claim, dict) else {}
+    return {
+        "parameters": info.get("trainable_parameters"),
+        "recipe": info.get("recipe"),
+        "metric": metric,
+        "score": claim.get("value"),
+        "low": claim.get("low"),
+        "high": claim.get("high"),
+        "n": info.get("n_test"),
+        "forgetting": retention.get("forgetting") if isinstance(retention, dict) else None,
+        "template": info.get("task", {}).get("input"),
+    }

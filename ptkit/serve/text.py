@@ -1,0 +1,77 @@
+"""Tokens to text, piece by piece, with texts that end an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+#: What a decoder writes for bytes that are not a whole character yet.
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that will not change any more. stopped: a stop text was met; nothing follows."""
+
+    text: str
+    stopped: bool = False
+
+
+class TextStream:
+    """The text of one answer as its tokens come.
+
+    A piece ends between characters, and never inside what may become a stop text: that is held
+    back until it is clear.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._ids: list[int] = []
+        # Tokens before `_from` are done with; those up to `_shown` are context for what follows,
+        # since a tokenizer may write a word differently at the beginning of a text.
+        self._from = self._shown = 0
+        self._held = ""
+
+    def push(self, token: int) -> Piece:
+        """Add a token; returns the text that became certain."""
+        self._ids.append(token)
+        before = self._decoded(self._from, self._shown)
+        after = self._decoded(self._from, len(self._ids))
+        if after.endswith(_UNFINISHED) or len(after) <= len(before):
+            return Piece("")
+        self._from, self._shown = self._shown, len(self._ids)
+        return self._certain(self._held + after[len(before) :])
+
+    def finish(self) -> str:
+        """The text still held back, at the end of the answer."""
+        before = self._decoded(self._from, self._shown)
+        after = self._decoded(self._from, len(self._ids))
+        return self._certain(self._held + after[len(before) :]).text + self._rest()
+
+    def _decoded(self, start: int, end: int) -> str:
+        return str(self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True))
+
+    def _rest(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+    def _certain(self, text: str) -> Piece:
+        """The part of `text` that no stop text can reach into; the rest is held."""
+        ends = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if ends:
+            self._held = ""
+            return Piece(text[: min(ends)], stopped=True)
+        held = max((_begun(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - held :]
+        return Piece(text[: len(text) - held])
+
+
+def _begun(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with, without being all of it."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
