@@ -1,4 +1,4 @@
-"""`ptkit export`: an adapter folder that plain PEFT loads."""
+"""`ptkit export`: an adapter folder that plain PEFT loads, or soft prompts for other engines."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+
+from ptkit.errors import UserError
 
 
 class Dtype(StrEnum):
@@ -18,26 +20,40 @@ class Dtype(StrEnum):
     int8 = "int8"
 
 
-class Format(StrEnum):
+class Form(StrEnum):
     """What is stored."""
 
     peft = "peft"
     kv = "kv"
+    tokens = "tokens"
+    prompt_embeds = "prompt-embeds"
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A finished run (or an adapter folder).")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="Finished runs or adapter folders; for `--as "
+            "tokens` and `prompt-embeds` as many as are to be served.",
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, adapters/NAME.")],
+    form: Annotated[
+        Form,
+        typer.Option(
+            "--as",
+            help="`kv`: any method compiled to a prefix, no prompt tokens to read. `tokens`: a "
+            "copy of the base with soft prompts in its vocabulary, for any engine. "
+            "`prompt-embeds`: soft prompts and a client that sends them (vLLM).",
+        ),
+    ] = Form.peft,
     dtype: Annotated[
         Dtype,
         typer.Option(
             help="Data type of the stored parameters. int8 is for ptkit only, and scored again."
         ),
     ] = Dtype.float32,
-    format: Annotated[
-        Format,
-        typer.Option(help="`kv` stores any method compiled to a prefix: no prompt tokens to read."),
-    ] = Format.peft,
     recipe: Annotated[
         Optional[Path],  # noqa: UP045  (typer reads annotations at run time)
         typer.Option(help="With int8: the recipe to score on; default: the run's own."),
@@ -56,11 +72,19 @@ def export(
 
     Reparameterisation is folded in. `PeftModel.from_pretrained(base, OUT)` loads the result.
     """
+    if form in (Form.tokens, Form.prompt_embeds):
+        if dtype != Dtype.float32 or recipe or license or language:
+            raise UserError(f"--as {form} takes none of --dtype, --recipe, --license, --language")
+        _for_engines(runs, out, form, force)
+        return
+    if len(runs) > 1:
+        raise UserError(f"--as {form} exports one run at a time, found {len(runs)}")
+
     from ptkit.hub.export import export_run
 
     done = export_run(
-        run, out, dtype=dtype.value, format=format.value, replace_out=force, recipe=recipe,
-        license=license, language=language,
+        runs[0], out, dtype=dtype.value, format="kv" if form == Form.kv else "peft",
+        replace_out=force, recipe=recipe, license=license, language=language,
     )  # fmt: skip
     typer.echo(f"{done.path}")
     size = f"{done.bytes / 1000:.1f} KB"
@@ -69,3 +93,14 @@ def export(
         notes.append(f"largest rounding {done.largest_rounding:.2g}")
     notes += [f"{name} {-points:+.2f}" for name, points in (done.lost or {}).items()]
     typer.secho(", ".join(notes), err=True)
+
+
+def _for_engines(runs: list[Path], out: Path, form: Form, force: bool) -> None:
+    from ptkit.hub.engines import export_prompt_embeds, export_tokens
+
+    write = export_tokens if form == Form.tokens else export_prompt_embeds
+    done = write(runs, out, replace_out=force)
+    typer.echo(f"{done.path}")
+    count = "1 adapter" if len(runs) == 1 else f"{len(runs)} adapters"
+    notes = f"{count}, {done.virtual_tokens} virtual tokens, {done.bytes / 1000:.1f} KB"
+    typer.secho(f"{notes}; README.md there says how to ask for them", err=True)

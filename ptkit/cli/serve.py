@@ -125,4 +125,7 @@ def serve(
         "(playground at /, OpenAI's API at /v1)",
         err=True,
     )
-    run_server(app, engine, host, port, drain_seconds=drain_seconds, log_level=log_level)
+    try:
+        run_server(app, engine, host, port, drain_seconds=drain_seconds, log_level=log_level)
+    finally:
+        engine.close()

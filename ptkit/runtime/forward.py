@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,10 +26,13 @@ def head_on(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
     """Let the LM head read only `positions` (`[rows, tokens]` bool); logits become `[n, vocab]`.
 
     A hook rather than a rewritten forward: whatever the family does after its head (soft caps,
-    scaling) is element-wise and stays as it is.
+    scaling) is element-wise and stays as it is. Other threads' forwards are left alone.
     """
+    thread = threading.get_ident()
 
-    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if threading.get_ident() != thread:
+            return None
         hidden, *rest = args
         return (hidden[positions], *rest)
 

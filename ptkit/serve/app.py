@@ -72,7 +72,8 @@ def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody} for status in statuses}
 
 
-_ANSWERING = _documented(400, 401, 404, 408, 409, 413, 429, 500, 503, 504)
+_STREAM = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+_ANSWERING = _STREAM | _documented(400, 401, 404, 408, 409, 413, 429, 500, 503, 504)
 _CHANGING = _documented(400, 401, 403, 404, 408, 409, 413, 500, 502)
 
 

@@ -415,8 +415,10 @@ class Engine:
             else:
                 try:
                     token = writing.sampler.choose(_together(logits[indices]))
-                except NotFiniteError:
-                    self._fail(writing, NotFiniteError(_NOT_FINITE))
+                except Exception as error:  # of this answer; the others' tokens are chosen
+                    if not isinstance(error, NotFiniteError):
+                        logger.exception("choosing a token failed")
+                    self._fail(writing, NotFiniteError(f"no token could be chosen: {error}"))
                     ended.append(writing)
                     continue
             finish = writing.take(token)

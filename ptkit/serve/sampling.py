@@ -11,6 +11,9 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from ptkit.errors import PtkitError
 
+#: Below this temperature no other token than the likeliest has a probability float32 can hold.
+_COLDEST = 1e-6
+
 
 class NotFiniteError(PtkitError):
     """A row's logits are not finite: its adapter, or the base, produces no usable values."""
@@ -55,6 +58,7 @@ class Sampler:
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
         self.sampling = sampling
         self._penalised = bool(sampling.presence_penalty or sampling.frequency_penalty)
+        self._greedy = sampling.temperature < _COLDEST
         self._seen: Counter[int] = Counter()
         self._generator = torch.Generator(device)
         if sampling.seed is None:
@@ -65,8 +69,7 @@ class Sampler:
     @property
     def takes_the_likeliest(self) -> bool:
         """Whether the next token is the likeliest one and nothing else is asked."""
-        plain = self.sampling.logprobs is None and not self._penalised
-        return plain and self.sampling.temperature == 0
+        return self._greedy and self.sampling.logprobs is None and not self._penalised
 
     def choose(self, logits: Tensor) -> Token:
         """logits: `[vocabulary]`. Raises NotFiniteError when they are not usable."""
@@ -89,7 +92,7 @@ class Sampler:
         return Token(chosen, float(logprobs[chosen]), top)
 
     def _drawn(self, scores: Tensor) -> int:
-        if self.sampling.temperature == 0:
+        if self._greedy:
             return int(scores.argmax())
         # transformers' warpers take the tokens so far too, and do not look at them.
         none = torch.empty(1, 0, dtype=torch.long, device=scores.device)

@@ -1,0 +1,368 @@
+"""The loop behind the server: every answer is its own, whoever shares the batch."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_base
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_composition import save_lora
+from test_running import random_prefix
+
+from ptkit.bank import AdapterBank
+from ptkit.errors import PtkitError, UserError
+from ptkit.recipe.schema import ModelSection
+from ptkit.runtime.base_model import TINY_EN, load_base
+from ptkit.serve.engine import (
+    Answer,
+    DrainingError,
+    Engine,
+    InUseError,
+    QueueFullError,
+    TimedOutError,
+    Update,
+    Voice,
+)
+from ptkit.serve.sampling import NotFiniteError, Sampler, Sampling
+from ptkit.serve.text import TextStream
+
+
+class Asked:
+    """An answer and what was told of it."""
+
+    def __init__(
+        self, bank: AdapterBank, names: list[str | None], prompt: list[int], **options: object
+    ) -> None:
+        deadline = options.pop("deadline", None)
+        self.updates: list[Update] = []
+        self.times: list[float] = []
+        self.ended = threading.Event()
+        voices = tuple(
+            Voice(name or "base", *(bank.parts(name) if name else (None, None))) for name in names
+        )
+        sampling = Sampling(**{"max_tokens": 8, "ignore_eos": True, **options})
+        self.answer = Answer(prompt, voices, sampling, self._tell, deadline=deadline)
+
+    def _tell(self, update: Update) -> None:
+        self.updates.append(update)
+        self.times.append(time.monotonic())
+        if update.last:
+            self.ended.set()
+
+    @property
+    def ids(self) -> list[int]:
+        assert self.ended.wait(60)
+        return [token.id for update in self.updates for token in update.tokens]
+
+    @property
+    def error(self) -> PtkitError | None:
+        assert self.ended.wait(60)
+        return self.updates[-1].error
+
+
+@pytest.fixture
+def bank() -> AdapterBank:
+    base = random_base("qwen3")
+    bank = AdapterBank(base)
+    for number in range(6):
+        bank.add(f"a{number}", random_prefix(base, number + 1, number))
+    bank.add("infix", random_prefix(base, 3, 77, infix=True))
+    return bank
+
+
+@pytest.fixture
+def engine(bank: AdapterBank) -> Iterator[Engine]:
+    engine = Engine(bank, max_rows=8, max_waiting=64, piece=16)
+    yield engine
+    engine.close()
+
+
+def prompt(draw: random.Random, most: int = 20) -> list[int]:
+    return [draw.randrange(1, 96) for _ in range(draw.randint(1, most))]
+
+
+def test_every_answer_is_its_solo_greedy_run(bank: AdapterBank, engine: Engine) -> None:
+    """More answers than rows, inputs longer and shorter than a piece, infixes, the plain base."""
+    draw = random.Random(0)
+    asked = [
+        Asked(bank, [draw.choice([None, *bank.list()])], prompt(draw, 40),
+              max_tokens=draw.randint(1, 12))
+        for _ in range(60)
+    ]  # fmt: skip
+    for part in (asked[:25], asked[25:]):
+        engine.submit([a.answer for a in part])
+        time.sleep(0.05)
+    for a in asked:
+        name = a.answer.voices[0].name
+        (expected,) = bank.generate_ids(
+            [a.answer.prompt], [None if name == "base" else name],
+            max_new_tokens=a.answer.sampling.max_tokens, do_sample=False, eos_token_id=None,
+        )  # fmt: skip
+        assert a.ids == expected
+        assert a.updates[-1].finish == "length"
+    assert engine.idle
+
+
+def test_several_adapters_answer_together_as_the_banks_ensemble(
+    bank: AdapterBank, engine: Engine
+) -> None:
+    names = ["a0", "a3", "a5"]
+    beside = [Asked(bank, ["a1"], [4, 5, 6], max_tokens=10) for _ in range(3)]
+    together = Asked(bank, [*names], [1, 2, 3, 4], max_tokens=10)
+    engine.submit([beside[0].answer, together.answer, *(a.answer for a in beside[1:])])
+    text = bank.base.tokenizer.decode([1, 2, 3, 4])
+    (expected,) = bank.ensemble(
+        [text], names, by="average", max_new_tokens=10, do_sample=False, eos_token_id=None
+    )
+    assert bank.base.tokenizer.decode(together.ids, skip_special_tokens=True) == expected
+
+
+def test_a_seed_gives_the_same_answer_whatever_runs_beside_it(
+    bank: AdapterBank, engine: Engine
+) -> None:
+    options = {"temperature": 1.0, "top_p": 0.9, "seed": 7, "max_tokens": 12}
+    first = Asked(bank, ["a2"], [5, 6, 7], **options)
+    engine.submit([first.answer])
+    alone = first.ids
+    crowd = [Asked(bank, [f"a{i % 6}"], [9, 8], temperature=1.0) for i in range(7)]
+    again = Asked(bank, ["a2"], [5, 6, 7], **options)
+    other = Asked(bank, ["a2"], [5, 6, 7], **{**options, "seed": 8})
+    engine.submit([*(a.answer for a in crowd), again.answer, other.answer])
+    assert again.ids == alone
+    assert other.ids != alone
+
+
+def test_logprobs_are_the_models_own(bank: AdapterBank, engine: Engine) -> None:
+    asked = Asked(bank, ["a1"], [5, 6, 7], logprobs=3, temperature=0.7, seed=1)
+    engine.submit([asked.answer])
+    ids = asked.ids
+    tokens = [token for update in asked.updates for token in update.tokens]
+    from ptkit.runtime.forward import all_logits
+
+    whole = torch.tensor([[5, 6, 7, *ids]])
+    logits = all_logits(bank.base.model, whole, torch.ones_like(whole), bank.rows(["a1"]))
+    logprobs = logits[0].log_softmax(-1)
+    for at, token in enumerate(tokens):
+        row = logprobs[2 + at]
+        assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-4)
+        assert [i for i, _ in token.top] == row.topk(3).indices.tolist()
+
+
+def test_penalties_are_taken_from_what_was_said() -> None:
+    logits = torch.tensor([0.0, 2.0, 1.9])
+    sampling = Sampling(9, frequency_penalty=0.08, presence_penalty=0.05)
+    sampler = Sampler(sampling, torch.device("cpu"))
+    # 2.0 | 1.87 < 1.9 | 1.87 > 1.77 | 1.79 > 1.77
+    assert [sampler.choose(logits).id for _ in range(4)] == [1, 2, 1, 1]
+
+
+def test_a_long_input_does_not_hold_short_answers_back(bank: AdapterBank) -> None:
+    """While an input of many pieces is read, a short request joins, is written and leaves."""
+    engine = Engine(bank, max_rows=4, piece=2)
+    try:
+        long = Asked(bank, ["a0"], [3] * 100, max_tokens=1)
+        engine.submit([long.answer])
+        short = Asked(bank, ["a1"], [5, 6], max_tokens=5)
+        engine.submit([short.answer])
+        assert short.ids
+        assert short.times[-1] < (long.ids and long.times[0])
+    finally:
+        engine.close()
+
+
+def test_one_adapters_crowd_does_not_keep_anothers_out(bank: AdapterBank) -> None:
+    engine = Engine(bank, max_rows=2, max_waiting=64)
+    try:
+        crowd = [Asked(bank, ["a0"], [5, 6], max_tokens=20) for _ in range(20)]
+        engine.submit([a.answer for a in crowd])
+        lone = Asked(bank, ["a1"], [5, 6], max_tokens=20)
+        engine.submit([lone.answer])
+        assert lone.ids
+        assert sum(a.ended.is_set() for a in crowd) <= 6
+        assert all(a.ids for a in crowd)
+    finally:
+        engine.close()
+
+
+def test_who_asks_too_much_is_told_at_once(bank: AdapterBank) -> None:
+    engine = Engine(bank, max_rows=2, max_waiting=3)
+    try:
+        with pytest.raises(UserError, match=r"needs 134 positions \(adapter 6, prompt 100"):
+            engine.submit([Asked(bank, ["a5"], [1] * 100, max_tokens=28).answer])
+        with pytest.raises(UserError, match="at most 2 can"):
+            engine.submit([Asked(bank, ["a0", "a1", "a2"], [1]).answer])
+        with pytest.raises(QueueFullError, match="of at most 3"):
+            engine.submit([Asked(bank, ["a0"], [1]).answer for _ in range(4)])
+        assert engine.idle, "all or none"
+    finally:
+        engine.close()
+
+
+def test_cancelled_and_late_answers_free_their_rows(bank: AdapterBank) -> None:
+    engine = Engine(bank, max_rows=2, piece=4)
+    try:
+        cancelled = [Asked(bank, ["a0"], [3] * n, max_tokens=60) for n in (2, 60, 3)]
+        engine.submit([a.answer for a in cancelled])
+        late = Asked(bank, ["a1"], [4], max_tokens=60, deadline=time.monotonic())
+        time.sleep(0.02)
+        engine.submit([late.answer])
+        assert isinstance(late.error, TimedOutError)
+        engine.cancel([a.answer for a in cancelled])
+        after = Asked(bank, ["a2"], [4, 5])
+        engine.submit([after.answer])
+        (expected,) = bank.generate_ids(
+            [[4, 5]], ["a2"], max_new_tokens=8, do_sample=False, eos_token_id=None
+        )
+        assert after.ids == expected
+        assert engine.idle
+        assert not any(a.ended.is_set() for a in cancelled)
+    finally:
+        engine.close()
+
+
+def test_an_adapter_that_makes_no_sense_fails_alone(bank: AdapterBank, engine: Engine) -> None:
+    bank.add("bad", random_prefix(bank.base, 4, 3).map(lambda t: t * float("nan")))
+    bad = [Asked(bank, ["bad"], [5, 6]), Asked(bank, ["bad"], [5], temperature=1.0)]
+    good = [Asked(bank, [f"a{i}"], [5, 6]) for i in range(4)]
+    engine.submit([good[0].answer, bad[0].answer, *(a.answer for a in good[1:]), bad[1].answer])
+    assert all(isinstance(a.error, NotFiniteError) for a in bad)
+    for number, a in enumerate(good):
+        (expected,) = bank.generate_ids(
+            [[5, 6]], [f"a{number}"], max_new_tokens=8, do_sample=False, eos_token_id=None
+        )
+        assert a.ids == expected
+
+
+def test_a_prefix_swapped_under_way_changes_the_next_answer_only(
+    bank: AdapterBank, engine: Engine
+) -> None:
+    before = Asked(bank, ["a3"], [7, 8, 9], max_tokens=60)
+    (expected,) = bank.generate_ids(
+        [[7, 8, 9]], ["a3"], max_new_tokens=60, do_sample=False, eos_token_id=None
+    )
+    engine.submit([before.answer])
+    bank.add("a3", random_prefix(bank.base, 5, 99))
+    after = Asked(bank, ["a3"], [7, 8, 9], max_tokens=60)
+    engine.submit([after.answer])
+    assert before.ids == expected
+    assert after.ids != expected
+
+
+def test_lora_rows_beside_prefixes_and_no_change_while_in_use(tmp_path: Path) -> None:
+    base = random_base("llama")
+    bank = AdapterBank(base)
+    save_lora("llama", tmp_path / "lora", seed=1)
+    bank.load(tmp_path / "lora", "lora")
+    bank.add("prefix", random_prefix(base, 3, 1))
+    engine = Engine(bank, max_rows=4)
+    try:
+        asked = [Asked(bank, [name], [7, 8, 9], max_tokens=40) for name in ("lora", "prefix", None)]
+        engine.submit([a.answer for a in asked])
+        with pytest.raises(InUseError, match="in use"), engine.changing("lora"):
+            pass
+        for a, name in zip(asked, ("lora", "prefix", None), strict=True):
+            ids = a.ids
+            (expected,) = bank.generate_ids(
+                [[7, 8, 9]], [name], max_new_tokens=40, do_sample=False, eos_token_id=None
+            )
+            assert ids == expected
+        assert asked[0].ids != asked[2].ids
+        with engine.changing("lora"):
+            with pytest.raises(InUseError, match="being changed"):
+                engine.submit([Asked(bank, ["lora"], [1]).answer])
+            bank.unload("lora")
+    finally:
+        engine.close()
+
+
+def test_draining_finishes_what_is_there(bank: AdapterBank, engine: Engine) -> None:
+    asked = [Asked(bank, [f"a{i % 6}"], [5, 6], max_tokens=30) for i in range(20)]
+    engine.submit([a.answer for a in asked])
+    engine.drain()
+    with pytest.raises(DrainingError):
+        engine.submit([Asked(bank, ["a0"], [1]).answer])
+    assert all(len(a.ids) == 30 for a in asked)
+
+
+def test_closing_tells_everybody(bank: AdapterBank) -> None:
+    engine = Engine(bank, max_rows=1)
+    asked = [Asked(bank, ["a0"], [5, 6], max_tokens=100) for _ in range(3)]
+    engine.submit([a.answer for a in asked])
+    engine.close()
+    assert all(isinstance(a.error, DrainingError) for a in asked)
+    assert not engine.alive
+
+
+def test_a_failing_step_ends_its_answers_and_not_the_loop(
+    bank: AdapterBank, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bank.base.model
+    forward = model.forward
+
+    def broken(*args: object, **kw: object) -> object:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "forward", broken)
+    asked = Asked(bank, ["a0"], [5, 6])
+    engine.submit([asked.answer])
+    assert "out of memory" in str(asked.error)
+    monkeypatch.setattr(model, "forward", forward)
+    again = Asked(bank, ["a0"], [5, 6])
+    engine.submit([again.answer])
+    assert len(again.ids) == 8
+
+
+# Text
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> object:
+    return load_base(ModelSection(id=TINY_EN, device="cpu")).tokenizer
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    text=st.text(st.sampled_from("ab é😀世\n .{}x"), max_size=30),
+    stop=st.lists(st.text(st.sampled_from("ab é😀世 ."), min_size=1, max_size=4), max_size=3),
+)
+def test_pieces_join_to_the_text_before_the_first_stop(
+    tokenizer: object, text: str, stop: list[str]
+) -> None:
+    stream = TextStream(tokenizer, stop)
+    ids = tokenizer(text)["input_ids"]
+    written, stopped = "", False
+    for token in ids:
+        piece = stream.push(token)
+        written += piece.text
+        assert not any(s in written for s in stop), "a stop text was let out"
+        if piece.stopped:
+            stopped = True
+            break
+    if not stopped:
+        written += stream.finish()
+    found = [at for s in stop if (at := text.find(s)) >= 0]
+    # With several stops, the first that is whole ends the answer, as with any streaming server.
+    if not found:
+        assert written == text
+    elif len(stop) == 1:
+        assert (written, stopped) == (text[: found[0]], True)
+    else:
+        assert stopped
+        assert text.startswith(written)
+
+
+@given(ids=st.lists(st.integers(2, 8191), max_size=25))
+@settings(max_examples=100, deadline=None)
+def test_pieces_of_any_tokens_join_to_what_the_tokenizer_writes(
+    tokenizer: object, ids: list[int]
+) -> None:
+    stream = TextStream(tokenizer)
+    written = "".join(stream.push(token).text for token in ids) + stream.finish()
+    assert written == tokenizer.decode(ids, skip_special_tokens=True)
