@@ -23,7 +23,9 @@ def free_port() -> int:
 class Serving:
     """`ptkit serve` with `options`, until the context ends."""
 
-    def __init__(self, folder: Path | None, log: Path, *options: str) -> None:
+    def __init__(
+        self, folder: Path | None, log: Path, *options: str, env: dict[str, str] | None = None
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
@@ -32,7 +34,8 @@ class Serving:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "ptkit", "serve", "--port", str(self.port), *adapters,
                  *options],
-                stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=output, stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
             )  # fmt: skip
 
     def __enter__(self) -> Self:

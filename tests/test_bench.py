@@ -12,6 +12,7 @@ from ptkit.bench import (
     growth,
     infix,
     mixed,
+    serve,
     soak,
     startup,
     swap,
@@ -121,6 +122,18 @@ def test_other_losses_than_the_peers_are_not_reported(monkeypatch) -> None:
         self.clock.losses.append(9.0) if "loss" in logs else None))  # fmt: skip
     with pytest.raises(ParityError, match="by PEFT"):
         train.bench_train("tiny-en", ["prefix"], steps=3, batch_size=2, rounds=1)
+
+
+def test_a_loaded_server_beside_peft_behind_fastapi() -> None:
+    result = serve.bench_serve(
+        "tiny-en", adapters=3, clients=6, seconds=4, new_tokens=6, virtual_tokens=3, rounds=2,
+        against=["peft"],
+    )  # fmt: skip
+    found = {figure.what: figure.value for figure in result.figures}
+    assert found["answers that failed or differ"] == 0
+    assert found["over PEFT + set_adapter behind FastAPI"] > 0.3  # few clients, short answers
+    assert 0 < found["first token, median"] <= found["latency, 95th percentile"]
+    assert "(0 of the peers' differ)" in result.parity
 
 
 def test_unknown_method_of_a_training_bench() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, List, Value
 from hub_server import HubServer
+from serving import Serving
 from test_cli import QUICK
 
 from ptkit.data.sources import BUILTIN
@@ -130,6 +131,27 @@ def test_model_and_adapter_by_hub_id_and_offline_afterwards(client: Client, serv
     revision = output(client("generate", FACTS, "-a", "team/facts@v1.0", *SHORT))
     assert revision == output(client("generate", FACTS, "-a", SHIPPED / "facts-prompt", *SHORT))
     assert revision != local
+
+
+def test_a_server_loads_an_adapter_from_the_hub_where_that_is_allowed(
+    server: HubServer, tmp_path: Path
+) -> None:
+    env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    options = ["--model", "team/tiny", "--allow-hub", "--budget", "1MB"]
+    with Serving(SHIPPED, tmp_path / "log", *options, env=env) as serving:
+        for hub, like in (("team/facts", "facts-prefix"), ("team/facts@v1.0", "facts-prompt")):
+            assert serving.post("/v1/load_adapter", {"name": "new", "hub": hub}).status_code == 200
+            assert serving.completion("new", FACTS) == serving.completion(like, FACTS)
+            assert serving.post("/v1/unload_adapter", {"name": "new"}).status_code == 200
+        for hub, message in (
+            ("team/secret", "team/secret"),
+            ("team/none", "team/none"),
+            ("../etc", "not a repository"),
+        ):
+            refused = serving.post("/v1/load_adapter", {"name": "new", "hub": hub})
+            assert refused.status_code == 400
+            assert message in refused.json()["error"]["message"]
+        assert serving.post("/v1/completions", {"model": "new", "prompt": "x"}).status_code == 404
 
 
 def test_trains_and_compares_on_a_hub_model_and_hub_data(client: Client) -> None:

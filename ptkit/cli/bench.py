@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from ptkit.cli.options import JsonOutput
+from ptkit.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from ptkit.bench.result import BenchResult, Figure
@@ -244,6 +245,33 @@ def soak(
     _show(bench_soak(model, minutes=minutes, threads=threads), json_output)
 
 
+@app.command()
+def serve(
+    model: BenchModel = "tiny-en",
+    adapters: Annotated[int, typer.Option(min=1, help="Adapters asked for.")] = 32,
+    clients: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 64,
+    seconds: Annotated[float, typer.Option(min=1, help="Of load, in all rounds together.")] = 180.0,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 24,
+    rounds: Rounds = 6,
+    against: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="peft, transformers; repeatable; default: both."),
+    ] = None,
+    json_output: JsonOutput = False,
+) -> None:
+    """A server under load, beside PEFT behind FastAPI and `transformers serve`."""
+    from ptkit.bench.serve import PEERS, bench_serve
+
+    unknown = sorted({*(against or ())} - {*PEERS})
+    if unknown:
+        raise UserError(f"--against {unknown[0]}: {did_you_mean(unknown[0], PEERS)}")
+    result = bench_serve(
+        model, adapters=adapters, clients=clients, seconds=seconds, new_tokens=new_tokens,
+        rounds=rounds, against=against or PEERS,
+    )  # fmt: skip
+    _show(result, json_output)
+
+
 @app.command("all")
 def every(model: BenchModel = "gpt2-small", json_output: JsonOutput = False) -> None:
     """Every benchmark but the soak, with its defaults, one after the other (about an hour)."""
@@ -251,6 +279,7 @@ def every(model: BenchModel = "gpt2-small", json_output: JsonOutput = False) -> 
     from ptkit.bench.growth import bench_memory
     from ptkit.bench.infix import bench_infix
     from ptkit.bench.mixed import bench_mixed
+    from ptkit.bench.serve import bench_serve
     from ptkit.bench.startup import bench_startup
     from ptkit.bench.swap import bench_swap
     from ptkit.bench.together import bench_together
@@ -266,6 +295,7 @@ def every(model: BenchModel = "gpt2-small", json_output: JsonOutput = False) -> 
         lambda: bench_swap(model),
         lambda: bench_traffic(model),
         lambda: bench_memory(model),
+        bench_serve,
         bench_startup,
     )
     missed = [_printed(run(), json_output) for run in benches]

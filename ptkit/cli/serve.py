@@ -94,38 +94,31 @@ def serve(
 
     from pydantic import ValidationError
 
-    from ptkit.bank import AdapterBank
     from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
-    from ptkit.serve.answers import Limits
-    from ptkit.serve.app import create_app
-    from ptkit.serve.engine import Engine
-    from ptkit.serve.library import Library
-    from ptkit.serve.metrics import Metrics
+    from ptkit.serve.build import build_app
 
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    # Every request of the Hub's client is not what an operator wants to read.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
         section = ModelSection.model_validate({"id": model, "dtype": dtype, "device": device})
     except ValidationError as error:
         raise UserError(f"--{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
-    bank = AdapterBank(load_base(section), budget=budget)
-    metrics = Metrics(bank)
-    engine = Engine(bank, max_rows=max_batch, max_waiting=max_queue, observer=metrics)
-    metrics.watch(engine)
-    name = model_name or (Path(model).name if Path(model).is_dir() else model)
-    library = Library(
-        engine, adapters, base_name=name, allow_hub=allow_hub, allow_changes=not read_only
-    )
-    for fault in library.register_all():
-        typer.secho(f"left out: {fault}", fg=typer.colors.YELLOW, err=True)
-    limits = Limits(max_tokens=max_tokens, timeout=timeout)
-    app = create_app(library, metrics, limits, keys=keys, loopback_only=local)
+    app = build_app(
+        load_base(section), adapters, model_name=model_name, budget=budget, max_batch=max_batch,
+        max_queue=max_queue, max_tokens=max_tokens, timeout=timeout, keys=keys,
+        allow_hub=allow_hub, read_only=read_only, loopback_only=local,
+    )  # fmt: skip
+    library = app.state.library
     typer.secho(
-        f"{name} with {len(library.names())} adapters on http://{host}:{port} "
+        f"{library.base_name} with {len(library.names())} adapters on http://{host}:{port} "
         "(playground at /, OpenAI's API at /v1)",
         err=True,
     )
     try:
-        run_server(app, engine, host, port, drain_seconds=drain_seconds, log_level=log_level)
+        run_server(
+            app, library.engine, host, port, drain_seconds=drain_seconds, log_level=log_level
+        )
     finally:
-        engine.close()
+        library.engine.close()

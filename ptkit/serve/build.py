@@ -1,0 +1,60 @@
+"""The whole server from a model and a folder, for the command line and for other frameworks."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from fastapi import FastAPI
+
+from ptkit.bank import AdapterBank
+from ptkit.recipe.schema import ModelSection
+from ptkit.runtime.base_model import TINY_EN, Base, load_base
+from ptkit.serve.answers import Limits
+from ptkit.serve.app import create_app
+from ptkit.serve.engine import Engine
+from ptkit.serve.library import Library
+from ptkit.serve.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+def build_app(
+    model: str | Base = TINY_EN,
+    adapters: Path | None = None,
+    *,
+    model_name: str | None = None,
+    budget: int | None = None,
+    max_batch: int = 32,
+    max_queue: int = 256,
+    max_tokens: int = 1024,
+    timeout: float = 600.0,
+    keys: tuple[str, ...] = (),
+    allow_hub: bool = False,
+    read_only: bool = False,
+    loopback_only: bool = False,
+) -> FastAPI:
+    """An ASGI application that serves `model` and every adapter directly below `adapters`.
+
+    model_name: what requests call the base; default: its id, of a folder its name
+    budget: bytes for prefixes on the device; None: no limit
+    max_batch, max_queue: answers written at the same time, and waiting
+    max_tokens, timeout: of one answer, in tokens and seconds
+    keys, loopback_only: see `create_app`; allow_hub, read_only: see `Library`
+
+    Adapters that cannot be served are left out with a warning. The engine, which runs from now
+    on, is `app.state.library.engine`; it ends with the application.
+    """
+    base = model if isinstance(model, Base) else load_base(ModelSection(id=model, device="auto"))
+    bank = AdapterBank(base, budget=budget)
+    metrics = Metrics(bank)
+    engine = Engine(bank, max_rows=max_batch, max_waiting=max_queue, observer=metrics)
+    metrics.watch(engine)
+    name = model_name or (Path(base.id).name if Path(base.id).is_dir() else base.id)
+    library = Library(
+        engine, adapters, base_name=name, allow_hub=allow_hub, allow_changes=not read_only
+    )
+    for fault in library.register_all():
+        logger.warning("left out: %s", fault)
+    limits = Limits(max_tokens=max_tokens, timeout=timeout)
+    return create_app(library, metrics, limits, keys=keys, loopback_only=loopback_only)
