@@ -19,6 +19,7 @@ from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
 from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate
+from ptkit.runtime.fused import fused_activations
 from ptkit.training.memory import PeakMemory
 from ptkit.training.objective import Objective
 
@@ -26,7 +27,7 @@ Axis = Literal["virtual", "input", "rows"]
 #: What grows, and the values it takes; the others stay at their first-named default.
 AXES: dict[Axis, tuple[int, ...]] = {
     "virtual": (1, 8, 32, 128, 512),
-    "input": (32, 128, 256, 512),
+    "input": (32, 128, 512, 1024),
     "rows": (1, 4, 16, 64),
 }
 DEFAULTS: dict[Axis, int] = {"virtual": 20, "input": 64, "rows": 8}
@@ -97,7 +98,7 @@ def _measured(base: Base, method: str, axis: Axis, at: dict[Axis, int], rounds: 
     tokens = at["rows"] * TARGET_TOKENS
 
     def ours() -> float:
-        with prefix_attention(base.model):
+        with prefix_attention(base.model), fused_activations(base.model):
             loss = objective([0], [len(rows)], **tensors).sum() / tokens
             loss.backward()
         return _cleared(loss, adapter.trainable().values())

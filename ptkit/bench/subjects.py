@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from ptkit.bank import AdapterBank
 from ptkit.errors import PtkitError
@@ -19,19 +19,38 @@ from ptkit.runtime.base_model import TINY_EN, Base, frozen_base, load_base, reso
 
 #: Name of the random base; its shape is the one PEFT's and S-LoRA's papers and issues talk about.
 GPT2_SMALL = "gpt2-small"
+#: Name of a random base most of whose parameters are its vocabulary, as small models' today are.
+LARGE_VOCABULARY = "large-vocabulary"
 
 
 def bench_base(model: str) -> Base:
-    """The base `gpt2-small` (random weights, nothing to download), `tiny-en`, or any other id."""
-    if model != GPT2_SMALL:
+    """The base `gpt2-small` or `large-vocabulary` (random weights, nothing to download),
+    `tiny-en`, or any other id."""
+    if model not in _RANDOM:
         return load_base(ModelSection(id=model, device="auto"))
     torch.manual_seed(0)
-    config = GPT2Config(eos_token_id=None, bos_token_id=None)
-    random_weights: Any = GPT2LMHeadModel(config)
+    random_weights = _RANDOM[model]()
     random_weights.to(resolve_device("auto"))
     # Its ids are a part of the model's vocabulary; no text is read.
     tokenizer = load_base(ModelSection(id=TINY_EN, device="cpu")).tokenizer
-    return frozen_base(random_weights, tokenizer, GPT2_SMALL)
+    return frozen_base(random_weights, tokenizer, model)
+
+
+def _gpt2_small() -> Any:
+    # Its 1,024 positions are doubled, so that inputs can be lengthened to 1,024.
+    return GPT2LMHeadModel(GPT2Config(n_positions=2048, eos_token_id=None, bos_token_id=None))
+
+
+def _large_vocabulary() -> Any:
+    config = Qwen3Config(
+        vocab_size=151_936, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True,
+        max_position_embeddings=2048, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config)
+
+
+_RANDOM = {GPT2_SMALL: _gpt2_small, LARGE_VOCABULARY: _large_vocabulary}
 
 
 def random_prompts(base: Base, rows: int, tokens: int, seed: int = 0) -> list[list[int]]:

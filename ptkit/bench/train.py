@@ -17,26 +17,32 @@ import torch
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.utils.data import SequentialSampler
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ptkit.bench.result import BenchResult, Figure
-from ptkit.bench.subjects import GPT2_SMALL, ParityError, bench_base
-from ptkit.bench.timing import Timing, ratio
+from ptkit.bench.subjects import GPT2_SMALL, LARGE_VOCABULARY, ParityError, bench_base
+from ptkit.bench.timing import Timing, ratio, timed
 from ptkit.data import load_task
 from ptkit.data.encode import EncodedExample, encode_examples, length_grouped_batches
 from ptkit.errors import UserError, did_you_mean
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, create_adapter
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import TrainSection
+from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate
+from ptkit.runtime.fused import fused_activations
 from ptkit.training.loop import fit
 from ptkit.training.memory import PeakMemory
+from ptkit.training.objective import Objective
 from ptkit.training.trainee import Job
 
 #: How far the losses of a step may be apart, relative: both sides take the same steps.
 TOLERANCE = 5e-3
+#: Rows and columns of the matrices whose product tells the machine's peak.
+PEAK_SIZE = 2048
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,19 @@ class Contest:
     settings: dict[str, Any]
     at_least: float
     learning_rate: float
+
+    def aim(self, model: str, supervised: float) -> tuple[float | None, float | None]:
+        """At least so many times faster, at most this share of the memory, than PEFT + Trainer.
+
+        supervised: positions with a label per row. The aims are for two shapes; a LoRA's or full
+        fine-tuning's memory is that of its gradients.
+        """
+        prompt_method = self.settings["kind"] not in ("lora", "full")
+        if model == GPT2_SMALL:
+            return self.at_least, 0.6 if prompt_method else None
+        if model == LARGE_VOCABULARY and self.settings["kind"] == "prefix_tuning":
+            return 3.0 if supervised < 2 else 2.0, 0.5
+        return None, None
 
 
 _MLP = {"encoder_hidden_size": 512}
@@ -110,7 +129,9 @@ def bench_train(
             ours.append(_with_ptkit(base, contest, rows, settings, turn))
             theirs.append(_with_trainer(base, contest, rows, settings, turn))
             worst = max(worst, _difference(name, ours[-1], theirs[-1]))
-        figures += _figures(name, contest, ours, theirs, aimed=model == GPT2_SMALL)
+        supervised = statistics.mean(len(row.target_ids) for row in rows)
+        figures += _figures(name, ours, theirs, contest.aim(model, supervised))
+        figures.append(_share_of_peak(name, base, contest, rows[:batch_size], ours, autocast))
     return BenchResult(
         "train",
         {
@@ -260,8 +281,47 @@ def _difference(name: str, ours: Trained, theirs: Trained) -> float:
     return worst
 
 
+def _share_of_peak(
+    name: str,
+    base: Base,
+    contest: Contest,
+    rows: list[EncodedExample],
+    ours: Sequence[Trained],
+    autocast: str,
+) -> Figure:
+    """Operations of a step's matrix products per second, as a share of what one product of two
+    large matrices reaches here, in this run. Nothing else counts as useful."""
+    adapter = _started(base, contest, 0)
+    device = base.model.device.type
+    precision = torch.bfloat16 if autocast == "bf16" else torch.float16
+    try:
+        objective = Objective([adapter])
+        tensors = collate(rows, base)
+        with (
+            prefix_attention(base.model),
+            fused_activations(base.model),
+            torch.autocast(device, precision, enabled=autocast != "no"),
+            FlopCounterMode(display=False) as counter,
+        ):
+            objective([0], [len(rows)], **tensors).sum().backward()
+    finally:
+        adapter.close()
+    dtype = torch.float32 if autocast == "no" else precision
+    one, other = (torch.randn(PEAK_SIZE, PEAK_SIZE, device=device).to(dtype) for _ in range(2))
+    seconds = min(timed(lambda: one @ other) for _ in range(5))
+    peak = 2 * PEAK_SIZE**3 / seconds
+    step = statistics.median(run.seconds for run in ours)
+    share = counter.get_total_flops() / step / peak
+    what = f"{name}: share of this machine's matmul peak ({peak / 1e9:,.0f} GFLOP/s)"
+    aim = 70.0 if name == "prefix" and base.id == GPT2_SMALL else None
+    return Figure(what, share * 100, "%", at_least=aim)
+
+
 def _figures(
-    name: str, contest: Contest, ours: Sequence[Trained], theirs: Sequence[Trained], *, aimed: bool
+    name: str,
+    ours: Sequence[Trained],
+    theirs: Sequence[Trained],
+    aims: tuple[float | None, float | None],
 ) -> list[Figure]:
     def timing(runs: Sequence[Trained]) -> Timing:
         return Timing(tuple(run.seconds for run in runs))
@@ -269,9 +329,7 @@ def _figures(
     faster = ratio(timing(theirs), timing(ours))
     memory = statistics.median(run.memory for run in ours)
     their_memory = statistics.median(run.memory for run in theirs)
-    # The aims are for this shape; a LoRA's or full fine-tuning's memory is that of its gradients.
-    aim = 0.6 if aimed and name not in ("lora", "full") else None
-    target = contest.at_least if aimed else None
+    target, aim = aims
     return [
         Figure(f"{name}: a step, ptkit", timing(ours).median, "s"),
         Figure(f"{name}: a step, PEFT + Trainer", timing(theirs).median, "s"),

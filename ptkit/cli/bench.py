@@ -23,7 +23,9 @@ app = typer.Typer(
 BenchModel = Annotated[
     str,
     typer.Option(
-        "--model", help="`gpt2-small` (its shape, random weights), `tiny-en`, a hub id or folder."
+        "--model",
+        help="`gpt2-small`, `large-vocabulary` (shapes, random weights), `tiny-en`, a hub id or "
+        "folder.",
     ),
 ]
 VirtualTokens = Annotated[int, typer.Option(min=1, help="Virtual tokens of every adapter.")]

@@ -15,7 +15,7 @@ from ptkit.runtime.attention import prefix_attention, prefix_removed
 
 
 @contextmanager
-def _reading(model: PreTrainedModel) -> Iterator[None]:
+def reading(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode while the prompt is read.
 
     Dropout would make a compiled prefix random, and gradient checkpointing (active in training
@@ -46,7 +46,7 @@ def compile_embeddings(model: PreTrainedModel, embeddings: Tensor) -> KVPrefix:
     """
     cache = DynamicCache()
     backbone = model.base_model
-    with _reading(model):
+    with reading(model):
         backbone(
             inputs_embeds=embeddings[None].to(model.dtype), past_key_values=cache, use_cache=True
         )
@@ -62,7 +62,7 @@ def compile_tokens(model: PreTrainedModel, input_ids: Tensor) -> KVPrefix:
         return _read_by_all(model, input_ids)
     with torch.no_grad():
         cache = DynamicCache()
-        with _reading(model):
+        with reading(model):
             model.base_model(
                 input_ids=input_ids[None].to(model.device), past_key_values=cache, use_cache=True
             )
@@ -74,7 +74,7 @@ def _read_by_all(model: PreTrainedModel, input_ids: Tensor) -> KVPrefix:
     """What every attention of an encoder-decoder makes of the tokens: the encoder reads them, and
     the decoder writes them, looking at what the encoder read."""
     ids = input_ids[None].to(model.device)
-    with _reading(model), prefix_attention(model) as injection:
+    with reading(model), prefix_attention(model) as injection:
         injection.read = {}
         try:
             model.base_model(input_ids=ids, decoder_input_ids=ids, use_cache=False)

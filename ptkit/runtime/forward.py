@@ -15,6 +15,7 @@ from ptkit.data.encode import EncodedExample
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.attention import prefix_attention, prefix_removed, prefixed_positions
 from ptkit.runtime.base_model import Base
+from ptkit.runtime.fused import has_plain_head, head_losses
 from ptkit.runtime.infix import placed_before_last
 
 #: Label of positions that are not supervised (transformers' and PyTorch's convention).
@@ -84,8 +85,7 @@ def supervised_logits(
     if model.config.is_encoder_decoder:
         return _written_logits(model, input_ids, attention_mask, labels, batch)
     targets = labels[:, 1:]
-    positions = nn.functional.pad(targets != IGNORED, (0, 1), value=False)
-    last = positions.long().argmax(-1)  # it predicts the first supervised token
+    positions, last = _predicting(labels)
     with _placed(model, batch, attention_mask, last) as extra, head_on(model, positions):
         logits = model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra
@@ -116,6 +116,49 @@ def _written_logits(
 def supervised_counts(model: PreTrainedModel, labels: Tensor) -> Tensor:
     """Supervised tokens of each row, `[rows]`, as `supervised_logits` returns them in turn."""
     return ((labels if model.config.is_encoder_decoder else labels[:, 1:]) != IGNORED).sum(-1)
+
+
+def supervised_losses(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    batch: PrefixBatch | None,
+) -> Tensor:
+    """Cross-entropy in nats of each supervised token, `[n]`, in float32; parameters as for
+    `supervised_logits`, whose logits are not kept."""
+    if model.config.is_encoder_decoder or not has_plain_head(model):
+        logits, targets = supervised_logits(model, input_ids, attention_mask, labels, batch)
+        return token_losses(logits, targets)
+    head: Any = model.get_output_embeddings()
+    positions, last = _predicting(labels)
+    with _placed(model, batch, attention_mask, last) as extra, _head_input(model) as seen:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
+    return head_losses(head, seen[0][positions], labels[:, 1:][labels[:, 1:] != IGNORED])
+
+
+@contextmanager
+def _head_input(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collect what the LM head is given, `[rows, tokens, hidden]`; it computes one position."""
+    seen: list[Tensor] = []
+
+    def take(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *rest = args
+        seen.append(hidden)
+        return (hidden[:1, :1].detach(), *rest)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(take)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def _predicting(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions that predict a labelled token, `[rows, tokens]` bool, and the index of the
+    last token of each row's input, `[rows]`: it predicts the first."""
+    positions = nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)
+    return positions, positions.long().argmax(-1)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from ptkit.data.encode import EncodedExample
 from ptkit.errors import UserError
 from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.forward import collate
+from ptkit.runtime.fused import fused_activations
 from ptkit.training.checkpoint import Progress
 from ptkit.training.context_cache import ContextCache
 from ptkit.training.memory import PeakMemory
@@ -114,7 +115,7 @@ class _Loop:
         prompts = any(t.adapter.virtual_tokens for t in self.trainees)
         attention: Any = prefix_attention(self.model) if prompts else nullcontext()
         try:
-            with attention:
+            with attention, fused_activations(self.model):
                 while active := [i for i, t in enumerate(self.trainees) if not t.finished]:
                     self._step(active, memory)
         finally:

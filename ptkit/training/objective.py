@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ptkit.methods import Adapter
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.forward import supervised_counts, supervised_logits, token_losses
+from ptkit.runtime.forward import supervised_counts, supervised_losses
 from ptkit.runtime.infix import placed_behind
 
 
@@ -53,10 +53,7 @@ class Objective(nn.Module):
         if contexts is not None:
             assert batch is not None
             batch = placed_behind(adapters[0].model, batch, contexts)
-        logits, targets = supervised_logits(
-            adapters[0].model, input_ids, attention_mask, labels, batch
-        )
-        losses = token_losses(logits, targets)
+        losses = supervised_losses(adapters[0].model, input_ids, attention_mask, labels, batch)
         if len(active) == 1:
             return losses.sum()[None]
         # Supervised tokens come row by row, so each adapter's are together.

@@ -1,0 +1,109 @@
+"""Operations of training in one pass where models take several, to the same result.
+
+What is saved is memory traffic: the products of matrices stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import NewGELUActivation
+
+from ptkit.runtime.compile import reading
+
+#: Positions whose logits exist at the same time. Fewer would read the head's matrix too often.
+CHUNK = 128
+
+
+@contextmanager
+def fused_activations(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context the tanh form of GELU (Hendrycks & Gimpel 2016, section 2) is computed
+    in one operation, which keeps its input for the backward pass and nothing else.
+
+    transformers' `NewGELUActivation` (GPT-2, GPT-J, Phi) takes eight, and keeps five tensors as
+    wide as the layer. Results differ by rounding; outside of the context nothing is changed.
+    """
+    held = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if type(child) is NewGELUActivation
+    ]
+    fused = nn.GELU(approximate="tanh")
+    for module, name, _ in held:
+        module._modules[name] = fused
+    try:
+        yield
+    finally:
+        for module, name, child in held:
+            module._modules[name] = child
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether the model's logits are what a frozen linear output head gives, with nothing after.
+
+    Some families scale or cap logits; that is found out by comparing, once per model.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or any(p.requires_grad for p in head.parameters()):
+        return False
+    known = model.__dict__.get("ptkit_plain_head")
+    if known is None:
+        seen: list[Tensor] = []
+        hook = head.register_forward_hook(lambda _, __, output: seen.append(output))
+        word = int(model.config.get_text_config().vocab_size) // 2
+        ids = torch.full((1, 2), word, dtype=torch.long, device=model.device)
+        try:
+            with torch.no_grad(), reading(model):
+                logits = model(input_ids=ids, use_cache=False).logits
+        finally:
+            hook.remove()
+        known = len(seen) == 1 and torch.equal(seen[0], logits)
+        model.__dict__["ptkit_plain_head"] = known
+    return known
+
+
+def head_losses(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats of each position, `[n]` float32, under a frozen output head.
+
+    hidden: `[n, hidden]`; targets: token ids `[n]`. Only the logits of `CHUNK` positions exist
+    at a time: the gradient with respect to `hidden` is taken while they do.
+    """
+    weight, bias = head.weight, head.bias
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):  # once, not once per chunk
+        weight = weight.to(torch.get_autocast_dtype(kind))
+    return _HeadLoss.apply(hidden, weight, bias, targets)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            logits = nn.functional.linear(hidden[part], weight, bias).float()
+            logits.sub_(logits.amax(-1, keepdim=True))  # in place: it is nobody else's
+            target = logits.gather(1, targets[part, None])
+            total = logits.exp_().sum(-1, keepdim=True)
+            losses[part] = (total.log() - target)[:, 0]
+            if gradient is not None:
+                # d loss / d logits is the probabilities, less one at the target.
+                mean = (logits.to(weight.dtype) @ weight) / total
+                gradient[part] = mean - weight[targets[part]]
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        scaled = None if gradient is None else gradient * upstream[0][:, None].to(gradient.dtype)
+        return scaled, None, None, None
