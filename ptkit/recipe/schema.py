@@ -182,6 +182,22 @@ class ClassificationTask(Section):
 Task = Annotated[GenerationTask | ClassificationTask, Field(discriminator="kind")]
 
 
+class RetainSection(Section):
+    """Stay the base while learning: on general text the base's own distribution is a second target
+    (KL divergence, per token). Not for full fine-tuning, which has no base left beside it."""
+
+    text: str | None = None
+    """A UTF-8 text file (relative paths start at the recipe's folder), other than the text that
+    forgetting is measured on; null: texts that the frozen base writes itself."""
+    weight: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    """What a nat of divergence counts beside a nat of the task's loss; `auto` raises and lowers it
+    so that the divergence stays near `target`."""
+    target: Annotated[float, Field(gt=0)] = 0.05
+    """Divergence to stay near, in nats per token, with `weight: auto`."""
+    tokens: Annotated[int, Field(ge=64)] = 256
+    """Tokens of general text per step, in pieces of 64."""
+
+
 class TrainSection(Section):
     """How each cell is trained."""
 
@@ -210,6 +226,8 @@ class TrainSection(Section):
     context_cache_mb: Annotated[int, Field(ge=0)] = 2000
     """Memory for the inputs of an infix, which are read once and kept for all epochs; those that do
     not fit are read again. It changes the time only."""
+    retain: RetainSection | None = None
+    """Keep the base's behaviour on general text while learning; null: learn the task alone."""
     together: Annotated[int, Field(gt=0)] = 1
     """Seeds of a prompt method that `ptkit compare` trains in one batch, each with the result it
     has alone. Faster where a single batch is too small to fill the machine; a cell's time is then

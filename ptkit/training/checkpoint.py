@@ -23,12 +23,17 @@ _FOLDER = re.compile(r"checkpoint-(\d+)$")
 class Progress:
     """How far a run has come.
 
-    curve: one entry per validation, `{step, train_loss, validation_loss}` in nats per token.
+    curve: one entry per validation, `{step, train_loss, validation_loss}` in nats per token; with
+        `retain`, `divergence` and `retain_weight` of the step too.
+    best_loss: validation loss of the best checkpoint; best_score: what made it the best, the same
+        but with `retain`
+    retain_weight: of the next step; None before the first, and without `retain`
     """
 
     step: int = 0
     best_step: int = 0
     best_loss: float = float("inf")
+    best_score: float = float("inf")
     stale_validations: int = 0
     seconds: float = 0.0
     tokens: int = 0
@@ -36,6 +41,7 @@ class Progress:
     loss_since_validation: list[float] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
     schedule: dict[str, Any] = field(default_factory=dict)
+    retain_weight: float | None = None
 
 
 def save_checkpoint(

@@ -17,6 +17,7 @@ from ptkit.evaluation.retention import GeneralProbe, off_probe, probe_base
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.schema import Recipe
 from ptkit.runtime.base_model import Base, load_base
+from ptkit.training.retain import general_windows
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Experiment:
     rows: of the training split; the cells of a seed take `training(seed)` of them
     general: the base's own results on general text; None when retention is not measured
     probe: the base's logits on `probe_ids` `[1, tokens]`, before anything was attached to it
+    retain_windows: general text for `train.retain`, `[pieces, tokens]`
     """
 
     recipe: Recipe
@@ -44,6 +46,7 @@ class Experiment:
     general: GeneralProbe | None
     probe_ids: torch.Tensor
     probe: torch.Tensor
+    retain_windows: torch.Tensor | None = None
 
     def training(self, seed: int) -> TrainingRows:
         """The training rows of the cells with `seed`: all, or a random draw (`task.data.draw`)."""
@@ -99,4 +102,7 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
         general,
         probe_ids,
         off_probe(base.model, probe_ids),
+        None
+        if recipe.train.retain is None
+        else general_windows(recipe.train.retain, retention, base, loaded.folder),
     )

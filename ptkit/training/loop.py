@@ -88,6 +88,8 @@ def _require_shareable(jobs: Sequence[Job]) -> None:
 class _Loop:
     def __init__(self, jobs: Sequence[Job], accelerator: Accelerator) -> None:
         self.accelerator, self.settings = accelerator, jobs[0].settings
+        if self.settings.retain is not None and accelerator.num_processes > 1:
+            raise UserError("`train.retain` works in one process only")
         if len(jobs) > 1 and accelerator.num_processes > 1:
             raise UserError("adapters are trained together in one process only")
         self.base = jobs[0].adapter.base
@@ -176,10 +178,21 @@ class _Loop:
                 losses = losses * scale
                 accelerator.backward(losses.sum())
                 total += losses.detach() / accelerator.num_processes
+        self._retain(active)
         accelerator.unscale_gradients()
         values: Any = accelerator.reduce(total)
         read = [sum(len(row) for rows in own for row in rows) for own in batches]
         return values.tolist(), read
+
+    def _retain(self, active: list[int]) -> None:
+        """Add the gradients of the divergence from the base, where a trainee is to stay near it."""
+        for trainee in (self.trainees[i] for i in active):
+            if trainee.retainer is None:
+                continue
+            with self.accelerator.autocast():
+                divergence = trainee.retainer.divergence(trainee.progress.step)
+            self.accelerator.backward(trainee.retain_weight * divergence)
+            trainee.diverged(float(divergence.detach()))
 
     def _tensors(self, rows_of_each: list[list[EncodedExample]]) -> dict[str, Any]:
         """What the objective takes for these rows."""

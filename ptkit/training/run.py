@@ -255,6 +255,7 @@ def _fit(
                 cell.folder,
                 # One bar for all of them: they take their steps together.
                 observer.stepped if cell is cells[0] else None,
+                experiment.retain_windows,
             )
             for cell, adapter, own in zip(cells, adapters, training, strict=True)
         ]

@@ -17,6 +17,7 @@ from ptkit.errors import DataError, PtkitError
 from ptkit.methods import Adapter
 from ptkit.recipe.schema import TrainSection
 from ptkit.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ptkit.training.retain import Retainer
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Job:
 
     run: folder for checkpoints; if it holds some, training resumes there
     report: told after every step
+    general: pieces of general text for `train.retain`, `[pieces, tokens]`; None without it
     """
 
     adapter: Adapter
@@ -52,6 +54,7 @@ class Job:
     seed: int
     run: Path
     report: Report | None = None
+    general: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.train or not self.validation:
@@ -82,7 +85,12 @@ class Trainee:
             num_training_steps=self.settings.steps,
         )
         self.validation = sorted(job.validation, key=len)
+        self.retainer: Retainer | None = None
+        if self.settings.retain is not None:
+            assert job.general is not None
+            self.retainer = Retainer(job.adapter, self.settings.retain, job.general, job.seed)
         self.progress = Progress()
+        self.divergence = 0.0
         self.best = self._parameters_now()
         order = length_grouped_batches(
             [len(e) for e in job.train], self.settings.batch_size, job.seed
@@ -138,6 +146,20 @@ class Trainee:
         self.progress.loss_since_validation.append(loss)
 
     @property
+    def retain_weight(self) -> float:
+        """What the divergence from the base counts in this step; 0 without `retain`."""
+        if self.retainer is None:
+            return 0.0
+        kept = self.progress.retain_weight
+        return self.retainer.first_weight if kept is None else kept
+
+    def diverged(self, divergence: float) -> None:
+        """Note this step's divergence from the base, and weigh the next one's."""
+        assert self.retainer is not None
+        self.divergence = divergence
+        self.progress.retain_weight = self.retainer.next_weight(self.retain_weight, divergence)
+
+    @property
     def validation_due(self) -> bool:
         """Whether the step just taken is one to validate after."""
         step = self.progress.step
@@ -152,10 +174,14 @@ class Trainee:
             "train_loss": sum(since) / len(since),
             "validation_loss": loss,
         }
+        if self.retainer is not None:
+            entry |= {"divergence": self.divergence, "retain_weight": self.retain_weight}
         progress.curve.append(entry)
         progress.loss_since_validation = []
-        if loss < progress.best_loss:
-            progress.best_loss, progress.best_step = loss, progress.step
+        score = loss if self.retainer is None else self.retainer.score(loss, self.divergence)
+        if score < progress.best_score:
+            progress.best_score, progress.best_loss = score, loss
+            progress.best_step = progress.step
             progress.stale_validations = 0
             self.best = self._parameters_now()
         else:
