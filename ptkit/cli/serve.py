@@ -98,13 +98,13 @@ def serve(
     from ptkit.runtime.base_model import load_base
     from ptkit.serve.build import build_app
 
-    logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    # Every request of the Hub's client is not what an operator wants to read.
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
         section = ModelSection.model_validate({"id": model, "dtype": dtype, "device": device})
     except ValidationError as error:
         raise UserError(f"--{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
+    logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    # Every request of the Hub's client is not what an operator wants to read.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     app = build_app(
         load_base(section), adapters, model_name=model_name, budget=budget, max_batch=max_batch,
         max_queue=max_queue, max_tokens=max_tokens, timeout=timeout, keys=keys,
