@@ -30,7 +30,7 @@ from ptkit.serve.metrics import Metrics
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture  # for each test: its client ends the application, and the engine with it
 def document(tmp_path_factory: pytest.TempPathFactory) -> schemathesis.BaseSchema:
     folder = tmp_path_factory.mktemp("served") / "adapters"
     shutil.copytree(ROOT / "adapters", folder)
