@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import resource
 import shutil
 import socket
 import subprocess
@@ -382,8 +383,10 @@ def test_who_leaves_frees_the_row(server: Serving) -> None:
 def test_a_thousand_connections_and_slow_readers(server: Serving, bank: AdapterBank) -> None:
     expected = solo(bank, "facts-prefix", "The boat", 12)
     lines = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
     try:
-        for _ in range(950):
+        for _ in range(1000):
             lines.append(socket.create_connection(("127.0.0.1", server.port), timeout=20))
         body = json.dumps(
             {"model": TINY_EN, "prompt": "x", "max_tokens": 300, "stream": True, "ignore_eos": True}
@@ -399,6 +402,7 @@ def test_a_thousand_connections_and_slow_readers(server: Serving, bank: AdapterB
     finally:
         for line in lines:
             line.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert server.get("/health").json() == {"status": "ok"}
 
 
