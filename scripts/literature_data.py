@@ -36,6 +36,24 @@ def distinct(
     return rows
 
 
+def splits(
+    seed: int,
+    seen: Callable[[random.Random], Row],
+    unseen: Callable[[random.Random], Row],
+    held_out: int,
+) -> Splits:
+    """The three splits, no row twice; the last `held_out` rows of the test are `unseen`'s."""
+    pick, taken = random.Random(seed), set[str]()
+    return {
+        "train": distinct(pick, TRAIN, seen, taken),
+        "validation": distinct(pick, VALIDATION, seen, taken),
+        "test": [
+            *distinct(pick, TEST - held_out, seen, taken),
+            *distinct(pick, held_out, unseen, taken),
+        ],
+    }
+
+
 # ---------------------------------------------------------------- captions-en-de
 
 # English noun, German noun, its gender (m, f, n, or p for plural), number of a plural.
@@ -129,15 +147,7 @@ def sentence(text: str) -> str:
 
 def captions_en_de() -> Splits:
     """The three splits."""
-    pick, taken = random.Random(21), set[str]()
-    return {
-        "train": distinct(pick, TRAIN, lambda r: caption(r, False), taken),
-        "validation": distinct(pick, VALIDATION, lambda r: caption(r, False), taken),
-        "test": [
-            *distinct(pick, TEST * 2 // 3, lambda r: caption(r, False), taken),
-            *distinct(pick, TEST // 3, lambda r: caption(r, True), taken),
-        ],
-    }
+    return splits(21, lambda r: caption(r, False), lambda r: caption(r, True), TEST // 3)
 
 
 # ---------------------------------------------------------------- report-summary
@@ -247,19 +257,12 @@ def report(pick: random.Random, events: dict[str, tuple[tuple[str, ...], str, tu
 
 def report_summary() -> Splits:
     """The three splits."""
-    pick, taken = random.Random(22), set[str]()
-
-    def seen(r: random.Random) -> Row:
-        return report(r, EVENTS, "seen")
-
-    return {
-        "train": distinct(pick, TRAIN, seen, taken),
-        "validation": distinct(pick, VALIDATION, seen, taken),
-        "test": [
-            *distinct(pick, TEST * 2 // 3, seen, taken),
-            *distinct(pick, TEST // 3, lambda r: report(r, UNSEEN_EVENTS, "unseen-event"), taken),
-        ],
-    }
+    return splits(
+        22,
+        lambda r: report(r, EVENTS, "seen"),
+        lambda r: report(r, UNSEEN_EVENTS, "unseen-event"),
+        TEST // 3,
+    )
 
 
 # ---------------------------------------------------------------- persona-reply
@@ -323,15 +326,7 @@ def reply(pick: random.Random, new_words: bool) -> Row:
 
 def persona_reply() -> Splits:
     """The three splits."""
-    pick, taken = random.Random(23), set[str]()
-    return {
-        "train": distinct(pick, TRAIN, lambda r: reply(r, False), taken),
-        "validation": distinct(pick, VALIDATION, lambda r: reply(r, False), taken),
-        "test": [
-            *distinct(pick, TEST // 2, lambda r: reply(r, False), taken),
-            *distinct(pick, TEST // 2, lambda r: reply(r, True), taken),
-        ],
-    }
+    return splits(23, lambda r: reply(r, False), lambda r: reply(r, True), TEST // 2)
 
 
 # ---------------------------------------------------------------- passage-question
@@ -366,13 +361,8 @@ def question(pick: random.Random) -> Row:
 
 
 def passage_question() -> Splits:
-    """The three splits."""
-    pick, taken = random.Random(24), set[str]()
-    return {
-        "train": distinct(pick, TRAIN, question, taken),
-        "validation": distinct(pick, VALIDATION, question, taken),
-        "test": distinct(pick, TEST, question, taken),
-    }
+    """The three splits; nothing is held out but the rows themselves."""
+    return splits(24, question, question, 0)
 
 
 LITERATURE_SETS: dict[str, Callable[[], Splits]] = {

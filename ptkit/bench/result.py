@@ -38,6 +38,11 @@ class Figure:
         return above and (self.at_most is None or self.value <= self.at_most)
 
 
+def times(found: tuple[float, float, float]) -> tuple[float, Unit, float, float]:
+    """A ratio and its quartiles (see `ptkit.bench.timing.ratio`) as a figure takes them."""
+    return found[0], "x", found[1], found[2]
+
+
 @dataclass(frozen=True)
 class BenchResult:
     """A benchmark's figures.

@@ -23,8 +23,9 @@ import aiohttp
 import numpy as np
 
 from ptkit.bank import AdapterBank
-from ptkit.bench.result import BenchResult, Figure
+from ptkit.bench.result import BenchResult, Figure, times
 from ptkit.bench.subjects import ParityError, random_prefixes
+from ptkit.bench.timing import Timing, ratio
 from ptkit.data.sources import BUILTIN
 from ptkit.errors import UserError
 from ptkit.recipe.schema import ModelSection
@@ -141,10 +142,9 @@ def bench_serve(
 
 
 def _figures(found: dict[str, list[Load]], clients: int) -> list[Figure]:
-    def ratio(one: str, other: str) -> tuple[float, float, float]:
-        each = np.array([a.rate / b.rate for a, b in zip(found[one], found[other], strict=True)])
-        low, middle, high = np.quantile(each, [0.25, 0.5, 0.75])
-        return float(middle), float(low), float(high)
+    def faster(one: str, other: str) -> tuple[float, Any, float, float]:
+        per_token = {n: Timing(tuple(1 / load.rate for load in found[n])) for n in (one, other)}
+        return times(ratio(per_token[other], per_token[one]))
 
     def quantile(values: Sequence[float], share: float) -> float:
         return float(np.quantile(values, share)) * 1000
@@ -159,12 +159,12 @@ def _figures(found: dict[str, list[Load]], clients: int) -> list[Figure]:
         Figure("answers that failed or differ", 0.0, "", at_most=0.0),
         Figure("answers per second", answers / seconds),
         Figure("tokens per second", tokens / seconds),
-        Figure(f"{clients} clients / one", *_value_spread(ratio("mixed", "one")), at_least=5.0),
+        Figure(f"{clients} clients / one", *faster("mixed", "one"), at_least=5.0),
         Figure(
-            "mixed / the base alone", *_value_spread(ratio("mixed", "base")), at_least=0.9
+            "mixed / the base alone", *faster("mixed", "base"), at_least=0.9
         ),
         *(
-            Figure(what, *_value_spread(ratio(one, other)))
+            Figure(what, *faster(one, other))
             for what, one, other in (
                 ("over PEFT + set_adapter behind FastAPI", "mixed", "peft"),
                 ("base, over transformers serve", "base", "transformers"),
@@ -177,10 +177,6 @@ def _figures(found: dict[str, list[Load]], clients: int) -> list[Figure]:
         Figure("first token, median", quantile(firsts, 0.5), "ms"),
         Figure("first token, 95th percentile", quantile(firsts, 0.95), "ms"),
     ]  # fmt: skip
-
-
-def _value_spread(values: tuple[float, float, float]) -> tuple[float, Any, float, float]:
-    return values[0], "x", values[1], values[2]
 
 
 def _requests(

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ptkit.bench.result import BenchResult, Figure
+from ptkit.bench.result import BenchResult, Figure, times
 from ptkit.bench.subjects import GPT2_SMALL, LARGE_VOCABULARY, ParityError, bench_base
 from ptkit.bench.timing import Timing, ratio, timed
 from ptkit.data import load_task
@@ -333,7 +333,7 @@ def _figures(
     return [
         Figure(f"{name}: a step, ptkit", timing(ours).median, "s"),
         Figure(f"{name}: a step, PEFT + Trainer", timing(theirs).median, "s"),
-        Figure(f"{name}: PEFT + Trainer / ptkit", *_x(faster), at_least=target),
+        Figure(f"{name}: PEFT + Trainer / ptkit", *times(faster), at_least=target),
         Figure(f"{name}: peak memory, ptkit", memory, "bytes"),
         Figure(f"{name}: peak memory, PEFT + Trainer", their_memory, "bytes"),
         Figure(
@@ -341,7 +341,3 @@ def _figures(
             at_most=aim,
         ),
     ]  # fmt: skip
-
-
-def _x(found: tuple[float, float, float]) -> tuple[float, Any, float, float]:
-    return found[0], "x", found[1], found[2]

@@ -57,6 +57,15 @@ class Template:
         )
 
 
+def filled(pattern: str | None, text: str) -> str:
+    """`text` in the template `pattern`, if that has one column; else `text` as it is."""
+    if pattern is None:
+        return text
+    template = Template(pattern)
+    columns = set(template.columns)
+    return template.render({columns.pop(): text}) if len(columns) == 1 else text
+
+
 def _written(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "\n".join(

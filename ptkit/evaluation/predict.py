@@ -14,7 +14,7 @@ from ptkit.evaluation.metrics import Metric, Statistics, metric
 from ptkit.methods import Adapter
 from ptkit.prefix import KVPrefix, PrefixBatch
 from ptkit.recipe.schema import ClassificationTask, GenerationTask
-from ptkit.runtime.forward import collate, supervised_logits, token_losses
+from ptkit.runtime.forward import collate, supervised_losses
 from ptkit.runtime.generation import generate
 from ptkit.runtime.scoring import continuation_scores
 
@@ -157,10 +157,10 @@ def _target_nats(
     """Cross-entropy of every row's target after its input, in nats, and its tokens."""
     batch = collate(rows, adapter.base)
     adapter.model.eval()
-    logits, targets = supervised_logits(adapter.model, **batch, batch=_shared(prefix, len(rows)))
+    losses = supervised_losses(adapter.model, **batch, batch=_shared(prefix, len(rows)))
     counts = [len(row.target_ids) for row in rows]
-    losses = token_losses(logits, targets).double().split(counts)
+    by_row = losses.double().split(counts)
     return [
         {"nats": float(loss.sum()), "tokens": count}
-        for loss, count in zip(losses, counts, strict=True)
+        for loss, count in zip(by_row, counts, strict=True)
     ]

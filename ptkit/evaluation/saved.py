@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptkit.data.templates import Template
+from ptkit.data.templates import filled
 from ptkit.errors import AdapterError
 from ptkit.evaluation.predict import Prediction, predict
 from ptkit.evaluation.retention import Retention, measure_retention
@@ -56,12 +56,7 @@ def fill_template(text: str, adapter: Path | None) -> str:
     """`text` in the input template the adapter was trained with, if that has one column."""
     if adapter is None or not (adapter / INFO).exists():
         return text
-    pattern = json.loads((adapter / INFO).read_text()).get("task", {}).get("input")
-    if pattern is None:
-        return text
-    template = Template(pattern)
-    columns = set(template.columns)
-    return template.render({columns.pop(): text}) if len(columns) == 1 else text
+    return filled(json.loads((adapter / INFO).read_text()).get("task", {}).get("input"), text)
 
 
 @dataclass(frozen=True)

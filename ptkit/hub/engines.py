@@ -51,6 +51,11 @@ class Soft:
     embeddings: Tensor
     template: str | None
 
+    @property
+    def tokens(self) -> list[str]:
+        """Its special tokens, one per row of the embeddings."""
+        return [f"<|{self.name}:{i}|>" for i in range(len(self.embeddings))]
+
 
 @dataclass(frozen=True)
 class ForEngines:
@@ -112,10 +117,7 @@ def export_tokens(
     expected = [_logits(base, soft) for soft in softs]
     model: Any = deepcopy(base.model) if given else base.model
     tokenizer = deepcopy(base.tokenizer)
-    texts: dict[str, list[str]] = {}
-    for soft in softs:
-        texts[soft.name] = [f"<|{soft.name}:{i}|>" for i in range(len(soft.embeddings))]
-    added = [text for tokens in texts.values() for text in tokens]
+    added = [text for soft in softs for text in soft.tokens]
     if set(added) & set(tokenizer.get_vocab()):
         raise UserError("the base's vocabulary holds tokens of these adapters already")
     known = len(tokenizer)
@@ -133,7 +135,7 @@ def export_tokens(
     suppressed = model.generation_config.suppress_tokens or []
     model.generation_config.suppress_tokens = [*suppressed, *new_ids]
     begin = _beginning(base)
-    prompts = {name: "".join(tokens) + begin for name, tokens in texts.items()}
+    prompts = {soft.name: "".join(soft.tokens) + begin for soft in softs}
     with atomic.folder(out, replace=replace_out) as scratch, no_weights_bar():
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
@@ -237,10 +239,9 @@ def _require_same(
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=base.model.dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for soft, logits in zip(softs, expected, strict=True):
-        tokens = [f"<|{soft.name}:{i}|>" for i in range(len(soft.embeddings))]
-        ids = [*_ids(tokenizer, tokens), *_probe(base)]
+        ids = [*_ids(tokenizer, soft.tokens), *_probe(base)]
         with torch.no_grad():
-            found = model(input_ids=torch.tensor([ids])).logits[0, len(tokens) :].float()
+            found = model(input_ids=torch.tensor([ids])).logits[0, len(soft.tokens) :].float()
         known = len(base.tokenizer)
         difference = float((found[:, :known] - logits[:, :known]).abs().max())
         if difference > _TOLERANCE * max(1.0, float(logits.abs().max())):

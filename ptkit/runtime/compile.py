@@ -15,20 +15,27 @@ from ptkit.runtime.attention import prefix_attention, prefix_removed
 
 
 @contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context no module of `model` is in training mode; afterwards those that were
+    are again."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def reading(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode while the prompt is read.
 
     Dropout would make a compiled prefix random, and gradient checkpointing (active in training
     mode only) would switch off the cache the prefix is taken from.
     """
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        with prefix_removed(model):
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), prefix_removed(model):
+        yield
 
 
 def _cache_as_prefix(cache: DynamicCache) -> KVPrefix:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,21 +27,28 @@ def head_on(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
     """Let the LM head read only `positions` (`[rows, tokens]` bool); logits become `[n, vocab]`.
 
     A hook rather than a rewritten forward: whatever the family does after its head (soft caps,
-    scaling) is element-wise and stays as it is. Other threads' forwards are left alone.
+    scaling) is element-wise and stays as it is.
     """
+    with _before_head(model, lambda hidden: hidden[positions]):
+        yield
+
+
+@contextmanager
+def _before_head(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let the LM head read `change` of what it is given. Other threads' forwards are left alone."""
     thread = threading.get_ident()
 
-    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if threading.get_ident() != thread:
             return None
         hidden, *rest = args
-        return (hidden[positions], *rest)
+        return (change(hidden), *rest)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
     try:
         yield
     finally:
-        hook.remove()
+        handle.remove()
 
 
 @contextmanager
@@ -132,26 +139,15 @@ def supervised_losses(
         return token_losses(logits, targets)
     head: Any = model.get_output_embeddings()
     positions, last = _predicting(labels)
-    with _placed(model, batch, attention_mask, last) as extra, _head_input(model) as seen:
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
-    return head_losses(head, seen[0][positions], labels[:, 1:][labels[:, 1:] != IGNORED])
-
-
-@contextmanager
-def _head_input(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collect what the LM head is given, `[rows, tokens, hidden]`; it computes one position."""
     seen: list[Tensor] = []
 
-    def take(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, *rest = args
+    def one_position(hidden: Tensor) -> Tensor:
         seen.append(hidden)
-        return (hidden[:1, :1].detach(), *rest)
+        return hidden[:1, :1].detach()
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(take)
-    try:
-        yield seen
-    finally:
-        hook.remove()
+    with _placed(model, batch, attention_mask, last) as extra, _before_head(model, one_position):
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
+    return head_losses(head, seen[0][positions], labels[:, 1:][labels[:, 1:] != IGNORED])
 
 
 def _predicting(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,7 @@ def generate(
         )
     finally:
         model.train(was_training)
-    ends = _end_ids(model, generate_options)
+    ends = end_ids(model, **generate_options)
     return [_until_end(row, ends) for row in output[:, skipped:].tolist()]
 
 
@@ -118,11 +118,12 @@ def _written(
     finally:
         model.train(was_training)
     # The first token is the decoder's start. Words that only frame a text are not the answer.
-    frame = _end_ids(model, options)
+    frame = end_ids(model, **options)
     return [_until_end(row[1:], frame) for row in output.tolist()]
 
 
-def _end_ids(model: PreTrainedModel, options: dict[str, Any]) -> set[int]:
+def end_ids(model: PreTrainedModel, **options: Any) -> set[int]:
+    """Ids of the tokens that end a text: those in `options` of `generate`, else the model's."""
     ends = options.get("eos_token_id", model.generation_config.eos_token_id)
     if isinstance(ends, Tensor):
         ends = ends.tolist()

@@ -62,11 +62,6 @@ class RowInput:
     prompt: list[int]
     prefix: KVPrefix | None
 
-    @property
-    def virtual_tokens(self) -> int:
-        """Positions its prefix takes."""
-        return 0 if self.prefix is None else self.prefix.virtual_tokens
-
 
 class Reading:
     """Inputs being read together, a piece at a time, so that a long one holds up nobody.
@@ -160,11 +155,6 @@ class RunningBatch:
 
     def __len__(self) -> int:
         return len(self._cache.lengths)
-
-    @property
-    def positions(self) -> int:
-        """Positions of the longest row."""
-        return max(self._cache.lengths, default=0)
 
     @property
     def nbytes(self) -> int:

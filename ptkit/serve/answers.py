@@ -7,12 +7,13 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
-from ptkit.data.templates import Template
+from ptkit.data.templates import filled
 from ptkit.errors import UserError
 from ptkit.serve.engine import Answer, Engine, FinishReason, Update
 from ptkit.serve.library import Library
@@ -78,7 +79,7 @@ class Exchange:
         }  # fmt: skip
         voices = library.voices(request.model)
         prompts = _prompts(library, request)
-        virtual = max(0 if v.prefix is None else v.prefix.virtual_tokens for v in voices)
+        virtual = max(voice.virtual_tokens for voice in voices)
         deadline = time.monotonic() + limits.timeout
         self.answers: list[Answer] = []
         for prompt in prompts:
@@ -120,19 +121,15 @@ class Exchange:
     async def updates(self) -> AsyncIterator[tuple[int, Update]]:
         """(number of the answer, update) as they come, until all are finished.
 
-        Raises the first answer's error, the others then being given up.
+        Raises the first answer's error. Who stops listening calls `cancel`.
         """
         left = len(self.answers)
-        try:
-            while left:
-                index, update = await self._updates.get()
-                if update.error is not None:
-                    raise update.error
-                left -= update.last
-                yield index, update
-        finally:
-            if left:
-                self.cancel()
+        while left:
+            index, update = await self._updates.get()
+            if update.error is not None:
+                raise update.error
+            left -= update.last
+            yield index, update
 
     async def whole(self) -> Completion | ChatCompletion:
         """The response, when all is written."""
@@ -238,7 +235,7 @@ class Exchange:
         if not isinstance(self._request, CompletionRequest) or self._request.logprobs is None:
             return None
         texts = [self._token(token.id) for token in tokens]
-        offsets = [at + sum(map(len, texts[:i])) for i in range(len(texts))]
+        offsets = [*accumulate(map(len, texts[:-1]), initial=at)] if texts else []
         return CompletionLogprobs(
             tokens=texts,
             token_logprobs=[token.logprob or 0.0 for token in tokens],
@@ -293,7 +290,7 @@ def _prompts(library: Library, request: CompletionRequest | ChatRequest) -> list
     template = library.template(request.model) if request.template else None
     for prompt in request.prompts:
         if isinstance(prompt, str):
-            ids = [*base.tokenizer(_filled(prompt, template))["input_ids"]]
+            ids = [*base.tokenizer(filled(template, prompt))["input_ids"]]
             if not ids:
                 raise UserError("the prompt is empty: it has no tokens")
         else:
@@ -304,15 +301,6 @@ def _prompts(library: Library, request: CompletionRequest | ChatRequest) -> list
                 )
         prompts.append(ids)
     return prompts
-
-
-def _filled(text: str, template: str | None) -> str:
-    """`text` in `template`, if that has one column."""
-    if template is None:
-        return text
-    filled = Template(template)
-    columns = {*filled.columns}
-    return filled.render({columns.pop(): text}) if len(columns) == 1 else text
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:

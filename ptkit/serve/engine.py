@@ -20,6 +20,7 @@ from torch import Tensor
 from ptkit.bank import AdapterBank
 from ptkit.errors import PtkitError, UserError
 from ptkit.prefix import KVPrefix
+from ptkit.runtime.generation import end_ids
 from ptkit.runtime.running import Reading, RowInput, RunningBatch, longest_row
 from ptkit.serve.sampling import NotFiniteError, Sampler, Sampling, Token
 from ptkit.serve.text import TextStream
@@ -52,6 +53,11 @@ class Voice:
     name: str
     prefix: KVPrefix | None
     lora: str | None = None
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions its prefix takes."""
+        return 0 if self.prefix is None else self.prefix.virtual_tokens
 
 
 @dataclass(frozen=True)
@@ -97,16 +103,20 @@ class Answer:
         return self.voices[0].name if len(self.voices) == 1 else "ensemble"
 
     @property
+    def virtual_tokens(self) -> int:
+        """Positions its longest prefix takes."""
+        return max(voice.virtual_tokens for voice in self.voices)
+
+    @property
     def positions(self) -> int:
         """Positions its longest row may take."""
-        virtual = max(0 if v.prefix is None else v.prefix.virtual_tokens for v in self.voices)
-        return virtual + len(self.prompt) + self.sampling.max_tokens
+        return self.virtual_tokens + len(self.prompt) + self.sampling.max_tokens
 
 
 class Observer(Protocol):
     """Is told what the engine does (see `ptkit.serve.metrics`)."""
 
-    def stepped(self, rows: int, waiting: int) -> None:
+    def stepped(self, rows: int) -> None:
         """One token was written in each of `rows` rows."""
 
     def ended(self, answer: Answer, outcome: str) -> None:
@@ -177,8 +187,7 @@ class Engine:
         self.max_rows = max_rows
         self.max_waiting = max_waiting
         self.longest = longest_row(bank.base.model)
-        ends = bank.base.model.generation_config.eos_token_id
-        self.end_ids = frozenset([ends] if isinstance(ends, int) else ends or ())
+        self.end_ids = frozenset(end_ids(bank.base.model))
         self._piece = piece
         self._observer = observer
         self._changed = threading.Condition()
@@ -289,9 +298,9 @@ class Engine:
                 f"{len(answer.voices)} adapters cannot answer together, at most {self.max_rows} can"
             )
         if self.longest is not None and answer.positions > self.longest:
-            virtual = answer.positions - len(answer.prompt) - answer.sampling.max_tokens
             raise UserError(
-                f"the request needs {answer.positions} positions (adapter {virtual}, prompt "
+                f"the request needs {answer.positions} positions (adapter "
+                f"{answer.virtual_tokens}, prompt "
                 f"{len(answer.prompt)}, answer {answer.sampling.max_tokens}), the model has "
                 f"{self.longest}; shorten the prompt or lower max_tokens"
             )
@@ -333,15 +342,14 @@ class Engine:
                 logits = self._batch.step([writing.last_token for writing, _ in self._rows])
             self._choose(logits, self._rows)
             if self._observer is not None:
-                self._observer.stepped(len(self._rows), self.waiting)
+                self._observer.stepped(len(self._rows))
 
     def _admit(self) -> None:
         """Begin to read the inputs of waiting answers, together while they are short."""
-        budget = self._piece
         group: list[tuple[_Writing, Voice]] = []
         longest = 0
         passed_over: list[Answer] = []
-        long_one = any(not reading.done for reading, _ in self._readings)
+        long_one = bool(self._readings)  # short ones are read within their first turn
         with self._changed:
             while self._waiting:
                 answer = self._fairest()
@@ -358,7 +366,7 @@ class Engine:
                         continue
                     long_one = True
                     self._begin(voices)
-                elif length * (len(group) + len(voices)) <= budget or not group:
+                elif length * (len(group) + len(voices)) <= self._piece or not group:
                     group += voices
                     longest = length
                 else:
@@ -408,7 +416,7 @@ class Engine:
             if len(indices) == 1 and writing.sampler.takes_the_likeliest:
                 index = indices[0]
                 if best[index] != best[index] or best[index] == float("inf"):
-                    self._fail(writing, NotFiniteError(_NOT_FINITE))
+                    self._fail(writing, NotFiniteError())
                     ended.append(writing)
                     continue
                 token = Token(likeliest[index])
@@ -512,9 +520,6 @@ class Engine:
     def _observe(self, answer: Answer, outcome: str) -> None:
         if self._observer is not None:
             self._observer.ended(answer, outcome)
-
-
-_NOT_FINITE = "the model's output is not finite under this adapter"
 
 
 def _together(logits: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class Metrics:
             gauge = Gauge(name, help, registry=self.registry)
             gauge.set_function(look)
 
-    def stepped(self, rows: int, waiting: int) -> None:
+    def stepped(self, rows: int) -> None:
         """See `Observer`."""
         self._occupancy.observe(rows)
 

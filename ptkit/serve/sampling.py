@@ -18,6 +18,11 @@ _COLDEST = 1e-6
 class NotFiniteError(PtkitError):
     """A row's logits are not finite: its adapter, or the base, produces no usable values."""
 
+    def __init__(
+        self, message: str = "the model's output is not finite under this adapter"
+    ) -> None:
+        super().__init__(message)
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -75,7 +80,7 @@ class Sampler:
         """logits: `[vocabulary]`. Raises NotFiniteError when they are not usable."""
         scores = logits.float()
         if not bool(scores.isfinite().any()) or bool(scores.isnan().any()):
-            raise NotFiniteError("the model's output is not finite under this adapter")
+            raise NotFiniteError
         if self._penalised and self._seen:
             scores = scores.clone()
             ids = torch.tensor([*self._seen], device=scores.device)

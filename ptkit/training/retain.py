@@ -19,6 +19,7 @@ from ptkit.methods import Adapter
 from ptkit.prefix import PrefixBatch
 from ptkit.recipe.schema import RetainSection, RetentionSection
 from ptkit.runtime.base_model import Base
+from ptkit.runtime.compile import evaluating
 from ptkit.runtime.forward import all_logits
 from ptkit.runtime.generation import generate
 
@@ -114,17 +115,12 @@ class Retainer:
         ids = self._windows[picked].to(model.device)
         mask = torch.ones_like(ids)
         # Read as it will be served: dropout on one side would count as divergence.
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
+        with evaluating(model):
             with torch.no_grad(), adapter.off():
                 target = all_logits(model, ids, mask, None).float().log_softmax(-1)
             prefix = adapter.prefix()
             batch = None if prefix is None else PrefixBatch.shared(prefix, len(ids))
             adapted = all_logits(model, ids, mask, batch).float().log_softmax(-1)
-        finally:
-            for module in training:
-                module.training = True
         total = nn.functional.kl_div(adapted, target, reduction="sum", log_target=True)
         return total / ids.numel()
 
