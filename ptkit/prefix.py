@@ -3,6 +3,9 @@
 In a causal transformer the input sees what a prompt method learnt only through the keys and
 values of its virtual tokens. `KVPrefix` is that compiled form for one adapter, `PrefixBatch`
 the form for the rows of one batch, which may carry different adapters or none.
+
+One thing cannot be compiled: a soft prompt that an encoder reads, for there the virtual tokens
+see the input too. Both forms carry its embeddings beside keys and values of no positions.
 """
 
 from __future__ import annotations
@@ -52,16 +55,39 @@ class KVPrefix:
         the first positions
     infix: the virtual tokens stand before the last token of the input, not before all of it
         (Li & Liang 2021, section 7.2): what comes earlier is read as by the plain base
+    embeddings: a soft prompt `[virtual_tokens, hidden]` that an encoder reads with every input;
+        None where there is nothing but keys and values
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     infix: bool = False
+    embeddings: Tensor | None = None
+
+    @classmethod
+    def of_embeddings(cls, embeddings: Tensor, layout: KVLayout) -> KVPrefix:
+        """The soft prompt `[virtual_tokens, hidden]` of an encoder, with keys and values of no
+        positions."""
+
+        def none(heads: int, width: int) -> Tensor:
+            return embeddings.new_zeros(heads, 0, width)
+
+        return cls(
+            tuple(none(s.kv_heads, s.key_dim) for s in layout),
+            tuple(none(s.kv_heads, s.value_dim) for s in layout),
+            embeddings=embeddings,
+        )
 
     @property
     def virtual_tokens(self) -> int:
-        """Number of virtual positions."""
-        return self.keys[0].shape[1]
+        """Number of virtual tokens."""
+        return self.keys[0].shape[1] + (0 if self.embeddings is None else len(self.embeddings))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything it holds."""
+        soft = () if self.embeddings is None else (self.embeddings,)
+        return (*self.keys, *self.values, *soft)
 
     @cached_property
     def layout(self) -> KVLayout:
@@ -74,7 +100,7 @@ class KVPrefix:
     @cached_property
     def nbytes(self) -> int:
         """Bytes held by all keys and values."""
-        return sum(t.nbytes for t in (*self.keys, *self.values))
+        return sum(t.nbytes for t in self.tensors)
 
     @cached_property
     def alone(self) -> PrefixBatch:
@@ -83,12 +109,17 @@ class KVPrefix:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> KVPrefix:
         """A prefix with `change` applied to every tensor."""
-        return KVPrefix(tuple(map(change, self.keys)), tuple(map(change, self.values)), self.infix)
+        return KVPrefix(
+            tuple(map(change, self.keys)),
+            tuple(map(change, self.values)),
+            self.infix,
+            None if self.embeddings is None else change(self.embeddings),
+        )
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> KVPrefix:
         """The prefix on `device` in `dtype` (itself where nothing changes)."""
         device = torch.device(device)
-        if all(t.device == device and t.dtype == dtype for t in (*self.keys, *self.values)):
+        if all(t.device == device and t.dtype == dtype for t in self.tensors):
             return self
         return self.map(lambda t: t.to(device=device, dtype=dtype))
 
@@ -176,7 +207,7 @@ class KVPrefix:
 
 
 def _by_layer(prefixes: Sequence[KVPrefix], combine: Callable[[list[Tensor]], Tensor]) -> KVPrefix:
-    """A prefix whose every tensor is `combine` of the same tensor of all `prefixes`."""
+    """A prefix whose keys and values are `combine` of the same tensor of all `prefixes`."""
     layers = range(len(prefixes[0].keys))
     return KVPrefix(
         tuple(combine([p.keys[i] for p in prefixes]) for i in layers),
@@ -192,6 +223,11 @@ def _require_one_layout(prefixes: Sequence[KVPrefix]) -> None:
         raise AdapterError("only prefixes of one base model can be composed")
     if any(p.infix != prefixes[0].infix for p in prefixes):
         raise AdapterError("a prefix and an infix cannot be composed into one")
+    if any(p.embeddings is not None for p in prefixes):
+        raise AdapterError(
+            "a soft prompt that an encoder reads has no keys and values to compose; train prefix "
+            "tuning for that"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +240,8 @@ class PrefixBatch:
         None where there is no such row
     seen_from: `[rows]`, index of the first token that sees the virtual tokens; None: the first.
         Set for one forward pass, by `ptkit.runtime.infix`
+    embeddings, embedded: the rows' soft prompts, where an encoder reads some,
+        `[rows, longest soft prompt, hidden]`, and bool where a row has one (padded at the left)
     """
 
     keys: tuple[Tensor, ...]
@@ -211,6 +249,8 @@ class PrefixBatch:
     visible: Tensor
     infix: Tensor | None = None
     seen_from: Tensor | None = None
+    embeddings: Tensor | None = None
+    embedded: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -219,18 +259,27 @@ class PrefixBatch:
 
     @property
     def longest(self) -> int:
-        """Width of the prefix region: virtual tokens of the longest prefix."""
+        """Width of the prefix region: positions of the longest prefix."""
         return self.visible.shape[1]
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row has anything."""
+        return not self.longest and self.embeddings is None
 
     @classmethod
     def shared(cls, prefix: KVPrefix, rows: int) -> PrefixBatch:
         """The same prefix for every row: expanded, not copied, so its gradient is summed once."""
         device = prefix.keys[0].device
+        soft = prefix.embeddings
         return cls(
             tuple(k.expand(rows, *k.shape) for k in prefix.keys),
             tuple(v.expand(rows, *v.shape) for v in prefix.values),
-            torch.ones(rows, prefix.virtual_tokens, dtype=torch.bool, device=device),
+            torch.ones(rows, prefix.keys[0].shape[1], dtype=torch.bool, device=device),
             torch.ones(rows, dtype=torch.bool, device=device) if prefix.infix else None,
+            None,
+            None if soft is None else soft.expand(rows, *soft.shape),
+            None if soft is None else torch.ones(rows, len(soft), dtype=torch.bool, device=device),
         )
 
     def repeated(self, times: int) -> PrefixBatch:
@@ -239,13 +288,13 @@ class PrefixBatch:
         def each(tensor: Tensor) -> Tensor:
             return tensor.repeat_interleave(times, dim=0)
 
+        def some(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else each(tensor)
+
         return PrefixBatch(
-            tuple(map(each, self.keys)),
-            tuple(map(each, self.values)),
-            each(self.visible),
-            None if self.infix is None else each(self.infix),
-            None if self.seen_from is None else each(self.seen_from),
-        )
+            tuple(map(each, self.keys)), tuple(map(each, self.values)), each(self.visible),
+            some(self.infix), some(self.seen_from), some(self.embeddings), some(self.embedded),
+        )  # fmt: skip
 
     @classmethod
     def gathered(cls, prefixes: Sequence[KVPrefix | None], layout: KVLayout) -> PrefixBatch:
@@ -266,7 +315,7 @@ class PrefixBatch:
                 )
         if not present:
             return cls((), (), torch.zeros(len(prefixes), 0, dtype=torch.bool))
-        longest = max(p.virtual_tokens for p in present)
+        longest = max(p.keys[0].shape[1] for p in present)
         device = present[0].keys[0].device
         numbers = {key: slot for slot, key in enumerate(slots)}
         plain = len(present)  # the slot of rows without a prefix, zeros
@@ -288,9 +337,24 @@ class PrefixBatch:
         layers = range(len(layout))
         keys = tuple(table([p.keys[i] for p in present]) for i in layers)
         values = tuple(table([p.values[i] for p in present]) for i in layers)
-        lengths = torch.tensor([p.virtual_tokens if p else 0 for p in prefixes], device=device)
-        visible = torch.arange(longest, device=device) >= (longest - lengths)[:, None]
+
+        def filled(lengths: list[int], width: int) -> Tensor:
+            empty = torch.tensor([width - length for length in lengths], device=device)
+            return torch.arange(width, device=device) >= empty[:, None]
+
+        visible = filled([0 if p is None else p.keys[0].shape[1] for p in prefixes], longest)
         infix = None
         if any(p.infix for p in present):
             infix = torch.tensor([p is not None and p.infix for p in prefixes], device=device)
-        return cls(keys, values, visible, infix)
+        softs = [None if p is None else p.embeddings for p in prefixes]
+        counts = [0 if soft is None else len(soft) for soft in softs]
+        if not any(counts):
+            return cls(keys, values, visible, infix)
+        hidden = next(soft for soft in softs if soft is not None)
+        nothing = hidden.new_zeros(0, hidden.shape[1])
+        embeddings = torch.stack([
+            nn.functional.pad(nothing if soft is None else soft, (0, 0, max(counts) - n, 0))
+            for soft, n in zip(softs, counts, strict=True)
+        ])  # fmt: skip
+        embedded = filled(counts, max(counts))
+        return cls(keys, values, visible, infix, None, embeddings, embedded)

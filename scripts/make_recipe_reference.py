@@ -25,6 +25,8 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`model`", schema.ModelSection),
     ("`task` with `kind: generation`", schema.GenerationTask),
     ("`task` with `kind: classification`", schema.ClassificationTask),
+    ("`task` with `kind: sequence_classification`", schema.SequenceClassificationTask),
+    ("`task` with `kind: token_classification`", schema.TokenClassificationTask),
     ("`task.data`", schema.DataSection),
     ("`task.data.splits`", schema.Splits),
     ("`task.data.limits`", schema.Limits),
@@ -38,7 +40,7 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
 
 def default(field: Any) -> str:
     """A field's default as written in YAML, empty when it must be given or is a section."""
-    value = field.get_default(call_default_factory=True)
+    value = field.get_default(call_default_factory=True, validated_data={})
     if value is PydanticUndefined:
         return "required"
     if isinstance(value, BaseModel):

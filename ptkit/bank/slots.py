@@ -116,6 +116,8 @@ class SlotTable:
     def _write(self, slot: int, prefix: KVPrefix) -> None:
         if prefix.infix:
             raise AdapterError("an infix has no fixed place among the positions, as slots need")
+        if prefix.embeddings is not None:
+            raise AdapterError("a soft prompt that an encoder reads has no keys and values to slot")
         missing = self.virtual_tokens - prefix.virtual_tokens
         if missing < 0:
             raise AdapterError(

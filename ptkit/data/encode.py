@@ -9,12 +9,26 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ptkit.data.task import Example
-from ptkit.recipe.schema import ClassificationTask, GenerationTask
+from ptkit.errors import DataError
+from ptkit.recipe.schema import (
+    ClassificationTask,
+    GenerationTask,
+    HeadedTask,
+    Task,
+    TokenClassificationTask,
+)
+
+#: Label of positions that are not supervised (transformers' and PyTorch's convention).
+IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
-    """Token ids of one example; the target's are the supervised ones."""
+    """One example as numbers: the input's token ids, and what is learnt.
+
+    target_ids: token ids that follow the input; for a classification head numbers of labels, one
+        for the whole input or one per token of it (`IGNORED` where a token has none)
+    """
 
     input_ids: list[int]
     target_ids: list[int]
@@ -22,11 +36,16 @@ class EncodedExample:
     def __len__(self) -> int:
         return len(self.input_ids) + len(self.target_ids)
 
+    @property
+    def supervised(self) -> int:
+        """How many targets are learnt."""
+        return sum(target != IGNORED for target in self.target_ids)
+
 
 def encode_examples(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
-    task: GenerationTask | ClassificationTask,
+    task: Task,
     *,
     pairs: bool = False,
 ) -> list[EncodedExample]:
@@ -38,7 +57,22 @@ def encode_examples(
 
     pairs: for an encoder-decoder. Inputs and targets get the tokenizer's own special tokens, and
         inputs lose their right end: in a text to be summed up, say, the beginning matters most.
+
+    For a classification head, too, the tokenizer adds its special tokens and cuts at the right; a
+    word's label is that of its first token. Raises DataError for a tokenizer that cannot tell
+    which tokens a word has become.
     """
+    if isinstance(task, TokenClassificationTask):
+        return _encoded_words(examples, tokenizer, task)
+    if isinstance(task, HeadedTask):
+        inputs = tokenizer(
+            [e.input for e in examples], truncation=True, max_length=task.max_input_tokens
+        )["input_ids"]
+        numbers = {label: number for number, label in enumerate(task.labels)}
+        return [
+            EncodedExample(ids, [numbers[e.target]])
+            for ids, e in zip(inputs, examples, strict=True)
+        ]
     if pairs:
         return _encoded_pairs(examples, tokenizer, task)
     inputs = tokenizer([e.input for e in examples])["input_ids"]
@@ -49,6 +83,48 @@ def encode_examples(
             target_ids = [*target_ids, tokenizer.eos_token_id][: task.max_target_tokens]
         encoded.append(EncodedExample(input_ids[-task.max_input_tokens :], target_ids))
     return encoded
+
+
+def _encoded_words(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    task: TokenClassificationTask,
+) -> list[EncodedExample]:
+    numbers = {label: number for number, label in enumerate(task.labels)}
+    encoded = []
+    for example, (ids, starts) in zip(
+        examples, tokens_of_words(examples, tokenizer, task), strict=True
+    ):
+        targets = [IGNORED] * len(ids)
+        tags = example.target.split()
+        for word, token in starts.items():
+            targets[token] = numbers[tags[word]]
+        encoded.append(EncodedExample(ids, targets))
+    return encoded
+
+
+def tokens_of_words(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, task: TokenClassificationTask
+) -> list[tuple[list[int], dict[int, int]]]:
+    """Of each example its token ids, and word -> index of its first token, for words that have
+    one: those beyond `max_input_tokens` have none. Raises DataError as `encode_examples` does."""
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"{type(tokenizer).__name__} does not tell which tokens a word has become; labels of "
+            "words need a model with a fast tokenizer"
+        )
+    encoding = tokenizer(
+        [list(e.words) for e in examples],
+        is_split_into_words=True, truncation=True, max_length=task.max_input_tokens,
+    )  # fmt: skip
+    found = []
+    for row, ids in enumerate(encoding["input_ids"]):
+        starts: dict[int, int] = {}
+        for token, word in enumerate(encoding.word_ids(row)):
+            if word is not None:
+                starts.setdefault(word, token)
+        found.append((ids, starts))
+    return found
 
 
 def _encoded_pairs(

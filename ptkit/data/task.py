@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,13 @@ from datasets import ClassLabel, Dataset
 from ptkit.data.sources import load_rows
 from ptkit.data.templates import Template
 from ptkit.errors import DataError, did_you_mean
-from ptkit.recipe.schema import ClassificationTask, GenerationTask
+from ptkit.recipe.schema import (
+    ClassificationTask,
+    GenerationTask,
+    SequenceClassificationTask,
+    Task,
+    TokenClassificationTask,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +26,15 @@ class Example:
     """One row of a task.
 
     target: what follows the input in training; references: acceptable texts (generation);
-    label: the gold label (classification).
+    label: the gold label (classification); words: those of the input, where each has a label of
+    its own (token classification), and `target` their labels with spaces between.
     """
 
     input: str
     target: str
     references: tuple[str, ...]
     label: str | None = None
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,17 +46,23 @@ class TaskData:
     test: list[Example]
 
 
-def load_task(task: GenerationTask | ClassificationTask, folder: Path) -> TaskData:
+def load_task(task: Task, folder: Path) -> TaskData:
     """Read and render the data of `task`; relative paths start at `folder`.
 
     Raises DataError for data that cannot be read, templates that name a missing column, labels
-    without words, and references that are not lists of texts.
+    the task does not have, and references that are not lists of texts.
     """
     rows = load_rows(task.data, folder)
-    read = _generation if isinstance(task, GenerationTask) else _classification
+    readers: dict[type, Callable[[Any, Dataset, str], list[Example]]] = {
+        GenerationTask: _generation,
+        ClassificationTask: _worded,
+        SequenceClassificationTask: _headed,
+        TokenClassificationTask: _tagged,
+    }
+    read = readers[type(task)]
     return TaskData(
         *(
-            read(task, dataset, split)  # type: ignore[arg-type]
+            read(task, dataset, split)
             for split, dataset in (
                 ("train", rows.train),
                 ("validation", rows.validation),
@@ -63,11 +78,8 @@ def _generation(task: GenerationTask, rows: Dataset, split: str) -> list[Example
         template.require(rows.column_names)
     # Only the rows that are judged need all acceptable texts; some sets give others none.
     judged = task.references is not None and split == "test"
-    if judged and task.references not in rows.column_names:
-        raise DataError(
-            f"`task.references` names the column `{task.references}`, which the data does not "
-            f"have; {did_you_mean(str(task.references), rows.column_names)}"
-        )
+    if judged:
+        _require_column(rows, str(task.references), "task.references")
     examples = []
     for number, row in enumerate(rows, start=1):
         text = target.render(row)
@@ -86,26 +98,80 @@ def _references(value: Any, column: str, split: str, number: int) -> tuple[str, 
     return tuple(value)
 
 
-def _classification(task: ClassificationTask, rows: Dataset, split: str) -> list[Example]:
+def _worded(task: ClassificationTask, rows: Dataset, split: str) -> list[Example]:
+    return [
+        Example(text, task.verbalizer[label], (label,), label)
+        for text, label in _labelled(task, rows, split, task.verbalizer, "task.verbalizer")
+    ]
+
+
+def _headed(task: SequenceClassificationTask, rows: Dataset, split: str) -> list[Example]:
+    return [
+        Example(text, label, (label,), label)
+        for text, label in _labelled(task, rows, split, task.labels, "task.labels")
+    ]
+
+
+def _labelled(
+    task: ClassificationTask | SequenceClassificationTask,
+    rows: Dataset,
+    split: str,
+    known: Collection[str],
+    where: str,
+) -> Iterator[tuple[str, str]]:
+    """Input and label of every row; `where` names the key that lists the `known` labels."""
     input_ = Template(task.input, "task.input")
     input_.require(rows.column_names)
-    if task.label not in rows.column_names:
-        raise DataError(
-            f"`task.label` names the column `{task.label}`, which the data does not have; "
-            + did_you_mean(task.label, rows.column_names)
-        )
+    _require_column(rows, task.label, "task.label")
     feature = rows.features[task.label]
+    for number, row in enumerate(rows, start=1):
+        label = _label(row[task.label], feature)
+        _require_label(label, known, f"{split} row {number}", where)
+        yield input_.render(row), label
+
+
+def _tagged(task: TokenClassificationTask, rows: Dataset, split: str) -> list[Example]:
+    _require_column(rows, task.words, "task.words")
+    _require_column(rows, task.tags, "task.tags")
+    feature = getattr(rows.features[task.tags], "feature", None)
     examples = []
     for number, row in enumerate(rows, start=1):
-        value = row[task.label]
-        if isinstance(feature, ClassLabel) and isinstance(value, int) and value >= 0:
-            value = feature.int2str(value)
-        label = str(value)
-        if label not in task.verbalizer:
+        words, values = row[task.words], row[task.tags]
+        where = f"{split} row {number}"
+        if not isinstance(words, list) or not words or not all(isinstance(w, str) for w in words):
             raise DataError(
-                f"{split} row {number}: the label `{label}` has no words in `task.verbalizer`; "
-                + did_you_mean(label, task.verbalizer)
+                f"{where}: `{task.words}` should be a non-empty list of words, found {words!r}"
             )
-        words = task.verbalizer[label]
-        examples.append(Example(input_.render(row), words, (label,), label))
+        if not isinstance(values, list) or len(values) != len(words):
+            raise DataError(
+                f"{where}: `{task.tags}` should be a list of {len(words)} labels, one for each "
+                f"word, found {values!r}"
+            )
+        tags = [_label(value, feature) for value in values]
+        for tag in tags:
+            _require_label(tag, task.labels, where, "task.labels")
+        target = " ".join(tags)
+        examples.append(Example(" ".join(words), target, (target,), words=tuple(words)))
     return examples
+
+
+def _label(value: Any, feature: Any) -> str:
+    """A label as the recipe writes it: by name, where the data has numbers and their names."""
+    if isinstance(feature, ClassLabel) and isinstance(value, int) and value >= 0:
+        return str(feature.int2str(value))
+    return str(value)
+
+
+def _require_column(rows: Dataset, column: str, key: str) -> None:
+    if column not in rows.column_names:
+        raise DataError(
+            f"`{key}` names the column `{column}`, which the data does not have; "
+            + did_you_mean(column, rows.column_names)
+        )
+
+
+def _require_label(label: str, known: Collection[str], row: str, where: str) -> None:
+    if label not in known:
+        raise DataError(
+            f"{row}: the label `{label}` is not in `{where}`; {did_you_mean(label, known)}"
+        )

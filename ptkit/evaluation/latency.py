@@ -19,16 +19,17 @@ ROUNDS = 3
 class Latency:
     """Milliseconds per generated token, for one row; medians over rounds.
 
-    adapter: with the adapter on; base: with it off, measured in turns; None without an "off"
+    adapter: with the adapter on; None for a model that writes nothing, a classifier
+    base: with it off, measured in turns; None without an "off"
     """
 
-    adapter: float
+    adapter: float | None
     base: float | None
 
     @property
     def added(self) -> float | None:
         """What the adapter adds, in milliseconds; noise may make it negative."""
-        return None if self.base is None else self.adapter - self.base
+        return None if self.base is None or self.adapter is None else self.adapter - self.base
 
 
 def measure_latency(adapter: Adapter, prompt: list[int]) -> Latency:

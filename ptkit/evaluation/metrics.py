@@ -251,6 +251,66 @@ class LabelMetric(Metric):
         return f"scikit-learn {version('scikit-learn')}"
 
 
+class WordLabels(Metric):
+    """Accuracy and macro-averaged F1 over all words, by scikit-learn.
+
+    Predictions and references are labels of all words of an example with spaces between.
+    """
+
+    def _rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
+        pairs = [(p.split(), r[0].split()) for p, r in zip(predictions, references, strict=True)]
+        index = {label: i for i, label in enumerate(sorted({w for p, g in pairs for w in p + g}))}
+        counts = np.zeros((len(pairs), len(index), len(index)))  # [example, gold, predicted]
+        for row, (predicted, gold) in enumerate(pairs):
+            if len(predicted) != len(gold):
+                raise ValueError(
+                    f"example {row + 1}: {len(predicted)} labels for {len(gold)} words"
+                )
+            for p, g in zip(predicted, gold, strict=True):
+                counts[row, index[g], index[p]] += 1
+        return counts.reshape(len(pairs), -1)
+
+    def score(self, rows: Statistics) -> float:
+        from sklearn.metrics import f1_score
+
+        labels = round(rows.shape[1] ** 0.5)
+        counts = rows.sum(axis=0).reshape(labels, labels)
+        if self.name == "word_accuracy":
+            return 100.0 * float(counts.trace() / counts.sum())
+        gold, predicted = np.nonzero(counts)
+        weights = counts[gold, predicted]
+        return 100.0 * float(
+            f1_score(gold, predicted, sample_weight=weights, average="macro", zero_division=0)
+        )
+
+    def signature(self, references: Sequence[Sequence[str]]) -> str:
+        return f"scikit-learn {version('scikit-learn')}, over words"
+
+
+class EntityF1(Metric):
+    """F1 over entities, whole spans of one type (CoNLL's measure), by seqeval."""
+
+    def _rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
+        from seqeval.metrics.sequence_labeling import get_entities
+
+        def spans(labels: str) -> set[tuple[str, int, int]]:
+            known = [label if label[0] in "BIO" else "O" for label in labels.split()]
+            return set(get_entities(known))
+
+        rows = []
+        for prediction, reference in zip(predictions, references, strict=True):
+            found, gold = spans(prediction), spans(reference[0])
+            rows.append((len(found & gold), len(found), len(gold)))
+        return np.asarray(rows, dtype=np.float64)
+
+    def score(self, rows: Statistics) -> float:
+        right, found, gold = rows.sum(axis=0)
+        return 100.0 * float(2 * right / (found + gold)) if found + gold else 0.0
+
+    def signature(self, references: Sequence[Sequence[str]]) -> str:
+        return f"seqeval {version('seqeval')}, micro, entities as seqeval reads them by default"
+
+
 class RocAuc(Metric):
     """Area under the ROC curve, one label against the rest, averaged over labels; scikit-learn."""
 
@@ -312,6 +372,9 @@ METRICS: dict[str, type[Metric]] = {
     "macro_precision": LabelMetric,
     "macro_recall": LabelMetric,
     "roc_auc": RocAuc,
+    "word_accuracy": WordLabels,
+    "word_macro_f1": WordLabels,
+    "entity_f1": EntityF1,
     "perplexity": Perplexity,
 }
 

@@ -8,13 +8,24 @@ from typing import Any
 
 import torch
 
-from ptkit.data.encode import EncodedExample, encode_examples, label_token_ids
+from ptkit.data.encode import (
+    EncodedExample,
+    encode_examples,
+    label_token_ids,
+    tokens_of_words,
+)
 from ptkit.data.task import Example
 from ptkit.evaluation.metrics import Metric, Statistics, metric
 from ptkit.methods import Adapter
 from ptkit.prefix import KVPrefix, PrefixBatch
-from ptkit.recipe.schema import ClassificationTask, GenerationTask
-from ptkit.runtime.forward import collate, supervised_losses
+from ptkit.recipe.schema import (
+    ClassificationTask,
+    GenerationTask,
+    HeadedTask,
+    Task,
+    TokenClassificationTask,
+)
+from ptkit.runtime.forward import collate, head_logits, supervised_losses
 from ptkit.runtime.generation import generate
 from ptkit.runtime.scoring import continuation_scores
 
@@ -23,7 +34,8 @@ from ptkit.runtime.scoring import continuation_scores
 class Prediction:
     """One test row and what the model made of it.
 
-    prediction, references: generated text and the acceptable texts; for classification, labels.
+    prediction, references: generated text and the acceptable texts; for classification, labels;
+        for token classification the labels of all words, with spaces between
     details: what metrics ask for beside the text (`Metric.needs`)
     """
 
@@ -41,7 +53,7 @@ class Prediction:
 def predict(
     adapter: Adapter,
     examples: Sequence[Example],
-    task: GenerationTask | ClassificationTask,
+    task: Task,
     batch_size: int,
     report: Callable[[int, int], None] | None = None,
 ) -> list[Prediction]:
@@ -66,22 +78,22 @@ def predict(
             details: list[dict[str, Any]] = [{} for _ in rows]
             if "nats" in wanted:
                 details = _target_nats(adapter, [encoded[i] for i in rows], prefix)
+        elif isinstance(task, TokenClassificationTask):
+            texts = _tagged(adapter, [encoded[i] for i in rows], [examples[i] for i in rows],
+                            prefix, task)  # fmt: skip
+            details = [{} for _ in rows]
         else:
-            texts, details = _likeliest(adapter, inputs, prefix, task)
-            if "label_scores" not in wanted:
-                details = [{} for _ in rows]
+            scores = (_worded if isinstance(task, ClassificationTask) else _headed)(
+                adapter, [encoded[i] for i in rows], prefix, task
+            )
+            texts = [max(row, key=row.__getitem__) for row in scores]
+            kept = "label_scores" in wanted
+            details = [{"label_scores": row} if kept else {} for row in scores]
         answers.update(zip(rows, zip(texts, details, strict=True), strict=True))
         if report is not None:
             report(len(answers), len(encoded))
-    classification = isinstance(task, ClassificationTask)
     return [
-        Prediction(
-            example.input,
-            answers[i][0],
-            (str(example.label),) if classification else example.references,
-            example.label,
-            answers[i][1],
-        )
+        Prediction(example.input, answers[i][0], example.references, example.label, answers[i][1])
         for i, example in enumerate(examples)
     ]
 
@@ -96,7 +108,7 @@ def statistics_of(measure: Metric, rows: Sequence[Prediction]) -> Statistics:
 def require_room(
     adapter: Adapter,
     encoded: Sequence[EncodedExample],
-    task: GenerationTask | ClassificationTask,
+    task: Task,
 ) -> None:
     """Raise ModelError unless every example fits into the positions the adapter leaves."""
     base, title = adapter.base, f"`{adapter.section.title}`"
@@ -104,11 +116,14 @@ def require_room(
     targets = max(len(e.target_ids) for e in encoded)
     if isinstance(task, GenerationTask):
         targets = task.max_target_tokens
-    if base.encoder_decoder:  # each side has positions of its own, virtual tokens have none
+    if base.encoder_decoder:  # each side has positions of its own
         base.require_positions(0, max(inputs, targets), title)
         return
+    if isinstance(task, HeadedTask):
+        base.require_positions(adapter.virtual_tokens, inputs, title)
+        return
     longest = inputs + targets if isinstance(task, GenerationTask) else max(map(len, encoded))
-    adapter.base.require_positions(adapter.virtual_tokens, longest, f"`{adapter.section.title}`")
+    base.require_positions(adapter.virtual_tokens, longest, title)
 
 
 def _shared(prefix: KVPrefix | None, rows: int) -> PrefixBatch | None:
@@ -133,21 +148,69 @@ def _generated(
     return [text.strip() for text in texts]
 
 
-def _likeliest(
-    adapter: Adapter, inputs: list[list[int]], prefix: KVPrefix | None, task: ClassificationTask
-) -> tuple[list[str], list[dict[str, Any]]]:
-    """The likeliest label of every row, and the log-probability of each label's words."""
+#: Label -> its log-probability, of one row.
+LabelScores = dict[str, float]
+
+
+def _worded(
+    adapter: Adapter, rows: Sequence[EncodedExample], prefix: KVPrefix | None, task: Any
+) -> list[LabelScores]:
+    """For every row the log-probabilities of the labels' words."""
     words = label_token_ids(task, adapter.base.tokenizer)
     scores = continuation_scores(
         adapter.model,
-        inputs,
+        [row.input_ids for row in rows],
         list(words.values()),
-        _shared(prefix, len(inputs)),
+        _shared(prefix, len(rows)),
         pad_token_id=adapter.base.pad_token_id,
     )
-    labels = list(words)
-    details = [{"label_scores": dict(zip(labels, r, strict=True))} for r in scores.tolist()]
-    return [labels[i] for i in scores.argmax(-1).tolist()], details
+    return [dict(zip(words, row, strict=True)) for row in scores.tolist()]
+
+
+def _headed(
+    adapter: Adapter, rows: Sequence[EncodedExample], prefix: KVPrefix | None, task: Any
+) -> list[LabelScores]:
+    """For every row the log-probabilities the head gives the labels."""
+    scores = _from_head(adapter, rows, prefix)
+    return [dict(zip(task.labels, row, strict=True)) for row in scores.tolist()]
+
+
+#: In place of the label of a word the model has not read: beyond `max_input_tokens`, or one the
+#: tokenizer makes nothing of. It is never right.
+UNREAD = "?"
+
+
+def _tagged(
+    adapter: Adapter,
+    rows: Sequence[EncodedExample],
+    examples: Sequence[Example],
+    prefix: KVPrefix | None,
+    task: TokenClassificationTask,
+) -> list[str]:
+    """The likeliest label of each row's every word, with spaces between."""
+    best = _from_head(adapter, rows, prefix).argmax(-1).tolist()
+    read = tokens_of_words(examples, adapter.base.tokenizer, task)
+    found = []
+    for labels, example, (_, starts) in zip(best, examples, read, strict=True):
+        tags = [UNREAD] * len(example.words)
+        for word, token in starts.items():
+            tags[word] = task.labels[labels[token]]
+        found.append(" ".join(tags))
+    return found
+
+
+@torch.no_grad()
+def _from_head(
+    adapter: Adapter, rows: Sequence[EncodedExample], prefix: KVPrefix | None
+) -> torch.Tensor:
+    """Log-probabilities of the labels: `[rows, labels]` or `[rows, tokens, labels]`."""
+    tensors = collate(rows, adapter.base)
+    adapter.model.eval()
+    logits = head_logits(
+        adapter.model, tensors["input_ids"], tensors["attention_mask"],
+        _shared(prefix, len(rows)),
+    )  # fmt: skip
+    return logits.float().log_softmax(-1)
 
 
 @torch.no_grad()

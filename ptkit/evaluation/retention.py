@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ptkit.errors import DataError
 from ptkit.methods import Adapter
 from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.runtime.architecture import is_encoder
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import supervised_logits, token_losses
 
@@ -182,7 +183,7 @@ def measure_retention(adapter: Adapter, probe: GeneralProbe) -> Retention:
     Raises ModelError when a window does not fit beside the virtual tokens.
     """
     adapter.base.require_positions(
-        0 if adapter.base.encoder_decoder else adapter.virtual_tokens,
+        adapter.virtual_tokens,
         next(iter(probe.windows.values())).shape[1],
         f"`{adapter.section.title}`",
     )
@@ -204,8 +205,12 @@ def measure_retention(adapter: Adapter, probe: GeneralProbe) -> Retention:
 
 
 def off_probe(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Logits `[tokens, vocabulary]` on `input_ids` `[1, tokens]`, to be compared bit for bit."""
+    """Logits on `input_ids` `[1, tokens]`, to be compared bit for bit."""
     ids = input_ids.to(model.device)
-    written = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    options: dict[str, Any] = {"use_cache": False}
+    if model.config.is_encoder_decoder:
+        options["decoder_input_ids"] = ids
+    if is_encoder(model):
+        options = {"attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
-        return model(input_ids=ids, use_cache=False, **written).logits[0]
+        return model(input_ids=ids, **options).logits[0]

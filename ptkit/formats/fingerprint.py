@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
 SAMPLES = 256
 
 
-def model_fingerprint(model: PreTrainedModel) -> str:
+def model_fingerprint(model: PreTrainedModel, without: Collection[str] = ()) -> str:
     """16 hex digits over names, shapes and sampled values of all parameters.
+
+    without: names of modules that are left out, because they were never pretrained
 
     Values are rounded to bfloat16 first, so a checkpoint has one fingerprint whichever floating
     type it is loaded in (rounding once or via another type gives the same bfloat16 for values
@@ -24,6 +27,8 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
+        if any(name.startswith(f"{module}.") for module in without):
+            continue
         flat = value.detach().reshape(-1)
         # In integers: float32 cannot tell the positions of a large embedding apart.
         count = min(SAMPLES, flat.numel())

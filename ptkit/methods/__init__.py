@@ -17,6 +17,7 @@ from ptkit.methods.adapter import (
     load_adapter,
     require_method_fits,
     require_same_base,
+    restored,
 )
 
 for _module in iter_modules(__path__):
@@ -33,4 +34,5 @@ __all__ = [
     "load_adapter",
     "require_method_fits",
     "require_same_base",
+    "restored",
 ]

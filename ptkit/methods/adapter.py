@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter
+from ptkit.methods.head import TASK_TYPES, TrainedHead, labels_of_files, without_head
 from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import MethodSection, ModelSection
 from ptkit.runtime.base_model import Base, load_base
@@ -50,11 +51,16 @@ class Adapter(nn.Module):
     #: Whether it works on encoder-decoders, too.
     encoder_decoder: ClassVar[bool] = False
 
+    #: Whether it needs a model with a classification head, and whether it works on one.
+    needs_head: ClassVar[bool] = False
+    works_with_head: ClassVar[bool] = True
+
     def __init__(self, section: MethodSection, base: Base) -> None:
         super().__init__()
         self.section = section
         # In a tuple, so that the frozen base is not registered as a child of the adapter.
         self._base = (base,)
+        self.head = None if base.head is None else TrainedHead(base)
 
     @property
     def base(self) -> Base:
@@ -63,8 +69,9 @@ class Adapter(nn.Module):
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model to run: the base itself, unless the method changes weights."""
-        return self.base.model
+        """The model to run: the base itself, with the adapter's head if it has one, unless the
+        method changes weights."""
+        return self.base.model if self.head is None else self.head.view
 
     @classmethod
     @abstractmethod
@@ -97,9 +104,14 @@ class Adapter(nn.Module):
         return False
 
     @abstractmethod
+    def own_files(self) -> AdapterFiles:
+        """`files` without the head."""
+
     def files(self) -> AdapterFiles:
-        """The adapter in PEFT's layout, reparameterisation folded in. Raises AdapterError when
-        there is nothing PEFT could load."""
+        """The adapter in PEFT's layout, reparameterisation folded in, the head beside it. Raises
+        AdapterError when there is nothing PEFT could load."""
+        files = self.own_files()
+        return files if self.head is None else self.head.added_to(files, self.base)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of all that is trained."""
@@ -166,7 +178,20 @@ def create_adapter(section: MethodSection, base: Base, demonstrations: Demonstra
 
 def require_method_fits(section: MethodSection, base: Base) -> None:
     """Raise ModelError when the method does not work on this kind of model."""
-    if base.encoder_decoder and not ADAPTERS[section.kind].encoder_decoder:
+    cls = ADAPTERS[section.kind]
+    if cls.needs_head and base.head is None:
+        raise ModelError(
+            f"`{section.title}` ({section.kind}) trains a classification head, which {base.id} as "
+            "a language model has none of; give the recipe a task of `kind: "
+            "sequence_classification` or `token_classification`"
+        )
+    if base.head is not None and not cls.works_with_head:
+        raise ModelError(
+            f"`{section.title}` ({section.kind}) shows the model texts with answers in words, and "
+            f"{base.id} has a classification head here; leave it out, or use a task of `kind: "
+            "classification`"
+        )
+    if base.encoder_decoder and not cls.encoder_decoder:
         able = ", ".join(kind for kind, cls in ADAPTERS.items() if cls.encoder_decoder)
         raise ModelError(
             f"`{section.title}` ({section.kind}) does not work on encoder-decoders such as "
@@ -179,8 +204,20 @@ def adapter_from_files(files: AdapterFiles, base: Base) -> Adapter:
 
     Raises AdapterError for PEFT types no method of ptkit reads.
     """
-    cls, section = _method_of(files)
-    return cls.from_files(files, section, base)
+    cls, section = _method_of(files, base)
+    return restored(cls, files, section, base)
+
+
+def restored(
+    cls: type[Adapter], files: AdapterFiles, section: MethodSection, base: Base
+) -> Adapter:
+    """The adapter of method `cls` that `files` hold, head included."""
+    if base.head is None:
+        return cls.from_files(files, section, base)
+    adapter = cls.from_files(without_head(files, base.head), section, base)
+    assert adapter.head is not None
+    adapter.head.load(files)
+    return adapter
 
 
 def compile_files(files: AdapterFiles, base: Base) -> KVPrefix | None:
@@ -188,22 +225,34 @@ def compile_files(files: AdapterFiles, base: Base) -> KVPrefix | None:
 
     Raises AdapterError for PEFT types no method of ptkit reads.
     """
-    cls, section = _method_of(files)
+    cls, section = _method_of(files, base)
+    if base.head is not None:
+        files = without_head(files, base.head)
     return cls.prefix_from_files(files, section, base)
 
 
-def _method_of(files: AdapterFiles) -> tuple[type[Adapter], MethodSection]:
+def _method_of(files: AdapterFiles, base: Base) -> tuple[type[Adapter], MethodSection]:
     task = files.config.get("task_type")
+    headed = {name: kind for kind, name in TASK_TYPES.items()}.get(str(task))
+    if headed != (None if base.head is None else base.head.kind):
+        made = f"for a {headed} classifier" if headed else "for a language model"
+        here = "a language model" if base.head is None else f"a {base.head.kind} classifier"
+        raise AdapterError(f"the adapter was made {made}, and `{base.id}` is loaded as {here}")
     own = files.peft_type.startswith("PTKIT_") or files.peft_type == "LORA"
+    if headed and base.encoder and not own:
+        raise AdapterError(
+            f"PEFT's {files.peft_type} for encoders gives positions of the input to its virtual "
+            "tokens; ptkit reads those it trained itself, and LoRA"
+        )
     if task == "SEQ_2_SEQ_LM" and not own:
         raise AdapterError(
             "PEFT's prompts for encoder-decoders have the decoder's part only; ptkit reads those "
             "it trained itself, and LoRA"
         )
-    if task not in (None, "CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM"):
+    if headed is None and task not in (None, "CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM"):
         raise AdapterError(
-            f"the adapter was made for {task}, a model with another head than a language model's; "
-            "ptkit reads adapters of language models"
+            f"the adapter was made for {task}; ptkit reads adapters of language models and of "
+            "sequence and token classifiers"
         )
     for kind, cls in ADAPTERS.items():
         if files.peft_type in cls.peft_types:
@@ -247,12 +296,13 @@ def base_of(files: AdapterFiles, model: str | None, where: str) -> Base:
 
     where: what the files are called. Raises AdapterError when neither names one.
     """
+    labels = labels_of_files(files)
     if model is not None:
-        return load_base(ModelSection(id=model))
+        return load_base(ModelSection(id=model), labels)
     if files.base_id is None:
         raise AdapterError(f"{where} names no base model; give it (--model)")
     revision = files.info.get("base", {}).get("revision")
-    return load_base(ModelSection(id=files.base_id, revision=revision))
+    return load_base(ModelSection(id=files.base_id, revision=revision), labels)
 
 
 def load_adapter(path: Path, base: Base) -> Adapter:

@@ -29,7 +29,9 @@ class Untouched(Adapter):
 
     @classmethod
     def create(cls, section: BaseSection, base: Base, demonstrations: Demonstrations) -> Untouched:
-        return cls(section, base)
+        adapter = cls(section, base)
+        adapter.head = None  # the base's own, trained or not
+        return adapter
 
-    def files(self) -> AdapterFiles:
+    def own_files(self) -> AdapterFiles:
         raise AdapterError("the base model has no adapter to export")

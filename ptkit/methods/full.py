@@ -33,8 +33,9 @@ class Full(Adapter):
 
     def __init__(self, section: FullSection, base: Base) -> None:
         super().__init__(section, base)
-        self.copy = copy.deepcopy(base.model).float()
+        self.copy = copy.deepcopy(super().model).float()
         self.copy.requires_grad_(True)
+        self.head = None  # the copy has it
 
     @classmethod
     def create(cls, section: FullSection, base: Base, demonstrations: Demonstrations) -> Full:
@@ -48,7 +49,7 @@ class Full(Adapter):
     def has_off(self) -> bool:
         return False
 
-    def files(self) -> AdapterFiles:
+    def own_files(self) -> AdapterFiles:
         raise AdapterError(
             "full fine-tuning has no adapter; its whole model is saved in transformers' format"
         )

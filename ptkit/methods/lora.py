@@ -17,12 +17,11 @@ from peft import (
     set_peft_model_state_dict,
 )
 from pydantic import Field
-from transformers import PreTrainedModel
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, peft_config_dict, register
-from ptkit.methods.lora_files import lora_config
+from ptkit.methods.lora_files import lora_config, lora_task_type
 from ptkit.recipe.schema import MethodSection, register_method
 from ptkit.runtime.base_model import Base
 
@@ -45,9 +44,17 @@ class LoraSection(MethodSection):
     """AdamW's peak learning rate."""
 
 
+def _head_modules(base: Base) -> list[str] | None:
+    """Names of all modules of the base's head: it is trained as a whole."""
+    if base.head is None:
+        return None
+    inside = tuple(f"{name}." for name in base.head.modules)
+    return [name for name, _ in base.model.named_modules() if f"{name}.".startswith(inside)]
+
+
 @register
 class Lora(Adapter):
-    """Low-rank matrices beside the base's linear layers, put in and taken out by PEFT."""
+    """Low-rank matrices inside the base's own linear layers, put in and taken out by PEFT."""
 
     section_class = LoraSection
     peft_types = ("LORA",)
@@ -60,7 +67,8 @@ class Lora(Adapter):
     @classmethod
     def create(cls, section: LoraSection, base: Base, demonstrations: Demonstrations) -> Lora:
         config = LoraConfig(
-            task_type="SEQ_2_SEQ_LM" if base.encoder_decoder else "CAUSAL_LM",
+            task_type=lora_task_type(base),
+            exclude_modules=_head_modules(base),
             r=section.rank,
             lora_alpha=section.alpha,
             lora_dropout=section.dropout,
@@ -85,12 +93,7 @@ class Lora(Adapter):
     def prefix_from_files(cls, files: AdapterFiles, section: LoraSection, base: Base) -> None:
         return None
 
-    @property
-    def model(self) -> PreTrainedModel:
-        # LoRA acts inside the base's own modules, so the base is what is run.
-        return self.base.model
-
-    def files(self) -> AdapterFiles:
+    def own_files(self) -> AdapterFiles:
         config = self.peft_model.peft_config["default"]
         tensors = get_peft_model_state_dict(self.peft_model)
         return AdapterFiles(peft_config_dict(config, self.base), dict(tensors))

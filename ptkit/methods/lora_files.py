@@ -42,6 +42,13 @@ class _Settings(BaseModel):
     fan_in_fan_out: bool = False
 
 
+def lora_task_type(base: Base) -> str | None:
+    """PEFT's name of the task: with one for classifiers it would train a head of its own."""
+    if base.head is not None:
+        return None
+    return "SEQ_2_SEQ_LM" if base.encoder_decoder else "CAUSAL_LM"
+
+
 def lora_config(files: AdapterFiles, base: Base) -> LoraConfig:
     """PEFT's settings of the LoRA adapter `files`, with ranks and modules read from its matrices.
 
@@ -61,7 +68,7 @@ def lora_config(files: AdapterFiles, base: Base) -> LoraConfig:
         **settings.model_dump(exclude_none=True),
         target_modules=sorted(ranks),
         rank_pattern=others,
-        task_type="SEQ_2_SEQ_LM" if base.encoder_decoder else "CAUSAL_LM",
+        task_type=lora_task_type(base),
     )
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
-from ptkit.methods.adapter import Demonstrations, peft_config_dict, register
-from ptkit.methods.soft_prompt import SoftPrompt, prompt_learning_shape
+from ptkit.methods.adapter import Demonstrations, register
+from ptkit.methods.soft_prompt import ENCODER_PROMPT, SoftPrompt, prompt_learning_shape
 from ptkit.methods.start import PromptMethodSection, start_embeddings, start_tokens
 from ptkit.recipe.schema import register_method
 from ptkit.runtime.base_model import Base
@@ -47,7 +47,7 @@ class PTuning(SoftPrompt):
     """
 
     section_class = PTuningSection
-    peft_types = ("P_TUNING",)
+    peft_types = ("P_TUNING", ENCODER_PROMPT)
     start: Tensor
 
     def __init__(self, section: PTuningSection, base: Base, start: Tensor | None) -> None:
@@ -92,12 +92,6 @@ class PTuning(SoftPrompt):
     def embeddings(self) -> Tensor:
         indices = torch.arange(self.virtual_tokens, device=self.start.device)
         return self.start + self.encoder(indices[None])[0]
-
-    def files(self) -> AdapterFiles:
-        return AdapterFiles(
-            peft_config_dict(self.config, self.base),
-            {"prompt_embeddings": self.embeddings().detach()},
-        )
 
 
 def _is_width(value: object) -> bool:

@@ -60,6 +60,9 @@ INFIX = "PTKIT_INFIX"
 #: A prefix of the encoder, of the decoder and of what the decoder reads the encoder through (Li &
 #: Liang 2021, section 4.1 and figure 2); PEFT's has the decoder's part only.
 ENCODER_DECODER = "PTKIT_ENCODER_DECODER_PREFIX"
+#: A prefix of an encoder by itself, whose tokens keep their positions; with PEFT's, those of the
+#: virtual tokens are taken from them.
+ENCODER = "PTKIT_ENCODER_PREFIX"
 
 
 @register
@@ -68,7 +71,7 @@ class PrefixTuning(Adapter):
 
     section_class = PrefixTuningSection
     # CARTRIDGE differs in how it is trained: its file is the same flat prefix.
-    peft_types = ("PREFIX_TUNING", "CARTRIDGE", INFIX, ENCODER_DECODER)
+    peft_types = ("PREFIX_TUNING", "CARTRIDGE", INFIX, ENCODER_DECODER, ENCODER)
     encoder_decoder = True
     section: PrefixTuningSection
     start: Tensor
@@ -77,10 +80,10 @@ class PrefixTuning(Adapter):
     def __init__(self, section: PrefixTuningSection, base: Base, start: Tensor | None) -> None:
         """start: PEFT's flat layout `[virtual_tokens, layers * 2 * kv_heads * head_dim]`."""
         super().__init__(section, base)
-        if base.encoder_decoder and section.position == "infix":
+        if (base.encoder_decoder or base.encoder) and section.position == "infix":
             raise ModelError(
-                f"{base.id} is an encoder-decoder: its encoder reads the input from both sides, so "
-                "nothing of it comes before an infix; use `position: prefix`"
+                f"{base.id} has an encoder, which reads the input from both sides, so nothing of "
+                "it comes before an infix; use `position: prefix`"
             )
         if base.encoder_decoder and section.trained_layers is not None:
             raise ModelError("`trained_layers` counts the layers of one stack; leave it out here")
@@ -184,10 +187,12 @@ class PrefixTuning(Adapter):
         prefix = replace(prefix, infix=self.infix)
         return prefix.to(self.base.model.device, self.base.model.dtype)
 
-    def files(self) -> AdapterFiles:
+    def own_files(self) -> AdapterFiles:
         config = peft_config_dict(self.config, self.base)
         if self.infix:
             config["peft_type"] = INFIX
         if self.base.encoder_decoder:
             config |= {"peft_type": ENCODER_DECODER, "task_type": "SEQ_2_SEQ_LM"}
+        if self.base.encoder:
+            config["peft_type"] = ENCODER
         return AdapterFiles(config, {"prompt_embeddings": self.flat().detach()})

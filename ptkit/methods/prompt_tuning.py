@@ -12,9 +12,9 @@ from peft import PromptTuningConfig
 from peft.tuners.prompt_tuning import PromptEmbedding
 
 from ptkit.formats.adapter_files import AdapterFiles
-from ptkit.methods.adapter import Demonstrations, peft_config_dict, register
+from ptkit.methods.adapter import Demonstrations, register
 from ptkit.methods.peft_tensors import MULTITASK
-from ptkit.methods.soft_prompt import SoftPrompt, prompt_learning_shape
+from ptkit.methods.soft_prompt import ENCODER_PROMPT, SoftPrompt, prompt_learning_shape
 from ptkit.methods.start import PromptMethodSection, start_embeddings, start_tokens
 from ptkit.recipe.schema import register_method
 from ptkit.runtime.base_model import Base
@@ -38,7 +38,7 @@ class PromptTuning(SoftPrompt):
 
     section_class = PromptTuningSection
     # CPT's file is the soft prompt it ended with; a multi-task prompt is one per task.
-    peft_types = ("PROMPT_TUNING", "CPT", MULTITASK)
+    peft_types = ("PROMPT_TUNING", "CPT", MULTITASK, ENCODER_PROMPT)
 
     def __init__(self, section: PromptTuningSection, base: Base) -> None:
         super().__init__(section, base)
@@ -76,9 +76,3 @@ class PromptTuning(SoftPrompt):
 
     def embeddings(self) -> torch.Tensor:
         return self.encoder.embedding.weight
-
-    def files(self) -> AdapterFiles:
-        return AdapterFiles(
-            peft_config_dict(self.config, self.base),
-            {"prompt_embeddings": self.embeddings().detach()},
-        )

@@ -1,4 +1,5 @@
-"""What prompt tuning and P-tuning share: they learn input embeddings, compiled by the base."""
+"""What prompt tuning and P-tuning share: they learn input embeddings, compiled by the base where
+it reads from left to right, and read with every input where it does not."""
 
 from __future__ import annotations
 
@@ -6,11 +7,12 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
-from ptkit.methods.adapter import Adapter
+from ptkit.methods.adapter import Adapter, peft_config_dict
 from ptkit.methods.peft_tensors import virtual_tokens_of
 from ptkit.methods.start import PromptMethodSection
 from ptkit.prefix import KVPrefix
@@ -29,10 +31,24 @@ def prompt_learning_shape(base: Base) -> dict[str, Any]:
     }
 
 
+#: In place of PEFT's types, where an encoder reads the prompt: PEFT would let it use up positions,
+#: pool its first token for `[CLS]`, and expect as many rows again for the decoder.
+ENCODER_PROMPT = "PTKIT_ENCODER_PROMPT"
+
+
+def soft_prefix(base: Base, embeddings: Tensor) -> KVPrefix:
+    """What `embeddings` `[virtual_tokens, hidden]` become on `base`; differentiable in them."""
+    if base.encoder or base.encoder_decoder:
+        return KVPrefix.of_embeddings(embeddings.to(base.model.dtype), base.layout)
+    return compile_embeddings(base.model, embeddings)
+
+
 class SoftPrompt(Adapter):
     """An adapter that learns embeddings `[num_virtual_tokens, hidden]` of virtual tokens."""
 
     section: PromptMethodSection
+    encoder_decoder = True
+    config: PeftConfig
 
     @abstractmethod
     def embeddings(self) -> Tensor:
@@ -43,13 +59,21 @@ class SoftPrompt(Adapter):
         return self.section.num_virtual_tokens
 
     def prefix(self) -> KVPrefix:
-        return compile_embeddings(self.base.model, self.embeddings())
+        return soft_prefix(self.base, self.embeddings())
+
+    def own_files(self) -> AdapterFiles:
+        config = peft_config_dict(self.config, self.base)
+        if self.base.encoder or self.base.encoder_decoder:
+            config["peft_type"] = ENCODER_PROMPT
+        if self.base.encoder_decoder:
+            config["task_type"] = "SEQ_2_SEQ_LM"
+        return AdapterFiles(config, {"prompt_embeddings": self.embeddings().detach()})
 
     @classmethod
     def prefix_from_files(cls, files: AdapterFiles, section: Any, base: Base) -> KVPrefix:
         # The embeddings are all there is to compile: no encoder is built.
         with torch.no_grad():
-            return compile_embeddings(base.model, cls.read_embeddings(files, base))
+            return soft_prefix(base, cls.read_embeddings(files, base))
 
     @staticmethod
     def read_embeddings(files: AdapterFiles, base: Base) -> Tensor:

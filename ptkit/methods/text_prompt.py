@@ -40,6 +40,7 @@ class TextPrompt(Adapter):
     """Real tokens read once by the base and kept as a KV prefix."""
 
     section_class = TextPromptSection
+    works_with_head = False
     section: TextPromptSection
 
     def __init__(self, section: TextPromptSection, base: Base, text: str) -> None:
@@ -73,5 +74,5 @@ class TextPrompt(Adapter):
             self._prefix = compile_tokens(self.base.model, self.token_ids)
         return self._prefix
 
-    def files(self) -> AdapterFiles:
+    def own_files(self) -> AdapterFiles:
         raise AdapterError("a text prompt has no trained parameters to export; keep its text")

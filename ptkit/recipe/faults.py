@@ -9,17 +9,15 @@ from pydantic import BaseModel, ValidationError
 
 from ptkit.errors import did_you_mean, nearest
 from ptkit.recipe.schema import (
-    ClassificationTask,
-    GenerationTask,
     MethodSection,
     Recipe,
+    Task,
     method_sections,
 )
 from ptkit.recipe.yaml_source import KeyPath, YamlSource
 
 TASKS: dict[str, type[BaseModel]] = {
-    "generation": GenerationTask,
-    "classification": ClassificationTask,
+    get_args(task.model_fields["kind"].annotation)[0]: task for task in get_args(Task)
 }
 
 
@@ -88,7 +86,8 @@ def _fault(source: YamlSource, error: Any, below: KeyPath) -> str:
             f"; expected: {description}" if description else ""
         )
     if kind == "union_tag_not_found":
-        return f"{where}: `{dotted}.kind` is missing; expected `generation` or `classification`"
+        kinds = ", ".join(f"`{kind}`" for kind in TASKS)
+        return f"{where}: `{dotted}.kind` is missing; expected one of {kinds}"
     if kind == "union_tag_invalid":
         tag = str(error["ctx"]["tag"])
         return f"{where}: `{dotted}.kind` `{tag}` unknown; {did_you_mean(tag, TASKS)}"

@@ -42,7 +42,8 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type the base is loaded in. Trained parameters are always float32."""
     attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation. `eager` is faster for training short texts in bf16 on a CPU."""
+    """Attention implementation. `eager` is faster for training short texts in bf16 on a CPU, and
+    all that some families have (DeBERTa)."""
     device: str = "auto"
     """`auto` (CUDA, then MPS, then CPU), `cpu`, `cuda`, `cuda:1`, `mps`."""
 
@@ -179,7 +180,61 @@ class ClassificationTask(Section):
         return words
 
 
-Task = Annotated[GenerationTask | ClassificationTask, Field(discriminator="kind")]
+class HeadedTask(Section):
+    """What tasks share that are solved by a classification head instead of by words: the head is
+    new, and trained with every method. For encoders, and for decoders used as classifiers."""
+
+    data: DataSection
+    """Where the rows come from."""
+    labels: list[Annotated[str, Field(pattern=r"^\S+$")]] = Field(min_length=2)
+    """All labels, in the order of the head's outputs; no spaces within one."""
+    max_input_tokens: Annotated[int, Field(gt=0)] = 256
+    """Inputs are cut on the right to this many tokens."""
+    metrics: list[MetricName] = Field(min_length=1)
+    """The first is *the score* in tables."""
+    _known_metrics: ClassVar[tuple[str, ...]]
+
+    _metrics_are_known = field_validator("metrics")(_require_metrics)
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct_labels(cls, labels: list[str]) -> list[str]:
+        if len(set(labels)) < len(labels):
+            raise ValueError("a label is listed twice")
+        return labels
+
+
+class SequenceClassificationTask(HeadedTask):
+    """A trained head chooses one label for the whole input."""
+
+    kind: Literal["sequence_classification"]
+    """`sequence_classification`."""
+    input: str
+    """Template of what the model reads, with `{column}` placeholders."""
+    label: str = "label"
+    """Column with the label."""
+    metrics: list[MetricName] = Field(default=["accuracy", "macro_f1"], min_length=1)
+    """`accuracy`, `macro_f1`, `macro_precision`, `macro_recall`, `roc_auc`, or your own
+    `module:function`; the first is *the score* in tables."""
+    _known_metrics: ClassVar[tuple[str, ...]] = ClassificationTask._known_metrics
+
+
+class TokenClassificationTask(HeadedTask):
+    """A trained head chooses one label for every word: names, parts of speech."""
+
+    kind: Literal["token_classification"]
+    """`token_classification`."""
+    words: str = "tokens"
+    """Column with the list of words."""
+    tags: str = "tags"
+    """Column with the list of their labels, as long as the list of words."""
+    metrics: list[MetricName] = Field(default=["word_accuracy", "word_macro_f1"], min_length=1)
+    """`word_accuracy`, `word_macro_f1`, `entity_f1` (of labels `B-...`, `I-...`, `O`), or your own
+    `module:function`; the first is *the score* in tables."""
+    _known_metrics: ClassVar[tuple[str, ...]] = ("word_accuracy", "word_macro_f1", "entity_f1")
+
+
+Task = GenerationTask | ClassificationTask | SequenceClassificationTask | TokenClassificationTask
 
 
 class RetainSection(Section):
@@ -340,6 +395,11 @@ def method_sections() -> dict[str, type[MethodSection]]:
     return METHOD_SECTIONS
 
 
+def _retention_by_task(read: dict[str, Any]) -> RetentionSection | None:
+    """What `retention` is where a recipe says nothing of it; `read`: the fields before it."""
+    return None if isinstance(read.get("task"), HeadedTask) else RetentionSection()
+
+
 class Recipe(Section):
     """A complete, validated experiment."""
 
@@ -349,7 +409,7 @@ class Recipe(Section):
     """One or two sentences on what the recipe shows."""
     model: ModelSection = ModelSection()
     """The frozen base model."""
-    task: Task
+    task: Annotated[Task, Field(discriminator="kind")]
     """What is learnt, from which data."""
     methods: list[SerializeAsAny[MethodSection]] = Field(min_length=1)
     """Methods to train or compare, each `{kind: ..., ...settings}`."""
@@ -359,8 +419,9 @@ class Recipe(Section):
     """How each cell is trained."""
     evaluate: EvaluateSection = EvaluateSection()
     """How results are measured."""
-    retention: RetentionSection | None = RetentionSection()
-    """General text on which forgetting is measured; null skips it."""
+    retention: RetentionSection | None = Field(default_factory=_retention_by_task)
+    """General text on which forgetting is measured; null skips it. A model with a classification
+    head writes no text: there it is null."""
     budget: BudgetSection | None = None
     """Search for each method's settings before its seeds are run (`ptkit compare`)."""
     sweep: dict[str, Values] = {}
@@ -375,6 +436,16 @@ class Recipe(Section):
         if not isinstance(entries, list):
             return entries
         return [method_section(e) if isinstance(e, dict) else e for e in entries]
+
+    @field_validator("retention", mode="before")
+    @classmethod
+    def _needs_a_language_model(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and isinstance(info.data.get("task"), HeadedTask):
+            raise ValueError(
+                "forgetting is measured on text the model writes, and a classification head "
+                "writes none; leave `retention` out"
+            )
+        return value
 
     @model_validator(mode="after")
     def _unique(self) -> Recipe:
@@ -391,6 +462,16 @@ class Recipe(Section):
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("`seeds` holds the same seed twice")
+        if self.train.together > 1 and isinstance(self.task, HeadedTask):
+            raise ValueError(
+                "`train.together`: each adapter trains a classification head of its own, and the "
+                "rows of a batch share one"
+            )
+        if self.train.retain is not None and isinstance(self.task, HeadedTask):
+            raise ValueError(
+                "`train.retain`: what is kept is the base's distribution over the next token, and "
+                "a model with a classification head has none"
+            )
         return self
 
     @field_validator("budget", "sweep")

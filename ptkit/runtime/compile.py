@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ptkit.prefix import KVLayout, KVPrefix, LayerShape
+from ptkit.runtime.architecture import is_encoder
 from ptkit.runtime.attention import prefix_attention, prefix_removed
 
 
@@ -65,7 +66,7 @@ def compile_tokens(model: PreTrainedModel, input_ids: Tensor) -> KVPrefix:
 
     One entry per attention module (see `ptkit.runtime.attention.attention_modules`).
     """
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder or is_encoder(model):
         return _read_by_all(model, input_ids)
     with torch.no_grad():
         cache = DynamicCache()
@@ -78,13 +79,17 @@ def compile_tokens(model: PreTrainedModel, input_ids: Tensor) -> KVPrefix:
 
 @torch.no_grad()
 def _read_by_all(model: PreTrainedModel, input_ids: Tensor) -> KVPrefix:
-    """What every attention of an encoder-decoder makes of the tokens: the encoder reads them, and
-    the decoder writes them, looking at what the encoder read."""
+    """What every attention makes of the tokens where nothing is cached: in an encoder-decoder the
+    encoder reads them, and the decoder writes them, looking at what the encoder read."""
     ids = input_ids[None].to(model.device)
+    written = {"decoder_input_ids": ids, "use_cache": False}
     with reading(model), prefix_attention(model) as injection:
         injection.read = {}
         try:
-            model.base_model(input_ids=ids, decoder_input_ids=ids, use_cache=False)
+            model.base_model(
+                input_ids=ids, attention_mask=torch.ones_like(ids),
+                **(written if model.config.is_encoder_decoder else {}),
+            )  # fmt: skip
             read = [injection.read[layer] for layer in sorted(injection.read)]
         finally:
             injection.read = None

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encode import IGNORED, EncodedExample
 from ptkit.prefix import PrefixBatch
+from ptkit.runtime.architecture import head_kind, is_encoder
 from ptkit.runtime.attention import prefix_attention, prefix_removed, prefixed_positions
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.fused import has_plain_head, head_losses
 from ptkit.runtime.infix import placed_before_last
-
-#: Label of positions that are not supervised (transformers' and PyTorch's convention).
-IGNORED = -100
+from ptkit.runtime.soft_prompts import soft_prompts_read, with_embeddings
 
 
 @contextmanager
@@ -58,10 +57,10 @@ def _placed(
     """Put `batch` in place and yield the extra arguments the model's forward needs for it.
 
     last: `[rows]`, index of the last token of each row's input (an infix stands before it); None
-        for an encoder-decoder, whose virtual tokens have no positions
+        where virtual tokens have no positions: in encoders and encoder-decoders
     """
     if batch is None or not batch.longest:
-        with prefix_removed(model):
+        with prefix_removed(model), soft_prompts_read(model, batch):
             yield {}
         return
     if last is not None:
@@ -69,8 +68,9 @@ def _placed(
     with prefix_attention(model) as injection:
         # Left in place afterwards: a checkpointed backward pass reads it again.
         injection.batch = batch
-        positions = last is not None
-        yield {"position_ids": prefixed_positions(batch, attention_mask)} if positions else {}
+        with soft_prompts_read(model, batch):
+            positions = last is not None
+            yield {"position_ids": prefixed_positions(batch, attention_mask)} if positions else {}
 
 
 def supervised_logits(
@@ -112,17 +112,31 @@ def _written_logits(
     positions = labels != IGNORED
     with _placed(model, batch, attention_mask, None), head_on(model, positions):
         logits = writer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+            **with_embeddings(model, input_ids, attention_mask, batch),
             decoder_input_ids=writer.prepare_decoder_input_ids_from_labels(labels=labels),
             use_cache=False,
         ).logits
     return logits, labels[positions]
 
 
+def head_logits(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, batch: PrefixBatch | None
+) -> Tensor:
+    """What a classification head makes of right-padded rows: `[rows, labels]`, or `[rows, tokens,
+    labels]` where every token has a label.
+
+    The head sees what it sees without an adapter: `[CLS]`, or the last token, stays where it is.
+    """
+    last = None if is_encoder(model) else attention_mask.sum(-1) - 1
+    options: dict[str, Any] = {} if last is None else {"use_cache": False}
+    with _placed(model, batch, attention_mask, last) as extra:
+        return model(input_ids=input_ids, attention_mask=attention_mask, **options, **extra).logits
+
+
 def supervised_counts(model: PreTrainedModel, labels: Tensor) -> Tensor:
-    """Supervised tokens of each row, `[rows]`, as `supervised_logits` returns them in turn."""
-    return ((labels if model.config.is_encoder_decoder else labels[:, 1:]) != IGNORED).sum(-1)
+    """Supervised targets of each row, `[rows]`, as `supervised_losses` returns them in turn."""
+    shifted = not model.config.is_encoder_decoder and head_kind(model) is None
+    return ((labels[:, 1:] if shifted else labels) != IGNORED).sum(-1)
 
 
 def supervised_losses(
@@ -133,7 +147,14 @@ def supervised_losses(
     batch: PrefixBatch | None,
 ) -> Tensor:
     """Cross-entropy in nats of each supervised token, `[n]`, in float32; parameters as for
-    `supervised_logits`, whose logits are not kept."""
+    `supervised_logits`, whose logits are not kept.
+
+    For a classification head `labels` are numbers of labels, `[rows, 1]` or `[rows, tokens]`.
+    """
+    if head_kind(model) is not None:
+        logits = head_logits(model, input_ids, attention_mask, batch)
+        learnt = labels != IGNORED
+        return token_losses(logits.view(*labels.shape, -1)[learnt], labels[learnt])
     if model.config.is_encoder_decoder or not has_plain_head(model):
         logits, targets = supervised_logits(model, input_ids, attention_mask, labels, batch)
         return token_losses(logits, targets)
@@ -195,14 +216,12 @@ def pad_rows(rows: list[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor,
 def collate(rows: Sequence[EncodedExample], base: Base) -> dict[str, Tensor]:
     """Right-padded `input_ids`, `attention_mask` and `labels` on the base's device.
 
-    Each `[rows, longest]`: inputs and targets in one row. In an encoder-decoder the inputs are
-    `[rows, longest input]` and the labels `[rows, longest target]`.
+    Each `[rows, longest]`: inputs and targets in one row. In an encoder-decoder, and with a
+    classification head, the inputs are `[rows, longest input]` and the labels `[rows, longest
+    target]`.
     """
-    tensors = (
-        _pairs(rows, base.pad_token_id)
-        if base.encoder_decoder
-        else _joined(rows, base.pad_token_id)
-    )
+    apart = base.encoder_decoder or base.head is not None
+    tensors = (_pairs if apart else _joined)(rows, base.pad_token_id)
     return {name: tensor.to(base.model.device) for name, tensor in tensors.items()}
 
 

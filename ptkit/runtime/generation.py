@@ -14,6 +14,7 @@ from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.cache import cache_for, prefilled_cache
 from ptkit.runtime.forward import pad_rows
 from ptkit.runtime.infix import read_before_last
+from ptkit.runtime.soft_prompts import soft_prompts_read, with_embeddings
 
 
 @torch.no_grad()
@@ -104,13 +105,13 @@ def _written(
     was_training = model.training
     model.eval()
     try:
-        with prefix_attention(model) as injection:
+        with prefix_attention(model) as injection, soft_prompts_read(model, batch):
             held, injection.batch = injection.batch, batch
             try:
                 # The cache transformers makes by itself is as deep as the encoder.
                 cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
                 output = generator.generate(
-                    input_ids=ids, attention_mask=mask, pad_token_id=pad_token_id,
+                    **with_embeddings(model, ids, mask, batch), pad_token_id=pad_token_id,
                     past_key_values=cache, **options,
                 )  # fmt: skip
             finally:

@@ -13,6 +13,7 @@ from ptkit.runtime.attention import prefix_attention, prefix_removed
 from ptkit.runtime.cache import prefilled_cache
 from ptkit.runtime.forward import pad_rows
 from ptkit.runtime.infix import read_before_last
+from ptkit.runtime.soft_prompts import soft_prompts_read, with_embeddings
 
 
 @torch.no_grad()
@@ -74,10 +75,12 @@ def _written_scores(
     """`continuation_scores` of an encoder-decoder: the encoder reads every context once."""
     writer: Any = model
     ids, mask = (t.to(model.device) for t in pad_rows(contexts, pad_token_id, left=False))
-    with prefix_attention(model) as injection:
+    inputs = with_embeddings(model, ids, mask, batch)
+    mask = inputs["attention_mask"]
+    with prefix_attention(model) as injection, soft_prompts_read(model, batch):
         held, injection.batch = injection.batch, batch
         try:
-            read = writer.get_encoder()(input_ids=ids, attention_mask=mask)
+            read = writer.get_encoder()(**inputs)
             scores = []
             for continuation in continuations:
                 labels = torch.tensor([continuation] * len(contexts), device=model.device)

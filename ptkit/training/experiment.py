@@ -16,7 +16,7 @@ from ptkit.evaluation.metrics import metric
 from ptkit.evaluation.retention import GeneralProbe, off_probe, probe_base
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.schema import Recipe
-from ptkit.runtime.base_model import Base, load_base
+from ptkit.runtime.base_model import Base, Labels, load_base
 from ptkit.training.retain import general_windows
 
 
@@ -68,6 +68,19 @@ class Experiment:
         return digest.hexdigest()[:16]
 
 
+def _require_same_labels(base: Base, labels: Labels | None) -> None:
+    """Raise UserError where `base`, loaded for something else, has not the head a task needs."""
+    here = None if base.head is None else Labels(base.head.kind, base.head.labels)
+    if here != labels:
+
+        def told(found: Labels | None) -> str:
+            if found is None:
+                return "a language model"
+            return f"a {found.kind} classifier of {', '.join(found.names)}"
+
+        raise UserError(f"{base.id} is loaded as {told(here)}, the recipe needs {told(labels)}")
+
+
 def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     """Load the data, then the base (or use the given one), and measure the base on its own.
 
@@ -84,7 +97,8 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
         metric(name)
     data = load_task(recipe.task, loaded.folder)
     texts = general_texts(retention.text, loaded.folder) if retention else None
-    base = base or load_base(recipe.model)
+    base = base or load_base(recipe.model, Labels.of(recipe.task))
+    _require_same_labels(base, Labels.of(recipe.task))
     general = None
     if texts is not None and retention is not None:
         general = probe_base(base, texts, retention.max_tokens)

@@ -75,6 +75,10 @@ def _require_shareable(jobs: Sequence[Job]) -> None:
                 raise UserError(f"adapters trained together must have the same `{key}`")
     if any(job.adapter.base is not first.adapter.base for job in jobs):
         raise UserError("adapters trained together must be of one base model")
+    if first.adapter.base.head is not None:
+        raise UserError(
+            "adapters of a classifier cannot share a batch in training: each has its own head"
+        )
     for job in jobs:
         if not job.adapter.virtual_tokens:
             raise UserError(
@@ -221,4 +225,4 @@ class _Loop:
 
 
 def _targets(rows: Sequence[EncodedExample]) -> int:
-    return sum(len(row.target_ids) for row in rows)
+    return sum(row.supervised for row in rows)

@@ -21,7 +21,8 @@ class CellRecord:
     train_seconds, eval_seconds: wall clock; peak_memory_bytes: above what was in use before
     curve: `{step, train_loss, validation_loss}` in nats per target token
     retention: see `ptkit.evaluation.retention.Retention.as_dict`; None when not measured
-    decode_ms: milliseconds per generated token of one row; added_ms: what the adapter adds to it
+    decode_ms: milliseconds per generated token of one row, None for classifiers, which write
+    nothing; added_ms: what the adapter adds to it
     trained_together: cells in the training batch; with more than one, train_seconds is an equal
     share of its time and peak_memory_bytes that of the whole batch
     adapter_off_exact: base logits bit-identical with the adapter off; None without an "off"
@@ -51,7 +52,7 @@ class CellRecord:
     eval_seconds: float
     curve: list[dict[str, float]]
     retention: dict[str, Any] | None
-    decode_ms: float
+    decode_ms: float | None
     added_ms: float | None
     adapter_off_exact: bool | None
     adapter_path: str | None

@@ -25,14 +25,21 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 
 from ptkit.errors import UserError
-from ptkit.evaluation.latency import measure_latency
+from ptkit.evaluation.latency import Latency, measure_latency
 from ptkit.evaluation.predict import predict, require_room
 from ptkit.evaluation.retention import measure_retention, off_probe
 from ptkit.evaluation.score import score_intervals
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import RECIPE, WEIGHTS, read_adapter, write_adapter
-from ptkit.methods import ADAPTERS, Adapter, Demonstrations, create_adapter, require_same_base
+from ptkit.methods import (
+    ADAPTERS,
+    Adapter,
+    Demonstrations,
+    create_adapter,
+    require_same_base,
+    restored,
+)
 from ptkit.recipe.schema import MethodSection
 from ptkit.runtime.base_model import no_weights_bar
 from ptkit.training.checkpoint import Progress, remove_checkpoints
@@ -229,7 +236,7 @@ def _adapter(experiment: Experiment, cell: Cell) -> Adapter:
             f"{cell.start_from} is a {files.peft_type} adapter; `{method.kind}` cannot train it "
             "further"
         )
-    return cls.from_files(files, method, base)
+    return restored(cls, files, method, base)
 
 
 def _fit(
@@ -280,7 +287,9 @@ def _measure(
     retention = None
     if experiment.general is not None:
         retention = measure_retention(adapter, experiment.general).as_dict()
-    latency = measure_latency(adapter, experiment.probe_ids[0, :32].tolist())
+    latency = Latency(None, None)
+    if base.head is None:
+        latency = measure_latency(adapter, experiment.probe_ids[0, :32].tolist())
     lines = [json.dumps(p.as_dict(), ensure_ascii=False) for p in predictions]
     atomic.write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
     record = CellRecord(

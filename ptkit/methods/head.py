@@ -1,0 +1,144 @@
+"""The classification head that is trained with every method: each adapter has a copy of its own.
+
+PEFT calls this `modules_to_save`, and so do the files. What is copied is all that the checkpoint
+had no weights for, and all that is not its backbone: PEFT's own list, `classifier` and `score`,
+leaves DistilBERT's `pre_classifier` and DeBERTa's pooler at random values for ever.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ptkit.errors import AdapterError
+from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.runtime.architecture import HeadKind
+from ptkit.runtime.base_model import Base, Head, Labels
+
+#: PEFT's names of the tasks.
+TASK_TYPES: dict[HeadKind, str] = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
+
+
+class TrainedHead(nn.Module):
+    """A trainable copy of a base's head, and a view of the base that uses it.
+
+    Modules without weights in the checkpoint start anew, as their family starts them, from
+    torch's global seed; the others start from the checkpoint's.
+    """
+
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        assert base.head is not None
+        self.names = base.head.modules
+        copies = []
+        for name in self.names:
+            module = copy.deepcopy(base.model.get_submodule(name)).float()
+            if name in base.head.fresh:
+                module.apply(base.model._init_weights)
+            copies.append(module.requires_grad_(True))
+        self.copies = nn.ModuleList(copies)
+        # In a tuple, so that the frozen backbone is not registered as a child of the head.
+        self._view = (_with_modules(base.model, dict(zip(self.names, copies, strict=True))),)
+
+    @property
+    def view(self) -> PreTrainedModel:
+        """The base's own frozen modules, with this head in place of the base's."""
+        return self._view[0]
+
+    def added_to(self, files: AdapterFiles, base: Base) -> AdapterFiles:
+        """`files` of a prompt method or of LoRA, with the head as PEFT stores it."""
+        assert base.head is not None
+        prefix = _prefix(files)
+        own = {
+            f"{prefix}{name}.{parameter}": value.detach()
+            for name, module in zip(self.names, self.copies, strict=True)
+            for parameter, value in module.state_dict().items()
+        }
+        config = {
+            **files.config,
+            "task_type": TASK_TYPES[base.head.kind],
+            "modules_to_save": [*self.names],
+        }
+        return replace(files, config=config, tensors={**files.tensors, **own})
+
+    def load(self, files: AdapterFiles) -> None:
+        """Take over the head in `files`. Raises AdapterError when it is missing or does not fit."""
+        prefix = _prefix(files)
+        for name, module in zip(self.names, self.copies, strict=True):
+            expected: dict[str, Any] = module.state_dict()
+            for parameter, value in expected.items():
+                key = f"{prefix}{name}.{parameter}"
+                found = files.tensors.get(key)
+                if found is None or found.shape != value.shape:
+                    shape = "is missing" if found is None else f"has shape {list(found.shape)}"
+                    raise AdapterError(
+                        f"the trained head does not fit this base: `{key}` {shape}, expected "
+                        f"{list(value.shape)}"
+                    )
+                with torch.no_grad():
+                    value.copy_(found)
+
+
+def labels_of_files(files: AdapterFiles) -> Labels | None:
+    """The labels of the head in `files`; None for an adapter of a language model.
+
+    Those ptkit's record names; else as many as PEFT's head has outputs, named as transformers
+    names labels it knows nothing of.
+    """
+    task = files.config.get("task_type")
+    kind = next((kind for kind, name in TASK_TYPES.items() if name == task), None)
+    if kind is None:
+        return None
+    named = files.info.get("task", {}).get("labels")
+    if isinstance(named, list) and named and all(isinstance(label, str) for label in named):
+        return Labels(kind, tuple(named))
+    outputs = [t.shape[0] for name, t in files.tensors.items()
+               if name.endswith(("classifier.weight", "score.weight", "out_proj.weight"))
+               and ".lora_" not in name and t.ndim == 2]  # fmt: skip
+    if not outputs:
+        raise AdapterError(f"the adapter is for {task}, but holds no trained head")
+    return Labels(kind, tuple(f"LABEL_{i}" for i in range(outputs[-1])))
+
+
+def without_head(files: AdapterFiles, head: Head) -> AdapterFiles:
+    """`files` as they would be if the adapter had been made for a language model."""
+    starts = tuple(f"{_prefix(files)}{name}." for name in head.modules)
+    tensors = {n: t for n, t in files.tensors.items() if not n.startswith(starts)}
+    config = {k: v for k, v in files.config.items() if k != "modules_to_save"}
+    return replace(files, config={**config, "task_type": None}, tensors=tensors)
+
+
+def _prefix(files: AdapterFiles) -> str:
+    """What PEFT puts before a module's name: its wrapper, for LoRA a second one."""
+    return "base_model.model." if files.peft_type == "LORA" else "base_model."
+
+
+def _with_modules(model: PreTrainedModel, modules: dict[str, nn.Module]) -> PreTrainedModel:
+    """A model that shares everything with `model` but `modules`, by their dotted names."""
+    view = _shallow(model)
+    for name, module in modules.items():
+        *parents, last = name.split(".")
+        holder: nn.Module = view
+        for parent in parents:
+            own = holder._modules[parent]
+            assert own is not None
+            if own is model.get_submodule(".".join(parents[: parents.index(parent) + 1])):
+                own = _shallow(own)
+                holder._modules[parent] = own
+            holder = own
+        holder._modules[last] = module
+    return view
+
+
+def _shallow(module: Any) -> Any:
+    """A copy of `module` that holds the same children, parameters and buffers."""
+    view = copy.copy(module)
+    # Each its own dictionaries: what is put into the view must not appear in the original.
+    view.__dict__ = {k: copy.copy(v) if isinstance(v, dict) else v
+                     for k, v in module.__dict__.items()}  # fmt: skip
+    return view

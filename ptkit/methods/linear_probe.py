@@ -1,0 +1,56 @@
+"""Linear probing: the classification head alone, on what the frozen model makes of its input.
+
+The row below which no adapter of a classifier should fall (Alain & Bengio 2016, "Understanding
+intermediate layers using linear classifier probes", section 3).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.methods.adapter import Adapter, Demonstrations, register
+from ptkit.recipe.schema import MethodSection, register_method
+from ptkit.runtime.base_model import Base
+
+#: Not a type of PEFT's: there is nothing but the head.
+LINEAR_PROBE = "PTKIT_LINEAR_PROBE"
+
+
+@register_method
+class LinearProbeSection(MethodSection):
+    """The classification head alone, on the frozen model."""
+
+    kind: Literal["linear_probe"]
+    """`linear_probe`."""
+    learning_rate: float = 1e-2
+    """AdamW's peak learning rate."""
+
+
+@register
+class LinearProbe(Adapter):
+    """No adapter but the head that every method trains."""
+
+    section_class = LinearProbeSection
+    peft_types = (LINEAR_PROBE,)
+    needs_head = True
+
+    @classmethod
+    def create(
+        cls, section: LinearProbeSection, base: Base, demonstrations: Demonstrations
+    ) -> LinearProbe:
+        return cls(section, base)
+
+    @classmethod
+    def from_files(cls, files: AdapterFiles, section: Any, base: Base) -> LinearProbe:
+        return cls(section, base)
+
+    def own_files(self) -> AdapterFiles:
+        return AdapterFiles(
+            {
+                "peft_type": LINEAR_PROBE,
+                "base_model_name_or_path": self.base.id,
+                "revision": self.base.revision,
+            },
+            {},
+        )

@@ -1,0 +1,54 @@
+"""What kind of transformer a model is, found by asking it rather than by its name."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+#: What a classification head labels: the whole input, or each of its tokens.
+HeadKind = Literal["sequence", "token"]
+
+_HEADS: dict[HeadKind, set[str]] = {
+    "sequence": {*modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()},
+    "token": {*modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values()},
+}
+#: Backbone -> the answer, found once. Views of a model with heads of their own share a backbone.
+_BIDIRECTIONAL: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def head_kind(model: PreTrainedModel) -> HeadKind | None:
+    """What the classification head of `model` labels; None for a language model."""
+    name = type(model).__name__
+    return next((kind for kind, names in _HEADS.items() if name in names), None)
+
+
+def is_encoder(model: PreTrainedModel) -> bool:
+    """Whether every token of `model` sees those after it, as in BERT.
+
+    Found by changing the last of three tokens and looking at the first. An encoder-decoder is
+    none: its decoder does not.
+    """
+    if model.config.is_encoder_decoder:
+        return False
+    backbone: Any = model.base_model
+    if backbone not in _BIDIRECTIONAL:
+        _BIDIRECTIONAL[backbone] = _first_sees_last(backbone)
+    return _BIDIRECTIONAL[backbone]
+
+
+@torch.no_grad()
+def _first_sees_last(backbone: Any) -> bool:
+    training = [m for m in backbone.modules() if m.training]
+    backbone.eval()
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=backbone.device)
+    try:
+        first = backbone(input_ids=ids, attention_mask=torch.ones_like(ids))[0][:, 0]
+    finally:
+        for module in training:
+            module.training = True
+    return not torch.equal(first[0], first[1])

@@ -1,0 +1,80 @@
+"""DeBERTa's disentangled attention (He et al. 2021, "DeBERTa", section 3.1) with a prefix.
+
+It is not on transformers' `AttentionInterface`, so its forward is written out here. Scores are
+those of contents plus what distances add; a virtual token has a content and no distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
+
+#: (module, key, value, mask, options) -> key, value and mask with the prefix before them.
+WithPrefix = Callable[
+    [nn.Module, Tensor, Tensor, Tensor, dict[str, Any]], tuple[Tensor, Tensor, Tensor]
+]
+
+
+def disentangled_attention(
+    modules: Sequence[nn.Module], with_prefix: WithPrefix
+) -> AbstractContextManager[None] | None:
+    """A context within which `modules` attend to their prefixes; None for any other attention."""
+    if not modules or not all(isinstance(m, DisentangledSelfAttention) for m in modules):
+        return None
+    return _replaced(modules, with_prefix)
+
+
+@contextmanager
+def _replaced(modules: Sequence[nn.Module], with_prefix: WithPrefix) -> Iterator[None]:
+    for module in modules:
+        module.__dict__["forward"] = partial(_attend, module, with_prefix)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
+
+
+def _attend(
+    module: Any,
+    with_prefix: WithPrefix,
+    hidden_states: Tensor,
+    attention_mask: Tensor,
+    output_attentions: bool = False,
+    query_states: Tensor | None = None,
+    relative_pos: Tensor | None = None,
+    rel_embeddings: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`DisentangledSelfAttention.forward`; its arguments, names and results."""
+    rows, heads = len(hidden_states), module.num_attention_heads
+
+    def by_head(tensor: Tensor) -> Tensor:
+        return tensor.view(rows, heads, *tensor.shape[1:])
+
+    read = hidden_states if query_states is None else query_states
+    query = module.transpose_for_scores(module.query_proj(read), heads)
+    key = module.transpose_for_scores(module.key_proj(hidden_states), heads)
+    value = module.transpose_for_scores(module.value_proj(hidden_states), heads)
+    kinds = 1 + ("c2p" in module.pos_att_type) + ("p2c" in module.pos_att_type)
+    added: dict[str, Any] = {}
+    if module.relative_attention:
+        distances = module.disentangled_attention_bias(
+            query, key, relative_pos, module.pos_dropout(rel_embeddings), kinds
+        )
+        if isinstance(distances, Tensor):
+            added["position_bias"] = by_head(distances)
+    keys, values, mask = with_prefix(
+        module, by_head(key), by_head(value), attention_mask.bool(), added
+    )
+    scores = by_head(query) @ keys.transpose(-1, -2) / (query.shape[-1] * kinds) ** 0.5
+    scores = scores + added.get("position_bias", 0)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    shares = module.dropout(scores.softmax(-1))
+    context = (shares @ values).transpose(1, 2).flatten(2)
+    return context, shares if output_attentions else None

@@ -1,0 +1,127 @@
+"""Soft prompts where tokens see those after them: they cannot be compiled, so every input is read
+with its own.
+
+In an encoder what a virtual token leaves in a layer depends on the input. Its embeddings go before
+those of the input, row by row. They take no positions: in models with absolute ones all stand
+where the first token does (in encoder-decoders, nowhere). An encoder's outputs at virtual tokens
+are dropped, so a head finds `[CLS]` where it always is; a decoder does read them, as in Lester et
+al. (2021), section 2, where the prompt is part of what T5's encoder has read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptkit.prefix import PrefixBatch
+
+
+def with_embeddings(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, batch: PrefixBatch | None
+) -> dict[str, Tensor]:
+    """What the encoder reads, as arguments of `model`: the input, after its soft prompt if any.
+
+    input_ids, attention_mask: `[rows, tokens]`
+    """
+    if batch is None or batch.embeddings is None:
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+    assert batch.embedded is not None
+    own = model.get_input_embeddings()(input_ids)
+    return {
+        "inputs_embeds": torch.cat([batch.embeddings.to(own.dtype), own], dim=1),
+        "attention_mask": torch.cat([batch.embedded.to(attention_mask), attention_mask], dim=1),
+    }
+
+
+@contextmanager
+def soft_prompts_read(model: PreTrainedModel, batch: PrefixBatch | None) -> Iterator[None]:
+    """Within this context the encoder of `model` takes soft prompts as they should be taken.
+
+    An encoder by itself is still called with `input_ids`: the prompts of `batch` are put in
+    behind the caller's back, and their outputs taken out again. That of an encoder-decoder is
+    called with `with_embeddings`.
+    """
+    if batch is None or batch.embeddings is None:
+        yield
+        return
+    longest = batch.embeddings.shape[1]
+    with ExitStack() as hooks:
+        if model.config.is_encoder_decoder:
+            _skip_positions(model.get_encoder(), longest, hooks)
+        else:
+            _read_along(model, batch, longest, hooks)
+        yield
+
+
+def _skip_positions(encoder: Any, longest: int, hooks: ExitStack) -> None:
+    """Let the first real token have the first absolute position, and virtual tokens none."""
+    positions = getattr(encoder, "embed_positions", None)
+    if positions is None:  # relative ones, which depend on distances alone
+        return
+
+    def shorter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        asked, *rest = args  # a tensor, or the shape of one: `[rows, tokens]`
+        real = asked[:, longest:] if isinstance(asked, Tensor) else (asked[0], asked[1] - longest)
+        return (real if isinstance(asked, Tensor) else torch.Size(real), *rest)
+
+    def padded(_: nn.Module, __: Any, found: Tensor) -> Tensor:
+        return nn.functional.pad(found, (0, 0, longest, 0))
+
+    hooks.callback(positions.register_forward_pre_hook(shorter).remove)
+    hooks.callback(positions.register_forward_hook(padded).remove)
+
+
+def _read_along(model: PreTrainedModel, batch: PrefixBatch, longest: int, hooks: ExitStack) -> None:
+    """Put the prompts before the rows where the backbone begins, and take their outputs away
+    where its layers end."""
+
+    def enter(
+        _: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]]:
+        names = ("input_ids", "attention_mask")
+        kw = {**dict(zip(names, args, strict=False)), **kw}
+        mask = kw.pop("attention_mask")
+        positions = _positions(model, mask)
+        kw |= with_embeddings(model, kw.pop("input_ids"), mask, batch)
+        kw["position_ids"] = nn.functional.pad(positions, (longest, 0), value=int(positions.min()))
+        if kw.get("token_type_ids") is not None:
+            kw["token_type_ids"] = nn.functional.pad(kw["token_type_ids"], (longest, 0))
+        return (), kw
+
+    def leave(_: nn.Module, __: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state[:, longest:]
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(state[:, longest:] for state in output.hidden_states)
+        return output
+
+    hooks.callback(model.base_model.register_forward_pre_hook(enter, with_kwargs=True).remove)
+    hooks.callback(_stack(model).register_forward_hook(leave).remove)
+
+
+def _positions(model: PreTrainedModel, mask: Tensor) -> Tensor:
+    """The position ids `[rows, tokens]` an encoder gives its tokens by itself.
+
+    RoBERTa's begin after that of padding, which its table keeps a place for.
+    """
+    tables = [
+        m for name, m in model.base_model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(m, nn.Embedding)
+    ]  # fmt: skip
+    first = 0
+    if tables and tables[0].padding_idx is not None:
+        first = tables[0].padding_idx + 1
+    return (mask.long().cumsum(-1) - 1).clamp(min=0) + first
+
+
+def _stack(model: PreTrainedModel) -> nn.Module:
+    """The module that runs the backbone's layers one after the other."""
+    depth = model.config.num_hidden_layers
+    for module in model.base_model.modules():
+        if any(isinstance(c, nn.ModuleList) and len(c) == depth for c in module.children()):
+            return module
+    raise AssertionError(f"{type(model).__name__} has no list of {depth} layers")
