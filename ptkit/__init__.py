@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ptkit.api import Comparison, LoadedAdapter, Run, compare, load_adapter, train
     from ptkit.bank import AdapterBank, Conversation
+    from ptkit.evaluation.classify import classifier
     from ptkit.hub.export import export_run
     from ptkit.hub.transfer import pull, push
     from ptkit.hub.verify import verify
@@ -27,6 +28,7 @@ __all__ = [
     "LoadedAdapter",
     "ModelSection",
     "Run",
+    "classifier",
     "compare",
     "export_run",
     "load_adapter",
@@ -45,6 +47,7 @@ _HOMES = {
     "compare": "ptkit.api",
     "load_adapter": "ptkit.api",
     "train": "ptkit.api",
+    "classifier": "ptkit.evaluation.classify",
     "export_run": "ptkit.hub.export",
     "pull": "ptkit.hub.transfer",
     "push": "ptkit.hub.transfer",

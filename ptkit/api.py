@@ -23,6 +23,7 @@ from ptkit.errors import AdapterError, UserError
 from ptkit.evaluation.saved import find_adapter
 from ptkit.formats.adapter_files import CONFIG, read_adapter
 from ptkit.methods import base_of, compile_files, require_same_base
+from ptkit.methods.head import labels_of_files
 from ptkit.prefix import KVPrefix, PrefixBatch
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.recipe.schema import MethodSection, Recipe
@@ -157,6 +158,11 @@ class LoadedAdapter:
                 f"{self.path} stands within its input, which `model.generate` has no place for; "
                 "use `generate` of this class"
             )
+        if self.prefix.embeddings is not None:
+            raise AdapterError(
+                f"{self.path} is a soft prompt that the encoder reads with its input; use "
+                "`generate` of this class"
+            )
         ids, mask = encoding["input_ids"], encoding["attention_mask"]
         batch = PrefixBatch.shared(self.prefix, len(ids))
         virtual = torch.full((len(ids), batch.longest), self.base.pad_token_id, dtype=ids.dtype)
@@ -195,6 +201,10 @@ def load_adapter(
     """
     path = find_adapter(Path(source))
     files = read_adapter(path)
+    if labels_of_files(files) is not None:
+        raise AdapterError(
+            f"{source} is an adapter of a classifier; open it with `ptkit.classifier(...)`"
+        )
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise UserError("give the tokenizer too: load_adapter(source, model, tokenizer)")

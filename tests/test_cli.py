@@ -181,7 +181,7 @@ def test_label_without_verbaliser_is_refused(tmp_path: Path) -> None:
         "train", "message-routing", "-m", "prefix_tuning",
         "--set", "task.verbalizer={billing: ' money', praise: ' praise'}", cwd=tmp_path,
     )  # fmt: skip
-    assert "has no words in `task.verbalizer`" in message
+    assert "is not in `task.verbalizer`" in message
 
 
 def test_damaged_and_foreign_adapters_are_refused(trained: Path, tmp_path: Path) -> None:

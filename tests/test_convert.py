@@ -93,7 +93,11 @@ def test_one_task_of_a_multitask_prompt(family: str, tmp_path: Path) -> None:
 
 
 REFUSED = [
-    ("classifier", PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4), "SEQ_CLS"),
+    (
+        "classifier",
+        PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4),
+        "for a sequence class",
+    ),
     ("unknown", LoraConfig(task_type="CAUSAL_LM"), "ptkit reads"),
 ]
 

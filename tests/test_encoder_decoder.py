@@ -82,6 +82,15 @@ def prefix_tuning(base: Base, tokens: int = 4, **settings: object):
     return create_adapter(section, base, Demonstrations(["w1 w2 w3 w4"], 0))
 
 
+def learnt(base: Base, kind: str, tokens: int = 4, seed: int = 2) -> KVPrefix:
+    """What a random adapter of a method hands to the model."""
+    if kind == "prefix_tuning":
+        return prefix_tuning(base, tokens).prefix().detach()
+    section = ADAPTERS[kind].section_class(kind=kind, num_virtual_tokens=tokens, start="random")
+    torch.manual_seed(seed)
+    return create_adapter(section, base, Demonstrations(["w1 w2"], 0)).prefix().detach()
+
+
 def examples(inputs: list[int], targets: list[int]) -> list[EncodedExample]:
     return [EncodedExample(i, t) for i, t in
             zip(rows_of(inputs), rows_of(targets, seed=2), strict=True)]  # fmt: skip
@@ -153,9 +162,13 @@ def test_logits_are_those_of_an_attention_written_out(family: str, attention: st
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
 
 
-def test_padded_rows_are_as_alone_and_as_generated(family: str) -> None:
+@pytest.mark.parametrize("kinds", [
+    ("prefix_tuning", "prefix_tuning"), ("prompt_tuning", "p_tuning"),
+    ("prefix_tuning", "prompt_tuning"),
+])  # fmt: skip
+def test_padded_rows_are_as_alone_and_as_generated(family: str, kinds: tuple[str, str]) -> None:
     base = random_pair(family)
-    first, second = (prefix_tuning(base, n).prefix().detach() for n in (4, 6))
+    first, second = (learnt(base, kind, n) for kind, n in zip(kinds, (4, 6), strict=True))
     own = [first, second, None, first]
     inputs = rows_of([6, 2, 4, 9])
     options = {"pad_token_id": base.pad_token_id, "max_new_tokens": 6, "do_sample": False}
@@ -177,9 +190,10 @@ def test_padded_rows_are_as_alone_and_as_generated(family: str) -> None:
     assert losses(base, rows, batch) == pytest.approx(alone, rel=1e-4, abs=1e-4)
 
 
-def test_beams_share_the_encoders_reading(family: str) -> None:
+@pytest.mark.parametrize("kind", ["prefix_tuning", "prompt_tuning"])
+def test_beams_share_the_encoders_reading(family: str, kind: str) -> None:
     base = random_pair(family)
-    prefixes = [prefix_tuning(base).prefix().detach(), None]
+    prefixes = [learnt(base, kind), None]
     inputs = rows_of([6, 4])
     options = {"pad_token_id": base.pad_token_id, "max_new_tokens": 5, "num_beams": 3}
     batch = PrefixBatch.gathered(prefixes, base.layout)
@@ -189,9 +203,10 @@ def test_beams_share_the_encoders_reading(family: str) -> None:
         assert together[i] == generate(base.model, [inputs[i]], solo, **options)[0]
 
 
-def test_labels_are_scored_as_the_loss_scores_them(family: str) -> None:
+@pytest.mark.parametrize("kind", ["prefix_tuning", "prompt_tuning"])
+def test_labels_are_scored_as_the_loss_scores_them(family: str, kind: str) -> None:
     base = random_pair(family)
-    prefix = prefix_tuning(base).prefix().detach()
+    prefix = learnt(base, kind)
     inputs, words = rows_of([6, 3]), [[5, 9], [7], [1, 2, 3]]
     scores = continuation_scores(
         base.model, inputs, words, PrefixBatch.shared(prefix, 2), pad_token_id=base.pad_token_id
@@ -269,9 +284,81 @@ def test_saved_and_read_back_and_not_taken_by_others(family: str, tmp_path: Path
         adapter_from_files(read_adapter(tmp_path / "a"), base)
 
 
-@pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning", "text_prompt"])
-def test_methods_that_do_not_fit_say_so(kind: str) -> None:
-    section = ADAPTERS[kind].section_class(kind=kind)
+@torch.no_grad()
+def test_soft_prompt_is_read_by_the_encoder_written_out(family: str) -> None:
+    """No row is dead, no position is taken, and the decoder reads what became of the prompt."""
+    base = random_pair(family)
+    soft = learnt(base, "prompt_tuning")
+    (row,) = rows = examples([6], [4])
+    (loss,) = losses(base, rows, PrefixBatch.shared(soft, 1))
+    model, encoder = base.model, base.model.get_encoder()
+    words = base.embedding(torch.tensor([row.input_ids]))
+    scale = 32**0.5 if family == "marian" else 1.0  # its config says so; of d_model
+    prompt, words = soft.embeddings[None] * scale, words * scale
+    if family == "t5":  # relative positions: the same as a longer text
+        read = encoder(inputs_embeds=torch.cat([prompt, words], 1))
+        states = read.last_hidden_state
+    else:
+        shape = torch.zeros(1, 6, dtype=torch.long)
+        at = encoder.embed_positions(shape if family in ("bart", "mbart") else shape.shape)
+        states = torch.cat([prompt, words + at], 1)
+        if hasattr(encoder, "layernorm_embedding"):
+            states = encoder.layernorm_embedding(states)
+        for layer in encoder.layers:
+            states = layer(states, None)
+        states = getattr(encoder, "layer_norm", nn.Identity())(states)
+    labels = torch.tensor([row.target_ids])
+    output = model(
+        encoder_outputs=(states,), attention_mask=torch.ones(1, 10, dtype=torch.long),
+        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels=labels),
+    )  # fmt: skip
+    expected = token_losses(output.logits[0], labels[0]).sum()
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert loss != pytest.approx(losses(base, rows, None)[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning"])
+def test_soft_prompts_train_checkpointed_and_are_saved(
+    family: str, kind: str, tmp_path: Path
+) -> None:
+    def gradients(checkpointed: bool) -> list[torch.Tensor]:
+        base = random_pair(family)
+        section = ADAPTERS[kind].section_class(kind=kind, num_virtual_tokens=4, start="random")
+        torch.manual_seed(2)
+        adapter = create_adapter(section, base, Demonstrations(["w1 w2"], 0))
+        if checkpointed:
+            base.model.gradient_checkpointing_enable({"use_reentrant": False})
+            base.model.train()
+        rows = examples([6, 4], [5, 3])
+        with prefix_attention(base.model):
+            batch = PrefixBatch.shared(adapter.prefix(), 2)
+            token_losses(
+                *supervised_logits(base.model, **collate(rows, base), batch=batch)
+            ).mean().backward()
+        assert all(p.grad is None for p in base.model.parameters())
+        if not checkpointed:
+            write_adapter(tmp_path / "a", adapter.files())
+            again = adapter_from_files(read_adapter(tmp_path / "a"), base)
+            torch.testing.assert_close(again.embeddings(), adapter.embeddings())
+            bank = AdapterBank(base)
+            bank.load(tmp_path / "a")
+            own = prefix_tuning(base)
+            bank.add("other", own)
+            options = {"max_new_tokens": 5, "do_sample": False}
+            texts, names = ["w1 w2 w3", "w7", "w8 w9"], ["a", "other", None]
+            mixed = bank.generate(texts, names, **options)
+            for text, name, answer in zip(texts, names, mixed, strict=True):
+                assert bank.generate([text], [name], **options) == [answer]
+        return [p.grad for p in adapter.trainable().values()]
+
+    plain = gradients(False)
+    assert any(g.abs().max() > 0 for g in plain)
+    for a, b in zip(gradients(True), plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+
+
+def test_methods_that_do_not_fit_say_so() -> None:
+    section = ADAPTERS["text_prompt"].section_class(kind="text_prompt")
     with pytest.raises(ModelError, match=r"does not work on encoder-decoders.*prefix_tuning"):
         create_adapter(section, random_pair("bart"), Demonstrations(["w1 w2"], 0))
 
@@ -313,6 +400,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "  - kind: base\n"
         "  - {kind: prefix_tuning, num_virtual_tokens: 4, learning_rate: 0.1}\n"
         "  - {kind: prefix_tuning, label: mlp, reparameterize: true, learning_rate: 3e-3}\n"
+        "  - {kind: prompt_tuning, num_virtual_tokens: 4}\n"
         "  - {kind: lora, rank: 4}\n"
         "  - {kind: full}\n"
         "seeds: [0, 1]\n"
@@ -326,7 +414,7 @@ def test_comparison_on_an_encoder_decoder(recipe: Path) -> None:
     done = ptkit("compare", "sum.yaml", "--quiet", "--out", "out", cwd=recipe)
     assert "prefix_tuning" in done.stdout
     records = [json.loads(line) for line in (recipe / "out/results.jsonl").read_text().splitlines()]
-    assert len(records) == 1 + 2 * 4
+    assert len(records) == 1 + 2 * 5
     base = next(r for r in records if r["method"] == "base")
     assert base["retention"]["forgetting"] == 0
     for record in records:
@@ -349,7 +437,7 @@ def test_comparison_on_an_encoder_decoder(recipe: Path) -> None:
     assert said.returncode == 0
 
 
-def test_prompt_methods_are_refused_before_anything_is_trained(recipe: Path) -> None:
+def test_what_does_not_fit_is_refused_before_anything_is_trained(recipe: Path) -> None:
     said = refused("compare", "sum.yaml", "--quiet", "--out", "no", "--set",
-                   "methods.3={kind: prompt_tuning}", cwd=recipe)  # fmt: skip
+                   "methods.3={kind: text_prompt}", cwd=recipe)  # fmt: skip
     assert "does not work on encoder-decoders" in said

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +15,16 @@ from encoders import DECODERS, ENCODERS, LABELS, random_classifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from test_cli import ptkit, refused
 from test_peft_parity import rows_of
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from ptkit import AdapterBank, load_adapter
 from ptkit.data.encode import IGNORED, EncodedExample
 from ptkit.errors import AdapterError, ModelError
+from ptkit.evaluation.metrics import metric
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, create_adapter
 from ptkit.prefix import KVPrefix, PrefixBatch
@@ -457,3 +463,197 @@ def test_labels_of_padding_and_of_later_tokens_are_not_learnt() -> None:
         adapter.model, **collate([row, EncodedExample([5], [0])], base), batch=None
     )
     assert losses.shape == (3,)
+
+
+# From the recipe to the label
+
+VERDICTS = {"yes": [3, 40], "no": [41, 70], "maybe": [71, 95]}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT without a head, texts whose words say their label, and two recipes."""
+    folder = tmp_path_factory.mktemp("heads")
+    base = random_classifier("bert")
+    base.model.base_model.save_pretrained(folder / "bert")
+    base.tokenizer.save_pretrained(folder / "bert")
+    draw = random.Random(0)
+    rows = []
+    for i in range(96):
+        label = [*VERDICTS][i % 3]
+        words = [f"w{draw.randint(*VERDICTS[label])}" for _ in range(draw.randint(2, 7))]
+        tags = ["B-X" if int(w[1:]) > 60 else "O" for w in words]
+        rows.append({"text": " ".join(words), "label": label, "tokens": words, "tags": tags})
+    for split, part in (("train", rows[:60]), ("validation", rows[60:72]), ("test", rows[72:])):
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    files = "{files: {train: train.jsonl, validation: validation.jsonl, test: test.jsonl}}"
+    for name, task in (
+        ("texts", "kind: sequence_classification, input: 'w1 {text}', "
+                  "labels: ['yes', 'no', maybe]"),
+        ("words", "kind: token_classification, labels: [O, B-X], "
+                  "metrics: [word_accuracy, word_macro_f1, entity_f1]"),
+    ):  # fmt: skip
+        (folder / f"{name}.yaml").write_text(
+            f"name: {name}\n"
+            f"model: {{id: {folder / 'bert'}, attention: eager}}\n"
+            f"task: {{{task}, data: {files}}}\n"
+            "methods:\n"
+            "  - {kind: base}\n"
+            "  - {kind: linear_probe}\n"
+            "  - {kind: prompt_tuning, num_virtual_tokens: 4}\n"
+            "  - {kind: prefix_tuning, num_virtual_tokens: 4}\n"
+            "  - {kind: lora, rank: 4}\n"
+            "  - {kind: full, learning_rate: 5e-3}\n"
+            "train: {steps: 40, eval_every: 20, save_every: 20, batch_size: 12,\n"
+            "        head_learning_rate: 0.03}\n"
+        )
+    return folder
+
+
+@pytest.mark.parametrize("name", ["texts", "words"])
+def test_comparison_and_what_one_does_with_its_adapters(home: Path, name: str) -> None:
+    done = ptkit("compare", f"{name}.yaml", "--quiet", "--out", f"out-{name}", cwd=home)
+    assert "linear_probe" in done.stdout
+    lines = (home / f"out-{name}/results.jsonl").read_text().splitlines()
+    records = {r["method"]: r for r in map(json.loads, lines)}
+    assert set(records) == {
+        "base",
+        "linear_probe",
+        "prompt_tuning",
+        "prefix_tuning",
+        "lora",
+        "full",
+    }
+    score = records["base"]["score"]
+    for method, record in records.items():
+        assert record["retention"] is None
+        assert record["decode_ms"] is None
+        if method != "full":
+            assert record["adapter_off_exact"] is True
+        if method != "base":
+            assert record["metrics"][score] > records["base"]["metrics"][score]
+    report = (home / f"out-{name}/report.html").read_text()
+    assert "prefix_tuning" in report
+    for method in ("prefix_tuning", "lora" if name == "texts" else "linear_probe"):
+        cell, out = f"out-{name}/cells/{method}-seed0", f"mine-{name}-{method}"
+        ptkit("export", cell, "--out", out, cwd=home)
+        card = (home / out / "README.md").read_text()
+        assert ("PEFT cannot read this file" in card) is (method != "lora")
+        checks = json.loads(
+            ptkit("verify", out, "--score", "--recipe", f"{name}.yaml", "--format", "json",
+                  cwd=home).stdout
+        )  # fmt: skip
+        assert checks["passed"], checks
+        assert "1 virtual" not in ptkit("inspect", out, cwd=home).stdout
+    test = [json.loads(line) for line in (home / "test.jsonl").read_text().splitlines()]
+    predictions = [
+        json.loads(line)["prediction"]
+        for line in (home / f"out-{name}/cells/prefix_tuning-seed0/predictions.jsonl")
+        .read_text().splitlines()
+    ]  # fmt: skip
+    (home / "lines.txt").write_text("\n".join(row["text"] for row in test))
+    said = ptkit("classify", "-i", "lines.txt", "-a", f"mine-{name}-prefix_tuning", "--json",
+                 cwd=home).stdout.splitlines()  # fmt: skip
+    answers = [json.loads(line) for line in said]
+    if name == "texts":
+        assert [a["label"] for a in answers] == predictions
+        assert all(abs(sum(a["probabilities"].values()) - 1) < 1e-5 for a in answers)
+    else:
+        assert [" ".join(a["labels"]) for a in answers] == predictions
+
+
+def test_a_killed_run_of_a_classifier_resumes(home: Path) -> None:
+    """Head and prefix end as those of a run that was not stopped."""
+    options = ("texts.yaml", "--method", "prefix_tuning", "--quiet")
+    ptkit("train", *options, "--out", "whole", cwd=home)
+    stopped = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_STEP_25, "train", *options, "--out", "half"],
+        cwd=home, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert stopped.returncode == -9, stopped.stderr
+    assert (home / "half/checkpoint-0000020").is_dir()
+    ptkit("train", *options, "--out", "half", cwd=home)
+    whole, half = (read_adapter(home / name / "adapter").tensors for name in ("whole", "half"))
+    assert whole.keys() == half.keys()
+    assert all(torch.equal(whole[name], half[name]) for name in whole)
+
+
+KILLED_AT_STEP_25 = """
+import os, signal
+from ptkit.training.trainee import Trainee
+step = Trainee.step
+def stepped(self, *args):
+    step(self, *args)
+    if self.progress.step == 25:
+        os.kill(os.getpid(), signal.SIGKILL)
+Trainee.step = stepped
+from ptkit.cli.main import run
+run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("retention={text: general-en}", "a classification head writes none"),
+        ("train.together=2", "rows of a batch share one"),
+        ("train.retain={weight: 1}", "has none"),
+        ("task.labels=['yes', 'yes']", "listed twice"),
+        ("task.labels=['yes', 'no']", "label `maybe` is not in `task.labels`"),
+        ("task.label=verdict", "names the column `verdict`"),
+        ("methods.2={kind: text_prompt}", "answers in words"),
+        ("task.metrics=[entity_f1]", "no metric `entity_f1`"),
+    ],
+)
+def test_a_wrong_recipe_says_what_is_wrong(home: Path, change: str, said: str) -> None:
+    assert said in refused("compare", "texts.yaml", "--quiet", "--out", "no", "--set", change,
+                           cwd=home)  # fmt: skip
+
+
+def test_commands_for_language_models_say_what_else_to_use(home: Path) -> None:
+    ptkit("train", "texts.yaml", "--method", "lora", "--quiet", "--out", "lora", cwd=home)
+    said = refused("generate", "w1", "--model", "bert", "-a", "lora", cwd=home)
+    assert "is an encoder" in said
+    said = refused("export", "lora", "--as", "kv", "--out", "no", cwd=home)
+    assert "only adapters of causal language models" in said
+    with pytest.raises(ModelError, match="a head of its own"):
+        AdapterBank(random_classifier("bert"))
+    with pytest.raises(AdapterError, match=r"open it with `ptkit.classifier"):
+        load_adapter(home / "lora")
+
+
+def test_word_metrics_are_the_libraries_own() -> None:
+    from seqeval.metrics import f1_score as entities
+    from sklearn.metrics import accuracy_score, f1_score
+
+    draw = random.Random(3)
+    tags = ["O", "B-A", "I-A", "B-B", "I-B"]
+    gold = [[draw.choice(tags) for _ in range(draw.randint(1, 9))] for _ in range(40)]
+    found = [[g if draw.random() < 0.6 else draw.choice(tags) for g in row] for row in gold]
+    texts, references = [" ".join(r) for r in found], [(" ".join(r),) for r in gold]
+    flat = [[tag for row in side for tag in row] for side in (gold, found)]
+    assert metric("word_accuracy")(texts, references) == pytest.approx(100 * accuracy_score(*flat))
+    assert metric("word_macro_f1")(texts, references) == pytest.approx(
+        100 * f1_score(*flat, average="macro")
+    )
+    assert metric("entity_f1")(texts, references) == pytest.approx(100 * entities(gold, found))
+
+
+def test_words_that_were_not_read_count_as_wrong() -> None:
+    from ptkit.data.encode import encode_examples
+    from ptkit.data.task import Example
+    from ptkit.evaluation.predict import predict
+    from ptkit.recipe.schema import TokenClassificationTask
+
+    base = random_classifier("bert", "token")
+    task = TokenClassificationTask(
+        kind="token_classification", data={"builtin": "none"}, labels=list(LABELS),
+        max_input_tokens=3,
+    )  # fmt: skip
+    words = ("w5", "w6", "w7", "w8")
+    example = Example("w5 w6 w7 w8", "yes no yes no", ("yes no yes no",), words=words)
+    (row,) = encode_examples([example], base.tokenizer, task)
+    assert row.target_ids == [0, 1, 0]
+    (answer,) = predict(adapter_on(base, "linear_probe"), [example], task, 4)
+    assert answer.prediction.split()[3] == "?"
+    assert len(answer.prediction.split()) == 4

@@ -12,7 +12,7 @@ from ptkit.bank.lora_rows import LoraRows
 from ptkit.bank.slots import SlotTable
 from ptkit.bank.source import locate, name_of, read_checked, require_files
 from ptkit.bank.store import AdapterStatus, BankCounts, PrefixStore
-from ptkit.errors import AdapterError
+from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import adapter_folders
 from ptkit.methods import Adapter, compile_files
 from ptkit.prefix import KVPrefix, PrefixBatch
@@ -33,6 +33,8 @@ class AdapterBank:
     are read again when needed. Files that change on disk are noticed at most `check_every`
     seconds later; a bad file changes nothing but the adapter's `fault`.
 
+    Raises ModelError for a classifier: its adapters bring a head each.
+
     budget, host_budget: bytes, None for no limit. On a CPU both are the same memory, so there
         the second tier is off unless asked for.
 
@@ -48,6 +50,12 @@ class AdapterBank:
         host_budget: int | Literal["auto"] | None = "auto",
         check_every: float = 1.0,
     ) -> None:
+        if base.head is not None:
+            raise ModelError(
+                f"{base.id} is loaded as a {base.head.kind} classifier, and every adapter of a "
+                "classifier has a head of its own, which a mixed batch has no place for; open one "
+                "at a time with `ptkit.classifier`"
+            )
         self.base = base
         if host_budget == "auto":
             host_budget = 0 if base.model.device.type == "cpu" else None
@@ -111,7 +119,7 @@ class AdapterBank:
             self._lora.load(name, read.files, path)
         else:
             prefix = compile_files(read.files, self.base)
-            assert prefix is not None
+            assert prefix is not None  # only LoRA, and heads alone, make none
             self._store.put(name, prefix, read.files.peft_type.lower(), path, read)
         return name
 

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import JsonOutput, ModelOption
+from ptkit.cli.options import JsonOutput, ModelOption, input_lines
 
 
 class Ensemble(StrEnum):
@@ -60,7 +60,7 @@ def generate(
     from ptkit.evaluation.saved import fill_template, find_adapter
     from ptkit.recipe.schema import ModelSection
 
-    inputs = _inputs(prompt, input_file)
+    inputs = input_lines(prompt, input_file)
     places: list[Path | None] = [find_adapter(path) for path in adapter or []]
     if ensemble and (len(places) < 2 or with_base):
         raise UserError("--ensemble needs at least two --adapter, and no --base")
@@ -113,24 +113,3 @@ def _print(text: str, name: str | None, answer: str, json_output: bool, *, alone
     if not alone:
         typer.secho(f"  {name or 'base'}: ", fg=typer.colors.CYAN, nl=False)
     typer.echo(answer.strip())
-
-
-def _inputs(prompts: list[str] | None, file: Path | None) -> list[str]:
-    import sys
-
-    from ptkit.errors import UserError
-
-    if prompts and file:
-        raise UserError("give inputs either as arguments or with --input, not both")
-    if prompts:
-        return prompts
-    if file is not None:
-        if not file.is_file():
-            raise UserError(f"no such input file: {file}")
-        lines = file.read_text(encoding="utf-8").splitlines()
-    else:
-        lines = sys.stdin.read().splitlines()
-    found = [line for line in lines if line.strip()]
-    if not found:
-        raise UserError("no input: give a prompt, --input FILE, or lines on standard input")
-    return found

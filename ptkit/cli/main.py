@@ -17,6 +17,7 @@ from ptkit.cli import (
     bank,
     bench,
     chat,
+    classify,
     compare,
     convert,
     evaluate,
@@ -52,6 +53,7 @@ app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("classify")(classify.classify)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("export")(export.export)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -52,3 +53,28 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         shown.add_row(*row[: len(titles)])
     Console(markup=False, highlight=False).print(shown)
+
+
+def input_lines(prompts: list[str] | None, file: Path | None) -> list[str]:
+    """Inputs given as arguments, else the lines of `file` or of standard input that say something.
+
+    Raises UserError when there is none, or two of these are given.
+    """
+    import sys
+
+    from ptkit.errors import UserError
+
+    if prompts and file:
+        raise UserError("give inputs either as arguments or with --input, not both")
+    if prompts:
+        return prompts
+    if file is not None:
+        if not file.is_file():
+            raise UserError(f"no such input file: {file}")
+        lines = file.read_text(encoding="utf-8").splitlines()
+    else:
+        lines = sys.stdin.read().splitlines()
+    found = [line for line in lines if line.strip()]
+    if not found:
+        raise UserError("no input: give a prompt, --input FILE, or lines on standard input")
+    return found

@@ -59,7 +59,8 @@ def dissect(path: Path, base: Base, *, words: int = 3) -> Anatomy:
             weights_path(path).stat().st_size,
             adapter.virtual_tokens,
             0 if prefix is None else prefix.nbytes,
-            [] if prefix is None else layer_norms(prefix, base),
+            # A soft prompt that an encoder reads has no keys and values of its own.
+            [] if prefix is None or prefix.embeddings is not None else layer_norms(prefix, base),
             nearest,
         )
     finally:

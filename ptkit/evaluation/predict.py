@@ -22,6 +22,7 @@ from ptkit.recipe.schema import (
     ClassificationTask,
     GenerationTask,
     HeadedTask,
+    SequenceClassificationTask,
     Task,
     TokenClassificationTask,
 )
@@ -79,13 +80,12 @@ def predict(
             if "nats" in wanted:
                 details = _target_nats(adapter, [encoded[i] for i in rows], prefix)
         elif isinstance(task, TokenClassificationTask):
-            texts = _tagged(adapter, [encoded[i] for i in rows], [examples[i] for i in rows],
-                            prefix, task)  # fmt: skip
+            texts = word_labels(
+                adapter, [encoded[i] for i in rows], [examples[i] for i in rows], prefix, task
+            )
             details = [{} for _ in rows]
         else:
-            scores = (_worded if isinstance(task, ClassificationTask) else _headed)(
-                adapter, [encoded[i] for i in rows], prefix, task
-            )
+            scores = label_scores(adapter, [encoded[i] for i in rows], prefix, task)
             texts = [max(row, key=row.__getitem__) for row in scores]
             kept = "label_scores" in wanted
             details = [{"label_scores": row} if kept else {} for row in scores]
@@ -152,10 +152,20 @@ def _generated(
 LabelScores = dict[str, float]
 
 
-def _worded(
-    adapter: Adapter, rows: Sequence[EncodedExample], prefix: KVPrefix | None, task: Any
+def label_scores(
+    adapter: Adapter,
+    rows: Sequence[EncodedExample],
+    prefix: KVPrefix | None,
+    task: ClassificationTask | SequenceClassificationTask,
 ) -> list[LabelScores]:
-    """For every row the log-probabilities of the labels' words."""
+    """For every row the log-probabilities of the labels: those of their words, or those that the
+    adapter's head gives.
+
+    prefix: the compiled adapter
+    """
+    if isinstance(task, SequenceClassificationTask):
+        found = _from_head(adapter, rows, prefix)
+        return [dict(zip(task.labels, row, strict=True)) for row in found.tolist()]
     words = label_token_ids(task, adapter.base.tokenizer)
     scores = continuation_scores(
         adapter.model,
@@ -167,27 +177,20 @@ def _worded(
     return [dict(zip(words, row, strict=True)) for row in scores.tolist()]
 
 
-def _headed(
-    adapter: Adapter, rows: Sequence[EncodedExample], prefix: KVPrefix | None, task: Any
-) -> list[LabelScores]:
-    """For every row the log-probabilities the head gives the labels."""
-    scores = _from_head(adapter, rows, prefix)
-    return [dict(zip(task.labels, row, strict=True)) for row in scores.tolist()]
-
-
 #: In place of the label of a word the model has not read: beyond `max_input_tokens`, or one the
 #: tokenizer makes nothing of. It is never right.
 UNREAD = "?"
 
 
-def _tagged(
+def word_labels(
     adapter: Adapter,
     rows: Sequence[EncodedExample],
     examples: Sequence[Example],
     prefix: KVPrefix | None,
     task: TokenClassificationTask,
 ) -> list[str]:
-    """The likeliest label of each row's every word, with spaces between."""
+    """The likeliest label of each row's every word, with spaces between; `UNREAD` for words the
+    model has not seen."""
     best = _from_head(adapter, rows, prefix).argmax(-1).tolist()
     read = tokens_of_words(examples, adapter.base.tokenizer, task)
     found = []

@@ -23,6 +23,7 @@ from ptkit.methods import (
     create_adapter,
     load_adapter,
 )
+from ptkit.methods.head import labels_of_files
 from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import TINY_EN, Base, load_base
 
@@ -89,9 +90,11 @@ def adapter_at(place: Path | None, model: str | None, base: Base | None) -> Iter
     base: a loaded base to use where it is the right one
     """
     path = None if place is None else find_adapter(place)
-    named = model or (read_adapter(path).base_id if path else None) or TINY_EN
-    if base is None or base.id != named:
-        base = load_base(ModelSection(id=named))
+    files = read_adapter(path) if path else None
+    named = model or (files.base_id if files else None) or TINY_EN
+    labels = labels_of_files(files) if files else None
+    if base is None or base.id != named or (base.head is None) != (labels is None):
+        base = load_base(ModelSection(id=named), labels)
     adapter = _on_base(path, base)
     try:
         yield adapter

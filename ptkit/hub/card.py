@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptkit.formats.adapter_files import RECIPE, AdapterFiles
-from ptkit.methods.prefix_tuning import ENCODER_DECODER, INFIX
+from ptkit.methods.head import labels_of_files
+from ptkit.methods.linear_probe import LINEAR_PROBE
+from ptkit.methods.prefix_tuning import ENCODER, ENCODER_DECODER, INFIX
+from ptkit.methods.soft_prompt import ENCODER_PROMPT
 from ptkit.runtime.base_model import TINY_EN
 
 #: Stands in a card for the repository it will be in; `ptkit push` puts the name in.
@@ -23,13 +26,23 @@ _METHODS = {
     "LORA": "LoRA",
     INFIX: "infix tuning",
     ENCODER_DECODER: "prefix tuning (encoder, decoder and cross-attention)",
+    ENCODER: "prefix tuning",
+    LINEAR_PROBE: "a linear probe",
 }
 #: Why PEFT cannot read a type.
 _UNREADABLE = {
     INFIX: "an infix",
     ENCODER_DECODER: "it has a prefix for the encoder, too",
+    ENCODER: "its virtual tokens take no positions from the input",
+    ENCODER_PROMPT: "its virtual tokens take no positions from the input",
+    LINEAR_PROBE: "it is a head alone",
 }
-_TASKS = {"generation": "text-generation", "classification": "text-classification"}
+_TASKS = {
+    "generation": "text-generation",
+    "classification": "text-classification",
+    "sequence_classification": "text-classification",
+    "token_classification": "token-classification",
+}
 
 
 def card_text(
@@ -80,7 +93,7 @@ def _metadata(name: str, files: AdapterFiles, license: str | None, language: str
         base_model=base,
         base_model_relation="adapter",
         library_name="peft",
-        pipeline_tag="text-generation",
+        pipeline_tag=task if labels_of_files(files) else "text-generation",
         license=license,
         language=language,
         datasets=[data["hub"]] if data.get("hub") else None,
@@ -96,6 +109,9 @@ def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: 
     info, base = files.info, str(files.base_id)
     stored = info.get("method", {})
     method = _METHODS.get(files.peft_type, files.peft_type)
+    if files.peft_type == ENCODER_PROMPT:  # of either method
+        method = str(stored.get("kind", "a soft prompt")).replace("_", " ")
+    labels = labels_of_files(files)
     if stored.get("reparameterize"):
         method += " (made by an MLP, folded in)"
     values = sum(t.numel() for t in files.tensors.values())
@@ -125,7 +141,14 @@ def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: 
         unreadable="8-bit integers" if int8 else _UNREADABLE.get(files.peft_type),
         template=task.get("input", "").encode("unicode_escape").decode(),
         example=repr(task.get("input") or "..."),
-        labels=", ".join(f"`{word.strip()}`" for word in task.get("verbalizer", {}).values()),
+        labels=", ".join(f"`{word.strip()}`" for word in task.get("verbalizer", {}).values())
+        or ", ".join(f"`{name}`" for name in (labels.names if labels else ())),
+        head={
+            None: "CausalLM",
+            "sequence": "SequenceClassification",
+            "token": "TokenClassification",
+        }[labels and labels.kind],
+        outputs=len(labels.names) if labels else None,
         fingerprint=info.get("base", {}).get("fingerprint"),
         recipe=RECIPE in files.texts,
         versions=_versions(info.get("versions", {})),

@@ -66,6 +66,7 @@ def convert_adapter(
     if base is None:
         base = base_of(files, model, str(source))
     require_same_base(files, base, str(source))
+    require_convertible(base, str(source))
     error = 0.0
     if to == "prefix":
         made = as_prefix(files, base)
@@ -83,6 +84,15 @@ def convert_adapter(
     made = dataclasses.replace(made, texts={**kept, CARD: card_text(out.name, made, size)})
     write_adapter(out, made, replace=replace)
     return Converted(out, int(made.config["num_virtual_tokens"]), error)
+
+
+def require_convertible(base: Base, where: str) -> None:
+    """Raise AdapterError where a soft prompt and a prefix are no two forms of one thing."""
+    if base.head is not None or base.encoder_decoder:
+        raise AdapterError(
+            f"{where}: only adapters of causal language models can be converted; what an encoder "
+            "makes of a soft prompt depends on the input, and a trained head belongs to its method"
+        )
 
 
 def one_task(files: AdapterFiles, task: int | None) -> AdapterFiles:

@@ -80,7 +80,7 @@ def soft_prompts(sources: Sequence[Path], base: Base | None) -> tuple[Base, list
         if base is None:
             base = base_of(files, None, str(source))
         require_same_base(files, base, str(source))
-        if base.encoder_decoder:
+        if base.encoder_decoder or base.head is not None:
             raise AdapterError(f"{source}: only soft prompts of causal models can be exported so")
         adapter = adapter_from_files(files, base)
         try:

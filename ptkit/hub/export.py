@@ -21,7 +21,7 @@ from ptkit.formats.adapter_files import (
 )
 from ptkit.formats.int8 import dequantised, quantised
 from ptkit.hub.card import card_text
-from ptkit.hub.convert import as_prefix
+from ptkit.hub.convert import as_prefix, require_convertible
 from ptkit.methods import adapter_from_files, base_of, require_same_base
 from ptkit.recipe import load_recipe
 from ptkit.runtime.base_model import Base
@@ -72,6 +72,7 @@ def export_run(
         base = base_of(trained, None, str(run))
     require_same_base(trained, base, str(run))
     if format == "kv":
+        require_convertible(base, str(run))
         trained = as_prefix(trained, base)
     if dtype == "int8":
         stored = replace(trained, tensors=dequantised(quantised(trained.tensors)))

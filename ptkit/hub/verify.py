@@ -25,6 +25,7 @@ from ptkit.formats.adapter_files import (
 )
 from ptkit.formats.hub import HubId, hub_files, is_hub_id
 from ptkit.methods import base_of, compile_files, require_same_base
+from ptkit.methods.head import TrainedHead
 from ptkit.methods.lora_files import lora_config
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.runtime.base_model import Base
@@ -179,14 +180,18 @@ def _check_base(files: AdapterFiles, base: Base, source: str) -> Iterator[Check]
         yield Check("tokenizer", same, found if same else f"{found}, not {made_for['tokenizer']}")
     try:
         prefix = compile_files(files, base)
-        if prefix is None:
+        if files.peft_type == "LORA":
             lora_config(files, base)
+        if base.head is not None:
+            TrainedHead(base).load(files)
     except AdapterError as error:
         yield Check("shapes", False, str(error))
         return
     detail = "matrices fit the base's modules"
     if prefix is not None:
         detail = f"{prefix.virtual_tokens} virtual tokens in {len(prefix.keys)} layers"
+    if base.head is not None:
+        detail += f", a head for {len(base.head.labels)} labels"
     yield Check("shapes", True, detail)
 
 

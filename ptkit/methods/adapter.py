@@ -195,7 +195,8 @@ def require_method_fits(section: MethodSection, base: Base) -> None:
         able = ", ".join(kind for kind, cls in ADAPTERS.items() if cls.encoder_decoder)
         raise ModelError(
             f"`{section.title}` ({section.kind}) does not work on encoder-decoders such as "
-            f"{base.id}: its prompt would have to be read by the encoder; use {able}"
+            f"{base.id}: nothing its encoder reads can be compiled; write the text into the task's "
+            f"`input`, or use {able}"
         )
 
 

@@ -43,7 +43,9 @@ def recipe_faults(source: YamlSource) -> tuple[Recipe | None, list[str]]:
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        faults += [_fault(source, e, ()) for e in error.errors()]
+        # A default that depends on other fields is not made where one of those is at fault.
+        found = [e for e in error.errors() if e["type"] != "default_factory_not_called"]
+        faults += [_fault(source, e, ()) for e in found]
         recipe = None
     unique = list(dict.fromkeys(faults))
     return (None, unique) if unique else (recipe, [])

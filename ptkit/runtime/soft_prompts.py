@@ -32,8 +32,12 @@ def with_embeddings(
         return {"input_ids": input_ids, "attention_mask": attention_mask}
     assert batch.embedded is not None
     own = model.get_input_embeddings()(input_ids)
+    read = torch.cat([batch.embeddings.to(own.dtype), own], dim=1)
+    if model.config.is_encoder_decoder:
+        # Some encoders scale what they look up themselves, and not what they are given.
+        read = read * getattr(model.get_encoder(), "embed_scale", 1.0)
     return {
-        "inputs_embeds": torch.cat([batch.embeddings.to(own.dtype), own], dim=1),
+        "inputs_embeds": read,
         "attention_mask": torch.cat([batch.embedded.to(attention_mask), attention_mask], dim=1),
     }
 

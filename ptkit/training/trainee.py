@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,19 @@ class Job:
             raise DataError("training needs at least one row for training and one for validation")
 
 
+def _groups(adapter: Adapter, head_learning_rate: float) -> list[dict[str, Any]]:
+    """What AdamW is given: the adapter's parameters, and its head's at a rate of their own."""
+    head = set() if adapter.head is None else {*adapter.head.parameters()}
+    trained = adapter.trainable().values()
+    own = [p for p in trained if p not in head]
+    if not own or not head:
+        return [{"params": [*trained]}]
+    return [
+        {"params": own},
+        {"params": [p for p in trained if p in head], "lr": head_learning_rate},
+    ]
+
+
 class Trainee:
     """The state of one job. What happens to it depends on its own data and seed only.
 
@@ -71,7 +85,7 @@ class Trainee:
         self.job, self.adapter, self.settings = job, job.adapter, job.settings
         self.parameters = list(job.adapter.trainable().values())
         self.plain_optimizer = torch.optim.AdamW(
-            self.parameters,
+            _groups(job.adapter, self.settings.head_learning_rate),
             lr=job.learning_rate,
             weight_decay=self.settings.weight_decay,
             fused=True,  # one pass over the values: a tenth of a step of full fine-tuning

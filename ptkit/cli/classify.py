@@ -1,0 +1,58 @@
+"""`ptkit classify`: the labels an adapter gives to texts, or to the words of sentences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ptkit.cli.options import JsonOutput, input_lines
+
+
+def classify(
+    text: Annotated[
+        Optional[list[str]],  # noqa: UP045  (typer reads annotations at run time)
+        typer.Argument(help="Texts. Default: the lines of --input, or of standard input."),
+    ] = None,
+    adapter: Annotated[
+        Path, typer.Option("--adapter", "-a", help="Adapter or run folder, or hub id.")
+    ] = ...,  # type: ignore[assignment]
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--model", help="Base model; default: the one the adapter names."),
+    ] = None,
+    input_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--input", "-i", help="Text file with one text per line."),
+    ] = None,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="Use texts as they are, not in the adapter's own template."),
+    ] = False,
+    json_output: JsonOutput = False,
+) -> None:
+    """Label texts with an adapter that was trained to classify.
+
+    An adapter that labels words splits its sentences at spaces.
+    """
+    from ptkit.evaluation.classify import classifier
+
+    texts = input_lines(text, input_file)
+    with classifier(adapter, model) as loaded:
+        if loaded.of_words:
+            sentences = [line.split() for line in texts]
+            for words, labels in zip(sentences, loaded.words(sentences), strict=True):
+                if json_output:
+                    typer.echo(json.dumps({"words": words, "labels": labels}, ensure_ascii=False))
+                else:
+                    typer.echo(" ".join(f"{w}/{t}" for w, t in zip(words, labels, strict=True)))
+            return
+        for line, shares in zip(texts, loaded.probabilities(texts, raw=raw), strict=True):
+            best = max(shares, key=shares.__getitem__)
+            if json_output:
+                found = {"input": line, "label": best, "probabilities": shares}
+                typer.echo(json.dumps(found, ensure_ascii=False))
+            else:
+                typer.echo(f"{best}  {shares[best]:.1%}  {line if len(texts) > 1 else ''}".rstrip())
