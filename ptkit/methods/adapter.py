@@ -25,10 +25,13 @@ from ptkit.runtime.base_model import Base, load_base
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """Training rows a method may start from: texts `input + target`, in the data's order."""
+    """What a method may start from: training rows as texts `input + target`, in the data's order,
+    the words of a classification task's labels, and the folder that paths of a recipe start at."""
 
     texts: Sequence[str]
     seed: int
+    labels: Sequence[str] = ()
+    folder: Path = Path()
 
     def shuffled(self) -> list[str]:
         """The texts in an order that depends on the seed only."""

@@ -44,6 +44,7 @@ class Job:
     run: folder for checkpoints; if it holds some, training resumes there
     report: told after every step
     general: pieces of general text for `train.retain`, `[pieces, tokens]`; None without it
+    beta2: AdamW's decay of the squared gradients
     """
 
     adapter: Adapter
@@ -55,6 +56,7 @@ class Job:
     run: Path
     report: Report | None = None
     general: Tensor | None = None
+    beta2: float = 0.999
 
     def __post_init__(self) -> None:
         if not self.train or not self.validation:
@@ -73,6 +75,7 @@ class Trainee:
         self.plain_optimizer = torch.optim.AdamW(
             self.parameters,
             lr=job.learning_rate,
+            betas=(0.9, job.beta2),
             weight_decay=self.settings.weight_decay,
             fused=True,  # one pass over the values: a tenth of a step of full fine-tuning
         )
