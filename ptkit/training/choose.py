@@ -180,7 +180,7 @@ def _rate(section: MethodSection, make: Make, folder: Path) -> dict[str, Any]:
     tried = [{"rate": r, "loss": loss} for r, loss in zip(rates, ended, strict=True)]
     return {
         "learning_rate": rates[best], "rates": tried, "rate_steps": jobs[0].settings.steps,
-        "rate_batch": jobs[0].settings.batch_size,
+        "rate_batch": jobs[0].settings.batch_size, "rate_judged": len(jobs[0].validation),
     }  # fmt: skip
 
 
