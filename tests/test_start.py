@@ -23,7 +23,7 @@ PROMPTS = ("prefix_tuning", "prompt_tuning", "p_tuning")
 def make(base: Base, kind: str, folder: Path = Path(), **settings: object) -> Adapter:
     section = method_section({"kind": kind, "num_virtual_tokens": 4, **settings})
     torch.manual_seed(0)
-    rows = Demonstrations(["w1 w2 w3", "w4 w5"], 0, ["w6", " w7"], folder)
+    rows = Demonstrations(["w1 w2 w3", "w4 w5"], 0, [" w6", " w7"], " w9", folder)
     return create_adapter(section, base, rows)
 
 
@@ -44,13 +44,13 @@ def assert_same(found: KVPrefix, expected: KVPrefix) -> None:
 
 @pytest.mark.parametrize("kind", PROMPTS)
 @pytest.mark.parametrize("settings", [
-    {"start": "text", "start_text": "w8 w9 w10 w11"}, {"start": "labels"},
+    {"start": "text", "start_text": "w8 w9 w10 w11"}, {"start": "labels"}, {"start": "task"},
 ])  # fmt: skip
 def test_a_start_of_words_is_what_the_base_makes_of_them(
     family: str, kind: str, settings: dict
 ) -> None:
     base = random_base(family)
-    ids = [8, 9, 10, 11] if settings["start"] == "text" else [6, 7, 6, 7]
+    ids = {"text": [8, 9, 10, 11], "labels": [6, 7, 6, 7], "task": [9, 6, 9, 7]}[settings["start"]]
     extra = [{}] if kind != "prefix_tuning" else [{}, {"reparameterize": True}, {"gates": "values"}]
     for own in extra:
         adapter = make(base, kind, **settings, **own)
@@ -200,7 +200,7 @@ def test_every_start_is_made(tmp_path: Path) -> None:
     write_adapter(tmp_path / "a", make(base, "prompt_tuning").files())
     needs = {"text": {"start_text": "w1"}, "adapter": {"start_adapter": ["a"]}}
     names = ADAPTERS["prompt_tuning"].section_class.model_fields["start"].annotation.__args__
-    assert len(names) >= 7
+    assert len(names) >= 8
     for start in names:
         if start == "auto":
             with pytest.raises(UserError, match="resolved by a run"):

@@ -26,11 +26,13 @@ from ptkit.runtime.base_model import Base, load_base
 @dataclass(frozen=True)
 class Demonstrations:
     """What a method may start from: training rows as texts `input + target`, in the data's order,
-    the words of a classification task's labels, and the folder that paths of a recipe start at."""
+    the words of a classification task's labels, those of its template around the columns, and the
+    folder that paths of a recipe start at."""
 
     texts: Sequence[str]
     seed: int
     labels: Sequence[str] = ()
+    frame: str = ""
     folder: Path = Path()
 
     def shuffled(self) -> list[str]:

@@ -31,13 +31,15 @@ class PromptMethodSection(MethodSection):
     shares_batch: ClassVar[bool] = True
     num_virtual_tokens: int = Field(default=10, ge=1, le=4096)
     """Virtual tokens: learnt positions before the input."""
-    start: Literal["examples", "text", "labels", "vocabulary", "adapter", "random", "auto"] = (
-        "examples"
-    )
-    """Values before training: `examples` (tokens of training rows), `text` (of `start_text`),
-    `labels` (the words of a classification task's labels), `vocabulary` (random tokens), `adapter`
-    (what `start_adapter` learnt), `random` (noise; PEFT's default, and the worst), `auto` (of texts
-    made from the task, the one with the lowest loss on a few training batches)."""
+    start: Literal[
+        "task", "examples", "text", "labels", "vocabulary", "adapter", "random", "auto"
+    ] = "task"
+    """Values before training: `task` (in classification the template's own words, once with the
+    words of each label; in generation as `examples`), `examples` (tokens of training rows), `text`
+    (of `start_text`), `labels` (the words of a classification task's labels), `vocabulary` (random
+    tokens), `adapter` (what `start_adapter` learnt), `random` (noise; PEFT's default, and the
+    worst), `auto` (of texts made from the task, the one with the lowest loss on a few training
+    rows)."""
     start_text: str | None = None
     """The text `start: text` reads; repeated or cut to `num_virtual_tokens` tokens."""
     start_adapter: Annotated[list[str], Field(min_length=1)] | None = None
@@ -81,7 +83,10 @@ def start_tokens(
         if not demonstrations.labels:
             raise UserError("`start: labels` needs a classification task, whose labels have words")
         ids = token_ids(base, "".join(demonstrations.labels))
-    elif section.start == "examples":
+    elif section.start == "task" and demonstrations.labels:
+        frame = demonstrations.frame
+        ids = token_ids(base, "".join(frame + label for label in demonstrations.labels))
+    elif section.start in ("task", "examples"):
         ids = []
         for text in demonstrations.shuffled():
             ids += token_ids(base, text)

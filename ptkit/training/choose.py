@@ -100,24 +100,18 @@ def starts(
     task: ClassificationTask | GenerationTask, examples: Sequence[Example], seed: int
 ) -> list[dict[str, str]]:
     """Settings of the starts to try: the task's own words, answers, demonstrations, any words."""
-    texts = [_frame(task)]
-    if isinstance(task, ClassificationTask):
-        words = [*task.verbalizer.values()]
-        frame = _frame(task)
-        texts += ["".join(words), "".join(frame + answer for answer in words)]
+    texts = [Template(task.input).words]
     drawn = random.Random(seed).sample(list(examples), min(64, len(examples)))
     # Short rows: with room for few tokens, their answers are still in it.
     short = sorted(drawn, key=lambda e: len(e.input) + len(e.target))[:2]
     texts += [example.input + example.target for example in (*drawn[:2], *short)]
-    if isinstance(task, GenerationTask):
+    named = [{"start": "examples"}, {"start": "vocabulary"}]
+    if isinstance(task, ClassificationTask):
+        named += [{"start": "task"}, {"start": "labels"}]
+    else:
         texts += [example.target for example in drawn[:2]]
     found = [{"start": "text", "start_text": text} for text in dict.fromkeys(texts) if text.strip()]
-    return [*found, {"start": "examples"}, {"start": "vocabulary"}]
-
-
-def _frame(task: ClassificationTask | GenerationTask) -> str:
-    """The words of the input's template around its columns."""
-    return Template(task.input, "task.input").words
+    return [*named, *found]
 
 
 def _rows_read(train: TrainSection, share: float) -> int:

@@ -24,6 +24,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
+from ptkit.data.templates import Template
 from ptkit.errors import UserError
 from ptkit.evaluation.latency import measure_latency
 from ptkit.evaluation.predict import predict, require_room
@@ -243,8 +244,10 @@ def _adapter(experiment: Experiment, cell: Cell, method: MethodSection) -> Adapt
     if cell.start_from is None:
         rows = experiment.training(cell.seed).examples
         texts = [example.input + example.target for example in rows]
-        words = getattr(experiment.recipe.task, "verbalizer", {}).values()
-        start = Demonstrations(texts, cell.seed, [*words], experiment.folder)
+        task = experiment.recipe.task
+        labels = [*getattr(task, "verbalizer", {}).values()]
+        frame = Template(task.input).words
+        start = Demonstrations(texts, cell.seed, labels, frame, experiment.folder)
         return create_adapter(method, base, start)
     files = read_adapter(cell.start_from)
     require_same_base(files, base, str(cell.start_from))
