@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_base
+from test_compare import recipe_file as recipe_file
 from test_peft_parity import LEARNT
 from test_train import Killed, rows
 
+from ptkit.comparison.grid import run_grid
+from ptkit.comparison.outputs import write_outputs
 from ptkit.data.task import Example
 from ptkit.errors import UserError
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.prefix import PrefixBatch
+from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import ClassificationTask, MethodSection, TrainSection, method_section
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_losses
@@ -160,3 +164,32 @@ def test_every_prompt_method_can_be_left_open() -> None:
         assert choosing.is_open(method_section({"kind": kind, "learning_rate": "auto"}))
         assert choosing.is_open(method_section({"kind": kind, "start": "auto"}))
     assert not choosing.is_open(method_section({"kind": "lora"}))
+
+
+def test_a_comparison_records_what_each_cell_chose_and_resumes_with_it(
+    recipe_file: Path, tmp_path: Path, monkeypatch
+) -> None:
+    loaded = load_recipe(recipe_file, [
+        "methods=[{kind: prefix_tuning, num_virtual_tokens: 3, start: auto, learning_rate: auto}]",
+        "seeds=[0, 1]", "train={steps: 130, batch_size: 8, warmup_steps: 5, together: 2}",
+    ])  # fmt: skip
+    whole = run_grid(loaded, tmp_path / "whole", base=random_base("llama"))
+    assert [record.settings["learning_rate"] for record in whole] == ["auto", "auto"]
+    for record in whole:
+        assert record.chosen is not None
+        assert record.chosen["learning_rate"] in (0.01, 0.03, 0.1, 0.3)
+        assert record.chosen["start"] in ("text", "examples", "vocabulary")
+    write_outputs(tmp_path / "whole", whole, loaded.recipe)
+
+    with monkeypatch.context() as patch:
+
+        def killed(*_: object) -> None:
+            raise Killed
+
+        patch.setattr("ptkit.training.run.fit", killed)  # the choice is made, the run is not
+        with pytest.raises(Killed):
+            run_grid(loaded, tmp_path / "cut", base=random_base("llama"))
+    resumed = run_grid(loaded, tmp_path / "cut", base=random_base("llama"))
+    assert [r.chosen for r in resumed] == [r.chosen for r in whole]
+    assert [r.curve for r in resumed] == [r.curve for r in whole]
+    assert [r.metrics for r in resumed] == [r.metrics for r in whole]
