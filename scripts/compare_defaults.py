@@ -1,7 +1,7 @@
 """Runs the methods of recipes/defaults-tiny.yaml on other recipes' tasks, and writes the tables of
 docs/defaults.md from the results. Interrupted, the same command goes on where it was.
 
-python scripts/compare_defaults.py RECIPE ... [--seeds 0 1] [--out FOLDER] [--set KEY=VALUE]
+python scripts/compare_defaults.py RECIPE ... [--seeds 0 1] [--set KEY=VALUE] [--without auto]
 python scripts/compare_defaults.py --tables
 """
 
@@ -28,10 +28,17 @@ BEGIN, END = "<!-- made by scripts/compare_defaults.py -->", "<!-- end -->"
 PROMPTS = ("prefix", "prompt", "P-tuning")
 
 
-def run(recipe: str, seeds: list[int], out: Path, overrides: list[str]) -> None:
-    """Compare the defaults on `recipe`'s task, in `out`/its name."""
+def run(recipe: str, seeds: list[int], out: Path, overrides: list[str], without: str) -> None:
+    """Compare the defaults on `recipe`'s task, in `out`/its name.
+
+    without: leaves out the methods with this end of their name
+    """
     listed = load_recipe(METHODS).recipe
-    methods = [m.model_dump(mode="json", exclude_defaults=True) for m in listed.methods]
+    methods = [
+        m.model_dump(mode="json", exclude_defaults=True)
+        for m in listed.methods
+        if not without or not m.title.endswith(f", {without}")
+    ]
     name = load_recipe(recipe).recipe.name
     loaded = load_recipe(
         recipe,
@@ -158,12 +165,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--without", default="", help="leave out these rows: `auto`")
     parser.add_argument("--tables", action="store_true", help="write docs/defaults.md")
-    chosen_ = parser.parse_args()
-    for recipe in chosen_.recipes:
-        run(recipe, chosen_.seeds, chosen_.out, chosen_.set)
-    if chosen_.tables:
-        folders = sorted(p.parent for p in chosen_.out.glob("*/results.jsonl"))
+    given = parser.parse_args()
+    for recipe in given.recipes:
+        run(recipe, given.seeds, given.out, given.set, given.without)
+    if given.tables:
+        folders = sorted(p.parent for p in given.out.glob("*/results.jsonl"))
         before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
         _, after = rest.split(END)
         text = f"{before}{BEGIN}\n\n{tables(folders)}{END}{after}"

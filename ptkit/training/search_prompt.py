@@ -84,7 +84,7 @@ def search_prompt(
                 ids = tried[found.index(best)]
             losses.append(best)
             if report is not None:
-                report(base.tokenizer.decode(ids), best)
+                report(str(base.tokenizer.decode(ids)), best)
         if ids == before:
             break
     (judged,) = _losses(base, [_compiled(base, ids)], validation)
