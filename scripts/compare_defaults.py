@@ -153,7 +153,7 @@ def chosen(task: Task, method: str) -> str:
         named = choice["start"] if text is None else f"{text[:24]!r}".replace("|", "\\|")
         found.append(f"{named}, {choice['learning_rate']:g}")
         scored = len(choice["starts"]) * choice["start_rows"]
-        scored += len(choice["rates"]) * choice["rate_judged"]
+        scored += (1 + len(choice["rates"])) * choice["rate_judged"]
         stepped = len(choice["rates"]) * choice["rate_steps"] * choice["rate_batch"]
         share = max(share, (stepped + scored / 2) / rows)
     return f"{'; '.join(found)} ({share:.0%})"

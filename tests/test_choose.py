@@ -15,7 +15,7 @@ from test_train import Killed, rows
 from ptkit.comparison.grid import run_grid
 from ptkit.comparison.outputs import write_outputs
 from ptkit.data.task import Example
-from ptkit.errors import UserError
+from ptkit.errors import PtkitError, UserError
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.prefix import PrefixBatch
 from ptkit.recipe import load_recipe
@@ -23,6 +23,7 @@ from ptkit.recipe.schema import ClassificationTask, MethodSection, TrainSection,
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_losses
 from ptkit.training import choose as choosing
+from ptkit.training.checkpoint import Progress
 from ptkit.training.choose import Choice, choose
 from ptkit.training.loop import fit
 from ptkit.training.trainee import Job
@@ -65,7 +66,7 @@ def test_what_is_given_stays_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["prefix_tuning", "prompt_tuning", "p_tuning"])
-def test_the_start_with_the_lowest_loss_is_kept(family: str, kind: str, tmp_path: Path) -> None:
+def test_a_start_that_is_clearly_lower_is_kept(family: str, kind: str, tmp_path: Path) -> None:
     base = random_base(family)
     choice, _ = run(base, tmp_path, kind=kind, start="auto")
     assert choice.record is not None
@@ -73,9 +74,11 @@ def test_the_start_with_the_lowest_loss_is_kept(family: str, kind: str, tmp_path
     texts = [t.get("start_text") for t in tried]
     assert "w1  w2" in texts, "the template's own words"
     assert {"task", "labels", "examples", "vocabulary"} < {t["start"] for t in tried}
+    own = next(t for t in tried if t["start"] == "task")
     best = min(tried, key=lambda t: t["loss"])
+    kept = best if best["loss"] <= 0.9 * own["loss"] else own
     assert (choice.section.start, choice.section.start_text) == (  # type: ignore[attr-defined]
-        best["start"], best.get("start_text"),
+        kept["start"], kept.get("start_text"),
     )  # fmt: skip
     # Scored together as each is alone.
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0)).tolist()
@@ -92,20 +95,63 @@ def test_the_start_with_the_lowest_loss_is_kept(family: str, kind: str, tmp_path
     assert len({round(t["loss"], 4) for t in tried}) > 3, "equal losses would prove nothing"
 
 
-def test_the_rate_is_that_of_the_best_miniature_run(tmp_path: Path) -> None:
+def test_a_text_that_gives_the_answer_away_is_the_start(tmp_path: Path, monkeypatch) -> None:
+    base = random_base("llama")
+    answers = [{"start": "task"}, {"start": "text", "start_text": "w20 w21 w22 w23"}]
+    monkeypatch.setattr(choosing, "starts", lambda *_: answers)
+    losses = iter([[3.0, 2.8], [3.0, 2.6]])
+    monkeypatch.setattr(choosing, "_losses", lambda *_: next(losses))
+    near, _ = run(base, tmp_path / "near", start="auto")
+    clear, _ = run(base, tmp_path / "clear", start="auto")
+    assert near.section.start == "task"  # type: ignore[attr-defined]
+    assert clear.section.start_text == "w20 w21 w22 w23"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("learnt", "chosen"),
+    [
+        ([1.0, 2.0, 2.1, 2.2], 0.1),  # enough at the default, whatever else does better
+        ([1.0, 2.0, 1.0, -5.0], 0.03),  # the default is too high here
+        ([0.1, 0.2, 0.5, 2.0], 0.3),  # and here too low
+        ([2.0, 1.0, 0.5, 0.1], 0.01),
+        ([-0.5, -0.1, -1.0, -9.0], 0.03),  # nothing learns: what harms least
+        ([0.0, 0.0, 0.0, 0.0], 0.1),
+    ],
+)
+def test_the_rate_nearest_the_default_that_learns_enough(learnt: list, chosen: float) -> None:
+    assert choosing.nearest_good([0.01, 0.03, 0.1, 0.3], learnt, 0.1) == chosen
+
+
+def test_rates_are_judged_by_miniature_runs(tmp_path: Path) -> None:
     base = random_base("llama")
     choice, made = run(base, tmp_path / "a", learning_rate="auto")
-    assert choice.record is not None
-    tried = {t["rate"]: t["loss"] for t in choice.record["rates"]}
+    found = choice.record
+    assert found is not None
+    tried = {t["rate"]: t["loss"] for t in found["rates"]}
     assert sorted(tried) == [0.01, 0.03, 0.1, 0.3]
-    assert choice.section.learning_rate == min(tried, key=tried.__getitem__)  # type: ignore[attr-defined]
+    learnt = [found["rate_loss_before"] - loss for loss in tried.values()]
+    assert choice.section.learning_rate == choosing.nearest_good(  # type: ignore[attr-defined]
+        [*tried], learnt, 0.1
+    )
     # A rate's miniature run by itself ends at the same loss.
     job = choosing._miniature(made[1], 4, tmp_path / "alone")
     torch.manual_seed(0)
     fresh = create_adapter(job.adapter.section, base, demonstrations())
     (alone,) = fit([Job(**{**vars(job), "adapter": fresh})])
     assert alone.best_loss == pytest.approx(tried[made[1].learning_rate], abs=1e-4)
-    assert alone.step == choice.record["rate_steps"]
+    assert alone.step == found["rate_steps"]
+
+
+def test_a_rate_that_blows_up_is_given_up(tmp_path: Path, monkeypatch) -> None:
+    def fragile(jobs: list[Job]) -> list[Progress]:
+        if any(job.learning_rate > 0.05 for job in jobs):
+            raise PtkitError("the loss became nan")
+        return fit(jobs)
+
+    monkeypatch.setattr(choosing, "fit", fragile)
+    choice, _ = run(random_base("llama"), tmp_path, learning_rate="auto")
+    assert choice.record is not None
+    assert [t["rate"] for t in choice.record["rates"]] == [0.01, 0.03]
 
 
 def test_both_cost_at_most_fifteen_percent_of_the_rows(tmp_path: Path) -> None:
@@ -118,7 +164,7 @@ def test_both_cost_at_most_fifteen_percent_of_the_rows(tmp_path: Path) -> None:
         found = choice.record
         assert found is not None
         scored = len(found["starts"]) * found["start_rows"]
-        judged = len(found["rates"]) * found["rate_judged"]
+        judged = (1 + len(found["rates"])) * found["rate_judged"]
         stepped = len(found["rates"]) * found["rate_steps"] * found["rate_batch"]
         whole = steps.steps * steps.batch_size * steps.gradient_accumulation
         assert stepped + (scored + judged) / 2 <= 0.15 * whole
@@ -178,7 +224,7 @@ def test_a_comparison_records_what_each_cell_chose_and_resumes_with_it(
     for record in whole:
         assert record.chosen is not None
         assert record.chosen["learning_rate"] in (0.01, 0.03, 0.1, 0.3)
-        assert record.chosen["start"] in ("text", "examples", "vocabulary")
+        assert record.chosen["start"] in ("task", "text", "vocabulary")
     write_outputs(tmp_path / "whole", whole, loaded.recipe)
 
     with monkeypatch.context() as patch:

@@ -9,6 +9,7 @@ verdict, never a test row; together they cost at most `SHARE` of the run.
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from accelerate.utils import set_seed
 from ptkit.data.encode import EncodedExample
 from ptkit.data.task import Example
 from ptkit.data.templates import Template
-from ptkit.errors import UserError
+from ptkit.errors import PtkitError, UserError
 from ptkit.formats import atomic
 from ptkit.methods import Adapter
 from ptkit.recipe.schema import (
@@ -44,6 +45,10 @@ START_SHARE, RATE_SHARE = 0.05, 0.10
 FACTORS = (0.1, 0.3, 1.0, 3.0)
 #: Fewer steps than this say nothing about a rate.
 FEWEST_STEPS = 10
+#: A short test tells what fails, not which of two good choices ends better: the default is left
+#: for a start that lowers its loss by this share, or where its own rate learns less than this
+#: share of what the best one learns.
+CLEARLY_LOWER, ENOUGH = 0.1, 0.9
 
 #: The job that trains an adapter of a section without `auto`.
 Make = Callable[[MethodSection], Job]
@@ -105,9 +110,9 @@ def starts(
     # Short rows: with room for few tokens, their answers are still in it.
     short = sorted(drawn, key=lambda e: len(e.input) + len(e.target))[:2]
     texts += [example.input + example.target for example in (*drawn[:2], *short)]
-    named = [{"start": "examples"}, {"start": "vocabulary"}]
+    named = [{"start": "task"}, {"start": "vocabulary"}]
     if isinstance(task, ClassificationTask):
-        named += [{"start": "task"}, {"start": "labels"}]
+        named += [{"start": "labels"}, {"start": "examples"}]
     else:
         texts += [example.target for example in drawn[:2]]
     found = [{"start": "text", "start_text": text} for text in dict.fromkeys(texts) if text.strip()]
@@ -124,8 +129,9 @@ def _start(
     task: ClassificationTask | GenerationTask,
     examples: Sequence[Example],
 ) -> dict[str, Any]:
-    """The candidate with the lowest loss per target token on a few training rows."""
-    settled = section.model_copy(update={"learning_rate": _default_rate(section)})
+    """The candidate with the lowest loss per target token on a few training rows, or the default
+    where none is clearly lower."""
+    settled = section.model_copy(update={"learning_rate": _default(section, "learning_rate")})
     job = make(settled.model_copy(update={"start": "vocabulary"}))
     candidates = starts(task, examples, job.seed)
     budget = _rows_read(job.settings, START_SHARE)
@@ -142,13 +148,16 @@ def _start(
         set_seed(job.seed)
         adapters.append(make(settled.model_copy(update=candidate)).adapter)
     losses = _losses(adapters, drawn)
+    own = next(i for i, c in enumerate(candidates) if c["start"] == _default(section, "start"))
     best = min(range(len(losses)), key=losses.__getitem__)
+    if losses[best] > (1 - CLEARLY_LOWER) * losses[own]:
+        best = own
     tried = [{**c, "loss": loss} for c, loss in zip(candidates, losses, strict=True)]
     return {**candidates[best], "starts": tried, "start_rows": rows}
 
 
-def _default_rate(section: MethodSection) -> float:
-    return float(type(section).model_fields["learning_rate"].default)
+def _default(section: MethodSection, key: str) -> Any:
+    return type(section).model_fields[key].default
 
 
 @torch.no_grad()
@@ -162,20 +171,49 @@ def _losses(adapters: Sequence[Adapter], rows: Sequence[EncodedExample]) -> list
 
 
 def _rate(section: MethodSection, make: Make, folder: Path) -> dict[str, Any]:
-    """The rate whose miniature run, in `folder`, ends with the lowest validation loss."""
-    default = _default_rate(section)
+    """The rate nearest the default whose miniature run, in `folder`, learns enough.
+
+    A rate at which the loss stops being finite is given up, and those below it are tried again.
+    """
+    default = float(_default(section, "learning_rate"))
     rates = [float(f"{default * factor:.3g}") for factor in FACTORS]
-    jobs = []
-    for rate in rates:
-        job = make(section.model_copy(update={"learning_rate": rate}))
-        jobs.append(_miniature(job, len(rates), folder / f"{rate:g}"))
-    ended = [progress.best_score for progress in fit(jobs)]
-    best = min(range(len(rates)), key=ended.__getitem__)
-    tried = [{"rate": r, "loss": loss} for r, loss in zip(rates, ended, strict=True)]
+    ended: dict[float, float] = {}
+    while not ended:
+        jobs = [
+            _miniature(
+                make(section.model_copy(update={"learning_rate": rate})), len(FACTORS),
+                folder / f"{len(rates)}" / f"{rate:g}",
+            )
+            for rate in rates
+        ]  # fmt: skip
+        (before,) = _losses([jobs[0].adapter], jobs[0].validation)
+        try:
+            progresses = fit(jobs)
+        except PtkitError:
+            if len(rates) == 1:
+                raise
+            rates.pop()
+            continue
+        ended = {r: progress.best_loss for r, progress in zip(rates, progresses, strict=True)}
+    chosen = nearest_good(rates, [before - loss for loss in ended.values()], default)
+    settings = jobs[0].settings
     return {
-        "learning_rate": rates[best], "rates": tried, "rate_steps": jobs[0].settings.steps,
-        "rate_batch": jobs[0].settings.batch_size, "rate_judged": len(jobs[0].validation),
+        "learning_rate": chosen,
+        "rates": [{"rate": rate, "loss": loss} for rate, loss in ended.items()],
+        "rate_loss_before": before, "rate_steps": settings.steps,
+        "rate_batch": settings.batch_size, "rate_judged": len(jobs[0].validation),
     }  # fmt: skip
+
+
+def nearest_good(rates: Sequence[float], learnt: Sequence[float], default: float) -> float:
+    """Of `rates`, the one nearest to `default` (as a ratio) that learns at least `ENOUGH` of what
+    the best one does; where none learns anything, the one that harms least.
+
+    learnt: by how much each lowered the loss
+    """
+    best = max(learnt)
+    good = [r for r, own in zip(rates, learnt, strict=True) if own >= min(best, ENOUGH * best)]
+    return min(good, key=lambda rate: abs(math.log(rate / default)))
 
 
 def _miniature(job: Job, rates: int, run: Path) -> Job:
@@ -184,7 +222,8 @@ def _miniature(job: Job, rates: int, run: Path) -> Job:
     budget = _rows_read(train, RATE_SHARE)
     batch = max(1, train.batch_size * train.gradient_accumulation // rates)
     judged = min(len(job.validation), max(1, budget // (2 * rates)))
-    steps = (budget - judged * rates // 2) // (batch * rates)
+    scored = judged * (rates + 1)  # after each miniature run, and once before
+    steps = (budget - scored // 2) // (batch * rates)
     if steps < FEWEST_STEPS:
         raise UserError(
             f"`learning_rate: auto` tries {rates} rates in {RATE_SHARE:.0%} of the run, "
