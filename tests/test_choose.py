@@ -179,6 +179,12 @@ def test_a_run_too_short_to_find_anything_in_is_refused(tmp_path: Path) -> None:
         run(random_base("gpt2"), tmp_path, STEPS.model_copy(update={"steps": 2}), start="auto")
 
 
+def test_rates_that_cannot_share_a_batch_are_refused(tmp_path: Path) -> None:
+    half = STEPS.model_copy(update={"autocast": "fp16"})
+    with pytest.raises(UserError, match="takes one process and `autocast: no` or `bf16`"):
+        run(random_base("gpt2"), tmp_path, half, learning_rate="auto")
+
+
 def test_killed_while_choosing_the_same_is_chosen(tmp_path: Path, monkeypatch) -> None:
     settings = {"start": "auto", "learning_rate": "auto"}
     whole, _ = run(random_base("llama"), tmp_path / "whole", **settings)

@@ -13,8 +13,8 @@ from ptkit.errors import UserError
 from ptkit.formats.adapter_files import write_adapter
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, create_adapter
 from ptkit.prefix import KVPrefix
-from ptkit.recipe.schema import method_section
-from ptkit.runtime.base_model import Base
+from ptkit.recipe.schema import ModelSection, method_section
+from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.compile import compile_embeddings, compile_tokens
 
 PROMPTS = ("prefix_tuning", "prompt_tuning", "p_tuning")
@@ -143,6 +143,16 @@ def test_one_rate_fits_bases_of_any_scale(kind: str) -> None:
     for share in moves[1:]:
         torch.testing.assert_close(share, moves[0], rtol=1e-3, atol=1e-4)
     assert float(moves[0].min()) > 0.05
+
+
+def test_layers_of_the_embedded_base_differ_in_size() -> None:
+    """What the docs say of it, and why a prefix is learnt in units of its own size."""
+    base = load_base(ModelSection(id="tiny-en"))
+    text = "The committee published its report on Monday, and nobody was surprised by it."
+    prefix = compile_tokens(base.model, torch.tensor(base.tokenizer(text)["input_ids"]))
+    sizes = [float(values.square().mean().sqrt()) for values in prefix.values]
+    assert sizes[0] < 0.1
+    assert 2 < sizes[-1] < 4
 
 
 @pytest.mark.parametrize("gates", ["values", "keys_and_values"])

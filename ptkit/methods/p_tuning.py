@@ -35,7 +35,8 @@ class PTuningSection(PromptMethodSection):
     """Width of the encoder."""
     learning_rate: float | Literal["auto"] = 5e-2
     """AdamW's peak learning rate (for the encoder's weights; its output is in units of the size of
-    the start's embeddings). `auto`: the best of four in a short test before the run."""
+    the start's embeddings). `auto`: of four, the one nearest the default that learns enough in a
+    short test before the run."""
 
 
 @register

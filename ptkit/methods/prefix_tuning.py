@@ -58,8 +58,8 @@ class PrefixTuningSection(PromptMethodSection):
     its last token. PEFT knows no infix, so such an adapter is for ptkit only."""
     learning_rate: float | Literal["auto"] = 0.1
     """AdamW's peak learning rate, in units of the size (RMS) that keys and values have at the start
-    in their layer, so that one rate fits all layers and bases; the MLP wants about 3e-3. `auto`:
-    the best of four in a short test before the run."""
+    in their layer, so that one rate fits all layers and bases; the MLP wants about 3e-3. `auto`: of four,
+    the one nearest the default that learns enough in a short test before the run."""
 
     @field_validator("gates", mode="before")
     @classmethod

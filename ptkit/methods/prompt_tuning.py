@@ -31,8 +31,8 @@ class PromptTuningSection(PromptMethodSection):
     """Virtual tokens: learnt positions before the input (the paper uses 20 to 100)."""
     learning_rate: float | Literal["auto"] = 6.0
     """AdamW's peak learning rate, in units of the size (RMS) of the start's embeddings, so that one
-    rate fits bases of any scale. Soft prompts want rates far above those of weights. `auto`: the
-    best of four in a short test before the run."""
+    rate fits bases of any scale. Soft prompts want rates far above those of weights. `auto`: of
+    four, the one nearest the default that learns enough in a short test before the run."""
 
 
 @register

@@ -38,8 +38,8 @@ class PromptMethodSection(MethodSection):
     words of each label; in generation as `examples`), `examples` (tokens of training rows), `text`
     (of `start_text`), `labels` (the words of a classification task's labels), `vocabulary` (random
     tokens), `adapter` (what `start_adapter` learnt), `random` (noise; PEFT's default, and the
-    worst), `auto` (of texts made from the task, the one with the lowest loss on a few training
-    rows)."""
+    worst), `auto` (`task`, or where its loss on a few training rows is clearly lower one of the
+    others or a text made from the task)."""
     start_text: str | None = None
     """The text `start: text` reads; repeated or cut to `num_virtual_tokens` tokens."""
     start_adapter: Annotated[list[str], Field(min_length=1)] | None = None
@@ -48,7 +48,8 @@ class PromptMethodSection(MethodSection):
     start_weights: list[float] | None = None
     """What each of `start_adapter` counts in the mean; they add up to 1. null: all the same."""
     learning_rate: float | Literal["auto"]
-    """AdamW's peak learning rate, or `auto`: the best of a few in a short test before the run."""
+    """AdamW's peak learning rate, or `auto`: of a few, the one nearest the default that learns
+    enough in a short test before the run."""
     beta2: float = Field(default=0.95, gt=0, lt=1)
     """How long AdamW remembers the size of gradients. Those of a prompt's first steps, which learn
     what answers look like, are many times the later ones; with 0.999 (PyTorch's default) they keep

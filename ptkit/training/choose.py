@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import set_seed
 
 from ptkit.data.encode import EncodedExample
@@ -186,6 +187,12 @@ def _rate(section: MethodSection, make: Make, folder: Path) -> dict[str, Any]:
             )
             for rate in rates
         ]  # fmt: skip
+        processes = PartialState(cpu=jobs[0].adapter.base.model.device.type == "cpu")
+        if processes.num_processes > 1 or jobs[0].settings.autocast == "fp16":
+            raise UserError(
+                "`learning_rate: auto` trains several rates in one batch, which takes one process "
+                "and `autocast: no` or `bf16`; give a rate"
+            )
         (before,) = _losses([jobs[0].adapter], jobs[0].validation)
         try:
             progresses = fit(jobs)
