@@ -23,7 +23,7 @@ def inspect(
     words: Annotated[int, typer.Option(min=1, help="Nearest words per virtual token.")] = 3,
     json_output: JsonOutput = False,
 ) -> None:
-    """Show an adapter's tensors, size, share of the base, norms per layer and nearest words."""
+    """Show an adapter's tensors, size, norms per layer, attention and nearest words."""
     from ptkit.evaluation.anatomy import dissect
     from ptkit.evaluation.saved import find_adapter
     from ptkit.formats.adapter_files import read_adapter
@@ -52,6 +52,7 @@ def _as_dict(anatomy: Anatomy) -> dict[str, object]:
         "metrics": anatomy.files.info.get("metrics"),
         "layers": [vars(layer) for layer in anatomy.layers],
         "nearest": anatomy.nearest,
+        "attention": anatomy.attention,
     }
 
 
@@ -89,8 +90,10 @@ def _show(anatomy: Anatomy, path: Path) -> None:
             values = (row.key, row.text_key, row.value, row.text_value)
             norms.add_row(str(row.layer), *(f"{v:.2f}" for v in values))
         console.print(norms)
-    if anatomy.nearest:
-        nearest = Table("virtual token", "nearest words (cosine)")
-        for i, found in enumerate(anatomy.nearest):
-            nearest.add_row(str(i), "   ".join(f"{word!r} {s:.2f}" for word, s in found))
-        console.print(nearest)
+    if anatomy.attention:
+        tokens = Table("virtual token", "attention", "nearest words (cosine)")
+        for i, share in enumerate(anatomy.attention):
+            found = anatomy.nearest[i] if anatomy.nearest else []
+            words = "   ".join(f"{word!r} {s:.2f}" for word, s in found)
+            tokens.add_row(str(i), f"{share:.1%}", words)
+        console.print(tokens)

@@ -29,6 +29,7 @@ from ptkit.cli import (
     recipes,
     report,
     search,
+    search_prompt,
     serve,
     train,
     verify,
@@ -63,6 +64,7 @@ app.command("verify")(verify.verify)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
 app.command("search")(search.search)
+app.command("search-prompt")(search_prompt.search_prompt)
 
 
 def _version(shown: bool) -> None:

@@ -37,7 +37,16 @@ def _csv(records: Sequence[CellRecord]) -> str:
     rows = []
     for record in records:
         values = record.as_dict()
-        nested = {"settings", "curve", "versions", "metrics", "retention", "sweep", "tuned"}
+        nested = {
+            "settings",
+            "curve",
+            "versions",
+            "metrics",
+            "retention",
+            "sweep",
+            "tuned",
+            "chosen",
+        }
         row = {k: v for k, v in values.items() if k not in nested}
         row |= {f"sweep_{k}": v for k, v in values["sweep"].items()}
         row |= {f"tuned_{k}": v for k, v in (values["tuned"] or {}).get("settings", {}).items()}

@@ -39,6 +39,11 @@ class Template:
         """The columns the template reads, in order of first use."""
         return list(dict.fromkeys(column for _, column in self._parts if column is not None))
 
+    @property
+    def words(self) -> str:
+        """The text without its placeholders."""
+        return "".join(literal for literal, _ in self._parts)
+
     def require(self, known: list[str]) -> None:
         """Raise DataError unless every column is in `known`."""
         for column in self.columns:

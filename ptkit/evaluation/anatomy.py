@@ -10,8 +10,12 @@ import torch
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter, weights_path
 from ptkit.methods import adapter_from_files, require_same_base
 from ptkit.methods.soft_prompt import SoftPrompt
-from ptkit.prefix import KVPrefix
+from ptkit.methods.start import token_ids
+from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.runtime.attention import prefix_attention, prefixed_positions
 from ptkit.runtime.base_model import Base
+from ptkit.runtime.compile import compile_tokens
+from ptkit.runtime.infix import placed_before_last
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class LayerNorms:
 class Anatomy:
     """The parts of one adapter.
 
-    nearest: for each virtual token of a soft prompt, (token, cosine) of the closest words.
+    nearest: for each virtual token of a soft prompt, (token, cosine) of the closest words
+    attention: for each virtual token, the share of all attention it gets while a sentence is read
     """
 
     files: AdapterFiles
@@ -40,6 +45,7 @@ class Anatomy:
     prefix_bytes: int
     layers: list[LayerNorms]
     nearest: list[list[tuple[str, float]]]
+    attention: list[float]
 
 
 def dissect(path: Path, base: Base, *, words: int = 3) -> Anatomy:
@@ -62,6 +68,7 @@ def dissect(path: Path, base: Base, *, words: int = 3) -> Anatomy:
             # A soft prompt that an encoder reads has no keys and values of its own.
             [] if prefix is None or prefix.embeddings is not None else layer_norms(prefix, base),
             nearest,
+            [] if prefix is None or base.encoder_decoder else attention_shares(prefix, base),
         )
     finally:
         adapter.close()
@@ -80,13 +87,40 @@ def nearest_words(adapter: SoftPrompt, base: Base, count: int) -> list[list[tupl
     ]
 
 
+#: Plain text that adapters are looked at on.
+SENTENCE = "The committee published its report on Monday, and nobody was surprised by it."
+
+
+@torch.no_grad()
+def attention_shares(prefix: KVPrefix, base: Base, text: str = SENTENCE) -> list[float]:
+    """The share of attention each virtual token gets while the base reads `text`: the mean of
+    the attention weights over layers, heads and the tokens of the text."""
+    model, ids = base.model, torch.tensor([token_ids(base, text)]).to(base.model.device)
+    mask = torch.ones_like(ids)
+    batch = PrefixBatch.shared(prefix, 1)
+    if prefix.infix:
+        batch = placed_before_last(model, batch, mask, torch.tensor([ids.shape[1] - 1]))
+    own = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the others do not return their weights
+    try:
+        with prefix_attention(model) as injection:
+            injection.batch = batch
+            weights = model.base_model(
+                input_ids=ids,
+                attention_mask=mask,
+                use_cache=False,
+                output_attentions=True,
+                position_ids=prefixed_positions(batch, mask),
+            ).attentions  # per layer [1, heads, tokens, virtual tokens + tokens]
+    finally:
+        model.set_attn_implementation(own)
+    shares = torch.stack([w[..., : prefix.virtual_tokens].float().mean((0, 1, 2)) for w in weights])
+    return shares.mean(0).tolist()
+
+
 def layer_norms(prefix: KVPrefix, base: Base) -> list[LayerNorms]:
     """Vector lengths per layer, beside those of a sentence the base reads."""
-    from ptkit.runtime.compile import compile_tokens
-
-    sentence = "The committee published its report on Monday, and nobody was surprised by it."
-    ids = torch.tensor(base.tokenizer(sentence, add_special_tokens=False)["input_ids"])
-    text = compile_tokens(base.model, ids)
+    text = compile_tokens(base.model, torch.tensor(token_ids(base, SENTENCE)))
 
     def length(vectors: torch.Tensor) -> float:
         return float(vectors.float().norm(dim=-1).mean())

@@ -26,10 +26,15 @@ from ptkit.runtime.base_model import Base, load_base
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """Training rows a method may start from: texts `input + target`, in the data's order."""
+    """What a method may start from: training rows as texts `input + target`, in the data's order,
+    the words of a classification task's labels, those of its template around the columns, and the
+    folder that paths of a recipe start at."""
 
     texts: Sequence[str]
     seed: int
+    labels: Sequence[str] = ()
+    frame: str = ""
+    folder: Path = Path()
 
     def shuffled(self) -> list[str]:
         """The texts in an order that depends on the seed only."""

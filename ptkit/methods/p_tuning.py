@@ -16,7 +16,7 @@ from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Demonstrations, register
 from ptkit.methods.soft_prompt import ENCODER_PROMPT, SoftPrompt, prompt_learning_shape
-from ptkit.methods.start import PromptMethodSection, start_embeddings, start_tokens
+from ptkit.methods.start import PromptMethodSection, rms
 from ptkit.recipe.schema import register_method
 from ptkit.runtime.base_model import Base
 
@@ -33,8 +33,10 @@ class PTuningSection(PromptMethodSection):
     """Reparameterisation of the embeddings; dropped at export."""
     encoder_hidden_size: int = Field(default=128, ge=1)
     """Width of the encoder."""
-    learning_rate: float = 1e-2
-    """AdamW's peak learning rate (for the encoder's weights)."""
+    learning_rate: float | Literal["auto"] = 5e-2
+    """AdamW's peak learning rate (for the encoder's weights; its output is in units of the size of
+    the start's embeddings). `auto`: of four, the one nearest the default that learns enough in a
+    short test before the run."""
 
 
 @register
@@ -42,13 +44,14 @@ class PTuning(SoftPrompt):
     """Embeddings made by PEFT's prompt encoder, on top of a start of real tokens.
 
     With a start other than `random` the encoder's last layer begins at zero and its output is
-    added to the start's embeddings, so training departs from real tokens; the exported file
-    holds the sum, as PEFT expects.
+    added to the start's embeddings, in units of their RMS, so training departs from real tokens;
+    the exported file holds the sum, as PEFT expects.
     """
 
     section_class = PTuningSection
     peft_types = ("P_TUNING", ENCODER_PROMPT)
     start: Tensor
+    unit: Tensor
 
     def __init__(self, section: PTuningSection, base: Base, start: Tensor | None) -> None:
         super().__init__(section, base)
@@ -63,18 +66,19 @@ class PTuning(SoftPrompt):
         device = base.model.device
         self.encoder = PromptEncoder(self.config).to(device)
         if start is None:
-            start = torch.zeros(section.num_virtual_tokens, shape["token_dim"])
+            start, unit = torch.tensor(0.0), torch.tensor(1.0)
         else:
+            unit = rms(start)
             last = self.encoder.mlp_head[-1]
             assert isinstance(last, nn.Linear)
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
         self.register_buffer("start", start.to(device))
+        self.register_buffer("unit", unit.to(device))
 
     @classmethod
     def create(cls, section: PTuningSection, base: Base, demonstrations: Demonstrations) -> PTuning:
-        tokens = start_tokens(section, base, demonstrations)
-        return cls(section, base, None if tokens is None else start_embeddings(base, tokens))
+        return cls(section, base, cls.start_from(section, base, demonstrations))
 
     @classmethod
     def from_files(cls, files: AdapterFiles, section: PTuningSection, base: Base) -> PTuning:
@@ -91,7 +95,7 @@ class PTuning(SoftPrompt):
 
     def embeddings(self) -> Tensor:
         indices = torch.arange(self.virtual_tokens, device=self.start.device)
-        return self.start + self.encoder(indices[None])[0]
+        return self.start + self.unit * self.encoder(indices[None])[0]
 
 
 def _is_width(value: object) -> bool:

@@ -12,14 +12,20 @@ from typing import Literal
 import torch
 from peft import PrefixTuningConfig
 from peft.tuners.prefix_tuning import PrefixEncoder
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from ptkit.errors import ModelError
 from ptkit.formats.adapter_files import AdapterFiles
-from ptkit.methods.adapter import Adapter, Demonstrations, peft_config_dict, register
+from ptkit.methods.adapter import (
+    Adapter,
+    Demonstrations,
+    compile_files,
+    peft_config_dict,
+    register,
+)
 from ptkit.methods.peft_tensors import virtual_tokens_of
-from ptkit.methods.start import PromptMethodSection, start_tokens
+from ptkit.methods.start import PromptMethodSection, start_files, start_shares, start_tokens
 from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import register_method
 from ptkit.runtime.base_model import Base
@@ -33,25 +39,50 @@ class PrefixTuningSection(PromptMethodSection):
     kind: Literal["prefix_tuning"]
     """`prefix_tuning`."""
     reparameterize: bool = False
-    """Train an MLP that makes the prefix instead of the prefix itself; dropped at export."""
+    """Train an MLP whose output is added to the start (scaled as all learnt values are); its last
+    layer begins at zero, so training departs from the start exactly. Folded at export."""
     encoder_hidden_size: int = Field(default=128, ge=1)
     """Width of that MLP."""
     trained_layers: int | None = Field(default=None, ge=1)
     """Upper layers whose keys and values are trained (Liu et al. 2022, P-tuning v2, section 4.3);
     those below stay what they were at the start, the real ones of its tokens. null: all."""
+    sink: bool = False
+    """Keep the first virtual token frozen, at the base's reading of its begin-of-text token: many
+    bases rest their attention there (Xiao et al. 2024), and a trained token in its place disturbs
+    all they read. It counts among `num_virtual_tokens`."""
+    gates: Literal["values", "keys_and_values"] | None = None
+    """Learn one factor per layer on the virtual tokens' values, or one on the keys and one on the
+    values; they begin at 1 and are folded into the exported prefix exactly."""
     position: Literal["prefix", "infix"] = "prefix"
     """Where the virtual tokens stand: before the input, or (Li & Liang 2021, section 7.2) before
     its last token. PEFT knows no infix, so such an adapter is for ptkit only."""
-    learning_rate: float = 0.1
-    """AdamW's peak learning rate. Keys and values of RoPE models are large: direct prefixes
-    want 3e-2 to 3e-1, the MLP about 3e-3."""
+    learning_rate: float | Literal["auto"] = 0.1
+    """AdamW's peak learning rate, in units of the size (RMS) that keys and values have at the start
+    in their layer, so that one rate fits all layers and bases; the MLP wants about 3e-3. `auto`: of
+    four, the one nearest the default that learns enough in a short test before the run."""
+
+    @field_validator("gates", mode="before")
+    @classmethod
+    def _gates_fold(cls, value: object) -> object:
+        if value == "attention":
+            raise ValueError(
+                "a gate on attention weights cannot be folded into keys and values: it changes "
+                "what each query's softmax sums to; use `values` or `keys_and_values`"
+            )
+        return value
 
     @model_validator(mode="after")
-    def _lower_layers_are_real(self) -> PrefixTuningSection:
-        if self.trained_layers is not None and self.start == "random":
+    def _start_is_real(self) -> PrefixTuningSection:
+        if self.start == "random" and self.trained_layers is not None:
             raise ValueError(
                 "`trained_layers` leaves layers at their start, which `start: random` has none of"
             )
+        if self.sink and self.start == "random":
+            raise ValueError("`sink` keeps a token of the start, which `start: random` has none of")
+        if self.sink and self.num_virtual_tokens < 2:
+            raise ValueError("`sink` takes one virtual token and leaves none to train; use 2")
+        if self.sink and self.position == "infix":
+            raise ValueError("an infix does not stand first, so there is no `sink` to keep")
         return self
 
 
@@ -75,10 +106,16 @@ class PrefixTuning(Adapter):
     encoder_decoder = True
     section: PrefixTuningSection
     start: Tensor
-    lower: Tensor
+    unit: Tensor
 
     def __init__(self, section: PrefixTuningSection, base: Base, start: Tensor | None) -> None:
-        """start: PEFT's flat layout `[virtual_tokens, layers * 2 * kv_heads * head_dim]`."""
+        """start: PEFT's flat layout `[virtual_tokens, layers * 2 * kv_heads * head_dim]`; None:
+        noise, as PEFT's.
+
+        What is learnt is a change of the start, in units of the start's RMS per layer and side.
+        Keys and values differ in size by layer (30 times in the embedded base) while a step of
+        AdamW has one size for all: unscaled, a rate that moves the large ones wrecks the small.
+        """
         super().__init__(section, base)
         if (base.encoder_decoder or base.encoder) and section.position == "infix":
             raise ModelError(
@@ -91,33 +128,40 @@ class PrefixTuning(Adapter):
         trained = section.trained_layers or layers
         if trained > layers:
             raise ModelError(f"`trained_layers` is {trained}, but {base.id} has {layers} layers")
-        self.config = self._config(layers)
+        self.config = self._config(layers, section.num_virtual_tokens)
+        side = self.config.token_dim
         device = base.model.device
-        self.encoder = PrefixEncoder(self._config(trained)).to(device)
-        # [virtual_tokens, values of the layers that are not trained]; no columns without any
-        width = (layers - trained) * 2 * self.config.token_dim
-        rows = section.num_virtual_tokens
-        lower = torch.zeros(rows, width) if start is None else start[:, :width]
-        self.register_buffer("lower", lower.clone().to(device))
-        start = None if start is None else start[:, width:]
-        if start is not None and section.reparameterize:
-            last = self.encoder.transform[-1]
-            assert isinstance(last, nn.Linear)
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-            self.register_buffer("start", start.to(device))
+        #: Where the trained values begin in the flat layout: rows above and columns before stay.
+        self.first = (1 if section.sink else 0, (layers - trained) * 2 * side)
+        row, column = self.first
+        rows = section.num_virtual_tokens - row
+        self.encoder = PrefixEncoder(self._config(trained, rows)).to(device)
+        if start is None:
+            start = torch.zeros(rows, 2 * side * trained)
+            unit = torch.ones(2 * trained)
         else:
-            if start is not None:
-                with torch.no_grad():
-                    self.encoder.embedding.weight.copy_(start)
-            self.register_buffer("start", torch.zeros((), device=device))
+            last = self.encoder.transform[-1] if section.reparameterize else self.encoder.embedding
+            assert isinstance(last, nn.Linear | nn.Embedding)
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
+            unit = start[row:, column:].unflatten(1, (2 * trained, side)).square().mean((0, 2))
+            unit = unit.sqrt().masked_fill(unit == 0, 1.0)
+        # [virtual_tokens, layers * 2 * kv_heads * head_dim]
+        self.register_buffer("start", start.to(device))
+        # [trained layers * 2 * kv_heads * head_dim]
+        self.register_buffer("unit", unit.repeat_interleave(side).to(device))
+        self.gates: nn.Parameter | None = None
+        if section.gates is not None:
+            sides = 2 if section.gates == "keys_and_values" else 1
+            # [trained layers, keys and values | values]
+            self.gates = nn.Parameter(torch.ones(trained, sides, device=device))
 
-    def _config(self, layers: int) -> PrefixTuningConfig:
+    def _config(self, layers: int, virtual_tokens: int) -> PrefixTuningConfig:
         """PEFT's settings of a prefix for `layers` layers."""
         section, shape = self.section, self.base.layout.uniform
         return PrefixTuningConfig(
             task_type="CAUSAL_LM",
-            num_virtual_tokens=section.num_virtual_tokens,
+            num_virtual_tokens=virtual_tokens,
             num_layers=layers,
             # In PREFIX_TUNING configs PEFT means the key/value heads and their total width.
             num_attention_heads=shape.kv_heads,
@@ -131,9 +175,28 @@ class PrefixTuning(Adapter):
     def create(
         cls, section: PrefixTuningSection, base: Base, demonstrations: Demonstrations
     ) -> PrefixTuning:
-        tokens = start_tokens(section, base, demonstrations)
-        start = None if tokens is None else compile_tokens(base.model, tokens).flat().float()
-        return cls(section, base, start)
+        if section.start == "adapter":
+            prefix = cls._of_adapters(section, base, demonstrations)
+        else:
+            tokens = start_tokens(section, base, demonstrations)
+            if tokens is None:
+                return cls(section, base, None)
+            if section.sink:
+                tokens = torch.tensor([base.first_token_id, *tokens[:-1].tolist()])
+            prefix = compile_tokens(base.model, tokens)
+        return cls(section, base, prefix.flat().float())
+
+    @classmethod
+    def _of_adapters(
+        cls, section: PrefixTuningSection, base: Base, demonstrations: Demonstrations
+    ) -> KVPrefix:
+        """The mean of the compiled `start_adapter`s, whatever their method."""
+        compiled = []
+        for files in start_files(section, base, demonstrations):
+            prefix = compile_files(files, base)
+            assert prefix is not None  # it has virtual tokens
+            compiled.append(replace(prefix, infix=section.position == "infix"))
+        return KVPrefix.averaged(compiled, start_shares(section))
 
     @classmethod
     def from_prefix(cls, prefix: KVPrefix, base: Base) -> PrefixTuning:
@@ -178,9 +241,20 @@ class PrefixTuning(Adapter):
 
     def flat(self) -> Tensor:
         """The prefix in PEFT's layout, differentiable; the MLP runs once, not once per row."""
-        indices = torch.arange(self.virtual_tokens, device=self.encoder.embedding.weight.device)
-        learnt = self.start + self.encoder(indices)
-        return torch.cat([self.lower, learnt], dim=1) if self.lower.shape[1] else learnt
+        row, column = self.first
+        indices = torch.arange(self.virtual_tokens - row, device=self.start.device)
+        trained = self.start[row:, column:] + self.unit * self.encoder(indices)
+        if self.gates is not None:
+            trained = self._gated(trained)
+        if column:
+            trained = torch.cat([self.start[row:, :column], trained], dim=1)
+        return torch.cat([self.start[:row], trained]) if row else trained
+
+    def _gated(self, flat: Tensor) -> Tensor:
+        """`flat` with each layer's values, and its keys where they have gates, times its gate."""
+        assert self.gates is not None
+        gates = nn.functional.pad(self.gates, (2 - self.gates.shape[1], 0), value=1.0)
+        return (flat.unflatten(1, (gates.numel(), -1)) * gates.view(-1, 1)).flatten(1)
 
     def prefix(self) -> KVPrefix:
         prefix = KVPrefix.from_flat(self.flat(), self.base.layout)

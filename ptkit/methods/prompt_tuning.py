@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from peft import PromptTuningConfig
 from peft.tuners.prompt_tuning import PromptEmbedding
+from torch import nn
 
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Demonstrations, register
 from ptkit.methods.peft_tensors import MULTITASK
 from ptkit.methods.soft_prompt import ENCODER_PROMPT, SoftPrompt, prompt_learning_shape
-from ptkit.methods.start import PromptMethodSection, start_embeddings, start_tokens
+from ptkit.methods.start import PromptMethodSection, rms
 from ptkit.recipe.schema import register_method
 from ptkit.runtime.base_model import Base
 
@@ -28,8 +29,10 @@ class PromptTuningSection(PromptMethodSection):
     """`prompt_tuning`."""
     num_virtual_tokens: int = 20
     """Virtual tokens: learnt positions before the input (the paper uses 20 to 100)."""
-    learning_rate: float = 0.3
-    """AdamW's peak learning rate. Soft prompts want rates far above those of weights."""
+    learning_rate: float | Literal["auto"] = 6.0
+    """AdamW's peak learning rate, in units of the size (RMS) of the start's embeddings, so that one
+    rate fits bases of any scale. Soft prompts want rates far above those of weights. `auto`: of
+    four, the one nearest the default that learns enough in a short test before the run."""
 
 
 @register
@@ -37,10 +40,19 @@ class PromptTuning(SoftPrompt):
     """Embeddings `[num_virtual_tokens, hidden]`, learnt directly."""
 
     section_class = PromptTuningSection
+    start: torch.Tensor
+    unit: torch.Tensor
     # CPT's file is the soft prompt it ended with; a multi-task prompt is one per task.
     peft_types = ("PROMPT_TUNING", "CPT", MULTITASK, ENCODER_PROMPT)
 
-    def __init__(self, section: PromptTuningSection, base: Base) -> None:
+    def __init__(
+        self, section: PromptTuningSection, base: Base, start: torch.Tensor | None
+    ) -> None:
+        """start: embeddings `[num_virtual_tokens, hidden]`; None: noise, as PEFT's.
+
+        What is learnt is a change of the start in units of its RMS: embeddings are 0.02 in one
+        family and 10 in another, and a step of AdamW has one size for all.
+        """
         super().__init__(section, base)
         self.config = PromptTuningConfig(
             task_type="CAUSAL_LM",
@@ -49,30 +61,26 @@ class PromptTuning(SoftPrompt):
         )
         self.encoder = PromptEmbedding(self.config, base.embedding)
         self.encoder.to(base.model.device)
+        if start is None:
+            start, unit = torch.tensor(0.0), torch.tensor(1.0)
+        else:
+            nn.init.zeros_(self.encoder.embedding.weight)
+            unit = rms(start)
+        self.register_buffer("start", start.to(base.model.device))
+        self.register_buffer("unit", unit.to(base.model.device))
 
     @classmethod
     def create(
         cls, section: PromptTuningSection, base: Base, demonstrations: Demonstrations
     ) -> PromptTuning:
-        adapter = cls(section, base)
-        tokens = start_tokens(section, base, demonstrations)
-        with torch.no_grad():
-            weight = adapter.encoder.embedding.weight
-            if tokens is None:
-                weight.normal_(std=float(base.embedding.weight.float().std()))
-            else:
-                weight.copy_(start_embeddings(base, tokens))
-        return adapter
+        return cls(section, base, cls.start_from(section, base, demonstrations))
 
     @classmethod
     def from_files(
         cls, files: AdapterFiles, section: PromptTuningSection, base: Base
     ) -> PromptTuning:
         soft = cls.read_embeddings(files, base)
-        adapter = cls(section.model_copy(update={"num_virtual_tokens": soft.shape[0]}), base)
-        with torch.no_grad():
-            adapter.encoder.embedding.weight.copy_(soft)
-        return adapter
+        return cls(section.model_copy(update={"num_virtual_tokens": soft.shape[0]}), base, soft)
 
     def embeddings(self) -> torch.Tensor:
-        return self.encoder.embedding.weight
+        return self.start + self.unit * self.encoder.embedding.weight

@@ -12,9 +12,15 @@ from torch import Tensor
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
-from ptkit.methods.adapter import Adapter, peft_config_dict
+from ptkit.methods.adapter import Adapter, Demonstrations, peft_config_dict
 from ptkit.methods.peft_tensors import virtual_tokens_of
-from ptkit.methods.start import PromptMethodSection
+from ptkit.methods.start import (
+    PromptMethodSection,
+    start_embeddings,
+    start_files,
+    start_shares,
+    start_tokens,
+)
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.compile import compile_embeddings
@@ -53,6 +59,21 @@ class SoftPrompt(Adapter):
     @abstractmethod
     def embeddings(self) -> Tensor:
         """The soft prompt `[num_virtual_tokens, hidden]`, differentiable."""
+
+    @classmethod
+    def start_from(
+        cls, section: PromptMethodSection, base: Base, demonstrations: Demonstrations
+    ) -> Tensor | None:
+        """Embeddings `[num_virtual_tokens, hidden]` to start from; None for `random`."""
+        if section.start == "adapter":
+            shares = start_shares(section)
+            files = start_files(section, base, demonstrations)
+            soft = [cls.read_embeddings(f, base) for f in files]
+            return sum(
+                (s * share for s, share in zip(soft, shares, strict=True)), torch.tensor(0.0)
+            )
+        tokens = start_tokens(section, base, demonstrations)
+        return None if tokens is None else start_embeddings(base, tokens)
 
     @property
     def virtual_tokens(self) -> int:

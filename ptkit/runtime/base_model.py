@@ -115,6 +115,12 @@ class Base:
         return int(self.tokenizer.pad_token_id)
 
     @property
+    def first_token_id(self) -> int:
+        """The token texts begin with; where the tokenizer names none, the one they end with."""
+        first = self.tokenizer.bos_token_id
+        return int(self.tokenizer.eos_token_id if first is None else first)
+
+    @property
     def embedding(self) -> nn.Embedding:
         """The table of input embeddings, `[vocabulary, hidden]`."""
         table = self.model.get_input_embeddings()

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -36,6 +37,7 @@ class Experiment:
     general: the base's own results on general text; None when retention is not measured
     probe: the base's logits on `probe_ids` `[1, tokens]`, before anything was attached to it
     retain_windows: general text for `train.retain`, `[pieces, tokens]`
+    folder: where the recipe's relative paths start
     """
 
     recipe: Recipe
@@ -47,6 +49,7 @@ class Experiment:
     probe_ids: torch.Tensor
     probe: torch.Tensor
     retain_windows: torch.Tensor | None = None
+    folder: Path = Path()
 
     def training(self, seed: int) -> TrainingRows:
         """The training rows of the cells with `seed`: all, or a random draw (`task.data.draw`)."""
@@ -119,4 +122,5 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
         None
         if recipe.train.retain is None
         else general_windows(recipe.train.retain, retention, base, loaded.folder),
+        loaded.folder,
     )

@@ -20,6 +20,7 @@ class CellRecord:
     metrics: name -> corpus value; score: the name of the leading one
     train_seconds, eval_seconds: wall clock; peak_memory_bytes: above what was in use before
     curve: `{step, train_loss, validation_loss}` in nats per target token
+    chosen: what `start: auto` and `learning_rate: auto` found, with the loss of all that was tried
     retention: see `ptkit.evaluation.retention.Retention.as_dict`; None when not measured
     decode_ms: milliseconds per generated token of one row, None for classifiers, which write
     nothing; added_ms: what the adapter adds to it
@@ -57,6 +58,7 @@ class CellRecord:
     adapter_off_exact: bool | None
     adapter_path: str | None
     trained_together: int = 1
+    chosen: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     hardware: str = ""
     started: str = ""

@@ -68,13 +68,11 @@ def written_by_base(base: Base, count: int = WRITTEN, seed: int = 0) -> Tensor:
         raise UserError(
             "an encoder-decoder writes no text without an input; give `train.retain.text`"
         )
-    tokenizer = base.tokenizer
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     devices = [base.model.device] if base.model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         texts = generate(
-            base.model, [[int(begin)]] * count, None, pad_token_id=base.pad_token_id,
+            base.model, [[base.first_token_id]] * count, None, pad_token_id=base.pad_token_id,
             do_sample=True, top_k=0, max_new_tokens=WINDOW, min_new_tokens=WINDOW,
             eos_token_id=None,
         )  # fmt: skip

@@ -24,6 +24,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
+from ptkit.data.templates import Template
 from ptkit.errors import UserError
 from ptkit.evaluation.latency import Latency, measure_latency
 from ptkit.evaluation.predict import predict, require_room
@@ -40,9 +41,10 @@ from ptkit.methods import (
     require_same_base,
     restored,
 )
-from ptkit.recipe.schema import MethodSection
+from ptkit.recipe.schema import ClassificationTask, HeadedTask, MethodSection
 from ptkit.runtime.base_model import no_weights_bar
 from ptkit.training.checkpoint import Progress, remove_checkpoints
+from ptkit.training.choose import Choice, choose
 from ptkit.training.experiment import Experiment
 from ptkit.training.loop import fit
 from ptkit.training.provenance import adapter_info, hardware, recipe_of_cell, versions
@@ -141,8 +143,9 @@ def run_trial(experiment: Experiment, cell: Cell, observer: Observer | None = No
     if not done.exists():
         observer = observer or Observer()
         observer.cell_started(cell.name, experiment.recipe.train.steps)
+        method = _chosen(experiment, cell).section
         set_seed(cell.seed)
-        adapter = _adapter(experiment, cell)
+        adapter = _adapter(experiment, cell, method)
         try:
             (progress,) = _fit(experiment, [cell], [adapter], observer)
         finally:
@@ -165,9 +168,10 @@ def _train_and_measure(
     adapters: list[Adapter] = []
     records = []
     try:
-        for cell in cells:
+        choices = [_chosen(experiment, cell) for cell in cells]
+        for cell, choice in zip(cells, choices, strict=True):
             set_seed(cell.seed)
-            adapters.append(_adapter(experiment, cell))
+            adapters.append(_adapter(experiment, cell, choice.section))
         progresses = [Progress() for _ in cells]
         if trains:
             progresses = _fit(experiment, cells, adapters, observer)
@@ -175,9 +179,9 @@ def _train_and_measure(
         if not processes.is_main_process:  # the first process measures and writes for all
             processes.wait_for_everyone()
             return [CellRecord.read(cell.done) for cell in cells]
-        for cell, adapter, progress in zip(cells, adapters, progresses, strict=True):
-            record = _measure(experiment, adapter, cell, progress, started, observer)
-            record = record.updated(trained_together=len(cells))
+        for i, (cell, adapter) in enumerate(zip(cells, adapters, strict=True)):
+            record = _measure(experiment, adapter, cell, progresses[i], started, observer)
+            record = record.updated(trained_together=len(cells), chosen=choices[i].record)
             atomic.write_json(cell.done, record.as_dict())
             _tidy(cell.folder)
             observer.cell_finished(record, reused=False)
@@ -222,12 +226,41 @@ def claim(experiment: Experiment, cell: Cell) -> None:
         )
 
 
-def _adapter(experiment: Experiment, cell: Cell) -> Adapter:
-    base, method = experiment.base, cell.method
+def _chosen(experiment: Experiment, cell: Cell) -> Choice:
+    """The cell's method with nothing left to `auto`."""
+    method = cell.method
+    if cell.start_from is not None and getattr(method, "start", None) == "auto":
+        method = method.model_copy(update={"start": "examples"})  # not read: it starts elsewhere
+
+    def make(section: MethodSection) -> Job:
+        set_seed(cell.seed)
+        return _job(experiment, cell, _adapter(experiment, cell, section))
+
+    return choose(
+        method,
+        make,
+        experiment.recipe.task,
+        experiment.training(cell.seed).examples,
+        cell.folder,
+    )
+
+
+def _demonstrations(experiment: Experiment, seed: int) -> Demonstrations:
+    """What the adapters of `seed` may start from. A head's labels are no words the base reads."""
+    rows, task = experiment.training(seed).examples, experiment.recipe.task
+    if isinstance(task, HeadedTask):
+        texts = [example.input for example in rows]
+        return Demonstrations(texts, seed, folder=experiment.folder)
+    texts = [example.input + example.target for example in rows]
+    labels = [*task.verbalizer.values()] if isinstance(task, ClassificationTask) else []
+    return Demonstrations(texts, seed, labels, Template(task.input).words, experiment.folder)
+
+
+def _adapter(experiment: Experiment, cell: Cell, method: MethodSection) -> Adapter:
+    """An adapter of `method`, started where the cell says."""
+    base = experiment.base
     if cell.start_from is None:
-        rows = experiment.training(cell.seed).examples
-        texts = [example.input + example.target for example in rows]
-        return create_adapter(method, base, Demonstrations(texts, cell.seed))
+        return create_adapter(method, base, _demonstrations(experiment, cell.seed))
     files = read_adapter(cell.start_from)
     require_same_base(files, base, str(cell.start_from))
     cls = ADAPTERS[method.kind]
@@ -245,27 +278,27 @@ def _fit(
     adapters: Sequence[Adapter],
     observer: Observer,
 ) -> list[Progress]:
-    recipe = experiment.recipe
-    training = [experiment.training(cell.seed).encoded for cell in cells]
-    for adapter, own in zip(adapters, training, strict=True):
-        for rows in (own, experiment.validation):
-            require_room(adapter, rows, recipe.task)
-    return fit(
-        [
-            Job(
-                adapter,
-                own,
-                experiment.validation,
-                recipe.train,
-                adapter.section.learning_rate,  # type: ignore[attr-defined]
-                cell.seed,
-                cell.folder,
-                # One bar for all of them: they take their steps together.
-                observer.stepped if cell is cells[0] else None,
-                experiment.retain_windows,
-            )
-            for cell, adapter, own in zip(cells, adapters, training, strict=True)
-        ]
+    jobs = [_job(experiment, cell, own) for cell, own in zip(cells, adapters, strict=True)]
+    # One bar for all of them: they take their steps together.
+    return fit([replace(jobs[0], report=observer.stepped), *jobs[1:]])
+
+
+def _job(experiment: Experiment, cell: Cell, adapter: Adapter) -> Job:
+    """What trains `adapter` as the recipe says, in the cell's folder."""
+    recipe, training = experiment.recipe, experiment.training(cell.seed).encoded
+    for rows in (training, experiment.validation):
+        require_room(adapter, rows, recipe.task)
+    section: Any = adapter.section
+    return Job(
+        adapter,
+        training,
+        experiment.validation,
+        recipe.train,
+        section.learning_rate,
+        cell.seed,
+        cell.folder,
+        general=experiment.retain_windows,
+        beta2=getattr(section, "beta2", Job.beta2),
     )
 
 

@@ -45,6 +45,7 @@ class Job:
     run: folder for checkpoints; if it holds some, training resumes there
     report: told after every step
     general: pieces of general text for `train.retain`, `[pieces, tokens]`; None without it
+    beta2: AdamW's decay of the squared gradients
     """
 
     adapter: Adapter
@@ -56,6 +57,7 @@ class Job:
     run: Path
     report: Report | None = None
     general: Tensor | None = None
+    beta2: float = 0.999
 
     def __post_init__(self) -> None:
         if not self.train or not self.validation:
@@ -87,6 +89,7 @@ class Trainee:
         self.plain_optimizer = torch.optim.AdamW(
             _groups(job.adapter, self.settings.head_learning_rate),
             lr=job.learning_rate,
+            betas=(0.9, job.beta2),
             weight_decay=self.settings.weight_decay,
             fused=True,  # one pass over the values: a tenth of a step of full fine-tuning
         )

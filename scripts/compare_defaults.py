@@ -1,0 +1,183 @@
+"""Runs the methods of recipes/defaults-tiny.yaml on other recipes' tasks, and writes the tables of
+docs/defaults.md from the results. Interrupted, the same command goes on where it was.
+
+python scripts/compare_defaults.py RECIPE ... [--seeds 0 1] [--set KEY=VALUE] [--without auto]
+python scripts/compare_defaults.py --tables
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from ptkit.comparison import figures
+from ptkit.comparison.grid import run_grid
+from ptkit.comparison.merge import read_comparison
+from ptkit.comparison.outputs import write_outputs
+from ptkit.comparison.summary import MethodSummary, summarise
+from ptkit.recipe import load_recipe
+from ptkit.recipe.schema import EvaluateSection, Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ROOT / "recipes" / "defaults-tiny.yaml"
+PAGE = ROOT / "docs" / "defaults.md"
+RESULTS = ROOT / "comparisons" / "defaults"
+BEGIN, END = "<!-- made by scripts/compare_defaults.py -->", "<!-- end -->"
+PROMPTS = ("prefix", "prompt", "P-tuning")
+
+
+def run(recipe: str, seeds: list[int], out: Path, overrides: list[str], without: str) -> None:
+    """Compare the defaults on `recipe`'s task, in `out`/its name.
+
+    without: leaves out the methods with this end of their name
+    """
+    listed = load_recipe(METHODS).recipe
+    methods = [
+        m.model_dump(mode="json", exclude_defaults=True)
+        for m in listed.methods
+        if not without or not m.title.endswith(f", {without}")
+    ]
+    name = load_recipe(recipe).recipe.name
+    loaded = load_recipe(
+        recipe,
+        [
+            f"methods={json.dumps(methods)}",
+            f"train={json.dumps(listed.train.model_dump(mode='json', exclude_defaults=True))}",
+            f"seeds={json.dumps(seeds)}",
+            *overrides,
+        ],
+    )
+    run_grid(loaded, out / name)
+    comparison = read_comparison(out / name)
+    write_outputs(comparison.folder, comparison.records, loaded.recipe)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """A Markdown table, its first column to the left."""
+    head = list(head)
+    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
+    return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+class Task:
+    """One comparison: its summaries by method, and the differences within each prompt method."""
+
+    def __init__(self, folder: Path) -> None:
+        found = read_comparison(folder)
+        self.recipe: Recipe = found.loaded.recipe
+        self.records = found.records
+        self.of = {s.family: s for s in summarise(folder, found.records, self.recipe)}
+        self.peer, self.fixed = self._against(folder, "PEFT"), self._against(folder, "default")
+        record = next(iter(self.of.values())).records[0]
+        self.head = f"{self.recipe.name}: {record.score}"
+
+    def _against(self, folder: Path, other: str) -> dict[str, MethodSummary]:
+        """Every prompt method's rows compared with its row called `other`."""
+        rows = {}
+        for prompt in PROMPTS:
+            own = [r for r in self.records if r.family.startswith(f"{prompt}, ")]
+            evaluate: EvaluateSection = self.recipe.evaluate.model_copy(
+                update={"baseline": f"{prompt}, {other}"}
+            )
+            recipe = self.recipe.model_copy(update={"evaluate": evaluate})
+            rows |= {s.family: s for s in summarise(folder, own, recipe)}
+        return rows
+
+
+def tables(folders: list[Path]) -> str:
+    """The page's tables."""
+    tasks = [Task(folder) for folder in folders]
+    head = ["", *(task.head for task in tasks)]
+    methods = list(dict.fromkeys(name for task in tasks for name in task.of))
+
+    def cells(name: str, shown) -> list[str]:
+        return [shown(t.of[name]) if name in t.of else figures.NONE for t in tasks]
+
+    first = tasks[0].recipe.train
+    lines = ["### Scores", "", f"{first.steps} steps of {first.batch_size} rows each."]
+    for task in tasks:
+        record = max(task.records, key=lambda r: len(r.curve))
+        seeds = sorted({r.seed for r in task.records})
+        lines.append(
+            f"{task.recipe.name}: n = {record.n_test} test rows, {record.n_train} training rows, "
+            f"seeds {', '.join(map(str, seeds))}."
+        )
+    lines += [
+        "",
+        *table(head, ([m, *cells(m, lambda s: figures.score(s.leading))] for m in methods)),
+    ]
+    lines += ["Mean over seeds, with a 95 % bootstrap interval over seeds and rows.", ""]
+    lines += ["### Default minus PEFT's default, on the same test rows", ""]
+    lines += table(
+        head,
+        (
+            [p, *(figures.difference(t.peer[f"{p}, default"].against)
+                  if f"{p}, default" in t.peer else figures.NONE for t in tasks)]
+            for p in PROMPTS
+        ),
+    )  # fmt: skip
+    lines += ["### `start: auto` and `learning_rate: auto` minus the default", ""]
+    lines += table(
+        head,
+        (
+            [p, *(figures.difference(t.fixed[f"{p}, auto"].against)
+                  if f"{p}, auto" in t.fixed else figures.NONE for t in tasks)]
+            for p in PROMPTS
+        ),
+    )  # fmt: skip
+    lines += ["### What `auto` chose, and the share of the run's rows it read", ""]
+    lines += table(head, ([p, *(chosen(t, f"{p}, auto") for t in tasks)] for p in PROMPTS))
+    lines += ["Start and rate of each seed. A row that is scored only counts half.", ""]
+    lines += ["### Forgetting", ""]
+    lines += table(
+        head, ([m, *cells(m, lambda s: figures.forgetting(s.forgetting))] for m in methods)
+    )
+    tokens = [r.retention["tokens"] for t in tasks for r in t.records if r.retention]
+    lines += [f"Nats per token on {min(tokens):,.0f} tokens of general text, ± over seeds.", ""]
+    return "\n".join(lines)
+
+
+def chosen(task: Task, method: str) -> str:
+    """What the cells of `method` found, and what finding it cost."""
+    if method not in task.of:
+        return figures.NONE
+    found, share = [], 0.0
+    train = task.recipe.train
+    rows = train.steps * train.batch_size * train.gradient_accumulation
+    for record in task.of[method].records:
+        choice = record.chosen
+        assert choice is not None
+        text = choice.get("start_text")
+        named = choice["start"] if text is None else f"{text[:24]!r}".replace("|", "\\|")
+        found.append(f"{named}, {choice['learning_rate']:g}")
+        scored = len(choice["starts"]) * choice["start_rows"]
+        scored += (1 + len(choice["rates"])) * choice["rate_judged"]
+        stepped = len(choice["rates"]) * choice["rate_steps"] * choice["rate_batch"]
+        share = max(share, (stepped + scored / 2) / rows)
+    return f"{'; '.join(found)} ({share:.0%})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipes", nargs="*")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--without", default="", help="leave out these rows: `auto`")
+    parser.add_argument("--tables", action="store_true", help="write docs/defaults.md")
+    given = parser.parse_args()
+    for recipe in given.recipes:
+        run(recipe, given.seeds, given.out, given.set, given.without)
+    if given.tables:
+        folders = sorted(p.parent for p in given.out.glob("*/results.jsonl"))
+        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+        _, after = rest.split(END)
+        text = f"{before}{BEGIN}\n\n{tables(folders)}{END}{after}"
+        PAGE.write_text(text, encoding="utf-8")
+        print(PAGE)
+
+
+if __name__ == "__main__":
+    main()
