@@ -8,7 +8,7 @@ the form for the rows of one batch, which may carry different adapters or none.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -52,11 +52,14 @@ class KVPrefix:
         the first positions
     infix: the virtual tokens stand before the last token of the input, not before all of it
         (Li & Liang 2021, section 7.2): what comes earlier is read as by the plain base
+    as_text: the virtual tokens were read as text is (a soft prompt, a text prompt), so that layers
+        with a window lose sight of them as of text; otherwise every token sees them
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     infix: bool = False
+    as_text: bool = False
 
     @property
     def virtual_tokens(self) -> int:
@@ -83,7 +86,9 @@ class KVPrefix:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> KVPrefix:
         """A prefix with `change` applied to every tensor."""
-        return KVPrefix(tuple(map(change, self.keys)), tuple(map(change, self.values)), self.infix)
+        return replace(
+            self, keys=tuple(map(change, self.keys)), values=tuple(map(change, self.values))
+        )
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> KVPrefix:
         """The prefix on `device` in `dtype` (itself where nothing changes)."""
@@ -101,7 +106,8 @@ class KVPrefix:
         """All virtual tokens of `prefixes`, in order: a style and a task, say.
 
         Each keeps the keys and values it was trained to; none reads another. The input comes
-        after all of them, so an earlier one is further away than it was in training.
+        after all of them, so an earlier one is further away than it was in training. Where some
+        are prefixes, a layer's window hides none of them.
         Raises AdapterError when they are of different base models.
         """
         _require_one_layout(prefixes)
@@ -182,6 +188,7 @@ def _by_layer(prefixes: Sequence[KVPrefix], combine: Callable[[list[Tensor]], Te
         tuple(combine([p.keys[i] for p in prefixes]) for i in layers),
         tuple(combine([p.values[i] for p in prefixes]) for i in layers),
         prefixes[0].infix,
+        all(p.as_text for p in prefixes),
     )
 
 
@@ -204,6 +211,8 @@ class PrefixBatch:
         None where there is no such row
     seen_from: `[rows]`, index of the first token that sees the virtual tokens; None: the first.
         Set for one forward pass, by `ptkit.runtime.infix`
+    as_text: `[rows]` bool, rows whose virtual tokens a layer's window hides as it hides text; None
+        where there is no such row
     """
 
     keys: tuple[Tensor, ...]
@@ -211,6 +220,7 @@ class PrefixBatch:
     visible: Tensor
     infix: Tensor | None = None
     seen_from: Tensor | None = None
+    as_text: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -231,6 +241,7 @@ class PrefixBatch:
             tuple(v.expand(rows, *v.shape) for v in prefix.values),
             torch.ones(rows, prefix.virtual_tokens, dtype=torch.bool, device=device),
             torch.ones(rows, dtype=torch.bool, device=device) if prefix.infix else None,
+            as_text=torch.ones(rows, dtype=torch.bool, device=device) if prefix.as_text else None,
         )
 
     def repeated(self, times: int) -> PrefixBatch:
@@ -245,6 +256,7 @@ class PrefixBatch:
             each(self.visible),
             None if self.infix is None else each(self.infix),
             None if self.seen_from is None else each(self.seen_from),
+            None if self.as_text is None else each(self.as_text),
         )
 
     @classmethod
@@ -290,7 +302,13 @@ class PrefixBatch:
         values = tuple(table([p.values[i] for p in present]) for i in layers)
         lengths = torch.tensor([p.virtual_tokens if p else 0 for p in prefixes], device=device)
         visible = torch.arange(longest, device=device) >= (longest - lengths)[:, None]
-        infix = None
-        if any(p.infix for p in present):
-            infix = torch.tensor([p is not None and p.infix for p in prefixes], device=device)
-        return cls(keys, values, visible, infix)
+
+        def rows_where(chosen: Callable[[KVPrefix], bool]) -> Tensor | None:
+            if not any(chosen(p) for p in present):
+                return None
+            return torch.tensor([p is not None and chosen(p) for p in prefixes], device=device)
+
+        return cls(
+            keys, values, visible,
+            infix=rows_where(lambda p: p.infix), as_text=rows_where(lambda p: p.as_text),
+        )  # fmt: skip

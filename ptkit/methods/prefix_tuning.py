@@ -24,6 +24,7 @@ from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import register_method
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.compile import compile_tokens
+from ptkit.runtime.infix import require_infix
 
 
 @register_method
@@ -82,6 +83,8 @@ class PrefixTuning(Adapter):
                 f"{base.id} is an encoder-decoder: its encoder reads the input from both sides, so "
                 "nothing of it comes before an infix; use `position: prefix`"
             )
+        if section.position == "infix":
+            require_infix(base.model)
         if base.encoder_decoder and section.trained_layers is not None:
             raise ModelError("`trained_layers` counts the layers of one stack; leave it out here")
         layers = len(base.layout)

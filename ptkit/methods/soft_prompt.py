@@ -15,6 +15,7 @@ from ptkit.methods.peft_tensors import virtual_tokens_of
 from ptkit.methods.start import PromptMethodSection
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base
+from ptkit.runtime.cache import require_no_state
 from ptkit.runtime.compile import compile_embeddings
 
 
@@ -33,6 +34,10 @@ class SoftPrompt(Adapter):
     """An adapter that learns embeddings `[num_virtual_tokens, hidden]` of virtual tokens."""
 
     section: PromptMethodSection
+
+    def __init__(self, section: PromptMethodSection, base: Base) -> None:
+        super().__init__(section, base)
+        require_no_state(base.model)
 
     @abstractmethod
     def embeddings(self) -> Tensor:

@@ -13,7 +13,12 @@ from transformers import PreTrainedModel
 
 from ptkit.data.encode import EncodedExample
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.attention import prefix_attention, prefix_removed, prefixed_positions
+from ptkit.runtime.attention import (
+    prefix_attention,
+    prefix_removed,
+    prefixed_positions,
+    takes_positions,
+)
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.fused import has_plain_head, head_losses
 from ptkit.runtime.infix import placed_before_last
@@ -62,14 +67,17 @@ def _placed(
     """
     if batch is None or not batch.longest:
         with prefix_removed(model):
-            yield {}
+            # Not told, a model takes padding at the left for words.
+            none = PrefixBatch((), (), attention_mask.new_zeros(len(attention_mask), 0).bool())
+            told = last is not None and takes_positions(model)
+            yield {"position_ids": prefixed_positions(none, attention_mask)} if told else {}
         return
     if last is not None:
         batch = placed_before_last(model, batch, attention_mask, last)
     with prefix_attention(model) as injection:
         # Left in place afterwards: a checkpointed backward pass reads it again.
         injection.batch = batch
-        positions = last is not None
+        positions = last is not None and takes_positions(model)
         yield {"position_ids": prefixed_positions(batch, attention_mask)} if positions else {}
 
 
