@@ -84,8 +84,8 @@ class Contender(ABC):
         """What comes back when the adapter is saved to `folder` and read on a fresh base."""
 
     @abstractmethod
-    def off(self) -> AbstractContextManager[None]:
-        """Within this context the base is to act as if there were no adapter."""
+    def off(self) -> AbstractContextManager[Any]:
+        """Within this context what is yielded is to act as the base without any adapter."""
 
     @abstractmethod
     def training(self, *, checkpointed: bool) -> AbstractContextManager[None]:
@@ -211,8 +211,10 @@ class Ours(Contender):
         adapter = adapter_from_files(read_adapter(folder / "adapter"), self.subject.base())
         return Ours(self.subject, self.method, adapter)
 
-    def off(self) -> AbstractContextManager[None]:
-        return self.adapter.off()
+    @contextmanager
+    def off(self) -> Iterator[Any]:
+        with self.adapter.off():
+            yield self.adapter.base.model
 
     @contextmanager
     def training(self, *, checkpointed: bool) -> Iterator[None]:

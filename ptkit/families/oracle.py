@@ -92,9 +92,10 @@ class Embedded(Oracle):
         self.embeddings = embeddings
 
     def logits(self, row: Row) -> Tensor:
-        read = row.input if self.model.config.is_encoder_decoder else row.input + row.answer
-        ids = torch.tensor([read], device=self.model.device)
-        words = self.model.get_input_embeddings()(ids)
+        pairs = self.model.config.is_encoder_decoder
+        reader = self.model.get_encoder() if pairs else self.model
+        read = row.input if pairs else row.input + row.answer
+        words = reader.get_input_embeddings()(torch.tensor([read], device=self.model.device))
         whole = torch.cat([self.embeddings[None].to(words.dtype), words], dim=1)
         return self._plain(row, inputs_embeds=whole, use_cache=False)
 

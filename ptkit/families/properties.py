@@ -24,6 +24,8 @@ TOLERANCE = 2e-4
 #: Longer than the window of small models.
 LENGTHS = ((9, 6), (4, 3), (14, 5))
 NEW_TOKENS = 8
+#: Share of trained values that may be without a gradient in a step (units that are off).
+_DEAD = 0.4
 
 
 class Mismatch(Exception):
@@ -122,6 +124,9 @@ def gradients(trial: Trial) -> None:
         slopes = {n: p.grad for n, p in parameters.items() if p.grad is not None}
         if not slopes or not any(bool(g.abs().max() > 0) for g in slopes.values()):
             raise Mismatch("nothing that is trained got a gradient")
+        dead = sum(int((g == 0).sum()) for g in slopes.values())
+        if dead > _DEAD * sum(g.numel() for g in slopes.values()):
+            raise Mismatch("half of what is trained never gets a gradient")
         length = float(torch.cat([g.flatten() for g in slopes.values()]).norm())
         generator = torch.Generator().manual_seed(5)
         noise = {n: torch.randn(p.shape, generator=generator).to(p) for n, p in parameters.items()}
@@ -251,18 +256,23 @@ def saved(trial: Trial) -> None:
 
 @_property("off")
 def off(trial: Trial) -> None:
-    """Switched off, the base's logits are bit for bit those from before."""
-    rows = trial.subject.rows((8, 4))
-    before = Merged(trial.subject.base().model).logits(rows[0])
+    """Switched off, the base's logits are bit for bit those from before, its words the same."""
+    (row,) = trial.subject.rows((8, 4))
+    base = Merged(trial.subject.base().model)
+    before, written = base.logits(row), base.greedy(row.input, 4)
     contender = trial.contender()
-    on = contender.logits(rows, left=False)[0]
-    model = contender.model
-    with contender.off():
-        after = Merged(model).logits(rows[0])
+    on = contender.logits([row], left=False)[0]
+    with contender.off() as model:
+        after = Merged(model).logits(row)
+        again = model.generate(
+            input_ids=torch.tensor([row.input], device=model.device), max_new_tokens=4,
+            do_sample=False, eos_token_id=None,
+        )[0, -4:].tolist()  # fmt: skip
     if torch.equal(on, before):
         raise Mismatch("the adapter did nothing while it was on")
     if not torch.equal(after, before):
         raise Mismatch("the base is not what it was")
+    _require_equal([again], [written], "generation without the adapter")
 
 
 @_property("other attention")
@@ -296,6 +306,10 @@ def tied(trial: Trial) -> None:
     if config is None:
         raise NotApplicable("asked of small models")
     other = trial.subject.changed(tie_word_embeddings=not config.tie_word_embeddings)
+    model: Any = other.base().model
+    reader = model.get_encoder() if config.is_encoder_decoder else model
+    if reader.get_input_embeddings().weight is not model.get_input_embeddings().weight:
+        raise NotApplicable("untied, the encoder would have words of its own")
     contender = trial.make(other)
     _check_logits(contender, other.rows((9, 6), (9, 6)), left=False, what="embeddings")
 

@@ -50,7 +50,8 @@ class Subject:
     def base(self) -> Base:
         """A fresh base model, frozen."""
         model: Any = self.make_model(self)
-        return frozen_base(model.to(self.dtype), self.tokenizer, self.name)
+        name = self.name if self.config is None else f"a small {self.name}"
+        return frozen_base(model.to(self.dtype), self.tokenizer, name)
 
     def attending(self, implementation: str) -> Subject:
         """The same with another attention. Raises NotApplicable where transformers has none."""
