@@ -41,8 +41,9 @@ class ModelSection(Section):
     """Hub branch, tag or commit."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type the base is loaded in. Trained parameters are always float32."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation. `eager` is faster for training short texts in bf16 on a CPU."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention implementation; `auto` is `sdpa` where the model has it. `eager` is faster for
+    training short texts in bf16 on a CPU."""
     device: str = "auto"
     """`auto` (CUDA, then MPS, then CPU), `cpu`, `cuda`, `cuda:1`, `mps`."""
 

@@ -148,11 +148,16 @@ def load_base(section: ModelSection) -> Base:
             model: Any = kind.from_pretrained(
                 source,
                 dtype=getattr(torch, section.dtype),
-                attn_implementation=section.attention,
+                attn_implementation=None if section.attention == "auto" else section.attention,
                 use_safetensors=True,
                 **options,
             )
     except (OSError, ValueError, KeyError) as error:
+        if "attention implementation" in str(error):
+            raise ModelError(
+                f"`{section.id}` has no `{section.attention}` attention; "
+                "set `model.attention: auto`"
+            ) from error
         raise ModelError(
             f"cannot load the weights of `{section.id}`: {_first_line(error)} "
             "(only safetensors are read, never pickles such as pytorch_model.bin)"

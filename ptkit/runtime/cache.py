@@ -85,6 +85,11 @@ def sees_everything(model: PreTrainedModel) -> bool:
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
+def has_state(model: PreTrainedModel) -> bool:
+    """Whether some layers of `model` keep a running state beside keys and values, or instead."""
+    return any(map(_keeps_state, DynamicCache(config=model.config).layers))
+
+
 def layer_kinds(model: PreTrainedModel) -> list[str]:
     """What keeps a layer's memory of a text, as the config names it (`full_attention`, ...)."""
     config: Any = model.config.get_text_config(decoder=True)
@@ -97,8 +102,7 @@ def layer_kinds(model: PreTrainedModel) -> list[str]:
 def require_no_state(model: PreTrainedModel) -> None:
     """Raise ModelError when a layer of `model` keeps a state instead of keys and values: what a
     prompt leaves there is not a KV prefix."""
-    layers = DynamicCache(config=model.config).layers
-    if not any(_has_state(layer) for layer in layers):
+    if not has_state(model):
         return
     kinds = sorted({kind for kind in layer_kinds(model) if "attention" not in kind or
                     kind.startswith("linear")}) or ["recurrent"]  # fmt: skip
@@ -110,7 +114,7 @@ def require_no_state(model: PreTrainedModel) -> None:
     )
 
 
-def _has_state(layer: Any) -> bool:
+def _keeps_state(layer: Any) -> bool:
     return isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
@@ -122,7 +126,7 @@ def layers_with_keys(cache: Cache) -> list[Any]:
 def whole_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache that keeps all keys and values, window or not, and states where there are."""
     own = DynamicCache(config=model.config)
-    if any(_has_state(layer) or type(layer) is DummyLayer for layer in own.layers):
+    if any(_keeps_state(layer) or type(layer) is DummyLayer for layer in own.layers):
         return own
     return DynamicCache()
 
