@@ -5,11 +5,14 @@ python scripts/make_models_reference.py [FAMILY ...]     # some families only: t
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -27,6 +30,11 @@ PROGRAMS: dict[str, Make] = {"ptkit": Ours.made, "PEFT": Peft.made}
 MARKS = {
     Status.works: "✓", Status.wrong: "✗", Status.refused: "r", Status.raises: "!",
     Status.not_applicable: "·",
+}  # fmt: skip
+
+LETTERS = {
+    Status.works: "w", Status.wrong: "x", Status.refused: "r", Status.raises: "!",
+    Status.not_applicable: "-",
 }  # fmt: skip
 
 #: Program -> its cells.
@@ -69,30 +77,41 @@ def measured(families: Iterable[str]) -> Results:
 
 
 def as_json(results: Results) -> str:
-    """The cells as the file keeps them: one line each, reasons numbered."""
-    reasons = sorted({cell.detail for cells in results.values() for cell in cells})
+    """The cells as the file keeps them: per family and method one letter for each property, and
+    the number of the reason for each that does not work."""
+    reasons = sorted({c.detail for cells in results.values() for c in cells if c.detail})
     number = {reason: i for i, reason in enumerate(reasons)}
+    table: dict[str, dict[str, dict[str, list[Any]]]] = {}
+    for name, cells in results.items():
+        for cell in cells:
+            entry = table.setdefault(name, {}).setdefault(cell.model, {})
+            entry = entry.setdefault(cell.method, ["", []])
+            entry[0] += LETTERS[cell.status]
+            if cell.status is not Status.works:
+                entry[1].append(number[cell.detail])
     data = {
         "versions": {"peft": peft.__version__, "transformers": transformers.__version__,
                      "torch": torch.__version__.partition("+")[0]},
-        "reasons": reasons,
-        "cells": {
-            name: [[c.model, c.method, c.property, c.status.value, number[c.detail]] for c in cells]
-            for name, cells in results.items()
-        },
+        "properties": list(PROPERTIES), "reasons": reasons, "cells": table,
     }  # fmt: skip
-    text = json.dumps(data, ensure_ascii=False, indent=0)
-    return text.replace("[\n", "[").replace(",\n", ", ").replace("], [", "],\n[") + "\n"
+    text = json.dumps(data, ensure_ascii=False, indent=1)
+    return re.sub(r"\[[^\[\]]*\]", lambda m: re.sub(r"\n\s*", " ", m[0]), text) + "\n"
 
 
 def from_json(text: str) -> tuple[Results, dict[str, str]]:
     """The cells, and the versions they were measured with."""
     data = json.loads(text)
-    reasons = data["reasons"]
-    results = {
-        name: [Cell(m, method, p, Status(s), reasons[r]) for m, method, p, s, r in cells]
-        for name, cells in data["cells"].items()
-    }
+    statuses = {letter: status for status, letter in LETTERS.items()}
+    results: Results = {}
+    for name, families in data["cells"].items():
+        results[name] = []
+        for family, methods in families.items():
+            for method, (letters, numbers) in methods.items():
+                why = iter(numbers)
+                for asked, letter in zip(data["properties"], letters, strict=True):
+                    status = statuses[letter]
+                    detail = "" if status is Status.works else data["reasons"][next(why)]
+                    results[name].append(Cell(family, method, asked, status, detail))
     return results, data["versions"]
 
 
@@ -184,9 +203,8 @@ def _grouped(cells: Sequence[Cell], *, with_detail: bool) -> list[str]:
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         # Sentences name the model and its class: the same reason whoever it is.
-        reason = cell.detail.replace(f"`{cell.model}`", "the model").replace(
-            cell.model, "the model"
-        )
+        named = (f"`{cell.model}`", f"a small {cell.model}", cell.model)
+        reason = functools.reduce(lambda s, n: s.replace(n, "the model"), named, cell.detail)
         key = reason if with_detail else f"{cell.method}: {cell.property}"
         groups.setdefault(key, []).append(cell)
     lines = []

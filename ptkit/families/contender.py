@@ -189,6 +189,8 @@ class Ours(Contender):
         )  # fmt: skip
 
     def turns(self, inputs: Sequence[list[int]], tokens: int) -> list[list[int]]:
+        if self.method == "infix":
+            raise NotApplicable("an infix belongs to one input")
         base = self.adapter.base
         batch = self._batch(1)
         cache = conversation_cache(base.model, batch, 64)

@@ -23,6 +23,7 @@ from ptkit.families.subject import NotApplicable, Row, Subject
 TOLERANCE = 2e-4
 #: Longer than the window of small models.
 LENGTHS = ((9, 6), (4, 3), (14, 5))
+EQUAL = ((9, 6), (9, 6))
 NEW_TOKENS = 8
 #: Share of trained values that may be without a gradient in a step (units that are off).
 _DEAD = 0.4
@@ -189,19 +190,21 @@ def checkpointing(trial: Trial) -> None:
 
 @_property("generation")
 def generation(trial: Trial) -> None:
-    """Greedy tokens of a batch of unequal rows are the oracle's, row by row."""
-    contender = trial.contender()
-    inputs = [row.input for row in trial.subject.rows(*LENGTHS)]
-    found = contender.generate(inputs, max_new_tokens=NEW_TOKENS)
-    expected = [contender.oracle.greedy(read, NEW_TOKENS) for read in inputs]
-    _require_equal(found, expected, "greedy search")
+    """Greedy tokens are the oracle's (inputs of one length, here and below)."""
+    _check_tokens(trial, "greedy search")
+
+
+@_property("padded generation")
+def padded_generation(trial: Trial) -> None:
+    """So they are in a batch of unequal inputs, row by row."""
+    _check_tokens(trial, "padded batch", lengths=LENGTHS)
 
 
 @_property("beams")
 def beams(trial: Trial) -> None:
-    """Beam search of a batch finds what it finds over the oracle."""
+    """Beam search finds what it finds over the oracle."""
     contender = trial.contender()
-    inputs = [row.input for row in trial.subject.rows(*LENGTHS[:2])]
+    inputs = [row.input for row in trial.subject.rows(*EQUAL)]
     found = contender.generate(inputs, max_new_tokens=4, num_beams=3)
     expected = [contender.oracle.beam(read, 4, 3) for read in inputs]
     _require_equal(found, expected, "beam search")
@@ -212,13 +215,13 @@ def static_cache(trial: Trial) -> None:
     """A cache of fixed size gives the same tokens."""
     _require_going_on(trial)
     _require_of_base(trial, cache_implementation="static")
-    _check_variant(trial, "static cache", cache_implementation="static")
+    _check_tokens(trial, "static cache", cache_implementation="static")
 
 
 @_property("no cache")
 def no_cache(trial: Trial) -> None:
     """So does reading everything again at every token."""
-    _check_variant(trial, "no cache", use_cache=False)
+    _check_tokens(trial, "no cache", use_cache=False)
 
 
 @_property("lookup")
@@ -290,9 +293,9 @@ def bfloat16(trial: Trial) -> None:
     rows = trial.subject.rows(*LENGTHS)
     precise = trial.contender()
     rounded = trial.make(replace(trial.subject, dtype=torch.bfloat16))
+    found = torch.cat([t.float() for t in rounded.logits(rows, left=False)])
     right = torch.cat([precise.oracle.logits(row).float() for row in rows])
     plain = torch.cat([rounded.oracle.logits(row).float() for row in rows])
-    found = torch.cat([t.float() for t in rounded.logits(rows, left=False)])
     allowed = 2 * float((plain - right).norm()) + 0.01 * float(right.norm())
     error = float((found - right).norm())
     if not error <= allowed:
@@ -331,9 +334,11 @@ def _require_of_base(trial: Trial, **options: object) -> None:
         raise NotApplicable(f"the plain base raises {str(error).splitlines()[0]}") from error
 
 
-def _check_variant(trial: Trial, what: str, **options: object) -> None:
+def _check_tokens(
+    trial: Trial, what: str, lengths: Sequence[tuple[int, int]] = EQUAL, **options: object
+) -> None:
     contender = trial.contender()
-    inputs = [row.input for row in trial.subject.rows(*LENGTHS[:2])]
+    inputs = [row.input for row in trial.subject.rows(*lengths)]
     found = contender.generate(inputs, max_new_tokens=NEW_TOKENS, **options)
     expected = [contender.oracle.greedy(read, NEW_TOKENS) for read in inputs]
     _require_equal(found, expected, what)
