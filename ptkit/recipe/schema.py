@@ -44,6 +44,9 @@ class ModelSection(Section):
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention implementation; `auto` is `sdpa` where the model has it. `eager` is faster for
     training short texts in bf16 on a CPU."""
+    quantize: Literal["int8"] | None = None
+    """`int8` rounds the frozen linear layers to eight bits (needs `pip install 'ptkit[quantize]'`):
+    less memory, slower on most CPUs, and a base that answers a little differently."""
     device: str = "auto"
     """`auto` (CUDA, then MPS, then CPU), `cpu`, `cuda`, `cuda:1`, `mps`."""
 

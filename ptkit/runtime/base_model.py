@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ptkit.formats.fingerprint import model_fingerprint, tokenizer_fingerprint
 from ptkit.prefix import KVLayout
 from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.compile import kv_layout
+from ptkit.runtime.quantize import quantize_int8
 
 #: Name of the base model that ships inside the package.
 TINY_EN = "tiny-en"
@@ -40,6 +41,7 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     id: str
     revision: str | None = None
+    quantized: bool = False
 
     @cached_property
     def layout(self) -> KVLayout:
@@ -48,7 +50,7 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the weights (see `ptkit.formats.fingerprint`)."""
+        """Identity of the weights (see `ptkit.formats.fingerprint`), before they were quantised."""
         return model_fingerprint(self.model)
 
     @cached_property
@@ -162,7 +164,20 @@ def load_base(section: ModelSection) -> Base:
             f"cannot load the weights of `{section.id}`: {_first_line(error)} "
             "(only safetensors are read, never pickles such as pytorch_model.bin)"
         ) from error
-    return frozen_base(model.to(device), tokenizer, section.id, section.revision)
+    base = frozen_base(model.to(device), tokenizer, section.id, section.revision)
+    return base if section.quantize is None else quantized_base(base)
+
+
+def quantized_base(base: Base) -> Base:
+    """`base` with its linear layers in eight bits (see `ptkit.runtime.quantize`).
+
+    It keeps the fingerprint: adapters of the one are loaded on the other, at their user's choice.
+    """
+    fingerprint = base.fingerprint  # while there are floating-point weights to read
+    quantize_int8(base.model)
+    base = replace(base, quantized=True)
+    base.__dict__["fingerprint"] = fingerprint
+    return base
 
 
 def _first_line(error: Exception) -> str:
