@@ -50,7 +50,7 @@ time, unpadded, nothing cached between tokens. `ptkit models check` asks it of y
 ```console
 $ ptkit models check llama
 $ ptkit models check mistralai/Mistral-7B-v0.1 --method prompt
-$ ptkit models check adapters-of/my-finetune --full     # the real weights
+$ ptkit models check path/to/my-finetune --full     # the real weights
 ```
 
 This page is made by `scripts/make_models_reference.py`; a test runs parts of it again.

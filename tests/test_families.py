@@ -26,7 +26,7 @@ from ptkit.families.matrix import Status, run_matrix, subject_of
 from ptkit.families.oracle import Attended, Embedded
 from ptkit.families.properties import PROPERTIES
 from ptkit.families.shapes import FAMILIES, WINDOW, small
-from ptkit.families.subject import Row, Subject
+from ptkit.families.subject import Row, Subject, small_subject
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import Demonstrations, adapter_from_files, create_adapter
 from ptkit.methods.prefix_tuning import PrefixTuningSection
@@ -255,6 +255,24 @@ def test_unknown_models_and_methods_are_refused(
     words: list[str], said: str, tmp_path: Path
 ) -> None:
     assert said in refused("models", "check", *words, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [("mamba", "no attention heads"), ("deepseek_v3", "cannot be made small")],
+)
+def test_shapes_ptkit_does_not_know_are_refused(model_type: str, said: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=said):
+        subject_of(str(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["mpt", "gpt_neo"])
+def test_attention_that_takes_no_prefix_is_refused(model_type: str) -> None:
+    subject = small_subject(model_type, small(AutoConfig.for_model(model_type)))
+    asked = ["exact", "gradients", "generation", "padded generation", "turns"]
+    cells = run_matrix(subject, ["prefix", "prompt"], properties=asked)
+    assert {(c.status, c.detail[-8:]) for c in cells} == {(Status.refused, "use lora")}
 
 
 # What windows, states and attention of its own mean elsewhere in ptkit.

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ptkit.errors import ModelError, UserError, did_you_mean
 from ptkit.families.contender import Contender, Ours
+from ptkit.families.oracle import Merged
 from ptkit.families.properties import PROPERTIES, Mismatch, Trial
 from ptkit.families.shapes import FAMILIES, small
 from ptkit.families.subject import NotApplicable, Subject, real_subject, small_subject
@@ -56,7 +57,22 @@ def subject_of(model: str, *, full: bool = False) -> Subject:
         return real_subject(load_base(ModelSection(id=model)))
     if model in FAMILIES:
         return small_subject(model, small(FAMILIES[model].config))
-    return small_subject(model, small(_read_config(model)))
+    subject = small_subject(model, small(_read_config(model)))
+    _require_runs(subject)
+    return subject
+
+
+def _require_runs(subject: Subject) -> None:
+    """Raise ModelError when the model, made small, does not run by itself."""
+    assert subject.config is not None
+    try:
+        (row,) = subject.rows((3, 2))
+        Merged(subject.base().model).logits(row)
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ModelError(
+            f"`{subject.config.model_type}` cannot be made small "
+            f"({str(error).strip().splitlines()[0]}); check the real weights with --full"
+        ) from error
 
 
 def _read_config(model: str) -> PretrainedConfig:

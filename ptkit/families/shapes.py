@@ -72,16 +72,16 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 _WIDTH = ("hidden_size", "n_embd", "d_model")
-_HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads",
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
           "decoder_attention_heads")  # fmt: skip
 _GROUPS = ("num_key_value_heads", "num_kv_heads")
 _INNER = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "d_ff", "n_inner",
           "encoder_ffn_dim", "decoder_ffn_dim", "moe_intermediate_size",
           "shared_expert_intermediate_size")  # fmt: skip
-_POSITIONS = ("max_position_embeddings", "n_positions")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 _EXPERTS = ("num_experts", "num_local_experts")
-_DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
+_DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _STACKS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
 #: Derived from others when a config is made.
 _DERIVED = ("full_attn_idxs", "_sliding_window_pattern", "attention_layers", "model_type",
@@ -98,6 +98,7 @@ def small(config: PretrainedConfig) -> PretrainedConfig:
     Kept: kinds of layers in their order, windows (but shorter than a few words), heads that share
     keys or not, heads whose width is not hidden / heads, tied or untied embeddings, depths of
     encoder and decoder that differ, what is done to logits. Dropout is off.
+    Raises ModelError for models without attention.
     """
     if not config.is_encoder_decoder:
         config = config.get_text_config()
@@ -107,7 +108,12 @@ def small(config: PretrainedConfig) -> PretrainedConfig:
     new |= {k: 48 for k in _INNER if old.get(k)} | {k: 128 for k in _POSITIONS if k in old}
     new |= {k: WINDOW for k in _WINDOWS if old.get(k)} | {k: 4 for k in _EXPERTS if old.get(k)}
     new |= {k: 0.0 for k, v in old.items() if "drop" in k and isinstance(v, float)}
-    heads = next(old[k] for k in _HEADS if k in old)
+    heads = next((old[k] for k in _HEADS if old.get(k)), None)
+    if heads is None:
+        raise ModelError(
+            f"`{config.model_type}` has no attention heads, so there is nothing to put a prefix "
+            "into; LoRA may work: `ptkit models check MODEL --full --method lora`"
+        )
     width = next(old[k] for k in _WIDTH if k in old)
     for name in _GROUPS:
         if old.get(name):

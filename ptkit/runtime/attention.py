@@ -196,6 +196,23 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     return [module for _, module in sorted(found, key=site)]
 
 
+def require_attention(model: PreTrainedModel) -> list[nn.Module]:
+    """`attention_modules` of `model`. Raises ModelError where no prefix can be put into them."""
+    modules = attention_modules(model)
+    if not modules:
+        raise ModelError(
+            f"{type(model).__name__} has no attention that a prefix could be put into; use lora"
+        )
+    if not model._can_set_attn_implementation() and any(
+        "layer_past" not in inspect.signature(module.forward).parameters for module in modules
+    ):
+        raise ModelError(
+            f"{type(model).__name__} lets its attention neither be replaced (it is not on "
+            "transformers' AttentionInterface) nor be handed a cache; use lora"
+        )
+    return modules
+
+
 class _PrefixThenOwn(Cache):
     """What an attention module takes for its cache: the prefix before its own keys and values.
 
@@ -239,13 +256,8 @@ def handed_a_cache(
     For families off the AttentionInterface (bloom, falcon, gptj): mask, positions and ALiBi's
     distances are then the model's own. A checkpointed layer drops its cache, so that it is handed
     to the attention itself once more. No infix: all tokens see what is in a cache
-    (`ptkit.runtime.infix` refuses it). Raises ModelError for attention that takes no cache.
+    (`ptkit.runtime.infix` refuses it).
     """
-    if any("layer_past" not in inspect.signature(m.forward).parameters for m in modules):
-        raise ModelError(
-            f"{type(model).__name__} lets its attention neither be replaced (it is not on "
-            "transformers' AttentionInterface) nor be handed a cache; use lora"
-        )
     taken: list[_PrefixThenOwn] = []
 
     def before_backbone(
@@ -313,9 +325,7 @@ def prefix_attention(model: PreTrainedModel) -> Iterator[Injection]:
             f"a prefix can be trained with `sdpa` or `eager` attention, this model uses `{own}`; "
             'load it with attn_implementation="sdpa"'
         )
-    modules = attention_modules(model)
-    if not modules:
-        raise ModelError(f"{type(model).__name__} has no attention that a prefix could be put into")
+    modules = require_attention(model)
     injection = Injection()
     if not model._can_set_attn_implementation():
         with handed_a_cache(model, modules, injection):

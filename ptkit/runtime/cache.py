@@ -82,6 +82,10 @@ class ReservedCache(DynamicCache):
 def sees_everything(model: PreTrainedModel) -> bool:
     """Whether all layers of `model` attend to everything before a token: none has a window, or
     keeps a state instead of keys and values. Only there a prefix can be part of the cache."""
+    if getattr(
+        model.config, "attention_types", None
+    ):  # GPT-Neo's local layers, in masks of its own
+        return False
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 

@@ -10,7 +10,12 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, Sta
 
 from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.attention import prefix_attention, prefixed_positions, takes_positions
+from ptkit.runtime.attention import (
+    prefix_attention,
+    prefixed_positions,
+    require_attention,
+    takes_positions,
+)
 from ptkit.runtime.cache import cache_for, prefilled_cache, sees_everything
 from ptkit.runtime.compile import evaluating
 from ptkit.runtime.forward import pad_rows
@@ -46,10 +51,12 @@ def generate(
     beams = generate_options.get("num_beams", 1)
     if static_positions is not None and beams > 1:
         raise ModelError("a static cache cannot be reordered: use num_beams=1 with it")
-    if batch is not None and batch.longest and not _kept_in_cache(model, generate_options):
-        return _attending(
-            model, prompts, batch, pad_token_id, static_positions, read, generate_options
-        )
+    if batch is not None and batch.longest:
+        require_attention(model)
+        if not _kept_in_cache(model, generate_options):
+            return _attending(
+                model, prompts, batch, pad_token_id, static_positions, read, generate_options
+            )
     input_ids, attention_mask = pad_rows(prompts, pad_token_id, left=True)
     positions = input_ids.shape[1] + int(generate_options.get("max_new_tokens") or 0)
     cache: Any
