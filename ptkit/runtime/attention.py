@@ -59,11 +59,18 @@ class Injection:
             self._repeated[times] = batch.repeated(times)
         return self._repeated[times]
 
-    def begin(self, _: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> None:
+    def begin(
+        self, _: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Note where a forward pass of the model begins (a hook before it)."""
         cache = kw.get("past_key_values")
         self.cached = 0 if cache is None else cache.get_seq_length()
         self.positions = kw.get("position_ids")
+        whole = cache is None and kw.get("attention_mask") is None
+        if self._batch is None or self.positions is None or not whole:
+            return None
+        # Without a mask, transformers takes positions with a gap (an infix) for several texts.
+        return args, {**kw, "attention_mask": torch.ones_like(self.positions)}
 
     def extended(self, batch: PrefixBatch, mask: Tensor, window: int | None) -> Tensor:
         """`mask` `[rows|1, 1, queries, keys]` with the prefix region before its keys.
