@@ -19,7 +19,7 @@ from ptkit.comparison.grid import run_grid
 from ptkit.comparison.on_ray import run_on_ray
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import MethodSummary
-from ptkit.errors import AdapterError, UserError
+from ptkit.errors import AdapterError, ModelError, UserError
 from ptkit.evaluation.saved import find_adapter
 from ptkit.formats.adapter_files import CONFIG, read_adapter
 from ptkit.methods import base_of, compile_files, require_same_base
@@ -28,7 +28,7 @@ from ptkit.prefix import KVPrefix, PrefixBatch
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.recipe.schema import MethodSection, Recipe
 from ptkit.runtime.base_model import Base, frozen_base
-from ptkit.runtime.cache import ReservedCache, prefilled_cache
+from ptkit.runtime.cache import ReservedCache, prefilled_cache, sees_everything
 from ptkit.runtime.generation import generate
 from ptkit.training.experiment import prepare
 from ptkit.training.record import CellRecord
@@ -162,6 +162,11 @@ class LoadedAdapter:
             raise AdapterError(
                 f"{self.path} is a soft prompt that the encoder reads with its input; use "
                 "`generate` of this class"
+            )
+        if not sees_everything(self.base.model):
+            raise ModelError(
+                f"{type(self.base.model).__name__} has layers with a window or a state, where a "
+                "prefix cannot be part of the cache; use `generate` of this class"
             )
         ids, mask = encoding["input_ids"], encoding["attention_mask"]
         batch = PrefixBatch.shared(self.prefix, len(ids))

@@ -11,7 +11,7 @@ see the input too. Both forms carry its embeddings beside keys and values of no 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -55,6 +55,8 @@ class KVPrefix:
         the first positions
     infix: the virtual tokens stand before the last token of the input, not before all of it
         (Li & Liang 2021, section 7.2): what comes earlier is read as by the plain base
+    as_text: the virtual tokens were read as text is (a soft prompt, a text prompt), so that layers
+        with a window lose sight of them as of text; otherwise every token sees them
     embeddings: a soft prompt `[virtual_tokens, hidden]` that an encoder reads with every input;
         None where there is nothing but keys and values
     """
@@ -62,6 +64,7 @@ class KVPrefix:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     infix: bool = False
+    as_text: bool = False
     embeddings: Tensor | None = None
 
     @classmethod
@@ -109,11 +112,11 @@ class KVPrefix:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> KVPrefix:
         """A prefix with `change` applied to every tensor."""
-        return KVPrefix(
-            tuple(map(change, self.keys)),
-            tuple(map(change, self.values)),
-            self.infix,
-            None if self.embeddings is None else change(self.embeddings),
+        return replace(
+            self,
+            keys=tuple(map(change, self.keys)),
+            values=tuple(map(change, self.values)),
+            embeddings=None if self.embeddings is None else change(self.embeddings),
         )
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> KVPrefix:
@@ -132,7 +135,8 @@ class KVPrefix:
         """All virtual tokens of `prefixes`, in order: a style and a task, say.
 
         Each keeps the keys and values it was trained to; none reads another. The input comes
-        after all of them, so an earlier one is further away than it was in training.
+        after all of them, so an earlier one is further away than it was in training. Where some
+        are prefixes, a layer's window hides none of them.
         Raises AdapterError when they are of different base models.
         """
         _require_one_layout(prefixes)
@@ -213,6 +217,7 @@ def _by_layer(prefixes: Sequence[KVPrefix], combine: Callable[[list[Tensor]], Te
         tuple(combine([p.keys[i] for p in prefixes]) for i in layers),
         tuple(combine([p.values[i] for p in prefixes]) for i in layers),
         prefixes[0].infix,
+        all(p.as_text for p in prefixes),
     )
 
 
@@ -240,6 +245,8 @@ class PrefixBatch:
         None where there is no such row
     seen_from: `[rows]`, index of the first token that sees the virtual tokens; None: the first.
         Set for one forward pass, by `ptkit.runtime.infix`
+    as_text: `[rows]` bool, rows whose virtual tokens a layer's window hides as it hides text; None
+        where there is no such row
     embeddings, embedded: the rows' soft prompts, where an encoder reads some,
         `[rows, longest soft prompt, hidden]`, and bool where a row has one (padded at the left)
     """
@@ -249,6 +256,7 @@ class PrefixBatch:
     visible: Tensor
     infix: Tensor | None = None
     seen_from: Tensor | None = None
+    as_text: Tensor | None = None
     embeddings: Tensor | None = None
     embedded: Tensor | None = None
 
@@ -277,9 +285,11 @@ class PrefixBatch:
             tuple(v.expand(rows, *v.shape) for v in prefix.values),
             torch.ones(rows, prefix.keys[0].shape[1], dtype=torch.bool, device=device),
             torch.ones(rows, dtype=torch.bool, device=device) if prefix.infix else None,
-            None,
-            None if soft is None else soft.expand(rows, *soft.shape),
-            None if soft is None else torch.ones(rows, len(soft), dtype=torch.bool, device=device),
+            as_text=torch.ones(rows, dtype=torch.bool, device=device) if prefix.as_text else None,
+            embeddings=None if soft is None else soft.expand(rows, *soft.shape),
+            embedded=None
+            if soft is None
+            else torch.ones(rows, len(soft), dtype=torch.bool, device=device),
         )
 
     def repeated(self, times: int) -> PrefixBatch:
@@ -293,7 +303,8 @@ class PrefixBatch:
 
         return PrefixBatch(
             tuple(map(each, self.keys)), tuple(map(each, self.values)), each(self.visible),
-            some(self.infix), some(self.seen_from), some(self.embeddings), some(self.embedded),
+            some(self.infix), some(self.seen_from), some(self.as_text), some(self.embeddings),
+            some(self.embedded),
         )  # fmt: skip
 
     @classmethod
@@ -342,19 +353,24 @@ class PrefixBatch:
             empty = torch.tensor([width - length for length in lengths], device=device)
             return torch.arange(width, device=device) >= empty[:, None]
 
-        visible = filled([0 if p is None else p.keys[0].shape[1] for p in prefixes], longest)
-        infix = None
-        if any(p.infix for p in present):
-            infix = torch.tensor([p is not None and p.infix for p in prefixes], device=device)
+        def rows_where(chosen: Callable[[KVPrefix], bool]) -> Tensor | None:
+            if not any(chosen(p) for p in present):
+                return None
+            return torch.tensor([p is not None and chosen(p) for p in prefixes], device=device)
+
+        batch = cls(
+            keys, values,
+            filled([0 if p is None else p.keys[0].shape[1] for p in prefixes], longest),
+            infix=rows_where(lambda p: p.infix), as_text=rows_where(lambda p: p.as_text),
+        )  # fmt: skip
         softs = [None if p is None else p.embeddings for p in prefixes]
         counts = [0 if soft is None else len(soft) for soft in softs]
         if not any(counts):
-            return cls(keys, values, visible, infix)
+            return batch
         hidden = next(soft for soft in softs if soft is not None)
         nothing = hidden.new_zeros(0, hidden.shape[1])
         embeddings = torch.stack([
             nn.functional.pad(nothing if soft is None else soft, (0, 0, max(counts) - n, 0))
             for soft, n in zip(softs, counts, strict=True)
         ])  # fmt: skip
-        embedded = filled(counts, max(counts))
-        return cls(keys, values, visible, infix, None, embeddings, embedded)
+        return replace(batch, embeddings=embeddings, embedded=filled(counts, max(counts)))

@@ -18,7 +18,7 @@ PACKAGE = Path(ptkit.__file__).parent
 LAYERS = [
     {"cli"},
     {"api"},
-    {"bench", "hub"},
+    {"bench", "families", "hub"},
     {"serve"},
     {"comparison"},
     {"training"},

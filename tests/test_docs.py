@@ -30,7 +30,7 @@ def documented_commands() -> list[list[str]]:
 
 
 #: Commands with commands of their own.
-GROUPS = ("adapters", "recipes", "bank", "bench")
+GROUPS = ("adapters", "recipes", "bank", "bench", "models")
 
 
 def test_readme_commands_and_options_exist() -> None:
@@ -40,11 +40,7 @@ def test_readme_commands_and_options_exist() -> None:
     for words in commands:
         if words[0].startswith("-"):
             continue
-        name = (
-            tuple(words[:2])
-            if words[0] in ("adapters", "recipes", "bank", "bench")
-            else (words[0],)
-        )
+        name = tuple(words[:2]) if words[0] in GROUPS else (words[0],)
         if name not in help_of:
             help_of[name] = subprocess.run(
                 [sys.executable, "-m", "ptkit", *name, "--help"],

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
 
 from ptkit.bank.bank import AdapterBank, RowNames
 from ptkit.errors import ModelError
-from ptkit.runtime.cache import ReservedCache, cache_for, prefilled_cache
+from ptkit.runtime.cache import ReservedCache, conversation_cache
 from ptkit.runtime.generation import generate
 
 #: Length of an answer unless said otherwise, in tokens.
@@ -96,9 +96,7 @@ class Conversation:
         # Taken out: an interruption half-way leaves a cache nobody can trust.
         cache = self._remembered(self._memories.pop(self.adapter, None), versions, prompt)
         if cache is None:
-            cache = cache_for(base.model, batch, len(prompt))
-            if batch.longest:
-                prefilled_cache(batch, cache)
+            cache = conversation_cache(base.model, batch, len(prompt))
         with bank.weights([self.adapter]):
             (answer_ids,) = generate(
                 base.model, [prompt], batch, pad_token_id=base.pad_token_id, read=cache, **options

@@ -88,10 +88,16 @@ class LoraRows:
         """
         config = lora_config(files, self.base)
         config.inference_mode = True
-        if config.use_dora or config.modules_to_save or config.bias != "none":
+        if (
+            config.use_dora
+            or config.modules_to_save
+            or config.bias != "none"
+            or config.target_parameters
+        ):
             raise AdapterError(
-                f"`{name}` uses DoRA, trained biases or `modules_to_save`, which cannot differ "
-                "from row to row; merge it into the base instead"
+                f"`{name}` uses DoRA, trained biases, `modules_to_save` or `target_parameters` "
+                "(fused experts), which cannot differ from row to row; merge it into the base "
+                "instead"
             )
         # Asked for now: wrapped layers change the names both are made from.
         self.base.fingerprint, self.base.layout  # noqa: B018

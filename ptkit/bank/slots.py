@@ -49,6 +49,8 @@ class SlotTable:
             for s in base.layout
         ]
         self._visible = torch.zeros(shape, dtype=torch.bool, device=device)
+        #: Asked for only by layers with a window (see `PrefixBatch.as_text`).
+        self._as_text = torch.zeros(shape[0], dtype=torch.bool, device=device)
         #: Slot of each row, `[rows]`: what a compiled function takes as its input.
         self.index = torch.zeros(rows, dtype=torch.long, device=device)
         self._row_slots = [0] * rows
@@ -80,6 +82,7 @@ class SlotTable:
             tuple(k.index_select(0, index) for k in self._keys),
             tuple(v.index_select(0, index) for v in self._values),
             self._visible.index_select(0, index),
+            as_text=self._as_text.index_select(0, index),
         )
 
     def _slot(self, row: int, name: str) -> int:
@@ -127,4 +130,5 @@ class SlotTable:
         for table, parts in ((self._keys, prefix.keys), (self._values, prefix.values)):
             for layer, part in zip(table, parts, strict=True):
                 layer[slot, :, missing:] = part
+        self._as_text[slot] = prefix.as_text
         self._visible[slot] = torch.arange(self.virtual_tokens) >= missing

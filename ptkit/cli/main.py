@@ -24,6 +24,7 @@ from ptkit.cli import (
     export,
     generate,
     inspect,
+    models,
     pull,
     push,
     recipes,
@@ -49,6 +50,7 @@ app.add_typer(recipes.app, name="recipes")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(bank.app, name="bank")
 app.add_typer(bench.app, name="bench")
+app.add_typer(models.app, name="models")
 app.command("train")(train.train)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)

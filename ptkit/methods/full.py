@@ -7,7 +7,7 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
-from ptkit.errors import AdapterError
+from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, register
 from ptkit.recipe.schema import MethodSection, register_method
@@ -33,6 +33,11 @@ class Full(Adapter):
 
     def __init__(self, section: FullSection, base: Base) -> None:
         super().__init__(section, base)
+        if base.quantized:
+            raise ModelError(
+                "full fine-tuning needs floating-point weights; leave `model.quantize` out, or use "
+                "another method"
+            )
         self.copy = copy.deepcopy(super().model).float()
         self.copy.requires_grad_(True)
         self.head = None  # the copy has it

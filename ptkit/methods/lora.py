@@ -95,7 +95,8 @@ class Lora(Adapter):
 
     def own_files(self) -> AdapterFiles:
         config = self.peft_model.peft_config["default"]
-        tensors = get_peft_model_state_dict(self.peft_model)
+        # By itself PEFT asks the Hub whether the base's vocabulary has grown; ptkit never grows it.
+        tensors = get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
         return AdapterFiles(peft_config_dict(config, self.base), dict(tensors))
 
     def off(self) -> AbstractContextManager[None]:

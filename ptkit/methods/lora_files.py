@@ -22,6 +22,8 @@ _MATRIX = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.w
 
 #: Part of a module's name; PEFT would take a regular expression, which may never end.
 _Name = Annotated[str, Field(pattern=r"^\^?[\w.]+$")]
+#: The same below any module, as PEFT writes the patterns of fused experts.
+_Pattern = Annotated[str, Field(pattern=r"^(\^|\.\*\\\.)?[\w.]+$")]
 _Rank = Annotated[int, Field(ge=1, strict=True)]
 
 
@@ -33,13 +35,21 @@ class _Settings(BaseModel):
     r: _Rank = 8
     lora_alpha: float = Field(default=8, allow_inf_nan=False)
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    alpha_pattern: dict[_Name, float] | None = None
+    alpha_pattern: dict[_Pattern, float] | None = None
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = None
     fan_in_fan_out: bool = False
+
+
+class _FusedSettings(_Settings):
+    """Those of a LoRA on parameters that are no modules: the stacked experts of a mixture."""
+
+    target_parameters: list[_Name]
+    target_modules: list[_Name] = []
+    rank_pattern: dict[_Pattern, _Rank] = {}
 
 
 def lora_task_type(base: Base) -> str | None:
@@ -54,12 +64,16 @@ def lora_config(files: AdapterFiles, base: Base) -> LoraConfig:
 
     Raises AdapterError for settings that mean nothing, and for matrices the base has no place for.
     """
+    fused = bool(files.config.get("target_parameters"))
     try:
-        settings = _Settings.model_validate(files.config)
+        settings = (_FusedSettings if fused else _Settings).model_validate(files.config)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise AdapterError(f"this LoRA's setting `{where}`: {first['msg']}") from error
+    task = lora_task_type(base)
+    if fused:  # PEFT stacks the experts' matrices, whose ranks the shapes do not tell
+        return LoraConfig(**settings.model_dump(exclude_none=True), task_type=task)
     ranks = _ranks(files, base)
     if not ranks:
         raise AdapterError("the file holds no LoRA matrices")
@@ -68,7 +82,7 @@ def lora_config(files: AdapterFiles, base: Base) -> LoraConfig:
         **settings.model_dump(exclude_none=True),
         target_modules=sorted(ranks),
         rank_pattern=others,
-        task_type=lora_task_type(base),
+        task_type=task,
     )
 
 

@@ -29,7 +29,9 @@ from ptkit.methods.start import PromptMethodSection, start_files, start_shares, 
 from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import register_method
 from ptkit.runtime.base_model import Base
+from ptkit.runtime.cache import has_state
 from ptkit.runtime.compile import compile_tokens
+from ptkit.runtime.infix import require_infix
 
 
 @register_method
@@ -88,6 +90,9 @@ class PrefixTuningSection(PromptMethodSection):
 
 #: In place of PEFT's type: PEFT would take the same tensors for a prefix, and be silently wrong.
 INFIX = "PTKIT_INFIX"
+#: A prefix of the attention layers of a model that has others too (states, convolutions): PEFT
+#: numbers layers from the first and would put it into the wrong ones.
+HYBRID = "PTKIT_HYBRID_PREFIX"
 #: A prefix of the encoder, of the decoder and of what the decoder reads the encoder through (Li &
 #: Liang 2021, section 4.1 and figure 2); PEFT's has the decoder's part only.
 ENCODER_DECODER = "PTKIT_ENCODER_DECODER_PREFIX"
@@ -102,7 +107,7 @@ class PrefixTuning(Adapter):
 
     section_class = PrefixTuningSection
     # CARTRIDGE differs in how it is trained: its file is the same flat prefix.
-    peft_types = ("PREFIX_TUNING", "CARTRIDGE", INFIX, ENCODER_DECODER, ENCODER)
+    peft_types = ("PREFIX_TUNING", "CARTRIDGE", INFIX, ENCODER_DECODER, ENCODER, HYBRID)
     encoder_decoder = True
     section: PrefixTuningSection
     start: Tensor
@@ -122,6 +127,8 @@ class PrefixTuning(Adapter):
                 f"{base.id} has an encoder, which reads the input from both sides, so nothing of "
                 "it comes before an infix; use `position: prefix`"
             )
+        if section.position == "infix":
+            require_infix(base.model)
         if base.encoder_decoder and section.trained_layers is not None:
             raise ModelError("`trained_layers` counts the layers of one stack; leave it out here")
         layers = len(base.layout)
@@ -263,6 +270,8 @@ class PrefixTuning(Adapter):
 
     def own_files(self) -> AdapterFiles:
         config = peft_config_dict(self.config, self.base)
+        if has_state(self.base.model):
+            config["peft_type"] = HYBRID
         if self.infix:
             config["peft_type"] = INFIX
         if self.base.encoder_decoder:

@@ -23,6 +23,7 @@ from ptkit.methods.start import (
 )
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base
+from ptkit.runtime.cache import require_no_state
 from ptkit.runtime.compile import compile_embeddings
 
 
@@ -55,6 +56,10 @@ class SoftPrompt(Adapter):
     section: PromptMethodSection
     encoder_decoder = True
     config: PeftConfig
+
+    def __init__(self, section: PromptMethodSection, base: Base) -> None:
+        super().__init__(section, base)
+        require_no_state(base.model)
 
     @abstractmethod
     def embeddings(self) -> Tensor:

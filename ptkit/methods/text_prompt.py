@@ -17,6 +17,7 @@ from ptkit.methods.adapter import Adapter, Demonstrations, register
 from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import MethodSection, register_method
 from ptkit.runtime.base_model import Base
+from ptkit.runtime.cache import require_no_state
 from ptkit.runtime.compile import compile_tokens
 
 
@@ -45,6 +46,7 @@ class TextPrompt(Adapter):
 
     def __init__(self, section: TextPromptSection, base: Base, text: str) -> None:
         super().__init__(section, base)
+        require_no_state(base.model)
         ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise UserError("a text prompt needs an instruction or at least one example")

@@ -41,9 +41,12 @@ class ModelSection(Section):
     """Hub branch, tag or commit."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type the base is loaded in. Trained parameters are always float32."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation. `eager` is faster for training short texts in bf16 on a CPU, and
-    all that some families have (DeBERTa)."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention implementation; `auto` is `sdpa` where the model has it. `eager` is faster for
+    training short texts in bf16 on a CPU."""
+    quantize: Literal["int8"] | None = None
+    """`int8` rounds the frozen linear layers to eight bits (needs `pip install 'ptkit[quantize]'`):
+    less memory, slower on most CPUs, and a base that answers a little differently."""
     device: str = "auto"
     """`auto` (CUDA, then MPS, then CPU), `cpu`, `cuda`, `cuda:1`, `mps`."""
 

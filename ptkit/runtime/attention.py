@@ -1,4 +1,5 @@
-"""Injecting a KV prefix into a model's attention for training and scoring.
+"""Injecting a KV prefix into a model's attention: for training and scoring, and for generation
+where a prefix cannot be part of the cache.
 
 The model is switched to a registered attention function that puts the layer's prefix before
 its keys and values. Nothing is cached, so gradient checkpointing recomputes the right thing
@@ -8,21 +9,22 @@ outputs are bit-identical to those of a model never touched.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.architecture import is_encoder
-from ptkit.runtime.disentangled import disentangled_attention
+from ptkit.runtime.disentangled import disentangled_attention, is_disentangled
 
 
 class Injection:
@@ -35,6 +37,10 @@ class Injection:
         self._batch: PrefixBatch | None = None
         self._extended: dict[int, tuple[Tensor, Tensor]] = {}
         self._repeated: dict[int, PrefixBatch] = {}
+        #: Tokens that were in the cache before the forward pass under way.
+        self.cached: int | Tensor = 0
+        #: Position ids of the forward pass under way, `[rows, tokens]`, where it was given some.
+        self.positions: Tensor | None = None
         #: Layer -> keys and values it computed in the last forward pass, while this is not None.
         self.read: dict[int, tuple[Tensor, Tensor]] | None = None
 
@@ -55,30 +61,56 @@ class Injection:
             self._repeated[times] = batch.repeated(times)
         return self._repeated[times]
 
-    def extended(self, batch: PrefixBatch, mask: Tensor) -> Tensor:
+    def begin(
+        self, _: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Note where a forward pass of the model begins (a hook before it)."""
+        cache = kw.get("past_key_values")
+        self.cached = 0 if cache is None else cache.get_seq_length()
+        self.positions = kw.get("position_ids")
+        whole = cache is None and kw.get("attention_mask") is None
+        if self._batch is None or self.positions is None or not whole:
+            return None
+        # Without a mask, transformers takes positions with a gap (an infix) for several texts.
+        return args, {**kw, "attention_mask": torch.ones_like(self.positions)}
+
+    def extended(self, batch: PrefixBatch, mask: Tensor, window: int | None) -> Tensor:
         """`mask` `[rows|1, 1, queries, keys]` with the prefix region before its keys.
+
+        window: of the layer, which hides from a token what is so far behind it
 
         The layers of a model share a mask object, so the work is done once per distinct mask;
         holding the mask itself keeps its id from being reused.
         """
         if torch.compiler.is_compiling():  # the compiler shares equal work by itself
-            return _joined(batch, mask)
+            return self._joined(batch, mask, window)
         held = self._extended.get(id(mask))
         if held is None:
-            held = self._extended[id(mask)] = (mask, _joined(batch, mask))
+            held = self._extended[id(mask)] = (mask, self._joined(batch, mask, window))
         return held[1]
 
+    def _joined(self, batch: PrefixBatch, mask: Tensor, window: int | None) -> Tensor:
+        """Columns for the prefix region, then those of `mask`."""
+        rows, heads, queries = batch.rows, mask.shape[1], mask.shape[-2]
+        visible = batch.visible[:, None, None, :]
+        if batch.seen_from is not None:
+            query = torch.arange(queries, device=visible.device) + self.cached
+            visible = visible & (query >= batch.seen_from[:, None])[:, None, :, None]
+        if batch.as_text is not None and window is not None:
+            assert self.positions is not None
+            distance = self.positions[:, :, None] - (batch.visible.cumsum(-1) - 1)[:, None]
+            near = (distance < window) | ~batch.as_text[:, None, None]
+            visible = visible & near[:, None]
+        return _with_columns(visible, mask, (rows, heads, queries, batch.longest))
 
-def _joined(batch: PrefixBatch, mask: Tensor) -> Tensor:
-    """Columns for the prefix region, then those of `mask`."""
-    rows, heads, queries = batch.rows, mask.shape[1], mask.shape[-2]
-    visible = batch.visible[:, None, None, :]
-    if batch.seen_from is not None:
-        query = torch.arange(queries, device=visible.device)
-        visible = visible & (query >= batch.seen_from[:, None])[:, None, :, None]
+
+def _with_columns(visible: Tensor, mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """`visible`, expanded to `shape`, in the form of `mask`, and `mask` after it."""
+    rows, heads, queries, _ = shape
     if mask.dtype != torch.bool:  # additive, as eager attention wants it
-        visible = torch.where(visible, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
-    columns = visible.expand(rows, heads, queries, batch.longest)
+        least = torch.finfo(mask.dtype).min
+        visible = mask.new_zeros(visible.shape).masked_fill(~visible, least)
+    columns = visible.expand(shape)
     return torch.cat([columns, mask.expand(rows, heads, queries, mask.shape[-1])], dim=-1)
 
 
@@ -103,7 +135,7 @@ def _with_prefix(
     value = torch.cat([batch.values[layer].to(value.dtype), value], dim=2)
     if kw.get("position_bias") is not None:
         kw["position_bias"] = nn.functional.pad(kw["position_bias"], (batch.longest, 0))
-    return key, value, injection.extended(batch, mask)
+    return key, value, injection.extended(batch, mask, kw.get("sliding_window"))
 
 
 def _prefix_sdpa(
@@ -146,6 +178,11 @@ AttentionMaskInterface.register("ptkit_eager", _prefix_eager_mask)
 _KEY_PROJECTIONS = {"k_proj", "k", "key", "k_lin", "key_proj", "Wqkv"}
 
 
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether `model` is told its tokens' positions (others derive them from the mask)."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The attention modules of `model`, one per entry of its layout.
 
@@ -153,7 +190,11 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     the decoder reads the encoder, each from the first layer up.
     """
     if not (model.config.is_encoder_decoder or is_encoder(model)):
-        return [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+        return [
+            module for module in model.modules()
+            if isinstance(getattr(module, "layer_idx", None), int)
+            and type(module).__name__.endswith(("Attention", "SelfAttention", "SdpaAttention"))
+        ]  # fmt: skip
     # Encoders of some families do not number their layers, or number what is around them, too;
     # modules come from the first one up.
     found = [
@@ -169,6 +210,117 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     return [module for _, module in sorted(found, key=site)]
 
 
+def require_attention(model: PreTrainedModel) -> list[nn.Module]:
+    """`attention_modules` of `model`. Raises ModelError where no prefix can be put into them."""
+    modules = attention_modules(model)
+    if not modules:
+        raise ModelError(
+            f"{type(model).__name__} has no attention that a prefix could be put into; use lora"
+        )
+    if is_disentangled(modules):
+        return modules
+    if not model._can_set_attn_implementation() and any(
+        "layer_past" not in inspect.signature(module.forward).parameters for module in modules
+    ):
+        raise ModelError(
+            f"{type(model).__name__} lets its attention neither be replaced (it is not on "
+            "transformers' AttentionInterface) nor be handed a cache; use lora"
+        )
+    return modules
+
+
+class _PrefixThenOwn(Cache):
+    """What an attention module takes for its cache: the prefix before its own keys and values.
+
+    Nothing is stored, so reading twice (as gradient checkpointing does) gives the same. `inner` is
+    the cache of the tokens themselves, if there is one.
+    """
+
+    def __init__(self, batch: PrefixBatch, inner: Cache | None) -> None:
+        super().__init__(layers=[])
+        self.batch, self.inner = batch, inner
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kw: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self.inner is not None:
+            key_states, value_states = self.inner.update(key_states, value_states, layer_idx)
+        times = len(key_states) // self.batch.rows
+        keys, values = (
+            t[layer_idx].to(key_states.dtype).repeat_interleave(times, dim=0)
+            for t in (self.batch.keys, self.batch.values)
+        )
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        read = 0 if self.inner is None else self.inner.get_seq_length(layer_idx)
+        return self.batch.longest + read
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.get_seq_length(layer_idx)
+
+
+@contextmanager
+def handed_a_cache(
+    model: PreTrainedModel, modules: list[nn.Module], injection: Injection
+) -> Iterator[None]:
+    """Within this context the backbone of `model` takes the prefix for something it has cached.
+
+    For families off the AttentionInterface (bloom, falcon, gptj): mask, positions and ALiBi's
+    distances are then the model's own. A checkpointed layer drops its cache, so that it is handed
+    to the attention itself once more. No infix: all tokens see what is in a cache
+    (`ptkit.runtime.infix` refuses it).
+    """
+    taken: list[_PrefixThenOwn] = []
+
+    def before_backbone(
+        _: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        batch = injection.batch
+        taken.clear()
+        if batch is None:
+            return None
+        given = (*args[:1], kw.get("input_ids"), kw.get("inputs_embeds"))
+        read = next(tensor for tensor in given if tensor is not None)
+        inner = kw.get("past_key_values")
+        mask = kw.get("attention_mask")
+        if mask is None:
+            cached = 0 if inner is None else inner.get_seq_length()
+            mask = batch.visible.new_ones((len(read), cached + read.shape[1]), dtype=torch.long)
+        times = len(mask) // batch.rows
+        visible = batch.visible.to(mask).repeat_interleave(times, dim=0)
+        taken.append(_PrefixThenOwn(batch, inner))
+        changed = {
+            "attention_mask": torch.cat([visible, mask], dim=1), "past_key_values": taken[0],
+        }  # fmt: skip
+        return args, {**kw, **changed}
+
+    def before_attention(
+        _: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        return (args, {**kw, "layer_past": taken[0]}) if taken else None
+
+    def after_backbone(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if taken:
+            output.past_key_values = taken[0].inner
+        return output
+
+    backbone = model.base_model
+    hooks = [
+        backbone.register_forward_pre_hook(before_backbone, with_kwargs=True),
+        backbone.register_forward_hook(after_backbone),
+        *(m.register_forward_pre_hook(before_attention, with_kwargs=True) for m in modules),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @contextmanager
 def prefix_attention(model: PreTrainedModel) -> Iterator[Injection]:
     """Within this context `model` attends to whatever prefixes the yielded injection holds.
@@ -176,7 +328,7 @@ def prefix_attention(model: PreTrainedModel) -> Iterator[Injection]:
     Entering again while active is free and yields the same injection, so a training loop can
     hold the context around all its steps. With gradient checkpointing the backward pass must
     run inside, with the batch unchanged: it recomputes the forward. Raises ModelError for
-    families whose attention is not on transformers' `AttentionInterface`, or that use an
+    models whose attention can neither be replaced nor be handed a cache, or that use an
     implementation other than sdpa and eager.
     """
     active: Injection | None = model.base_model.__dict__.get("ptkit_injection")
@@ -189,11 +341,9 @@ def prefix_attention(model: PreTrainedModel) -> Iterator[Injection]:
             f"a prefix can be trained with `sdpa` or `eager` attention, this model uses `{own}`; "
             'load it with attn_implementation="sdpa"'
         )
-    modules = attention_modules(model)
-    replaced = disentangled_attention(modules, _with_prefix)
-    if replaced is None:
-        replaced = _interface_attention(model, modules, own)
+    modules = require_attention(model)
     injection = Injection()
+    replaced = _replaced_attention(model, modules, own, injection)
     # On the backbone: models that differ in their heads share it.
     model.base_model.__dict__["ptkit_injection"] = injection
     for layer, module in enumerate(modules):
@@ -208,20 +358,26 @@ def prefix_attention(model: PreTrainedModel) -> Iterator[Injection]:
             holder.__dict__.pop("ptkit_layer", None)
 
 
+def _replaced_attention(
+    model: PreTrainedModel, modules: list[nn.Module], own: str, injection: Injection
+) -> AbstractContextManager[None]:
+    """A context within which `modules` attend to what `injection` holds."""
+    if is_disentangled(modules):
+        return disentangled_attention(modules, _with_prefix)
+    if not model._can_set_attn_implementation():
+        return handed_a_cache(model, modules, injection)
+    return _interface_attention(model, own, injection)
+
+
 @contextmanager
-def _interface_attention(
-    model: PreTrainedModel, modules: list[nn.Module], own: str
-) -> Iterator[None]:
+def _interface_attention(model: PreTrainedModel, own: str, injection: Injection) -> Iterator[None]:
     """Within this context `model` uses our attention in place of `own`."""
+    model.set_attn_implementation(f"ptkit_{own}")
+    hook = model.register_forward_pre_hook(injection.begin, with_kwargs=True)
     try:
-        model.set_attn_implementation(f"ptkit_{own}")
-        if model.config._attn_implementation != f"ptkit_{own}" or not modules:
-            raise ModelError(
-                f"{type(model).__name__} does not let its attention be replaced "
-                "(it is not on transformers' AttentionInterface)"
-            )
         yield
     finally:
+        hook.remove()
         model.set_attn_implementation(own)
 
 

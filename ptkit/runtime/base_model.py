@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +30,7 @@ from ptkit.prefix import KVLayout
 from ptkit.recipe.schema import HeadedTask, ModelSection, Task, TokenClassificationTask
 from ptkit.runtime.architecture import HeadKind, head_kind, is_encoder
 from ptkit.runtime.compile import kv_layout
+from ptkit.runtime.quantize import quantize_int8
 
 #: Name of the base model that ships inside the package.
 TINY_EN = "tiny-en"
@@ -78,6 +79,7 @@ class Base:
     id: str
     revision: str | None = None
     head: Head | None = None
+    quantized: bool = False
 
     @cached_property
     def layout(self) -> KVLayout:
@@ -86,7 +88,8 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the weights (see `ptkit.formats.fingerprint`); a new head has none."""
+        """Identity of the weights (see `ptkit.formats.fingerprint`), before they were quantised; a
+        new head has none."""
         return model_fingerprint(self.model, () if self.head is None else self.head.fresh)
 
     @cached_property
@@ -207,24 +210,46 @@ def load_base(section: ModelSection, labels: Labels | None = None) -> Base:
             model, found = kind.from_pretrained(
                 source,
                 dtype=getattr(torch, section.dtype),
-                attn_implementation=_attention(kind, config, section.attention),
+                attn_implementation=None if section.attention == "auto" else section.attention,
                 use_safetensors=True,
                 output_loading_info=True,
                 **extra,
                 **options,
             )
     except (OSError, ValueError, KeyError) as error:
+        if "attention implementation" in str(error):
+            raise ModelError(
+                f"`{section.id}` has no `{section.attention}` attention; "
+                "set `model.attention: auto`"
+            ) from error
         raise ModelError(
             f"cannot load the weights of `{section.id}`: {_first_line(error)} "
             "(only safetensors are read, never pickles such as pytorch_model.bin)"
         ) from error
     model = model.to(device)
     if labels is not None:
+        if section.quantize is not None:
+            raise ModelError(
+                "`model.quantize` is for language models; leave it out for classifiers"
+            )
         fresh = {*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])}
         return headed_base(
             model, tokenizer, section.id, labels.names, fresh=fresh, revision=section.revision
         )
-    return frozen_base(model, tokenizer, section.id, section.revision)
+    base = frozen_base(model, tokenizer, section.id, section.revision)
+    return base if section.quantize is None else quantized_base(base)
+
+
+def quantized_base(base: Base) -> Base:
+    """`base` with its linear layers in eight bits (see `ptkit.runtime.quantize`).
+
+    It keeps the fingerprint: adapters of the one are loaded on the other, at their user's choice.
+    """
+    fingerprint = base.fingerprint  # while there are floating-point weights to read
+    quantize_int8(base.model)
+    base = replace(base, quantized=True)
+    base.__dict__["fingerprint"] = fingerprint
+    return base
 
 
 def _source(id: str) -> str:
@@ -257,12 +282,6 @@ def _class_for(config: Any, labels: Labels | None) -> tuple[Any, dict[str, Any]]
             "ignore_mismatched_sizes": True,
         },
     )
-
-
-def _attention(kind: Any, config: Any, wanted: str) -> str:
-    """`wanted`, or `eager` for families that have nothing else (DeBERTa)."""
-    family = kind._model_mapping.get(type(config), None)
-    return wanted if getattr(family, "_supports_sdpa", True) else "eager"
 
 
 def _first_line(error: Exception) -> str:

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionCacheLayerMixin
 
+from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
 
 CacheT = TypeVar("CacheT", bound=Cache)
@@ -78,19 +79,81 @@ class ReservedCache(DynamicCache):
         self.layer_class_to_replicate = make_layer
 
 
+def sees_everything(model: PreTrainedModel) -> bool:
+    """Whether all layers of `model` attend to everything before a token: none has a window, or
+    keeps a state instead of keys and values. Only there a prefix can be part of the cache."""
+    if getattr(
+        model.config, "attention_types", None
+    ):  # GPT-Neo's local layers, in masks of its own
+        return False
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+def has_state(model: PreTrainedModel) -> bool:
+    """Whether some layers of `model` keep a running state beside keys and values, or instead."""
+    return any(map(_keeps_state, DynamicCache(config=model.config).layers))
+
+
+def layer_kinds(model: PreTrainedModel) -> list[str]:
+    """What keeps a layer's memory of a text, as the config names it (`full_attention`, ...)."""
+    config: Any = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = getattr(config, "layers_block_type", None)
+    return list(kinds) if kinds else ["full_attention"] * config.num_hidden_layers
+
+
+def require_no_state(model: PreTrainedModel) -> None:
+    """Raise ModelError when a layer of `model` keeps a state instead of keys and values: what a
+    prompt leaves there is not a KV prefix."""
+    if not has_state(model):
+        return
+    kinds = sorted({kind for kind in layer_kinds(model) if "attention" not in kind or
+                    kind.startswith("linear")}) or ["recurrent"]  # fmt: skip
+    raise ModelError(
+        f"a prompt cannot be compiled for {type(model).__name__}: its layers of kind "
+        f"{', '.join(f'`{kind}`' for kind in kinds)} keep a running state, which virtual tokens "
+        "would have to be read into anew for every input; use prefix_tuning (keys and values of "
+        "the attention layers) or lora"
+    )
+
+
+def _keeps_state(layer: Any) -> bool:
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def layers_with_keys(cache: Cache) -> list[Any]:
+    """The layers of a filled `cache` that hold keys and values."""
+    return [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+
+
+def whole_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache that keeps all keys and values, window or not, and states where there are."""
+    own = DynamicCache(config=model.config)
+    if any(_keeps_state(layer) or type(layer) is DummyLayer for layer in own.layers):
+        return own
+    return DynamicCache()
+
+
 def cache_for(model: PreTrainedModel, batch: PrefixBatch | None, positions: int) -> DynamicCache:
     """An empty cache with memory for the rows' prefixes and `positions` more, reserved where all
-    layers attend to everything.
-
-    Without prefixes, layers with a window or a state keep the kind of cache `model` would take
-    itself; with them they cannot, for a window would drop the prefix.
+    layers attend to everything. Layers with a window or a state keep the kind of cache `model`
+    would take itself; a prefix is then put into their attention instead of the cache.
     """
+    if not sees_everything(model):
+        return DynamicCache(config=model.config)
     longest = 0 if batch is None else batch.longest
-    if not longest:
-        own = DynamicCache(config=model.config)
-        if any(type(layer) is not DynamicLayer for layer in own.layers):
-            return own
     return ReservedCache(longest + positions)
+
+
+def conversation_cache(
+    model: PreTrainedModel, batch: PrefixBatch | None, positions: int
+) -> DynamicCache:
+    """`cache_for` the first turn, with the rows' prefixes in it where they can be part of it."""
+    cache = cache_for(model, batch, positions)
+    if batch is not None and batch.longest and isinstance(cache, ReservedCache):
+        prefilled_cache(batch, cache)
+    return cache
 
 
 def prefilled_cache(batch: PrefixBatch, cache: CacheT) -> CacheT:

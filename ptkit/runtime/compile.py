@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ptkit.prefix import KVLayout, KVPrefix, LayerShape
 from ptkit.runtime.architecture import is_encoder
 from ptkit.runtime.attention import prefix_attention, prefix_removed
+from ptkit.runtime.cache import layers_with_keys, require_no_state, whole_cache
 
 
 @contextmanager
@@ -40,9 +41,11 @@ def reading(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _cache_as_prefix(cache: DynamicCache) -> KVPrefix:
-    layers: Any = cache.layers
+    layers: list[Any] = layers_with_keys(cache)
     return KVPrefix(
-        tuple(layer.keys[0] for layer in layers), tuple(layer.values[0] for layer in layers)
+        tuple(layer.keys[0] for layer in layers),
+        tuple(layer.values[0] for layer in layers),
+        as_text=True,
     )
 
 
@@ -50,9 +53,11 @@ def compile_embeddings(model: PreTrainedModel, embeddings: Tensor) -> KVPrefix:
     """The KV prefix of soft embeddings `[virtual_tokens, hidden]`; differentiable in them.
 
     Costs one forward of the backbone (no LM head) over `virtual_tokens` positions with a batch
-    of one, whatever the number of rows that will use it.
+    of one, whatever the number of rows that will use it. Raises ModelError for models with layers
+    that keep a state.
     """
-    cache = DynamicCache()
+    require_no_state(model)
+    cache = whole_cache(model)
     backbone = model.base_model
     with reading(model):
         backbone(
@@ -69,7 +74,7 @@ def compile_tokens(model: PreTrainedModel, input_ids: Tensor) -> KVPrefix:
     if model.config.is_encoder_decoder or is_encoder(model):
         return _read_by_all(model, input_ids)
     with torch.no_grad():
-        cache = DynamicCache()
+        cache = whole_cache(model)
         with reading(model):
             model.base_model(
                 input_ids=input_ids[None].to(model.device), past_key_values=cache, use_cache=True

@@ -7,7 +7,7 @@ those of contents plus what distances add; a virtual token has a content and no 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,17 +21,14 @@ WithPrefix = Callable[
 ]
 
 
-def disentangled_attention(
-    modules: Sequence[nn.Module], with_prefix: WithPrefix
-) -> AbstractContextManager[None] | None:
-    """A context within which `modules` attend to their prefixes; None for any other attention."""
-    if not modules or not all(isinstance(m, DisentangledSelfAttention) for m in modules):
-        return None
-    return _replaced(modules, with_prefix)
+def is_disentangled(modules: Sequence[nn.Module]) -> bool:
+    """Whether these attention modules are DeBERTa's."""
+    return bool(modules) and all(isinstance(m, DisentangledSelfAttention) for m in modules)
 
 
 @contextmanager
-def _replaced(modules: Sequence[nn.Module], with_prefix: WithPrefix) -> Iterator[None]:
+def disentangled_attention(modules: Sequence[nn.Module], with_prefix: WithPrefix) -> Iterator[None]:
+    """Within this context `modules`, DeBERTa's, attend to their prefixes."""
     for module in modules:
         module.__dict__["forward"] = partial(_attend, module, with_prefix)
     try:

@@ -14,7 +14,12 @@ from transformers import PreTrainedModel
 from ptkit.data.encode import IGNORED, EncodedExample
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.architecture import head_kind, is_encoder
-from ptkit.runtime.attention import prefix_attention, prefix_removed, prefixed_positions
+from ptkit.runtime.attention import (
+    prefix_attention,
+    prefix_removed,
+    prefixed_positions,
+    takes_positions,
+)
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.fused import has_plain_head, head_losses
 from ptkit.runtime.infix import placed_before_last
@@ -61,7 +66,10 @@ def _placed(
     """
     if batch is None or not batch.longest:
         with prefix_removed(model), soft_prompts_read(model, batch):
-            yield {}
+            # Not told, a model takes padding at the left for words.
+            none = PrefixBatch((), (), attention_mask.new_zeros(len(attention_mask), 0).bool())
+            told = last is not None and takes_positions(model)
+            yield {"position_ids": prefixed_positions(none, attention_mask)} if told else {}
         return
     if last is not None:
         batch = placed_before_last(model, batch, attention_mask, last)
@@ -69,8 +77,8 @@ def _placed(
         # Left in place afterwards: a checkpointed backward pass reads it again.
         injection.batch = batch
         with soft_prompts_read(model, batch):
-            positions = last is not None
-            yield {"position_ids": prefixed_positions(batch, attention_mask)} if positions else {}
+            told = last is not None and takes_positions(model)
+            yield {"position_ids": prefixed_positions(batch, attention_mask)} if told else {}
 
 
 def supervised_logits(

@@ -10,10 +10,16 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, Sta
 
 from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.attention import prefix_attention
-from ptkit.runtime.cache import cache_for, prefilled_cache
+from ptkit.runtime.attention import (
+    prefix_attention,
+    prefixed_positions,
+    require_attention,
+    takes_positions,
+)
+from ptkit.runtime.cache import cache_for, prefilled_cache, sees_everything
+from ptkit.runtime.compile import evaluating
 from ptkit.runtime.forward import pad_rows
-from ptkit.runtime.infix import read_before_last
+from ptkit.runtime.infix import placed_before_last, read_before_last
 from ptkit.runtime.soft_prompts import soft_prompts_read, with_embeddings
 
 
@@ -43,16 +49,24 @@ def generate(
     """
     if model.config.is_encoder_decoder:
         return _written(model, prompts, batch, pad_token_id, generate_options)
-    input_ids, attention_mask = pad_rows(prompts, pad_token_id, left=True)
     beams = generate_options.get("num_beams", 1)
+    if static_positions is not None and beams > 1:
+        raise ModelError("a static cache cannot be reordered: use num_beams=1 with it")
+    if batch is not None and batch.longest:
+        require_attention(model)
+        if not _kept_in_cache(model, generate_options):
+            return _attending(
+                model, prompts, batch, pad_token_id, static_positions, read, generate_options
+            )
+    input_ids, attention_mask = pad_rows(prompts, pad_token_id, left=True)
     positions = input_ids.shape[1] + int(generate_options.get("max_new_tokens") or 0)
     cache: Any
     if static_positions is not None:
-        if beams > 1:
-            raise ModelError("a static cache cannot be reordered: use num_beams=1 with it")
         cache = StaticCache(model.config, static_positions)
     elif read is not None:
         cache = read
+    elif generate_options.get("use_cache") is False:
+        cache = None
     else:
         cache = cache_for(model, batch, positions)
     skipped = input_ids.shape[1]
@@ -92,6 +106,53 @@ def generate(
     return [_until_end(row, ends) for row in output[:, skipped:].tolist()]
 
 
+#: Options of `generate` under which transformers reads the tokens before the cache's end again.
+_DRAFTED = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
+
+
+def _kept_in_cache(model: PreTrainedModel, options: dict[str, Any]) -> bool:
+    """Whether the rows' prefixes can be part of the cache: the cheapest way, as they are then put
+    before the text once, not at every token."""
+    drafted = any(options.get(name) for name in _DRAFTED)
+    return options.get("use_cache") is not False and not drafted and sees_everything(model)
+
+
+def _attending(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    batch: PrefixBatch,
+    pad_token_id: int,
+    static_positions: int | None,
+    read: DynamicCache | None,
+    options: dict[str, Any],
+) -> list[list[int]]:
+    """`generate` with the prefixes in the attention, as in training: the cache, if there is one,
+    holds the text only."""
+    ids, mask = (t.to(model.device) for t in pad_rows(prompts, pad_token_id, left=True))
+    if batch.infix is not None and read is not None:
+        raise ModelError("a conversation cannot go on with an infix: it belongs to one input")
+    last = torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
+    batch = placed_before_last(model, batch, mask, last)
+    cache: Any = None
+    if static_positions is not None:
+        cache = StaticCache(model.config, static_positions)
+    elif options.get("use_cache") is not False:
+        cache = read if read is not None else DynamicCache(config=model.config)
+    positions = {"position_ids": prefixed_positions(batch, mask)} if takes_positions(model) else {}
+    generator: Any = model
+    with evaluating(model), prefix_attention(model) as injection:
+        held, injection.batch = injection.batch, batch
+        try:
+            output = generator.generate(
+                input_ids=ids, attention_mask=mask, pad_token_id=pad_token_id,
+                past_key_values=cache, **positions, **options,
+            )  # fmt: skip
+        finally:
+            injection.batch = held
+    ends = end_ids(model, **options)
+    return [_until_end(row, ends) for row in output[:, ids.shape[1] :].tolist()]
+
+
 def _written(
     model: PreTrainedModel,
     inputs: list[list[int]],
@@ -109,7 +170,8 @@ def _written(
             held, injection.batch = injection.batch, batch
             try:
                 # The cache transformers makes by itself is as deep as the encoder.
-                cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+                cached = options.get("use_cache") is not False
+                cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if cached else None
                 output = generator.generate(
                     **with_embeddings(model, ids, mask, batch), pad_token_id=pad_token_id,
                     past_key_values=cache, **options,

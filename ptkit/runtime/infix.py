@@ -12,15 +12,16 @@ depends on the distance alone; elsewhere positions are added to the input and a 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
 
 from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.attention import prefix_removed
+from ptkit.runtime.cache import layers_with_keys, whole_cache
+from ptkit.runtime.compile import reading
 
 #: How far a key read at another position may be from the turned one, relative to its length.
 _TOLERANCE = 2e-2
@@ -91,13 +92,13 @@ def read_before_last(
 def _moved(model: PreTrainedModel, batch: PrefixBatch, offsets: Tensor) -> PrefixBatch:
     """`batch` with the keys of its infix rows `offsets` `[rows]` positions further right."""
     assert batch.infix is not None
-    frequencies = _frequencies(model)
-    if frequencies is None:
-        return batch
-    shift = torch.where(batch.infix, offsets, 0)
-    angles = shift[:, None].float() * frequencies.to(shift.device)  # [rows, half]
-    cos, sin = _cos_sin(angles)
-    return replace(batch, keys=tuple(_turned(k, cos, sin) for k in batch.keys))
+    shift = torch.where(batch.infix, offsets, 0)[:, None].float()  # [rows, 1]
+    keys = []
+    for own, frequencies in zip(batch.keys, _frequencies(model), strict=True):
+        if frequencies is not None:
+            own = _turned(own, *_cos_sin(shift * frequencies.to(shift.device)))
+        keys.append(own)
+    return replace(batch, keys=tuple(keys))
 
 
 def _cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,54 +117,74 @@ def _turned(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned.to(keys.dtype), still], dim=-1)
 
 
-def _frequencies(model: PreTrainedModel) -> Tensor | None:
-    """Angles per position, `[half of the rotary dimensions]`; None without rotary embeddings.
+def _frequencies(model: PreTrainedModel) -> list[Tensor | None]:
+    """Angles per position of each layer's keys, `[half of the rotary dimensions]`; None for a
+    layer that does not turn them.
 
-    Raises ModelError for families that turn keys in another way, told by reading one token at
-    two positions.
+    Found out by reading one token at two positions, for layers of one model may differ (Gemma 3
+    has other frequencies where there is a window, SmolLM 3 none in every fourth layer). Raises
+    ModelError where keys are turned in another way.
     """
-    known = model.__dict__.get("ptkit_frequencies", False)
-    if known is not False:
-        return known
-    module = _rotary(model)
-    frequencies = None if module is None else module.inv_freq.detach().float()
-    if frequencies is not None and not _agrees(model, frequencies):
-        raise ModelError(
-            f"{type(model).__name__} gives keys their positions in a way ptkit does not know, so "
-            "an infix cannot be placed in it; use `position: prefix`"
-        )
-    model.__dict__["ptkit_frequencies"] = frequencies
-    return frequencies
+    known = model.__dict__.get("ptkit_frequencies")
+    if known is None:
+        known = model.__dict__["ptkit_frequencies"] = _found_frequencies(model)
+    return known
 
 
-def _rotary(model: PreTrainedModel) -> Any:
-    """The module that holds the model's rotary frequencies, if it has one."""
-    holders: list[nn.Module] = [m for m in model.modules() if hasattr(m, "inv_freq")]
-    return holders[0] if holders else None
+def require_infix(model: PreTrainedModel) -> None:
+    """Raise ModelError when the place of an infix cannot be kept in `model`."""
+    _frequencies(model)
 
 
 @torch.no_grad()
-def _agrees(model: PreTrainedModel, frequencies: Tensor) -> bool:
-    """Whether the keys of one token, alone, turn by `frequencies` when it is read elsewhere.
+def _found_frequencies(model: PreTrainedModel) -> list[Tensor | None]:
+    if not model._can_set_attn_implementation():
+        raise ModelError(
+            f"{type(model).__name__} cannot read an infix: its attention is its own (not on "
+            "transformers' AttentionInterface), where all words see the same; use "
+            "`position: prefix`"
+        )
+    rotary = [
+        buffer.detach().float() for name, buffer in model.named_buffers()
+        if name.endswith("inv_freq")
+    ]  # fmt: skip
+    distance = 11
+    here, there = (_keys_alone(model, position) for position in (0, distance))
+    if not rotary:  # positions are added to what is embedded
+        return [None] * len(here)
+    candidates: list[Tensor | None] = [*rotary, None]
+
+    def agrees(layer: int, frequencies: Tensor | None) -> bool:
+        turned = here[layer]
+        if frequencies is not None:
+            turned = _turned(turned, *_cos_sin(distance * frequencies[None].to(turned.device)))
+        length = there[layer].norm()
+        return bool(length > 0 and (turned - there[layer]).norm() <= _TOLERANCE * length)
+
+    found = []
+    for layer in range(len(here)):
+        fitting = [c for c in candidates if agrees(layer, c)]
+        if not fitting:
+            raise ModelError(
+                f"{type(model).__name__} gives keys their positions in a way ptkit does not know, "
+                "so an infix cannot be placed in it; use `position: prefix`"
+            )
+        found.append(fitting[0])
+    return found
+
+
+def _keys_alone(model: PreTrainedModel, position: int) -> list[Tensor]:
+    """The keys of one word, each layer's `[1, heads, 1, dim]`, read alone at `position`.
 
     Alone it attends to itself only, so its keys differ by their positions in every layer.
     """
-    distance = 11
     # Any word; the first ones may be padding, whose embedding is zero.
     word = int(model.config.get_text_config().vocab_size) // 2
     token = torch.full((1, 1), word, dtype=torch.long, device=model.device)
-    read = []
-    for position in (0, distance):
-        cache = DynamicCache()
-        with prefix_removed(model):
-            model.base_model(
-                input_ids=token, position_ids=torch.full_like(token, position),
-                past_key_values=cache, use_cache=True,
-            )  # fmt: skip
-        layers: Any = cache.layers
-        read.append([layer.keys for layer in layers])
-    cos, sin = _cos_sin(distance * frequencies[None].to(model.device))
-    return all(
-        there.norm() > 0 and (_turned(here, cos, sin) - there).norm() <= _TOLERANCE * there.norm()
-        for here, there in zip(*read, strict=True)
-    )
+    cache = whole_cache(model)
+    with reading(model):
+        model.base_model(
+            input_ids=token, position_ids=torch.full_like(token, position),
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+    return [layer.keys for layer in layers_with_keys(cache)]

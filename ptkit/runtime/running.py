@@ -8,7 +8,6 @@ pass is as wide as its longest row.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from ptkit.errors import ModelError
 from ptkit.prefix import KVLayout, KVPrefix, PrefixBatch
+from ptkit.runtime.attention import takes_positions
 from ptkit.runtime.cache import ReservedCache, prefilled_cache
 from ptkit.runtime.forward import head_on, pad_rows
 from ptkit.runtime.infix import read_before_last
@@ -74,7 +74,7 @@ class Reading:
         self, model: PreTrainedModel, inputs: Sequence[RowInput], layout: KVLayout, pad_id: int
     ) -> None:
         self._model = model
-        self._takes_positions = _takes_positions(model)
+        self._takes_positions = takes_positions(model)
         ids, mask = pad_rows([row.prompt for row in inputs], pad_id, left=False)
         device = model.device
         self._ids = ids.to(device)
@@ -150,7 +150,7 @@ class RunningBatch:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._takes_positions = _takes_positions(model)
+        self._takes_positions = takes_positions(model)
         self._cache = _RowsCache()
 
     def __len__(self) -> int:
@@ -185,11 +185,6 @@ class RunningBatch:
         ).logits
         self._cache.end()
         return logits[:, -1]
-
-
-def _takes_positions(model: PreTrainedModel) -> bool:
-    """Whether `model` is told its tokens' positions (others derive them from the mask)."""
-    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 class _RowsLayer(CacheLayerMixin):

@@ -10,8 +10,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.attention import prefix_attention, prefix_removed
-from ptkit.runtime.cache import prefilled_cache
-from ptkit.runtime.forward import pad_rows
+from ptkit.runtime.cache import prefilled_cache, sees_everything
+from ptkit.runtime.forward import IGNORED, pad_rows, supervised_losses
 from ptkit.runtime.infix import read_before_last
 from ptkit.runtime.soft_prompts import soft_prompts_read, with_embeddings
 
@@ -32,6 +32,8 @@ def continuation_scores(
     """
     if model.config.is_encoder_decoder:
         return _written_scores(model, contexts, continuations, batch, pad_token_id)
+    if not sees_everything(model):
+        return _scores_of_whole_rows(model, contexts, continuations, batch, pad_token_id)
     ids, mask = (t.to(model.device) for t in pad_rows(contexts, pad_token_id, left=True))
     cache = DynamicCache()
     if batch is not None and batch.longest:
@@ -63,6 +65,27 @@ def continuation_scores(
         for at, token in enumerate(continuation[1:]):
             scores[:, i] += following[:, i, at, token]
     return scores
+
+
+def _scores_of_whole_rows(
+    model: PreTrainedModel,
+    contexts: list[list[int]],
+    continuations: list[list[int]],
+    batch: PrefixBatch | None,
+    pad_token_id: int,
+) -> Tensor:
+    """`continuation_scores` of models whose cache cannot hold a prefix: contexts are read once for
+    every continuation."""
+    scores = []
+    for continuation in continuations:
+        rows = [[*context, *continuation] for context in contexts]
+        ids, mask = (t.to(model.device) for t in pad_rows(rows, pad_token_id, left=False))
+        labels = torch.full_like(ids, IGNORED)
+        for i, context in enumerate(contexts):
+            labels[i, len(context) : len(rows[i])] = ids[i, len(context) : len(rows[i])]
+        losses = supervised_losses(model, ids, mask, labels, batch)
+        scores.append(-losses.view(len(contexts), len(continuation)).sum(-1))
+    return torch.stack(scores, dim=1)
 
 
 def _written_scores(

@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState
 from ptkit.data.encode import EncodedExample
 from ptkit.errors import UserError
 from ptkit.runtime.attention import prefix_attention
+from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.forward import collate
 from ptkit.runtime.fused import fused_activations
 from ptkit.training.checkpoint import Progress
@@ -98,7 +99,8 @@ class _Loop:
             raise UserError("adapters are trained together in one process only")
         self.base = jobs[0].adapter.base
         self.contexts: ContextCache | None = None
-        if all(job.adapter.infix for job in jobs):
+        # What was read before the virtual tokens, kept as keys and values, has no window any more.
+        if all(job.adapter.infix for job in jobs) and sees_everything(self.base.model):
             self.contexts = ContextCache(self.base, self.settings.context_cache_mb * 10**6)
         self.model = jobs[0].adapter.model
         self.trainees = [

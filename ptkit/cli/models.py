@@ -1,0 +1,78 @@
+"""`ptkit models`: what works on a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from ptkit.cli.options import FormatOption, OutputFormat
+from ptkit.errors import ModelError
+
+if TYPE_CHECKING:
+    from ptkit.families.matrix import Cell
+
+app = typer.Typer(help="What works on a model, and why not.", no_args_is_help=True)
+
+
+@app.command()
+def check(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub id, folder, or a family: `llama`.")
+    ],
+    method: Annotated[
+        Optional[list[str]],  # noqa: UP045  (typer reads annotations at run time)
+        typer.Option("--method", "-m", help="prefix, prompt, lora, ...; default: all."),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="The real weights, not a small model of that shape.")
+    ] = False,
+    format: FormatOption = OutputFormat.human,
+) -> None:
+    """Try every method on MODEL's shape, small and random, and say what works, in seconds.
+
+    Each answer is compared with what the plain model makes of the same words. Exit code 2 when
+    one is wrong or fails; what is refused with a reason is no fault.
+    """
+    from ptkit.families.matrix import Status, run_matrix, subject_of
+
+    subject = subject_of(model, full=full)
+    cells = list(run_matrix(subject, method))
+    if format is OutputFormat.json:
+        typer.echo(json.dumps([vars(cell) for cell in cells], ensure_ascii=False))
+    elif format is OutputFormat.quiet:
+        for cell in cells:
+            if cell.status in (Status.wrong, Status.raises):
+                typer.echo(f"{cell.method}: {cell.property}")
+    else:
+        _show(cells)
+    wrong = [cell for cell in cells if cell.status in (Status.wrong, Status.raises)]
+    if wrong:
+        raise ModelError(
+            f"{len(wrong)} of {len(cells)} checks of {model} fail; please report them, with the "
+            "output of --format json"
+        )
+
+
+def _show(cells: Sequence[Cell]) -> None:
+    from ptkit.families.matrix import Status
+
+    colors = {
+        Status.works: "green", Status.refused: "yellow", Status.wrong: "red", Status.raises: "red",
+        Status.not_applicable: "bright_black",
+    }  # fmt: skip
+    for method in dict.fromkeys(cell.method for cell in cells):
+        own = [cell for cell in cells if cell.method == method]
+        typer.secho(method, bold=True)
+        for status in Status:
+            found = [cell for cell in own if cell.status is status]
+            if not found:
+                continue
+            names = ", ".join(cell.property for cell in found)
+            typer.secho(f"  {status:<8}", fg=colors[status], nl=False)
+            typer.echo(f"{names if len(found) < len(own) else 'everything asked'}")
+            if status is not Status.works:
+                for detail in dict.fromkeys(cell.detail for cell in found):
+                    typer.echo(f"          {detail}")

@@ -1,0 +1,351 @@
+"""What is asked of every method on every family: one function per property.
+
+Each takes a `Trial` and raises `Mismatch` when the answer is wrong by the oracle; whatever the
+program under test raises itself is the caller's to record.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptkit.families.contender import Contender
+from ptkit.families.oracle import Merged
+from ptkit.families.subject import NotApplicable, Row, Subject
+
+#: Largest difference of two logits in float32, of the largest logit.
+TOLERANCE = 2e-4
+#: Longer than the window of small models.
+LENGTHS = ((9, 6), (4, 3), (14, 5))
+EQUAL = ((9, 6), (9, 6))
+NEW_TOKENS = 8
+#: Share of trained values that may be without a gradient in a step (units that are off).
+_DEAD = 0.4
+
+
+class Mismatch(Exception):
+    """The program answered, and the oracle says otherwise."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One method of one program on one subject.
+
+    make: a fresh contender on another subject (of the same family)
+    """
+
+    subject: Subject
+    make: Callable[[Subject], Contender]
+
+    def contender(self) -> Contender:
+        """A fresh one, which no earlier check has touched."""
+        return self.make(self.subject)
+
+
+Property = Callable[[Trial], None]
+PROPERTIES: dict[str, Property] = {}
+
+
+def _property(title: str) -> Callable[[Property], Property]:
+    def add(check: Property) -> Property:
+        PROPERTIES[title] = check
+        return check
+
+    return add
+
+
+def _require_close(found: Tensor, expected: Tensor, what: str) -> None:
+    worst = float((found.float() - expected.float()).abs().max())
+    allowed = TOLERANCE * max(1.0, float(expected.float().abs().max()))
+    if not worst <= allowed:  # also for NaN
+        raise Mismatch(f"{what}: logits differ by {worst:.2g}, allowed {allowed:.1g}")
+
+
+def _require_equal(found: Sequence[list[int]], expected: Sequence[list[int]], what: str) -> None:
+    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+        if one != other:
+            first = next(
+                (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+                min(len(one), len(other)),
+            )
+            raise Mismatch(f"{what}: row {i} differs at token {first}")
+
+
+def _check_logits(contender: Contender, rows: Sequence[Row], *, left: bool, what: str) -> None:
+    found = contender.logits(rows, left=left)
+    for row, logits in zip(rows, found, strict=True):
+        _require_close(logits, contender.oracle.logits(row), what)
+
+
+@_property("exact")
+def exact(trial: Trial) -> None:
+    """Logits and loss of rows of one length are the oracle's."""
+    contender = trial.contender()
+    rows = trial.subject.rows((9, 6), (9, 6))
+    _check_logits(contender, rows, left=False, what="equal lengths")
+    right = [contender.oracle.logits(row).float() for row in rows]
+    targets = torch.tensor([token for row in rows for token in row.answer])
+    expected = torch.nn.functional.cross_entropy(torch.cat(right), targets.to(right[0].device))
+    found = contender.loss(rows).detach()
+    if not abs(float(found - expected)) <= TOLERANCE * max(1.0, float(expected)):
+        raise Mismatch(f"loss {float(found):.4f}, expected {float(expected):.4f}")
+
+
+@_property("padding")
+def padding(trial: Trial) -> None:
+    """Rows of unequal lengths, padded on either side, get the logits they get alone."""
+    contender = trial.contender()
+    rows = trial.subject.rows(*LENGTHS)
+    _check_logits(contender, rows, left=False, what="padded at the right")
+    if trial.subject.kind.padded_left:
+        _check_logits(contender, rows, left=True, what="padded at the left")
+
+
+@_property("gradients")
+def gradients(trial: Trial) -> None:
+    """The gradient is the loss's slope, along itself and along a random direction, by central
+    differences in float64; the base gets none."""
+    contender = _trained(trial)
+    contender.model.double()
+    if contender.model._can_set_experts_implementation():
+        contender.model.set_experts_implementation("eager")  # others have no float64
+    rows = trial.subject.rows((7, 4), (7, 4))
+    with contender.training(checkpointed=False):
+        contender.loss(rows).backward()
+        parameters = contender.parameters()
+        own = {id(p) for p in parameters.values()}
+        if any(p.grad is not None for p in contender.model.parameters() if id(p) not in own):
+            raise Mismatch("the base got gradients")
+        slopes = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+        if not slopes or not any(bool(g.abs().max() > 0) for g in slopes.values()):
+            raise Mismatch("nothing that is trained got a gradient")
+        dead = sum(int((g == 0).sum()) for g in slopes.values())
+        if dead > _DEAD * sum(g.numel() for g in slopes.values()):
+            raise Mismatch("half of what is trained never gets a gradient")
+        length = float(torch.cat([g.flatten() for g in slopes.values()]).norm())
+        generator = torch.Generator().manual_seed(5)
+        noise = {n: torch.randn(p.shape, generator=generator).to(p) for n, p in parameters.items()}
+        size = float(torch.cat([v.flatten() for v in noise.values()]).norm())
+        for direction in (
+            {n: g / length for n, g in slopes.items()},
+            {n: v / size for n, v in noise.items()},
+        ):
+            _check_slope(contender, rows, direction, length)
+
+
+def _check_slope(
+    contender: Contender, rows: Sequence[Row], direction: dict[str, Tensor], length: float
+) -> None:
+    parameters, step = contender.parameters(), 2e-3
+    expected = 0.0
+    for name, change in direction.items():
+        gradient = parameters[name].grad
+        if gradient is not None:
+            expected += float((gradient * change).sum())
+    losses = []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for name, change in direction.items():
+                parameters[name].add_(sign * step * change)
+            losses.append(float(contender.loss(rows)))
+        for name, change in direction.items():
+            parameters[name].add_(step * change)
+    slope = (losses[0] - losses[1]) / (2 * step)
+    if not abs(slope - expected) <= 0.03 * length + 1e-4:
+        raise Mismatch(f"gradient {expected:.4g} along a direction of slope {slope:.4g}")
+
+
+@_property("checkpointing")
+def checkpointing(trial: Trial) -> None:
+    """Gradient checkpointing changes neither the loss nor the gradients."""
+    _trained(trial)
+    rows = trial.subject.rows(*LENGTHS[:2])
+
+    def step(checkpointed: bool) -> tuple[Tensor, list[Tensor | None]]:
+        contender = trial.contender()
+        with contender.training(checkpointed=checkpointed):
+            loss = contender.loss(rows)
+            loss.backward()
+        found = [p.grad for p in contender.parameters().values()]
+        return loss.detach(), found
+
+    plain, expected = step(False)
+    again, found = step(True)
+    if not bool((plain - again).abs() <= TOLERANCE * max(1.0, float(plain))):
+        raise Mismatch(f"loss {float(again):.4f} with checkpointing, {float(plain):.4f} without")
+    for one, other in zip(found, expected, strict=True):
+        if (one is None) != (other is None) or (
+            one is not None
+            and other is not None
+            and not bool((one - other).norm() <= 1e-3 * other.norm() + 1e-7)
+        ):
+            raise Mismatch("gradients differ with checkpointing")
+
+
+@_property("generation")
+def generation(trial: Trial) -> None:
+    """Greedy tokens are the oracle's (inputs of one length, here and below)."""
+    _check_tokens(trial, "greedy search")
+
+
+@_property("padded generation")
+def padded_generation(trial: Trial) -> None:
+    """So they are in a batch of unequal inputs, row by row."""
+    _check_tokens(trial, "padded batch", lengths=LENGTHS)
+
+
+@_property("beams")
+def beams(trial: Trial) -> None:
+    """Beam search finds what it finds over the oracle."""
+    contender = trial.contender()
+    inputs = [row.input for row in trial.subject.rows(*EQUAL)]
+    found = contender.generate(inputs, max_new_tokens=4, num_beams=3)
+    expected = [contender.oracle.beam(read, 4, 3) for read in inputs]
+    _require_equal(found, expected, "beam search")
+
+
+@_property("static cache")
+def static_cache(trial: Trial) -> None:
+    """A cache of fixed size gives the same tokens."""
+    _require_going_on(trial)
+    _require_of_base(trial, cache_implementation="static")
+    _check_tokens(trial, "static cache", cache_implementation="static")
+
+
+@_property("no cache")
+def no_cache(trial: Trial) -> None:
+    """So does reading everything again at every token."""
+    _check_tokens(trial, "no cache", use_cache=False)
+
+
+@_property("lookup")
+def lookup(trial: Trial) -> None:
+    """So does prompt lookup decoding (drafts of the answer copied from the input)."""
+    _require_of_base(trial, prompt_lookup_num_tokens=2)
+    contender = trial.contender()
+    word = trial.subject.rows((3, 1))[0].input
+    (found,) = contender.generate([word * 3], max_new_tokens=NEW_TOKENS, prompt_lookup_num_tokens=2)
+    _require_equal([found], [contender.oracle.greedy(word * 3, NEW_TOKENS)], "prompt lookup")
+
+
+@_property("turns")
+def turns(trial: Trial) -> None:
+    """A second turn on the cache of the first answers as if everything had been read at once."""
+    _require_going_on(trial)
+    contender = trial.contender()
+    first, second = (row.input for row in trial.subject.rows((6, 1), (5, 1)))
+    found = contender.turns([first, second], 5)
+    said = contender.oracle.greedy(first, 5)
+    expected = [said, contender.oracle.greedy([*first, *said, *second], 5)]
+    _require_equal(found, expected, "conversation")
+
+
+@_property("saved")
+def saved(trial: Trial) -> None:
+    """Saved and read back on a fresh base, it gives the oracle's logits still."""
+    contender = _trained(trial)
+    rows = trial.subject.rows((8, 4))
+    with tempfile.TemporaryDirectory() as folder:
+        again = contender.reloaded(Path(folder))
+    found = again.logits(rows, left=False)
+    _require_close(found[0], contender.oracle.logits(rows[0]), "read back")
+
+
+@_property("off")
+def off(trial: Trial) -> None:
+    """Switched off, the base's logits are bit for bit those from before, its words the same."""
+    (row,) = trial.subject.rows((8, 4))
+    base = Merged(trial.subject.base().model)
+    before, written = base.logits(row), base.greedy(row.input, 4)
+    contender = trial.contender()
+    on = contender.logits([row], left=False)[0]
+    with contender.off() as model:
+        after = Merged(model).logits(row)
+        again = model.generate(
+            input_ids=torch.tensor([row.input], device=model.device), max_new_tokens=4,
+            do_sample=False, eos_token_id=None,
+        )[0, -4:].tolist()  # fmt: skip
+    if torch.equal(on, before):
+        raise Mismatch("the adapter did nothing while it was on")
+    if not torch.equal(after, before):
+        raise Mismatch("the base is not what it was")
+    _require_equal([again], [written], "generation without the adapter")
+
+
+@_property("other attention")
+def other_attention(trial: Trial) -> None:
+    """Eager attention gives the same (or sdpa, for a model whose own is eager)."""
+    own = trial.subject.base().model.config._attn_implementation
+    other = trial.subject.attending("sdpa" if own == "eager" else "eager")
+    contender = trial.make(other)
+    _check_logits(contender, other.rows(*LENGTHS), left=False, what="other attention")
+
+
+@_property("bfloat16")
+def bfloat16(trial: Trial) -> None:
+    """In bfloat16 it is no further from the truth than the plain base is."""
+    rows = trial.subject.rows(*LENGTHS)
+    precise = trial.contender()
+    rounded = trial.make(replace(trial.subject, dtype=torch.bfloat16))
+    found = torch.cat([t.float() for t in rounded.logits(rows, left=False)])
+    right = torch.cat([precise.oracle.logits(row).float() for row in rows])
+    plain = torch.cat([rounded.oracle.logits(row).float() for row in rows])
+    allowed = 2 * float((plain - right).norm()) + 0.01 * float(right.norm())
+    error = float((found - right).norm())
+    if not error <= allowed:
+        raise Mismatch(f"bfloat16 is off by {error:.2g}, the plain base by {allowed:.2g}")
+
+
+@_property("tied")
+def tied(trial: Trial) -> None:
+    """The same with input and output embeddings shared, where they were not, or the reverse."""
+    config = trial.subject.config
+    if config is None:
+        raise NotApplicable("asked of small models")
+    other = trial.subject.changed(tie_word_embeddings=not config.tie_word_embeddings)
+    model: Any = other.base().model
+    reader = model.get_encoder() if config.is_encoder_decoder else model
+    if reader.get_input_embeddings().weight is not model.get_input_embeddings().weight:
+        raise NotApplicable("untied, the encoder would have words of its own")
+    contender = trial.make(other)
+    _check_logits(contender, other.rows((9, 6), (9, 6)), left=False, what="embeddings")
+
+
+def _require_going_on(trial: Trial) -> None:
+    if not trial.subject.kind.goes_on:
+        raise NotApplicable(f"an {trial.subject.kind.name} answers one input")
+
+
+def _require_of_base(trial: Trial, **options: object) -> None:
+    """Raise NotApplicable for what the model cannot do without any adapter, either."""
+    model: Any = trial.subject.base().model
+    read = torch.tensor([trial.subject.rows((6, 1))[0].input], device=model.device)
+    try:
+        model.generate(
+            input_ids=read, max_new_tokens=2, do_sample=False, eos_token_id=None, **options
+        )
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise NotApplicable(f"the plain base raises {str(error).splitlines()[0]}") from error
+
+
+def _check_tokens(
+    trial: Trial, what: str, lengths: Sequence[tuple[int, int]] = EQUAL, **options: object
+) -> None:
+    contender = trial.contender()
+    inputs = [row.input for row in trial.subject.rows(*lengths)]
+    found = contender.generate(inputs, max_new_tokens=NEW_TOKENS, **options)
+    expected = [contender.oracle.greedy(read, NEW_TOKENS) for read in inputs]
+    _require_equal(found, expected, what)
+
+
+def _trained(trial: Trial) -> Contender:
+    contender = trial.contender()
+    if not contender.parameters():
+        raise NotApplicable("nothing is trained")
+    return contender

@@ -1,0 +1,187 @@
+"""The families that are checked, and how a config is made small without losing its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from ptkit.errors import ModelError, did_you_mean
+
+#: Ids below it are special: padding, end, start.
+FIRST_WORD = 3
+VOCABULARY = 96
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family by transformers' `model_type`, with settings that make it one of its variants."""
+
+    model_type: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The variant's config, in the size transformers gives it."""
+        return AutoConfig.for_model(self.model_type, **self.settings)
+
+
+_GROUPED = {"num_key_value_heads": 8}
+_FALCON = {"num_attention_heads": 64, "hidden_size": 4096}
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family("gpt2"),
+    "opt": Family("opt"),
+    # As OPT-350m: embeddings narrower than the layers.
+    "opt (projected)": Family("opt", {"word_embed_proj_dim": 512, "do_layer_norm_before": False}),
+    "bloom": Family("bloom"),
+    "gptj": Family("gptj"),
+    "gpt_neox": Family("gpt_neox"),
+    "gpt_bigcode": Family("gpt_bigcode"),
+    "falcon": Family("falcon", _FALCON),
+    "falcon (new)": Family("falcon", {**_FALCON, "new_decoder_architecture": True,
+                                      "num_kv_heads": 8}),
+    "falcon (alibi)": Family("falcon", {**_FALCON, "alibi": True, "multi_query": False,
+                                        "parallel_attn": False, "bias": True}),
+    "llama": Family("llama", _GROUPED),
+    "mistral": Family("mistral"),
+    "qwen2": Family("qwen2", _GROUPED),
+    "qwen3": Family("qwen3", {**_GROUPED, "head_dim": 96}),
+    "gemma2": Family("gemma2"),
+    "gemma3": Family("gemma3_text"),
+    "phi3": Family("phi3", {"sliding_window": 2047}),
+    "olmo2": Family("olmo2"),
+    "smollm3": Family("smollm3"),
+    "mixtral": Family("mixtral"),
+    "qwen3_moe": Family("qwen3_moe"),
+    "gpt_oss": Family("gpt_oss"),
+    "qwen3_next": Family("qwen3_next"),
+    "lfm2": Family("lfm2", {"layer_types": ["conv", "conv", "full_attention"] * 2,
+                            "num_hidden_layers": 6}),
+    "t5": Family("t5"),
+    # As t5-v1_1: the heads' width is not the model's.
+    "t5 (v1.1)": Family("t5", {"d_kv": 48, "feed_forward_proj": "gated-gelu",
+                               "tie_word_embeddings": False}),
+    "bart": Family("bart"),
+    "bart (unequal)": Family("bart", {"decoder_layers": 6}),
+    "mbart": Family("mbart"),
+    "pegasus": Family("pegasus"),
+    "marian": Family("marian"),
+}  # fmt: skip
+
+_WIDTH = ("hidden_size", "n_embd", "d_model")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
+          "decoder_attention_heads")  # fmt: skip
+_GROUPS = ("num_key_value_heads", "num_kv_heads")
+_INNER = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "d_ff", "n_inner",
+          "encoder_ffn_dim", "decoder_ffn_dim", "moe_intermediate_size",
+          "shared_expert_intermediate_size")  # fmt: skip
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
+_EXPERTS = ("num_experts", "num_local_experts")
+_DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_STACKS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
+#: Derived from others when a config is made.
+_DERIVED = ("full_attn_idxs", "_sliding_window_pattern", "attention_layers", "model_type",
+            "transformers_version", "dtype", "num_hidden_layers_per_stage")  # fmt: skip
+#: One entry per layer.
+_PATTERNS = ("layer_types", "no_rope_layers")
+
+HIDDEN, HEADS, HEAD, WINDOW = 64, 4, 16, 8
+
+
+def small(config: PretrainedConfig) -> PretrainedConfig:
+    """A config of the same kind with few layers and small widths.
+
+    Kept: kinds of layers in their order, windows (but shorter than a few words), heads that share
+    keys or not, heads whose width is not hidden / heads, tied or untied embeddings, depths of
+    encoder and decoder that differ, what is done to logits. Dropout is off.
+    Raises ModelError for models without attention.
+    """
+    if not config.is_encoder_decoder:
+        config = config.get_text_config()
+    old = config.to_dict()
+    new = {k: v for k, v in old.items() if k not in _DERIVED}
+    new |= {k: HIDDEN for k in _WIDTH if k in old} | {k: HEADS for k in _HEADS if k in old}
+    new |= {k: 48 for k in _INNER if old.get(k)} | {k: 128 for k in _POSITIONS if k in old}
+    new |= {k: WINDOW for k in _WINDOWS if old.get(k)} | {k: 4 for k in _EXPERTS if old.get(k)}
+    new |= {k: 0.0 for k, v in old.items() if "drop" in k and isinstance(v, float)}
+    heads = next((old[k] for k in _HEADS if old.get(k)), None)
+    if heads is None:
+        raise ModelError(
+            f"`{config.model_type}` has no attention heads, so there is nothing to put a prefix "
+            "into; LoRA may work: `ptkit models check MODEL --full --method lora`"
+        )
+    width = next(old[k] for k in _WIDTH if k in old)
+    for name in _GROUPS:
+        if old.get(name):
+            new[name] = 1 if old[name] == 1 else HEADS if old[name] == heads else HEADS // 2
+    for name in ("head_dim", "d_kv"):
+        if old.get(name):
+            new[name] = HEAD if old[name] * heads == width else HEAD + 8
+    if old.get("rotary_dim"):
+        new["rotary_dim"] = HEAD // 2
+    if old.get("query_pre_attn_scalar"):
+        new["query_pre_attn_scalar"] = new["head_dim"]
+    if old.get("word_embed_proj_dim"):
+        new["word_embed_proj_dim"] = HIDDEN if old["word_embed_proj_dim"] == width else 40
+    if old.get("num_experts_per_tok"):
+        new["num_experts_per_tok"] = 2
+    for name, value in old.items():
+        if name.startswith("linear_") and name.endswith("_head_dim"):
+            new[name] = HEAD
+        elif name.startswith("linear_num_") and value:
+            more = value > old["linear_num_key_heads"]
+            new[name] = 4 if more else 2
+    new |= _layers(old) | _words(old)
+    if isinstance(rope := old.get("rope_parameters"), dict):
+        new["rope_parameters"] = _short_factors(rope)
+    return AutoConfig.for_model(config.model_type, **new)
+
+
+def _layers(old: Mapping[str, Any]) -> dict[str, Any]:
+    """Two layers, or one of every kind; depths that differ still do."""
+    for encoder, decoder in _STACKS:
+        if old.get(encoder) and old.get(decoder):
+            first, second = old[encoder], old[decoder]
+            return {encoder: 3 if first > second else 2, decoder: 3 if second > first else 2}
+    patterns = [old[name] for name in _PATTERNS if old.get(name)]
+    # The first layer of every kind, kinds being what all patterns say together.
+    kinds = list(dict.fromkeys(zip(*patterns, strict=True))) if patterns else []
+    kinds = kinds * 2 if len(kinds) == 1 else kinds
+    named = dict(zip([n for n in _PATTERNS if old.get(n)], zip(*kinds, strict=True), strict=True))
+    found = {name: list(values) for name, values in named.items()}
+    depth = next(name for name in _DEPTH if name in old)
+    found[depth] = len(kinds) or 2  # type: ignore[assignment]
+    if "attention_types" in old:
+        found["attention_types"] = [[["global", "local"], 1]]
+    return found
+
+
+def _words(old: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    found |= {k: VOCABULARY for k in ("vocab_size", "decoder_vocab_size") if old.get(k)}
+    if old.get("is_encoder_decoder"):
+        start, pad = old.get("decoder_start_token_id"), old.get("pad_token_id")
+        found["decoder_start_token_id"] = 0 if start is not None and start == pad else 2
+        found |= {"forced_bos_token_id": None, "forced_eos_token_id": None}
+    return found
+
+
+def _short_factors(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists of one factor per rotary pair, cut to the pairs there are."""
+    short = dict(rope)
+    for name in ("short_factor", "long_factor"):
+        if name in short:
+            pairs = int(HEAD * short.get("partial_rotary_factor", 1.0)) // 2
+            short[name] = list(short[name])[:pairs]
+    return short
+
+
+def family_of(name: str) -> Family:
+    """The family `name`. Raises ModelError with the nearest name for an unknown one."""
+    if name not in FAMILIES:
+        raise ModelError(f"no family `{name}`; {did_you_mean(name, FAMILIES)}")
+    return FAMILIES[name]

@@ -1,0 +1,236 @@
+"""Writes docs/models.md and docs/models.json: ptkit and PEFT, asked the same of every family.
+
+python scripts/make_models_reference.py [FAMILY ...]     # some families only: the rest is kept
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft_contender import Peft
+
+from ptkit.families.contender import Ours
+from ptkit.families.kinds import KINDS, Kind, kind_of
+from ptkit.families.matrix import Cell, Make, Status, run_matrix, subject_of
+from ptkit.families.properties import PROPERTIES
+from ptkit.families.shapes import FAMILIES, small
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PROGRAMS: dict[str, Make] = {"ptkit": Ours.made, "PEFT": Peft.made}
+MARKS = {
+    Status.works: "✓", Status.wrong: "✗", Status.refused: "r", Status.raises: "!",
+    Status.not_applicable: "·",
+}  # fmt: skip
+
+LETTERS = {
+    Status.works: "w", Status.wrong: "x", Status.refused: "r", Status.raises: "!",
+    Status.not_applicable: "-",
+}  # fmt: skip
+
+#: Program -> its cells.
+Results = dict[str, list[Cell]]
+
+HEAD = """# Models
+
+Every family below was made small and random (few layers, narrow, the same kinds of layers,
+heads, windows and positions) and asked the same of every method, by the same program, with ptkit
+and with plain PEFT. What is right is said by an *oracle*: the plain model reading one row at a
+time, unpadded, nothing cached between tokens. `ptkit models check` asks it of your model:
+
+```console
+$ ptkit models check llama
+$ ptkit models check mistralai/Mistral-7B-v0.1 --method prompt
+$ ptkit models check path/to/my-finetune --full     # the real weights
+```
+
+This page is made by `scripts/make_models_reference.py`; a test runs parts of it again.
+"""
+
+ORACLES = """## What is asked
+
+The oracle of a soft prompt is its embeddings before those of the words; of a text prompt, its
+tokens before the row's; of a prefix, softmax(q [p; k]) [p; v] written out in every attention, where
+every word sees all of the prefix (Li & Liang 2021, section 4), or the model's own cache where
+attention cannot be replaced; of an infix, on one layer, the base reading it in its place; of LoRA,
+the weights with the matrices added. A layer's window hides a soft prompt or a text prompt as it
+hides text, but never a prefix. PEFT's prefix of an encoder-decoder is judged by what PEFT means by
+it, the decoder's own part.
+"""
+
+
+def measured(families: Iterable[str]) -> Results:
+    """Both programs on `families`."""
+    return {
+        name: [cell for family in families for cell in run_matrix(subject_of(family), make=make)]
+        for name, make in PROGRAMS.items()
+    }
+
+
+def as_json(results: Results) -> str:
+    """The cells as the file keeps them: per family and method one letter for each property, and
+    the number of the reason for each that does not work."""
+    reasons = sorted({c.detail for cells in results.values() for c in cells if c.detail})
+    number = {reason: i for i, reason in enumerate(reasons)}
+    table: dict[str, dict[str, dict[str, list[Any]]]] = {}
+    for name, cells in results.items():
+        for cell in cells:
+            entry = table.setdefault(name, {}).setdefault(cell.model, {})
+            entry = entry.setdefault(cell.method, ["", []])
+            entry[0] += LETTERS[cell.status]
+            if cell.status is not Status.works:
+                entry[1].append(number[cell.detail])
+    data = {
+        "versions": {"peft": peft.__version__, "transformers": transformers.__version__,
+                     "torch": torch.__version__.partition("+")[0]},
+        "properties": list(PROPERTIES), "reasons": reasons, "cells": table,
+    }  # fmt: skip
+    text = json.dumps(data, ensure_ascii=False, indent=1)
+    return re.sub(r"\[[^\[\]]*\]", lambda m: re.sub(r"\n\s*", " ", m[0]), text) + "\n"
+
+
+def from_json(text: str) -> tuple[Results, dict[str, str]]:
+    """The cells, and the versions they were measured with."""
+    data = json.loads(text)
+    statuses = {letter: status for status, letter in LETTERS.items()}
+    results: Results = {}
+    for name, families in data["cells"].items():
+        results[name] = []
+        for family, methods in families.items():
+            for method, (letters, numbers) in methods.items():
+                why = iter(numbers)
+                for asked, letter in zip(data["properties"], letters, strict=True):
+                    status = statuses[letter]
+                    detail = "" if status is Status.works else data["reasons"][next(why)]
+                    results[name].append(Cell(family, method, asked, status, detail))
+    return results, data["versions"]
+
+
+def page(results: Results, versions: dict[str, str]) -> str:
+    """docs/models.md."""
+    parts = [HEAD, _summary(results, versions), ORACLES, _questions()]
+    for kind in KINDS:
+        parts.append(_tables(results, kind))
+    parts += [_reasons(results), ""]
+    return "\n".join(parts)
+
+
+def _counts(cells: Iterable[Cell]) -> Counter[Status]:
+    return Counter(cell.status for cell in cells)
+
+
+def _possible(counts: Counter[Status]) -> int:
+    return sum(counts.values()) - counts[Status.not_applicable]
+
+
+def _summary(results: Results, versions: dict[str, str]) -> str:
+    """The totals; PEFT's beside those of ptkit on the methods both have."""
+    methods = {c.method for c in results["PEFT"] if c.status is not Status.not_applicable}
+    both = [c for c in results["ptkit"] if c.method in methods]
+    rows = [("ptkit, all methods", results["ptkit"]), ("ptkit, methods PEFT has", both),
+            ("PEFT", [c for c in results["PEFT"] if c.method in methods])]  # fmt: skip
+    lines = [
+        "| | works | silently wrong | raises | refused | of |", "|---|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for title, cells in rows:
+        n = _counts(cells)
+        lines.append(
+            f"| {title} | {n[Status.works]} ({n[Status.works] / _possible(n):.1%}) | "
+            f"{n[Status.wrong]} | {n[Status.raises]} | {n[Status.refused]} | {_possible(n)} |"
+        )
+    said = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return "\n".join(["## In short", "", *lines, "", f"Measured with {said}.", ""])
+
+
+def _questions() -> str:
+    lines = ["| property | what must hold |", "|---|---|"]
+    for title, check in PROPERTIES.items():
+        said = " ".join((check.__doc__ or "").split())
+        lines.append(f"| {title} | {said} |")
+    return "\n".join([*lines, ""])
+
+
+def _tables(results: Results, kind: Kind) -> str:
+    """One table per method: families by properties, ptkit's mark and PEFT's."""
+    families = [n for n in FAMILIES if kind_of(small(FAMILIES[n].config)) is kind]
+    marks = {
+        (name, c.model, c.method, c.property): MARKS[c.status]
+        for name, cells in results.items()
+        for c in cells
+    }
+    lines = [f"## {kind.name.capitalize()}s", "",
+             "Left ptkit, right PEFT: ✓ works, ✗ silently wrong, ! raises, r refused with the "
+             "reason, · nothing to ask.", ""]  # fmt: skip
+    for method in kind.methods:
+        asked = [p for p in PROPERTIES if any(
+            marks["ptkit", f, method, p] != "·" for f in families)]  # fmt: skip
+        lines += [f"### {method}", "", f"| | {' | '.join(asked)} |",
+                  "|---|" + ":-:|" * len(asked)]  # fmt: skip
+        for family in families:
+            cells = [marks["ptkit", family, method, p] + " " + marks["PEFT", family, method, p]
+                     for p in asked]  # fmt: skip
+            lines.append(f"| {family} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _reasons(results: Results) -> str:
+    """Why, for every cell that does not work."""
+    lines: list[str] = []
+    for name, cells in results.items():
+        for status, title in ((Status.refused, "refuses"), (Status.wrong, "gets wrong"),
+                              (Status.raises, "raises")):  # fmt: skip
+            found = [c for c in cells if c.status is status]
+            if not found:
+                continue
+            lines += [f"## What {name} {title}", ""]
+            lines += _grouped(found, with_detail=status is not Status.wrong)
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _grouped(cells: Sequence[Cell], *, with_detail: bool) -> list[str]:
+    """One line per reason (or per method and property): who it is about."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        # Sentences name the model and its class: the same reason whoever it is.
+        named = (f"`{cell.model}`", f"a small {cell.model}", cell.model)
+        reason = functools.reduce(lambda s, n: s.replace(n, "the model"), named, cell.detail)
+        key = reason if with_detail else f"{cell.method}: {cell.property}"
+        groups.setdefault(key, []).append(cell)
+    lines = []
+    for reason, about in groups.items():
+        families = ", ".join(dict.fromkeys(c.model for c in about))
+        methods = ", ".join(dict.fromkeys(c.method for c in about))
+        what = f"{methods} of {families}" if with_detail else families
+        lines.append(f"- {reason.replace('|', chr(92) + '|')} ({what})")
+    return lines
+
+
+def main(families: Sequence[str]) -> None:
+    """Measure `families` (all by default) and write both files."""
+    results: Results = {name: [] for name in PROGRAMS}
+    kept = DOCS / "models.json"
+    if families and kept.exists():
+        results, _ = from_json(kept.read_text())
+    for name, cells in measured(families or FAMILIES).items():
+        new = {c.model for c in cells}
+        merged = [c for c in results[name] if c.model not in new and c.model in FAMILIES] + cells
+        order = list(FAMILIES)
+        results[name] = sorted(merged, key=lambda c: order.index(c.model))
+    kept.write_text(as_json(results), encoding="utf-8")
+    (DOCS / "models.md").write_text(page(*from_json(kept.read_text())), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1:])

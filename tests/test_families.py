@@ -1,0 +1,396 @@
+"""Every family: the matrix of docs/models.md, and what it stands on."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from test_cli import ptkit, refused
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from ptkit import AdapterBank, ModelSection, load_base
+from ptkit.bank.conversation import Conversation
+from ptkit.data.encode import EncodedExample
+from ptkit.errors import AdapterError, ModelError
+from ptkit.families.contender import METHODS, Ours
+from ptkit.families.kinds import KINDS
+from ptkit.families.matrix import Status, run_matrix, subject_of
+from ptkit.families.oracle import Attended, Embedded
+from ptkit.families.properties import PROPERTIES
+from ptkit.families.shapes import FAMILIES, WINDOW, small
+from ptkit.families.subject import Row, Subject, small_subject
+from ptkit.formats.adapter_files import read_adapter, write_adapter
+from ptkit.methods import Demonstrations, adapter_from_files, create_adapter
+from ptkit.methods.prefix_tuning import PrefixTuningSection
+from ptkit.prefix import PrefixBatch
+from ptkit.recipe.schema import TrainSection
+from ptkit.runtime.base_model import Base
+from ptkit.runtime.forward import collate, supervised_losses
+from ptkit.runtime.scoring import continuation_scores
+from ptkit.training.loop import fit
+from ptkit.training.trainee import Job
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+NAMES = list(FAMILIES)
+
+
+def rotated(family: str) -> str:
+    """One method of the family's kind, another one for its neighbours."""
+    methods = subject_of(family).kind.methods
+    return methods[NAMES.index(family) % len(methods)]
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_matrix_is_as_documented(family: str) -> None:
+    from make_models_reference import from_json
+
+    results, _ = from_json((ROOT / "docs/models.json").read_text())
+    method = rotated(family)
+    said = {c.property: c.status for c in results["ptkit"]
+            if (c.model, c.method) == (family, method)}  # fmt: skip
+    found = {c.property: c.status for c in run_matrix(subject_of(family), [method])}
+    assert found == said, "run scripts/make_models_reference.py"
+
+
+@pytest.mark.parametrize("family", NAMES[::6])
+def test_what_is_said_about_peft_is_what_peft_does(family: str) -> None:
+    from make_models_reference import from_json
+    from peft_contender import Peft
+
+    results, _ = from_json((ROOT / "docs/models.json").read_text())
+    asked = ["exact", "padding", "generation", "checkpointing", "off"]
+    said = {c.property: c.status for c in results["PEFT"]
+            if (c.model, c.method) == (family, "prompt") and c.property in asked}  # fmt: skip
+    cells = run_matrix(subject_of(family), ["prompt"], Peft.made, asked)
+    assert {c.property: c.status for c in cells} == said
+
+
+def test_page_is_made_from_the_cells_and_covers_everything() -> None:
+    from make_models_reference import from_json, page
+
+    results, versions = from_json((ROOT / "docs/models.json").read_text())
+    assert (ROOT / "docs/models.md").read_text() == page(results, versions)
+    asked = {(f, m, p) for f in NAMES for m in subject_of(f).kind.methods for p in PROPERTIES}
+    for cells in results.values():
+        assert {(c.model, c.method, c.property) for c in cells} == asked
+
+
+def test_nothing_is_silently_wrong_and_every_refusal_is_a_sentence() -> None:
+    from make_models_reference import from_json
+
+    results, _ = from_json((ROOT / "docs/models.json").read_text())
+    cells = [c for c in results["ptkit"] if c.status is not Status.not_applicable]
+    assert not [c for c in cells if c.status in (Status.wrong, Status.raises)]
+    for cell in cells:
+        assert cell.status is Status.works or len(cell.detail.split()) > 8
+    assert sum(c.status is Status.works for c in cells) > 2000
+
+
+# What the matrix says is only as good as what it would notice.
+
+
+class _Broken(Ours):
+    """ptkit with a fault of its own."""
+
+    def logits(self, rows: list[Row], *, left: bool) -> list[Tensor]:
+        return [t + 0.01 for t in super().logits(rows, left=left)]
+
+    def loss(self, rows: list[Row]) -> Tensor:
+        total = super().loss(rows)
+        return total + 0.1 * (total - total.detach())  # the value is right, the gradient is not
+
+    def generate(self, inputs: list[list[int]], **options: object) -> list[list[int]]:
+        return [[*row[:-1], row[-1] ^ 1] for row in super().generate(inputs, **options)]
+
+
+def test_small_faults_are_found() -> None:
+    asked = ["exact", "padding", "gradients", "generation", "beams", "lookup", "saved"]
+    cells = run_matrix(subject_of("llama"), ["prefix"], _Broken.made, asked)
+    found = {c.property: c.status for c in cells}
+    assert found.pop("saved") is Status.works, "what is read back is a sound one"
+    assert set(found.values()) == {Status.wrong}
+
+
+def test_oracle_knows_which_key_belongs_to_which_value() -> None:
+    subject = subject_of("mistral")
+    contender = Ours.made(subject, "prefix")
+    (row,) = subject.rows((14, 5))
+    prefix = contender.adapter.prefix().detach()
+    turned = tuple(key.roll(1, dims=1) for key in prefix.keys)
+    other = Attended(subject.base().model, turned, prefix.values).logits(row)
+    assert not torch.allclose(other, contender.oracle.logits(row), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ModelError("it cannot, because"), Status.refused), (KeyError("x"), Status.raises)],
+)
+def test_what_is_raised_is_told_apart(error: Exception, status: Status) -> None:
+    def make(subject: Subject, method: str) -> Ours:
+        raise error
+
+    (cell,) = run_matrix(subject_of("gpt2"), ["prefix"], make, ["exact"])
+    assert cell.status is status
+
+
+# Rows of any lengths, padded on any side, in one batch with other methods.
+
+
+@functools.cache
+def adapters_of(family: str) -> tuple[Subject, list[Ours]]:
+    subject = subject_of(family)
+    made = []
+    for method in subject.kind.methods:
+        if METHODS[method]["kind"] != "lora" and method != "infix":
+            try:
+                made.append(Ours.made(subject, method))
+            except ModelError:
+                continue
+    return subject, made
+
+
+@pytest.mark.parametrize("family", NAMES)
+@settings(max_examples=3, deadline=None)
+@given(data=st.data())
+def test_rows_of_a_mixed_batch_are_as_alone(family: str, data: st.DataObject) -> None:
+    subject, made = adapters_of(family)
+    host = made[0]
+    lengths = data.draw(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 6)), min_size=2,
+                                 max_size=4))  # fmt: skip
+    chosen = data.draw(st.lists(st.sampled_from([None, *made]), min_size=len(lengths),
+                                max_size=len(lengths)))  # fmt: skip
+    left = data.draw(st.booleans()) and subject.kind.padded_left
+    rows = subject.rows(*lengths)
+    prefixes = [None if c is None else c.adapter.prefix().detach() for c in chosen]
+    batch = PrefixBatch.gathered(prefixes, host.adapter.base.layout)
+    with torch.no_grad():
+        logits, _ = host._read(rows, batch, left)
+    found = logits.split([len(row.answer) for row in rows])
+    plain = Embedded(
+        host.adapter.base.model, torch.zeros(0, host.adapter.base.embedding.embedding_dim)
+    )
+    for row, own, contender in zip(rows, found, chosen, strict=True):
+        expected = (plain if contender is None else contender.oracle).logits(row)
+        torch.testing.assert_close(own, expected, atol=5e-4, rtol=1e-4)
+
+
+# Making a config small keeps what makes it special.
+
+
+def config(family: str) -> PretrainedConfig:
+    return small(FAMILIES[family].config)
+
+
+def test_small_shapes_keep_their_kind() -> None:
+    assert config("gpt_bigcode").multi_query
+    assert config("llama").num_attention_heads == 2 * config("llama").num_key_value_heads
+    assert config("olmo2").num_attention_heads == config("olmo2").num_key_value_heads
+    qwen3 = config("qwen3")
+    assert qwen3.head_dim * qwen3.num_attention_heads != qwen3.hidden_size
+    assert config("mistral").sliding_window == config("phi3").sliding_window == WINDOW
+    assert config("gemma3").layer_types == ["sliding_attention", "full_attention"]
+    assert config("smollm3").no_rope_layers == [1, 0]
+    assert config("qwen3_next").layer_types == ["linear_attention", "full_attention"]
+    assert config("lfm2").layer_types == ["conv", "full_attention"]
+    assert config("t5 (v1.1)").d_kv * 4 != config("t5 (v1.1)").d_model
+    assert config("t5").d_kv * 4 == config("t5").d_model
+    unequal = config("bart (unequal)")
+    assert unequal.encoder_layers > unequal.decoder_layers
+    projected = config("opt (projected)")
+    assert projected.word_embed_proj_dim != projected.hidden_size
+    assert config("gemma2").tie_word_embeddings
+    assert not config("llama").tie_word_embeddings
+    assert config("falcon (alibi)").alibi
+    assert config("falcon (new)").num_kv_heads == 2
+
+
+def test_rope_factors_of_long_context_models_are_cut_to_the_pairs_there_are() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0,
+            "short_factor": [1.0] * 48, "long_factor": [2.0] * 48,
+            "original_max_position_embeddings": 4096}  # fmt: skip
+    long = AutoConfig.for_model("phi3", rope_parameters=rope, max_position_embeddings=131072)
+    assert len(small(long).rope_parameters["long_factor"]) == 8
+
+
+# The command.
+
+
+def test_check_says_what_works_and_why_not(tmp_path: Path) -> None:
+    done = ptkit("models", "check", "falcon", "-m", "infix", "-m", "lora", cwd=tmp_path)
+    assert "everything asked" in done.stdout
+    assert "use `position: prefix`" in done.stdout
+    FAMILIES["mistral"].config.save_pretrained(tmp_path / "mistral")
+    answer = ptkit("models", "check", str(tmp_path / "mistral"), "-m", "prompt", "--format", "json",
+                   cwd=tmp_path)  # fmt: skip
+    cells = json.loads(answer.stdout)
+    assert {c["property"] for c in cells} == set(PROPERTIES)
+    assert {c["status"] for c in cells} == {"works"}
+
+
+def test_check_of_the_real_weights(tmp_path: Path) -> None:
+    done = ptkit("models", "check", "tiny-en", "--full", "-m", "prefix", "--format", "json",
+                 cwd=tmp_path)  # fmt: skip
+    assert {c["status"] for c in json.loads(done.stdout)} == {"works", "n/a"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["lama"], "did you mean `llama`?"),
+        (["gpt2", "-m", "prefx"], "did you mean `prefix`?"),
+        (["bart", "-m", "infix"], "asked of an encoder-decoder"),
+    ],
+)
+def test_unknown_models_and_methods_are_refused(
+    words: list[str], said: str, tmp_path: Path
+) -> None:
+    assert said in refused("models", "check", *words, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [("mamba", "no attention heads"), ("deepseek_v3", "cannot be made small")],
+)
+def test_shapes_ptkit_does_not_know_are_refused(model_type: str, said: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=said):
+        subject_of(str(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["mpt", "gpt_neo"])
+def test_attention_that_takes_no_prefix_is_refused(model_type: str) -> None:
+    subject = small_subject(model_type, small(AutoConfig.for_model(model_type)))
+    asked = ["exact", "gradients", "generation", "padded generation", "turns"]
+    cells = run_matrix(subject, ["prefix", "prompt"], properties=asked)
+    assert {(c.status, c.detail[-8:]) for c in cells} == {(Status.refused, "use lora")}
+
+
+# What windows, states and attention of its own mean elsewhere in ptkit.
+
+SPECIAL = ["mistral", "gemma3", "qwen3_next", "lfm2", "bloom", "falcon"]
+
+
+def special(family: str) -> tuple[Base, Ours]:
+    contender = Ours.made(subject_of(family), "prefix")
+    return contender.adapter.base, contender
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_labels_are_scored_as_the_oracle_scores_them(family: str) -> None:
+    base, contender = special(family)
+    contexts = [row.input for row in subject_of(family).rows((14, 1), (5, 1))]
+    words = [[5, 9], [7]]
+    batch = PrefixBatch.shared(contender.adapter.prefix().detach(), 2)
+    found = continuation_scores(base.model, contexts, words, batch, pad_token_id=0)
+    for i, context in enumerate(contexts):
+        for j, word in enumerate(words):
+            right = contender.oracle.logits(Row(context, word)).float().log_softmax(-1)
+            expected = right.gather(-1, torch.tensor(word)[:, None]).sum()
+            torch.testing.assert_close(found[i, j], expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_a_bank_and_a_conversation_answer_as_the_oracle(family: str, tmp_path: Path) -> None:
+    base, contender = special(family)
+    write_adapter(tmp_path / "a", contender.adapter.files())
+    bank = AdapterBank(base)
+    bank.load(tmp_path / "a")
+    texts = ["w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15", "w20 w21"]
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    read = [base.tokenizer(t)["input_ids"] for t in texts]
+    found = bank.generate_ids(read, ["a", "a"], **options)
+    assert found == [contender.oracle.greedy(ids, 5) for ids in read]
+    talk = Conversation(bank, adapter="a")
+    said: list[int] = []
+    for text in texts:
+        talk.say(text, **options)
+        said += base.tokenizer(text)["input_ids"]
+        answer = contender.oracle.greedy(said, 5)
+        assert talk.exchanges[-1].answer_ids == answer
+        said += answer
+
+
+def test_soft_prompts_leave_a_window_as_text_does_and_prefixes_do_not() -> None:
+    base, contender = special("mistral")
+    prefix = contender.adapter.prefix().detach()
+    assert not prefix.as_text
+    soft = Ours.made(subject_of("mistral"), "prompt").adapter.prefix().detach()
+    assert soft.as_text
+    assert soft.map(lambda t: t + 0).as_text
+    rows = [EncodedExample([5] * 40, [6])]
+
+    def loss(own: object) -> Tensor:
+        with torch.no_grad():
+            batch = PrefixBatch.gathered([own], base.layout)
+            return supervised_losses(base.model, **collate(rows, base), batch=batch)
+
+    seen = [loss(p).item() for p in (None, prefix, soft)]
+    assert abs(seen[0] - seen[1]) > 1e-3
+    # Two layers of 8 positions reach back 14 tokens: from there the prompt is out of sight, but
+    # for positions, which the rotation makes relative.
+    assert seen[0] == pytest.approx(seen[2], abs=1e-4)
+
+
+def test_infix_learns_where_layers_have_a_window(tmp_path: Path) -> None:
+    base = subject_of("gemma3").base()
+    section = PrefixTuningSection(
+        kind="prefix_tuning", num_virtual_tokens=3, position="infix", start="random"
+    )
+    adapter = create_adapter(section, base, Demonstrations([], 0))
+    rows = [EncodedExample(row.input, row.answer)
+            for row in subject_of("gemma3").rows(*[(14, 3)] * 8)]  # fmt: skip
+    train = TrainSection(steps=12, batch_size=4, eval_every=6, save_every=12, warmup_steps=0)
+    (progress,) = fit([Job(adapter, rows, rows, train, 0.3, 0, tmp_path)])
+    assert progress.curve[-1]["validation_loss"] < progress.curve[0]["train_loss"]
+
+
+def test_prefix_of_a_hybrid_is_not_taken_for_pefts(tmp_path: Path) -> None:
+    base, contender = special("qwen3_next")
+    assert len(base.layout) == 1, "one of its two layers attends"
+    write_adapter(tmp_path / "a", contender.adapter.files())
+    written = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert written["peft_type"] == "PTKIT_HYBRID_PREFIX"
+    with pytest.raises((KeyError, ValueError)):
+        PeftModel.from_pretrained(subject_of("qwen3_next").base().model, str(tmp_path / "a"))
+    again = adapter_from_files(read_adapter(tmp_path / "a"), base)
+    assert torch.equal(again.flat(), contender.adapter.flat())
+
+
+@pytest.mark.parametrize("method", ["prompt", "p-tuning", "text prompt"])
+def test_prompts_of_a_hybrid_are_refused_by_the_layers_kind(method: str) -> None:
+    with pytest.raises(ModelError, match=r"`linear_attention` keep a running state.*prefix_tuning"):
+        Ours.made(subject_of("qwen3_next"), method)
+    with pytest.raises(ModelError, match=r"`conv` keep a running state"):
+        Ours.made(subject_of("lfm2"), method)
+
+
+def test_a_lora_of_fused_experts_is_not_for_mixed_batches(tmp_path: Path) -> None:
+    contender = Ours.made(subject_of("mixtral"), "lora")
+    write_adapter(tmp_path / "a", contender.adapter.files())
+    contender.adapter.close()
+    with pytest.raises(AdapterError, match="fused experts"):
+        AdapterBank(contender.adapter.base).load(tmp_path / "a")
+
+
+def test_attention_is_the_models_choice_unless_asked_for(tmp_path: Path) -> None:
+    base = subject_of("gemma2").base()
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    loaded = load_base(ModelSection(id=str(tmp_path)))
+    assert loaded.model.config._attn_implementation == "eager"
+    with pytest.raises(ModelError, match=r"has no `sdpa` attention; set `model.attention: auto`"):
+        load_base(ModelSection(id=str(tmp_path), attention="sdpa"))
+
+
+def test_every_kind_has_families() -> None:
+    assert {subject_of(name).kind.name for name in NAMES} == {kind.name for kind in KINDS}
