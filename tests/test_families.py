@@ -55,10 +55,12 @@ def test_matrix_is_as_documented(family: str) -> None:
     from make_models_reference import from_json
 
     results, _ = from_json((ROOT / "docs/models.json").read_text())
-    method = rotated(family)
+    # A third of the questions to one method: neighbours get the others, so that all are asked.
+    method, asked = rotated(family), list(PROPERTIES)[NAMES.index(family) % 3 :: 3]
     said = {c.property: c.status for c in results["ptkit"]
-            if (c.model, c.method) == (family, method)}  # fmt: skip
-    found = {c.property: c.status for c in run_matrix(subject_of(family), [method])}
+            if (c.model, c.method) == (family, method) and c.property in asked}  # fmt: skip
+    cells = run_matrix(subject_of(family), [method], properties=asked)
+    found = {c.property: c.status for c in cells}
     assert found == said, "run scripts/make_models_reference.py"
 
 
@@ -160,7 +162,7 @@ def adapters_of(family: str) -> tuple[Subject, list[Ours]]:
 
 
 @pytest.mark.parametrize("family", NAMES)
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(data=st.data())
 def test_rows_of_a_mixed_batch_are_as_alone(family: str, data: st.DataObject) -> None:
     subject, made = adapters_of(family)
