@@ -23,7 +23,7 @@ from ptkit.methods.start import (
 )
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.cache import require_no_state
+from ptkit.runtime.cache import has_state
 from ptkit.runtime.compile import compile_embeddings
 
 
@@ -45,7 +45,7 @@ ENCODER_PROMPT = "PTKIT_ENCODER_PROMPT"
 
 def soft_prefix(base: Base, embeddings: Tensor) -> KVPrefix:
     """What `embeddings` `[virtual_tokens, hidden]` become on `base`; differentiable in them."""
-    if base.encoder or base.encoder_decoder:
+    if base.encoder or base.encoder_decoder or has_state(base.model):
         return KVPrefix.of_embeddings(embeddings.to(base.model.dtype), base.layout)
     return compile_embeddings(base.model, embeddings)
 
@@ -56,10 +56,6 @@ class SoftPrompt(Adapter):
     section: PromptMethodSection
     encoder_decoder = True
     config: PeftConfig
-
-    def __init__(self, section: PromptMethodSection, base: Base) -> None:
-        super().__init__(section, base)
-        require_no_state(base.model)
 
     @abstractmethod
     def embeddings(self) -> Tensor:

@@ -14,10 +14,11 @@ from pydantic import Field
 from ptkit.errors import AdapterError, UserError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, register
+from ptkit.methods.start import start_embeddings
 from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import MethodSection, register_method
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.cache import require_no_state
+from ptkit.runtime.cache import has_state
 from ptkit.runtime.compile import compile_tokens
 
 
@@ -46,7 +47,6 @@ class TextPrompt(Adapter):
 
     def __init__(self, section: TextPromptSection, base: Base, text: str) -> None:
         super().__init__(section, base)
-        require_no_state(base.model)
         ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise UserError("a text prompt needs an instruction or at least one example")
@@ -73,7 +73,13 @@ class TextPrompt(Adapter):
 
     def prefix(self) -> KVPrefix:
         if self._prefix is None:
-            self._prefix = compile_tokens(self.base.model, self.token_ids)
+            if has_state(self.base.model):
+                words = start_embeddings(self.base, self.token_ids)
+                self._prefix = KVPrefix.of_embeddings(
+                    words.to(self.base.model.dtype), self.base.layout
+                )
+            else:
+                self._prefix = compile_tokens(self.base.model, self.token_ids)
         return self._prefix
 
     def own_files(self) -> AdapterFiles:

@@ -52,6 +52,9 @@ def generate(
     beams = generate_options.get("num_beams", 1)
     if static_positions is not None and beams > 1:
         raise ModelError("a static cache cannot be reordered: use num_beams=1 with it")
+    if batch is not None and batch.embeddings is not None:
+        _require_read_once(model, static_positions, read, generate_options)
+        return _attending(model, prompts, batch, pad_token_id, None, None, generate_options)
     if batch is not None and batch.longest:
         require_attention(model)
         if not _kept_in_cache(model, generate_options):
@@ -117,6 +120,22 @@ def _kept_in_cache(model: PreTrainedModel, options: dict[str, Any]) -> bool:
     return options.get("use_cache") is not False and not drafted and sees_everything(model)
 
 
+def _require_read_once(
+    model: PreTrainedModel, static_positions: int | None, read: Any, options: dict[str, Any]
+) -> None:
+    """Raise ModelError for ways of generating that have no place for a soft prompt's embeddings."""
+    drafted = [name for name in _DRAFTED if options.get(name)]
+    if static_positions is None and read is None and not drafted:
+        return
+    what = "a static cache" if static_positions is not None else (
+        "the cache of an earlier turn" if read is not None else f"`{drafted[0]}`"
+    )  # fmt: skip
+    raise ModelError(
+        f"{type(model).__name__} has layers with a running state, so its soft prompts are read as "
+        f"embeddings with every input, which {what} has no place for; use prefix_tuning for that"
+    )
+
+
 def _attending(
     model: PreTrainedModel,
     prompts: list[list[int]],
@@ -139,18 +158,22 @@ def _attending(
     elif options.get("use_cache") is not False:
         cache = read if read is not None else DynamicCache(config=model.config)
     positions = {"position_ids": prefixed_positions(batch, mask)} if takes_positions(model) else {}
+    inputs = with_embeddings(model, ids, mask, batch)
+    skipped = ids.shape[1]
+    if "inputs_embeds" in inputs:  # transformers then returns what is new only
+        skipped = 0
+        positions = {"position_ids": prefixed_positions(batch, inputs["attention_mask"])}
     generator: Any = model
     with evaluating(model), prefix_attention(model) as injection:
         held, injection.batch = injection.batch, batch
         try:
             output = generator.generate(
-                input_ids=ids, attention_mask=mask, pad_token_id=pad_token_id,
-                past_key_values=cache, **positions, **options,
-            )  # fmt: skip
+                **inputs, pad_token_id=pad_token_id, past_key_values=cache, **positions, **options
+            )
         finally:
             injection.batch = held
     ends = end_ids(model, **options)
-    return [_until_end(row, ends) for row in output[:, ids.shape[1] :].tolist()]
+    return [_until_end(row, ends) for row in output[:, skipped:].tolist()]
 
 
 def _written(

@@ -1,11 +1,15 @@
-"""Soft prompts where tokens see those after them: they cannot be compiled, so every input is read
-with its own.
+"""Soft prompts that cannot be compiled to keys and values: every input is read with its own, where
+tokens see those after them, and where layers keep a running state.
 
 In an encoder what a virtual token leaves in a layer depends on the input. Its embeddings go before
 those of the input, row by row. They take no positions: in models with absolute ones all stand
 where the first token does (in encoder-decoders, nowhere). An encoder's outputs at virtual tokens
 are dropped, so a head finds `[CLS]` where it always is; a decoder does read them, as in Lester et
 al. (2021), section 2, where the prompt is part of what T5's encoder has read.
+
+In a decoder with layers that keep a state (linear attention, convolutions) a prompt's embeddings
+are read as text is, with positions of their own, right before the row's first token: a state
+fades over padding in between.
 """
 
 from __future__ import annotations
@@ -19,12 +23,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptkit.prefix import PrefixBatch
+from ptkit.runtime.architecture import is_encoder
 
 
 def with_embeddings(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, batch: PrefixBatch | None
 ) -> dict[str, Tensor]:
-    """What the encoder reads, as arguments of `model`: the input, after its soft prompt if any.
+    """What is read, as arguments of `model`: the input, after its soft prompt if any; padding at
+    the left of the input before both.
 
     input_ids, attention_mask: `[rows, tokens]`
     """
@@ -36,19 +42,33 @@ def with_embeddings(
     if model.config.is_encoder_decoder:
         # Some encoders scale what they look up themselves, and not what they are given.
         read = read * getattr(model.get_encoder(), "embed_scale", 1.0)
+    mask = torch.cat([batch.embedded.to(attention_mask), attention_mask], dim=1)
+    order = _padding_first(mask)
     return {
-        "inputs_embeds": read,
-        "attention_mask": torch.cat([batch.embedded.to(attention_mask), attention_mask], dim=1),
+        "inputs_embeds": read.gather(1, order[..., None].expand_as(read)),
+        "attention_mask": mask.gather(1, order),
     }
+
+
+def _padding_first(mask: Tensor) -> Tensor:
+    """The order of the columns of each row, `[rows, columns]`, in which padding at the left of its
+    prompt and at the left of its input come first, and the rest after them as it was.
+
+    mask: `[rows, columns]`, of prompts and of inputs after them
+    """
+    # Behind a row's last token there is padding at the right, which stays there.
+    tokens_after = mask.flip(1).cumsum(1).flip(1)
+    ahead = (mask == 0) & (tokens_after > 0)
+    return torch.argsort((~ahead).to(torch.uint8), dim=1, stable=True)
 
 
 @contextmanager
 def soft_prompts_read(model: PreTrainedModel, batch: PrefixBatch | None) -> Iterator[None]:
-    """Within this context the encoder of `model` takes soft prompts as they should be taken.
+    """Within this context `model` takes soft prompts as they should be taken.
 
-    An encoder by itself is still called with `input_ids`: the prompts of `batch` are put in
-    behind the caller's back, and their outputs taken out again. That of an encoder-decoder is
-    called with `with_embeddings`.
+    It is still called with `input_ids`: the prompts of `batch` are put in behind the caller's
+    back, and their outputs taken out again. Only an encoder-decoder is called with
+    `with_embeddings`.
     """
     if batch is None or batch.embeddings is None:
         yield
@@ -83,6 +103,7 @@ def _skip_positions(encoder: Any, longest: int, hooks: ExitStack) -> None:
 def _read_along(model: PreTrainedModel, batch: PrefixBatch, longest: int, hooks: ExitStack) -> None:
     """Put the prompts before the rows where the backbone begins, and take their outputs away
     where its layers end."""
+    order: list[Tensor] = []
 
     def enter(
         _: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]
@@ -90,17 +111,31 @@ def _read_along(model: PreTrainedModel, batch: PrefixBatch, longest: int, hooks:
         names = ("input_ids", "attention_mask")
         kw = {**dict(zip(names, args, strict=False)), **kw}
         mask = kw.pop("attention_mask")
-        positions = _positions(model, mask)
+        assert batch.embedded is not None
+        order.append(_padding_first(torch.cat([batch.embedded.to(mask), mask], dim=1)))
         kw |= with_embeddings(model, kw.pop("input_ids"), mask, batch)
-        kw["position_ids"] = nn.functional.pad(positions, (longest, 0), value=int(positions.min()))
+        if is_encoder(model):
+            own = _positions(model, mask)
+            kw["position_ids"] = nn.functional.pad(own, (longest, 0), value=int(own.min()))
+        elif kw.get("position_ids") is not None:
+            # Rows may begin later, behind keys and values of a prefix.
+            begin = (kw["position_ids"] - (mask.cumsum(-1) - 1)).masked_fill(mask == 0, 0).amax(1)
+            whole = kw["attention_mask"]
+            kw["position_ids"] = (whole.cumsum(-1) - 1 + begin[:, None]).clamp(min=0)
         if kw.get("token_type_ids") is not None:
             kw["token_type_ids"] = nn.functional.pad(kw["token_type_ids"], (longest, 0))
         return (), kw
 
     def leave(_: nn.Module, __: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state[:, longest:]
+        # Where each token of the input went to, `[rows, tokens, 1]`.
+        at = order.pop().argsort(dim=1)[:, longest:, None]
+
+        def own(states: Tensor) -> Tensor:
+            return states.gather(1, at.expand(-1, -1, states.shape[-1]))
+
+        output.last_hidden_state = own(output.last_hidden_state)
         if output.get("hidden_states") is not None:
-            output.hidden_states = tuple(state[:, longest:] for state in output.hidden_states)
+            output.hidden_states = tuple(map(own, output.hidden_states))
         return output
 
     hooks.callback(model.base_model.register_forward_pre_hook(enter, with_kwargs=True).remove)
