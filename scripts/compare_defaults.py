@@ -66,7 +66,9 @@ class Task:
 
     def __init__(self, folder: Path) -> None:
         found = read_comparison(folder)
-        self.recipe: Recipe = found.loaded.recipe
+        task = found.loaded.recipe.task
+        leading = task.model_copy(update={"metrics": task.metrics[:1]})  # the others are not shown
+        self.recipe: Recipe = found.loaded.recipe.model_copy(update={"task": leading})
         self.records = found.records
         self.of = {s.family: s for s in summarise(folder, found.records, self.recipe)}
         self.peer, self.fixed = self._against(folder, "PEFT"), self._against(folder, "default")
@@ -95,19 +97,18 @@ def tables(folders: list[Path]) -> str:
     def cells(name: str, shown) -> list[str]:
         return [shown(t.of[name]) if name in t.of else figures.NONE for t in tasks]
 
-    first = tasks[0].recipe.train
-    lines = ["### Scores", "", f"{first.steps} steps of {first.batch_size} rows each."]
+    lines = ["### Scores", ""]
     for task in tasks:
         record = max(task.records, key=lambda r: len(r.curve))
-        seeds = sorted({r.seed for r in task.records})
+        seeds = sorted({r.seed for r in task.records if r.curve})
+        train = task.recipe.train
         lines.append(
-            f"{task.recipe.name}: n = {record.n_test} test rows, {record.n_train} training rows, "
-            f"seeds {', '.join(map(str, seeds))}."
+            f"* {task.recipe.name}: {train.steps} steps of {train.batch_size} of "
+            f"{record.n_train} training rows, n = {record.n_test} test rows, "
+            f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
         )
-    lines += [
-        "",
-        *table(head, ([m, *cells(m, lambda s: figures.score(s.leading))] for m in methods)),
-    ]
+    scores = ([m, *cells(m, lambda s: figures.score(s.leading))] for m in methods)
+    lines += ["", *table(head, scores)]
     lines += ["Mean over seeds, with a 95 % bootstrap interval over seeds and rows.", ""]
     lines += ["### Default minus PEFT's default, on the same test rows", ""]
     lines += table(
@@ -171,7 +172,7 @@ def main() -> None:
     for recipe in given.recipes:
         run(recipe, given.seeds, given.out, given.set, given.without)
     if given.tables:
-        folders = sorted(p.parent for p in given.out.glob("*/results.jsonl"))
+        folders = sorted(p.parent for p in given.out.glob("*/recipe.yaml"))
         before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
         _, after = rest.split(END)
         text = f"{before}{BEGIN}\n\n{tables(folders)}{END}{after}"

@@ -19,7 +19,13 @@ from ptkit.errors import PtkitError, UserError
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.prefix import PrefixBatch
 from ptkit.recipe import load_recipe
-from ptkit.recipe.schema import ClassificationTask, MethodSection, TrainSection, method_section
+from ptkit.recipe.schema import (
+    ClassificationTask,
+    MethodSection,
+    SequenceClassificationTask,
+    TrainSection,
+    method_section,
+)
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_losses
 from ptkit.training import choose as choosing
@@ -183,6 +189,17 @@ def test_rates_that_cannot_share_a_batch_are_refused(tmp_path: Path) -> None:
     half = STEPS.model_copy(update={"autocast": "fp16"})
     with pytest.raises(UserError, match="takes one process and `autocast: no` or `bf16`"):
         run(random_base("gpt2"), tmp_path, half, learning_rate="auto")
+
+
+def test_a_task_with_a_head_is_refused(tmp_path: Path) -> None:
+    task = SequenceClassificationTask(
+        kind="sequence_classification", data={"builtin": "message-routing"}, input="{message}",
+        labels=["a", "b"],
+    )  # fmt: skip
+    for left in ({"start": "auto"}, {"learning_rate": "auto"}):
+        section = method_section({"kind": "prefix_tuning", **left})
+        with pytest.raises(UserError, match="classification head of its own; give"):
+            choose(section, lambda _: pytest.fail("nothing is made"), task, EXAMPLES, tmp_path)
 
 
 def test_killed_while_choosing_the_same_is_chosen(tmp_path: Path, monkeypatch) -> None:

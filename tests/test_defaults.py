@@ -37,7 +37,7 @@ def test_the_tables_hold_the_records_figures(recipe_file: Path, tmp_path: Path) 
     for summary in summarise(folder, records, loaded.recipe):
         assert f"| {summary.family} | {figures.score(summary.leading)} |" in text
         assert f"| {summary.family} | {figures.forgetting(summary.forgetting)} |" in text
-    assert f"n = {records[0].n_test} test rows, " in text
+    assert f"n = {records[0].n_test} test rows, seed 0" in text
     peer, default, auto = (r.metrics[r.score] for r in records[1:])
     assert f"| prefix | {default - peer:+.1f} [" in text
     assert f"| prefix | {auto - default:+.1f} [" in text

@@ -100,4 +100,6 @@ def test_the_command_prints_a_method_for_a_recipe(tmp_path: Path) -> None:
     shown = ptkit(*options, cwd=tmp_path)
     assert f"instruction: {json.dumps(found['text'])}" in shown.stdout
     assert "prompts scored; loss per target token" in shown.stdout
+    headed = refused("search-prompt", "message-routing-minilm", cwd=tmp_path)
+    assert "models that answer in words" in headed
     assert "no recipe called" in refused("search-prompt", "nothing", cwd=tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -90,10 +91,10 @@ def _show(anatomy: Anatomy, path: Path) -> None:
             values = (row.key, row.text_key, row.value, row.text_value)
             norms.add_row(str(row.layer), *(f"{v:.2f}" for v in values))
         console.print(norms)
-    if anatomy.attention:
+    if anatomy.attention or anatomy.nearest:
         tokens = Table("virtual token", "attention", "nearest words (cosine)")
-        for i, share in enumerate(anatomy.attention):
-            found = anatomy.nearest[i] if anatomy.nearest else []
-            words = "   ".join(f"{word!r} {s:.2f}" for word, s in found)
-            tokens.add_row(str(i), f"{share:.1%}", words)
+        rows = zip_longest(anatomy.attention, anatomy.nearest)
+        for i, (share, found) in enumerate(rows):
+            words = "   ".join(f"{word!r} {s:.2f}" for word, s in found or [])
+            tokens.add_row(str(i), "" if share is None else f"{share:.1%}", words)
         console.print(tokens)

@@ -34,7 +34,8 @@ class Anatomy:
     """The parts of one adapter.
 
     nearest: for each virtual token of a soft prompt, (token, cosine) of the closest words
-    attention: for each virtual token, the share of all attention it gets while a sentence is read
+    attention: for each virtual token, the share of all attention it gets while a sentence is read;
+        empty on bases that read from both sides
     """
 
     files: AdapterFiles
@@ -54,6 +55,7 @@ def dissect(path: Path, base: Base, *, words: int = 3) -> Anatomy:
     require_same_base(files, base, str(path))
     adapter = adapter_from_files(files, base)
     try:
+        causal = not base.encoder and not base.encoder_decoder
         compiled = adapter.prefix()
         prefix = None if compiled is None else compiled.detach()
         nearest = nearest_words(adapter, base, words) if isinstance(adapter, SoftPrompt) else []
@@ -68,7 +70,7 @@ def dissect(path: Path, base: Base, *, words: int = 3) -> Anatomy:
             # A soft prompt that an encoder reads has no keys and values of its own.
             [] if prefix is None or prefix.embeddings is not None else layer_norms(prefix, base),
             nearest,
-            [] if prefix is None or base.encoder_decoder else attention_shares(prefix, base),
+            [] if prefix is None or not causal else attention_shares(prefix, base),
         )
     finally:
         adapter.close()

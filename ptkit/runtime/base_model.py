@@ -119,9 +119,15 @@ class Base:
 
     @property
     def first_token_id(self) -> int:
-        """The token texts begin with; where the tokenizer names none, the one they end with."""
-        first = self.tokenizer.bos_token_id
-        return int(self.tokenizer.eos_token_id if first is None else first)
+        """The token texts begin with; where the tokenizer names none, the one they end with.
+
+        Raises ModelError where it names neither.
+        """
+        tokenizer = self.tokenizer
+        for token in (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise ModelError(f"the tokenizer of {self.id} names no token that texts begin or end with")
 
     @property
     def embedding(self) -> nn.Embedding:
