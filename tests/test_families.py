@@ -23,7 +23,7 @@ from ptkit.errors import AdapterError, ModelError
 from ptkit.families.contender import METHODS, Ours
 from ptkit.families.kinds import KINDS
 from ptkit.families.matrix import Status, run_matrix, subject_of
-from ptkit.families.oracle import Attended, Embedded
+from ptkit.families.oracle import Attended, Embedded, Merged
 from ptkit.families.properties import PROPERTIES
 from ptkit.families.shapes import FAMILIES, WINDOW, small
 from ptkit.families.subject import Row, Subject, small_subject
@@ -368,12 +368,33 @@ def test_prefix_of_a_hybrid_is_not_taken_for_pefts(tmp_path: Path) -> None:
     assert torch.equal(again.flat(), contender.adapter.flat())
 
 
-@pytest.mark.parametrize("method", ["prompt", "p-tuning", "text prompt"])
-def test_prompts_of_a_hybrid_are_refused_by_the_layers_kind(method: str) -> None:
-    with pytest.raises(ModelError, match=r"`linear_attention` keep a running state.*prefix_tuning"):
-        Ours.made(subject_of("qwen3_next"), method)
-    with pytest.raises(ModelError, match=r"`conv` keep a running state"):
-        Ours.made(subject_of("lfm2"), method)
+@pytest.mark.parametrize("family", ["qwen3_next", "lfm2"])
+def test_prompts_of_a_hybrid_are_read_with_every_input(family: str, tmp_path: Path) -> None:
+    """Beside prefixes and the plain base, whatever the padding between them; in no cache of
+    before."""
+    subject = subject_of(family)
+    own = {name: Ours.made(subject, name) for name in ("prompt", "prefix")}
+    base = own["prompt"].adapter.base
+    bank = AdapterBank(base)
+    for name, contender in own.items():
+        write_adapter(tmp_path / name, contender.adapter.files())
+        bank.load(tmp_path / name)
+    oracles = {name: contender.oracle for name, contender in own.items()}
+    oracles[None] = Merged(subject.base().model)
+    names = ["prompt", "prefix", None, "prompt"]
+    rows = [row.input for row in subject.rows((9, 1), (4, 1), (6, 1), (2, 1))]
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    expected = [oracles[name].greedy(ids, 5) for name, ids in zip(names, rows, strict=True)]
+    assert bank.generate_ids(rows, names, **options) == expected
+    words = [[5, 9], [7]]
+    found = continuation_scores(base.model, rows, words, bank.rows(names), pad_token_id=0)
+    for i, (name, ids) in enumerate(zip(names, rows, strict=True)):
+        for j, word in enumerate(words):
+            right = oracles[name].logits(Row(ids, word)).float().log_softmax(-1)
+            total = right.gather(-1, torch.tensor(word)[:, None]).sum()
+            torch.testing.assert_close(found[i, j], total, atol=1e-3, rtol=1e-3)
+    with pytest.raises(ModelError, match="earlier turn has no place for"):
+        Conversation(bank, adapter="prompt").say("w5 w6", **options)
 
 
 def test_a_lora_of_fused_experts_is_not_for_mixed_batches(tmp_path: Path) -> None:
