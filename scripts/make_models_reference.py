@@ -1,14 +1,15 @@
 """Writes docs/models.md and docs/models.json: ptkit and PEFT, asked the same of every family.
 
 python scripts/make_models_reference.py [FAMILY ...]     # some families only: the rest is kept
+python scripts/make_models_reference.py --kind "encoder as token classifier"       # one kind only
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,10 +21,17 @@ import transformers
 from peft_contender import Peft
 
 from ptkit.families.contender import Ours
-from ptkit.families.kinds import KINDS, Kind, kind_of
-from ptkit.families.matrix import Cell, Make, Status, run_matrix, subject_of
+from ptkit.families.kinds import KINDS, Kind
+from ptkit.families.matrix import (
+    Cell,
+    Make,
+    Status,
+    family_kinds,
+    run_matrix,
+    subject_of,
+)
 from ptkit.families.properties import PROPERTIES
-from ptkit.families.shapes import FAMILIES, small
+from ptkit.families.shapes import FAMILIES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PROGRAMS: dict[str, Make] = {"ptkit": Ours.made, "PEFT": Peft.made}
@@ -39,6 +47,8 @@ LETTERS = {
 
 #: Program -> its cells.
 Results = dict[str, list[Cell]]
+#: What is asked together: a family, as one of its kinds.
+Asked = tuple[str, Kind]
 
 HEAD = """# Models
 
@@ -53,6 +63,9 @@ $ ptkit models check mistralai/Mistral-7B-v0.1 --method prompt
 $ ptkit models check path/to/my-finetune --full     # the real weights
 ```
 
+An encoder is asked as a sequence and as a token classifier, a decoder as a language model and as a
+sequence classifier.
+
 This page is made by `scripts/make_models_reference.py`; a test runs parts of it again.
 """
 
@@ -62,30 +75,40 @@ The oracle of a soft prompt is its embeddings before those of the words; of a te
 tokens before the row's; of a prefix, softmax(q [p; k]) [p; v] written out in every attention, where
 every word sees all of the prefix (Li & Liang 2021, section 4), or the model's own cache where
 attention cannot be replaced; of an infix, on one layer, the base reading it in its place; of LoRA,
-the weights with the matrices added. A layer's window hides a soft prompt or a text prompt as it
-hides text, but never a prefix. PEFT's prefix of an encoder-decoder is judged by what PEFT means by
-it, the decoder's own part.
+the weights with the matrices added; of a linear probe, the base with the trained head. A layer's
+window hides a soft prompt or a text prompt as it hides text, but never a prefix.
+
+In encoders, also those of encoder-decoders, ptkit's virtual tokens take no positions: words keep
+theirs, and a head finds `[CLS]`, or the mean of the words, where it always is. In PEFT they take
+the first positions, which is judged as PEFT means it; so is its prefix of an encoder-decoder, the
+decoder's part only. Wrong whatever one means: to pool a virtual token in place of `[CLS]`, to read
+words as the base does not (Marian and Pegasus scale their embeddings), to lose the prefix, and to
+come back with a part of the head at random (DeBERTa's layer before the classifier, which pretrained
+checkpoints have no weights for). Each classifier is asked with the task type PEFT has for it; its
+LoRA of token classifiers and of DistilBERT is told to leave the head alone, and its prompts of
+DistilBERT are told the sizes PEFT asks for.
 """
 
 
-def measured(families: Iterable[str]) -> Results:
-    """Both programs on `families`."""
+def measured(asked: Iterable[Asked]) -> Results:
+    """Both programs on the families, as the kinds `asked`."""
+    subjects = [subject_of(family, kind.name) for family, kind in asked]
     return {
-        name: [cell for family in families for cell in run_matrix(subject_of(family), make=make)]
+        name: [cell for subject in subjects for cell in run_matrix(subject, make=make)]
         for name, make in PROGRAMS.items()
     }
 
 
 def as_json(results: Results) -> str:
-    """The cells as the file keeps them: per family and method one letter for each property, and
-    the number of the reason for each that does not work."""
+    """The cells as the file keeps them: per kind, family and method one letter for each property,
+    and the number of the reason for each that does not work."""
     reasons = sorted({c.detail for cells in results.values() for c in cells if c.detail})
     number = {reason: i for i, reason in enumerate(reasons)}
-    table: dict[str, dict[str, dict[str, list[Any]]]] = {}
+    table: dict[str, Any] = {}
     for name, cells in results.items():
         for cell in cells:
-            entry = table.setdefault(name, {}).setdefault(cell.model, {})
-            entry = entry.setdefault(cell.method, ["", []])
+            kind = table.setdefault(name, {}).setdefault(cell.kind, {})
+            entry = kind.setdefault(cell.model, {}).setdefault(cell.method, ["", []])
             entry[0] += LETTERS[cell.status]
             if cell.status is not Status.works:
                 entry[1].append(number[cell.detail])
@@ -103,15 +126,17 @@ def from_json(text: str) -> tuple[Results, dict[str, str]]:
     data = json.loads(text)
     statuses = {letter: status for status, letter in LETTERS.items()}
     results: Results = {}
-    for name, families in data["cells"].items():
+    for name, kinds in data["cells"].items():
+        entries = [(kind, family, method, *found) for kind, families in kinds.items()
+                   for family, methods in families.items()
+                   for method, found in methods.items()]  # fmt: skip
         results[name] = []
-        for family, methods in families.items():
-            for method, (letters, numbers) in methods.items():
-                why = iter(numbers)
-                for asked, letter in zip(data["properties"], letters, strict=True):
-                    status = statuses[letter]
-                    detail = "" if status is Status.works else data["reasons"][next(why)]
-                    results[name].append(Cell(family, method, asked, status, detail))
+        for kind, family, method, letters, numbers in entries:
+            why = iter(numbers)
+            for asked, letter in zip(data["properties"], letters, strict=True):
+                status = statuses[letter]
+                detail = "" if status is Status.works else data["reasons"][next(why)]
+                results[name].append(Cell(family, kind, method, asked, status, detail))
     return results, data["versions"]
 
 
@@ -161,13 +186,15 @@ def _questions() -> str:
 
 def _tables(results: Results, kind: Kind) -> str:
     """One table per method: families by properties, ptkit's mark and PEFT's."""
-    families = [n for n in FAMILIES if kind_of(small(FAMILIES[n].config)) is kind]
+    families = [n for n in FAMILIES if kind in family_kinds(n)]
     marks = {
         (name, c.model, c.method, c.property): MARKS[c.status]
         for name, cells in results.items()
         for c in cells
+        if c.kind == kind.name
     }
-    lines = [f"## {kind.name.capitalize()}s", "",
+    title, _, use = kind.name.partition(" ")
+    lines = [f"## {title.capitalize()}s{use and f' {use}s'}", "",
              "Left ptkit, right PEFT: ✓ works, ✗ silently wrong, ! raises, r refused with the "
              "reason, · nothing to ask.", ""]  # fmt: skip
     for method in kind.methods:
@@ -209,28 +236,43 @@ def _grouped(cells: Sequence[Cell], *, with_detail: bool) -> list[str]:
         groups.setdefault(key, []).append(cell)
     lines = []
     for reason, about in groups.items():
-        families = ", ".join(dict.fromkeys(c.model for c in about))
+        families = ", ".join(_names(about))
         methods = ", ".join(dict.fromkeys(c.method for c in about))
         what = f"{methods} of {families}" if with_detail else families
         lines.append(f"- {reason.replace('|', chr(92) + '|')} ({what})")
     return lines
 
 
-def main(families: Sequence[str]) -> None:
-    """Measure `families` (all by default) and write both files."""
+def _names(cells: Iterable[Cell]) -> list[str]:
+    """Whom `cells` are about, each once."""
+    labelled = {kind.name for kind in KINDS if kind.head is not None}
+    names = (f"{c.model} ({c.kind.partition(' as ')[2]})" if c.kind in labelled else c.model
+             for c in cells)  # fmt: skip
+    return list(dict.fromkeys(names))
+
+
+def main(families: Sequence[str], kind: str | None) -> None:
+    """Measure `families` (all by default) as `kind` (all by default) and write both files."""
+    order = [(name, k.name) for k in KINDS for name in FAMILIES if k in family_kinds(name)]
+    asked = [(name, k) for name in families or FAMILIES for k in family_kinds(name)
+             if kind in (None, k.name)]  # fmt: skip
     results: Results = {name: [] for name in PROGRAMS}
     kept = DOCS / "models.json"
-    if families and kept.exists():
+    if kept.exists():
         results, _ = from_json(kept.read_text())
-    for name, cells in measured(families or FAMILIES).items():
-        new = {c.model for c in cells}
-        merged = [c for c in results[name] if c.model not in new and c.model in FAMILIES] + cells
-        order = list(FAMILIES)
-        results[name] = sorted(merged, key=lambda c: order.index(c.model))
+    new = {(name, k.name) for name, k in asked}
+    for name, cells in measured(asked).items():
+        places = [(c.model, c.kind) for c in results[name]]
+        old = [c for c, at in zip(results[name], places, strict=True) if at in {*order} - new]
+        results[name] = sorted([*old, *cells], key=lambda c: order.index((c.model, c.kind)))
     kept.write_text(as_json(results), encoding="utf-8")
     (DOCS / "models.md").write_text(page(*from_json(kept.read_text())), encoding="utf-8")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", metavar="FAMILY")
+    parser.add_argument("--kind", choices=[kind.name for kind in KINDS])
+    arguments = parser.parse_args()
+    main(arguments.families, arguments.kind)

@@ -18,13 +18,15 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from ptkit.errors import AdapterError
 from ptkit.families.contender import VIRTUAL_TOKENS, Contender
-from ptkit.families.kinds import ENCODER_DECODER
-from ptkit.families.oracle import Embedded, Merged, Oracle, prefix_oracle
+from ptkit.families.kinds import ENCODER_DECODER, SEQUENCE_ENCODER, TOKEN_ENCODER, Kind
+from ptkit.families.oracle import Embedded, Labelled, Merged, Oracle
+from ptkit.families.prefix_oracle import prefix_oracle
 from ptkit.families.properties import Mismatch
 from ptkit.families.subject import NotApplicable, Row, Subject
 from ptkit.prefix import KVPrefix
@@ -42,6 +44,13 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "p-tuning": (PromptEncoderConfig, {**_PROMPT, "encoder_hidden_size": 16}),
     "lora": (LoraConfig, {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}),
 }  # fmt: skip
+
+
+TASK_TYPES = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", None: "CAUSAL_LM"}
+
+
+def _task_type(kind: Kind) -> str:
+    return "SEQ_2_SEQ_LM" if kind is ENCODER_DECODER else TASK_TYPES[kind.head]
 
 
 class DecoderPrefix(Oracle):
@@ -71,7 +80,7 @@ class Peft(Contender):
 
     def __init__(self, subject: Subject, method: str, peft: PeftModel) -> None:
         self.subject, self.method, self.peft = subject, method, peft.eval()
-        self.pairs = subject.kind is ENCODER_DECODER
+        self.pairs, self.head = subject.kind is ENCODER_DECODER, subject.kind.head
         self._oracle: Oracle | None = None
 
     @classmethod
@@ -80,7 +89,16 @@ class Peft(Contender):
         if method not in CONFIGS:
             raise NotApplicable("PEFT has no such method")
         kind, settings = CONFIGS[method]
-        task = "SEQ_2_SEQ_LM" if subject.kind is ENCODER_DECODER else "CAUSAL_LM"
+        config = subject.base().model.config
+        if method == "lora" and (subject.kind.head == "token" or config.model_type == "distilbert"):
+            # PEFT leaves the head of other classifiers out of `all-linear` by itself.
+            settings = {**settings, "exclude_modules": ["classifier", "pre_classifier"]}
+        if method != "lora" and not {"hidden_size", "n_embd", "d_model"} & {*config.to_dict()}:
+            # DistilBERT's names; PEFT asks for these.
+            settings = {**settings, "token_dim": config.hidden_size,
+                        "num_layers": config.num_hidden_layers,
+                        "num_attention_heads": config.num_attention_heads}  # fmt: skip
+        task = _task_type(subject.kind)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(11)
@@ -88,6 +106,9 @@ class Peft(Contender):
             for name, parameter in peft.named_parameters():
                 if "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=0.05)
+            for name, parameter in peft.named_parameters():
+                if subject.kind.head is not None and ".modules_to_save." in name:  # trained a bit
+                    parameter.data.add_(0.1 * torch.randn_like(parameter))
         return cls(subject, method, peft)
 
     @property
@@ -100,8 +121,10 @@ class Peft(Contender):
         if self.method == "lora":
             return Merged(copy.deepcopy(self.peft).merge_and_unload())
         learnt = self.peft.get_prompt_embedding_to_save("default").detach()
-        model = self.subject.base().model
+        model = self._with_head(self.subject.base().model)
         if self.method in ("prompt", "p-tuning"):
+            if self.subject.kind in (SEQUENCE_ENCODER, TOKEN_ENCODER):
+                return Labelled(model, learnt, as_text=True)
             return Embedded(model, learnt[:VIRTUAL_TOKENS])
         if self.pairs:
             layers = self.peft.get_prompt(1).self_attention_cache.layers
@@ -119,6 +142,14 @@ class Peft(Contender):
             raise Mismatch("the prefix has not the shape of the model's keys and values") from error
         return prefix_oracle(model, prefix.keys, prefix.values)
 
+    def _with_head(self, model: PreTrainedModel) -> PreTrainedModel:
+        """`model`, of its own, with the head that was trained."""
+        for name, module in self.peft.get_base_model().named_modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                trained = module.modules_to_save["default"].state_dict()
+                model.get_submodule(name).load_state_dict(trained)
+        return model
+
     @property
     def model(self) -> PreTrainedModel:
         return self.peft.get_base_model()
@@ -127,12 +158,14 @@ class Peft(Contender):
         return {n: p for n, p in self.peft.named_parameters() if p.requires_grad}
 
     def _tensors(self, rows: Sequence[Row], left: bool) -> dict[str, Tensor]:
-        if self.pairs:
-            ids, mask = pad_rows([r.input for r in rows], 0, left=left)
-            labels, written = pad_rows([r.answer for r in rows], 0, left=False)
+        pad = self.subject.base().pad_token_id
+        if self.pairs or self.head is not None:
+            ids, mask = pad_rows([r.input for r in rows], pad, left=left)
+            labels, written = pad_rows([r.answer for r in rows], pad, left=False)
             labels = labels.masked_fill(written == 0, IGNORED)
+            labels = labels[:, 0] if self.head == "sequence" else labels
             return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        ids, mask = pad_rows([r.input + r.answer for r in rows], 0, left=left)
+        ids, mask = pad_rows([r.whole for r in rows], pad, left=left)
         labels = torch.full_like(ids, IGNORED)
         for i, row in enumerate(rows):
             first = int(mask[i].argmax()) + len(row.input)
@@ -144,11 +177,15 @@ class Peft(Contender):
 
     def logits(self, rows: Sequence[Row], *, left: bool) -> list[Tensor]:
         tensors = self._tensors(rows, left)
+        labels = tensors["labels"] if self.head is None else tensors.pop("labels")
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logits = self.peft(**tensors).logits
-        labels = tensors["labels"]
-        if self.pairs:
+        if self.head == "sequence":
+            return list(logits.split(1))
+        if self.head == "token":  # behind the virtual tokens
+            logits = logits[:, -labels.shape[1] :]
+        if self.pairs or self.head == "token":
             return [logits[i, : len(row.answer)] for i, row in enumerate(rows)]
         logits = logits[:, -labels.shape[1] :]  # behind the virtual tokens
         return [logits[i, :-1][labels[i, 1:] != IGNORED] for i in range(len(rows))]
@@ -157,12 +194,13 @@ class Peft(Contender):
         return self.peft(**self._tensors(rows, False)).loss
 
     def generate(self, inputs: Sequence[list[int]], **options: Any) -> list[list[int]]:
-        ids, mask = pad_rows(list(inputs), 0, left=not self.pairs)
+        pad = self.subject.base().pad_token_id
+        ids, mask = pad_rows(list(inputs), pad, left=not self.pairs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             output = self.peft.generate(
                 input_ids=ids, attention_mask=mask, do_sample=False, eos_token_id=None,
-                pad_token_id=0, **options,
+                pad_token_id=pad, **options,
             )  # fmt: skip
         return output[:, 1 if self.pairs else ids.shape[1] :].tolist()
 
@@ -179,7 +217,8 @@ class Peft(Contender):
 
     def reloaded(self, folder: Path) -> Peft:
         self.peft.save_pretrained(folder)
-        again = PeftModel.from_pretrained(self.subject.base().model, str(folder))
+        base = self.subject.loaded_again().base()
+        again = PeftModel.from_pretrained(base.model, str(folder))
         return Peft(self.subject, self.method, again)
 
     @contextmanager

@@ -247,6 +247,8 @@ def test_the_whole_position_budget_is_left(encoder: str) -> None:
     rows = examples([longest], "sequence")
     for method in ("prefix_tuning", "prompt_tuning"):
         base.require_positions(4, longest, method)
+        with pytest.raises(ModelError, match=f"has {longest}"):
+            base.require_positions(4, longest + 1, method)
         assert logits_of(adapter_on(base, method), rows)[0].isfinite().all()
 
 
@@ -309,6 +311,19 @@ def test_bf16_is_near_fp32(encoder: str) -> None:
         adapter.to(torch.bfloat16)
         half = torch.stack(logits_of(adapter, rows)).float()
     torch.testing.assert_close(half, full, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "full"])
+def test_heads_are_trained_in_float32_on_a_backbone_in_bfloat16(encoder: str, method: str) -> None:
+    base = random_classifier(encoder)
+    base.model.to(torch.bfloat16)
+    adapter = adapter_on(base, method)
+    loss = supervised_losses(
+        adapter.model, **collate(examples([6, 4], "sequence"), base), batch=batch_of(adapter, 2)
+    ).mean()
+    loss.backward()
+    assert all(p.dtype == torch.float32 for p in adapter.head.parameters())
+    assert any(p.grad.abs().max() > 0 for p in adapter.head.parameters())
 
 
 # Heads

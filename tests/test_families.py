@@ -20,10 +20,19 @@ from ptkit import AdapterBank, ModelSection, load_base
 from ptkit.bank.conversation import Conversation
 from ptkit.data.encode import EncodedExample
 from ptkit.errors import AdapterError, ModelError
-from ptkit.families.contender import METHODS, Ours
-from ptkit.families.kinds import KINDS
-from ptkit.families.matrix import Status, run_matrix, subject_of
-from ptkit.families.oracle import Attended, Embedded, Merged
+from ptkit.families.contender import Ours
+from ptkit.families.kinds import (
+    DECODER,
+    ENCODER_DECODER,
+    KINDS,
+    SEQUENCE_DECODER,
+    SEQUENCE_ENCODER,
+    TOKEN_ENCODER,
+    Kind,
+)
+from ptkit.families.matrix import Status, family_kinds, run_matrix, subject_of, subjects_of
+from ptkit.families.oracle import Labelled, Merged
+from ptkit.families.prefix_oracle import Attended
 from ptkit.families.properties import PROPERTIES
 from ptkit.families.shapes import FAMILIES, WINDOW, small
 from ptkit.families.subject import Row, Subject, small_subject
@@ -44,10 +53,12 @@ sys.path.insert(0, str(ROOT / "scripts"))
 NAMES = list(FAMILIES)
 
 
-def rotated(family: str) -> str:
-    """One method of the family's kind, another one for its neighbours."""
-    methods = subject_of(family).kind.methods
-    return methods[NAMES.index(family) % len(methods)]
+def rotated(family: str, kind: Kind) -> tuple[str, list[str]]:
+    """One method of the kind and a third of the questions: neighbours get the others, so that all
+    are asked."""
+    at = [name for name in NAMES if kind in family_kinds(name)].index(family)
+    third = (at + at // len(kind.methods)) % 3
+    return kind.methods[at % len(kind.methods)], list(PROPERTIES)[third::3]
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -55,13 +66,13 @@ def test_matrix_is_as_documented(family: str) -> None:
     from make_models_reference import from_json
 
     results, _ = from_json((ROOT / "docs/models.json").read_text())
-    # A third of the questions to one method: neighbours get the others, so that all are asked.
-    method, asked = rotated(family), list(PROPERTIES)[NAMES.index(family) % 3 :: 3]
-    said = {c.property: c.status for c in results["ptkit"]
-            if (c.model, c.method) == (family, method) and c.property in asked}  # fmt: skip
-    cells = run_matrix(subject_of(family), [method], properties=asked)
-    found = {c.property: c.status for c in cells}
-    assert found == said, "run scripts/make_models_reference.py"
+    for subject in subjects_of(family):
+        method, asked = rotated(family, subject.kind)
+        about = (family, subject.kind.name, method)
+        said = {c.property: c.status for c in results["ptkit"]
+                if (c.model, c.kind, c.method) == about and c.property in asked}  # fmt: skip
+        found = {c.property: c.status for c in run_matrix(subject, [method], properties=asked)}
+        assert found == said, "run scripts/make_models_reference.py"
 
 
 @pytest.mark.parametrize("family", NAMES[::6])
@@ -71,10 +82,12 @@ def test_what_is_said_about_peft_is_what_peft_does(family: str) -> None:
 
     results, _ = from_json((ROOT / "docs/models.json").read_text())
     asked = ["exact", "padding", "generation", "checkpointing", "off"]
-    said = {c.property: c.status for c in results["PEFT"]
-            if (c.model, c.method) == (family, "prompt") and c.property in asked}  # fmt: skip
-    cells = run_matrix(subject_of(family), ["prompt"], Peft.made, asked)
-    assert {c.property: c.status for c in cells} == said
+    for subject in subjects_of(family):
+        about = (family, subject.kind.name, "prompt")
+        said = {c.property: c.status for c in results["PEFT"]
+                if (c.model, c.kind, c.method) == about and c.property in asked}  # fmt: skip
+        cells = run_matrix(subject, ["prompt"], Peft.made, asked)
+        assert {c.property: c.status for c in cells} == said
 
 
 def test_page_is_made_from_the_cells_and_covers_everything() -> None:
@@ -82,9 +95,10 @@ def test_page_is_made_from_the_cells_and_covers_everything() -> None:
 
     results, versions = from_json((ROOT / "docs/models.json").read_text())
     assert (ROOT / "docs/models.md").read_text() == page(results, versions)
-    asked = {(f, m, p) for f in NAMES for m in subject_of(f).kind.methods for p in PROPERTIES}
+    asked = {(family, kind.name, method, name) for family in NAMES for kind in family_kinds(family)
+             for method in kind.methods for name in PROPERTIES}  # fmt: skip
     for cells in results.values():
-        assert {(c.model, c.method, c.property) for c in cells} == asked
+        assert {(c.model, c.kind, c.method, c.property) for c in cells} == asked
 
 
 def test_nothing_is_silently_wrong_and_every_refusal_is_a_sentence() -> None:
@@ -95,7 +109,7 @@ def test_nothing_is_silently_wrong_and_every_refusal_is_a_sentence() -> None:
     assert not [c for c in cells if c.status in (Status.wrong, Status.raises)]
     for cell in cells:
         assert cell.status is Status.works or len(cell.detail.split()) > 8
-    assert sum(c.status is Status.works for c in cells) > 2000
+    assert sum(c.status is Status.works for c in cells) > 4000
 
 
 # What the matrix says is only as good as what it would notice.
@@ -121,6 +135,47 @@ def test_small_faults_are_found() -> None:
     found = {c.property: c.status for c in cells}
     assert found.pop("saved") is Status.works, "what is read back is a sound one"
     assert set(found.values()) == {Status.wrong}
+
+
+@pytest.mark.parametrize(("family", "kind", "method"), [
+    ("bert", TOKEN_ENCODER, "prompt"),
+    ("deberta_v2", SEQUENCE_ENCODER, "prefix"),
+    ("bart", ENCODER_DECODER, "p-tuning"),
+    ("llama", SEQUENCE_DECODER, "linear probe"),
+])  # fmt: skip
+def test_small_faults_of_every_kind_are_found(family: str, kind: Kind, method: str) -> None:
+    asked = ["exact", "padding", "gradients"]
+    cells = run_matrix(subject_of(family, kind.name), [method], _Broken.made, asked)
+    assert {c.status for c in cells} == {Status.wrong}
+
+
+def test_oracle_tells_where_virtual_tokens_of_an_encoder_stand() -> None:
+    subject = subject_of("bert")
+    contender = Ours.made(subject, "prompt")
+    (row,) = subject.rows((9, 1))
+    soft = contender.adapter.embeddings().detach()
+    model = subject.base().model
+    own, text = (Labelled(model, soft, as_text=as_text).logits(row) for as_text in (False, True))
+    assert not torch.allclose(own, text, atol=1e-3)
+
+
+class _Forgetful(Ours):
+    """ptkit, but for a part of the head that is not saved."""
+
+    def reloaded(self, folder: Path) -> Ours:
+        again = super().reloaded(folder)
+        head = again.adapter.head
+        fresh = again.adapter.base.model.get_submodule(head.names[-1])
+        head.copies[-1].load_state_dict(fresh.state_dict())
+        return again
+
+
+@pytest.mark.parametrize("family", ["distilbert", "deberta_v2"])
+def test_a_part_of_the_head_that_is_lost_is_missed(family: str) -> None:
+    """The last of the modules, by name, is the one before the classifier."""
+    (cell,) = run_matrix(subject_of(family), ["prefix"], _Forgetful.made, ["saved"])
+    assert Ours.made(subject_of(family), "prefix").adapter.head.names[-1] != "classifier"
+    assert cell.status is Status.wrong
 
 
 def test_oracle_knows_which_key_belongs_to_which_value() -> None:
@@ -153,11 +208,15 @@ def adapters_of(family: str) -> tuple[Subject, list[Ours]]:
     subject = subject_of(family)
     made = []
     for method in subject.kind.methods:
-        if METHODS[method]["kind"] != "lora" and method != "infix":
+        if method not in ("lora", "infix", "linear probe"):
             try:
                 made.append(Ours.made(subject, method))
             except ModelError:
                 continue
+    if subject.kind.head is not None:  # rows of a batch share one
+        head = made[0].adapter.head.copies.state_dict()
+        for contender in made:
+            contender.adapter.head.copies.load_state_dict(head)
     return subject, made
 
 
@@ -178,9 +237,7 @@ def test_rows_of_a_mixed_batch_are_as_alone(family: str, data: st.DataObject) ->
     with torch.no_grad():
         logits, _ = host._read(rows, batch, left)
     found = logits.split([len(row.answer) for row in rows])
-    plain = Embedded(
-        host.adapter.base.model, torch.zeros(0, host.adapter.base.embedding.embedding_dim)
-    )
+    plain = Merged(host.model)
     for row, own, contender in zip(rows, found, chosen, strict=True):
         expected = (plain if contender is None else contender.oracle).logits(row)
         torch.testing.assert_close(own, expected, atol=5e-4, rtol=1e-4)
@@ -214,6 +271,16 @@ def test_small_shapes_keep_their_kind() -> None:
     assert not config("llama").tie_word_embeddings
     assert config("falcon (alibi)").alibi
     assert config("falcon (new)").num_kv_heads == 2
+    assert config("roberta").pad_token_id == config("bart").pad_token_id == 1
+    assert config("electra").embedding_size != config("electra").hidden_size
+    modernbert = config("modernbert (mean)")
+    assert modernbert.layer_types == ["full_attention", "sliding_attention"]
+    assert modernbert.local_attention == WINDOW
+    assert modernbert.classifier_pooling == "mean"
+    assert config("deberta_v2").position_buckets == WINDOW
+    assert config("deberta_v2").relative_attention
+    assert config("deberta_v2 (conv)").conv_kernel_size == 3
+    assert config("distilbert").dim == config("bert").hidden_size
 
 
 def test_rope_factors_of_long_context_models_are_cut_to_the_pairs_there_are() -> None:
@@ -235,8 +302,9 @@ def test_check_says_what_works_and_why_not(tmp_path: Path) -> None:
     answer = ptkit("models", "check", str(tmp_path / "mistral"), "-m", "prompt", "--format", "json",
                    cwd=tmp_path)  # fmt: skip
     cells = json.loads(answer.stdout)
+    assert {c["kind"] for c in cells} == {DECODER.name, SEQUENCE_DECODER.name}
     assert {c["property"] for c in cells} == set(PROPERTIES)
-    assert {c["status"] for c in cells} == {"works"}
+    assert {c["status"] for c in cells} == {"works", "n/a"}
 
 
 def test_check_of_the_real_weights(tmp_path: Path) -> None:
@@ -245,12 +313,34 @@ def test_check_of_the_real_weights(tmp_path: Path) -> None:
     assert {c["status"] for c in json.loads(done.stdout)} == {"works", "n/a"}
 
 
+def test_check_of_an_encoder(tmp_path: Path) -> None:
+    """By its shape, as both kinds of classifiers; by its weights, as what its head is for."""
+    config = small(FAMILIES["electra"].config)
+    config.save_pretrained(tmp_path / "shape")
+    shape = ptkit("models", "check", "shape", "-m", "prompt", "--format", "json", cwd=tmp_path)
+    cells = json.loads(shape.stdout)
+    assert {c["kind"] for c in cells} == {SEQUENCE_ENCODER.name, TOKEN_ENCODER.name}
+    assert {c["status"] for c in cells} == {"works", "n/a"}
+    base = subject_of("electra", TOKEN_ENCODER.name).base()
+    base.model.save_pretrained(tmp_path / "real")
+    base.tokenizer.save_pretrained(tmp_path / "real")
+    real = ptkit("models", "check", "real", "--full", "-m", "prefix", "--format", "json",
+                 cwd=tmp_path)  # fmt: skip
+    cells = json.loads(real.stdout)
+    assert {c["kind"] for c in cells} == {TOKEN_ENCODER.name}
+    assert {c["status"] for c in cells} == {"works", "n/a"}
+    base.model.base_model.save_pretrained(tmp_path / "headless")
+    base.tokenizer.save_pretrained(tmp_path / "headless")
+    assert "is an encoder" in refused("models", "check", "headless", "--full", cwd=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["lama"], "did you mean `llama`?"),
         (["gpt2", "-m", "prefx"], "did you mean `prefix`?"),
-        (["bart", "-m", "infix"], "asked of an encoder-decoder"),
+        (["bart", "-m", "infix"], "`infix` is not asked of bart (encoder-decoder)"),
+        (["bert", "-m", "text prompt"], "`text prompt` is not asked of bert"),
     ],
 )
 def test_unknown_models_and_methods_are_refused(
@@ -261,7 +351,11 @@ def test_unknown_models_and_methods_are_refused(
 
 @pytest.mark.parametrize(
     ("model_type", "said"),
-    [("mamba", "no attention heads"), ("deepseek_v3", "cannot be made small")],
+    [
+        ("mamba", "no attention heads"),
+        ("deepseek_v3", "cannot be made small"),
+        ("clip_text_model", "neither a language model nor a classifier"),
+    ],
 )
 def test_shapes_ptkit_does_not_know_are_refused(model_type: str, said: str, tmp_path: Path) -> None:
     AutoConfig.for_model(model_type).save_pretrained(tmp_path)
@@ -271,7 +365,7 @@ def test_shapes_ptkit_does_not_know_are_refused(model_type: str, said: str, tmp_
 
 @pytest.mark.parametrize("model_type", ["mpt", "gpt_neo"])
 def test_attention_that_takes_no_prefix_is_refused(model_type: str) -> None:
-    subject = small_subject(model_type, small(AutoConfig.for_model(model_type)))
+    subject = small_subject(model_type, small(AutoConfig.for_model(model_type)), DECODER)
     asked = ["exact", "gradients", "generation", "padded generation", "turns"]
     cells = run_matrix(subject, ["prefix", "prompt"], properties=asked)
     assert {(c.status, c.detail[-8:]) for c in cells} == {(Status.refused, "use lora")}
@@ -416,4 +510,4 @@ def test_attention_is_the_models_choice_unless_asked_for(tmp_path: Path) -> None
 
 
 def test_every_kind_has_families() -> None:
-    assert {subject_of(name).kind.name for name in NAMES} == {kind.name for kind in KINDS}
+    assert {kind for name in NAMES for kind in family_kinds(name)} == {*KINDS}

@@ -33,21 +33,36 @@ def check(
 ) -> None:
     """Try every method on MODEL's shape, small and random, and say what works, in seconds.
 
+    An encoder is tried as a sequence and as a token classifier, a decoder as a language model and
+    as a sequence classifier; with --full, MODEL as what its checkpoint is for.
+
     Each answer is compared with what the plain model makes of the same words. Exit code 2 when
     one is wrong or fails; what is refused with a reason is no fault.
     """
-    from ptkit.families.matrix import Status, run_matrix, subject_of
+    from ptkit.families.matrix import Status, require_method, run_matrix, subjects_of
 
-    subject = subject_of(model, full=full)
-    cells = list(run_matrix(subject, method))
+    subjects = subjects_of(model, full=full)
+    for name in method or ():
+        require_method(name, subjects)
+    cells = [
+        cell
+        for subject in subjects
+        for cell in run_matrix(
+            subject, method and [name for name in method if name in subject.kind.methods]
+        )
+    ]
     if format is OutputFormat.json:
         typer.echo(json.dumps([vars(cell) for cell in cells], ensure_ascii=False))
     elif format is OutputFormat.quiet:
         for cell in cells:
             if cell.status in (Status.wrong, Status.raises):
-                typer.echo(f"{cell.method}: {cell.property}")
+                typer.echo(f"{cell.kind}: {cell.method}: {cell.property}")
     else:
-        _show(cells)
+        for subject in subjects:
+            own = [cell for cell in cells if cell.kind == subject.kind.name]
+            if own and len(subjects) > 1:
+                typer.secho(subject.kind.name.capitalize(), bold=True, underline=True)
+            _show(own)
     wrong = [cell for cell in cells if cell.status in (Status.wrong, Status.raises)]
     if wrong:
         raise ModelError(
@@ -65,6 +80,7 @@ def _show(cells: Sequence[Cell]) -> None:
     }  # fmt: skip
     for method in dict.fromkeys(cell.method for cell in cells):
         own = [cell for cell in cells if cell.method == method]
+        asked = [cell for cell in own if cell.status is not Status.not_applicable]
         typer.secho(method, bold=True)
         for status in Status:
             found = [cell for cell in own if cell.status is status]
@@ -72,7 +88,7 @@ def _show(cells: Sequence[Cell]) -> None:
                 continue
             names = ", ".join(cell.property for cell in found)
             typer.secho(f"  {status:<8}", fg=colors[status], nl=False)
-            typer.echo(f"{names if len(found) < len(own) else 'everything asked'}")
+            typer.echo(f"{'everything asked' if found == asked else names}")
             if status is not Status.works:
                 for detail in dict.fromkeys(cell.detail for cell in found):
                     typer.echo(f"          {detail}")

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptkit.families.oracle import Embedded, Inside, Merged, Oracle, Written, prefix_oracle
+from ptkit.data.encode import EncodedExample
+from ptkit.families.oracle import (
+    Embedded,
+    Inside,
+    Labelled,
+    Listened,
+    Merged,
+    Oracle,
+    Written,
+)
+from ptkit.families.prefix_oracle import prefix_oracle
 from ptkit.families.subject import NotApplicable, Row, Subject
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, create_adapter
@@ -25,7 +35,14 @@ from ptkit.methods.text_prompt import TextPrompt
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.cache import conversation_cache
-from ptkit.runtime.forward import IGNORED, pad_rows, supervised_logits, token_losses
+from ptkit.runtime.forward import (
+    IGNORED,
+    collate,
+    head_logits,
+    pad_rows,
+    supervised_logits,
+    token_losses,
+)
 from ptkit.runtime.generation import generate
 
 #: Virtual tokens of every adapter in the matrix.
@@ -43,6 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "p-tuning": {"kind": "p_tuning", **_PROMPT, "encoder_hidden_size": 16},
     "text prompt": {"kind": "text_prompt", "separator": " "},
     "lora": {"kind": "lora", "rank": 4},
+    "linear probe": {"kind": "linear_probe"},
 }  # fmt: skip
 
 
@@ -65,7 +83,7 @@ class Contender(ABC):
 
     @abstractmethod
     def logits(self, rows: Sequence[Row], *, left: bool) -> list[Tensor]:
-        """Logits of each row's answer, `[tokens, vocabulary]`, the rows being padded."""
+        """Logits of each row's answer (see `Oracle.logits`), the rows being padded."""
 
     @abstractmethod
     def loss(self, rows: Sequence[Row]) -> Tensor:
@@ -115,6 +133,9 @@ class Ours(Contender):
             for name, parameter in adapter.named_parameters():
                 if "lora_B" in name:  # starts at zero, where LoRA does nothing
                     torch.nn.init.normal_(parameter, std=0.05)
+            if adapter.head is not None:  # as after some training
+                for parameter in adapter.head.copies.parameters():
+                    parameter.data.add_(0.1 * torch.randn_like(parameter))
         return cls(subject, method, adapter)
 
     @property
@@ -124,12 +145,18 @@ class Ours(Contender):
         return self._oracle
 
     def _make_oracle(self) -> Oracle:
-        adapter, model = self.adapter, self.adapter.base.model
+        adapter, kind = self.adapter, self.subject.kind
         if self.method == "lora":
             merged: Any = copy.deepcopy(adapter.peft_model)
-            return Merged(merged.merge_and_unload())
+            return Merged(self._with_head(merged.merge_and_unload()))
+        model = self._with_head(self.subject.base().model)
         if isinstance(adapter, SoftPrompt):
-            return Embedded(self.subject.base().model, adapter.embeddings().detach())
+            soft = adapter.embeddings().detach()
+            if adapter.base.encoder_decoder:
+                return Listened(model, soft)
+            return Labelled(model, soft, as_text=False) if adapter.base.encoder else Embedded(
+                model, soft
+            )  # fmt: skip
         if isinstance(adapter, TextPrompt):
             return Written(model, adapter.token_ids.tolist())
         if self.method == "infix":
@@ -138,13 +165,23 @@ class Ours(Contender):
             )["input_ids"]
             return Inside(model, tokens)
         prefix = adapter.prefix()
-        assert prefix is not None
+        if prefix is None:
+            return Merged(model)
         prefix = prefix.detach()
-        return prefix_oracle(self.subject.base().model, prefix.keys, prefix.values)
+        return prefix_oracle(
+            model, prefix.keys, prefix.values, takes_positions=kind.takes_positions
+        )
+
+    def _with_head(self, model: PreTrainedModel) -> PreTrainedModel:
+        """`model`, of its own, with the weights of the adapter's head if it has one."""
+        if (head := self.adapter.head) is not None:
+            for name, trained in zip(head.names, head.copies, strict=True):
+                model.get_submodule(name).load_state_dict(trained.state_dict())
+        return model
 
     @property
     def model(self) -> PreTrainedModel:
-        return self.adapter.base.model
+        return self.adapter.base.model if self.adapter.head is None else self.adapter.head.view
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.adapter.trainable()
@@ -157,6 +194,12 @@ class Ours(Contender):
 
     def _read(self, rows: Sequence[Row], batch: PrefixBatch | None, left: bool) -> Any:
         base = self.adapter.base
+        if base.head is not None:
+            read = collate([EncodedExample(row.input, row.answer) for row in rows], base)
+            labels = read.pop("labels")
+            found = head_logits(self.adapter.model, **read, batch=batch)
+            learnt = labels != IGNORED
+            return found.view(*labels.shape, -1)[learnt], labels[learnt]
         if base.encoder_decoder:
             ids, mask = pad_rows([r.input for r in rows], base.pad_token_id, left=left)
             labels, written = pad_rows([r.answer for r in rows], base.pad_token_id, left=False)
@@ -210,7 +253,8 @@ class Ours(Contender):
         if not self.parameters():
             raise NotApplicable("nothing is trained")
         write_adapter(folder / "adapter", self.adapter.files())
-        adapter = adapter_from_files(read_adapter(folder / "adapter"), self.subject.base())
+        base = self.subject.loaded_again().base()
+        adapter = adapter_from_files(read_adapter(folder / "adapter"), base)
         return Ours(self.subject, self.method, adapter)
 
     @contextmanager

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
 from ptkit.errors import ModelError, UserError, did_you_mean
 from ptkit.families.contender import Contender, Ours
+from ptkit.families.kinds import KINDS, Kind, kinds_of, used_as
 from ptkit.families.oracle import Merged
 from ptkit.families.properties import PROPERTIES, Mismatch, Trial
 from ptkit.families.shapes import FAMILIES, small
 from ptkit.families.subject import NotApplicable, Subject, real_subject, small_subject
 from ptkit.recipe.schema import ModelSection
-from ptkit.runtime.base_model import load_base
+from ptkit.runtime.base_model import Labels, load_base, source_of
 
 
 class Status(StrEnum):
@@ -35,9 +38,11 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Cell:
-    """One property of one method on one model. detail: the reason, where there is one."""
+    """One property of one method on one model, used as `kind`. detail: the reason, where there is
+    one."""
 
     model: str
+    kind: str
     method: str
     property: str
     status: Status
@@ -47,38 +52,64 @@ class Cell:
 Make = Callable[[Subject, str], Contender]
 
 
-def subject_of(model: str, *, full: bool = False) -> Subject:
-    """What to check for `model`: a family's name, a hub id or a folder.
+def subjects_of(model: str, *, full: bool = False) -> list[Subject]:
+    """What to check for `model`, a family's name, a hub id or a folder: one for each kind it is of.
 
-    full: the real weights instead of a small random model of the same shape. Raises ModelError
-    when it cannot be found.
+    full: the real weights instead of a small random model of the same shape, as what its
+    checkpoint is for. Raises ModelError when it cannot be found.
     """
     if full:
-        return real_subject(load_base(ModelSection(id=model)))
+        return [_real(model)]
     if model in FAMILIES:
-        return small_subject(model, small(FAMILIES[model].config))
-    subject = small_subject(model, small(_read_config(model)))
-    _require_runs(subject)
-    return subject
-
-
-def _require_runs(subject: Subject) -> None:
-    """Raise ModelError when the model, made small, does not run by itself."""
-    assert subject.config is not None
+        config = small(FAMILIES[model].config)
+        return [small_subject(model, config, kind) for kind in family_kinds(model)]
+    config = small(_read_config(model))
     try:
-        (row,) = subject.rows((3, 2))
-        Merged(subject.base().model).logits(row)
+        subjects = [small_subject(model, config, kind) for kind in kinds_of(config)]
+        for subject in subjects:
+            (row,) = subject.rows((3, 2))
+            Merged(subject.base().model).logits(row)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ModelError(
-            f"`{subject.config.model_type}` cannot be made small "
+            f"`{config.model_type}` cannot be made small "
             f"({str(error).strip().splitlines()[0]}); check the real weights with --full"
         ) from error
+    if not subjects:
+        raise ModelError(
+            f"transformers has neither a language model nor a classifier of `{config.model_type}`, "
+            "so there is nothing ptkit could train on it"
+        )
+    return subjects
+
+
+@functools.cache
+def family_kinds(name: str) -> tuple[Kind, ...]:
+    """The kinds that the family `name` is of."""
+    return kinds_of(small(FAMILIES[name].config))
+
+
+def subject_of(model: str, kind: str | None = None) -> Subject:
+    """The one of `subjects_of` whose kind has the name `kind`; None: the first."""
+    subjects = subjects_of(model)
+    return next(s for s in subjects if kind in (None, s.kind.name))
+
+
+def _real(model: str) -> Subject:
+    """The real weights of `model`, with the head its checkpoint has."""
+    config: Any = _read_config(model)
+    made = {*(config.architectures or ())}
+    head = next((kind.head for kind in KINDS if kind.head is not None and type(config)
+                 in (known := kind.loader._model_mapping) and known[type(config)].__name__ in made),
+                None)  # fmt: skip
+    labels = None
+    if head is not None:
+        labels = Labels(head, tuple(config.id2label[i] for i in sorted(config.id2label)))
+    base = load_base(ModelSection(id=model), labels)
+    return real_subject(base, used_as(base))
 
 
 def _read_config(model: str) -> PretrainedConfig:
-    from ptkit.runtime.base_model import TINY_EN, TINY_EN_FOLDER
-
-    source = str(TINY_EN_FOLDER) if model == TINY_EN else model
+    source = source_of(model)
     if "/" not in source and not Path(source).is_dir():
         raise ModelError(
             f"`{model}` is neither a family nor a folder nor a hub id `user/name`; "
@@ -101,11 +132,7 @@ def run_matrix(
     """Check `subject`, property by property. Raises UserError for an unknown method."""
     chosen = subject.kind.methods if methods is None else tuple(methods)
     for method in chosen:
-        if method not in subject.kind.methods:
-            raise UserError(
-                f"no method `{method}` is asked of an {subject.kind.name}; "
-                f"{did_you_mean(method, subject.kind.methods)}"
-            )
+        require_method(method, [subject])
     heard = logging.get_verbosity()
     logging.set_verbosity_error()  # every check makes its model anew, warnings and all
     try:
@@ -114,9 +141,17 @@ def run_matrix(
             trial = Trial(on, lambda s, method=method: make(s, method))  # type: ignore[misc]
             for name in properties:
                 status, detail = _outcome(trial, name)
-                yield Cell(subject.name, method, name, status, detail)
+                yield Cell(subject.name, subject.kind.name, method, name, status, detail)
     finally:
         logging.set_verbosity(heard)
+
+
+def require_method(method: str, subjects: Sequence[Subject]) -> None:
+    """Raise UserError when `method` is asked of none of `subjects`."""
+    known = dict.fromkeys(name for s in subjects for name in s.kind.methods)
+    if method not in known:
+        whom = f"{subjects[0].name} ({', '.join(s.kind.name for s in subjects)})"
+        raise UserError(f"`{method}` is not asked of {whom}; {did_you_mean(method, known)}")
 
 
 def _outcome(trial: Trial, name: str) -> tuple[Status, str]:

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    DynamicCache,
-    PreTrainedModel,
-)
-from transformers.masking_utils import eager_mask
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ptkit.families.subject import Row
 
@@ -32,7 +27,8 @@ class Oracle(ABC):
 
     @abstractmethod
     def logits(self, row: Row) -> Tensor:
-        """Logits `[tokens of the answer, vocabulary]` that predict the answer, token by token."""
+        """Logits `[tokens of the answer, vocabulary]` that predict the answer, token by token; of
+        a labelled row, `[labelled, labels]`."""
 
     def greedy(self, read: list[int], tokens: int) -> list[int]:
         """The likeliest next token, `tokens` times, everything being read anew each time."""
@@ -65,13 +61,21 @@ class Oracle(ABC):
             if self.model.config.is_encoder_decoder:
                 start = self.model.config.decoder_start_token_id
                 begin = torch.tensor([[start, *row.answer[:-1]]], device=device)
-                if "inputs_embeds" not in inputs:
-                    inputs["input_ids"] = torch.tensor([row.input], device=device)
-                return self.model(decoder_input_ids=begin, **{**inputs, "use_cache": False}).logits[
-                    0
-                ]
-            logits = self.model(**inputs).logits[0]
-        return logits[-len(row.answer) - 1 : -1]
+                read = inputs or {"input_ids": torch.tensor([row.input], device=device)}
+                return self.model(decoder_input_ids=begin, **read, use_cache=False).logits[0]
+            logits = self.model(**inputs).logits
+        if row.labelled:
+            return logits.flatten(0, -2)[-len(row.answer) :]
+        return logits[0, -len(row.answer) - 1 : -1]
+
+    def _read(self, row: Row, **inputs: Any) -> Tensor:
+        """The model's own logits of the answer, nothing being cached."""
+        if not (row.labelled or self.model.config.is_encoder_decoder):  # not all can be told so
+            inputs["use_cache"] = False
+        return self._plain(row, **inputs)
+
+    def _ids(self, row: Row) -> Tensor:
+        return torch.tensor([row.whole], device=self.model.device)
 
 
 class Merged(Oracle):
@@ -80,12 +84,13 @@ class Merged(Oracle):
     def logits(self, row: Row) -> Tensor:
         if self.model.config.is_encoder_decoder:
             return self._plain(row)
-        ids = torch.tensor([row.input + row.answer], device=self.model.device)
-        return self._plain(row, input_ids=ids, use_cache=False)
+        return self._read(row, input_ids=self._ids(row))
 
 
 class Embedded(Oracle):
-    """Soft prompts: their embeddings `[virtual_tokens, hidden]`, then those of the words."""
+    """Soft prompts: their embeddings `[virtual_tokens, hidden]`, then those of the words, all of
+    them as one text. A decoder writes, or labels, as it does after text; of an encoder-decoder the
+    encoder reads it."""
 
     def __init__(self, model: PreTrainedModel, embeddings: Tensor) -> None:
         super().__init__(model)
@@ -94,10 +99,90 @@ class Embedded(Oracle):
     def logits(self, row: Row) -> Tensor:
         pairs = self.model.config.is_encoder_decoder
         reader = self.model.get_encoder() if pairs else self.model
-        read = row.input if pairs else row.input + row.answer
-        words = reader.get_input_embeddings()(torch.tensor([read], device=self.model.device))
+        read = torch.tensor([row.input if pairs else row.whole], device=self.model.device)
+        # Some encoders scale what they look up themselves, and not what they are given.
+        words = reader.get_input_embeddings()(read) * getattr(reader, "embed_scale", 1.0)
         whole = torch.cat([self.embeddings[None].to(words.dtype), words], dim=1)
-        return self._plain(row, inputs_embeds=whole, use_cache=False)
+        return self._read(row, inputs_embeds=whole)
+
+
+class Listened(Oracle):
+    """A soft prompt in the encoder of an encoder-decoder, written out: words keep their absolute
+    positions, virtual tokens have none, and the decoder reads what became of all of them (Lester et
+    al. 2021, section 2)."""
+
+    def __init__(self, model: PreTrainedModel, embeddings: Tensor) -> None:
+        super().__init__(model)
+        self.embeddings = embeddings
+
+    def logits(self, row: Row) -> Tensor:
+        encoder = self.model.get_encoder()
+        scaled = self.embeddings * getattr(encoder, "embed_scale", 1.0)
+        if not hasattr(encoder, "embed_positions"):  # relative ones: it is a longer text
+            return Embedded(self.model, scaled).logits(row)
+        read = torch.tensor([row.input], device=self.model.device)
+        with torch.no_grad():
+            (places,) = _given_out(encoder.embed_positions, lambda: encoder(input_ids=read))
+            words = encoder.get_input_embeddings()(read) * getattr(encoder, "embed_scale", 1.0)
+            states = torch.cat([scaled[None].to(words.dtype), words + places], dim=1)
+            if hasattr(encoder, "layernorm_embedding"):
+                states = encoder.layernorm_embedding(states)
+            for layer in encoder.layers:
+                states = layer(states, None)
+            if hasattr(encoder, "layer_norm"):
+                states = encoder.layer_norm(states)
+        seen = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
+        return self._plain(row, encoder_outputs=(states,), attention_mask=seen)
+
+
+class Labelled(Oracle):
+    """A soft prompt that an encoder reads, in front of the words. Its outputs go no further than
+    the last layer: the head finds the first word, or all of them, where they always are.
+
+    as_text: virtual tokens have the first positions and words those after them; otherwise words
+        have their own, and virtual tokens all that of the first word
+    """
+
+    def __init__(self, model: PreTrainedModel, embeddings: Tensor, *, as_text: bool) -> None:
+        super().__init__(copy.deepcopy(model))
+        self.embeddings, self.as_text = embeddings, as_text
+        self.backbone: Any = self.model.base_model
+        self.pooler = getattr(self.backbone, "pooler", None)
+
+    def logits(self, row: Row) -> Tensor:
+        ids, virtual = self._ids(row), len(self.embeddings)
+        positions = own_positions(self.backbone, ids)
+        first = int(positions.min())
+        if self.as_text:
+            before = torch.arange(first, first + virtual, device=ids.device)
+            positions = torch.cat([before[None], positions + virtual], dim=1)
+        else:
+            positions = nn.functional.pad(positions, (virtual, 0), value=first)
+        with torch.no_grad():
+            words = self.backbone.get_input_embeddings()(ids)
+            whole = torch.cat([self.embeddings[None].to(words.dtype), words], dim=1)
+            states = self.backbone(
+                inputs_embeds=whole, attention_mask=torch.ones_like(positions),
+                position_ids=positions,
+            )[0][:, virtual:]  # fmt: skip
+            pooled = None if self.pooler is None else self.pooler(states)
+        read = _HasRead(BaseModelOutputWithPooling(states, pooled))
+        setattr(self.model, self.model.base_model_prefix, read)
+        try:
+            return self._plain(row, input_ids=ids, attention_mask=torch.ones_like(ids))
+        finally:
+            setattr(self.model, self.model.base_model_prefix, self.backbone)
+
+
+class _HasRead(nn.Module):
+    """A backbone that has read already."""
+
+    def __init__(self, output: BaseModelOutputWithPooling) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: Any, **kw: Any) -> BaseModelOutputWithPooling:
+        return self.output
 
 
 class Written(Oracle):
@@ -108,8 +193,8 @@ class Written(Oracle):
         self.tokens = list(tokens)
 
     def logits(self, row: Row) -> Tensor:
-        ids = torch.tensor([self.tokens + row.input + row.answer], device=self.model.device)
-        return self._plain(row, input_ids=ids, use_cache=False)
+        ids = torch.tensor([self.tokens + row.whole], device=self.model.device)
+        return self._read(row, input_ids=ids)
 
 
 class Inside(Oracle):
@@ -134,126 +219,29 @@ class Inside(Oracle):
         )  # fmt: skip
 
 
-class Attended(Oracle):
-    """A prefix, by softmax(q [p; k] + mask) [p; v] in every attention (Li & Liang 2021, section 4;
-    He et al. 2022, equation 5). Every word sees all of it, whatever the layer's window."""
-
-    def __init__(
-        self, model: PreTrainedModel, keys: Sequence[Tensor], values: Sequence[Tensor]
-    ) -> None:
-        """keys, values: per attention module, `[kv_heads, virtual_tokens, head_dim]`."""
-        super().__init__(model)
-        self.tokens = keys[0].shape[1]
-        self.prefix = dict(zip(attentions(model), zip(keys, values, strict=True), strict=True))
-        AttentionInterface.register("written_out", self._attention)
-        AttentionMaskInterface.register("written_out", _whole_mask)
-
-    def logits(self, row: Row) -> Tensor:
-        # Registered again: another oracle may have taken the name.
-        AttentionInterface.register("written_out", self._attention)
-        own = self.model.config._attn_implementation
-        self.model.set_attn_implementation("written_out")
-        try:
-            if self.model.config.is_encoder_decoder:
-                return self._plain(row)
-            ids = torch.tensor([row.input + row.answer], device=self.model.device)
-            positions = torch.arange(ids.shape[1], device=ids.device)[None] + self.tokens
-            return self._plain(row, input_ids=ids, position_ids=positions, use_cache=False)
-        finally:
-            self.model.set_attn_implementation(own)
-
-    def _attention(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-        scaling: float | None = None, **kw: Any,
-    ) -> tuple[Tensor, None]:  # fmt: skip
-        before, after = (t.to(key.dtype)[None] for t in self.prefix[module])
-        groups = query.shape[1] // key.shape[1]
-        keys = torch.cat([before, key], dim=2).repeat_interleave(groups, dim=1)
-        values = torch.cat([after, value], dim=2).repeat_interleave(groups, dim=1)
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scores = (query @ keys.transpose(-1, -2)).float() * scaling
-        if kw.get("softcap"):  # Gemma 2
-            scores = kw["softcap"] * (scores / kw["softcap"]).tanh()
-        for added in (mask, kw.get("position_bias")):
-            if added is not None:
-                scores[..., self.tokens :] += added
-        if kw.get("s_aux") is not None:  # GPT-OSS: a score that takes attention to nowhere
-            sink = kw["s_aux"].reshape(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)
-            weights = torch.cat([scores, sink.float()], dim=-1).softmax(-1)[..., :-1]
-        else:
-            weights = scores.softmax(-1)
-        return (weights.to(values.dtype) @ values).transpose(1, 2).contiguous(), None
-
-
-class Continued(Oracle):
-    """A prefix, as the model's own cache of what it read before: for models whose attention is
-    their own business. Only where all layers see everything."""
-
-    def __init__(
-        self, model: PreTrainedModel, keys: Sequence[Tensor], values: Sequence[Tensor]
-    ) -> None:
-        super().__init__(model)
-        self.pairs = list(zip(keys, values, strict=True))
-
-    def logits(self, row: Row) -> Tensor:
-        cache = DynamicCache()
-        for layer, (key, value) in enumerate(self.pairs):
-            cache.update(key[None].clone(), value[None].clone(), layer)
-        ids = torch.tensor([row.input + row.answer], device=self.model.device)
-        mask = ids.new_ones(1, self.pairs[0][0].shape[1] + ids.shape[1])
-        return self._plain(
-            row, input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True
-        )
-
-
-def _whole_mask(*args: Any, **kw: Any) -> Tensor:
-    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return eager_mask(*args, **{**kw, **skips})
-
-
-def attentions(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that attend, found by letting the model read a word.
-
-    In the order in which a prefix holds them: encoder, decoder, and what the decoder reads the
-    encoder through, each from the first layer up.
-    """
-    seen: list[tuple[nn.Module, int, int]] = []
-
-    def note(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any
-    ) -> tuple[Tensor, None]:
-        seen.append((module, query.shape[2], key.shape[2]))
-        heads = value.shape[1]
-        mean = value.mean(dim=2, keepdim=True).repeat_interleave(query.shape[1] // heads, dim=1)
-        return mean.expand(-1, -1, query.shape[2], -1).transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register("noted", note)
-    AttentionMaskInterface.register("noted", _whole_mask)
-    reader: Any = model
-    own = model.config._attn_implementation
-    reader.set_attn_implementation("noted")
-    word = torch.full((1, 3), 3, device=model.device)
+def own_positions(backbone: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The positions `[1, tokens]` that `backbone` gives words by itself: RoBERTa's begin after that
+    of padding."""
+    tables = [m for name, m in backbone.named_modules()
+              if name.endswith("position_embeddings") and isinstance(m, nn.Embedding)]  # fmt: skip
+    if not tables:
+        return torch.arange(ids.shape[1], device=ids.device)[None]
+    seen: list[Tensor] = []
+    hook = tables[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
         with torch.no_grad():
-            if model.config.is_encoder_decoder:
-                reader(input_ids=word, decoder_input_ids=word[:, :2], use_cache=False)
-            else:
-                reader(input_ids=word, use_cache=False)
+            backbone(input_ids=ids)
     finally:
-        reader.set_attn_implementation(own)
-    # The encoder reads three words, the decoder two: lengths tell the sites apart.
-    sites = {(3, 3): 0, (2, 2): 1, (2, 3): 2}
-    return [module for module, queries, keys in
-            sorted(seen, key=lambda entry: sites[entry[1:]])]  # fmt: skip
+        hook.remove()
+    return seen[0].expand_as(ids)
 
 
-def prefix_oracle(
-    model: PreTrainedModel, keys: Sequence[Tensor], values: Sequence[Tensor]
-) -> Oracle:
-    """`Attended` where the attention can be replaced, else `Continued`.
-
-    model: of its own, not the one under test
-    """
-    model = copy.deepcopy(model)
-    kind = Attended if type(model)._can_set_attn_implementation() else Continued
-    return kind(model, keys, values)
+def _given_out(module: nn.Module, run: Callable[[], object]) -> list[Tensor]:
+    """What `module` returns while `run` is called."""
+    found: list[Tensor] = []
+    hook = module.register_forward_hook(lambda _, __, output: found.append(output))
+    try:
+        run()
+    finally:
+        hook.remove()
+    return found

@@ -25,6 +25,8 @@ TOLERANCE = 2e-4
 LENGTHS = ((9, 6), (4, 3), (14, 5))
 EQUAL = ((9, 6), (9, 6))
 NEW_TOKENS = 8
+#: The longest row an attention is written out for, in words.
+_LONG = 1024
 #: Share of trained values that may be without a gradient in a step (units that are off).
 _DEAD = 0.4
 
@@ -99,12 +101,25 @@ def exact(trial: Trial) -> None:
 
 @_property("padding")
 def padding(trial: Trial) -> None:
-    """Rows of unequal lengths, padded on either side, get the logits they get alone."""
+    """Rows of unequal lengths, padded on either side, get the logits they get alone (encoders and
+    classifiers: at the right)."""
     contender = trial.contender()
     rows = trial.subject.rows(*LENGTHS)
     _check_logits(contender, rows, left=False, what="padded at the right")
     if trial.subject.kind.padded_left:
         _check_logits(contender, rows, left=True, what="padded at the left")
+
+
+@_property("whole length")
+def whole_length(trial: Trial) -> None:
+    """A row as long as the model was made for is read beside the virtual tokens, too (asked where
+    these take no positions)."""
+    subject = trial.subject
+    if subject.kind.takes_positions:
+        raise NotApplicable("virtual tokens take positions, as words do")
+    row = _longest(subject)
+    contender = trial.contender()
+    _check_logits(contender, [row], left=False, what=f"{len(row.input)} words")
 
 
 @_property("gradients")
@@ -126,7 +141,9 @@ def gradients(trial: Trial) -> None:
         if not slopes or not any(bool(g.abs().max() > 0) for g in slopes.values()):
             raise Mismatch("nothing that is trained got a gradient")
         dead = sum(int((g == 0).sum()) for g in slopes.values())
-        if dead > _DEAD * sum(g.numel() for g in slopes.values()):
+        # Units of a head may well be off for two rows.
+        writes = trial.subject.kind.head is None
+        if writes and dead > _DEAD * sum(g.numel() for g in slopes.values()):
             raise Mismatch("half of what is trained never gets a gradient")
         length = float(torch.cat([g.flatten() for g in slopes.values()]).norm())
         generator = torch.Generator().manual_seed(5)
@@ -215,6 +232,7 @@ def padded_generation(trial: Trial) -> None:
 @_property("beams")
 def beams(trial: Trial) -> None:
     """Beam search finds what it finds over the oracle."""
+    _require_words(trial)
     contender = trial.contender()
     inputs = [row.input for row in trial.subject.rows(*EQUAL)]
     found = contender.generate(inputs, max_new_tokens=4, num_beams=3)
@@ -239,6 +257,7 @@ def no_cache(trial: Trial) -> None:
 @_property("lookup")
 def lookup(trial: Trial) -> None:
     """So does prompt lookup decoding (drafts of the answer copied from the input)."""
+    _require_words(trial)
     _require_of_base(trial, prompt_lookup_num_tokens=2)
     contender = trial.contender()
     word = trial.subject.rows((3, 1))[0].input
@@ -260,7 +279,8 @@ def turns(trial: Trial) -> None:
 
 @_property("saved")
 def saved(trial: Trial) -> None:
-    """Saved and read back on a fresh base, it gives the oracle's logits still."""
+    """Saved and read back on the base loaded anew, it gives the oracle's logits still; whatever of
+    a head the pretrained checkpoint has no weights for is at random there."""
     contender = _trained(trial)
     rows = trial.subject.rows((8, 4))
     with tempfile.TemporaryDirectory() as folder:
@@ -271,23 +291,31 @@ def saved(trial: Trial) -> None:
 
 @_property("off")
 def off(trial: Trial) -> None:
-    """Switched off, the base's logits are bit for bit those from before, its words the same."""
+    """Switched off, the base's logits are bit for bit those from before, its words the same (with a
+    classification head: those of the base's own)."""
     (row,) = trial.subject.rows((8, 4))
     base = Merged(trial.subject.base().model)
-    before, written = base.logits(row), base.greedy(row.input, 4)
+    before = base.logits(row)
     contender = trial.contender()
     on = contender.logits([row], left=False)[0]
     with contender.off() as model:
         after = Merged(model).logits(row)
-        again = model.generate(
-            input_ids=torch.tensor([row.input], device=model.device), max_new_tokens=4,
-            do_sample=False, eos_token_id=None,
-        )[0, -4:].tolist()  # fmt: skip
+        again = None if row.labelled else _four_words(model, row)
     if torch.equal(on, before):
         raise Mismatch("the adapter did nothing while it was on")
     if not torch.equal(after, before):
         raise Mismatch("the base is not what it was")
-    _require_equal([again], [written], "generation without the adapter")
+    if again is not None:
+        written = base.greedy(row.input, 4)
+        _require_equal([again], [written], "generation without the adapter")
+
+
+def _four_words(model: Any, row: Row) -> list[int]:
+    written = model.generate(
+        input_ids=torch.tensor([row.input], device=model.device), max_new_tokens=4,
+        do_sample=False, eos_token_id=None,
+    )  # fmt: skip
+    return [int(token) for token in written[0, -4:]]
 
 
 @_property("other attention")
@@ -317,6 +345,7 @@ def bfloat16(trial: Trial) -> None:
 @_property("tied")
 def tied(trial: Trial) -> None:
     """The same with input and output embeddings shared, where they were not, or the reverse."""
+    _require_words(trial)
     config = trial.subject.config
     if config is None:
         raise NotApplicable("asked of small models")
@@ -329,7 +358,31 @@ def tied(trial: Trial) -> None:
     _check_logits(contender, other.rows((9, 6), (9, 6)), left=False, what="embeddings")
 
 
+def _longest(subject: Subject) -> Row:
+    """The longest row that the plain base reads. Raises NotApplicable where there is none."""
+    base = subject.base()
+    if base.max_positions is None:
+        raise NotApplicable(f"{type(base.model).__name__} has positions without end")
+    if base.max_positions > _LONG:
+        raise NotApplicable(f"asked up to {_LONG} words")
+    # Tables of positions keep places for other things, in some families.
+    for length in range(base.max_positions, base.max_positions - 4, -1):
+        (row,) = subject.rows((length, 4))
+        try:
+            Merged(base.model).logits(row)
+        except (IndexError, RuntimeError):
+            continue
+        return row
+    raise NotApplicable(f"the plain base does not read {base.max_positions} words")
+
+
+def _require_words(trial: Trial) -> None:
+    if trial.subject.kind.head is not None:
+        raise NotApplicable("a classification head writes no words")
+
+
 def _require_going_on(trial: Trial) -> None:
+    _require_words(trial)
     if not trial.subject.kind.goes_on:
         raise NotApplicable(f"an {trial.subject.kind.name} answers one input")
 
@@ -349,6 +402,7 @@ def _require_of_base(trial: Trial, **options: object) -> None:
 def _check_tokens(
     trial: Trial, what: str, lengths: Sequence[tuple[int, int]] = EQUAL, **options: object
 ) -> None:
+    _require_words(trial)
     contender = trial.contender()
     inputs = [row.input for row in trial.subject.rows(*lengths)]
     found = contender.generate(inputs, max_new_tokens=NEW_TOKENS, **options)

@@ -30,6 +30,10 @@ class Family:
 
 _GROUPED = {"num_key_value_heads": 8}
 _FALCON = {"num_attention_heads": 64, "hidden_size": 4096}
+_DEBERTA = {
+    "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 256,
+    "norm_rel_ebd": "layer_norm", "share_att_key": True, "position_biased_input": False,
+}  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family("gpt2"),
@@ -66,20 +70,34 @@ FAMILIES: dict[str, Family] = {
                                "tie_word_embeddings": False}),
     "bart": Family("bart"),
     "bart (unequal)": Family("bart", {"decoder_layers": 6}),
-    "mbart": Family("mbart"),
-    "pegasus": Family("pegasus"),
-    "marian": Family("marian"),
+    # As published, these three scale what they look up.
+    "mbart": Family("mbart", {"scale_embedding": True}),
+    "pegasus": Family("pegasus", {"scale_embedding": True}),
+    "marian": Family("marian", {"scale_embedding": True}),
+    "bert": Family("bert"),
+    "roberta": Family("roberta"),
+    # Embeddings narrower than the layers.
+    "electra": Family("electra"),
+    "distilbert": Family("distilbert"),
+    "modernbert": Family("modernbert"),
+    "modernbert (mean)": Family("modernbert", {"classifier_pooling": "mean"}),
+    # As DeBERTa-v3: relative positions only, in buckets.
+    "deberta_v2": Family("deberta-v2", _DEBERTA),
+    # As DeBERTa-v2-xlarge: the first layer sees its neighbours through a convolution, too.
+    "deberta_v2 (conv)": Family("deberta-v2", {**_DEBERTA, "conv_kernel_size": 3,
+                                               "conv_act": "gelu"}),
 }  # fmt: skip
 
-_WIDTH = ("hidden_size", "n_embd", "d_model")
+_WIDTH = ("hidden_size", "n_embd", "d_model", "dim", "pooler_hidden_size")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
           "decoder_attention_heads")  # fmt: skip
 _GROUPS = ("num_key_value_heads", "num_kv_heads")
-_INNER = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "d_ff", "n_inner",
+_INNER = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "d_ff", "n_inner", "hidden_dim",
           "encoder_ffn_dim", "decoder_ffn_dim", "moe_intermediate_size",
           "shared_expert_intermediate_size")  # fmt: skip
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
-_WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
+_WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention",
+            "position_buckets")  # fmt: skip
 _EXPERTS = ("num_experts", "num_local_experts")
 _DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _STACKS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
@@ -106,7 +124,8 @@ def small(config: PretrainedConfig) -> PretrainedConfig:
     new = {k: v for k, v in old.items() if k not in _DERIVED}
     new |= {k: HIDDEN for k in _WIDTH if k in old} | {k: HEADS for k in _HEADS if k in old}
     new |= {k: 48 for k in _INNER if old.get(k)} | {k: 128 for k in _POSITIONS if k in old}
-    new |= {k: WINDOW for k in _WINDOWS if old.get(k)} | {k: 4 for k in _EXPERTS if old.get(k)}
+    new |= {k: WINDOW for k in _WINDOWS if (old.get(k) or 0) > 0}
+    new |= {k: 4 for k in _EXPERTS if old.get(k)}
     new |= {k: 0.0 for k, v in old.items() if "drop" in k and isinstance(v, float)}
     heads = next((old[k] for k in _HEADS if old.get(k)), None)
     if heads is None:
@@ -125,8 +144,9 @@ def small(config: PretrainedConfig) -> PretrainedConfig:
         new["rotary_dim"] = HEAD // 2
     if old.get("query_pre_attn_scalar"):
         new["query_pre_attn_scalar"] = new["head_dim"]
-    if old.get("word_embed_proj_dim"):
-        new["word_embed_proj_dim"] = HIDDEN if old["word_embed_proj_dim"] == width else 40
+    for name in ("word_embed_proj_dim", "embedding_size"):
+        if old.get(name):
+            new[name] = HIDDEN if old[name] == width else 40
     if old.get("num_experts_per_tok"):
         new["num_experts_per_tok"] = 2
     for name, value in old.items():
@@ -161,11 +181,20 @@ def _layers(old: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _words(old: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    # A family's own places where they are below those of words: RoBERTa counts positions from that
+    # of padding.
+    special = [old.get(k) for k in ("pad_token_id", "eos_token_id", "bos_token_id")]
+    own = sorted(map(str, special)) == [str(i) for i in range(FIRST_WORD)]
+    pad, end, start = special if own else range(FIRST_WORD)
+    found: dict[str, Any] = {"pad_token_id": pad, "eos_token_id": end, "bos_token_id": start}
+    found |= {k: v for k, v in (("cls_token_id", start), ("sep_token_id", end)) if k in old}
     found |= {k: VOCABULARY for k in ("vocab_size", "decoder_vocab_size") if old.get(k)}
     if old.get("is_encoder_decoder"):
-        start, pad = old.get("decoder_start_token_id"), old.get("pad_token_id")
-        found["decoder_start_token_id"] = 0 if start is not None and start == pad else 2
+        first = old.get("decoder_start_token_id")
+        padded = first is not None and first == old.get("pad_token_id")
+        found["decoder_start_token_id"] = (
+            pad if padded else first if own and first is not None else start
+        )
         found |= {"forced_bos_token_id": None, "forced_eos_token_id": None}
     return found
 

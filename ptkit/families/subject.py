@@ -13,9 +13,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from ptkit.families.kinds import Kind, kind_of
+from ptkit.families.kinds import Kind
 from ptkit.families.shapes import FIRST_WORD, VOCABULARY
-from ptkit.runtime.base_model import Base, frozen_base
+from ptkit.runtime.base_model import Base, frozen_base, headed_base
+
+#: Of the classification heads of small models.
+LABELS = ("yes", "no", "maybe")
 
 
 class NotApplicable(Exception):
@@ -24,10 +27,19 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids that are read, and those that are to be written after them."""
+    """Token ids that are read, and those that are to be written after them.
+
+    labelled: `answer` are numbers of labels instead, of the input or of each of its tokens
+    """
 
     input: list[int]
     answer: list[int]
+    labelled: bool = False
+
+    @property
+    def whole(self) -> list[int]:
+        """The tokens of one text: the input, and the answer if that is written after it."""
+        return self.input if self.labelled else self.input + self.answer
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,8 @@ class Subject:
 
     config: what it is made of; None for a real model, which is copied
     attention: implementation; None for the one transformers chooses
+    labels: of its classification head, if it has one
+    again: it was loaded a second time, and what the checkpoint has no weights for is new
     """
 
     name: str
@@ -46,12 +60,22 @@ class Subject:
     config: PretrainedConfig | None = None
     attention: str | None = None
     dtype: torch.dtype = torch.float32
+    labels: tuple[str, ...] = LABELS
+    again: bool = False
 
     def base(self) -> Base:
         """A fresh base model, frozen."""
         model: Any = self.make_model(self)
+        model.to(self.dtype)
         name = self.name if self.config is None else f"a small {self.name}"
-        return frozen_base(model.to(self.dtype), self.tokenizer, name)
+        if self.kind.head is None:
+            return frozen_base(model, self.tokenizer, name)
+        new = () if self.config is None else _new_names(self.kind, model)
+        return headed_base(model, self.tokenizer, name, self.labels, fresh=new)
+
+    def loaded_again(self) -> Subject:
+        """The same in another process, where a new head starts anew."""
+        return replace(self, again=True)
 
     def attending(self, implementation: str) -> Subject:
         """The same with another attention. Raises NotApplicable where transformers has none."""
@@ -70,8 +94,19 @@ class Subject:
         return replace(self, config=config)
 
     def rows(self, *lengths: tuple[int, int]) -> list[Row]:
-        """Rows of random words: the lengths of each one's input and answer."""
+        """Rows of random words: the lengths of each one's input and answer (which with a
+        classification head is as long as it has to be)."""
         draw = random.Random(7)
+        if self.kind.head is not None:
+            labelled = [1 if self.kind.head == "sequence" else read for read, _ in lengths]
+            return [
+                Row(
+                    draw.choices(self.words, k=read),
+                    draw.choices(range(len(self.labels)), k=count),
+                    labelled=True,
+                )
+                for (read, _), count in zip(lengths, labelled, strict=True)
+            ]
         rows = [
             Row(draw.choices(self.words, k=read), draw.choices(self.words, k=written))
             for read, written in lengths
@@ -91,14 +126,17 @@ class Subject:
         return str(self.tokenizer.decode(random.Random(8).choices(self.words, k=tokens)))
 
 
-def small_subject(name: str, config: PretrainedConfig) -> Subject:
-    """A random model of `config`, with a word for every id."""
+def small_subject(name: str, config: PretrainedConfig, kind: Kind) -> Subject:
+    """A random model of `config`, with a word for every id, used as `kind`."""
     words = list(range(FIRST_WORD, VOCABULARY - 1))
-    return Subject(name, _random_model, word_tokenizer(), words, kind_of(config), config)
+    if kind.head is not None:
+        config = copy.deepcopy(config)
+        config.num_labels = len(LABELS)
+    return Subject(name, _random_model, word_tokenizer(config), words, kind, config)
 
 
-def real_subject(base: Base) -> Subject:
-    """The model of `base` itself, copied for every check."""
+def real_subject(base: Base, kind: Kind) -> Subject:
+    """The model of `base` itself, used as `kind`, copied for every check."""
     size = min(len(base.tokenizer), base.embedding.num_embeddings)
     special = set(base.tokenizer.all_special_ids)
     words = [i for i in range(size // 4, size // 2) if i not in special]
@@ -109,7 +147,8 @@ def real_subject(base: Base) -> Subject:
             model.set_attn_implementation(subject.attention)
         return model
 
-    return Subject(base.id, copied, base.tokenizer, words, kind_of(base.model.config))
+    labels = LABELS if base.head is None else base.head.labels
+    return Subject(base.id, copied, base.tokenizer, words, kind, labels=labels)
 
 
 def _random_model(subject: Subject) -> PreTrainedModel:
@@ -125,12 +164,28 @@ def _random_model(subject: Subject) -> PreTrainedModel:
                     parameter.mul_(1.5 if config.model_type == "t5" else 6)
                 else:
                     parameter.add_(0.1 * torch.randn_like(parameter))
+            if subject.again:
+                for name in _new_names(subject.kind, model):
+                    parameter = model.get_parameter(name)
+                    parameter.copy_(0.1 * torch.randn_like(parameter))
     return model.eval()
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Words w3, w4, ... are tokens 3, 4, ...; 0 pads, 1 ends and 2 starts a text."""
-    vocabulary = {"<pad>": 0, "<end>": 1, "<start>": 2}
+def _new_names(kind: Kind, model: PreTrainedModel) -> list[str]:
+    """Names of the parameters that the checkpoints `model` starts from have no weights for."""
+    loader = next((c for c in kind.pretrained if type(model.config) in c._model_mapping), None)
+    if loader is None:
+        return []
+    with torch.device("meta"):
+        known = loader.from_config(copy.deepcopy(model.config)).state_dict()
+    return [name for name, _ in model.named_parameters() if name not in known]
+
+
+def word_tokenizer(config: PretrainedConfig) -> PreTrainedTokenizerFast:
+    """Words w3, w4, ... are tokens 3, 4, ...; those below are what `config` says they are."""
+    vocabulary = {
+        "<pad>": config.pad_token_id, "<end>": config.eos_token_id, "<start>": config.bos_token_id,
+    }  # fmt: skip
     vocabulary |= {f"w{i}": i for i in range(FIRST_WORD, VOCABULARY - 1)}
     vocabulary["<unk>"] = VOCABULARY - 1
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -2,7 +2,7 @@
 
 PEFT calls this `modules_to_save`, and so do the files. What is copied is all that the checkpoint
 had no weights for, and all that is not its backbone: PEFT's own list, `classifier` and `score`,
-leaves DistilBERT's `pre_classifier` and DeBERTa's pooler at random values for ever.
+leaves DeBERTa's pooler at random values for ever.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class TrainedHead(nn.Module):
             module = copy.deepcopy(base.model.get_submodule(name)).float()
             if name in base.head.fresh:
                 module.apply(base.model._init_weights)
+            # It is trained in float32, whatever type the frozen backbone computes in.
+            module.register_forward_pre_hook(_in_own_type)
             copies.append(module.requires_grad_(True))
         self.copies = nn.ModuleList(copies)
         # In a tuple, so that the frozen backbone is not registered as a child of the head.
@@ -82,6 +84,14 @@ class TrainedHead(nn.Module):
                     )
                 with torch.no_grad():
                     value.copy_(found)
+
+
+def _in_own_type(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Turn the hidden states `module` is given into the type of its weights (a hook before it)."""
+    own = next(module.parameters()).dtype
+    return tuple(
+        a.to(own) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
+    )
 
 
 def labels_of_files(files: AdapterFiles) -> Labels | None:

@@ -52,3 +52,17 @@ def _first_sees_last(backbone: Any) -> bool:
         for module in training:
             module.training = True
     return not torch.equal(first[0], first[1])
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """The absolute position an encoder gives the first token.
+
+    RoBERTa's begin after that of padding, which its table keeps a place for.
+    """
+    tables = [
+        m for name, m in model.base_model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(m, nn.Embedding)
+    ]  # fmt: skip
+    if tables and tables[0].padding_idx is not None:
+        return tables[0].padding_idx + 1
+    return 0

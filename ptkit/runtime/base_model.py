@@ -28,7 +28,7 @@ from ptkit.errors import ModelError
 from ptkit.formats.fingerprint import model_fingerprint, tokenizer_fingerprint
 from ptkit.prefix import KVLayout
 from ptkit.recipe.schema import HeadedTask, ModelSection, Task, TokenClassificationTask
-from ptkit.runtime.architecture import HeadKind, head_kind, is_encoder
+from ptkit.runtime.architecture import HeadKind, first_position, head_kind, is_encoder
 from ptkit.runtime.compile import kv_layout
 from ptkit.runtime.quantize import quantize_int8
 
@@ -144,7 +144,8 @@ class Base:
     @property
     def max_positions(self) -> int | None:
         """The most positions the model was made for, virtual tokens included; None: unbounded."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if most is None else most - first_position(self.model)
 
     def require_positions(self, virtual: int, tokens: int, what: str) -> None:
         """Raise ModelError unless `virtual` + `tokens` positions fit into the model."""
@@ -197,7 +198,7 @@ def load_base(section: ModelSection, labels: Labels | None = None) -> Base:
     Raises ModelError when it cannot be found or is not such a model. Never runs code from a
     repository and reads safetensors only.
     """
-    source = _source(section.id)
+    source = source_of(section.id)
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
         raise ModelError(f"cannot load the base model `{section.id}`: no such folder")
     device = resolve_device(section.device)
@@ -258,7 +259,7 @@ def quantized_base(base: Base) -> Base:
     return base
 
 
-def _source(id: str) -> str:
+def source_of(id: str) -> str:
     """Where transformers finds the model called `id`."""
     if id == TINY_EN:
         return str(TINY_EN_FOLDER)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.architecture import is_encoder
+from ptkit.runtime.architecture import first_position, is_encoder
 
 
 def with_embeddings(
@@ -143,18 +143,8 @@ def _read_along(model: PreTrainedModel, batch: PrefixBatch, longest: int, hooks:
 
 
 def _positions(model: PreTrainedModel, mask: Tensor) -> Tensor:
-    """The position ids `[rows, tokens]` an encoder gives its tokens by itself.
-
-    RoBERTa's begin after that of padding, which its table keeps a place for.
-    """
-    tables = [
-        m for name, m in model.base_model.named_modules()
-        if name.endswith("position_embeddings") and isinstance(m, nn.Embedding)
-    ]  # fmt: skip
-    first = 0
-    if tables and tables[0].padding_idx is not None:
-        first = tables[0].padding_idx + 1
-    return (mask.long().cumsum(-1) - 1).clamp(min=0) + first
+    """The position ids `[rows, tokens]` an encoder gives its tokens by itself."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0) + first_position(model)
 
 
 def _stack(model: PreTrainedModel) -> nn.Module:
