@@ -27,7 +27,13 @@ from ptkit.formats.adapter_files import (
     read_adapter,
     write_adapter,
 )
-from ptkit.methods import ADAPTERS, Demonstrations, adapter_from_files, require_same_base
+from ptkit.methods import (
+    ADAPTERS,
+    Demonstrations,
+    adapter_from_files,
+    compile_files,
+    require_same_base,
+)
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits
@@ -241,3 +247,12 @@ def test_a_failed_write_leaves_nothing_behind(saved: Path) -> None:
     with pytest.raises(TypeError):
         atomic.write_json(saved / "x.json", object())
     assert not (saved / "x.json").exists()
+
+
+def test_embeddings_too_large_for_the_base_are_refused() -> None:
+    """Finite in the file, as a flipped bit leaves them, and not finite once the base has read."""
+    base = random_base("llama")
+    files = make_adapter(base, LEARNT["prompt"]).files()
+    files.tensors["prompt_embeddings"][0, 0] = 3e38
+    with pytest.raises(AdapterError, match="what it makes of it is not finite"):
+        compile_files(files, base)

@@ -95,7 +95,14 @@ class SoftPrompt(Adapter):
     def prefix_from_files(cls, files: AdapterFiles, section: Any, base: Base) -> KVPrefix:
         # The embeddings are all there is to compile: no encoder is built.
         with torch.no_grad():
-            return soft_prefix(base, cls.read_embeddings(files, base))
+            prefix = soft_prefix(base, cls.read_embeddings(files, base))
+        # Finite embeddings may be so large that the base makes nothing finite of them.
+        if not all(bool(t.isfinite().all()) for t in prefix.tensors):
+            raise AdapterError(
+                "the base cannot read this soft prompt: what it makes of it is not finite; the "
+                "weights are damaged, fetch or export them again"
+            )
+        return prefix
 
     @staticmethod
     def read_embeddings(files: AdapterFiles, base: Base) -> Tensor:
