@@ -251,7 +251,7 @@ def test_a_failed_write_leaves_nothing_behind(saved: Path) -> None:
 
 def test_embeddings_too_large_for_the_base_are_refused() -> None:
     """Finite in the file, as a flipped bit leaves them, and not finite once the base has read."""
-    base = random_base("llama")
+    base = random_base("gpt2")
     files = make_adapter(base, LEARNT["prompt"]).files()
     files.tensors["prompt_embeddings"][0, 0] = 3e38
     with pytest.raises(AdapterError, match="what it makes of it is not finite"):
