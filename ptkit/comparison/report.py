@@ -168,15 +168,18 @@ def _cells(
         for name, interval in summary.metrics.items()
         if name != summary.score
     }
-    cells["forgetting"] = _measured(summary.forgetting, figures.forgetting)
-    cells |= {
-        f"forgetting: {name}": _measured(interval, figures.forgetting)
-        for name, interval in summary.domains.items()
-    }
+    if any(s.forgetting is not None for s in summaries):
+        cells["forgetting"] = _measured(summary.forgetting, figures.forgetting)
+        cells |= {
+            f"forgetting: {name}": _measured(interval, figures.forgetting)
+            for name, interval in summary.domains.items()
+        }
+        cells |= {
+            "retention": _measured(summary.retention, figures.retention),
+            "drift": _measured(summary.drift, figures.drift),
+        }
     off, added = figures.off(summary.off_exact), summary.added_ms
     cells |= {
-        "retention": _measured(summary.retention, figures.retention),
-        "drift": _measured(summary.drift, figures.drift),
         "adapter off": (off, off),
         "trained": (
             figures.parameters(summary.trainable_parameters, summary.share),
@@ -188,7 +191,10 @@ def _cells(
             summary.seconds if summary.trains else "",
         ),
         "tokens/s": _speed(summary),
-        "added per token": (figures.added_time(added), "" if added is None else added),
+    }
+    if any(s.added_ms is not None for s in summaries):  # classifiers write no tokens
+        cells["added per token"] = (figures.added_time(added), "" if added is None else added)
+    cells |= {
         "peak memory": (figures.size(summary.peak_memory_bytes), summary.peak_memory_bytes or ""),
         "seeds": (str(len(summary.records)), len(summary.records)),
     }

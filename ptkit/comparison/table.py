@@ -37,6 +37,8 @@ def _rows(summaries: Sequence[MethodSummary], row: Callable[[MethodSummary], Row
     rows = [row(s) for s in summaries]
     swept = dict.fromkeys(key for s in summaries for key in s.sweep)
     names = ["method", *swept, *(n for n in rows[0] if n != "method" and n not in swept)]
+    # What was not measured at all needs no column: forgetting, say, of classifiers.
+    names = [n for n in names if any(each.get(n, figures.NONE) != figures.NONE for each in rows)]
     return [{name: each.get(name, figures.NONE) for name in names} for each in rows]
 
 
