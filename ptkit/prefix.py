@@ -270,11 +270,6 @@ class PrefixBatch:
         """Width of the prefix region: positions of the longest prefix."""
         return self.visible.shape[1]
 
-    @property
-    def empty(self) -> bool:
-        """Whether no row has anything."""
-        return not self.longest and self.embeddings is None
-
     @classmethod
     def shared(cls, prefix: KVPrefix, rows: int) -> PrefixBatch:
         """The same prefix for every row: expanded, not copied, so its gradient is summed once."""

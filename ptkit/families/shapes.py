@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from ptkit.errors import ModelError, did_you_mean
+from ptkit.errors import ModelError
 
 #: Ids below it are special: padding, end, start.
 FIRST_WORD = 3
@@ -207,10 +207,3 @@ def _short_factors(rope: Mapping[str, Any]) -> dict[str, Any]:
             pairs = int(HEAD * short.get("partial_rotary_factor", 1.0)) // 2
             short[name] = list(short[name])[:pairs]
     return short
-
-
-def family_of(name: str) -> Family:
-    """The family `name`. Raises ModelError with the nearest name for an unknown one."""
-    if name not in FAMILIES:
-        raise ModelError(f"no family `{name}`; {did_you_mean(name, FAMILIES)}")
-    return FAMILIES[name]

@@ -14,6 +14,7 @@ from pydantic import Field
 from ptkit.errors import AdapterError, UserError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, register
+from ptkit.methods.soft_prompt import soft_prefix
 from ptkit.methods.start import start_embeddings
 from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import MethodSection, register_method
@@ -74,10 +75,7 @@ class TextPrompt(Adapter):
     def prefix(self) -> KVPrefix:
         if self._prefix is None:
             if has_state(self.base.model):
-                words = start_embeddings(self.base, self.token_ids)
-                self._prefix = KVPrefix.of_embeddings(
-                    words.to(self.base.model.dtype), self.base.layout
-                )
+                self._prefix = soft_prefix(self.base, start_embeddings(self.base, self.token_ids))
             else:
                 self._prefix = compile_tokens(self.base.model, self.token_ids)
         return self._prefix

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -41,16 +43,24 @@ def is_encoder(model: PreTrainedModel) -> bool:
     return _BIDIRECTIONAL[backbone]
 
 
-@torch.no_grad()
-def _first_sees_last(backbone: Any) -> bool:
-    training = [m for m in backbone.modules() if m.training]
-    backbone.eval()
-    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=backbone.device)
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context no module of `model` is in training mode; afterwards those that were
+    are again."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
     try:
-        first = backbone(input_ids=ids, attention_mask=torch.ones_like(ids))[0][:, 0]
+        yield
     finally:
         for module in training:
             module.training = True
+
+
+@torch.no_grad()
+def _first_sees_last(backbone: Any) -> bool:
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=backbone.device)
+    with evaluating(backbone):
+        first = backbone(input_ids=ids, attention_mask=torch.ones_like(ids))[0][:, 0]
     return not torch.equal(first[0], first[1])
 
 

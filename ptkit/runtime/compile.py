@@ -11,22 +11,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ptkit.prefix import KVLayout, KVPrefix, LayerShape
-from ptkit.runtime.architecture import is_encoder
+from ptkit.runtime.architecture import evaluating, is_encoder
 from ptkit.runtime.attention import prefix_attention, prefix_removed
 from ptkit.runtime.cache import layers_with_keys, require_no_state, whole_cache
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Within this context no module of `model` is in training mode; afterwards those that were
-    are again."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

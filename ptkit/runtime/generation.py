@@ -10,6 +10,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, Sta
 
 from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
+from ptkit.runtime.architecture import evaluating
 from ptkit.runtime.attention import (
     prefix_attention,
     prefixed_positions,
@@ -17,7 +18,6 @@ from ptkit.runtime.attention import (
     takes_positions,
 )
 from ptkit.runtime.cache import cache_for, prefilled_cache, sees_everything
-from ptkit.runtime.compile import evaluating
 from ptkit.runtime.forward import pad_rows
 from ptkit.runtime.infix import placed_before_last, read_before_last
 from ptkit.runtime.soft_prompts import soft_prompts_read, with_embeddings

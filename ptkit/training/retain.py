@@ -18,8 +18,8 @@ from ptkit.evaluation.retention import text_windows
 from ptkit.methods import Adapter
 from ptkit.prefix import PrefixBatch
 from ptkit.recipe.schema import RetainSection, RetentionSection
+from ptkit.runtime.architecture import evaluating
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.compile import evaluating
 from ptkit.runtime.forward import all_logits
 from ptkit.runtime.generation import generate
 
