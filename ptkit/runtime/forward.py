@@ -23,6 +23,7 @@ from ptkit.runtime.attention import (
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.fused import has_plain_head, head_losses
 from ptkit.runtime.infix import placed_before_last
+from ptkit.runtime.last_layer import last_block_on
 from ptkit.runtime.soft_prompts import soft_prompts_read, with_embeddings
 
 
@@ -163,19 +164,25 @@ def supervised_losses(
         logits = head_logits(model, input_ids, attention_mask, batch)
         learnt = labels != IGNORED
         return token_losses(logits.view(*labels.shape, -1)[learnt], labels[learnt])
-    if model.config.is_encoder_decoder or not has_plain_head(model):
-        logits, targets = supervised_logits(model, input_ids, attention_mask, labels, batch)
-        return token_losses(logits, targets)
-    head: Any = model.get_output_embeddings()
+    if model.config.is_encoder_decoder:
+        return token_losses(*supervised_logits(model, input_ids, attention_mask, labels, batch))
     positions, last = _predicting(labels)
-    seen: list[Tensor] = []
+    plain = has_plain_head(model)
+    with last_block_on(model, positions):
+        if not plain:
+            return token_losses(*supervised_logits(model, input_ids, attention_mask, labels, batch))
+        head: Any = model.get_output_embeddings()
+        seen: list[Tensor] = []
 
-    def one_position(hidden: Tensor) -> Tensor:
-        seen.append(hidden)
-        return hidden[:1, :1].detach()
+        def one_position(hidden: Tensor) -> Tensor:
+            seen.append(hidden)
+            return hidden[:1, :1].detach()
 
-    with _placed(model, batch, attention_mask, last) as extra, _before_head(model, one_position):
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
+        with (
+            _placed(model, batch, attention_mask, last) as extra,
+            _before_head(model, one_position),
+        ):
+            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
     return head_losses(head, seen[0][positions], labels[:, 1:][labels[:, 1:] != IGNORED])
 
 

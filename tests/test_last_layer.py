@@ -1,0 +1,131 @@
+"""The last feed-forward block is run at the positions that are read, and nothing else changes."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from conftest import random_base
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_fused import batch_of
+from test_peft_parity import LEARNT, make_adapter
+from torch import Tensor, nn
+
+from ptkit.families.kinds import DECODER
+from ptkit.families.shapes import FAMILIES, small
+from ptkit.families.subject import small_subject
+from ptkit.prefix import PrefixBatch
+from ptkit.runtime.attention import prefix_attention
+from ptkit.runtime.base_model import Base
+from ptkit.runtime.forward import IGNORED, supervised_logits, supervised_losses, token_losses
+from ptkit.runtime.last_layer import _last_block, last_block_on
+
+#: Decoders whose last layer has no module for its feed-forward block, one that says more than its
+#: hidden states (gpt_oss: where it sent tokens), or no attention.
+WHOLE = {"opt", "opt (projected)", "gpt_oss", "lfm2"}
+DECODERS = [name for name, family in FAMILIES.items() if family.model_type in (
+    "gpt2", "opt", "bloom", "gptj", "gpt_neox", "gpt_bigcode", "falcon", "llama", "mistral",
+    "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "mixtral", "qwen3_moe",
+    "gpt_oss", "qwen3_next", "lfm2")]  # fmt: skip
+
+
+def rows_read(base: Base, run) -> list[int]:
+    """How many positions the last feed-forward block sees in each of `run`'s forwards."""
+    block = _last_block(base.model)
+    assert block is not None
+    seen: list[int] = []
+    # As a block of Bloom's is given two tensors, any of them will do.
+    hook = block.register_forward_hook(lambda _, args, out: seen.append(out[..., 0].numel()))
+    try:
+        run()
+    finally:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_losses_and_gradients_of_every_family_stay(name: str) -> None:
+    base = small_subject(name, small(FAMILIES[name].config), DECODER).base()
+    assert (_last_block(base.model) is None) == (name in WHOLE)
+    ids, mask, labels = batch_of([9, 12, 5])
+    found = []
+    for whole in (True, False):
+        embedded: list[Tensor] = []
+
+        def keep(_: nn.Module, args: object, out: Tensor, into: list[Tensor] = embedded) -> Tensor:
+            into.append(out.detach().requires_grad_())
+            return into[-1]
+
+        hook = base.embedding.register_forward_hook(keep)
+        try:
+            if whole:
+                losses = token_losses(*supervised_logits(base.model, ids, mask, labels, None))
+            else:
+                losses = supervised_losses(base.model, ids, mask, labels, None)
+        finally:
+            hook.remove()
+        (gradient,) = torch.autograd.grad(losses.sum(), embedded[-1])
+        found.append((losses.detach(), gradient))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=2e-4, rtol=2e-4)
+    assert (found[1][1] - found[0][1]).norm() <= 1e-3 * found[0][1].norm()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 14), min_size=1, max_size=5),
+    read=st.integers(0, 2**16),
+    method=st.sampled_from(sorted(LEARNT)),
+)
+def test_any_rows_and_any_positions(lengths: list[int], read: int, method: str) -> None:
+    base = random_base("qwen3")
+    adapter = make_adapter(base, LEARNT[method])
+    ids, mask, labels = batch_of([length + 3 for length in lengths])
+    drawn = torch.rand(labels.shape, generator=torch.Generator().manual_seed(read)) < 0.5
+    labels = labels.masked_fill(drawn, IGNORED)
+    labels[0, 2] = ids[0, 2]  # at least one
+    found = []
+    with prefix_attention(base.model):
+        batch = PrefixBatch.shared(adapter.prefix(), len(ids))
+        found.append(token_losses(*supervised_logits(base.model, ids, mask, labels, batch)))
+        seen = rows_read(
+            base, lambda: found.append(supervised_losses(base.model, ids, mask, labels, batch))
+        )
+        parameters = list(adapter.trainable().values())
+        wanted, ours = (torch.autograd.grad(f.sum(), parameters, retain_graph=True) for f in found)
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+    # The block's own hook runs before ours puts its rows back into their places.
+    assert seen[-1] == (labels[:, 1:] != IGNORED).sum()
+    for mine, theirs in zip(ours, wanted, strict=True):
+        assert (mine - theirs).norm() <= 1e-3 * theirs.norm() + 1e-7
+
+
+def test_checkpointed_layers_are_left_whole() -> None:
+    base = random_base("llama")
+    ids, mask, labels = batch_of([9, 12, 5])
+    wanted = supervised_losses(base.model, ids, mask, labels, None)
+    base.model.activation_checkpointing_enable({"use_reentrant": False})
+    seen = rows_read(base, lambda: supervised_losses(base.model, ids, mask, labels, None))
+    assert seen == [ids.numel()]
+    torch.testing.assert_close(
+        supervised_losses(base.model, ids, mask, labels, None), wanted, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_other_threads_read_everything() -> None:
+    base = random_base("gpt2")
+    ids, mask, _ = batch_of([9, 12, 5])
+    wanted = base.model(input_ids=ids, attention_mask=mask).logits
+    elsewhere: list[Tensor] = []
+
+    def read() -> None:
+        elsewhere.append(base.model(input_ids=ids, attention_mask=mask).logits)
+
+    some = torch.zeros_like(mask, dtype=torch.bool)
+    some[:, 0] = True
+    with last_block_on(base.model, some):
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join()
+    assert torch.equal(elsewhere[0], wanted)
