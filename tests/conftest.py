@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from transformers import (
 from ptkit.runtime.base_model import Base, frozen_base
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Nothing a test encodes is left in, or taken from, the user's own cache.
+os.environ["PTKIT_CACHE"] = tempfile.mkdtemp(prefix="ptkit-cache-")
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
 
 VOCABULARY = 97

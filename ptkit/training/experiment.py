@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from ptkit.data import Example, TaskData, general_texts, load_task
-from ptkit.data.encode import EncodedExample, encode_examples
+from ptkit.data.encode import EncodedExample
+from ptkit.data.token_cache import encode_cached
 from ptkit.errors import UserError
 from ptkit.evaluation.metrics import metric
 from ptkit.evaluation.retention import GeneralProbe, off_probe, probe_base
@@ -106,7 +107,7 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     if texts is not None and retention is not None:
         general = probe_base(base, texts, retention.max_tokens)
     encode = partial(
-        encode_examples, tokenizer=base.tokenizer, task=recipe.task, pairs=base.encoder_decoder
+        encode_cached, tokenizer=base.tokenizer, task=recipe.task, pairs=base.encoder_decoder
     )
     first = encode(data.test[:1])[0].input_ids
     probe_ids = torch.tensor([first]) if general is None else general.drift_windows[:1]
