@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -158,11 +159,27 @@ def test_gradient_checkpointing_trains_to_the_same_weights(name: str, tmp_path: 
         torch.testing.assert_close(value, checkpointed.trainable()[key], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*without bfloat16 instructions")
 def test_bfloat16_autocast_trains_to_nearly_the_same_loss(tmp_path: Path) -> None:
     _, plain = train("prefix_tuning", tmp_path / "plain")
     _, mixed = train("prefix_tuning", tmp_path / "mixed", autocast="bf16")
     assert mixed.best_loss == pytest.approx(plain.best_loss, rel=0.02)
     assert mixed.curve != plain.curve, "autocast must have had an effect"
+
+
+def test_auto_is_bfloat16_where_the_machine_has_it(tmp_path: Path, monkeypatch) -> None:
+    ends = {}
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has})
+        for autocast in ("auto", "bf16", "no"):
+            expected = pytest.warns(UserWarning, match="without bfloat16 instructions")
+            with nullcontext() if has or autocast != "bf16" else expected:
+                adapter, _ = train("prefix_tuning", tmp_path / f"{has}-{autocast}",
+                                   autocast=autocast)  # fmt: skip
+            ends[has, autocast] = adapter.flat().detach()
+    assert torch.equal(ends[True, "auto"], ends[True, "bf16"])
+    assert torch.equal(ends[False, "auto"], ends[False, "no"])
+    assert not torch.equal(ends[True, "auto"], ends[False, "auto"])
 
 
 def test_loss_that_is_not_finite_stops_the_run_with_the_fix(tmp_path: Path) -> None:

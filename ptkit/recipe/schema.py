@@ -276,8 +276,9 @@ class TrainSection(Section):
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this norm."""
-    autocast: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision of the forward pass (accelerate's `mixed_precision`)."""
+    autocast: Literal["no", "auto", "bf16", "fp16"] = "no"
+    """Mixed precision of the forward pass (accelerate's `mixed_precision`); `auto` is `bf16` where
+    the device has instructions for it, and `no` elsewhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     eval_every: Annotated[int, Field(gt=0)] = 50
@@ -301,7 +302,7 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _can_be_together(self) -> TrainSection:
         if self.together > 1 and (self.autocast == "fp16" or self.report_to):
-            raise ValueError("`together` needs `autocast: no` or `bf16`, and no `report_to`")
+            raise ValueError("`together` needs another `autocast` than `fp16`, and no `report_to`")
         return self
 
 

@@ -199,7 +199,7 @@ def _rate(section: MethodSection, make: Make, folder: Path) -> dict[str, Any]:
         if processes.num_processes > 1 or jobs[0].settings.autocast == "fp16":
             raise UserError(
                 "`learning_rate: auto` trains several rates in one batch, which takes one process "
-                "and `autocast: no` or `bf16`; give a rate"
+                "and another `autocast` than `fp16`; give a rate"
             )
         (before,) = _losses([jobs[0].adapter], jobs[0].validation)
         try:

@@ -27,6 +27,7 @@ from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.forward import collate
 from ptkit.runtime.fused import fused_activations
+from ptkit.runtime.precision import mixed_precision
 from ptkit.training.checkpoint import Progress
 from ptkit.training.context_cache import ContextCache
 from ptkit.training.memory import PeakMemory
@@ -50,9 +51,10 @@ def fit(jobs: Sequence[Job]) -> list[Progress]:
         _require_shareable(jobs)
     # Accelerate keeps the precision of a process's first run; a later run may use another.
     AcceleratorState._reset_state()
+    device = jobs[0].adapter.base.model.device
     accelerator = Accelerator(
-        mixed_precision=settings.autocast,
-        cpu=jobs[0].adapter.base.model.device.type == "cpu",
+        mixed_precision=mixed_precision(settings.autocast, device),
+        cpu=device.type == "cpu",
         log_with=settings.report_to or None,
         project_dir=jobs[0].run,
     )
