@@ -265,7 +265,7 @@ class TrainSection(Section):
     """Rows per optimiser step and process, before gradient accumulation."""
     gradient_accumulation: Annotated[int, Field(gt=0)] = 1
     """Batches whose gradients are summed into one step."""
-    head_learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    head_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
     """AdamW's peak learning rate of a classification head beside a prompt method or LoRA, whose own
     rates are no good for it. `linear_probe` and `full` have one rate for all they train."""
     warmup_steps: Annotated[int, Field(ge=0)] = 20
