@@ -12,6 +12,7 @@ from ptkit.bench import (
     growth,
     infix,
     mixed,
+    peft_trainer,
     serve,
     soak,
     startup,
@@ -118,7 +119,7 @@ def test_training_takes_the_steps_of_peft_and_the_trainer() -> None:
 
 
 def test_other_losses_than_the_peers_are_not_reported(monkeypatch) -> None:
-    monkeypatch.setattr(train._Noted, "on_log", lambda self, *_, logs=None, **kw: (
+    monkeypatch.setattr(peft_trainer._Noted, "on_log", lambda self, *_, logs=None, **kw: (
         self.clock.losses.append(9.0) if "loss" in logs else None))  # fmt: skip
     with pytest.raises(ParityError, match="by PEFT"):
         train.bench_train("tiny-en", ["prefix"], steps=3, batch_size=2, rounds=1)

@@ -334,9 +334,13 @@ def _print(result: BenchResult) -> None:
             spread = f"{_value(figure, figure.low)} to {_value(figure, figure.high)}"
         mark = {True: "met", False: "missed", None: ""}[figure.met]
         table.add_row(figure.what, _value(figure, figure.value), spread, _target(figure), mark)
+    for what in result.left_out:
+        table.add_row(what, "not available")
     console = Console()
     console.width = max(console.width, 100)
     console.print(table)
+    for what, why in result.left_out.items():
+        console.print(f"{what}: not available: {why}.", markup=False, highlight=False)
     console.print(f"Checked first: {result.parity}.", markup=False, highlight=False)
 
 
