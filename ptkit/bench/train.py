@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ptkit.bench.adapterhub import AdapterHub
 from ptkit.bench.contest import CONTESTS, Clock, Contest, Peer, Round, Trained
 from ptkit.bench.peft_trainer import PeftTrainer
 from ptkit.bench.result import BenchResult, Figure, times
@@ -42,6 +43,7 @@ PEAK_SIZE = 2048
 #: one that lives in this process has no use for.
 PEERS: Mapping[str, Callable[[str | None], AbstractContextManager[Peer]]] = {
     "peft": lambda python: nullcontext(PeftTrainer()),
+    "adapters": AdapterHub,
 }
 
 
