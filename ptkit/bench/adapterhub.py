@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
@@ -54,16 +55,17 @@ class AdapterHub:
         self.python = str(Path(python).expanduser())
         self._base: Base | None = None
         self._refused: str | None = None
-        self._folder = Path(tempfile.mkdtemp())
-        self._log = (self._folder / "log.txt").open("w+", encoding="utf-8")
-        for path in (SCRIPT, Path(memory.__file__)):
-            shutil.copy(path, self._folder)
-        try:
+        with ExitStack() as opened:  # closed again if it cannot be started
+            self._folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
+            self._log = opened.enter_context(
+                (self._folder / "log.txt").open("w+", encoding="utf-8")
+            )
+            for path in (SCRIPT, Path(memory.__file__)):
+                shutil.copy(path, self._folder)
             self._process = self._started()
+            opened.callback(self._end)
             self.versions = self._ready()
-        except BaseException:
-            self._close()
-            raise
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> AdapterHub:
         return self
@@ -74,7 +76,7 @@ class AdapterHub:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._close()
+        self._opened.close()
 
     def lacks(self, base: Base, contest: Contest) -> str | None:
         if contest.kind in NOT_COMPARED:
@@ -182,13 +184,9 @@ class AdapterHub:
         lines = self._log.read().strip().splitlines()
         return lines[-1].strip() if lines else f"exit code {code}"
 
-    def _close(self) -> None:
-        process: subprocess.Popen[str] | None = getattr(self, "_process", None)
-        if process is not None:
-            process.kill()
-            process.communicate()
-        self._log.close()
-        shutil.rmtree(self._folder)
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
 
 
 def _recipe() -> str:

@@ -226,7 +226,8 @@ def main() -> None:
         f"adapters {adapters.__version__} (transformers {transformers.__version__}, "
         f"torch {torch.__version__}, Python {platform.python_version()})"
     )
-    print(json.dumps({"ready": versions}), file=answers, flush=True)
+    # On a line of its own, even where something printed by an import has not ended its line.
+    print("\n" + json.dumps({"ready": versions}), file=answers, flush=True)
     bench = Bench()
     for line in sys.stdin:
         print(json.dumps(answered(bench, json.loads(line))), file=answers, flush=True)
