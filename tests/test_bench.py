@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import venv
+from pathlib import Path
 
 import pytest
 from test_cli import ptkit
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ptkit.bench import (
+    adapterhub,
     generate,
     growth,
     infix,
     mixed,
+    peft_trainer,
     serve,
     soak,
     startup,
@@ -23,7 +30,9 @@ from ptkit.bench import (
 from ptkit.bench.result import BenchResult, Figure
 from ptkit.bench.subjects import ParityError
 from ptkit.bench.timing import Timing, interleaved, ratio
-from ptkit.errors import UserError
+from ptkit.errors import PtkitError, UserError
+from ptkit.recipe.schema import ModelSection
+from ptkit.runtime.base_model import TINY_EN, load_base
 
 
 def figure(result: BenchResult, start: str) -> Figure:
@@ -118,10 +127,153 @@ def test_training_takes_the_steps_of_peft_and_the_trainer() -> None:
 
 
 def test_other_losses_than_the_peers_are_not_reported(monkeypatch) -> None:
-    monkeypatch.setattr(train._Noted, "on_log", lambda self, *_, logs=None, **kw: (
+    monkeypatch.setattr(peft_trainer._Noted, "on_log", lambda self, *_, logs=None, **kw: (
         self.clock.losses.append(9.0) if "loss" in logs else None))  # fmt: skip
     with pytest.raises(ParityError, match="by PEFT"):
         train.bench_train("tiny-en", ["prefix"], steps=3, batch_size=2, rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--against", "adapters"], "--peer-python adapters-env/bin/python"),
+        (["--against", "adaptrs"], "did you mean `adapters`"),
+        (["--peer-python", "python"], "--peer-python is for --against adapters"),
+        (["--against", "adapters", "--peer-python", "no/python"], "no/python: cannot be run"),
+    ],
+)
+def test_a_peer_that_cannot_be_had_is_a_users_error(options, said, tmp_path) -> None:
+    error = ptkit("bench", "train", *options, cwd=tmp_path, code=2).stderr
+    assert said in " ".join(error.split())
+
+
+def test_an_environment_without_what_the_peer_needs_is_named(tmp_path) -> None:
+    venv.create(tmp_path / "empty", with_pip=False)
+    options = ["--against", "adapters", "--peer-python", tmp_path / "empty" / "bin" / "python"]
+    error = ptkit("bench", "train", *options, cwd=tmp_path, code=2).stderr
+    assert "ModuleNotFoundError: No module named 'accelerate'" in error
+    assert "pip install torch==" in error
+
+
+#: Stands in for the process of `adapters`: ready after some noise, then it answers as told.
+STUB = """
+import json, sys
+print("a library greets"); print('{"ready": "adapters of sorts"}', flush=True)
+for line in sys.stdin:
+    answer = ANSWERS[json.loads(line)["do"]]
+    if answer is None:
+        sys.exit("fell over")
+    print(json.dumps(answer), flush=True)
+"""
+STEPS = {"losses": [9.0] * 3, "ends": [1.0, 2.0, 3.0], "memory": 1}
+
+
+@pytest.mark.parametrize(
+    ("answers", "error", "said"),
+    [
+        ({"train": {"done": STEPS}}, ParityError, r"9\.0\] by adapters \+ AdapterTrainer"),
+        ({"train": {"failed": "Traceback: oh"}}, PtkitError, "failed .adapters of sorts.*\n.*oh"),
+        ({"offer": None}, PtkitError, "ended: fell over"),
+    ],
+)
+def test_a_peers_process_that_goes_wrong_is_an_error(
+    answers, error, said, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(adapterhub, "SCRIPT", stub(tmp_path, answers))
+    with pytest.raises(error, match=said):
+        train.bench_train(
+            "tiny-en", ["prefix"], steps=3, batch_size=2, rounds=1, against=["adapters"],
+            peer_python=sys.executable,
+        )  # fmt: skip
+
+
+def test_what_a_peer_has_not_is_said(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(adapterhub, "SCRIPT", stub(tmp_path, {"base": {"lacks": "too new"}}))
+    command = ["bench", "train", "--model", "tiny-en", "-m", "prefix", "-m", "p-tuning"]
+    command += ["--against", "adapters", "--peer-python", sys.executable]
+    printed = json.loads(ptkit(*command, "--json", cwd=tmp_path).stdout)
+    assert printed["left_out"] == {
+        "prefix: adapters + AdapterTrainer": "too new",
+        "p-tuning: adapters + AdapterTrainer": "`adapters` has no P-tuning",
+    }
+    assert not printed["figures"]
+    assert printed["settings"]["against"] == "adapters of sorts"
+    assert ptkit(*command, cwd=tmp_path).stdout.count("not available: ") == 2
+
+
+def stub(folder: Path, answers: dict[str, object]) -> Path:
+    """A script that answers requests with `answers`, and those not in it with `done`."""
+    answers = {"base": {"done": None}, "offer": {"done": None}, **answers}
+    path = folder / "stub.py"
+    path.write_text(STUB.replace("ANSWERS", repr(answers)))
+    return path
+
+
+def small_base(family: str, folder: Path) -> str:
+    """A base of few weights in `folder`: of GPT-2's shape, or of Llama's with fewer key heads than
+    heads, a head of its own and another rotary base than the default."""
+    tokenizer = load_base(ModelSection(id=TINY_EN, device="cpu")).tokenizer
+    words = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": None}
+    if family == "gpt2":
+        shape = GPT2Config(n_layer=2, n_head=4, n_embd=64, n_positions=512, **words)
+        GPT2LMHeadModel(shape).save_pretrained(folder)
+    else:
+        rotary = {"rope_type": "default", "rope_theta": 500.0}
+        config = LlamaConfig(
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=64,
+            intermediate_size=96, rope_parameters=rotary, tie_word_embeddings=False, **words,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def adapters_python() -> str:
+    """The Python of an environment with `adapters`, which cannot be this one."""
+    python = os.environ.get("PTKIT_ADAPTERS_PYTHON")
+    if not python:
+        pytest.skip("PTKIT_ADAPTERS_PYTHON names no Python that has `adapters`")
+    return python
+
+
+@pytest.mark.parametrize(
+    ("family", "autocast", "lacking"),
+    [
+        ("gpt2", "no", {"prompt-20": "encoders only"}),
+        ("gpt2", "bf16", {"prompt-20": "encoders only"}),
+        # Its MLP makes as many values as the hidden states have, not as the key heads have.
+        ("llama", "no", {"prefix-mlp": "other parameters", "prompt-20": "encoders only"}),
+    ],
+)
+def test_training_takes_the_steps_of_adapters(
+    family, autocast, lacking, adapters_python, tmp_path
+) -> None:
+    methods = ["prefix", "prefix-mlp", "prompt-20"]
+    result = train.bench_train(
+        small_base(family, tmp_path), methods, steps=4, batch_size=3, rounds=2,
+        autocast=autocast, against=["peft", "adapters"], peer_python=adapters_python,
+    )  # fmt: skip
+    title = "adapters + AdapterTrainer"
+    assert result.left_out.keys() == {f"{name}: {title}" for name in lacking}
+    for name, why in lacking.items():
+        assert why in result.left_out[f"{name}: {title}"]
+    for name in methods:
+        assert figure(result, f"{name}: PEFT + Trainer / ptkit").value > 0
+        if name not in lacking:
+            assert figure(result, f"{name}: {title} / ptkit").value > 0
+            assert figure(result, f"{name}: peak memory, {title}").value > 0
+    apart = float(result.parity.split(f" ({title})")[0].split()[-1])
+    assert apart < (1e-5 if autocast == "no" else train.TOLERANCE)
+
+
+def test_a_base_that_adapters_has_no_prefix_for(adapters_python) -> None:
+    result = train.bench_train(
+        "tiny-en", ["prefix"], against=["adapters"], peer_python=adapters_python
+    )
+    (why,) = result.left_out.values()
+    assert "no prefix tuning for qwen3" in why
+    assert "nothing was compared" in result.parity
 
 
 def test_a_loaded_server_beside_peft_behind_fastapi() -> None:

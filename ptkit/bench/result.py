@@ -48,12 +48,14 @@ class BenchResult:
     """A benchmark's figures.
 
     settings: what was run; parity: how the contenders' results were checked against each other
+    left_out: what could not be measured, and why
     """
 
     name: str
     settings: dict[str, Any]
     parity: str
     figures: list[Figure] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`, with the machine and the versions."""
@@ -64,6 +66,7 @@ class BenchResult:
             "settings": self.settings,
             "parity": self.parity,
             "figures": figures,
+            "left_out": self.left_out,
             "hardware": hardware(device),
             "system": platform.platform(),
             "versions": versions(),

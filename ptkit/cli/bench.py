@@ -57,14 +57,26 @@ def train(
     autocast: Annotated[Autocast, typer.Option(help="Mixed precision, on both sides.")] = (
         Autocast.no
     ),
+    against: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="peft, adapters; repeatable; default: peft."),
+    ] = None,
+    peer_python: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Python of an environment that has `adapters`, for --against adapters."),
+    ] = None,
     json_output: JsonOutput = False,
 ) -> None:
-    """The same training steps by ptkit and by PEFT + Trainer: time and memory of a step."""
+    """The same training steps by ptkit and by PEFT + Trainer, or by AdapterHub's `adapters`: time
+    and memory of a step."""
     from ptkit.bench.train import CONTESTS, bench_train
 
+    if peer_python is not None and "adapters" not in (against or ()):
+        raise UserError("--peer-python is for --against adapters; add that, or leave it out")
     result = bench_train(
         model, method or list(CONTESTS), recipe=recipe, steps=steps, batch_size=batch_size,
-        rounds=rounds, autocast=autocast.value,
+        rounds=rounds, autocast=autocast.value, against=against or ["peft"],
+        peer_python=peer_python,
     )  # fmt: skip
     _show(result, json_output)
 
@@ -334,9 +346,13 @@ def _print(result: BenchResult) -> None:
             spread = f"{_value(figure, figure.low)} to {_value(figure, figure.high)}"
         mark = {True: "met", False: "missed", None: ""}[figure.met]
         table.add_row(figure.what, _value(figure, figure.value), spread, _target(figure), mark)
+    for what in result.left_out:
+        table.add_row(what, "not available")
     console = Console()
     console.width = max(console.width, 100)
     console.print(table)
+    for what, why in result.left_out.items():
+        console.print(f"{what}: not available: {why}.", markup=False, highlight=False)
     console.print(f"Checked first: {result.parity}.", markup=False, highlight=False)
 
 

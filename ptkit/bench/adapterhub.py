@@ -1,0 +1,208 @@
+"""AdapterHub's `adapters` as a peer of `ptkit bench train`, in a process and an environment of its
+own: it needs transformers 4, ptkit 5.
+
+The process lives as long as the bench and is spoken to in turn with ptkit's own steps, so that only
+one of them works at a time. What it does is in `adapterhub_peer.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+
+from ptkit.bench.contest import Clock, Contest, Round, Trained
+from ptkit.errors import PtkitError, UserError
+from ptkit.runtime.base_model import Base, no_weights_bar
+from ptkit.training import memory
+
+#: What is run over there; no module of ptkit's can be imported there.
+SCRIPT = Path(__file__).with_name("adapterhub_peer.py")
+#: Why methods other than prefix tuning are not compared.
+NOT_COMPARED = {
+    "prompt_tuning": "`adapters` has prompt tuning for encoders only, for no base that generates",
+    "p_tuning": "`adapters` has no P-tuning",
+    "lora": "LoRA in `adapters` has other parameters: query, key and value each have their own",
+    "full": "`adapters` trains adapters; without one it would be the Trainer alone",
+}
+
+
+class AdapterHub:
+    """`adapters` and its AdapterTrainer, run by `python`. A context: the process ends with it.
+
+    python: the Python of an environment that has `adapters`. Raises UserError where it is missing,
+    cannot be run or cannot import what it needs.
+    """
+
+    title: ClassVar[str] = "adapters + AdapterTrainer"
+    aimed_at: ClassVar[bool] = False
+
+    def __init__(self, python: str | None) -> None:
+        if python is None:
+            raise UserError(
+                "--against adapters: `adapters` needs transformers 4, ptkit has 5, so it needs an "
+                f"environment of its own; make one and name its Python:\n{_recipe()}"
+            )
+        self.python = str(Path(python).expanduser())
+        self._base: Base | None = None
+        self._refused: str | None = None
+        with ExitStack() as opened:  # closed again if it cannot be started
+            self._folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
+            self._log = opened.enter_context(
+                (self._folder / "log.txt").open("w+", encoding="utf-8")
+            )
+            for path in (SCRIPT, Path(memory.__file__)):
+                shutil.copy(path, self._folder)
+            self._process = self._started()
+            opened.callback(self._end)
+            self.versions = self._ready()
+            self._opened = opened.pop_all()
+
+    def __enter__(self) -> AdapterHub:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._opened.close()
+
+    def lacks(self, base: Base, contest: Contest) -> str | None:
+        if contest.kind in NOT_COMPARED:
+            return NOT_COMPARED[contest.kind]
+        if base is not self._base:
+            self._refused, self._base = self._given(base), base
+        return self._refused or self._asked("offer", **self._prefix(base, contest, 0)).get("lacks")
+
+    def train(self, turn: Round) -> Trained:
+        settings = turn.settings
+        rows = [[row.input_ids, row.target_ids] for row in turn.ordered()]
+        (self._folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+        done = self._asked(
+            "train",
+            **self._prefix(turn.base, turn.contest, turn.seed),
+            rows=str(self._folder / "rows.json"),
+            pad=turn.base.pad_token_id,
+            settings={
+                "max_steps": settings.steps, "per_device_train_batch_size": settings.batch_size,
+                "learning_rate": turn.contest.learning_rate,
+                "max_grad_norm": settings.max_grad_norm,
+                "use_cpu": turn.base.model.device.type == "cpu",
+                "bf16": settings.autocast == "bf16", "fp16": settings.autocast == "fp16",
+            },
+        )["done"]  # fmt: skip
+        clock = Clock(done["ends"], done["losses"])
+        return Trained(clock.losses, clock.per_step, done["memory"])
+
+    def _given(self, base: Base) -> str | None:
+        """Hand over the base; returns why it is of no use there, if it is not."""
+        folder = self._folder / "base"
+        with no_weights_bar():
+            base.model.save_pretrained(folder)
+        path = folder / "config.json"
+        path.write_text(json.dumps(_of_transformers_4(json.loads(path.read_text()))))
+        answer = self._asked(
+            "base", folder=str(folder), device=str(base.model.device),
+            dtype=str(base.model.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
+        )  # fmt: skip
+        shutil.rmtree(folder)
+        return answer.get("lacks")
+
+    def _prefix(self, base: Base, contest: Contest, seed: int) -> dict[str, Any]:
+        """The prefix of a contest: its settings as `adapters` names them, and the file of the
+        values it starts from."""
+        adapter: Any = contest.started(base, seed)
+        start = self._folder / "start.safetensors"
+        save_file(adapter.encoder.state_dict(), start)
+        section = adapter.section
+        adapter.close()
+        prefix = {
+            "prefix_length": section.num_virtual_tokens, "flat": not section.reparameterize,
+            "bottleneck_size": section.encoder_hidden_size, "non_linearity": "tanh",
+        }  # fmt: skip
+        return {"prefix": prefix, "start": str(start)}
+
+    def _started(self) -> subprocess.Popen[str]:
+        # Its own environment is not to see this one's modules (-E, -s), nor the network; what it
+        # leaves behind when it is ended goes with the folder.
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(self._folder)}
+        try:
+            return subprocess.Popen(
+                [self.python, "-E", "-s", str(self._folder / SCRIPT.name)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+                encoding="utf-8", env=environment,
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(
+                f"--peer-python {self.python}: cannot be run ({error.strerror}); give the `python` "
+                f"in the `bin` of an environment that has `adapters`:\n{_recipe()}"
+            ) from error
+
+    def _ready(self) -> str:
+        """Wait until it has imported everything; returns its versions."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:  # libraries may print before they are ready, too
+            if line.startswith('{"ready"'):
+                return str(json.loads(line)["ready"])
+        raise UserError(
+            f"--peer-python {self.python}: this environment cannot run `adapters` "
+            f"({self._last_words()}); make one that can:\n{_recipe()}"
+        )
+
+    def _asked(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """The answer to a request: an object with `done` or `lacks`. Raises PtkitError where
+        something over there failed."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise PtkitError(f"the process of `adapters` ended: {self._last_words()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "failed" in answer:
+            raise PtkitError(f"`adapters` failed ({self.versions}):\n{answer['failed']}")
+        return answer
+
+    def _last_words(self) -> str:
+        """The last line it wrote on stderr."""
+        code = self._process.wait()
+        self._log.seek(0)
+        lines = self._log.read().strip().splitlines()
+        return lines[-1].strip() if lines else f"exit code {code}"
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def _recipe() -> str:
+    """Commands that make such an environment, with this one's torch."""
+    torch_version = torch.__version__.partition("+")[0]
+    return (
+        "    python -m venv adapters-env\n"
+        f"    adapters-env/bin/pip install torch=={torch_version} accelerate 'adapters>=1.3'\n"
+        "    ptkit bench train --against adapters --peer-python adapters-env/bin/python"
+    )
+
+
+def _of_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
+    """A model's config of transformers 5, with its rotary positions where version 4 reads them."""
+    rotary = dict(config.pop("rope_parameters", None) or {})
+    if "rope_theta" in rotary:
+        config["rope_theta"] = rotary.pop("rope_theta")
+        config["rope_scaling"] = None if rotary.get("rope_type") == "default" else rotary
+    return config

@@ -1,0 +1,142 @@
+"""What ptkit and its peers train alike in `ptkit bench train`, and what a peer is.
+
+Whoever takes part is given the same base, the same values to start from, the same rows in the same
+order and the same optimiser settings, and tells the loss of every step, so that who computes
+something else is found out before a time is reported.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from ptkit.bench.subjects import GPT2_SMALL, LARGE_VOCABULARY
+from ptkit.data.encode import EncodedExample, length_grouped_batches
+from ptkit.methods import ADAPTERS, Adapter, Demonstrations, create_adapter
+from ptkit.recipe.schema import TrainSection
+from ptkit.runtime.base_model import Base
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A method's settings, and how many times faster than PEFT + Trainer it should be."""
+
+    settings: dict[str, Any]
+    at_least: float
+    learning_rate: float
+
+    @property
+    def kind(self) -> str:
+        """The method, as a recipe names it."""
+        return str(self.settings["kind"])
+
+    def aim(self, model: str, supervised: float) -> tuple[float | None, float | None]:
+        """At least so many times faster, at most this share of the memory, than PEFT + Trainer.
+
+        supervised: positions with a label per row. The aims are for two shapes; a LoRA's or full
+        fine-tuning's memory is that of its gradients.
+        """
+        prompt_method = self.kind not in ("lora", "full")
+        if model == GPT2_SMALL:
+            return self.at_least, 0.6 if prompt_method else None
+        if model == LARGE_VOCABULARY and self.kind == "prefix_tuning":
+            return 3.0 if supervised < 2 else 2.0, 0.5
+        return None, None
+
+    def started(self, base: Base, seed: int) -> Adapter:
+        """A fresh adapter; without a start of real tokens, which PEFT's encoders have no place
+        for."""
+        section_class = ADAPTERS[self.kind].section_class
+        start = {"start": "random"} if "start" in section_class.model_fields else {}
+        torch.manual_seed(seed)
+        return create_adapter(
+            section_class(**self.settings, **start), base, Demonstrations((), seed)
+        )
+
+
+_MLP = {"encoder_hidden_size": 512}
+CONTESTS = {
+    "prefix": Contest({"kind": "prefix_tuning", "num_virtual_tokens": 10}, 1.6, 1e-2),
+    "prefix-mlp": Contest(
+        {"kind": "prefix_tuning", "num_virtual_tokens": 10, "reparameterize": True, **_MLP},
+        1.7, 1e-3,
+    ),
+    "prompt-20": Contest({"kind": "prompt_tuning", "num_virtual_tokens": 20}, 2.2, 1e-2),
+    "prompt-100": Contest({"kind": "prompt_tuning", "num_virtual_tokens": 100}, 3.5, 1e-2),
+    "p-tuning": Contest({"kind": "p_tuning", "num_virtual_tokens": 20, **_MLP}, 2.2, 1e-3),
+    "lora": Contest({"kind": "lora", "rank": 8}, 1.0, 1e-3),
+    "full": Contest({"kind": "full"}, 1.0, 1e-4),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Round:
+    """One training run, to be taken by ptkit and by every peer in turn.
+
+    seed: of the values to start from and of the order of the rows
+    """
+
+    base: Base
+    contest: Contest
+    rows: list[EncodedExample]
+    settings: TrainSection
+    seed: int
+
+    def ordered(self) -> list[EncodedExample]:
+        """The rows as the steps read them, batch after batch."""
+        order = length_grouped_batches(
+            [len(row) for row in self.rows], self.settings.batch_size, self.seed
+        )
+        return [self.rows[i] for batch in islice(order, self.settings.steps) for i in batch]
+
+    def started(self) -> Adapter:
+        """The adapter this round starts from."""
+        return self.contest.started(self.base, self.seed)
+
+
+@dataclass
+class Clock:
+    """Notes when steps end (seconds, from any beginning) and what they lost."""
+
+    ends: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def per_step(self) -> float:
+        """Median seconds from one step's end to the next's. The last step's end is left out: some
+        work follows it that is not the step's."""
+        gaps = [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
+        return statistics.median(gaps[:-1] or gaps)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one contender did: the loss of every step, seconds per step, and peak memory beyond
+    what was in use when training began."""
+
+    losses: list[float]
+    seconds: float
+    memory: int
+
+
+class Peer(Protocol):
+    """Somebody else's library, trained by somebody else's loop."""
+
+    title: ClassVar[str]
+    """Its name in the figures."""
+    aimed_at: ClassVar[bool]
+    """Whether a contest's targets are about this peer."""
+
+    @property
+    def versions(self) -> str:
+        """The library's version, and those of what it runs on."""
+
+    def lacks(self, base: Base, contest: Contest) -> str | None:
+        """Why it cannot take part in `contest`; None where it can."""
+
+    def train(self, turn: Round) -> Trained:
+        """Take the steps of `turn`."""
