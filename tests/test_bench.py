@@ -26,6 +26,7 @@ from ptkit.bench import (
     together,
     traffic,
     train,
+    whole_run,
 )
 from ptkit.bench.result import BenchResult, Figure
 from ptkit.bench.subjects import ParityError
@@ -319,3 +320,27 @@ def test_cost_as_work_grows_is_measured_and_drawn(tmp_path, monkeypatch) -> None
     assert figure(result, "virtual 40: PEFT / ptkit").value > 1
     assert len(result.figures) == 4 * 4
     assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_whole_runs_end_at_the_same_loss() -> None:
+    sizes = {"rows": 48, "validation": 8, "steps": 4, "batch_size": 4, "rounds": 2}
+    result = whole_run.bench_run("tiny-en", ["prefix", "full"], **sizes)
+    for name in ("prefix", "full"):
+        ours, theirs = (
+            figure(result, f"{name}: loss, {who}").value for who in ("ptkit", "PEFT + Trainer")
+        )
+        assert ours == pytest.approx(theirs, rel=0.1)
+        assert figure(result, f"{name}: PEFT + Trainer / ptkit").value > 0
+        assert figure(result, f"{name}: memory").value > 0
+    ours, theirs = (figure(result, f"padding in {who}").value for who in ("ptkit's", "the Trainer"))
+    assert 0 <= ours < theirs, "rows of similar length are together"
+
+
+def test_a_run_that_ends_elsewhere_is_not_reported() -> None:
+    def runs(*losses: float) -> list[whole_run.Run]:
+        return [whole_run.Run(1.0, 1, loss) for loss in losses]
+
+    assert "apart" in whole_run._agreement("prefix", runs(2.0, 2.2), runs(2.1, 2.3))
+    for theirs in (runs(2.5, 2.6), runs(float("nan"), 2.1)):
+        with pytest.raises(ParityError, match="validation losses"):
+            whole_run._agreement("prefix", runs(2.0, 2.1), theirs)

@@ -40,18 +40,11 @@ class PeftTrainer:
         return None
 
     def train(self, turn: Round) -> Trained:
-        base, settings = turn.base, turn.settings
-        model = _model_of(turn)
+        base = turn.base
+        model = model_of(turn)
         clock = Clock()
         with tempfile.TemporaryDirectory() as scratch:
-            arguments = TrainingArguments(
-                scratch, max_steps=settings.steps, per_device_train_batch_size=settings.batch_size,
-                learning_rate=turn.contest.learning_rate, lr_scheduler_type="constant",
-                weight_decay=0.0, max_grad_norm=settings.max_grad_norm, logging_steps=1,
-                save_strategy="no", report_to=[], disable_tqdm=True,
-                use_cpu=base.model.device.type == "cpu", remove_unused_columns=False,
-                bf16=settings.autocast == "bf16", fp16=settings.autocast == "fp16",
-            )  # fmt: skip
+            arguments = arguments_of(turn, scratch, logging_steps=1, save_strategy="no")
             trainer = _InOrder(
                 model, arguments, data_collator=lambda batch: collate(batch, base),
                 train_dataset=turn.ordered(), callbacks=[_Noted(clock)],
@@ -83,7 +76,19 @@ class _Noted(TrainerCallback):
             self.clock.losses.append(float(logs["loss"]))
 
 
-def _model_of(turn: Round) -> Any:
+def arguments_of(turn: Round, folder: str, **own: Any) -> TrainingArguments:
+    """The Trainer's settings for what ptkit does in `turn`; `own`: what only the caller wants."""
+    settings = turn.settings
+    return TrainingArguments(
+        folder, max_steps=settings.steps, per_device_train_batch_size=settings.batch_size,
+        learning_rate=turn.contest.learning_rate, lr_scheduler_type="constant", weight_decay=0.0,
+        max_grad_norm=settings.max_grad_norm, report_to=[], disable_tqdm=True,
+        use_cpu=turn.base.model.device.type == "cpu", remove_unused_columns=False,
+        bf16=settings.autocast == "bf16", fp16=settings.autocast == "fp16", **own,
+    )  # fmt: skip
+
+
+def model_of(turn: Round) -> Any:
     """PEFT's model of the same method with the same values to start from, on a base of its own."""
     adapter: Any = turn.started()
     kind = turn.contest.kind

@@ -10,7 +10,7 @@ import torch
 
 from ptkit.training.provenance import hardware, versions
 
-Unit = Literal["x", "s", "ms", "us", "bytes", "%", ""]
+Unit = Literal["x", "s", "ms", "us", "bytes", "%", "nats", ""]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from ptkit.bank import AdapterBank
@@ -51,6 +52,14 @@ def _large_vocabulary() -> Any:
 
 
 _RANDOM = {GPT2_SMALL: _gpt2_small, LARGE_VOCABULARY: _large_vocabulary}
+
+
+def without_dropout(base: Base) -> Base:
+    """Two sides cannot draw the same dropout; without it they can be compared step by step."""
+    for module in base.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return base
 
 
 def random_prompts(base: Base, rows: int, tokens: int, seed: int = 0) -> list[list[int]]:

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ptkit.bench.adapterhub import AdapterHub
 from ptkit.bench.contest import CONTESTS, Clock, Contest, Peer, Round, Trained
 from ptkit.bench.peft_trainer import PeftTrainer
 from ptkit.bench.result import BenchResult, Figure, times
-from ptkit.bench.subjects import GPT2_SMALL, ParityError, bench_base
+from ptkit.bench.subjects import GPT2_SMALL, ParityError, bench_base, without_dropout
 from ptkit.bench.timing import Timing, ratio, timed
 from ptkit.data import load_task
 from ptkit.data.encode import EncodedExample, encode_examples
@@ -77,7 +76,7 @@ def bench_train(
         peers = [
             environments.enter_context(PEERS[name](peer_python)) for name in dict.fromkeys(against)
         ]
-        base = _without_dropout(bench_base(model))
+        base = without_dropout(bench_base(model))
         loaded = load_recipe(recipe)
         data = load_task(loaded.recipe.task, loaded.folder)
         count = max(steps * batch_size, 64)
@@ -121,14 +120,6 @@ def bench_train(
         figures,
         left_out,
     )  # fmt: skip
-
-
-def _without_dropout(base: Base) -> Base:
-    """Two sides cannot draw the same dropout; without it they can be compared step by step."""
-    for module in base.model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return base
 
 
 def _with_ptkit(turn: Round) -> Trained:

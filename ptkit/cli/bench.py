@@ -39,24 +39,29 @@ class Autocast(StrEnum):
     bf16 = "bf16"
 
 
+Methods = Annotated[
+    Optional[list[str]],  # noqa: UP045  (typer reads annotations at run time)
+    typer.Option(
+        "--method",
+        "-m",
+        help="prefix, prefix-mlp, prompt-20, prompt-100, p-tuning, lora, full; default: all.",
+    ),
+]
+TrainedOn = Annotated[str, typer.Option(help="Whose data is trained on.")]
+Steps = Annotated[int, typer.Option(min=3, help="Steps of a run.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows per step.")]
+BothAutocast = Annotated[Autocast, typer.Option(help="Mixed precision, on both sides.")]
+
+
 @app.command()
 def train(
     model: BenchModel = "gpt2-small",
-    method: Annotated[
-        Optional[list[str]],  # noqa: UP045  (typer reads annotations at run time)
-        typer.Option(
-            "--method",
-            "-m",
-            help="prefix, prefix-mlp, prompt-20, prompt-100, p-tuning, lora, full; default: all.",
-        ),
-    ] = None,
-    recipe: Annotated[str, typer.Option(help="Whose data is trained on.")] = "table-to-text",
-    steps: Annotated[int, typer.Option(min=3, help="Steps of a run.")] = 6,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 8,
+    method: Methods = None,
+    recipe: TrainedOn = "table-to-text",
+    steps: Steps = 6,
+    batch_size: BatchSize = 8,
     rounds: Rounds = 3,
-    autocast: Annotated[Autocast, typer.Option(help="Mixed precision, on both sides.")] = (
-        Autocast.no
-    ),
+    autocast: BothAutocast = Autocast.no,
     against: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="peft, adapters; repeatable; default: peft."),
@@ -77,6 +82,30 @@ def train(
         model, method or list(CONTESTS), recipe=recipe, steps=steps, batch_size=batch_size,
         rounds=rounds, autocast=autocast.value, against=against or ["peft"],
         peer_python=peer_python,
+    )  # fmt: skip
+    _show(result, json_output)
+
+
+@app.command()
+def run(
+    model: BenchModel = "gpt2-small",
+    method: Methods = None,
+    recipe: TrainedOn = "table-to-text",
+    rows: Annotated[int, typer.Option(min=2, help="Training rows.")] = 640,
+    validation: Annotated[int, typer.Option(min=1, help="Validation rows.")] = 64,
+    steps: Steps = 24,
+    batch_size: BatchSize = 8,
+    rounds: Rounds = 3,
+    autocast: BothAutocast = Autocast.no,
+    json_output: JsonOutput = False,
+) -> None:
+    """Whole training runs by ptkit and by PEFT + Trainer, each with batches of its own making."""
+    from ptkit.bench.contest import CONTESTS
+    from ptkit.bench.whole_run import bench_run
+
+    result = bench_run(
+        model, method or list(CONTESTS), recipe=recipe, rows=rows, validation=validation,
+        steps=steps, batch_size=batch_size, rounds=rounds, autocast=autocast.value,
     )  # fmt: skip
     _show(result, json_output)
 
@@ -299,9 +328,11 @@ def every(model: BenchModel = "gpt2-small", json_output: JsonOutput = False) -> 
     from ptkit.bench.together import bench_together
     from ptkit.bench.traffic import bench_traffic
     from ptkit.bench.train import CONTESTS, bench_train
+    from ptkit.bench.whole_run import bench_run
 
     benches = (
         lambda: bench_train(model, list(CONTESTS)),
+        lambda: bench_run(model, list(CONTESTS)),
         lambda: bench_infix(model),
         lambda: bench_together(model),
         lambda: bench_generate(model),
