@@ -94,10 +94,8 @@ class Bench:
         """
         with open(rows, encoding="utf-8") as file:
             examples = json.load(file)
-        own = {id(parameter) for parameter in self._add(prefix, start).values()}
-        self.model.train_adapter(NAME)
-        for parameter in self.model.parameters():  # it leaves a head with weights of its own free
-            parameter.requires_grad_(id(parameter) in own)
+        self._add(prefix, start)
+        self.model.train_adapter(NAME)  # freezes all else, the head too
         ends: list[float] = []
         with tempfile.TemporaryDirectory() as scratch:
             arguments = TrainingArguments(
@@ -119,9 +117,8 @@ class Bench:
         losses = [float(loss) for loss in trainer.losses]
         return {"losses": losses, "ends": ends, "memory": peak}
 
-    def _add(self, prefix: dict[str, Any], start: str) -> dict[str, nn.Parameter]:
-        """Add a prefix with the values in file `start`, which PEFT's encoder has named; returns its
-        parameters.
+    def _add(self, prefix: dict[str, Any], start: str) -> None:
+        """Add a prefix with the values in file `start`, which PEFT's encoder has named.
 
         Both lay keys and values out alike: virtual tokens, then layers, in each the keys before
         the values, then heads. `adapters` keeps them in one row, or makes them with an MLP of the
@@ -143,7 +140,6 @@ class Bench:
         with torch.no_grad():
             for name, parameter in theirs.items():
                 parameter.copy_(given[name])
-        return theirs
 
 
 class InOrder(AdapterTrainer):
