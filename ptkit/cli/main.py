@@ -20,6 +20,7 @@ from ptkit.cli import (
     classify,
     compare,
     convert,
+    distill,
     evaluate,
     export,
     generate,
@@ -53,6 +54,7 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(models.app, name="models")
 app.command("train")(train.train)
 app.command("compare")(compare.compare)
+app.command("distill")(distill.distill)
 app.command("report")(report.report)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)

@@ -42,6 +42,16 @@ class EncodedExample:
         return sum(target != IGNORED for target in self.target_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class StudiedText(EncodedExample):
+    """A text that a teacher wrote with a document in view: an opening, and what it wrote after it.
+
+    chunk: number of the document's piece that was in view
+    """
+
+    chunk: int = 0
+
+
 def encode_examples(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,

@@ -21,7 +21,7 @@ from ptkit.runtime.attention import (
     takes_positions,
 )
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.fused import has_plain_head, head_losses
+from ptkit.runtime.fused import has_plain_head, head_divergences, head_losses
 from ptkit.runtime.infix import placed_before_last
 from ptkit.runtime.soft_prompts import soft_prompts_read, with_embeddings
 
@@ -167,6 +167,46 @@ def supervised_losses(
         logits, targets = supervised_logits(model, input_ids, attention_mask, labels, batch)
         return token_losses(logits, targets)
     head: Any = model.get_output_embeddings()
+    hidden = _before_plain_head(model, input_ids, attention_mask, labels, batch)
+    return head_losses(head, hidden, labels[:, 1:][labels[:, 1:] != IGNORED])
+
+
+def supervised_divergences(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    batch: PrefixBatch | None,
+    teachers: PrefixBatch,
+) -> Tensor:
+    """KL(teacher || student) in nats at each supervised token of a causal model, `[n]`, in float32.
+
+    The student reads the rows behind `batch`, the teacher, without gradients, behind `teachers`;
+    the other parameters are those of `supervised_logits`. What the labels are plays no part, only
+    where they are.
+    """
+
+    def read(of: Callable[..., Any]) -> tuple[Any, Any]:
+        with torch.no_grad():
+            wanted = of(model, input_ids, attention_mask, labels, teachers)
+        return of(model, input_ids, attention_mask, labels, batch), wanted
+
+    if has_plain_head(model):
+        head: Any = model.get_output_embeddings()
+        return head_divergences(head, *read(_before_plain_head))
+    (found, _), (wanted, _) = read(supervised_logits)
+    found, wanted = (logits.float().log_softmax(-1) for logits in (found, wanted))
+    return nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+
+
+def _before_plain_head(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    batch: PrefixBatch | None,
+) -> Tensor:
+    """What the output head would read to predict the labels, `[n, hidden]`; it is left out."""
     positions, last = _predicting(labels)
     seen: list[Tensor] = []
 
@@ -176,7 +216,7 @@ def supervised_losses(
 
     with _placed(model, batch, attention_mask, last) as extra, _before_head(model, one_position):
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
-    return head_losses(head, seen[0][positions], labels[:, 1:][labels[:, 1:] != IGNORED])
+    return seen[0][positions]
 
 
 def _predicting(labels: Tensor) -> tuple[Tensor, Tensor]:

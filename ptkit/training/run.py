@@ -58,6 +58,9 @@ class Observer:
     def cell_started(self, cell: str, steps: int) -> None:
         """A cell begins; `steps` is 0 for methods that train nothing."""
 
+    def writing(self, done: int, texts: int) -> None:
+        """Texts are being written to learn from."""
+
     def stepped(self, report: StepReport) -> None:
         """An optimiser step was taken."""
 

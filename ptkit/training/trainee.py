@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
-from ptkit.data.encode import EncodedExample, length_grouped_batches
-from ptkit.errors import DataError, PtkitError
+from ptkit.data.encode import EncodedExample, StudiedText, length_grouped_batches
+from ptkit.errors import DataError, PtkitError, UserError
 from ptkit.methods import Adapter
+from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import TrainSection
 from ptkit.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from ptkit.training.retain import Retainer
@@ -46,6 +47,8 @@ class Job:
     report: told after every step
     general: pieces of general text for `train.retain`, `[pieces, tokens]`; None without it
     beta2: AdamW's decay of the squared gradients
+    teachers: what the base has in view as the teacher of `StudiedText`s, by their `chunk`: losses
+        are then divergences from it, not cross-entropies; None without a teacher
     """
 
     adapter: Adapter
@@ -58,10 +61,16 @@ class Job:
     report: Report | None = None
     general: Tensor | None = None
     beta2: float = 0.999
+    teachers: Sequence[KVPrefix] | None = None
 
     def __post_init__(self) -> None:
         if not self.train or not self.validation:
             raise DataError("training needs at least one row for training and one for validation")
+        if self.teachers is not None and self.settings.gradient_checkpointing:
+            raise UserError(
+                "a prefix that learns from a teacher is read without dropout, in a mode in which "
+                "nothing is checkpointed; set `gradient_checkpointing: false`"
+            )
 
 
 def _groups(adapter: Adapter, head_learning_rate: float) -> list[dict[str, Any]]:
@@ -142,6 +151,12 @@ class Trainee:
     def next_batch(self) -> list[EncodedExample]:
         """The rows of the next batch."""
         return [self.job.train[i] for i in next(self._order)]
+
+    def teachers(self, rows: Sequence[EncodedExample]) -> list[KVPrefix]:
+        """What the teacher has in view for each of `rows`; empty without a teacher."""
+        if self.job.teachers is None:
+            return []
+        return [self.job.teachers[row.chunk] for row in rows if isinstance(row, StudiedText)]
 
     def step(self, loss: float, tokens: int) -> None:
         """Take the optimiser step that the parameters' gradients ask for.
