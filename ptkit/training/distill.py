@@ -196,7 +196,8 @@ def distill(
         for name, student in ((NOTHING, None), (FIRST_TOKENS, first), (DISTILLED, prefix))
     }
     record = _record(folder, read, prefix, studied, figures, progress)
-    info = _info(base, section, document, record, recipe and recipe.recipe.task, adapter, seed)
+    task = None if recipe is None else recipe.recipe.task
+    info = _info(base, section, document, record, task, adapter, seed)
     write_adapter(record.adapter, replace(adapter.files(), info=info), replace=True)
     atomic.write_json(folder / "record.json", record.as_dict())
     remove_checkpoints(folder)

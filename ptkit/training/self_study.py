@@ -13,6 +13,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ _GENERIC_SHARE = 0.25
 SHORTEST, LONGEST = 2, 8
 #: Texts written at the same time.
 BATCH = 32
-#: Fewer tokens than this are no chunk to write about.
+#: With fewer tokens in view than this, unless they are asked for, there is little to write about.
 SMALLEST_CHUNK = 16
 
 
@@ -66,13 +67,16 @@ def read_in_chunks(
     where the base has too few positions for a chunk and what comes after it.
     """
     lead = [base.first_token_id] if sink else []
-    body = list(base.tokenizer(text, add_special_tokens=False)["input_ids"])
+    # Not verbose: it would warn that the text is too long for the model, which is the point.
+    body = list(base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if not body:
         raise UserError("the document has no tokens; give a text")
     most = base.max_positions
     free = len(lead) + len(body) if most is None else most - room
     wanted = min(free, len(lead) + len(body)) if chunk_tokens is None else chunk_tokens
-    least = min(SMALLEST_CHUNK, len(lead) + len(body))
+    least = len(lead) + 1
+    if chunk_tokens is None:
+        least = min(SMALLEST_CHUNK, len(lead) + len(body))
     if wanted > free or wanted < least:
         raise ModelError(
             f"too few positions: {base.id} has {most}, and the texts it writes take up to {room}, "
@@ -81,7 +85,7 @@ def read_in_chunks(
         )
     count = -(-len(body) // (wanted - len(lead)))
     ends = [round(i * len(body) / count) for i in range(count + 1)]
-    chunks = [[*lead, *body[a:b]] for a, b in zip(ends, ends[1:], strict=False)]
+    chunks = [[*lead, *body[a:b]] for a, b in pairwise(ends)]
     return Document([*lead, *body], chunks, lead)
 
 
