@@ -27,6 +27,7 @@ from ptkit.runtime.forward import all_logits, collate, supervised_divergences, s
 from ptkit.training.distill import DISTILLED, FIRST_TOKENS, NOTHING, Distilled, distill
 from ptkit.training.run import Observer
 from ptkit.training.self_study import GENERIC, read_in_chunks, study
+from ptkit.training.teacher import Teacher
 from ptkit.training.trainee import Job, StepReport
 
 DOCUMENT = " ".join(f"w{(7 * i * i + 3 * i) % 90 + 1}" for i in range(30))
@@ -93,9 +94,16 @@ def test_divergence_is_torchs_with_its_gradient(family: str) -> None:
         (found,) = torch.autograd.grad(total, parameter)
         return found
 
+    kept, alone = Teacher(base, teachers, budget=10**9), Teacher(base, teachers, budget=2000)
+    for teacher in (kept, alone):
+        teacher.study(rows)
+        assert teacher.nbytes <= teacher.budget
+    assert 0 < alone.nbytes < kept.nbytes
+    torch.testing.assert_close(kept.outputs(rows), alone.outputs(rows), atol=1e-5, rtol=1e-5)
     ours = supervised_divergences(
-        base.model, **tensors, batch=PrefixBatch.shared(adapter.prefix(), 6), teachers=seen
-    )
+        base.model, **tensors, batch=PrefixBatch.shared(adapter.prefix(), 6),
+        wanted=kept.outputs(rows),
+    )  # fmt: skip
     mine = gradient(ours.sum())
     logits, _ = supervised_logits(
         base.model, **tensors, batch=PrefixBatch.shared(adapter.prefix(), 6)
@@ -252,7 +260,8 @@ def test_what_cannot_be_distilled_is_refused(tmp_path: Path) -> None:
         Job(
             PrefixTuning.from_prefix(compile_tokens(base.model, torch.arange(3)), base),
             [EncodedExample([1], [2])], [EncodedExample([1], [2])],
-            TrainSection(gradient_checkpointing=True), 0.1, 0, tmp_path, teachers=[],
+            TrainSection(gradient_checkpointing=True), 0.1, 0, tmp_path,
+            teacher=Teacher(base, [], 0),
         )  # fmt: skip
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match="is empty"):

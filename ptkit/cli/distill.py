@@ -41,10 +41,10 @@ def distill(
     texts: Annotated[int, typer.Option(min=4, help="Studied texts to learn from.")] = 256,
     text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each, at most.")] = 48,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 300,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts per step.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per step.")] = 8,
     learning_rate: Annotated[
         float, typer.Option(min=0, help="In units of the start's size, as prefix tuning's.")
-    ] = 0.05,
+    ] = 0.1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the texts and their order.")] = 0,
     fresh: Fresh = False,
     quiet: Quiet = False,

@@ -51,6 +51,9 @@ class StudiedText(EncodedExample):
 
     chunk: int = 0
 
+    def __hash__(self) -> int:
+        return hash((*self.input_ids, *self.target_ids, self.chunk))
+
 
 def encode_examples(
     examples: Sequence[Example],

@@ -171,30 +171,39 @@ def supervised_losses(
     return head_losses(head, hidden, labels[:, 1:][labels[:, 1:] != IGNORED])
 
 
+def teacher_outputs(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    batch: PrefixBatch | None,
+) -> Tensor:
+    """What `supervised_divergences` compares a student with, `[n, width]`: what the output head of
+    a causal model reads at each supervised token, or its logits where it takes more to make them;
+    parameters as for `supervised_logits`."""
+    if has_plain_head(model):
+        return _before_plain_head(model, input_ids, attention_mask, labels, batch)
+    return supervised_logits(model, input_ids, attention_mask, labels, batch)[0]
+
+
 def supervised_divergences(
     model: PreTrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor,
     labels: Tensor,
     batch: PrefixBatch | None,
-    teachers: PrefixBatch,
+    wanted: Tensor,
 ) -> Tensor:
     """KL(teacher || student) in nats at each supervised token of a causal model, `[n]`, in float32.
 
-    The student reads the rows behind `batch`, the teacher, without gradients, behind `teachers`;
-    the other parameters are those of `supervised_logits`. What the labels are plays no part, only
-    where they are.
+    wanted: the `teacher_outputs` of the same rows behind what the teacher has in view; the other
+        parameters are the student's, as for `supervised_logits`. What the labels are plays no part,
+        only where they are.
     """
-
-    def read(of: Callable[..., Any]) -> tuple[Any, Any]:
-        with torch.no_grad():
-            wanted = of(model, input_ids, attention_mask, labels, teachers)
-        return of(model, input_ids, attention_mask, labels, batch), wanted
-
+    found = teacher_outputs(model, input_ids, attention_mask, labels, batch)
     if has_plain_head(model):
         head: Any = model.get_output_embeddings()
-        return head_divergences(head, *read(_before_plain_head))
-    (found, _), (wanted, _) = read(supervised_logits)
+        return head_divergences(head, found, wanted)
     found, wanted = (logits.float().log_softmax(-1) for logits in (found, wanted))
     return nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
 

@@ -50,6 +50,7 @@ from ptkit.training.self_study import (
     read_in_chunks,
     study,
 )
+from ptkit.training.teacher import Teacher
 from ptkit.training.trainee import Job
 
 #: What the distilled prefix is measured beside, and itself, in the order they are shown.
@@ -119,8 +120,8 @@ def distill(
     texts: int = 256,
     text_tokens: int = 48,
     steps: int = 300,
-    batch_size: int = 16,
-    learning_rate: float = 0.05,
+    batch_size: int = 8,
+    learning_rate: float = 0.1,
     seed: int = 0,
     observer: Observer | None = None,
 ) -> Distilled:
@@ -170,7 +171,7 @@ def distill(
         "chunks": len(read.chunks),
         "texts": texts,
         "text_tokens": text_tokens,
-        "train": settings.model_dump(),
+        "train": settings.model_dump(exclude={"report_to", "context_cache_mb"}),
         "seed": seed,
     })  # fmt: skip
     if (folder / "record.json").exists():
@@ -187,7 +188,8 @@ def distill(
     (progress,) = fit([
         Job(
             adapter, studied.train, studied.validation, settings, learning_rate, seed, folder,
-            observer.stepped, beta2=section.beta2, teachers=teachers,
+            observer.stepped, beta2=section.beta2,
+            teacher=Teacher(base, teachers, settings.context_cache_mb * 10**6),
         )
     ])  # fmt: skip
     prefix = adapter.prefix().detach()

@@ -21,9 +21,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encode import EncodedExample, StudiedText
 from ptkit.errors import UserError
-from ptkit.prefix import PrefixBatch
 from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.forward import collate
@@ -81,7 +80,7 @@ def _require_shareable(jobs: Sequence[Job]) -> None:
         raise UserError(
             "adapters of a classifier cannot share a batch in training: each has its own head"
         )
-    if len({job.teachers is None for job in jobs}) > 1:
+    if len({job.teacher is None for job in jobs}) > 1:
         raise UserError("adapters trained together learn either all from a teacher, or none")
     for job in jobs:
         if not job.adapter.virtual_tokens:
@@ -98,7 +97,7 @@ class _Loop:
         self.accelerator, self.settings = accelerator, jobs[0].settings
         if self.settings.retain is not None and accelerator.num_processes > 1:
             raise UserError("`train.retain` works in one process only")
-        if jobs[0].teachers is not None and accelerator.num_processes > 1:
+        if jobs[0].teacher is not None and accelerator.num_processes > 1:
             raise UserError("a prefix learns from a teacher in one process only")
         if len(jobs) > 1 and accelerator.num_processes > 1:
             raise UserError("adapters are trained together in one process only")
@@ -129,6 +128,9 @@ class _Loop:
         attention: Any = prefix_attention(self.model) if prompts else nullcontext()
         try:
             with attention, fused_activations(self.model):
+                with self.accelerator.autocast():
+                    for trainee in self.trainees:
+                        trainee.study()
                 while active := [i for i, t in enumerate(self.trainees) if not t.finished]:
                     self._step(active, memory)
         finally:
@@ -211,14 +213,14 @@ class _Loop:
     ) -> dict[str, Any]:
         """What the objective takes for these rows of the `active` trainees."""
         rows = [row for rows in rows_of_each for row in rows]
-        known = {}
-        teachers = [
-            teacher
+        known: dict[str, Any] = {}
+        wanted = [
+            teacher.outputs([row for row in own if isinstance(row, StudiedText)])
             for i, own in zip(active, rows_of_each, strict=True)
-            for teacher in self.trainees[i].teachers(own)
+            if (teacher := self.trainees[i].job.teacher) is not None
         ]
-        if teachers:
-            known["teachers"] = PrefixBatch.of_rows(teachers, self.base.layout)
+        if wanted:
+            known["wanted"] = torch.cat(wanted)
         if self.contexts is not None:
             known["contexts"] = self.contexts.contexts(rows)
             rows = self.contexts.shortened(rows)

@@ -37,16 +37,16 @@ class Objective(nn.Module):
         attention_mask: Tensor,
         labels: Tensor,
         contexts: PrefixBatch | None = None,
-        teachers: PrefixBatch | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy in nats of each active adapter's rows, summed over their supervised
-        tokens, `[active]`; with `teachers` the divergence KL(teacher || adapter) instead.
+        tokens, `[active]`; with `wanted` the divergence KL(teacher || adapter) instead.
 
         active: indices of the adapters in this batch, in the order of their rows
         rows: how many rows each of them has; they add up to the rows of the tensors
         contexts: for infixes, what was read of the rows before them (see
             `ptkit.training.context_cache`)
-        teachers: what the base has in view, row by row, when it is the teacher
+        wanted: what a teacher makes of the rows (see `ptkit.training.teacher`)
 
         Every adapter compiles once, whatever the number of its rows.
         """
@@ -62,13 +62,13 @@ class Objective(nn.Module):
             assert batch is not None
             batch = placed_behind(adapters[0].model, batch, contexts)
         model = adapters[0].model
-        if teachers is None:
+        if wanted is None:
             losses = supervised_losses(model, input_ids, attention_mask, labels, batch)
         else:
             # Read as it will be served: dropout on one side would count as divergence.
             with evaluating(model):
                 losses = supervised_divergences(
-                    model, input_ids, attention_mask, labels, batch, teachers
+                    model, input_ids, attention_mask, labels, batch, wanted
                 )
         if len(active) == 1:
             return losses.sum()[None]

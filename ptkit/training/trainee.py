@@ -16,10 +16,10 @@ from transformers import get_scheduler
 from ptkit.data.encode import EncodedExample, StudiedText, length_grouped_batches
 from ptkit.errors import DataError, PtkitError, UserError
 from ptkit.methods import Adapter
-from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import TrainSection
 from ptkit.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from ptkit.training.retain import Retainer
+from ptkit.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Job:
     report: told after every step
     general: pieces of general text for `train.retain`, `[pieces, tokens]`; None without it
     beta2: AdamW's decay of the squared gradients
-    teachers: what the base has in view as the teacher of `StudiedText`s, by their `chunk`: losses
-        are then divergences from it, not cross-entropies; None without a teacher
+    teacher: of rows that are `StudiedText`s: losses are then divergences from it, not
+        cross-entropies; None where labels are learnt
     """
 
     adapter: Adapter
@@ -61,12 +61,12 @@ class Job:
     report: Report | None = None
     general: Tensor | None = None
     beta2: float = 0.999
-    teachers: Sequence[KVPrefix] | None = None
+    teacher: Teacher | None = None
 
     def __post_init__(self) -> None:
         if not self.train or not self.validation:
             raise DataError("training needs at least one row for training and one for validation")
-        if self.teachers is not None and self.settings.gradient_checkpointing:
+        if self.teacher is not None and self.settings.gradient_checkpointing:
             raise UserError(
                 "a prefix that learns from a teacher is read without dropout, in a mode in which "
                 "nothing is checkpointed; set `gradient_checkpointing: false`"
@@ -138,6 +138,12 @@ class Trainee:
         read = self.progress.step * self.settings.gradient_accumulation
         self._order = itertools.islice(self._order, read, None)
 
+    def study(self) -> None:
+        """Let the teacher, if there is one, read what is learnt from it."""
+        if self.job.teacher is not None:
+            rows = (*self.job.train, *self.job.validation)
+            self.job.teacher.study([row for row in rows if isinstance(row, StudiedText)])
+
     @property
     def finished(self) -> bool:
         """Whether all steps are done, or validation has not improved for too long."""
@@ -151,12 +157,6 @@ class Trainee:
     def next_batch(self) -> list[EncodedExample]:
         """The rows of the next batch."""
         return [self.job.train[i] for i in next(self._order)]
-
-    def teachers(self, rows: Sequence[EncodedExample]) -> list[KVPrefix]:
-        """What the teacher has in view for each of `rows`; empty without a teacher."""
-        if self.job.teachers is None:
-            return []
-        return [self.job.teachers[row.chunk] for row in rows if isinstance(row, StudiedText)]
 
     def step(self, loss: float, tokens: int) -> None:
         """Take the optimiser step that the parameters' gradients ask for.
