@@ -240,6 +240,8 @@ def test_what_cannot_be_distilled_is_refused(tmp_path: Path) -> None:
         small(base, tmp_path / "a", text_tokens=142)
     with pytest.raises(ModelError, match="a prefix of 120 tokens leaves 8"):
         small(base, tmp_path / "a", tokens=120, document=" ".join([DOCUMENT] * 5))
+    with pytest.raises(UserError, match="training: `steps`: Input should be greater than 0"):
+        small(base, tmp_path / "a", steps=0)
     with pytest.raises(UserError, match="has no tokens"):
         small(base, tmp_path / "a", document="  ")
     with pytest.raises(UserError, match="found 2 inputs; at least three"):

@@ -150,7 +150,7 @@ def plan(
     first, *others = (*found.sources, *found.targets)
     for loaded in others:
         for what, read in (("`model`", _model), ("`num_virtual_tokens`", _tokens)):
-            mine, theirs = read(first.recipe), read(loaded.recipe)
+            mine, theirs = str(read(first.recipe)), str(read(loaded.recipe))
             if mine != theirs:
                 raise UserError(
                     f"`{first.recipe.name}` has {what} {mine}, `{loaded.recipe.name}` {theirs}: an "
@@ -159,8 +159,10 @@ def plan(
     return found
 
 
-def _model(recipe: Recipe) -> tuple[str, str | None, str | None]:
-    return recipe.model.id, recipe.model.revision, recipe.model.quantize
+def _model(recipe: Recipe) -> str:
+    model = recipe.model
+    revision = f"@{model.revision}" if model.revision else ""
+    return f"{model.id}{revision}" + (f" in {model.quantize}" if model.quantize else "")
 
 
 def _tokens(recipe: Recipe) -> int:
@@ -201,21 +203,31 @@ def run_transfer(
     map.
     """
     _claim(planned, out)
-    base = base or load_base(planned.sources[0].recipe.model)
+    loaded_bases: dict[str, Base] = {}
+
+    def base_of(loaded: LoadedRecipe) -> Base:
+        """One per setting of `model`: recipes of one base may differ in its precision."""
+        if base is not None:
+            return base
+        key = loaded.recipe.model.model_dump_json()
+        if key not in loaded_bases:
+            loaded_bases[key] = load_base(loaded.recipe.model)
+        return loaded_bases[key]
+
+    names = tuple(source.recipe.name for source in planned.sources)
     prefixes = []
     for source in planned.sources:
-        run_grid(source, out / "sources" / source.recipe.name, observer=observer, base=base)
-        prefixes.append(_compiled(planned.source(out, source), base))
+        own = base_of(source)
+        run_grid(source, out / "sources" / source.recipe.name, observer=observer, base=own)
+        prefixes.append(_compiled(planned.source(out, source), own))
     targets = []
     for loaded in planned.targets:
         folder, target = out / "targets" / loaded.recipe.name, planned.target(out, loaded)
-        records = run_grid(target, folder, observer=observer, base=base)
-        own, *starts = write_outputs(folder, records, target.recipe)
-        names = [source.recipe.name for source in planned.sources]
-        targets.append(Target(loaded.recipe.name, own, dict(zip(names, starts, strict=True))))
+        records = run_grid(target, folder, observer=observer, base=base_of(loaded))
+        first, *starts = write_outputs(folder, records, target.recipe)
+        targets.append(Target(loaded.recipe.name, first, dict(zip(names, starts, strict=True))))
     similarity = tuple(tuple(cosine(a, b) for b in prefixes) for a in prefixes)
-    names_ = tuple(source.recipe.name for source in planned.sources)
-    done = TransferMap(out, names_, tuple(targets), similarity)
+    done = TransferMap(out, names, tuple(targets), similarity)
     atomic.write_json(out / "matrix.json", done.as_dict())
     atomic.write_text(out / "matrix.md", as_markdown(done))
     atomic.write_bytes(out / "matrix.png", _drawn(done))

@@ -17,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from ptkit.prefix import KVPrefix
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.schema import HeadedTask, ModelSection, Task, TrainSection
 from ptkit.runtime.base_model import TINY_EN, Base, load_base
+from ptkit.runtime.cache import has_state
 from ptkit.runtime.compile import compile_tokens
 from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.loop import fit
@@ -147,7 +149,7 @@ def distill(
     section = _section(tokens, sink=sink, learning_rate=learning_rate)
     if inputs is not None and recipe is not None:
         raise UserError(
-            "the texts begin either with inputs (--inputs) or with a recipe's, not both"
+            "the texts begin either with inputs (--inputs) or with those of a recipe (--recipe)"
         )
     if base is None:
         named = ModelSection(id=model) if model else recipe.recipe.model if recipe else None
@@ -203,7 +205,8 @@ def distill(
     write_adapter(record.adapter, replace(adapter.files(), info=info), replace=True)
     atomic.write_json(folder / "record.json", record.as_dict())
     remove_checkpoints(folder)
-    atomic.remove_leftovers(folder)
+    for place in (folder, folder / "texts"):
+        atomic.remove_leftovers(place)
     return record
 
 
@@ -217,29 +220,37 @@ def start_over(folder: Path) -> None:
 
 
 def _section(tokens: int, *, sink: bool, learning_rate: float) -> PrefixTuningSection:
-    try:
+    with _refusing(f"a prefix of {tokens} tokens"):
         return PrefixTuningSection(
             kind="prefix_tuning",
             num_virtual_tokens=tokens,
             sink=sink,
             learning_rate=learning_rate,
         )
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = str(first["msg"]).removeprefix("Value error, ")
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"a prefix of {tokens} tokens: {where or 'settings'}: {reason}") from error
 
 
 def _settings(steps: int, batch_size: int) -> TrainSection:
     every = max(1, min(25, steps // 4))
-    return TrainSection(
-        steps=steps,
-        batch_size=batch_size,
-        warmup_steps=min(20, steps // 10),
-        eval_every=every,
-        save_every=every,
-    )
+    with _refusing("training"):
+        return TrainSection(
+            steps=steps,
+            batch_size=batch_size,
+            warmup_steps=max(0, min(20, steps // 10)),
+            eval_every=every,
+            save_every=every,
+        )
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Make a setting that is not allowed a UserError."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"`{part}`: " for part in first["loc"])
+        reason = str(first["msg"]).removeprefix("Value error, ")
+        raise UserError(f"{what}: {where}{reason}") from error
 
 
 def _require_causal(base: Base) -> None:
@@ -247,6 +258,11 @@ def _require_causal(base: Base) -> None:
         raise ModelError(
             f"{base.id} is no causal language model; a document is distilled for models that go "
             "on with a text"
+        )
+    if has_state(base.model):
+        raise ModelError(
+            f"{base.id} has layers that keep a running state, and what a document leaves there is "
+            "not in keys and values: the teacher would not have it in view"
         )
 
 
