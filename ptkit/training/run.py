@@ -92,7 +92,8 @@ class Cell:
     variant, family, sweep, tuned: see `CellRecord`; the folder of the variant, "" for none
     """
 
-    method: MethodSection
+    # Its lists (the adapters it starts from) have no hash; the folder tells cells apart.
+    method: MethodSection = field(hash=False)
     seed: int
     folder: Path
     start_from: Path | None = None
