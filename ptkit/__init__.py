@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ptkit.recipe import load_recipe
     from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
+    from ptkit.training.distill import distill
 
 __all__ = [
     "AdapterBank",
@@ -30,6 +31,7 @@ __all__ = [
     "Run",
     "classifier",
     "compare",
+    "distill",
     "export_run",
     "load_adapter",
     "load_base",
@@ -48,6 +50,7 @@ _HOMES = {
     "load_adapter": "ptkit.api",
     "train": "ptkit.api",
     "classifier": "ptkit.evaluation.classify",
+    "distill": "ptkit.training.distill",
     "export_run": "ptkit.hub.export",
     "pull": "ptkit.hub.transfer",
     "push": "ptkit.hub.transfer",

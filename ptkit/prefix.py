@@ -303,6 +303,13 @@ class PrefixBatch:
         )  # fmt: skip
 
     @classmethod
+    def of_rows(cls, prefixes: Sequence[KVPrefix], layout: KVLayout) -> PrefixBatch:
+        """One prefix per row: expanded where all have the same one, gathered where not."""
+        if all(prefix is prefixes[0] for prefix in prefixes):
+            return cls.shared(prefixes[0], len(prefixes))
+        return cls.gathered(prefixes, layout)
+
+    @classmethod
     def gathered(cls, prefixes: Sequence[KVPrefix | None], layout: KVLayout) -> PrefixBatch:
         """One prefix (or None, the plain base) per row, of any lengths, of the same base.
 

@@ -71,6 +71,12 @@ class LiveDisplay(Observer):
         if steps:
             self._phase(f"[bold]{cell}[/] training", steps)
 
+    def writing(self, done: int, texts: int) -> None:
+        if self.cell is None or self.progress.tasks[-1].total != texts:
+            self._phase("writing texts", texts)
+        assert self.cell is not None
+        self.progress.update(self.cell, completed=done)
+
     def stepped(self, report: StepReport) -> None:
         if self.cell is None:
             return

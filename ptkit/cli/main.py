@@ -20,6 +20,7 @@ from ptkit.cli import (
     classify,
     compare,
     convert,
+    distill,
     evaluate,
     export,
     generate,
@@ -33,6 +34,7 @@ from ptkit.cli import (
     search_prompt,
     serve,
     train,
+    transfer,
     verify,
 )
 from ptkit.errors import PtkitError
@@ -53,6 +55,8 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(models.app, name="models")
 app.command("train")(train.train)
 app.command("compare")(compare.compare)
+app.command("distill")(distill.distill)
+app.command("transfer")(transfer.transfer)
 app.command("report")(report.report)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)

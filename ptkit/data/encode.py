@@ -42,6 +42,19 @@ class EncodedExample:
         return sum(target != IGNORED for target in self.target_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class StudiedText(EncodedExample):
+    """A text that a teacher wrote with a document in view: an opening, and what it wrote after it.
+
+    chunk: number of the document's piece that was in view
+    """
+
+    chunk: int = 0
+
+    def __hash__(self) -> int:
+        return hash((*self.input_ids, *self.target_ids, self.chunk))
+
+
 def encode_examples(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,

@@ -36,10 +36,20 @@ def general_text(name_or_path: str, folder: Path) -> str:
     path = BUILTIN / "general-en.txt" if own else resolve_path(name_or_path, folder)
     if not path.is_file():
         raise DataError(f"`retention.text`: no such file: {path} (`{GENERAL_EN}` ships with ptkit)")
+    return read_text(path, "`retention.text`")
+
+
+def read_text(path: Path, what: str) -> str:
+    """The UTF-8 text in the file `path`; `what` is what it was given as.
+
+    Raises DataError when it is missing, empty or not UTF-8.
+    """
+    if not path.is_file():
+        raise DataError(f"{what}: no such file: {path}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"`retention.text`: {path} is not UTF-8 text") from error
+        raise DataError(f"{what}: {path} is not UTF-8 text") from error
     if not text.strip():
-        raise DataError(f"`retention.text`: {path} is empty")
+        raise DataError(f"{what}: {path} is empty")
     return text

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from scipy import stats
 
-from ptkit.evaluation.metrics import Metric, Statistics
+from ptkit.evaluation.metrics import Statistics
+
+
+class Scores(Protocol):
+    """What makes one figure of any set of rows: a metric, say."""
+
+    def score(self, rows: Statistics) -> float:
+        """The figure of `rows` `[any number, k]`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class Interval:
 
 
 def bootstrap_interval(
-    metric: Metric, per_seed: Sequence[Statistics], *, resamples: int, seed: int
+    metric: Scores, per_seed: Sequence[Statistics], *, resamples: int, seed: int
 ) -> Interval:
     """95 % percentile bootstrap interval of the mean over seeds of the corpus score.
 

@@ -128,7 +128,7 @@ def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: 
         base=base,
         base_source="path/to/tiny-en" if base == TINY_EN else base,
         method=f"{method[:1].upper()}{method[1:]}",
-        data=_data(info.get("data", {})),
+        data=_data(info),
         parameters=values,
         share=values / parameters if parameters else None,
         bytes=stored_bytes,
@@ -138,6 +138,7 @@ def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: 
         lost=info.get("int8_lost") if int8 else None,
         table=table and table.strip(),
         retention=info.get("retention"),
+        distilled=info.get("distilled"),
         unreadable="8-bit integers" if int8 else _UNREADABLE.get(files.peft_type),
         template=task.get("input", "").encode("unicode_escape").decode(),
         example=repr(task.get("input") or "..."),
@@ -156,7 +157,10 @@ def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: 
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _data(data: Mapping[str, Any]) -> str:
+def _data(info: Mapping[str, Any]) -> str:
+    data = info.get("data", {})
+    if "distilled" in info:
+        return "texts it wrote itself"
     if data.get("hub"):
         return f"`{data['hub']}`"
     if data.get("builtin"):

@@ -34,6 +34,7 @@ def describe(source: str | Path) -> dict[str, Any]:
             "test rows": info.get("n_test"),
             "forgetting": (info.get("retention") or {}).get("forgetting"),
             "settings": info.get("method"),
+            "distilled from": (info.get("distilled") or {}).get("document"),
             "converted from": info.get("converted_from"),
             "versions": info.get("versions"),
         }

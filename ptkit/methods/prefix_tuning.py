@@ -206,9 +206,14 @@ class PrefixTuning(Adapter):
         return KVPrefix.averaged(compiled, start_shares(section))
 
     @classmethod
-    def from_prefix(cls, prefix: KVPrefix, base: Base) -> PrefixTuning:
-        """An adapter of `prefix`, whatever method made it, to be saved or trained further."""
-        section = PrefixTuningSection(
+    def from_prefix(
+        cls, prefix: KVPrefix, base: Base, section: PrefixTuningSection | None = None
+    ) -> PrefixTuning:
+        """An adapter of `prefix`, whatever method made it, to be saved or trained further.
+
+        section: its settings, of as many virtual tokens; default: the plain ones
+        """
+        section = section or PrefixTuningSection(
             kind="prefix_tuning",
             num_virtual_tokens=prefix.virtual_tokens,
             position="infix" if prefix.infix else "prefix",

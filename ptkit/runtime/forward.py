@@ -21,7 +21,7 @@ from ptkit.runtime.attention import (
     takes_positions,
 )
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.fused import has_plain_head, head_losses
+from ptkit.runtime.fused import has_plain_head, head_divergences, head_losses
 from ptkit.runtime.infix import placed_before_last
 from ptkit.runtime.last_layer import last_block_on
 from ptkit.runtime.soft_prompts import soft_prompts_read, with_embeddings
@@ -166,24 +166,84 @@ def supervised_losses(
         return token_losses(logits.view(*labels.shape, -1)[learnt], labels[learnt])
     if model.config.is_encoder_decoder:
         return token_losses(*supervised_logits(model, input_ids, attention_mask, labels, batch))
-    positions, last = _predicting(labels)
-    plain = has_plain_head(model)
-    with last_block_on(model, positions):
-        if not plain:
-            return token_losses(*supervised_logits(model, input_ids, attention_mask, labels, batch))
+    if not has_plain_head(model):
+        return token_losses(*_logits_and_no_more(model, input_ids, attention_mask, labels, batch))
+    head: Any = model.get_output_embeddings()
+    hidden = _before_plain_head(model, input_ids, attention_mask, labels, batch)
+    return head_losses(head, hidden, labels[:, 1:][labels[:, 1:] != IGNORED])
+
+
+def teacher_outputs(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    batch: PrefixBatch | None,
+) -> Tensor:
+    """What `supervised_divergences` compares a student with, `[n, width]`: what the output head of
+    a causal model reads at each supervised token, or its logits where it takes more to make them;
+    parameters as for `supervised_logits`."""
+    if has_plain_head(model):
+        return _before_plain_head(model, input_ids, attention_mask, labels, batch)
+    return _logits_and_no_more(model, input_ids, attention_mask, labels, batch)[0]
+
+
+def supervised_divergences(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    batch: PrefixBatch | None,
+    wanted: Tensor,
+) -> Tensor:
+    """KL(teacher || student) in nats at each supervised token of a causal model, `[n]`, in float32.
+
+    wanted: the `teacher_outputs` of the same rows behind what the teacher has in view; the other
+        parameters are the student's, as for `supervised_logits`. What the labels are plays no part,
+        only where they are.
+    """
+    found = teacher_outputs(model, input_ids, attention_mask, labels, batch)
+    if has_plain_head(model):
         head: Any = model.get_output_embeddings()
-        seen: list[Tensor] = []
+        return head_divergences(head, found, wanted)
+    found, wanted = (logits.float().log_softmax(-1) for logits in (found, wanted))
+    return nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
 
-        def one_position(hidden: Tensor) -> Tensor:
-            seen.append(hidden)
-            return hidden[:1, :1].detach()
 
-        with (
-            _placed(model, batch, attention_mask, last) as extra,
-            _before_head(model, one_position),
-        ):
-            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
-    return head_losses(head, seen[0][positions], labels[:, 1:][labels[:, 1:] != IGNORED])
+def _before_plain_head(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    batch: PrefixBatch | None,
+) -> Tensor:
+    """What the output head would read to predict the labels, `[n, hidden]`; it is left out."""
+    positions, last = _predicting(labels)
+    seen: list[Tensor] = []
+
+    def one_position(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        return hidden[:1, :1].detach()
+
+    with (
+        last_block_on(model, positions),
+        _placed(model, batch, attention_mask, last) as extra,
+        _before_head(model, one_position),
+    ):
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
+    return seen[0][positions]
+
+
+def _logits_and_no_more(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    batch: PrefixBatch | None,
+) -> tuple[Tensor, Tensor]:
+    """`supervised_logits`, the last layer leaving out what they do not depend on."""
+    with last_block_on(model, _predicting(labels)[0]):
+        return supervised_logits(model, input_ids, attention_mask, labels, batch)
 
 
 def _predicting(labels: Tensor) -> tuple[Tensor, Tensor]:

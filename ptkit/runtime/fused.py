@@ -107,3 +107,44 @@ class _HeadLoss(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         scaled = None if gradient is None else gradient * upstream[0][:, None].to(gradient.dtype)
         return scaled, None, None, None
+
+
+def head_divergences(head: nn.Linear, hidden: Tensor, wanted: Tensor) -> Tensor:
+    """KL(teacher || student) in nats of each position, `[n]` float32, under a frozen output head.
+
+    hidden, wanted: what the head reads of the student and of the teacher, `[n, hidden]`; gradients
+    flow to `hidden`. As in `head_losses`, only the logits of `CHUNK` positions exist at a time.
+    """
+    weight, bias = head.weight, head.bias
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        weight = weight.to(torch.get_autocast_dtype(kind))
+    return _HeadDivergence.apply(hidden, wanted, weight, bias)
+
+
+class _HeadDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, wanted: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            student, teacher = (
+                nn.functional.linear(read[part], weight, bias).float().log_softmax(-1)
+                for read in (hidden, wanted)
+            )
+            shares = teacher.exp()
+            losses[part] = teacher.sub_(student).mul_(shares).sum(-1)
+            if gradient is not None:
+                # d KL / d logits is the student's probabilities, less the teacher's.
+                gradient[part] = student.exp_().sub_(shares).to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        scaled = None if gradient is None else gradient * upstream[0][:, None].to(gradient.dtype)
+        return scaled, None, None, None

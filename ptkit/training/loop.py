@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encode import EncodedExample, StudiedText
 from ptkit.errors import UserError
 from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.cache import sees_everything
@@ -82,6 +82,8 @@ def _require_shareable(jobs: Sequence[Job]) -> None:
         raise UserError(
             "adapters of a classifier cannot share a batch in training: each has its own head"
         )
+    if len({job.teacher is None for job in jobs}) > 1:
+        raise UserError("adapters trained together learn either all from a teacher, or none")
     for job in jobs:
         if not job.adapter.virtual_tokens:
             raise UserError(
@@ -97,6 +99,8 @@ class _Loop:
         self.accelerator, self.settings = accelerator, jobs[0].settings
         if self.settings.retain is not None and accelerator.num_processes > 1:
             raise UserError("`train.retain` works in one process only")
+        if jobs[0].teacher is not None and accelerator.num_processes > 1:
+            raise UserError("a prefix learns from a teacher in one process only")
         if len(jobs) > 1 and accelerator.num_processes > 1:
             raise UserError("adapters are trained together in one process only")
         self.base = jobs[0].adapter.base
@@ -126,6 +130,9 @@ class _Loop:
         attention: Any = prefix_attention(self.model) if prompts else nullcontext()
         try:
             with attention, fused_activations(self.model):
+                with self.accelerator.autocast():
+                    for trainee in self.trainees:
+                        trainee.study()
                 while active := [i for i, t in enumerate(self.trainees) if not t.finished]:
                     self._step(active, memory)
         finally:
@@ -182,7 +189,8 @@ class _Loop:
             last = n == self.settings.gradient_accumulation - 1
             with nullcontext() if last else accelerator.no_sync(self.objective):
                 with accelerator.autocast():
-                    losses = self.objective(active, [len(r) for r in part], **self._tensors(part))
+                    tensors = self._tensors(active, part)
+                    losses = self.objective(active, [len(r) for r in part], **tensors)
                 losses = losses * scale
                 accelerator.backward(losses.sum())
                 total += losses.detach() / accelerator.num_processes
@@ -202,19 +210,28 @@ class _Loop:
             self.accelerator.backward(trainee.retain_weight * divergence)
             trainee.diverged(float(divergence.detach()))
 
-    def _tensors(self, rows_of_each: list[list[EncodedExample]]) -> dict[str, Any]:
-        """What the objective takes for these rows."""
+    def _tensors(
+        self, active: list[int], rows_of_each: list[list[EncodedExample]]
+    ) -> dict[str, Any]:
+        """What the objective takes for these rows of the `active` trainees."""
         rows = [row for rows in rows_of_each for row in rows]
-        known = {}
+        known: dict[str, Any] = {}
+        wanted = [
+            teacher.outputs([row for row in own if isinstance(row, StudiedText)])
+            for i, own in zip(active, rows_of_each, strict=True)
+            if (teacher := self.trainees[i].job.teacher) is not None
+        ]
+        if wanted:
+            known["wanted"] = torch.cat(wanted)
         if self.contexts is not None:
-            known = {"contexts": self.contexts.contexts(rows)}
+            known["contexts"] = self.contexts.contexts(rows)
             rows = self.contexts.shortened(rows)
         together = collate(rows, self.base)
         return {n: t.to(self.accelerator.device) for n, t in together.items()} | known
 
     @torch.no_grad()
     def validation_loss(self, index: int) -> float:
-        """Mean cross-entropy per target token of a trainee's validation rows, in nats."""
+        """Mean loss per target token of a trainee's validation rows, in nats."""
         self.model.eval()
         trainee = self.trainees[index]
         objective = self.accelerator.unwrap_model(self.objective)
@@ -223,7 +240,8 @@ class _Loop:
         for start in range(0, len(trainee.validation), size):
             rows = trainee.validation[start : start + size]
             with self.accelerator.autocast():
-                total += float(objective([index], [len(rows)], **self._tensors([rows])))
+                tensors = self._tensors([index], [rows])
+                total += float(objective([index], [len(rows)], **tensors))
             count += _targets(rows)
         return total / count
 

@@ -1,4 +1,5 @@
-"""What a training step minimises: cross-entropy of the target tokens, given the input."""
+"""What a training step minimises: cross-entropy of the target tokens, given the input, or their
+divergence from a teacher's predictions."""
 
 from __future__ import annotations
 
@@ -9,7 +10,12 @@ from torch import Tensor, nn
 
 from ptkit.methods import Adapter
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.forward import supervised_counts, supervised_losses
+from ptkit.runtime.architecture import evaluating
+from ptkit.runtime.forward import (
+    supervised_counts,
+    supervised_divergences,
+    supervised_losses,
+)
 from ptkit.runtime.infix import placed_behind
 
 
@@ -31,14 +37,16 @@ class Objective(nn.Module):
         attention_mask: Tensor,
         labels: Tensor,
         contexts: PrefixBatch | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy in nats of each active adapter's rows, summed over their supervised
-        tokens, `[active]`.
+        tokens, `[active]`; with `wanted` the divergence KL(teacher || adapter) instead.
 
         active: indices of the adapters in this batch, in the order of their rows
         rows: how many rows each of them has; they add up to the rows of the tensors
         contexts: for infixes, what was read of the rows before them (see
             `ptkit.training.context_cache`)
+        wanted: what a teacher makes of the rows (see `ptkit.training.teacher`)
 
         Every adapter compiles once, whatever the number of its rows.
         """
@@ -53,9 +61,17 @@ class Objective(nn.Module):
         if contexts is not None:
             assert batch is not None
             batch = placed_behind(adapters[0].model, batch, contexts)
-        losses = supervised_losses(adapters[0].model, input_ids, attention_mask, labels, batch)
+        model = adapters[0].model
+        if wanted is None:
+            losses = supervised_losses(model, input_ids, attention_mask, labels, batch)
+        else:
+            # Read as it will be served: dropout on one side would count as divergence.
+            with evaluating(model):
+                losses = supervised_divergences(
+                    model, input_ids, attention_mask, labels, batch, wanted
+                )
         if len(active) == 1:
             return losses.sum()[None]
         # Supervised tokens come row by row, so each adapter's are together.
-        counts = supervised_counts(adapters[0].model, labels).split(list(rows))
+        counts = supervised_counts(model, labels).split(list(rows))
         return torch.stack([part.sum() for part in losses.split([int(c.sum()) for c in counts])])

@@ -14,6 +14,7 @@ import torch
 from ptkit.evaluation.statistics import Interval
 from ptkit.recipe.load import recipe_as_yaml
 from ptkit.recipe.schema import DataSection, Recipe
+from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import Experiment
 from ptkit.training.record import CellRecord
 
@@ -31,13 +32,7 @@ def adapter_info(
     base, task = experiment.base, experiment.recipe.task
     return {
         "format": FORMAT,
-        "base": {
-            "id": base.id,
-            "revision": base.revision,
-            "fingerprint": base.fingerprint,
-            "tokenizer": base.tokenizer_fingerprint,
-            "parameters": base.parameters,
-        },
+        "base": base_info(base),
         "method": record.settings,
         "recipe": record.recipe,
         "seed": record.seed,
@@ -51,6 +46,17 @@ def adapter_info(
         "train_steps": record.train_steps,
         "dtype": "float32",
         "versions": record.versions,
+    }
+
+
+def base_info(base: Base) -> dict[str, Any]:
+    """What an adapter's record says of the base it was made for."""
+    return {
+        "id": base.id,
+        "revision": base.revision,
+        "fingerprint": base.fingerprint,
+        "tokenizer": base.tokenizer_fingerprint,
+        "parameters": base.parameters,
     }
 
 

@@ -58,6 +58,9 @@ class Observer:
     def cell_started(self, cell: str, steps: int) -> None:
         """A cell begins; `steps` is 0 for methods that train nothing."""
 
+    def writing(self, done: int, texts: int) -> None:
+        """Texts are being written to learn from."""
+
     def stepped(self, report: StepReport) -> None:
         """An optimiser step was taken."""
 
@@ -89,7 +92,8 @@ class Cell:
     variant, family, sweep, tuned: see `CellRecord`; the folder of the variant, "" for none
     """
 
-    method: MethodSection
+    # Its lists (the adapters it starts from) have no hash; the folder tells cells apart.
+    method: MethodSection = field(hash=False)
     seed: int
     folder: Path
     start_from: Path | None = None

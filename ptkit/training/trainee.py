@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
-from ptkit.data.encode import EncodedExample, length_grouped_batches
-from ptkit.errors import DataError, PtkitError
+from ptkit.data.encode import EncodedExample, StudiedText, length_grouped_batches
+from ptkit.errors import DataError, PtkitError, UserError
 from ptkit.methods import Adapter
 from ptkit.recipe.schema import TrainSection
 from ptkit.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from ptkit.training.retain import Retainer
+from ptkit.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Job:
     report: told after every step
     general: pieces of general text for `train.retain`, `[pieces, tokens]`; None without it
     beta2: AdamW's decay of the squared gradients
+    teacher: of rows that are `StudiedText`s: losses are then divergences from it, not
+        cross-entropies; None where labels are learnt
     """
 
     adapter: Adapter
@@ -58,10 +61,16 @@ class Job:
     report: Report | None = None
     general: Tensor | None = None
     beta2: float = 0.999
+    teacher: Teacher | None = None
 
     def __post_init__(self) -> None:
         if not self.train or not self.validation:
             raise DataError("training needs at least one row for training and one for validation")
+        if self.teacher is not None and self.settings.gradient_checkpointing:
+            raise UserError(
+                "a prefix that learns from a teacher is read without dropout, in a mode in which "
+                "nothing is checkpointed; set `gradient_checkpointing: false`"
+            )
 
 
 def _groups(adapter: Adapter, head_learning_rate: float) -> list[dict[str, Any]]:
@@ -128,6 +137,12 @@ class Trainee:
             group["lr"] = rate
         read = self.progress.step * self.settings.gradient_accumulation
         self._order = itertools.islice(self._order, read, None)
+
+    def study(self) -> None:
+        """Let the teacher, if there is one, read what is learnt from it."""
+        if self.job.teacher is not None:
+            rows = (*self.job.train, *self.job.validation)
+            self.job.teacher.study([row for row in rows if isinstance(row, StudiedText)])
 
     @property
     def finished(self) -> bool:
