@@ -81,10 +81,11 @@ def _require_shareable(jobs: Sequence[Job]) -> None:
             "adapters of a classifier cannot share a batch in training: each has its own head"
         )
     for job in jobs:
-        if not job.adapter.virtual_tokens:
+        section = job.adapter.section
+        if not section.shares_batch:
             raise UserError(
-                f"`{job.adapter.section.title}` changes the base's weights and cannot share a "
-                "batch with other adapters in training"
+                f"`{section.title}` cannot share a batch with other adapters in training: "
+                f"{section.alone}"
             )
     if first.settings.autocast == "fp16" or first.settings.report_to:
         raise UserError("adapters are trained together without fp16 and `report_to` only")
@@ -100,7 +101,7 @@ class _Loop:
         self.base = jobs[0].adapter.base
         self.contexts: ContextCache | None = None
         # What was read before the virtual tokens, kept as keys and values, has no window any more.
-        if all(job.adapter.infix for job in jobs) and sees_everything(self.base.model):
+        if all(map(_reads_as_base, jobs)) and sees_everything(self.base.model):
             self.contexts = ContextCache(self.base, self.settings.context_cache_mb * 10**6)
         self.model = jobs[0].adapter.model
         self.trainees = [
@@ -224,6 +225,11 @@ class _Loop:
                 total += float(objective([index], [len(rows)], **self._tensors([rows])))
             count += _targets(rows)
         return total / count
+
+
+def _reads_as_base(job: Job) -> bool:
+    """Whether the plain base reads the job's inputs, all but their last token, at every step."""
+    return job.adapter.infix and not job.adapter.changes_weights
 
 
 def _targets(rows: Sequence[EncodedExample]) -> int:
