@@ -22,6 +22,7 @@ TRAINED = {
     "prompt_tuning": {"num_virtual_tokens": 4},
     "p_tuning": {"num_virtual_tokens": 4, "encoder": "lstm", "encoder_hidden_size": 16},
     "lora": {"rank": 2, "dropout": 0.1},
+    "prefix_lora": {"num_virtual_tokens": 4, "rank": 2, "dropout": 0.1},
     "full": {},
 }
 
@@ -149,7 +150,7 @@ def test_gradient_accumulation_equals_one_large_batch(change, tmp_path: Path) ->
     )
 
 
-@pytest.mark.parametrize("name", ["prefix_mlp", "prompt_tuning", "p_tuning", "full"])
+@pytest.mark.parametrize("name", ["prefix_mlp", "prompt_tuning", "p_tuning", "prefix_lora", "full"])
 def test_gradient_checkpointing_trains_to_the_same_weights(name: str, tmp_path: Path) -> None:
     plain, expected = train(name, tmp_path / "plain")
     checkpointed, progress = train(name, tmp_path / "checkpointed", gradient_checkpointing=True)
@@ -189,7 +190,7 @@ def test_early_stopping_keeps_the_best_parameters(tmp_path: Path) -> None:
 
 
 def test_training_goes_on_from_a_saved_adapter(tmp_path: Path) -> None:
-    for name in ("prefix_tuning", "prompt_tuning", "p_tuning", "lora"):
+    for name in ("prefix_tuning", "prompt_tuning", "p_tuning", "lora", "prefix_lora"):
         first, progress = train(name, tmp_path / name)
         files = first.files()
         write_adapter(tmp_path / f"{name}-saved", files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from ptkit.bank.source import locate, name_of, read_checked, require_files
 from ptkit.bank.store import AdapterStatus, BankCounts, PrefixStore
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import adapter_folders
-from ptkit.methods import Adapter, compile_files
+from ptkit.methods import Adapter, compile_files, parts_of
 from ptkit.prefix import KVPrefix, PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.generation import generate
@@ -71,16 +72,17 @@ class AdapterBank:
         AdapterError for methods that change weights instead of making a prefix, and for prefixes
         of another base.
         """
-        prefix = adapter if isinstance(adapter, KVPrefix) else adapter.prefix()
-        method = "prefix" if isinstance(adapter, KVPrefix) else adapter.section.kind
+        prefix, method = (adapter, "prefix") if isinstance(adapter, KVPrefix) else (
+            None if adapter.changes_weights else adapter.prefix(), adapter.section.kind
+        )  # fmt: skip
         if prefix is None:
             raise AdapterError(
                 f"`{name}` is a {method} adapter, which changes the base's weights; only adapters "
-                "that compile to a KV prefix can be added (`load` takes saved LoRA adapters)"
+                "that compile to a KV prefix can be added (`load` takes saved adapters with LoRA)"
             )
         if prefix.layout != self.base.layout:
             raise AdapterError(f"the prefix `{name}` was made for another base model")
-        self._require_kind(name, lora=False)
+        self._require_kind(name, prefix=True, lora=False)
         self._store.put(name, prefix.detach(), method, None, None)
 
     def register(self, source: str | Path, name: str | None = None) -> str:
@@ -92,7 +94,7 @@ class AdapterBank:
         path = locate(source)
         require_files(path)
         name = name or name_of(path)
-        self._require_kind(name, lora=False)
+        self._require_kind(name, prefix=True, lora=False)
         self._store.register(name, path)
         return name
 
@@ -108,19 +110,30 @@ class AdapterBank:
         Returns the name (default: the folder's). Raises AdapterError, leaving everything as it
         was, when it is damaged, unsafe or for another base. LoRA adapters are taken too: they
         make no prefix, but a row may name one beside its prefix (see `rows`); they stay on the
-        device, outside the budget.
+        device, outside the budget. An adapter that is a prefix and a LoRA is both under one name.
         """
         path = locate(source)
         name = name or name_of(path)
         read = read_checked(path, self.base)
-        lora = read.files.peft_type == "LORA"
-        self._require_kind(name, lora=lora)
-        if lora:
-            self._lora.load(name, read.files, path)
+        method = read.files.peft_type.lower()
+        parts = {part.peft_type: part for part in parts_of(read.files)}
+        lora = parts.pop("LORA", None)
+        prefix = None
+        for part in parts.values():  # at most one
+            prefix = compile_files(part, self.base)
+        self._require_kind(name, prefix=prefix is not None, lora=lora is not None)
+        if prefix is None:
+            assert lora is not None  # only LoRA, and heads alone, make no prefix
+            self._lora.load(name, lora, path)
+        elif lora is None:
+            self._store.put(name, prefix, method, path, read)
         else:
-            prefix = compile_files(read.files, self.base)
-            assert prefix is not None  # only LoRA, and heads alone, make none
-            self._store.put(name, prefix, read.files.peft_type.lower(), path, read)
+            compiled = prefix
+            self._store.require_room(name, compiled)
+            # Not of a path of its own: its file is never read again without the LoRA's.
+            self._lora.load(
+                name, lora, path, lambda: self._store.put(name, compiled, method, None, None)
+            )
         return name
 
     def swap(self, name: str, source: str | Path) -> None:
@@ -133,10 +146,12 @@ class AdapterBank:
 
     def unload(self, name: str) -> None:
         """Forget the adapter `name`."""
-        if name in self._lora:
+        if name not in self._lora:
+            self._store.remove(name)
+        elif name not in self._store:
             self._lora.unload(name)
         else:
-            self._store.remove(name)
+            self._lora.unload(name, lambda: self._store.remove(name))
 
     def pin(self, name: str) -> None:
         """Keep the adapter `name` on the device, whatever the budget, from its next use on."""
@@ -170,8 +185,14 @@ class AdapterBank:
     def prefix(self, name: str) -> KVPrefix:
         """The compiled adapter `name`, on the device; fetched from its tier if need be.
 
-        Raises AdapterError when there is none, or its files, needed now, are bad.
+        Raises AdapterError when there is none, when its files, needed now, are bad, and when the
+        prefix is not all of it.
         """
+        if name in self._lora and name in self._store:
+            raise AdapterError(
+                f"`{name}` is a prefix and a LoRA, and the prefix by itself is not it; name it in "
+                "a row, which runs with both (`generate`, `rows` within `weights`)"
+            )
         return self._store.get(name)
 
     def parts(self, row: RowNames) -> tuple[KVPrefix | None, str | None]:
@@ -199,8 +220,13 @@ class AdapterBank:
     def versions(self, row: RowNames) -> tuple[object, ...]:
         """What `row` stands for at this moment, one object per name; equal to what it was before
         only while no adapter of it has changed."""
-        lora = self._lora
-        return tuple(lora[name] if name in lora else self.prefix(name) for name in _parts(row))
+        found: list[object] = []
+        for name in _parts(row):
+            if name in self._lora:
+                found.append(self._lora[name])
+            if name in self._store or name not in self._lora:
+                found.append(self._store.get(name))
+        return tuple(found)
 
     def slots(self, rows: int, *, slots: int, virtual_tokens: int) -> SlotTable:
         """Buffers of fixed shape for `rows` rows over `slots` of this bank's adapters.
@@ -290,12 +316,17 @@ class AdapterBank:
 
     def status(self, name: str) -> AdapterStatus:
         """Where the adapter `name` is and what is known of it."""
-        if name in self._lora:
-            lora, size = self._lora[name], self._lora.nbytes(name)
+        if name not in self._lora:
+            return self._store.status(name)
+        lora, size = self._lora[name], self._lora.nbytes(name)
+        if name not in self._store:
             return AdapterStatus(
                 name, lora.path, "lora", "resident", lora.version, 0, size, pinned=True
             )
-        return self._store.status(name)
+        prefix = self._store.status(name)
+        return replace(
+            prefix, path=lora.path, version=lora.version, nbytes=size + (prefix.nbytes or 0)
+        )
 
     @property
     def counts(self) -> BankCounts:
@@ -312,14 +343,23 @@ class AdapterBank:
         """Bytes of the prefixes in host memory."""
         return self._store.host.bytes
 
-    def _require_kind(self, name: str, *, lora: bool) -> None:
-        """Raise AdapterError when `name` already stands for the other kind of adapter."""
-        if name in (self._store if lora else self._lora):
-            kind = "a prefix" if lora else "a LoRA adapter"
-            raise AdapterError(f"`{name}` is {kind} in this bank; unload it first")
+    def _require_kind(self, name: str, *, prefix: bool, lora: bool) -> None:
+        """Raise AdapterError when `name` already stands for another kind of adapter."""
+        there = (name in self._store, name in self._lora)
+        if any(there) and there != (prefix, lora):
+            kinds = [kind for kind, is_it in zip(("a prefix", "a LoRA"), there, strict=True)
+                     if is_it]  # fmt: skip
+            raise AdapterError(
+                f"`{name}` is {' and '.join(kinds)} in this bank; unload it first, or take another "
+                "name"
+            )
 
     def _row(self, row: RowNames) -> KVPrefix | None:
-        prefixes = [self.prefix(name) for name in _parts(row) if name not in self._lora]
+        prefixes = [
+            self._store.get(name)
+            for name in _parts(row)
+            if name in self._store or name not in self._lora
+        ]
         if len(prefixes) > 1:
             return KVPrefix.concatenated(prefixes)
         return prefixes[0] if prefixes else None
@@ -332,7 +372,7 @@ class AdapterBank:
 
     def list(self) -> list[str]:
         """Names of all adapters, in the order they came; LoRA adapters last."""
-        return [*self._store.names(), *self._lora.names]
+        return list(dict.fromkeys([*self._store.names(), *self._lora.names]))
 
 
 def _parts(row: RowNames) -> Sequence[str]:

@@ -139,6 +139,15 @@ class PrefixStore:
                 raise AdapterError(f"`{name}` is in the bank already; `swap` replaces it")
             self._entries[name] = _Entry(name, path)
 
+    def require_room(self, name: str, prefix: KVPrefix) -> None:
+        """Raise AdapterError when `prefix` is larger than all that may be on the device."""
+        budget = self.resident.budget
+        if budget is not None and prefix.nbytes > budget:
+            raise AdapterError(
+                f"the adapter `{name}` takes {prefix.nbytes:,} bytes, more than the bank's budget "
+                f"of {budget:,}"
+            )
+
     def put(
         self, name: str, prefix: KVPrefix, method: str, path: Path | None, read: Reading | None
     ) -> None:
@@ -247,13 +256,8 @@ class PrefixStore:
 
     def _admit(self, entry: _Entry, prefix: KVPrefix) -> None:
         """Put `prefix` on the device and move others down a tier until the budgets are kept."""
-        size, budget = prefix.nbytes, self.resident.budget
-        if budget is not None and size > budget:
-            raise AdapterError(
-                f"the adapter `{entry.name}` takes {size:,} bytes, more than the bank's budget of "
-                f"{budget:,}"
-            )
-        entry.virtual_tokens, entry.nbytes = prefix.virtual_tokens, size
+        self.require_room(entry.name, prefix)
+        entry.virtual_tokens, entry.nbytes = prefix.virtual_tokens, prefix.nbytes
         self.host.pop(entry.name)
         self.resident.put(entry.name, prefix)
         for name, leaving in self.resident.overflow({*self._pinned, entry.name}):

@@ -74,7 +74,9 @@ class Lora(Adapter):
 
     def __init__(self, section: LoraSection, base: Base, config: LoraConfig) -> None:
         super().__init__(section, base)
+        training = base.model.training
         self.peft_model: PeftModel = get_peft_model(base.model, config)
+        self.peft_model.train(training)  # new modules begin in training mode, dropout and all
 
     @classmethod
     def create(cls, section: LoraSection, base: Base, demonstrations: Demonstrations) -> Lora:

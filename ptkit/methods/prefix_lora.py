@@ -36,8 +36,8 @@ class PrefixLoraSection(LoraSettings, PrefixSettings):
     kind: Literal["prefix_lora"]
     """`prefix_lora`."""
     learning_rate: float | Literal["auto"] = 0.1
-    """AdamW's peak learning rate of the prefix, in units of the size (RMS) that keys and values have
-    at the start in their layer. No `auto`: it tries several in one batch."""
+    """AdamW's peak learning rate of the prefix, in units of the size (RMS) that keys and values
+    have at the start in their layer. No `auto`: it tries several in one batch."""
     lora_learning_rate: float = Field(default=2e-3, gt=0)
     """AdamW's peak learning rate of the low-rank matrices."""
 
@@ -70,9 +70,7 @@ class PrefixLora(Adapter):
         return cls(section, base, prefix_tuning, lora)
 
     @classmethod
-    def from_files(
-        cls, files: AdapterFiles, section: PrefixLoraSection, base: Base
-    ) -> PrefixLora:
+    def from_files(cls, files: AdapterFiles, section: PrefixLoraSection, base: Base) -> PrefixLora:
         lora_files, prefix_files = cls.parts(files)
         # The prefix first: should one of them not fit, the base has not been touched.
         prefix_tuning = PrefixTuning.from_files(prefix_files, prefix_section(section), base)

@@ -220,11 +220,12 @@ class Engine:
                 raise QueueFullError(
                     f"{len(self._waiting)} answers are waiting, of at most {self.max_waiting}"
                 )
-            loras = [v.lora for a in answers for v in a.voices if v.lora is not None]
-            for name in loras:
-                if name in self._changing:
-                    raise InUseError(f"`{name}` is being changed; ask again")
-            self._uses.update(loras)
+            voices = [(v, v.lora) for a in answers for v in a.voices if v.lora is not None]
+            for voice, lora in voices:
+                # Its prefix, if it has one, must be the one that came with the LoRA of now.
+                if lora in self._changing or self._is_stale(voice):
+                    raise InUseError(f"`{voice.name}` is being changed; ask again")
+            self._uses.update(lora for _, lora in voices)
             self._waiting.extend(answers)
             self._changed.notify_all()
 
@@ -291,6 +292,10 @@ class Engine:
             self._draining = self._stopped = True
             self._changed.notify_all()
         self._thread.join()
+
+    def _is_stale(self, voice: Voice) -> bool:
+        """Whether its prefix and LoRA are not, or no longer, of one adapter."""
+        return voice.prefix is not None and self.bank.parts(voice.name)[0] is not voice.prefix
 
     def _require_fit(self, answer: Answer) -> None:
         if len(answer.voices) > self.max_rows:
