@@ -16,7 +16,7 @@ from ptkit.bank.store import AdapterStatus, BankCounts, PrefixStore
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import adapter_folders
 from ptkit.methods import Adapter, compile_files, parts_of
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import Compiled, KVPrefix, PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.generation import generate
 from ptkit.runtime.scoring import continuation_scores
@@ -73,7 +73,7 @@ class AdapterBank:
         of another base.
         """
         prefix, method = (adapter, "prefix") if isinstance(adapter, KVPrefix) else (
-            None if adapter.changes_weights else adapter.prefix(), adapter.section.kind
+            None if adapter.changes_weights else adapter.compiled(), adapter.section.kind
         )  # fmt: skip
         if prefix is None:
             raise AdapterError(
@@ -185,27 +185,39 @@ class AdapterBank:
     def prefix(self, name: str) -> KVPrefix:
         """The compiled adapter `name`, on the device; fetched from its tier if need be.
 
-        Raises AdapterError when there is none, when its files, needed now, are bad, and when the
-        prefix is not all of it.
+        Raises AdapterError when there is none, when its files, needed now, are bad, when the
+        prefix is not all of it, and when every input has another.
         """
         if name in self._lora and name in self._store:
             raise AdapterError(
                 f"`{name}` is a prefix and a LoRA, and the prefix by itself is not it; name it in "
                 "a row, which runs with both (`generate`, `rows` within `weights`)"
             )
-        return self._store.get(name)
+        return _one(name, self._store.get(name))
 
-    def parts(self, row: RowNames) -> tuple[KVPrefix | None, str | None]:
-        """The prefix and the name of the LoRA adapter that `row` stands for at this moment."""
-        return self._row(row), self._lora_of(row)
+    def parts(self, name: str) -> tuple[Compiled | None, str | None]:
+        """What gives a row its prefix, and the name of the LoRA adapter, that `name` stands for at
+        this moment."""
+        compiled = self._compiled(name)
+        return (compiled[0][1] if compiled else None), self._lora_of(name)
 
-    def rows(self, names: Sequence[RowNames]) -> PrefixBatch:
+    def depends_on_input(self, row: RowNames) -> bool:
+        """Whether what `row` stands for gives every input a prefix of its own."""
+        return any(not isinstance(found, KVPrefix) for _, found in self._compiled(row))
+
+    def rows(
+        self, names: Sequence[RowNames], inputs: Sequence[Sequence[int]] | None = None
+    ) -> PrefixBatch:
         """The prefixes of a batch whose row i uses `names[i]`; None is the plain base.
 
+        inputs: token ids of what each row reads; needed where an adapter's prefix depends on it
+
         A sequence of names concatenates their prefixes in that order; LoRA adapters among them
-        add no virtual tokens (run the model within `weights(names)` for their part).
+        add no virtual tokens (run the model within `weights(names)` for their part). Raises
+        AdapterError as `prefix` does, and when inputs are needed and not given.
         """
-        prefixes = [self._row(row) for row in names]
+        read = [None] * len(names) if inputs is None else inputs
+        prefixes = [self._row(row, ids) for row, ids in zip(names, read, strict=True)]
         first = prefixes[0] if prefixes else None
         if first is not None and len(prefixes) == 1:
             return first.alone
@@ -257,7 +269,7 @@ class AdapterBank:
         """`generate` from token ids to token ids, without the end-of-text token."""
         with self.weights(names):
             return generate(
-                self.base.model, prompts, self.rows(names),
+                self.base.model, prompts, self.rows(names, prompts),
                 pad_token_id=self.base.pad_token_id, **options,
             )  # fmt: skip
 
@@ -303,7 +315,7 @@ class AdapterBank:
         rows = [*names] * len(texts)
         with self.weights(rows):
             scores = continuation_scores(
-                self.base.model, contexts, words, self.rows(rows),
+                self.base.model, contexts, words, self.rows(rows, contexts),
                 pad_token_id=self.base.pad_token_id,
             )  # fmt: skip
         grouped = scores.view(len(texts), len(names), len(labels))
@@ -354,11 +366,18 @@ class AdapterBank:
                 "name"
             )
 
-    def _row(self, row: RowNames) -> KVPrefix | None:
-        prefixes = [
-            self._store.get(name)
+    def _compiled(self, row: RowNames) -> list[tuple[str, Compiled]]:
+        """Those of `row` that have virtual tokens, by name, in their order."""
+        return [
+            (name, self._store.get(name))
             for name in _parts(row)
             if name in self._store or name not in self._lora
+        ]
+
+    def _row(self, row: RowNames, ids: Sequence[int] | None) -> KVPrefix | None:
+        prefixes = [
+            _one(name, found) if ids is None else found.for_input(ids)
+            for name, found in self._compiled(row)
         ]
         if len(prefixes) > 1:
             return KVPrefix.concatenated(prefixes)
@@ -373,6 +392,16 @@ class AdapterBank:
     def list(self) -> list[str]:
         """Names of all adapters, in the order they came; LoRA adapters last."""
         return list(dict.fromkeys([*self._store.names(), *self._lora.names]))
+
+
+def _one(name: str, compiled: Compiled) -> KVPrefix:
+    """`compiled` where it is one prefix for all inputs. Raises AdapterError where it is not."""
+    if not isinstance(compiled, KVPrefix):
+        raise AdapterError(
+            f"`{name}` weighs its prefixes by each row's input, so it is no one prefix; give the "
+            "inputs too: `rows(names, inputs)`, `generate`, `classify`"
+        )
+    return compiled
 
 
 def _parts(row: RowNames) -> Sequence[str]:

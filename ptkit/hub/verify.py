@@ -193,12 +193,12 @@ def _check_base(files: AdapterFiles, base: Base, source: str) -> Iterator[Check]
 
 def _fit(files: AdapterFiles, base: Base) -> str:
     """How one adapter of PEFT's types fits `base`. Raises AdapterError when it does not."""
-    prefix = compile_files(files, base)
+    compiled = compile_files(files, base)
     if files.peft_type == "LORA":
         lora_config(files, base)
-    if prefix is None:
+    if compiled is None:
         return "matrices fit the base's modules"
-    return f"{prefix.virtual_tokens} virtual tokens in {len(prefix.keys)} layers"
+    return f"{compiled.virtual_tokens} virtual tokens in {len(compiled.layout)} layers"
 
 
 def _check_scores(

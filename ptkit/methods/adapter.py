@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter
 from ptkit.methods.head import TASK_TYPES, TrainedHead, labels_of_files, without_head
-from ptkit.prefix import KVPrefix
+from ptkit.prefix import Compiled, KVPrefix
 from ptkit.recipe.schema import MethodSection, ModelSection
 from ptkit.runtime.base_model import Base, load_base
 
@@ -66,6 +66,8 @@ class Adapter(nn.Module):
     encoder_decoder: ClassVar[bool] = False
     #: Whether the base's weights are others while it is on: its prefix, if any, is not all of it.
     changes_weights: ClassVar[bool] = False
+    #: Whether a row's prefix depends on the row's input, so that there is no one `prefix`.
+    depends_on_input: ClassVar[bool] = False
 
     #: Whether it needs a model with a classification head, and whether it works on one.
     needs_head: ClassVar[bool] = False
@@ -100,10 +102,10 @@ class Adapter(nn.Module):
         raise AdapterError(f"{section.kind} adapters cannot be loaded from files")
 
     @classmethod
-    def prefix_from_files(cls, files: AdapterFiles, section: Any, base: Base) -> KVPrefix | None:
+    def prefix_from_files(cls, files: AdapterFiles, section: Any, base: Base) -> Compiled | None:
         """The compiled form of what `files` hold, without what only training needs."""
-        prefix = cls.from_files(files, section, base).prefix()
-        return None if prefix is None else prefix.detach()
+        compiled = cls.from_files(files, section, base).compiled()
+        return None if compiled is None else compiled.detach()
 
     @classmethod
     def parts(cls, files: AdapterFiles) -> list[AdapterFiles]:
@@ -111,8 +113,16 @@ class Adapter(nn.Module):
         return [files]
 
     def prefix(self) -> KVPrefix | None:
-        """The compiled adapter, differentiable in its parameters; None without virtual tokens."""
+        """The compiled adapter, differentiable in its parameters; None without virtual tokens.
+
+        Raises AdapterError where it `depends_on_input`.
+        """
         return None
+
+    def compiled(self) -> Compiled | None:
+        """What gives the rows of a batch their prefixes, differentiable in the adapter's
+        parameters; None without virtual tokens. Mostly its one `prefix`."""
+        return self.prefix()
 
     @property
     def virtual_tokens(self) -> int:
@@ -246,8 +256,9 @@ def restored(
     return adapter
 
 
-def compile_files(files: AdapterFiles, base: Base) -> KVPrefix | None:
-    """The KV prefix of the adapter that `files` hold, detached; None if it has none (LoRA).
+def compile_files(files: AdapterFiles, base: Base) -> Compiled | None:
+    """The adapter that `files` hold as a KV prefix, or as what makes one for each row, detached;
+    None if it has none (LoRA).
 
     Raises AdapterError for PEFT types no method of ptkit reads.
     """

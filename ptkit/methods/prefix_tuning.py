@@ -15,7 +15,7 @@ from peft.tuners.prefix_tuning import PrefixEncoder
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from ptkit.errors import ModelError
+from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import (
     Adapter,
@@ -212,7 +212,11 @@ class PrefixTuning(Adapter):
         compiled = []
         for files in start_files(section, base, demonstrations):
             prefix = compile_files(files, base)
-            assert prefix is not None  # it has virtual tokens
+            if not isinstance(prefix, KVPrefix):
+                raise AdapterError(
+                    f"a {files.peft_type} adapter weighs its prefixes by the input and is no start "
+                    "for one prefix; start from one of those it was made of"
+                )
             compiled.append(replace(prefix, infix=section.position == "infix"))
         return KVPrefix.averaged(compiled, start_shares(section))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ptkit.bank import AdapterBank
 from ptkit.errors import PtkitError, UserError
-from ptkit.prefix import KVPrefix
+from ptkit.prefix import Compiled
 from ptkit.runtime.generation import end_ids
 from ptkit.runtime.running import Reading, RowInput, RunningBatch, longest_row
 from ptkit.serve.sampling import NotFiniteError, Sampler, Sampling, Token
@@ -48,10 +48,13 @@ class InUseError(UserError):
 
 @dataclass(frozen=True)
 class Voice:
-    """What one row of an answer speaks with, as it was when the answer was asked for."""
+    """What one row of an answer speaks with, as it was when the answer was asked for.
+
+    prefix: what gives the row its own, once its input is read
+    """
 
     name: str
-    prefix: KVPrefix | None
+    prefix: Compiled | None
     lora: str | None = None
 
     @property
@@ -394,7 +397,10 @@ class Engine:
 
     def _begin(self, rows: list[tuple[_Writing, Voice]]) -> None:
         base = self.bank.base
-        inputs = [RowInput(writing.answer.prompt, voice.prefix) for writing, voice in rows]
+        inputs = []
+        for writing, voice in rows:
+            prompt, prefix = writing.answer.prompt, voice.prefix
+            inputs.append(RowInput(prompt, None if prefix is None else prefix.for_input(prompt)))
         reading = Reading(base.model, inputs, base.layout, base.pad_token_id)
         self._readings.append((reading, rows))
 

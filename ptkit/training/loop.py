@@ -101,7 +101,7 @@ class _Loop:
         self.base = jobs[0].adapter.base
         self.contexts: ContextCache | None = None
         # What was read before the virtual tokens, kept as keys and values, has no window any more.
-        if all(map(_reads_as_base, jobs)) and sees_everything(self.base.model):
+        if all(map(_inputs_can_be_kept, jobs)) and sees_everything(self.base.model):
             self.contexts = ContextCache(self.base, self.settings.context_cache_mb * 10**6)
         self.model = jobs[0].adapter.model
         self.trainees = [
@@ -227,9 +227,11 @@ class _Loop:
         return total / count
 
 
-def _reads_as_base(job: Job) -> bool:
-    """Whether the plain base reads the job's inputs, all but their last token, at every step."""
-    return job.adapter.infix and not job.adapter.changes_weights
+def _inputs_can_be_kept(job: Job) -> bool:
+    """Whether the plain base reads the job's inputs, all but their last token, and nothing else
+    does."""
+    adapter = job.adapter
+    return adapter.infix and not adapter.changes_weights and not adapter.depends_on_input
 
 
 def _targets(rows: Sequence[EncodedExample]) -> int:

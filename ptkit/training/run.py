@@ -89,7 +89,7 @@ class Cell:
     variant, family, sweep, tuned: see `CellRecord`; the folder of the variant, "" for none
     """
 
-    method: MethodSection
+    method: MethodSection = field(hash=False)  # it may hold lists
     seed: int
     folder: Path
     start_from: Path | None = None
