@@ -25,7 +25,7 @@ from test_peft_parity import LEARNT, make_adapter, rows_of
 from test_train import fit, rows
 from transformers import DynamicCache
 
-from ptkit import AdapterBank, load_adapter
+from ptkit import AdapterBank, load_adapter, verify
 from ptkit.errors import AdapterError, RecipeError, UserError
 from ptkit.evaluation.retention import off_probe
 from ptkit.formats.adapter_files import read_adapter, write_adapter
@@ -40,6 +40,7 @@ from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits, collate, supervised_losses
 from ptkit.runtime.generation import generate
 from ptkit.serve.engine import Engine, InUseError
+from ptkit.serve.library import Library
 from ptkit.training.loop import fit as fit_jobs
 from ptkit.training.trainee import Job, _groups
 
@@ -230,6 +231,7 @@ def test_a_classifier_has_one_head_for_both_parts(kind: str, tmp_path: Path) -> 
     again = adapter_from_files(read_adapter(tmp_path / "a"), other)
     for ours, theirs in zip(head_logits_of(again, part), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    assert verify(tmp_path / "a", base=random_classifier(kind)).passed
     with pytest.raises(AdapterError, match="a head that was trained for both"):
         export_parts(tmp_path / "a", tmp_path / "out", base=random_classifier(kind))
     assert not (tmp_path / "out").exists()
@@ -355,6 +357,28 @@ def test_the_engine_serves_it_and_nothing_changes_while_it_is_in_use(tmp_path: P
         bank.swap("h0", tmp_path / "h1")
         with pytest.raises(InUseError, match="ask again"):  # a prefix of before, a LoRA of now
             engine.submit([late.answer])
+    finally:
+        engine.close()
+
+
+def test_a_server_reads_it_at_once_and_guards_its_changes(tmp_path: Path) -> None:
+    for i in range(2):
+        saved(tmp_path / f"h{i}", random_base("llama"), seed=i)
+    bank = AdapterBank(random_base("llama"))
+    engine = Engine(bank, max_rows=4)
+    try:
+        library = Library(engine, tmp_path, base_name="base")
+        assert library.register_all() == []
+        assert library.names() == ["h0", "h1"]
+        (voice,) = library.voices("h0")
+        assert (voice.virtual_tokens, voice.lora) == (4, "h0")
+        assert library.card("h0").method == "ptkit_prefix_lora"
+        with engine.changing("h0"), pytest.raises(InUseError):
+            library.load("h0", path="h1", hub=None, replace=True)
+        library.load("h0", path="h1", hub=None, replace=True)
+        assert bank.generate(["w3 w4"], ["h0"]) == bank.generate(["w3 w4"], ["h1"])
+        library.unload("h0")
+        assert library.names() == ["h1"]
     finally:
         engine.close()
 

@@ -27,6 +27,8 @@ from ptkit.runtime.mixture import MixedPrefixes
 
 #: PEFT has no adapter whose prompt depends on the input.
 PREFIX_MIXTURE = "PTKIT_PREFIX_MIXTURE"
+#: What PEFT calls a prefix's matrix.
+_TOKENS = "prompt_embeddings"
 #: Between the seeds with which the fresh prefixes draw their demonstrations.
 _APART = 1000
 
@@ -176,9 +178,6 @@ class PrefixMixture(Adapter):
         tensors = {_name(i): f.tensors[_TOKENS] for i, f in enumerate(files)}
         gate = {f"gate.{n}": p.detach() for n, p in self.gate.named_parameters()}
         return AdapterFiles(config, {**tensors, **gate})
-
-
-_TOKENS = "prompt_embeddings"
 
 
 def _name(number: int) -> str:
