@@ -70,7 +70,7 @@ def mixture(base: Base, *, seed: int = 0, **changes: object) -> Adapter:
     adapter = cls.create(section, base, TEXTS)
     with torch.no_grad():
         for name, parameter in adapter.trainable().items():
-            parameter.add_(torch.randn_like(parameter) * (1.0 if "gate" in name else 0.3))
+            parameter.add_(torch.randn_like(parameter) * (3.0 if "gate" in name else 0.3))
     return adapter
 
 
@@ -78,7 +78,8 @@ def written_out(files: AdapterFiles, base: Base, ids: list[int]) -> tuple[list[f
     """The weights and the prefix of a row whose input is `ids`, one number after the other."""
     table = base.embedding.weight.detach().double()
     mean = sum(table[i] for i in ids) / len(ids)
-    seen = (mean - mean.mean()) / mean.var(unbiased=False).sqrt()
+    centred = mean - mean.mean()
+    seen = centred / centred.square().sum().sqrt()
     tensors = {name: t.double() for name, t in files.tensors.items()}
     gate = zip(tensors["gate.weight"], tensors["gate.bias"], strict=True)
     scores = [math.exp(float(row @ seen + bias)) for row, bias in gate]
@@ -500,6 +501,18 @@ def test_the_bank_classifies_and_answers_as_the_adapter(tmp_path: Path) -> None:
     status = bank.status("loaded")
     assert (status.method, status.virtual_tokens) == ("ptkit_prefix_mixture", 4)
     assert status.nbytes == adapter.compiled().nbytes
+
+
+def test_what_the_bank_keeps_is_not_the_adapter_in_training() -> None:
+    base = random_base("llama")
+    adapter = mixture(base)
+    bank = AdapterBank(base)
+    bank.add("mixed", adapter)
+    before = bank.generate(["w3 w4"], ["mixed"], **GREEDY)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 9)
+    assert bank.generate(["w3 w4"], ["mixed"], **GREEDY) == before
 
 
 def test_it_leaves_the_device_and_comes_back(tmp_path: Path) -> None:

@@ -94,9 +94,11 @@ class PrefixMixture(Adapter):
         if not section.train_adapters:
             for prefix in prefixes[: len(section.adapters)]:
                 prefix.requires_grad_(False)
-        # Random: prefixes that start alike (the words of a task) would stay alike under equal
-        # weights.
         self.gate = nn.Linear(base.embedding.embedding_dim, len(prefixes))
+        # Random: prefixes that start alike (the words of a task) would stay alike under equal
+        # weights. What it reads has a length of 1, so its scores are of size 1.
+        nn.init.normal_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
         self.gate.to(base.model.device)
 
     @classmethod

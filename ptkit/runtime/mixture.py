@@ -56,7 +56,7 @@ class MixedPrefixes:
         """What each prefix counts in each row, `[rows, prefixes]`, adding up to 1.
 
         input_ids: `[rows, tokens]`; read: the same, true at the tokens of the rows' inputs (of
-            which the mean embedding is taken, at a size of 1); without any, the bias decides
+            which the mean embedding is taken, at a length of 1); without any, the bias decides
 
         With `top`, the others count nothing, and the gradient is that of all prefixes' weights
         (straight through; Bengio et al. 2013, https://arxiv.org/abs/1308.3432).
@@ -66,8 +66,8 @@ class MixedPrefixes:
             embedded = self.embedding(input_ids.to(device)).float()
             counted = read.to(device=device, dtype=embedded.dtype)[..., None]
             mean = (embedded * counted).sum(1) / counted.sum(1).clamp(min=1)
-            # Embeddings are 0.02 large in one family and 10 in another.
-            seen = nn.functional.layer_norm(mean, mean.shape[-1:], eps=1e-12)
+            # Embeddings are 0.02 large in one family and 10 in another, and 256 or 4096 wide.
+            seen = nn.functional.normalize(mean - mean.mean(-1, keepdim=True), dim=-1)
             logits = nn.functional.linear(seen, self.weight.float(), self.bias.float())
             soft = logits.softmax(-1)
             if self.top is None:
@@ -127,5 +127,6 @@ class MixedPrefixes:
         )
 
     def detach(self) -> MixedPrefixes:
-        """The same cut from the graph that made it."""
-        return self.map(lambda t: t.detach())
+        """The same cut from the graph that made it, and from the parameters of its gate."""
+        cut = self.map(lambda t: t.detach())
+        return replace(cut, weight=cut.weight.clone(), bias=cut.bias.clone())
