@@ -24,11 +24,12 @@ from ptkit.evaluation.saved import find_adapter
 from ptkit.formats.adapter_files import CONFIG, read_adapter
 from ptkit.methods import base_of, compile_files, require_same_base
 from ptkit.methods.head import labels_of_files
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import Compiled
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.recipe.schema import MethodSection, Recipe
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.cache import ReservedCache, prefilled_cache, sees_everything
+from ptkit.runtime.forward import rows_for
 from ptkit.runtime.generation import generate
 from ptkit.training.experiment import prepare
 from ptkit.training.record import CellRecord
@@ -137,11 +138,12 @@ def compare(
 class LoadedAdapter:
     """One adapter on one base, ready to answer.
 
-    The prefix is compiled: nothing of the method runs when text is read. For many adapters, or
+    The prefix is compiled: nothing of the method runs when text is read, but the gate of an adapter
+    whose prefix depends on the input. For many adapters, or
     different ones in one batch, see `AdapterBank`.
     """
 
-    def __init__(self, path: Path, base: Base, prefix: KVPrefix, info: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, base: Base, prefix: Compiled, info: Mapping[str, Any]) -> None:
         self.path, self.base, self.prefix, self.info = path, base, prefix, info
 
     def inputs(self, encoding: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -158,7 +160,9 @@ class LoadedAdapter:
                 f"{self.path} stands within its input, which `model.generate` has no place for; "
                 "use `generate` of this class"
             )
-        if self.prefix.embeddings is not None:
+        ids, mask = encoding["input_ids"], encoding["attention_mask"]
+        batch = self.prefix.for_rows(ids, mask)
+        if batch.embeddings is not None:
             raise AdapterError(
                 f"{self.path} is a soft prompt that the encoder reads with its input; use "
                 "`generate` of this class"
@@ -168,8 +172,6 @@ class LoadedAdapter:
                 f"{type(self.base.model).__name__} has layers with a window or a state, where a "
                 "prefix cannot be part of the cache; use `generate` of this class"
             )
-        ids, mask = encoding["input_ids"], encoding["attention_mask"]
-        batch = PrefixBatch.shared(self.prefix, len(ids))
         virtual = torch.full((len(ids), batch.longest), self.base.pad_token_id, dtype=ids.dtype)
         seen = torch.ones((len(ids), batch.longest), dtype=mask.dtype)
         return {
@@ -185,7 +187,7 @@ class LoadedAdapter:
         encode, decode = self.base.tokenizer, self.base.tokenizer.batch_decode
         prompts = [encode(text, add_special_tokens=False)["input_ids"] for text in texts]
         tokens = generate(
-            self.base.model, prompts, PrefixBatch.shared(self.prefix, len(prompts)),
+            self.base.model, prompts, rows_for(self.prefix, prompts),
             pad_token_id=self.base.pad_token_id, **options,
         )  # fmt: skip
         return list(decode(tokens, skip_special_tokens=True))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,49 @@ class KVLayout(tuple[LayerShape, ...]):
                 "PREFIX_TUNING format cannot hold; use prompt_tuning or p_tuning on this base"
             )
         return first
+
+
+class Compiled(Protocol):
+    """A compiled adapter: it gives every row of a batch its prefix.
+
+    Mostly that is one for all rows, a `KVPrefix`; where it depends on what the row reads, it is
+    made from the row's input, once.
+    """
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Number of virtual tokens of a row."""
+
+    @property
+    def infix(self) -> bool:
+        """See `KVPrefix.infix`."""
+
+    @property
+    def layout(self) -> KVLayout:
+        """The layer shapes of the base model it was made for."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all its tensors."""
+
+    def for_rows(self, input_ids: Tensor, read: Tensor) -> PrefixBatch:
+        """The prefixes of a batch's rows, differentiable.
+
+        input_ids: `[rows, tokens]`; read: the same, true at the tokens of the rows' inputs, false
+            at padding and at what is to be written
+        """
+
+    def for_input(self, ids: Sequence[int]) -> KVPrefix:
+        """The prefix of one row whose input is `ids`."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with `change` applied to every tensor."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
+        """The same on `device` in `dtype`."""
+
+    def detach(self) -> Self:
+        """The same cut from the graph that made it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +152,14 @@ class KVPrefix:
     def alone(self) -> PrefixBatch:
         """The batch of one row that uses this prefix; made once, so that a swap is a look-up."""
         return PrefixBatch.shared(self, 1)
+
+    def for_rows(self, input_ids: Tensor, read: Tensor) -> PrefixBatch:
+        """Itself for every row."""
+        return PrefixBatch.shared(self, len(input_ids))
+
+    def for_input(self, ids: Sequence[int]) -> KVPrefix:
+        """Itself."""
+        return self
 
     def map(self, change: Callable[[Tensor], Tensor]) -> KVPrefix:
         """A prefix with `change` applied to every tensor."""

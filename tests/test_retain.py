@@ -12,7 +12,6 @@ from test_cli import ptkit, refused
 from test_train import TRAINED, Killed, fresh, rows
 
 from ptkit.errors import UserError
-from ptkit.prefix import PrefixBatch
 from ptkit.recipe.schema import ModelSection, RetainSection, RetentionSection, TrainSection
 from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import TINY_EN, Base, load_base
@@ -56,8 +55,8 @@ def test_divergence_is_kl_to_the_base_with_its_gradient(name: str) -> None:
         ids = windows[order][[8, 9]]  # two pieces a step, the fifth step
         adapter.model.eval()
         mask = torch.ones_like(ids)
-        prefix = adapter.prefix()
-        batch = None if prefix is None else PrefixBatch.shared(prefix, 2)
+        compiled = adapter.compiled()
+        batch = None if compiled is None else compiled.for_rows(ids, mask)
         adapted = torch.distributions.Categorical(logits=all_logits(base.model, ids, mask, batch))
         with torch.no_grad(), adapter.off():
             plain = torch.distributions.Categorical(logits=all_logits(base.model, ids, mask, None))

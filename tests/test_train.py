@@ -23,8 +23,13 @@ TRAINED = {
     "prompt_tuning": {"num_virtual_tokens": 4},
     "p_tuning": {"num_virtual_tokens": 4, "encoder": "lstm", "encoder_hidden_size": 16},
     "lora": {"rank": 2, "dropout": 0.1},
+    "prefix_lora": {"num_virtual_tokens": 4, "rank": 2, "dropout": 0.1},
+    "prefix_mixture": {"num_virtual_tokens": 4, "prefixes": 3},
+    "mixture_top": {"num_virtual_tokens": 4, "prefixes": 3, "top": 1},
     "full": {},
 }
+#: Entries above that are not called by their method's name.
+KINDS = {"prefix_mlp": "prefix_tuning", "mixture_top": "prefix_mixture"}
 
 
 def fit(adapter, train, validation, settings, learning_rate, **own):
@@ -46,7 +51,7 @@ def rows(count: int, seed: int) -> list[EncodedExample]:
 
 def fresh(name: str, base, seed: int = 0):
     settings = TRAINED[name]
-    kind = "prefix_tuning" if name == "prefix_mlp" else name
+    kind = KINDS.get(name, name)
     torch.manual_seed(seed)
     cls = ADAPTERS[kind]
     return cls.create(
@@ -150,7 +155,9 @@ def test_gradient_accumulation_equals_one_large_batch(change, tmp_path: Path) ->
     )
 
 
-@pytest.mark.parametrize("name", ["prefix_mlp", "prompt_tuning", "p_tuning", "full"])
+@pytest.mark.parametrize(
+    "name", ["prefix_mlp", "prompt_tuning", "p_tuning", "prefix_lora", "prefix_mixture", "full"]
+)
 def test_gradient_checkpointing_trains_to_the_same_weights(name: str, tmp_path: Path) -> None:
     plain, expected = train(name, tmp_path / "plain")
     checkpointed, progress = train(name, tmp_path / "checkpointed", gradient_checkpointing=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +15,8 @@ from ptkit.bank.source import locate, name_of, read_checked, require_files
 from ptkit.bank.store import AdapterStatus, BankCounts, PrefixStore
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import adapter_folders
-from ptkit.methods import Adapter, compile_files
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.methods import Adapter, compile_files, parts_of
+from ptkit.prefix import Compiled, KVPrefix, PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.generation import generate
 from ptkit.runtime.scoring import continuation_scores
@@ -71,16 +72,17 @@ class AdapterBank:
         AdapterError for methods that change weights instead of making a prefix, and for prefixes
         of another base.
         """
-        prefix = adapter if isinstance(adapter, KVPrefix) else adapter.prefix()
-        method = "prefix" if isinstance(adapter, KVPrefix) else adapter.section.kind
+        prefix, method = (adapter, "prefix") if isinstance(adapter, KVPrefix) else (
+            None if adapter.changes_weights else adapter.compiled(), adapter.section.kind
+        )  # fmt: skip
         if prefix is None:
             raise AdapterError(
                 f"`{name}` is a {method} adapter, which changes the base's weights; only adapters "
-                "that compile to a KV prefix can be added (`load` takes saved LoRA adapters)"
+                "that compile to a KV prefix can be added (`load` takes saved adapters with LoRA)"
             )
         if prefix.layout != self.base.layout:
             raise AdapterError(f"the prefix `{name}` was made for another base model")
-        self._require_kind(name, lora=False)
+        self._require_kind(name, prefix=True, lora=False)
         self._store.put(name, prefix.detach(), method, None, None)
 
     def register(self, source: str | Path, name: str | None = None) -> str:
@@ -92,7 +94,7 @@ class AdapterBank:
         path = locate(source)
         require_files(path)
         name = name or name_of(path)
-        self._require_kind(name, lora=False)
+        self._require_kind(name, prefix=True, lora=False)
         self._store.register(name, path)
         return name
 
@@ -108,19 +110,30 @@ class AdapterBank:
         Returns the name (default: the folder's). Raises AdapterError, leaving everything as it
         was, when it is damaged, unsafe or for another base. LoRA adapters are taken too: they
         make no prefix, but a row may name one beside its prefix (see `rows`); they stay on the
-        device, outside the budget.
+        device, outside the budget. An adapter that is a prefix and a LoRA is both under one name.
         """
         path = locate(source)
         name = name or name_of(path)
         read = read_checked(path, self.base)
-        lora = read.files.peft_type == "LORA"
-        self._require_kind(name, lora=lora)
-        if lora:
-            self._lora.load(name, read.files, path)
+        method = read.files.peft_type.lower()
+        parts = {part.peft_type: part for part in parts_of(read.files)}
+        lora = parts.pop("LORA", None)
+        prefix = None
+        for part in parts.values():  # at most one
+            prefix = compile_files(part, self.base)
+        self._require_kind(name, prefix=prefix is not None, lora=lora is not None)
+        if prefix is None:
+            assert lora is not None  # only LoRA, and heads alone, make no prefix
+            self._lora.load(name, lora, path)
+        elif lora is None:
+            self._store.put(name, prefix, method, path, read)
         else:
-            prefix = compile_files(read.files, self.base)
-            assert prefix is not None  # only LoRA, and heads alone, make none
-            self._store.put(name, prefix, read.files.peft_type.lower(), path, read)
+            compiled = prefix
+            self._store.require_room(name, compiled)
+            # Not of a path of its own: its file is never read again without the LoRA's.
+            self._lora.load(
+                name, lora, path, lambda: self._store.put(name, compiled, method, None, None)
+            )
         return name
 
     def swap(self, name: str, source: str | Path) -> None:
@@ -133,10 +146,12 @@ class AdapterBank:
 
     def unload(self, name: str) -> None:
         """Forget the adapter `name`."""
-        if name in self._lora:
+        if name not in self._lora:
+            self._store.remove(name)
+        elif name not in self._store:
             self._lora.unload(name)
         else:
-            self._store.remove(name)
+            self._lora.unload(name, lambda: self._store.remove(name))
 
     def pin(self, name: str) -> None:
         """Keep the adapter `name` on the device, whatever the budget, from its next use on."""
@@ -170,21 +185,39 @@ class AdapterBank:
     def prefix(self, name: str) -> KVPrefix:
         """The compiled adapter `name`, on the device; fetched from its tier if need be.
 
-        Raises AdapterError when there is none, or its files, needed now, are bad.
+        Raises AdapterError when there is none, when its files, needed now, are bad, when the
+        prefix is not all of it, and when every input has another.
         """
-        return self._store.get(name)
+        if name in self._lora and name in self._store:
+            raise AdapterError(
+                f"`{name}` is a prefix and a LoRA, and the prefix by itself is not it; name it in "
+                "a row, which runs with both (`generate`, `rows` within `weights`)"
+            )
+        return _one(name, self._store.get(name))
 
-    def parts(self, row: RowNames) -> tuple[KVPrefix | None, str | None]:
-        """The prefix and the name of the LoRA adapter that `row` stands for at this moment."""
-        return self._row(row), self._lora_of(row)
+    def parts(self, name: str) -> tuple[Compiled | None, str | None]:
+        """What gives a row its prefix, and the name of the LoRA adapter, that `name` stands for at
+        this moment."""
+        compiled = self._compiled(name)
+        return (compiled[0][1] if compiled else None), self._lora_of(name)
 
-    def rows(self, names: Sequence[RowNames]) -> PrefixBatch:
+    def depends_on_input(self, row: RowNames) -> bool:
+        """Whether what `row` stands for gives every input a prefix of its own."""
+        return any(not isinstance(found, KVPrefix) for _, found in self._compiled(row))
+
+    def rows(
+        self, names: Sequence[RowNames], inputs: Sequence[Sequence[int]] | None = None
+    ) -> PrefixBatch:
         """The prefixes of a batch whose row i uses `names[i]`; None is the plain base.
 
+        inputs: token ids of what each row reads; needed where an adapter's prefix depends on it
+
         A sequence of names concatenates their prefixes in that order; LoRA adapters among them
-        add no virtual tokens (run the model within `weights(names)` for their part).
+        add no virtual tokens (run the model within `weights(names)` for their part). Raises
+        AdapterError as `prefix` does, and when inputs are needed and not given.
         """
-        prefixes = [self._row(row) for row in names]
+        read = [None] * len(names) if inputs is None else inputs
+        prefixes = [self._row(row, ids) for row, ids in zip(names, read, strict=True)]
         first = prefixes[0] if prefixes else None
         if first is not None and len(prefixes) == 1:
             return first.alone
@@ -199,8 +232,13 @@ class AdapterBank:
     def versions(self, row: RowNames) -> tuple[object, ...]:
         """What `row` stands for at this moment, one object per name; equal to what it was before
         only while no adapter of it has changed."""
-        lora = self._lora
-        return tuple(lora[name] if name in lora else self.prefix(name) for name in _parts(row))
+        found: list[object] = []
+        for name in _parts(row):
+            if name in self._lora:
+                found.append(self._lora[name])
+            if name in self._store or name not in self._lora:
+                found.append(self._store.get(name))
+        return tuple(found)
 
     def slots(self, rows: int, *, slots: int, virtual_tokens: int) -> SlotTable:
         """Buffers of fixed shape for `rows` rows over `slots` of this bank's adapters.
@@ -231,7 +269,7 @@ class AdapterBank:
         """`generate` from token ids to token ids, without the end-of-text token."""
         with self.weights(names):
             return generate(
-                self.base.model, prompts, self.rows(names),
+                self.base.model, prompts, self.rows(names, prompts),
                 pad_token_id=self.base.pad_token_id, **options,
             )  # fmt: skip
 
@@ -277,7 +315,7 @@ class AdapterBank:
         rows = [*names] * len(texts)
         with self.weights(rows):
             scores = continuation_scores(
-                self.base.model, contexts, words, self.rows(rows),
+                self.base.model, contexts, words, self.rows(rows, contexts),
                 pad_token_id=self.base.pad_token_id,
             )  # fmt: skip
         grouped = scores.view(len(texts), len(names), len(labels))
@@ -290,12 +328,17 @@ class AdapterBank:
 
     def status(self, name: str) -> AdapterStatus:
         """Where the adapter `name` is and what is known of it."""
-        if name in self._lora:
-            lora, size = self._lora[name], self._lora.nbytes(name)
+        if name not in self._lora:
+            return self._store.status(name)
+        lora, size = self._lora[name], self._lora.nbytes(name)
+        if name not in self._store:
             return AdapterStatus(
                 name, lora.path, "lora", "resident", lora.version, 0, size, pinned=True
             )
-        return self._store.status(name)
+        prefix = self._store.status(name)
+        return replace(
+            prefix, path=lora.path, version=lora.version, nbytes=size + (prefix.nbytes or 0)
+        )
 
     @property
     def counts(self) -> BankCounts:
@@ -312,14 +355,30 @@ class AdapterBank:
         """Bytes of the prefixes in host memory."""
         return self._store.host.bytes
 
-    def _require_kind(self, name: str, *, lora: bool) -> None:
-        """Raise AdapterError when `name` already stands for the other kind of adapter."""
-        if name in (self._store if lora else self._lora):
-            kind = "a prefix" if lora else "a LoRA adapter"
-            raise AdapterError(f"`{name}` is {kind} in this bank; unload it first")
+    def _require_kind(self, name: str, *, prefix: bool, lora: bool) -> None:
+        """Raise AdapterError when `name` already stands for another kind of adapter."""
+        there = (name in self._store, name in self._lora)
+        if any(there) and there != (prefix, lora):
+            kinds = [kind for kind, is_it in zip(("a prefix", "a LoRA"), there, strict=True)
+                     if is_it]  # fmt: skip
+            raise AdapterError(
+                f"`{name}` is {' and '.join(kinds)} in this bank; unload it first, or take another "
+                "name"
+            )
 
-    def _row(self, row: RowNames) -> KVPrefix | None:
-        prefixes = [self.prefix(name) for name in _parts(row) if name not in self._lora]
+    def _compiled(self, row: RowNames) -> list[tuple[str, Compiled]]:
+        """Those of `row` that have virtual tokens, by name, in their order."""
+        return [
+            (name, self._store.get(name))
+            for name in _parts(row)
+            if name in self._store or name not in self._lora
+        ]
+
+    def _row(self, row: RowNames, ids: Sequence[int] | None) -> KVPrefix | None:
+        prefixes = [
+            _one(name, found) if ids is None else found.for_input(ids)
+            for name, found in self._compiled(row)
+        ]
         if len(prefixes) > 1:
             return KVPrefix.concatenated(prefixes)
         return prefixes[0] if prefixes else None
@@ -332,7 +391,17 @@ class AdapterBank:
 
     def list(self) -> list[str]:
         """Names of all adapters, in the order they came; LoRA adapters last."""
-        return [*self._store.names(), *self._lora.names]
+        return list(dict.fromkeys([*self._store.names(), *self._lora.names]))
+
+
+def _one(name: str, compiled: Compiled) -> KVPrefix:
+    """`compiled` where it is one prefix for all inputs. Raises AdapterError where it is not."""
+    if not isinstance(compiled, KVPrefix):
+        raise AdapterError(
+            f"`{name}` weighs its prefixes by each row's input, so it is no one prefix; give the "
+            "inputs too: `rows(names, inputs)`, `generate`, `classify`"
+        )
+    return compiled
 
 
 def _parts(row: RowNames) -> Sequence[str]:

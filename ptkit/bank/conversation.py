@@ -9,7 +9,7 @@ from typing import Any
 from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
 
 from ptkit.bank.bank import AdapterBank, RowNames
-from ptkit.errors import ModelError
+from ptkit.errors import AdapterError, ModelError
 from ptkit.runtime.cache import ReservedCache, conversation_cache
 from ptkit.runtime.generation import generate
 
@@ -65,7 +65,14 @@ class Conversation:
         self.use(adapter)
 
     def use(self, adapter: RowNames) -> None:
-        """Let `adapter` answer from now on. Raises AdapterError when the bank has none such."""
+        """Let `adapter` answer from now on. Raises AdapterError when the bank has none such, and
+        for one whose prefix depends on the input: it would be another at every turn, and nothing
+        that was read could be kept."""
+        if self.bank.depends_on_input(adapter):
+            raise AdapterError(
+                f"`{adapter}` makes its prefix from the input, which grows with every turn of a "
+                "conversation; ask it with `generate`, or `ptkit serve`"
+            )
         self.bank.rows([adapter])
         self.adapter = adapter if adapter is None or isinstance(adapter, str) else (*adapter,)
 
@@ -125,7 +132,7 @@ class Conversation:
         before = self.exchanges[:-1] if instead else self.exchanges
         prompts = [self._prompt(text, before) for text in texts]
         bank, base = self.bank, self.bank.base
-        longest = bank.rows(adapters).longest
+        longest = bank.rows(adapters, prompts).longest
         options = self._within_room(options, longest, max(map(len, prompts)))
         answers = bank.generate_ids(prompts, adapters, **options)
         return base.tokenizer.batch_decode(answers, skip_special_tokens=True)

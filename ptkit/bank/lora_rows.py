@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -80,8 +80,12 @@ class LoraRows:
         """Names of the adapters, in the order they came."""
         return [*self._loaded]
 
-    def load(self, name: str, files: AdapterFiles, path: Path) -> None:
+    def load(
+        self, name: str, files: AdapterFiles, path: Path, along: Callable[[], None] | None = None
+    ) -> None:
         """Put the LoRA adapter `files` into the base under `name`; nothing runs with it yet.
+
+        along: called in the same moment, while no batch is under way; must not raise
 
         Raises AdapterError for kinds of LoRA that PEFT cannot mix within a batch, and when the
         tensors do not fit the base; the base is then as it was.
@@ -121,13 +125,20 @@ class LoraRows:
             replaced = self._loaded.get(name)
             version = 1 if replaced is None else replaced.version + 1
             self._loaded[name] = LoadedLora(internal, path, version)
+            if along is not None:
+                along()
             if replaced is not None:
                 self._remove(replaced.internal)
 
-    def unload(self, name: str) -> None:
-        """Take the adapter `name` out; the last one leaves the base's own layers behind."""
+    def unload(self, name: str, along: Callable[[], None] | None = None) -> None:
+        """Take the adapter `name` out; the last one leaves the base's own layers behind.
+
+        along: see `load`
+        """
         with self._alone():
             self._remove(self._loaded.pop(name).internal)
+            if along is not None:
+                along()
 
     def nbytes(self, name: str) -> int:
         """Bytes of the adapter's matrices."""

@@ -15,7 +15,7 @@ from ptkit.bank.cache import PrefixCache
 from ptkit.bank.source import Reading, Stamp, read_checked, stamp
 from ptkit.errors import AdapterError, did_you_mean
 from ptkit.methods import compile_files
-from ptkit.prefix import KVPrefix
+from ptkit.prefix import Compiled
 from ptkit.runtime.base_model import Base
 
 logger = logging.getLogger(__name__)
@@ -139,8 +139,17 @@ class PrefixStore:
                 raise AdapterError(f"`{name}` is in the bank already; `swap` replaces it")
             self._entries[name] = _Entry(name, path)
 
+    def require_room(self, name: str, prefix: Compiled) -> None:
+        """Raise AdapterError when `prefix` is larger than all that may be on the device."""
+        budget = self.resident.budget
+        if budget is not None and prefix.nbytes > budget:
+            raise AdapterError(
+                f"the adapter `{name}` takes {prefix.nbytes:,} bytes, more than the bank's budget "
+                f"of {budget:,}"
+            )
+
     def put(
-        self, name: str, prefix: KVPrefix, method: str, path: Path | None, read: Reading | None
+        self, name: str, prefix: Compiled, method: str, path: Path | None, read: Reading | None
     ) -> None:
         """Let `name` stand for `prefix` from now on. Raises AdapterError when it is too large."""
         prefix = self._on_device(prefix)
@@ -167,7 +176,7 @@ class PrefixStore:
             self._entry(name)
             (self._pinned.add if pinned else self._pinned.discard)(name)
 
-    def get(self, name: str) -> KVPrefix:
+    def get(self, name: str) -> Compiled:
         """The compiled adapter `name`, on the device.
 
         Raises AdapterError when there is none, or its files, needed now, are bad.
@@ -190,10 +199,10 @@ class PrefixStore:
             )
         return entry
 
-    def _on_device(self, prefix: KVPrefix) -> KVPrefix:
+    def _on_device(self, prefix: Compiled) -> Compiled:
         return prefix.to(self.base.model.device, self.base.model.dtype)
 
-    def _looked_at(self, entry: _Entry) -> KVPrefix:
+    def _looked_at(self, entry: _Entry) -> Compiled:
         """The prefix of `entry` after a look at its files: read, moved up, or where it was."""
         with self._lock:
             resident = self.resident.get(entry.name)
@@ -212,7 +221,7 @@ class PrefixStore:
         self.counts.from_host += 1
         return self._published(entry, self._on_device(held))
 
-    def _read(self, entry: _Entry, held: KVPrefix | None) -> KVPrefix | None:
+    def _read(self, entry: _Entry, held: Compiled | None) -> Compiled | None:
         """Read the files of `entry`; None when they are bad and the version `held` stays."""
         assert entry.path is not None
         now = stamp(entry.path)
@@ -238,22 +247,17 @@ class PrefixStore:
         entry.method = read.files.peft_type.lower()
         return self._published(entry, self._on_device(prefix))
 
-    def _published(self, entry: _Entry, prefix: KVPrefix) -> KVPrefix:
+    def _published(self, entry: _Entry, prefix: Compiled) -> Compiled:
         """Keep `prefix` on the device, unless its name stands for something else by now."""
         with self._lock:
             if self._entries.get(entry.name) is entry:
                 self._admit(entry, prefix)
         return prefix
 
-    def _admit(self, entry: _Entry, prefix: KVPrefix) -> None:
+    def _admit(self, entry: _Entry, prefix: Compiled) -> None:
         """Put `prefix` on the device and move others down a tier until the budgets are kept."""
-        size, budget = prefix.nbytes, self.resident.budget
-        if budget is not None and size > budget:
-            raise AdapterError(
-                f"the adapter `{entry.name}` takes {size:,} bytes, more than the bank's budget of "
-                f"{budget:,}"
-            )
-        entry.virtual_tokens, entry.nbytes = prefix.virtual_tokens, size
+        self.require_room(entry.name, prefix)
+        entry.virtual_tokens, entry.nbytes = prefix.virtual_tokens, prefix.nbytes
         self.host.pop(entry.name)
         self.resident.put(entry.name, prefix)
         for name, leaving in self.resident.overflow({*self._pinned, entry.name}):

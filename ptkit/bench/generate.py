@@ -15,7 +15,7 @@ from ptkit.bench.subjects import GPT2_SMALL, ParityError, bench_base, random_pro
 from ptkit.bench.timing import interleaved, ratio
 from ptkit.formats.adapter_files import write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, compile_files, create_adapter
-from ptkit.prefix import PrefixBatch
+from ptkit.runtime.forward import rows_for
 from ptkit.runtime.generation import generate
 
 
@@ -54,7 +54,7 @@ def bench_generate(
         return generate(base.model, prompts, None, pad_token_id=pad, **options)
 
     def with_ptkit() -> list[list[int]]:
-        batch = PrefixBatch.shared(prefix, rows)
+        batch = rows_for(prefix, prompts)
         return generate(base.model, prompts, batch, pad_token_id=pad, **options)
 
     @torch.no_grad()

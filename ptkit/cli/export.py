@@ -27,6 +27,7 @@ class Form(StrEnum):
     kv = "kv"
     tokens = "tokens"
     prompt_embeds = "prompt-embeds"
+    parts = "parts"
 
 
 def export(
@@ -45,7 +46,8 @@ def export(
             "--as",
             help="`kv`: any method compiled to a prefix, no prompt tokens to read. `tokens`: a "
             "copy of the base with soft prompts in its vocabulary, for any engine. "
-            "`prompt-embeds`: soft prompts and a client that sends them (vLLM).",
+            "`prompt-embeds`: soft prompts and a client that sends them (vLLM). `parts`: a prefix "
+            "with LoRA as two adapters, which plain PEFT loads one after the other.",
         ),
     ] = Form.peft,
     dtype: Annotated[
@@ -79,6 +81,13 @@ def export(
         return
     if len(runs) > 1:
         raise UserError(f"--as {form} exports one run at a time, found {len(runs)}")
+    if form == Form.parts:
+        if dtype == Dtype.int8 or recipe or license or language:
+            raise UserError(
+                "--as parts takes none of --dtype int8, --recipe, --license, --language"
+            )
+        _parts(runs[0], out, dtype, force)
+        return
 
     from ptkit.hub.export import export_run
 
@@ -93,6 +102,15 @@ def export(
         notes.append(f"largest rounding {done.largest_rounding:.2g}")
     notes += [f"{name} {-points:+.2f}" for name, points in (done.lost or {}).items()]
     typer.secho(", ".join(notes), err=True)
+
+
+def _parts(run: Path, out: Path, dtype: Dtype, force: bool) -> None:
+    from ptkit.hub.parts import export_parts
+
+    done = export_parts(run, out, dtype=dtype.value, replace_out=force)  # type: ignore[arg-type]
+    for name in done.names:
+        typer.echo(f"{done.path / name}")
+    typer.secho(f"{done.path / 'README.md'} says how PEFT loads both", err=True)
 
 
 def _for_engines(runs: list[Path], out: Path, form: Form, force: bool) -> None:

@@ -186,6 +186,8 @@ def _alone(loaded: LoadedRecipe, method: str | None, *, seeds: list[int]) -> Loa
     (section,) = fitting
     if not isinstance(section, PromptMethodSection):
         raise UserError(f"`{section.title}` has no virtual tokens to start from another's")
+    if not section.shares_batch:  # it is more than the one prefix that another could start from
+        raise UserError(f"`{section.title}` is no start for another task: {section.alone}")
     section = changed(section, {}, section.kind)  # one name in all recipes
     evaluate = recipe.evaluate.model_copy(update={"baseline": None})
     update = {
@@ -261,8 +263,8 @@ def _claim(planned: Plan, out: Path) -> None:
 
 def _compiled(path: Path, base: Base) -> KVPrefix:
     prefix = compile_files(read_adapter(path), base)
-    if prefix is None:
-        raise AdapterError(f"{path} has no virtual tokens")
+    if not isinstance(prefix, KVPrefix):
+        raise AdapterError(f"{path} holds no prefix that could be compared with another")
     return prefix
 
 

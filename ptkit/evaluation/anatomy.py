@@ -56,8 +56,10 @@ def dissect(path: Path, base: Base, *, words: int = 3) -> Anatomy:
     adapter = adapter_from_files(files, base)
     try:
         causal = not base.encoder and not base.encoder_decoder
-        compiled = adapter.prefix()
-        prefix = None if compiled is None else compiled.detach()
+        compiled = adapter.compiled()
+        compiled = None if compiled is None else compiled.detach()
+        # Of an adapter that makes one for each input there is no one prefix to look at.
+        prefix = compiled if isinstance(compiled, KVPrefix) else None
         nearest = nearest_words(adapter, base, words) if isinstance(adapter, SoftPrompt) else []
         parameters = sum(t.numel() for t in files.tensors.values())
         return Anatomy(
@@ -66,7 +68,7 @@ def dissect(path: Path, base: Base, *, words: int = 3) -> Anatomy:
             parameters / base.parameters,
             weights_path(path).stat().st_size,
             adapter.virtual_tokens,
-            0 if prefix is None else prefix.nbytes,
+            0 if compiled is None else compiled.nbytes,
             # A soft prompt that an encoder reads has no keys and values of its own.
             [] if prefix is None or prefix.embeddings is not None else layer_norms(prefix, base),
             nearest,

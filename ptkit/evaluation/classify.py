@@ -40,8 +40,8 @@ class Classifier:
     def __init__(self, adapter: Adapter, files: AdapterFiles, where: str) -> None:
         self.adapter = adapter
         self.task = _task_of(files, where)
-        compiled = adapter.prefix()
-        self._prefix = None if compiled is None else compiled.detach()
+        compiled = adapter.compiled()
+        self._compiled = None if compiled is None else compiled.detach()
 
     @property
     def labels(self) -> list[str]:
@@ -69,7 +69,7 @@ class Classifier:
         for part in _parts(examples):
             rows = encode_examples(part, self.adapter.base.tokenizer, self.task)
             require_room(self.adapter, rows, self.task)
-            for row in label_scores(self.adapter, rows, self._prefix, self.task):
+            for row in label_scores(self.adapter, rows, self._compiled, self.task):
                 shares = torch.tensor([*row.values()]).softmax(-1).tolist()
                 found.append(dict(zip(row, shares, strict=True)))
         return found
@@ -87,7 +87,7 @@ class Classifier:
         for part in _parts(examples):
             rows = encode_examples(part, self.adapter.base.tokenizer, self.task)
             require_room(self.adapter, rows, self.task)
-            answers = word_labels(self.adapter, rows, part, self._prefix, self.task)
+            answers = word_labels(self.adapter, rows, part, self._compiled, self.task)
             found += [answer.split() for answer in answers]
         return found
 

@@ -25,8 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from ptkit.data.encode import EncodedExample
 from ptkit.errors import DataError, ModelError, UserError
 from ptkit.methods import Adapter
-from ptkit.prefix import PrefixBatch
-from ptkit.runtime.forward import collate, supervised_logits, token_losses
+from ptkit.runtime.forward import collate, rows_for, supervised_logits, token_losses
 from ptkit.runtime.generation import generate
 
 #: Of models whose positions are not bounded.
@@ -44,8 +43,8 @@ class AdapterLM(TemplateLM):
             raise ModelError("the harness is asked about causal language models only, so far")
         self.adapter, self.batch_size = adapter, batch_size
         self.tokenizer: Any = adapter.base.tokenizer
-        compiled = adapter.prefix()
-        self._prefix = None if compiled is None else compiled.detach()
+        compiled = adapter.compiled()
+        self._compiled = None if compiled is None else compiled.detach()
         self.max_length = (adapter.base.max_positions or _UNBOUNDED) - adapter.virtual_tokens
 
     @property
@@ -95,8 +94,9 @@ class AdapterLM(TemplateLM):
         for start in range(0, len(order), self.batch_size):
             part = order[start : start + self.batch_size]
             own = [rows[i] for i in part]
+            batch = rows_for(self._compiled, [row.input_ids for row in own])
             logits, targets = supervised_logits(
-                model, **collate(own, self.adapter.base), batch=self._rows(len(part))
+                model, **collate(own, self.adapter.base), batch=batch
             )
             counts = [len(row.target_ids) for row in own]
             losses = token_losses(logits, targets).double().split(counts)
@@ -144,11 +144,12 @@ class AdapterLM(TemplateLM):
                 f"the task generates up to {longest} tokens, {self.adapter.base.id} has "
                 f"{self.max_length} positions beside the adapter"
             )
+        inputs = [self.tok_encode(context)[-room:] for context in contexts]
         # Stopping is an economy here: the text is cut at the stop string in any case.
         tokens = generate(
             self.adapter.model,
-            [self.tok_encode(context)[-room:] for context in contexts],
-            self._rows(len(contexts)),
+            inputs,
+            rows_for(self._compiled, inputs),
             pad_token_id=self.adapter.base.pad_token_id,
             max_new_tokens=longest,
             stop_strings=stop,
@@ -157,9 +158,6 @@ class AdapterLM(TemplateLM):
         )
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [postprocess_generated_text(text, stop, None) for text in texts]
-
-    def _rows(self, rows: int) -> PrefixBatch | None:
-        return None if self._prefix is None else PrefixBatch.shared(self._prefix, rows)
 
 
 def evaluate_tasks(

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from ptkit.methods import Adapter
-from ptkit.prefix import PrefixBatch
+from ptkit.runtime.forward import rows_for
 from ptkit.runtime.generation import generate
 
 #: Tokens generated per measurement, and measurements of each side, taken in turns.
@@ -37,8 +37,8 @@ def measure_latency(adapter: Adapter, prompt: list[int]) -> Latency:
 
     The first token, which reads the prompt, is not counted: what it costs depends on the prompt.
     """
-    compiled = adapter.prefix()
-    batch = None if compiled is None else PrefixBatch.shared(compiled.detach(), 1)
+    compiled = adapter.compiled()
+    batch = rows_for(None if compiled is None else compiled.detach(), [prompt])
 
     def per_token(on: bool) -> float:
         def seconds(tokens: int) -> float:

@@ -17,7 +17,7 @@ from ptkit.data.encode import (
 from ptkit.data.task import Example
 from ptkit.evaluation.metrics import Metric, Statistics, metric
 from ptkit.methods import Adapter
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import Compiled
 from ptkit.recipe.schema import (
     ClassificationTask,
     GenerationTask,
@@ -26,7 +26,7 @@ from ptkit.recipe.schema import (
     Task,
     TokenClassificationTask,
 )
-from ptkit.runtime.forward import collate, head_logits, supervised_losses
+from ptkit.runtime.forward import collate, head_logits, rows_for, supervised_losses
 from ptkit.runtime.generation import generate
 from ptkit.runtime.scoring import continuation_scores
 
@@ -66,8 +66,8 @@ def predict(
     base = adapter.base
     encoded = encode_examples(examples, base.tokenizer, task, pairs=base.encoder_decoder)
     require_room(adapter, encoded, task)
-    compiled = adapter.prefix()
-    prefix = None if compiled is None else compiled.detach()
+    compiled = adapter.compiled()
+    compiled = None if compiled is None else compiled.detach()
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids))
     answers: dict[int, tuple[str, dict[str, Any]]] = {}
     wanted = {metric(name).needs for name in task.metrics}
@@ -75,17 +75,17 @@ def predict(
         rows = order[start : start + batch_size]
         inputs = [encoded[i].input_ids for i in rows]
         if isinstance(task, GenerationTask):
-            texts = _generated(adapter, inputs, prefix, task)
+            texts = _generated(adapter, inputs, compiled, task)
             details: list[dict[str, Any]] = [{} for _ in rows]
             if "nats" in wanted:
-                details = _target_nats(adapter, [encoded[i] for i in rows], prefix)
+                details = _target_nats(adapter, [encoded[i] for i in rows], compiled)
         elif isinstance(task, TokenClassificationTask):
             texts = word_labels(
-                adapter, [encoded[i] for i in rows], [examples[i] for i in rows], prefix, task
+                adapter, [encoded[i] for i in rows], [examples[i] for i in rows], compiled, task
             )
             details = [{} for _ in rows]
         else:
-            scores = label_scores(adapter, [encoded[i] for i in rows], prefix, task)
+            scores = label_scores(adapter, [encoded[i] for i in rows], compiled, task)
             texts = [max(row, key=row.__getitem__) for row in scores]
             kept = "label_scores" in wanted
             details = [{"label_scores": row} if kept else {} for row in scores]
@@ -126,17 +126,13 @@ def require_room(
     base.require_positions(adapter.virtual_tokens, longest, title)
 
 
-def _shared(prefix: KVPrefix | None, rows: int) -> PrefixBatch | None:
-    return None if prefix is None else PrefixBatch.shared(prefix, rows)
-
-
 def _generated(
-    adapter: Adapter, inputs: list[list[int]], prefix: KVPrefix | None, task: GenerationTask
+    adapter: Adapter, inputs: list[list[int]], compiled: Compiled | None, task: GenerationTask
 ) -> list[str]:
     tokens = generate(
         adapter.model,
         inputs,
-        _shared(prefix, len(inputs)),
+        rows_for(compiled, inputs),
         pad_token_id=adapter.base.pad_token_id,
         max_new_tokens=task.max_target_tokens,
         num_beams=task.num_beams,
@@ -155,23 +151,24 @@ LabelScores = dict[str, float]
 def label_scores(
     adapter: Adapter,
     rows: Sequence[EncodedExample],
-    prefix: KVPrefix | None,
+    compiled: Compiled | None,
     task: ClassificationTask | SequenceClassificationTask,
 ) -> list[LabelScores]:
     """For every row the log-probabilities of the labels: those of their words, or those that the
     adapter's head gives.
 
-    prefix: the compiled adapter
+    compiled: the compiled adapter
     """
     if isinstance(task, SequenceClassificationTask):
-        found = _from_head(adapter, rows, prefix)
+        found = _from_head(adapter, rows, compiled)
         return [dict(zip(task.labels, row, strict=True)) for row in found.tolist()]
     words = label_token_ids(task, adapter.base.tokenizer)
+    inputs = [row.input_ids for row in rows]
     scores = continuation_scores(
         adapter.model,
-        [row.input_ids for row in rows],
+        inputs,
         list(words.values()),
-        _shared(prefix, len(rows)),
+        rows_for(compiled, inputs),
         pad_token_id=adapter.base.pad_token_id,
     )
     return [dict(zip(words, row, strict=True)) for row in scores.tolist()]
@@ -186,12 +183,12 @@ def word_labels(
     adapter: Adapter,
     rows: Sequence[EncodedExample],
     examples: Sequence[Example],
-    prefix: KVPrefix | None,
+    compiled: Compiled | None,
     task: TokenClassificationTask,
 ) -> list[str]:
     """The likeliest label of each row's every word, with spaces between; `UNREAD` for words the
     model has not seen."""
-    best = _from_head(adapter, rows, prefix).argmax(-1).tolist()
+    best = _from_head(adapter, rows, compiled).argmax(-1).tolist()
     read = tokens_of_words(examples, adapter.base.tokenizer, task)
     found = []
     for labels, example, (_, starts) in zip(best, examples, read, strict=True):
@@ -204,26 +201,25 @@ def word_labels(
 
 @torch.no_grad()
 def _from_head(
-    adapter: Adapter, rows: Sequence[EncodedExample], prefix: KVPrefix | None
+    adapter: Adapter, rows: Sequence[EncodedExample], compiled: Compiled | None
 ) -> torch.Tensor:
     """Log-probabilities of the labels: `[rows, labels]` or `[rows, tokens, labels]`."""
     tensors = collate(rows, adapter.base)
+    ids, mask = tensors["input_ids"], tensors["attention_mask"]
     adapter.model.eval()
-    logits = head_logits(
-        adapter.model, tensors["input_ids"], tensors["attention_mask"],
-        _shared(prefix, len(rows)),
-    )  # fmt: skip
+    batch = None if compiled is None else compiled.for_rows(ids, mask)
+    logits = head_logits(adapter.model, ids, mask, batch)
     return logits.float().log_softmax(-1)
 
 
 @torch.no_grad()
 def _target_nats(
-    adapter: Adapter, rows: Sequence[EncodedExample], prefix: KVPrefix | None
+    adapter: Adapter, rows: Sequence[EncodedExample], compiled: Compiled | None
 ) -> list[dict[str, Any]]:
     """Cross-entropy of every row's target after its input, in nats, and its tokens."""
-    batch = collate(rows, adapter.base)
     adapter.model.eval()
-    losses = supervised_losses(adapter.model, **batch, batch=_shared(prefix, len(rows)))
+    batch = rows_for(compiled, [row.input_ids for row in rows])
+    losses = supervised_losses(adapter.model, **collate(rows, adapter.base), batch=batch)
     counts = [len(row.target_ids) for row in rows]
     by_row = losses.double().split(counts)
     return [

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from ptkit.errors import DataError
 from ptkit.methods import Adapter
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import Compiled
 from ptkit.runtime.architecture import is_encoder
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.forward import supervised_logits, token_losses
+from ptkit.runtime.forward import input_tokens, supervised_logits, token_losses
 
 #: Tokens per window. Windows are full, so nothing is padded.
 WINDOW = 256
@@ -151,9 +151,11 @@ def text_windows(base: Base, name: str, text: str, max_tokens: int) -> Tensor:
 
 @torch.no_grad()
 def language_modelling(
-    model: PreTrainedModel, windows: Tensor, prefix: KVPrefix | None, keep: int
+    model: PreTrainedModel, windows: Tensor, compiled: Compiled | None, keep: int
 ) -> tuple[LanguageModelling, Tensor]:
-    """Score `model` (with `prefix` before every window) on `windows` `[windows, tokens]`.
+    """Score `model` (with the `compiled` adapter before every window) on `windows`
+    `[windows, tokens]`. Of a window the adapter is shown what is not predicted: a causal model's
+    first token, all that an encoder reads.
 
     Returns the score, and the log-probabilities at all predicted tokens of the first `keep`
     windows, `[n, vocabulary]`, float32.
@@ -167,8 +169,11 @@ def language_modelling(
     nats, right, tokens = 0.0, 0, 0
     kept: list[Tensor] = []
     for part in windows.to(model.device).split(rows):
-        batch = None if prefix is None else PrefixBatch.shared(prefix, len(part))
-        logits, targets = supervised_logits(model, part, torch.ones_like(part), part, batch)
+        mask = torch.ones_like(part)
+        batch = None
+        if compiled is not None:
+            batch = compiled.for_rows(part, input_tokens(model, mask, part))
+        logits, targets = supervised_logits(model, part, mask, part, batch)
         nats += float(token_losses(logits, targets).sum(dtype=torch.float64))
         right += int((logits.argmax(-1) == targets).sum())
         if tokens < wanted:  # so far every token read was kept
@@ -187,12 +192,12 @@ def measure_retention(adapter: Adapter, probe: GeneralProbe) -> Retention:
         next(iter(probe.windows.values())).shape[1],
         f"`{adapter.section.title}`",
     )
-    compiled = adapter.prefix()
-    prefix = None if compiled is None else compiled.detach()
+    compiled = adapter.compiled()
+    compiled = None if compiled is None else compiled.detach()
     after = {}
     divergence, tokens = 0.0, 0
     for name, windows in probe.windows.items():
-        after[name], log_probs = language_modelling(adapter.model, windows, prefix, probe.kept)
+        after[name], log_probs = language_modelling(adapter.model, windows, compiled, probe.kept)
         # Both sides are log-probabilities: `input` is the adapter, `target` the base.
         divergence += float(
             torch.nn.functional.kl_div(

@@ -12,6 +12,8 @@ from typing import Any
 from ptkit.formats.adapter_files import RECIPE, AdapterFiles
 from ptkit.methods.head import labels_of_files
 from ptkit.methods.linear_probe import LINEAR_PROBE
+from ptkit.methods.prefix_lora import PREFIX_LORA
+from ptkit.methods.prefix_mixture import PREFIX_MIXTURE
 from ptkit.methods.prefix_tuning import ENCODER, ENCODER_DECODER, INFIX
 from ptkit.methods.soft_prompt import ENCODER_PROMPT
 from ptkit.runtime.base_model import TINY_EN
@@ -28,6 +30,8 @@ _METHODS = {
     ENCODER_DECODER: "prefix tuning (encoder, decoder and cross-attention)",
     ENCODER: "prefix tuning",
     LINEAR_PROBE: "a linear probe",
+    PREFIX_LORA: "a prefix with LoRA",
+    PREFIX_MIXTURE: "a mixture of prefixes",
 }
 #: Why PEFT cannot read a type.
 _UNREADABLE = {
@@ -36,6 +40,8 @@ _UNREADABLE = {
     ENCODER: "its virtual tokens take no positions from the input",
     ENCODER_PROMPT: "its virtual tokens take no positions from the input",
     LINEAR_PROBE: "it is a head alone",
+    PREFIX_LORA: "it is a prefix and a LoRA; `ptkit export --as parts` writes two that it can read",
+    PREFIX_MIXTURE: "its prefix is made anew from every input",
 }
 _TASKS = {
     "generation": "text-generation",

@@ -25,7 +25,7 @@ from ptkit.formats.adapter_files import (
     write_adapter,
 )
 from ptkit.hub.card import card_text
-from ptkit.methods import ADAPTERS, adapter_from_files, base_of, require_same_base
+from ptkit.methods import ADAPTERS, Adapter, adapter_from_files, base_of, require_same_base
 from ptkit.methods.peft_tensors import MULTITASK, task_of
 from ptkit.methods.prefix_tuning import PrefixTuning
 from ptkit.methods.soft_prompt import SoftPrompt
@@ -112,6 +112,7 @@ def as_prefix(files: AdapterFiles, base: Base) -> AdapterFiles:
     """
     adapter = adapter_from_files(files, base)
     try:
+        _require_prefix_alone(adapter, files)
         prefix = adapter.prefix()
         if prefix is None:
             raise AdapterError(f"a {files.peft_type} adapter has no virtual tokens to compile")
@@ -120,6 +121,15 @@ def as_prefix(files: AdapterFiles, base: Base) -> AdapterFiles:
         adapter.close()
     return dataclasses.replace(files, config=compiled.config, tensors=compiled.tensors,
                    info=_converted(files, "prefix_tuning", prefix.virtual_tokens))  # fmt: skip
+
+
+def _require_prefix_alone(adapter: Adapter, files: AdapterFiles) -> None:
+    """Raise AdapterError when there is more to `adapter` than what is before the input."""
+    if adapter.changes_weights and adapter.virtual_tokens:
+        raise AdapterError(
+            f"a {files.peft_type} adapter changes the base's weights too, which no prefix or "
+            "prompt holds; `ptkit export --as parts` writes what PEFT can load"
+        )
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,7 @@ def as_prompt(files: AdapterFiles, base: Base, *, steps: int = 600) -> FittedPro
         if isinstance(adapter, SoftPrompt):
             embeddings, error = adapter.embeddings().detach(), 0.0
         else:
+            _require_prefix_alone(adapter, files)
             prefix = adapter.prefix()
             if prefix is None or prefix.infix:
                 raise AdapterError(

@@ -25,6 +25,8 @@ METHODS = {
     "prompt_tuning": ("prompt-tuning", "prompt_tuning"),
     "p_tuning": ("p-tuning", "p_tuning"),
     "lora": ("lora",),
+    "prefix_lora": ("ptkit-prefix-lora",),
+    "prefix_mixture": ("ptkit-prefix-mixture",),
 }
 
 

@@ -24,7 +24,13 @@ from ptkit.formats.adapter_files import (
     weights_path,
 )
 from ptkit.formats.hub import HubId, hub_files, is_hub_id
-from ptkit.methods import base_of, compile_files, require_same_base
+from ptkit.methods import (
+    adapter_from_files,
+    base_of,
+    compile_files,
+    parts_of,
+    require_same_base,
+)
 from ptkit.methods.head import TrainedHead
 from ptkit.methods.lora_files import lora_config
 from ptkit.recipe import LoadedRecipe, load_recipe
@@ -179,20 +185,29 @@ def _check_base(files: AdapterFiles, base: Base, source: str) -> Iterator[Check]
         found = f"vocabulary {base.tokenizer_fingerprint}"
         yield Check("tokenizer", same, found if same else f"{found}, not {made_for['tokenizer']}")
     try:
-        prefix = compile_files(files, base)
-        if files.peft_type == "LORA":
-            lora_config(files, base)
+        detail = _fit(files, base)
         if base.head is not None:
             TrainedHead(base).load(files)
     except AdapterError as error:
         yield Check("shapes", False, str(error))
         return
-    detail = "matrices fit the base's modules"
-    if prefix is not None:
-        detail = f"{prefix.virtual_tokens} virtual tokens in {len(prefix.keys)} layers"
     if base.head is not None:
         detail += f", a head for {len(base.head.labels)} labels"
     yield Check("shapes", True, detail)
+
+
+def _fit(files: AdapterFiles, base: Base) -> str:
+    """How the adapter fits `base`. Raises AdapterError when it does not."""
+    if len(parts_of(files)) > 1:  # nothing less than all of it shows that they fit together
+        adapter = adapter_from_files(files, base)
+        adapter.close()
+        return f"{adapter.virtual_tokens} virtual tokens, matrices fit the base's modules"
+    compiled = compile_files(files, base)
+    if files.peft_type == "LORA":
+        lora_config(files, base)
+    if compiled is None:
+        return "matrices fit the base's modules"
+    return f"{compiled.virtual_tokens} virtual tokens in {len(compiled.layout)} layers"
 
 
 def _check_scores(

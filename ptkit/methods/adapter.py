@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter
 from ptkit.methods.head import TASK_TYPES, TrainedHead, labels_of_files, without_head
-from ptkit.prefix import KVPrefix
+from ptkit.prefix import Compiled, KVPrefix
 from ptkit.recipe.schema import MethodSection, ModelSection
 from ptkit.runtime.base_model import Base, load_base
 
@@ -43,6 +43,15 @@ class Demonstrations:
         return texts
 
 
+@dataclass(frozen=True)
+class OwnRate:
+    """Parameters and what AdamW is told of them; beta2: decay of the squared gradients."""
+
+    parameters: list[nn.Parameter]
+    learning_rate: float
+    beta2: float = 0.999
+
+
 class Adapter(nn.Module):
     """One method on one base model: what is learnt, and how it acts on the base.
 
@@ -55,6 +64,10 @@ class Adapter(nn.Module):
     peft_types: ClassVar[tuple[str, ...]] = ()
     #: Whether it works on encoder-decoders, too.
     encoder_decoder: ClassVar[bool] = False
+    #: Whether the base's weights are others while it is on: its prefix, if any, is not all of it.
+    changes_weights: ClassVar[bool] = False
+    #: Whether a row's prefix depends on the row's input, so that there is no one `prefix`.
+    depends_on_input: ClassVar[bool] = False
 
     #: Whether it needs a model with a classification head, and whether it works on one.
     needs_head: ClassVar[bool] = False
@@ -89,14 +102,27 @@ class Adapter(nn.Module):
         raise AdapterError(f"{section.kind} adapters cannot be loaded from files")
 
     @classmethod
-    def prefix_from_files(cls, files: AdapterFiles, section: Any, base: Base) -> KVPrefix | None:
+    def prefix_from_files(cls, files: AdapterFiles, section: Any, base: Base) -> Compiled | None:
         """The compiled form of what `files` hold, without what only training needs."""
-        prefix = cls.from_files(files, section, base).prefix()
-        return None if prefix is None else prefix.detach()
+        compiled = cls.from_files(files, section, base).compiled()
+        return None if compiled is None else compiled.detach()
+
+    @classmethod
+    def parts(cls, files: AdapterFiles) -> list[AdapterFiles]:
+        """The adapters, each of a type of PEFT's, that `files` hold; mostly just the one."""
+        return [files]
 
     def prefix(self) -> KVPrefix | None:
-        """The compiled adapter, differentiable in its parameters; None without virtual tokens."""
+        """The compiled adapter, differentiable in its parameters; None without virtual tokens.
+
+        Raises AdapterError where it `depends_on_input`.
+        """
         return None
+
+    def compiled(self) -> Compiled | None:
+        """What gives the rows of a batch their prefixes, differentiable in the adapter's
+        parameters; None without virtual tokens. Mostly its one `prefix`."""
+        return self.prefix()
 
     @property
     def virtual_tokens(self) -> int:
@@ -121,6 +147,10 @@ class Adapter(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of all that is trained."""
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    def own_rates(self) -> list[OwnRate]:
+        """Trained parameters that do not learn at the rate of the method's `learning_rate`."""
+        return []
 
     @property
     def trainable_parameters(self) -> int:
@@ -226,8 +256,9 @@ def restored(
     return adapter
 
 
-def compile_files(files: AdapterFiles, base: Base) -> KVPrefix | None:
-    """The KV prefix of the adapter that `files` hold, detached; None if it has none (LoRA).
+def compile_files(files: AdapterFiles, base: Base) -> Compiled | None:
+    """The adapter that `files` hold as a KV prefix, or as what makes one for each row, detached;
+    None if it has none (LoRA).
 
     Raises AdapterError for PEFT types no method of ptkit reads.
     """
@@ -235,6 +266,25 @@ def compile_files(files: AdapterFiles, base: Base) -> KVPrefix | None:
     if base.head is not None:
         files = without_head(files, base.head)
     return cls.prefix_from_files(files, section, base)
+
+
+def parts_of(files: AdapterFiles) -> list[AdapterFiles]:
+    """The adapters of PEFT's types that `files` hold together; `files` alone where it is one.
+
+    Raises AdapterError when they are damaged.
+    """
+    cls = _reader_of(files.peft_type)
+    return [files] if cls is None else cls.parts(files)
+
+
+def changes_weights(peft_type: str) -> bool:
+    """Whether adapters of this type change the base's weights while they are on."""
+    cls = _reader_of(peft_type)
+    return cls is not None and cls.changes_weights
+
+
+def _reader_of(peft_type: str) -> type[Adapter] | None:
+    return next((cls for cls in ADAPTERS.values() if peft_type in cls.peft_types), None)
 
 
 def _method_of(files: AdapterFiles, base: Base) -> tuple[type[Adapter], MethodSection]:

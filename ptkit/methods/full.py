@@ -30,6 +30,7 @@ class Full(Adapter):
 
     section_class = FullSection
     encoder_decoder = True
+    changes_weights = True
 
     def __init__(self, section: FullSection, base: Base) -> None:
         super().__init__(section, base)

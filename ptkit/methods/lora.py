@@ -26,12 +26,9 @@ from ptkit.recipe.schema import MethodSection, register_method
 from ptkit.runtime.base_model import Base
 
 
-@register_method
-class LoraSection(MethodSection):
-    """LoRA (Hu et al. 2021), through PEFT."""
+class LoraSettings(MethodSection):
+    """What says which weights change, and how much they can."""
 
-    kind: Literal["lora"]
-    """`lora`."""
     rank: int = Field(default=8, ge=1)
     """Rank of each weight's change."""
     alpha: int = Field(default=16, ge=1)
@@ -40,8 +37,22 @@ class LoraSection(MethodSection):
     """Dropout before the low-rank matrices."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get one: names, or PEFT's `all-linear`."""
+
+
+@register_method
+class LoraSection(LoraSettings):
+    """LoRA (Hu et al. 2021), through PEFT."""
+
+    kind: Literal["lora"]
+    """`lora`."""
     learning_rate: float = 2e-3
     """AdamW's peak learning rate."""
+
+
+def lora_section(settings: LoraSettings) -> LoraSection:
+    """`settings` as those of LoRA by itself."""
+    own = {name: getattr(settings, name) for name in LoraSettings.model_fields if name != "kind"}
+    return LoraSection(kind="lora", **own)
 
 
 def _head_modules(base: Base) -> list[str] | None:
@@ -59,10 +70,13 @@ class Lora(Adapter):
     section_class = LoraSection
     peft_types = ("LORA",)
     encoder_decoder = True
+    changes_weights = True
 
     def __init__(self, section: LoraSection, base: Base, config: LoraConfig) -> None:
         super().__init__(section, base)
+        training = base.model.training
         self.peft_model: PeftModel = get_peft_model(base.model, config)
+        self.peft_model.train(training)  # new modules begin in training mode, dropout and all
 
     @classmethod
     def create(cls, section: LoraSection, base: Base, demonstrations: Demonstrations) -> Lora:

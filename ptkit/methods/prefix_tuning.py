@@ -7,7 +7,7 @@ With `reparameterize`, an MLP makes them (section 4.3); PEFT's `PrefixEncoder` i
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PrefixTuningConfig
@@ -15,7 +15,7 @@ from peft.tuners.prefix_tuning import PrefixEncoder
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from ptkit.errors import ModelError
+from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import (
     Adapter,
@@ -34,12 +34,9 @@ from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.infix import require_infix
 
 
-@register_method
-class PrefixTuningSection(PromptMethodSection):
-    """Prefix tuning (Li & Liang 2021), also known as P-tuning v2: learns keys and values."""
+class PrefixSettings(PromptMethodSection):
+    """How a prefix is made, whether it is learnt by itself or with something beside it."""
 
-    kind: Literal["prefix_tuning"]
-    """`prefix_tuning`."""
     reparameterize: bool = False
     """Train an MLP whose output is added to the start (scaled as all learnt values are); its last
     layer begins at zero, so training departs from the start exactly. Folded at export."""
@@ -74,7 +71,7 @@ class PrefixTuningSection(PromptMethodSection):
         return value
 
     @model_validator(mode="after")
-    def _start_is_real(self) -> PrefixTuningSection:
+    def _start_is_real(self) -> PrefixSettings:
         if self.start == "random" and self.trained_layers is not None:
             raise ValueError(
                 "`trained_layers` leaves layers at their start, which `start: random` has none of"
@@ -86,6 +83,20 @@ class PrefixTuningSection(PromptMethodSection):
         if self.sink and self.position == "infix":
             raise ValueError("an infix does not stand first, so there is no `sink` to keep")
         return self
+
+
+@register_method
+class PrefixTuningSection(PrefixSettings):
+    """Prefix tuning (Li & Liang 2021), also known as P-tuning v2: learns keys and values."""
+
+    kind: Literal["prefix_tuning"]
+    """`prefix_tuning`."""
+
+
+def prefix_section(settings: PrefixSettings, **changes: Any) -> PrefixTuningSection:
+    """`settings` as those of prefix tuning by itself, with `changes`."""
+    own = {name: getattr(settings, name) for name in PrefixSettings.model_fields if name != "kind"}
+    return PrefixTuningSection(kind="prefix_tuning", **{**own, **changes})
 
 
 #: In place of PEFT's type: PEFT would take the same tensors for a prefix, and be silently wrong.
@@ -201,7 +212,11 @@ class PrefixTuning(Adapter):
         compiled = []
         for files in start_files(section, base, demonstrations):
             prefix = compile_files(files, base)
-            assert prefix is not None  # it has virtual tokens
+            if not isinstance(prefix, KVPrefix):
+                raise AdapterError(
+                    f"a {files.peft_type} adapter weighs its prefixes by the input and is no start "
+                    "for one prefix; start from one of those it was made of"
+                )
             compiled.append(replace(prefix, infix=section.position == "infix"))
         return KVPrefix.averaged(compiled, start_shares(section))
 

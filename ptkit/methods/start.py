@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from ptkit.errors import UserError
@@ -54,6 +54,16 @@ class PromptMethodSection(MethodSection):
     """How long AdamW remembers the size of gradients. Those of a prompt's first steps, which learn
     what answers look like, are many times the later ones; with 0.999 (PyTorch's default) they keep
     the steps small for the rest of a short run."""
+
+    @field_validator("start", "learning_rate")
+    @classmethod
+    def _can_be_found(cls, value: str | float) -> str | float:
+        if value == "auto" and not cls.shares_batch:
+            raise ValueError(
+                f"`auto` tries several adapters in one batch, which this method cannot share: "
+                f"{cls.alone}; give a value"
+            )
+        return value
 
     @model_validator(mode="after")
     def _start_is_complete(self) -> PromptMethodSection:

@@ -375,6 +375,8 @@ class MethodSection(Section):
     """False for baselines that learn nothing (they run once, whatever the seeds)."""
     shares_batch: ClassVar[bool] = False
     """Whether adapters of this method can be trained in one batch, row by row."""
+    alone: ClassVar[str] = "it changes the base's weights"
+    """Why they cannot."""
 
     kind: str
     """The method."""

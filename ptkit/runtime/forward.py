@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptkit.data.encode import IGNORED, EncodedExample
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix import Compiled, PrefixBatch
 from ptkit.runtime.architecture import head_kind, is_encoder
 from ptkit.runtime.attention import (
     prefix_attention,
@@ -146,6 +146,26 @@ def supervised_counts(model: PreTrainedModel, labels: Tensor) -> Tensor:
     """Supervised targets of each row, `[rows]`, as `supervised_losses` returns them in turn."""
     shifted = not model.config.is_encoder_decoder and head_kind(model) is None
     return ((labels[:, 1:] if shifted else labels) != IGNORED).sum(-1)
+
+
+def input_tokens(model: PreTrainedModel, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    """The tokens of each row's input, `[rows, tokens]` bool: those before the first one that is to
+    be predicted, padding left out. Parameters as for `supervised_losses`.
+
+    In a text of which every token is predicted that is the first token alone.
+    """
+    read = attention_mask.bool()
+    if model.config.is_encoder_decoder or head_kind(model) is not None:
+        return read
+    _, last = _predicting(labels)
+    return read & (torch.arange(read.shape[1], device=read.device) <= last[:, None])
+
+
+def rows_for(compiled: Compiled | None, inputs: list[list[int]]) -> PrefixBatch | None:
+    """The prefixes of rows whose inputs are these token ids; None for the plain base."""
+    if compiled is None:
+        return None
+    return compiled.for_rows(*pad_rows(inputs, 0, left=False))
 
 
 def supervised_losses(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ptkit.bank import AdapterBank
 from ptkit.errors import PtkitError, UserError
-from ptkit.prefix import KVPrefix
+from ptkit.prefix import Compiled
 from ptkit.runtime.generation import end_ids
 from ptkit.runtime.running import Reading, RowInput, RunningBatch, longest_row
 from ptkit.serve.sampling import NotFiniteError, Sampler, Sampling, Token
@@ -48,10 +48,13 @@ class InUseError(UserError):
 
 @dataclass(frozen=True)
 class Voice:
-    """What one row of an answer speaks with, as it was when the answer was asked for."""
+    """What one row of an answer speaks with, as it was when the answer was asked for.
+
+    prefix: what gives the row its own, once its input is read
+    """
 
     name: str
-    prefix: KVPrefix | None
+    prefix: Compiled | None
     lora: str | None = None
 
     @property
@@ -220,11 +223,12 @@ class Engine:
                 raise QueueFullError(
                     f"{len(self._waiting)} answers are waiting, of at most {self.max_waiting}"
                 )
-            loras = [v.lora for a in answers for v in a.voices if v.lora is not None]
-            for name in loras:
-                if name in self._changing:
-                    raise InUseError(f"`{name}` is being changed; ask again")
-            self._uses.update(loras)
+            voices = [(v, v.lora) for a in answers for v in a.voices if v.lora is not None]
+            for voice, lora in voices:
+                # Its prefix, if it has one, must be the one that came with the LoRA of now.
+                if lora in self._changing or self._is_stale(voice):
+                    raise InUseError(f"`{voice.name}` is being changed; ask again")
+            self._uses.update(lora for _, lora in voices)
             self._waiting.extend(answers)
             self._changed.notify_all()
 
@@ -291,6 +295,10 @@ class Engine:
             self._draining = self._stopped = True
             self._changed.notify_all()
         self._thread.join()
+
+    def _is_stale(self, voice: Voice) -> bool:
+        """Whether its prefix and LoRA are not, or no longer, of one adapter."""
+        return voice.prefix is not None and self.bank.parts(voice.name)[0] is not voice.prefix
 
     def _require_fit(self, answer: Answer) -> None:
         if len(answer.voices) > self.max_rows:
@@ -389,7 +397,10 @@ class Engine:
 
     def _begin(self, rows: list[tuple[_Writing, Voice]]) -> None:
         base = self.bank.base
-        inputs = [RowInput(writing.answer.prompt, voice.prefix) for writing, voice in rows]
+        inputs = []
+        for writing, voice in rows:
+            prompt, prefix = writing.answer.prompt, voice.prefix
+            inputs.append(RowInput(prompt, None if prefix is None else prefix.for_input(prompt)))
         reading = Reading(base.model, inputs, base.layout, base.pad_token_id)
         self._readings.append((reading, rows))
 

@@ -22,6 +22,7 @@ from ptkit.formats.adapter_files import (
     weights_path,
 )
 from ptkit.formats.hub import HubId, fetch_adapter
+from ptkit.methods import changes_weights
 from ptkit.serve.engine import Engine, Voice
 
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
@@ -92,12 +93,12 @@ class Library:
 
     def register_all(self) -> list[str]:
         """Know every adapter folder directly below the root. Prefixes are read when first used;
-        LoRA adapters, which become a part of the model, now. Returns faults, one line each."""
+        those with LoRA, which becomes a part of the model, now. Returns faults, one line each."""
         faults = []
         for path in [] if self.root is None else adapter_folders(self.root):
             try:
                 _require_name(path.name, self.base_name)
-                if read_config(path)["peft_type"] == "LORA":
+                if changes_weights(read_config(path)["peft_type"]):
                     self.bank.load(path, path.name)
                 else:
                     self.bank.register(path, path.name)
@@ -224,10 +225,10 @@ class Library:
         raise UnknownModelError(f"the model `{name[:130]}` does not exist; {near}")
 
     def _changing(self, name: str, folder: Path | None) -> Any:
-        """The context in which `name` may change: LoRA adapters must not be in use."""
+        """The context in which `name` may change: adapters with LoRA must not be in use."""
         new = None if folder is None else read_config(folder)["peft_type"]
         old = self.bank.status(name).method if name in self.bank else None
-        if "LORA" in (new, str(old).upper()):
+        if any(changes_weights(str(kind).upper()) for kind in (new, old)):
             return self.engine.changing(name)
         return nullcontext()
 

@@ -85,10 +85,11 @@ def _require_shareable(jobs: Sequence[Job]) -> None:
     if len({job.teacher is None for job in jobs}) > 1:
         raise UserError("adapters trained together learn either all from a teacher, or none")
     for job in jobs:
-        if not job.adapter.virtual_tokens:
+        section = job.adapter.section
+        if not section.shares_batch:
             raise UserError(
-                f"`{job.adapter.section.title}` changes the base's weights and cannot share a "
-                "batch with other adapters in training"
+                f"`{section.title}` cannot share a batch with other adapters in training: "
+                f"{section.alone}"
             )
     if first.settings.autocast == "fp16" or first.settings.report_to:
         raise UserError("adapters are trained together without fp16 and `report_to` only")
@@ -106,7 +107,7 @@ class _Loop:
         self.base = jobs[0].adapter.base
         self.contexts: ContextCache | None = None
         # What was read before the virtual tokens, kept as keys and values, has no window any more.
-        if all(job.adapter.infix for job in jobs) and sees_everything(self.base.model):
+        if all(map(_inputs_can_be_kept, jobs)) and sees_everything(self.base.model):
             self.contexts = ContextCache(self.base, self.settings.context_cache_mb * 10**6)
         self.model = jobs[0].adapter.model
         self.trainees = [
@@ -244,6 +245,13 @@ class _Loop:
                 total += float(objective([index], [len(rows)], **tensors))
             count += _targets(rows)
         return total / count
+
+
+def _inputs_can_be_kept(job: Job) -> bool:
+    """Whether the plain base reads the job's inputs, all but their last token, and nothing else
+    does."""
+    adapter = job.adapter
+    return adapter.infix and not adapter.changes_weights and not adapter.depends_on_input
 
 
 def _targets(rows: Sequence[EncodedExample]) -> int:

@@ -12,6 +12,7 @@ from ptkit.methods import Adapter
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.architecture import evaluating
 from ptkit.runtime.forward import (
+    input_tokens,
     supervised_counts,
     supervised_divergences,
     supervised_losses,
@@ -51,13 +52,14 @@ class Objective(nn.Module):
         Every adapter compiles once, whatever the number of its rows.
         """
         adapters: list[Adapter] = [self.adapters[i] for i in active]  # type: ignore[misc]
-        prefixes = [adapter.prefix() for adapter in adapters]
         batch = None
-        if len(prefixes) > 1:
+        if len(adapters) > 1:
+            prefixes = [adapter.prefix() for adapter in adapters]
             owner = [prefix for prefix, n in zip(prefixes, rows, strict=True) for _ in range(n)]
             batch = PrefixBatch.gathered(owner, adapters[0].base.layout)
-        elif prefixes[0] is not None:
-            batch = PrefixBatch.shared(prefixes[0], rows[0])
+        elif (compiled := adapters[0].compiled()) is not None:
+            read = input_tokens(adapters[0].model, attention_mask, labels)
+            batch = compiled.for_rows(input_ids, read)
         if contexts is not None:
             assert batch is not None
             batch = placed_behind(adapters[0].model, batch, contexts)

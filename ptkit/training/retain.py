@@ -16,7 +16,6 @@ from ptkit.data.general_text import GENERAL_EN
 from ptkit.errors import UserError
 from ptkit.evaluation.retention import text_windows
 from ptkit.methods import Adapter
-from ptkit.prefix import PrefixBatch
 from ptkit.recipe.schema import RetainSection, RetentionSection
 from ptkit.runtime.architecture import evaluating
 from ptkit.runtime.base_model import Base
@@ -116,8 +115,8 @@ class Retainer:
         with evaluating(model):
             with torch.no_grad(), adapter.off():
                 target = all_logits(model, ids, mask, None).float().log_softmax(-1)
-            prefix = adapter.prefix()
-            batch = None if prefix is None else PrefixBatch.shared(prefix, len(ids))
+            compiled = adapter.compiled()
+            batch = None if compiled is None else compiled.for_rows(ids, mask)
             adapted = all_logits(model, ids, mask, batch).float().log_softmax(-1)
         total = nn.functional.kl_div(adapted, target, reduction="sum", log_target=True)
         return total / ids.numel()

@@ -74,16 +74,19 @@ class Job:
 
 
 def _groups(adapter: Adapter, head_learning_rate: float) -> list[dict[str, Any]]:
-    """What AdamW is given: the adapter's parameters, and its head's at a rate of their own."""
-    head = set() if adapter.head is None else {*adapter.head.parameters()}
+    """What AdamW is given: the adapter's parameters, and those with a rate of their own."""
     trained = adapter.trainable().values()
-    own = [p for p in trained if p not in head]
-    if not own or not head:
-        return [{"params": [*trained]}]
-    return [
-        {"params": own},
-        {"params": [p for p in trained if p in head], "lr": head_learning_rate},
+    apart: list[dict[str, Any]] = [
+        {"params": own.parameters, "lr": own.learning_rate, "betas": (0.9, own.beta2)}
+        for own in adapter.own_rates()
     ]
+    if adapter.head is not None:
+        apart.append({"params": [*adapter.head.parameters()], "lr": head_learning_rate})
+    elsewhere = {parameter for group in apart for parameter in group["params"]}
+    rest = [p for p in trained if p not in elsewhere]
+    if not rest and len(apart) == 1 and adapter.head is not None:  # a head alone
+        return [{"params": [*trained]}]
+    return [{"params": rest}, *apart] if rest else apart
 
 
 class Trainee:

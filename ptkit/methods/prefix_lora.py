@@ -1,0 +1,138 @@
+"""A prefix and LoRA trained together: what is read before the input, and how everything is read.
+
+He et al. 2022, "Towards a Unified View of Parameter-Efficient Transfer Learning", section 4.6
+(https://arxiv.org/abs/2110.04366), and Mao et al. 2022, UniPELT (https://arxiv.org/abs/2110.07577)
+find the two to add up. The prefix is prefix tuning's, the rest is LoRA's; here is only what holds
+them together.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from ptkit.errors import AdapterError
+from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.methods.adapter import Adapter, Demonstrations, OwnRate, register
+from ptkit.methods.lora import Lora, LoraSettings, lora_section
+from ptkit.methods.prefix_tuning import PrefixSettings, PrefixTuning, prefix_section
+from ptkit.prefix import KVPrefix
+from ptkit.recipe.schema import register_method
+from ptkit.runtime.base_model import Base
+
+#: One file with both. PEFT holds either in an adapter; told of one, it would lose the other.
+PREFIX_LORA = "PTKIT_PREFIX_LORA"
+#: Begins the names of PEFT's LoRA matrices; a prefix has none such.
+_MODULES = "base_model.model."
+
+
+@register_method
+class PrefixLoraSection(LoraSettings, PrefixSettings):
+    """A prefix and LoRA, trained together (He et al. 2022; Mao et al. 2022)."""
+
+    shares_batch: ClassVar[bool] = False
+    kind: Literal["prefix_lora"]
+    """`prefix_lora`."""
+    learning_rate: float | Literal["auto"] = 0.1
+    """AdamW's peak learning rate of the prefix, in units of the size (RMS) that keys and values
+    have at the start in their layer. No `auto`: it tries several in one batch."""
+    lora_learning_rate: float = Field(default=2e-3, gt=0)
+    """AdamW's peak learning rate of the low-rank matrices."""
+
+
+@register
+class PrefixLora(Adapter):
+    """Keys and values before the input of a base whose linear layers have low-rank changes."""
+
+    section_class = PrefixLoraSection
+    peft_types = (PREFIX_LORA,)
+    encoder_decoder = True
+    changes_weights = True
+    section: PrefixLoraSection
+
+    def __init__(
+        self, section: PrefixLoraSection, base: Base, prefix_tuning: PrefixTuning, lora: Lora
+    ) -> None:
+        super().__init__(section, base)
+        self.prefix_tuning = prefix_tuning
+        self.lora = lora
+        prefix_tuning.head = lora.head = None  # this adapter has one for both
+
+    @classmethod
+    def create(
+        cls, section: PrefixLoraSection, base: Base, demonstrations: Demonstrations
+    ) -> PrefixLora:
+        # The prefix first: its start is what the plain base makes of real tokens.
+        prefix_tuning = PrefixTuning.create(prefix_section(section), base, demonstrations)
+        lora = Lora.create(lora_section(section), base, demonstrations)
+        return cls(section, base, prefix_tuning, lora)
+
+    @classmethod
+    def from_files(cls, files: AdapterFiles, section: PrefixLoraSection, base: Base) -> PrefixLora:
+        lora_files, prefix_files = cls.parts(files)
+        # The prefix first: should one of them not fit, the base has not been touched.
+        prefix_tuning = PrefixTuning.from_files(prefix_files, prefix_section(section), base)
+        lora = Lora.from_files(lora_files, lora_section(section), base)
+        return cls(section, base, prefix_tuning, lora)
+
+    @classmethod
+    def prefix_from_files(cls, files: AdapterFiles, section: Any, base: Base) -> KVPrefix:
+        raise AdapterError(
+            "this adapter is a prefix and a LoRA, and the prefix by itself is not it; `load` it "
+            "into an AdapterBank, which runs a row with both"
+        )
+
+    @classmethod
+    def parts(cls, files: AdapterFiles) -> list[AdapterFiles]:
+        """The LoRA, and the prefix for the base with that LoRA in it, each as PEFT stores it."""
+        configs = []
+        for name, types in (("lora", Lora.peft_types), ("prefix", PrefixTuning.peft_types)):
+            config = files.config.get(name)
+            if not isinstance(config, dict) or config.get("peft_type") not in types:
+                raise AdapterError(
+                    f"the settings of a {PREFIX_LORA} adapter should hold those of a "
+                    f"{types[0]} adapter as `{name}`, found {config!r:.80}"
+                )
+            configs.append(config)
+        matrices = {n: t for n, t in files.tensors.items() if n.startswith(_MODULES)}
+        tokens = {n: t for n, t in files.tensors.items() if n not in matrices}
+        return [
+            AdapterFiles(config, tensors)
+            for config, tensors in zip(configs, (matrices, tokens), strict=True)
+        ]
+
+    def prefix(self) -> KVPrefix | None:
+        return self.prefix_tuning.prefix()
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self.prefix_tuning.virtual_tokens
+
+    @property
+    def infix(self) -> bool:
+        return self.prefix_tuning.infix
+
+    def own_rates(self) -> list[OwnRate]:
+        matrices = [*self.lora.trainable().values()]
+        return [OwnRate(matrices, self.section.lora_learning_rate)]
+
+    def own_files(self) -> AdapterFiles:
+        prefix, lora = self.prefix_tuning.own_files(), self.lora.own_files()
+        config = {
+            "peft_type": PREFIX_LORA,
+            "base_model_name_or_path": self.base.id,
+            "revision": self.base.revision,
+            "task_type": lora.config["task_type"],
+            "num_virtual_tokens": self.virtual_tokens,
+            "prefix": prefix.config,
+            "lora": lora.config,
+        }
+        return AdapterFiles(config, {**prefix.tensors, **lora.tensors})
+
+    def off(self) -> AbstractContextManager[None]:
+        return self.lora.off()
+
+    def close(self) -> None:
+        self.lora.close()
