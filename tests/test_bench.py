@@ -138,7 +138,7 @@ def test_other_losses_than_the_peers_are_not_reported(monkeypatch) -> None:
     ("options", "said"),
     [
         (["--against", "adapters"], "--peer-python adapters-env/bin/python"),
-        (["--against", "adaptrs"], "did you mean `adapters`"),
+        (["--against", "peft,adaptrs"], "did you mean `adapters`"),
         (["--peer-python", "python"], "--peer-python is for --against adapters"),
         (["--against", "adapters", "--peer-python", "no/python"], "no/python: cannot be run"),
     ],

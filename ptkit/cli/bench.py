@@ -64,7 +64,7 @@ def train(
     autocast: BothAutocast = Autocast.no,
     against: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="peft, adapters; repeatable; default: peft."),
+        typer.Option(help="peft, adapters, or both with a comma between; default: peft."),
     ] = None,
     peer_python: Annotated[
         Optional[str],  # noqa: UP045
@@ -76,11 +76,12 @@ def train(
     and memory of a step."""
     from ptkit.bench.train import CONTESTS, bench_train
 
-    if peer_python is not None and "adapters" not in (against or ()):
+    peers = _named(against) or ["peft"]
+    if peer_python is not None and "adapters" not in peers:
         raise UserError("--peer-python is for --against adapters; add that, or leave it out")
     result = bench_train(
         model, method or list(CONTESTS), recipe=recipe, steps=steps, batch_size=batch_size,
-        rounds=rounds, autocast=autocast.value, against=against or ["peft"],
+        rounds=rounds, autocast=autocast.value, against=peers,
         peer_python=peer_python,
     )  # fmt: skip
     _show(result, json_output)
@@ -298,21 +299,27 @@ def serve(
     rounds: Rounds = 6,
     against: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="peft, transformers; repeatable; default: both."),
+        typer.Option(help="peft, transformers, or both with a comma between; default: both."),
     ] = None,
     json_output: JsonOutput = False,
 ) -> None:
     """A server under load, beside PEFT behind FastAPI and `transformers serve`."""
     from ptkit.bench.serve import PEERS, bench_serve
 
-    unknown = sorted({*(against or ())} - {*PEERS})
+    peers = _named(against) or PEERS
+    unknown = sorted({*peers} - {*PEERS})
     if unknown:
         raise UserError(f"--against {unknown[0]}: {did_you_mean(unknown[0], PEERS)}")
     result = bench_serve(
         model, adapters=adapters, clients=clients, seconds=seconds, new_tokens=new_tokens,
-        rounds=rounds, against=against or PEERS,
+        rounds=rounds, against=peers,
     )  # fmt: skip
     _show(result, json_output)
+
+
+def _named(peers: list[str] | None) -> list[str]:
+    """The peers of options that may be given several times, or several names with commas."""
+    return [name.strip() for given in peers or () for name in given.split(",") if name.strip()]
 
 
 @app.command("all")
