@@ -70,7 +70,7 @@ def mixture(base: Base, *, seed: int = 0, **changes: object) -> Adapter:
     adapter = cls.create(section, base, TEXTS)
     with torch.no_grad():
         for name, parameter in adapter.trainable().items():
-            parameter.add_(torch.randn_like(parameter) * (3.0 if "gate" in name else 0.3))
+            parameter.add_(torch.randn_like(parameter) * (3.0 if name == "gate.weight" else 0.3))
     return adapter
 
 
@@ -105,7 +105,7 @@ def answer(base: Base, prompt: list[int], prefix: KVPrefix | None, **options: ob
 def test_every_row_gets_the_mean_written_out(family: str, top: int | None) -> None:
     base = random_base(family)
     adapter = mixture(base, top=top)
-    inputs = rows_of([6, 3, 8, 1])
+    inputs = rows_of([6, 3, 8, 1, 5, 7, 2, 9])
     compiled = adapter.compiled().detach()
     batch = rows_for(compiled, inputs)
     files = adapter.files()
