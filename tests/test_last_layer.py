@@ -113,6 +113,18 @@ def test_checkpointed_layers_are_left_whole() -> None:
     )
 
 
+def test_soft_prompts_read_with_the_input_are_left_whole() -> None:
+    """In a hybrid they lengthen what the layers read, and the block with it."""
+    base = small_subject("qwen3_next", small(FAMILIES["qwen3_next"].config), DECODER).base()
+    adapter = make_adapter(base, LEARNT["prompt"])
+    ids, mask, labels = batch_of([9, 12, 5])
+    with prefix_attention(base.model), torch.no_grad():
+        batch = PrefixBatch.shared(adapter.prefix(), len(ids))
+        losses = supervised_losses(base.model, ids, mask, labels, batch)
+        wanted = token_losses(*supervised_logits(base.model, ids, mask, labels, batch))
+    torch.testing.assert_close(losses, wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_other_threads_read_everything() -> None:
     base = random_base("gpt2")
     ids, mask, _ = batch_of([9, 12, 5])

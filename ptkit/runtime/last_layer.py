@@ -42,17 +42,20 @@ def last_block_on(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _only_on(block: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Let `block` read and write the rows of `positions` only; elsewhere it writes zeros."""
+    """Let `block` read and write the rows of `positions` only; elsewhere it writes zeros.
+
+    Hidden states of another length, among which a soft prompt is read, are left as they are.
+    """
     thread = threading.get_ident()
     kept = positions.flatten().nonzero()[:, 0]
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if threading.get_ident() != thread:
+        if threading.get_ident() != thread or args[0].shape[:2] != positions.shape:
             return None
         return tuple(a.flatten(0, 1).index_select(0, kept)[None] for a in args)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if threading.get_ident() != thread:
+        if threading.get_ident() != thread or output.shape[:2] != (1, len(kept)):
             return None
         full = output.new_zeros(positions.numel(), output.shape[-1])
         return full.index_copy(0, kept, output[0]).view(*positions.shape, -1)
