@@ -31,7 +31,13 @@ def test_two_replicas_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     spec.loader.exec_module(example)
     port = free_port()
     environment = {"env_vars": {"PTKIT_ADAPTERS": str(ROOT / "adapters"), "OMP_NUM_THREADS": "1"}}
-    ray.init(num_cpus=4, include_dashboard=False, runtime_env=environment, log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        runtime_env=environment,
+        log_to_driver=False,
+    )
     try:
         serve.start(http_options={"port": port, "host": "127.0.0.1"})
         serve.run(example.deployment)
