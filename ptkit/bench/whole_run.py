@@ -31,6 +31,7 @@ from ptkit.data.encode import EncodedExample, encode_examples, length_grouped_ba
 from ptkit.errors import UserError, did_you_mean
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import TrainSection
+from ptkit.runtime.base_model import no_weights_bar
 from ptkit.runtime.forward import collate
 from ptkit.training.loop import fit
 from ptkit.training.memory import PeakMemory
@@ -159,7 +160,8 @@ def _with_trainer(turn: Round, judged: Sequence[EncodedExample]) -> Run:
             train_dataset=turn.rows, eval_dataset=list(judged),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        with no_weights_bar():
+            trainer.train()
         seconds = time.perf_counter() - started
     peak = memory.bytes()
     own.eval()
