@@ -74,14 +74,29 @@ def head_losses(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
     hidden: `[n, hidden]`; targets: token ids `[n]`. Only the logits of `CHUNK` positions exist
     at a time: the gradient with respect to `hidden` is taken while they do.
     """
-    weight, bias = head.weight, head.bias
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):  # once, not once per chunk
-        weight = weight.to(torch.get_autocast_dtype(kind))
-    return _HeadLoss.apply(hidden, weight, bias, targets)
+    return _HeadLoss.apply(hidden, *_matrix(head), targets)
 
 
-class _HeadLoss(torch.autograd.Function):
+def _matrix(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of `head`, the weight in autocast's type: once, not once per chunk."""
+    kind = head.weight.device.type
+    if torch.is_autocast_enabled(kind):
+        return head.weight.to(torch.get_autocast_dtype(kind)), head.bias
+    return head.weight, head.bias
+
+
+class _PerPosition(torch.autograd.Function):
+    """A loss of each position whose gradient with respect to the first of four inputs, `[n,
+    hidden]`, was taken in the forward pass and saved."""
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        scaled = None if gradient is None else gradient * upstream[0][:, None].to(gradient.dtype)
+        return scaled, None, None, None
+
+
+class _HeadLoss(_PerPosition):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
@@ -102,12 +117,6 @@ class _HeadLoss(torch.autograd.Function):
         ctx.save_for_backward(gradient)
         return losses
 
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        scaled = None if gradient is None else gradient * upstream[0][:, None].to(gradient.dtype)
-        return scaled, None, None, None
-
 
 def head_divergences(head: nn.Linear, hidden: Tensor, wanted: Tensor) -> Tensor:
     """KL(teacher || student) in nats of each position, `[n]` float32, under a frozen output head.
@@ -115,17 +124,13 @@ def head_divergences(head: nn.Linear, hidden: Tensor, wanted: Tensor) -> Tensor:
     hidden, wanted: what the head reads of the student and of the teacher, `[n, hidden]`; gradients
     flow to `hidden`. As in `head_losses`, only the logits of `CHUNK` positions exist at a time.
     """
-    weight, bias = head.weight, head.bias
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        weight = weight.to(torch.get_autocast_dtype(kind))
-    return _HeadDivergence.apply(hidden, wanted, weight, bias)
+    return _HeadDivergence.apply(hidden, *_matrix(head), wanted)
 
 
-class _HeadDivergence(torch.autograd.Function):
+class _HeadDivergence(_PerPosition):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, wanted: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Tensor
     ) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -142,9 +147,3 @@ class _HeadDivergence(torch.autograd.Function):
                 gradient[part] = student.exp_().sub_(shares).to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         return losses
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        scaled = None if gradient is None else gradient * upstream[0][:, None].to(gradient.dtype)
-        return scaled, None, None, None
