@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
     from ptkit.training.distill import distill
+    from ptkit.training.multitask import multitask
 
 __all__ = [
     "AdapterBank",
@@ -36,6 +37,7 @@ __all__ = [
     "load_adapter",
     "load_base",
     "load_recipe",
+    "multitask",
     "pull",
     "push",
     "train",
@@ -51,6 +53,7 @@ _HOMES = {
     "train": "ptkit.api",
     "classifier": "ptkit.evaluation.classify",
     "distill": "ptkit.training.distill",
+    "multitask": "ptkit.training.multitask",
     "export_run": "ptkit.hub.export",
     "pull": "ptkit.hub.transfer",
     "push": "ptkit.hub.transfer",

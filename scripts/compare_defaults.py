@@ -1,7 +1,7 @@
 """Runs the methods of recipes/defaults-tiny.yaml on other recipes' tasks, and writes the tables of
 docs/defaults.md from the results. Interrupted, the same command goes on where it was.
 
-python scripts/compare_defaults.py RECIPE ... [--seeds 0 1] [--set KEY=VALUE] [--without auto]
+python scripts/compare_defaults.py RECIPE ... [--seeds 0 1] [--set KEY=VALUE] [--without auto] [--full]
 python scripts/compare_defaults.py --tables
 """
 
@@ -26,12 +26,16 @@ PAGE = ROOT / "docs" / "defaults.md"
 RESULTS = ROOT / "comparisons" / "defaults"
 BEGIN, END = "<!-- made by scripts/compare_defaults.py -->", "<!-- end -->"
 PROMPTS = ("prefix", "prompt", "P-tuning")
+#: Its rate is that of tests/recipes.
+FULL = {"kind": "full", "learning_rate": 1e-3}
 
 
-def run(recipe: str, seeds: list[int], out: Path, overrides: list[str], without: str) -> None:
+def run(
+    recipe: str, seeds: list[int], out: Path, overrides: list[str], without: str, full: bool
+) -> None:
     """Compare the defaults on `recipe`'s task, in `out`/its name.
 
-    without: leaves out the methods with this end of their name
+    without: leaves out the methods with this end of their name; full: fine-tunes all weights, too
     """
     listed = load_recipe(METHODS).recipe
     methods = [
@@ -39,6 +43,7 @@ def run(recipe: str, seeds: list[int], out: Path, overrides: list[str], without:
         for m in listed.methods
         if not without or not m.title.endswith(f", {without}")
     ]
+    methods += [FULL] if full else []
     name = load_recipe(recipe).recipe.name
     loaded = load_recipe(
         recipe,
@@ -119,6 +124,10 @@ def tables(folders: list[Path]) -> str:
             for p in PROMPTS
         ),
     )  # fmt: skip
+    if any("full" in task.of for task in tasks):
+        lines += ["### Share of the way from the base to full fine-tuning", ""]
+        lines += table(head, ([m, *(share(t, m) for t in tasks)] for m in methods if m != "full"))
+        lines += ["(method - base) / (full - base) of the means above.", ""]
     lines += ["### `start: auto` and `learning_rate: auto` minus the default", ""]
     lines += table(
         head,
@@ -138,6 +147,14 @@ def tables(folders: list[Path]) -> str:
     tokens = [r.retention["tokens"] for t in tasks for r in t.records if r.retention]
     lines += [f"Nats per token on {min(tokens):,.0f} tokens of general text, ± over seeds.", ""]
     return "\n".join(lines)
+
+
+def share(task: Task, method: str) -> str:
+    """How far `method` gets from the base to full fine-tuning."""
+    if not {method, "base", "full"} <= task.of.keys():
+        return figures.NONE
+    own, base, full = (task.of[m].leading.mean for m in (method, "base", "full"))
+    return f"{(own - base) / (full - base):.0%}"
 
 
 def chosen(task: Task, method: str) -> str:
@@ -167,10 +184,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--without", default="", help="leave out these rows: `auto`")
+    parser.add_argument("--full", action="store_true", help="fine-tune all weights, too")
     parser.add_argument("--tables", action="store_true", help="write docs/defaults.md")
     given = parser.parse_args()
     for recipe in given.recipes:
-        run(recipe, given.seeds, given.out, given.set, given.without)
+        run(recipe, given.seeds, given.out, given.set, given.without, given.full)
     if given.tables:
         folders = sorted(p.parent for p in given.out.glob("*/recipe.yaml"))
         before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)

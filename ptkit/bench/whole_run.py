@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -62,11 +62,13 @@ def bench_run(
     batch_size: int = 8,
     rounds: int = 3,
     autocast: str = "no",
+    peer_autocast: str | None = None,
 ) -> BenchResult:
     """Train each of `methods` (of `CONTESTS`) for `steps` by ptkit and by PEFT with the Trainer,
     with another seed in each of `rounds`; both validate and save at the end.
 
-    rows, validation: how many of the recipe's rows are trained and judged on. Both start from the
+    rows, validation: how many of the recipe's rows are trained and judged on; peer_autocast: the
+    Trainer's mixed precision, where it is not to be ptkit's `autocast`. Both start from the
     same values, with the same optimiser. Raises ParityError when their losses on the validation
     rows are further apart than those of different seeds, and than `TOLERANCE`.
     """
@@ -84,6 +86,8 @@ def bench_run(
         steps=steps, batch_size=batch_size, warmup_steps=0, schedule="constant",
         eval_every=steps, save_every=steps, autocast=autocast,  # type: ignore[arg-type]
     )  # fmt: skip
+    other = peer_autocast or autocast
+    peers = settings.model_copy(update={"autocast": other})
     figures: list[Figure] = []
     apart: list[str] = []
     for name in methods:
@@ -92,7 +96,7 @@ def bench_run(
         for seed in range(rounds):
             turn = Round(base, contest, train, settings, seed)
             ours.append(_with_ptkit(turn, judged))
-            theirs.append(_with_trainer(turn, judged))
+            theirs.append(_with_trainer(replace(turn, settings=peers), judged))
         apart.append(_agreement(name, ours, theirs))
         supervised = statistics.mean(row.supervised for row in train)
         figures += _figures(name, ours, theirs, contest.aim(model, supervised))
@@ -107,6 +111,7 @@ def bench_run(
         {
             "model": model, "recipe": recipe, "rows": len(train), "validation": len(judged),
             "steps": steps, "batch_size": batch_size, "rounds": rounds, "autocast": autocast,
+            "peer_autocast": other,
             "tokens_per_row": statistics.mean(map(len, train)), "against": PeftTrainer().versions,
         },
         "the loss on the validation rows: " + ", ".join(apart),

@@ -98,6 +98,10 @@ def run(
     batch_size: BatchSize = 8,
     rounds: Rounds = 3,
     autocast: BothAutocast = Autocast.no,
+    peer_autocast: Annotated[
+        Optional[Autocast],  # noqa: UP045
+        typer.Option(help="Mixed precision of PEFT + Trainer, where it is not to be the same."),
+    ] = None,
     json_output: JsonOutput = False,
 ) -> None:
     """Whole training runs by ptkit and by PEFT + Trainer, each with batches of its own making."""
@@ -107,6 +111,7 @@ def run(
     result = bench_run(
         model, method or list(CONTESTS), recipe=recipe, rows=rows, validation=validation,
         steps=steps, batch_size=batch_size, rounds=rounds, autocast=autocast.value,
+        peer_autocast=peer_autocast.value if peer_autocast else None,
     )  # fmt: skip
     _show(result, json_output)
 

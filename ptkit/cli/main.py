@@ -26,6 +26,7 @@ from ptkit.cli import (
     generate,
     inspect,
     models,
+    multitask,
     pull,
     push,
     recipes,
@@ -56,6 +57,7 @@ app.add_typer(models.app, name="models")
 app.command("train")(train.train)
 app.command("compare")(compare.compare)
 app.command("distill")(distill.distill)
+app.command("multitask")(multitask.multitask)
 app.command("transfer")(transfer.transfer)
 app.command("report")(report.report)
 app.command("evaluate")(evaluate.evaluate)

@@ -55,6 +55,18 @@ class StudiedText(EncodedExample):
         return hash((*self.input_ids, *self.target_ids, self.chunk))
 
 
+@dataclass(frozen=True, slots=True)
+class TaskExample(EncodedExample):
+    """An example of one of several tasks that are learnt together.
+
+    task: the task's number; weight: what its targets' losses count, so that a task of long targets
+        does not outweigh one of single words
+    """
+
+    task: int = 0
+    weight: float = 1.0
+
+
 def encode_examples(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,

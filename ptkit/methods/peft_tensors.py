@@ -46,6 +46,15 @@ def tasks_of(files: AdapterFiles) -> int:
     return 1 if columns is None or not columns.ndim else int(columns.shape[0])
 
 
+def multitask_tensors(shared: Tensor, columns: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    """A multi-task prompt's tensors by PEFT's names.
+
+    shared: `[virtual tokens, hidden]`; columns: `[tasks, virtual tokens, rank]`; rows:
+        `[tasks, rank, hidden]`
+    """
+    return {_PROMPT: shared, _COLUMNS: columns, _ROWS: rows}
+
+
 def task_of(files: AdapterFiles, task: int | None) -> AdapterFiles:
     """The soft prompt of one task of a multi-task prompt, as a PROMPT_TUNING adapter.
 

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from ptkit.data.encode import EncodedExample, StudiedText
+from ptkit.data.encode import EncodedExample, StudiedText, TaskExample
 from ptkit.errors import UserError
 from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.cache import sees_everything
@@ -224,6 +224,10 @@ class _Loop:
         ]
         if wanted:
             known["wanted"] = torch.cat(wanted)
+        if of_tasks := [row for row in rows if isinstance(row, TaskExample)]:
+            known["tasks"] = [row.task for row in of_tasks]
+            weights = torch.tensor([row.weight for row in of_tasks])
+            known["weights"] = weights.to(self.accelerator.device)
         if self.contexts is not None:
             known["contexts"] = self.contexts.contexts(rows)
             rows = self.contexts.shortened(rows)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptkit.methods import Adapter
+from ptkit.methods.multitask_prompt import MultitaskPrompt
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.architecture import evaluating
 from ptkit.runtime.forward import (
@@ -39,6 +40,8 @@ class Objective(nn.Module):
         labels: Tensor,
         contexts: PrefixBatch | None = None,
         wanted: Tensor | None = None,
+        tasks: Sequence[int] | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy in nats of each active adapter's rows, summed over their supervised
         tokens, `[active]`; with `wanted` the divergence KL(teacher || adapter) instead.
@@ -48,6 +51,8 @@ class Objective(nn.Module):
         contexts: for infixes, what was read of the rows before them (see
             `ptkit.training.context_cache`)
         wanted: what a teacher makes of the rows (see `ptkit.training.teacher`)
+        tasks, weights: of a multi-task prompt's rows, the task of each and what its losses count,
+            `[rows]`
 
         Every adapter compiles once, whatever the number of its rows.
         """
@@ -57,6 +62,9 @@ class Objective(nn.Module):
             prefixes = [adapter.prefix() for adapter in adapters]
             owner = [prefix for prefix, n in zip(prefixes, rows, strict=True) for _ in range(n)]
             batch = PrefixBatch.gathered(owner, adapters[0].base.layout)
+        elif tasks is not None:
+            assert isinstance(adapters[0], MultitaskPrompt)
+            batch = adapters[0].for_tasks(tasks)
         elif (compiled := adapters[0].compiled()) is not None:
             read = input_tokens(adapters[0].model, attention_mask, labels)
             batch = compiled.for_rows(input_ids, read)
@@ -72,6 +80,8 @@ class Objective(nn.Module):
                 losses = supervised_divergences(
                     model, input_ids, attention_mask, labels, batch, wanted
                 )
+        if weights is not None:
+            losses = losses * weights.repeat_interleave(supervised_counts(model, labels))
         if len(active) == 1:
             return losses.sum()[None]
         # Supervised tokens come row by row, so each adapter's are together.

@@ -1,0 +1,361 @@
+"""One soft prompt for several tasks, trained on the rows of all of them (Wang et al. 2023).
+
+Folder of a multi-task prompt:
+    multitask.json      what it is; a resumed one must match it
+    checkpoint-STEP/    while training
+    adapter/            all tasks in one file, PEFT's MULTITASK_PROMPT_TUNING
+    tasks/NAME/adapter  one task's soft prompt, an adapter like any other
+    tasks/NAME/predictions.jsonl
+    mean/adapter        the mean of the tasks' prompts, a start for another task
+    record.json         the measurements; its presence means that it is finished
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+
+from ptkit.data.encode import EncodedExample, TaskExample
+from ptkit.data.templates import Template
+from ptkit.errors import ModelError, UserError
+from ptkit.evaluation.predict import predict, require_room
+from ptkit.evaluation.score import score_intervals
+from ptkit.evaluation.statistics import Interval
+from ptkit.formats import atomic
+from ptkit.formats.adapter_files import write_adapter
+from ptkit.methods import Adapter, Demonstrations
+from ptkit.methods.multitask_prompt import MultitaskPrompt, MultitaskSection
+from ptkit.methods.prompt_tuning import PromptTuningSection
+from ptkit.methods.start import start_embeddings, start_tokens
+from ptkit.recipe import LoadedRecipe
+from ptkit.recipe.schema import ClassificationTask, HeadedTask
+from ptkit.runtime.base_model import Base, load_base
+from ptkit.training.checkpoint import Progress, remove_checkpoints
+from ptkit.training.experiment import Experiment, prepare
+from ptkit.training.loop import fit
+from ptkit.training.provenance import FORMAT, base_info, claim, described_data, versions
+from ptkit.training.run import Observer
+from ptkit.training.trainee import Job
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What the prompt of one task makes of its test rows; the first metric is the score."""
+
+    metrics: dict[str, Interval]
+    n_train: int
+    n_test: int
+
+
+@dataclass(frozen=True)
+class Multitask:
+    """A finished multi-task prompt.
+
+    tasks: recipe's name -> scores; trainable_parameters: of all tasks together
+    curve: `{step, train_loss, validation_loss}`, nats per target token, every task's tokens
+        weighed to count by its rows
+    """
+
+    folder: Path
+    tasks: dict[str, TaskScores]
+    virtual_tokens: int
+    rank: int
+    trainable_parameters: int
+    base_parameters: int
+    steps: int
+    best_step: int
+    seconds: float
+    seed: int
+    curve: list[dict[str, float]]
+
+    def adapter(self, task: str | None = None) -> Path:
+        """The adapter of one task; without its name the file of all of them."""
+        return (self.folder / "tasks" / task if task else self.folder) / "adapter"
+
+    @property
+    def mean(self) -> Path:
+        """The mean of the tasks' prompts, to start another task from (`start: adapter`)."""
+        return self.folder / "mean" / "adapter"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as JSON values, without its folder."""
+        return {name: value for name, value in asdict(self).items() if name != "folder"}
+
+    @classmethod
+    def read(cls, folder: Path) -> Multitask:
+        """The record in `folder`."""
+        values = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        tasks = {
+            name: TaskScores(
+                {m: Interval(**found) for m, found in task["metrics"].items()},
+                task["n_train"],
+                task["n_test"],
+            )
+            for name, task in values.pop("tasks").items()
+        }
+        return cls(folder, tasks, **values)
+
+
+def multitask(
+    recipes: Sequence[LoadedRecipe],
+    out: Path | str,
+    *,
+    rank: int = 1,
+    task_learning_rate: float = 0.1,
+    observer: Observer | None = None,
+    base: Base | None = None,
+) -> Multitask:
+    """Train one multi-task prompt on the tasks of `recipes`, with the settings of their prompt
+    tuning and their first seed, and measure each task's prompt on its test rows.
+
+    rank: of each task's matrix; task_learning_rate: of the matrices
+    base: a loaded one, instead of loading the recipes'
+
+    A killed run goes on when it is called again. Raises UserError for recipes that do not belong
+    together, or when `out` holds something else.
+    """
+    observer, out = observer or Observer(), Path(out)
+    section, seed = _common(recipes, rank, task_learning_rate)
+    first = recipes[0].recipe
+    base = base or load_base(first.model)
+    if base.encoder_decoder:
+        raise ModelError(
+            f"{base.id} is an encoder-decoder; a multi-task prompt is trained on causal language "
+            "models"
+        )
+    experiments = {r.recipe.name: prepare(_without_retention(r), base) for r in recipes}
+    _claim(out, section, seed, experiments)
+    if (out / "record.json").exists():
+        remove_checkpoints(out)  # it may have been killed just after its record
+        return Multitask.read(out)
+    rows = {name: e.training(seed).encoded for name, e in experiments.items()}
+    adapter = _created(section, base, seed, experiments)
+    for name, experiment in experiments.items():
+        require_room(adapter, (*rows[name], *experiment.validation), experiment.recipe.task)
+    observer.cell_started(" + ".join(experiments), first.train.steps)
+    (progress,) = fit([
+        Job(
+            adapter,
+            of_tasks([*rows.values()]),
+            of_tasks([e.validation for e in experiments.values()]),
+            first.train, float(section.learning_rate), seed, out, observer.stepped,
+            beta2=section.beta2,
+        )
+    ])  # fmt: skip
+    return _measured(out, adapter, progress, experiments, seed, observer)
+
+
+def of_tasks(rows: Sequence[Sequence[EncodedExample]]) -> list[TaskExample]:
+    """The rows of all tasks, each with its task's number and weight.
+
+    A task counts by its rows: the losses of one with long targets are weighed down, so that over
+    all rows the weights of the targets add up to their number.
+    """
+    targets = [sum(row.supervised for row in own) for own in rows]
+    mean = sum(targets) / sum(map(len, rows))
+    return [
+        TaskExample(row.input_ids, row.target_ids, task, mean * len(own) / targets[task])
+        for task, own in enumerate(rows)
+        for row in own
+    ]
+
+
+def start_over(folder: Path) -> None:
+    """Delete the multi-task prompt in `folder`. Raises UserError when it holds something else."""
+    if not folder.exists():
+        return
+    if not (folder / "multitask.json").exists():
+        raise UserError(f"{folder} is not a multi-task prompt; --fresh does not delete it")
+    shutil.rmtree(folder)
+
+
+def _common(
+    recipes: Sequence[LoadedRecipe], rank: int, task_learning_rate: float
+) -> tuple[MultitaskSection, int]:
+    """The settings of prompt tuning that all recipes have, and their seed."""
+    if len(recipes) < 2:
+        raise UserError("a multi-task prompt needs the recipes of at least two tasks")
+    names = [loaded.recipe.name for loaded in recipes]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two recipes are called `{twice[0]}`; change the `name` of one")
+    sections = [_prompt_tuning(loaded) for loaded in recipes]
+    first = recipes[0].recipe
+    for name, own, loaded in zip(names, sections, recipes, strict=True):
+        compared = (
+            ("model", loaded.recipe.model, first.model),
+            ("train", loaded.recipe.train, first.train),
+            ("prompt_tuning", own, sections[0]),
+        )
+        for what, mine, theirs in compared:
+            a, b = mine.model_dump(exclude={"label"}), theirs.model_dump(exclude={"label"})
+            if key := next((key for key in a if a[key] != b[key]), None):
+                raise UserError(
+                    f"`{names[0]}` has `{key}: {b[key]}` in its `{what}`, `{name}` has `{a[key]}`; "
+                    "one prompt is trained one way: make them equal (--set)"
+                )
+    if first.train.retain is not None:
+        raise UserError("`train.retain` is for single tasks; remove it (--set train.retain=null)")
+    settings = sections[0].model_dump(exclude={"kind", "label"})
+    own = MultitaskSection(**settings, rank=rank, task_learning_rate=task_learning_rate)
+    return own, first.seeds[0]
+
+
+def _prompt_tuning(loaded: LoadedRecipe) -> PromptTuningSection:
+    recipe = loaded.recipe
+    if isinstance(recipe.task, HeadedTask):
+        raise UserError(
+            f"`{recipe.name}` has a task of `kind: {recipe.task.kind}`, whose head is of its own "
+            "labels; a multi-task prompt is for tasks that answer in words"
+        )
+    found = [m for m in recipe.methods if isinstance(m, PromptTuningSection)]
+    if len(found) != 1:
+        raise UserError(
+            f"`{recipe.name}` has {len(found)} methods of `kind: prompt_tuning`; a multi-task "
+            "prompt takes its settings from the one of each recipe"
+        )
+    (section,) = found
+    if section.learning_rate == "auto" or section.start in ("auto", "adapter", "random"):
+        raise UserError(
+            f"`{recipe.name}`: a multi-task prompt takes a `learning_rate` in figures, and starts "
+            "from tokens: `start` of task, examples, labels, text or vocabulary"
+        )
+    return section
+
+
+def _without_retention(loaded: LoadedRecipe) -> LoadedRecipe:
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"retention": None}))
+
+
+def _claim(
+    out: Path, section: MultitaskSection, seed: int, experiments: dict[str, Experiment]
+) -> None:
+    """Write what the prompt is to `out`, or raise UserError when another one is there."""
+    path = out / "multitask.json"
+    first = next(iter(experiments.values()))
+    identity = {
+        "base": first.base.fingerprint,
+        "method": section.model_dump(),
+        "train": first.recipe.train.model_dump(exclude={"report_to", "context_cache_mb"}),
+        "seed": seed,
+        "tasks": {
+            name: {"task": e.recipe.task.model_dump(), "data": e.data_fingerprint(seed)}
+            for name, e in experiments.items()
+        },
+    }
+    if not path.exists():
+        if out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
+            raise UserError(f"{out} holds something else; choose another --out")
+        atomic.write_json(path, identity)
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    changed = sorted(k for k in identity if there.get(k) != json.loads(json.dumps(identity[k])))
+    if changed:
+        raise UserError(
+            f"{out} holds a multi-task prompt that differs in "
+            f"{', '.join(f'`{k}`' for k in changed)}; choose another --out, or pass --fresh to "
+            "start over"
+        )
+
+
+def _created(
+    section: MultitaskSection, base: Base, seed: int, experiments: dict[str, Experiment]
+) -> MultitaskPrompt:
+    """A fresh prompt whose shared part starts from the tasks' own, by turns."""
+    set_seed(seed)
+    starts = []
+    for experiment in experiments.values():
+        task, rows = experiment.recipe.task, experiment.training(seed).examples
+        labels = [*task.verbalizer.values()] if isinstance(task, ClassificationTask) else []
+        frame = "" if isinstance(task, HeadedTask) else Template(task.input).words
+        texts = [example.input + example.target for example in rows]
+        own = Demonstrations(texts, seed, labels, frame, experiment.folder)
+        tokens = start_tokens(section, base, own)
+        assert tokens is not None
+        starts.append(tokens)
+    # Of each task's start the part that its turn leaves room for: all are in the shared one.
+    count, tasks = section.num_virtual_tokens, len(starts)
+    ends = [count * (n + 1) // tasks for n in range(tasks)]
+    begins = [0, *ends[:-1]]
+    mixed = [own[: end - begin] for own, begin, end in zip(starts, begins, ends, strict=True)]
+    return MultitaskPrompt(section, base, tasks, start_embeddings(base, torch.cat(mixed)))
+
+
+def _measured(
+    out: Path,
+    adapter: MultitaskPrompt,
+    progress: Progress,
+    experiments: dict[str, Experiment],
+    seed: int,
+    observer: Observer,
+) -> Multitask:
+    """Write the adapters and what they make of the test rows, then the record."""
+    scores = {}
+    for number, (name, experiment) in enumerate(experiments.items()):
+        own, recipe = adapter.as_prompt(adapter.of_task(number)), experiment.recipe
+        test = experiment.data.test
+        predictions = predict(
+            own, test, recipe.task, recipe.evaluate.batch_size, observer.predicting
+        )
+        found = score_intervals(predictions, recipe.task.metrics, recipe.evaluate.bootstrap)
+        scores[name] = TaskScores(found, len(experiment.training(seed).encoded), len(predictions))
+        lines = [json.dumps(p.as_dict(), ensure_ascii=False) for p in predictions]
+        folder = out / "tasks" / name
+        atomic.write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+        info = {
+            "recipe": name,
+            "task": recipe.task.model_dump(mode="json", exclude={"data"}),
+            "data": described_data(recipe.task.data),
+            "metrics": {name: claim(interval) for name, interval in found.items()},
+            "n_train": scores[name].n_train,
+            "n_test": scores[name].n_test,
+        }
+        _write(folder / "adapter", own, adapter, [*experiments], progress, seed, info)
+        atomic.remove_leftovers(folder)
+    mean = adapter.as_prompt(adapter.of_all())
+    _write(out / "mean" / "adapter", mean, adapter, [*experiments], progress, seed, {})
+    _write(out / "adapter", adapter, adapter, [*experiments], progress, seed, {})
+    done = Multitask(
+        out, scores, adapter.virtual_tokens, adapter.section.rank, adapter.trainable_parameters,
+        adapter.base.parameters, progress.step, progress.best_step, progress.seconds, seed,
+        progress.curve,
+    )  # fmt: skip
+    atomic.write_json(out / "record.json", done.as_dict())
+    remove_checkpoints(out)
+    atomic.remove_leftovers(out)
+    return done
+
+
+def _write(
+    folder: Path,
+    adapter: Adapter,
+    whole: MultitaskPrompt,
+    tasks: Sequence[str],
+    progress: Progress,
+    seed: int,
+    info: dict[str, Any],
+) -> None:
+    """Save `adapter`, a part of `whole`, with where it comes from; `info`: what its task adds."""
+    section = whole.section
+    origin = {
+        "format": FORMAT,
+        "base": base_info(whole.base),
+        "method": adapter.section.model_dump(exclude={"start_text"}),
+        "multitask": {
+            "tasks": [*tasks],
+            "rank": section.rank,
+            "task_learning_rate": section.task_learning_rate,
+        },
+        "seed": seed,
+        "trainable_parameters": adapter.trainable_parameters,
+        "train_steps": progress.step,
+        "dtype": "float32",
+        "versions": versions(),
+    }
+    write_adapter(folder, replace(adapter.files(), info=origin | info), replace=True)
