@@ -1,7 +1,8 @@
 """Runs the methods of recipes/defaults-tiny.yaml on other recipes' tasks, and writes the tables of
 docs/defaults.md from the results. Interrupted, the same command goes on where it was.
 
-python scripts/compare_defaults.py RECIPE ... [--seeds 0 1] [--set KEY=VALUE] [--without auto] [--full]
+python scripts/compare_defaults.py RECIPE ... [--seeds 0 1] [--set KEY=VALUE] [--without auto]
+    [--full]
 python scripts/compare_defaults.py --tables
 """
 

@@ -49,6 +49,7 @@ class BenchResult:
 
     settings: what was run; parity: how the contenders' results were checked against each other
     left_out: what could not be measured, and why
+    disagreed: contenders whose results differ, and how; no figure of theirs is reported
     """
 
     name: str
@@ -56,6 +57,7 @@ class BenchResult:
     parity: str
     figures: list[Figure] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    disagreed: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`, with the machine and the versions."""
@@ -67,6 +69,7 @@ class BenchResult:
             "parity": self.parity,
             "figures": figures,
             "left_out": self.left_out,
+            "disagreed": self.disagreed,
             "hardware": hardware(device),
             "system": platform.platform(),
             "versions": versions(),

@@ -361,18 +361,19 @@ def every(model: BenchModel = "gpt2-small", json_output: JsonOutput = False) -> 
 
 
 def _show(result: BenchResult, json_output: bool) -> None:
-    """Print the result; exit code 1 where a target is missed, so that scripts notice."""
+    """Print the result; exit code 1 where a target is missed or contenders disagree, so that
+    scripts notice."""
     if _printed(result, json_output):
         raise typer.Exit(1)
 
 
 def _printed(result: BenchResult, json_output: bool) -> bool:
-    """Print the result; returns whether a target is missed."""
+    """Print the result; returns whether a target is missed, or contenders disagree."""
     if json_output:
         typer.echo(json.dumps(result.as_dict()))
     else:
         _print(result)
-    return any(figure.met is False for figure in result.figures)
+    return bool(result.disagreed) or any(figure.met is False for figure in result.figures)
 
 
 def _print(result: BenchResult) -> None:
@@ -396,6 +397,8 @@ def _print(result: BenchResult) -> None:
     console.print(table)
     for what, why in result.left_out.items():
         console.print(f"{what}: not available: {why}.", markup=False, highlight=False)
+    for what, how in result.disagreed.items():
+        console.print(f"{what}: not reported: {how}.", markup=False, highlight=False)
     console.print(f"Checked first: {result.parity}.", markup=False, highlight=False)
 
 

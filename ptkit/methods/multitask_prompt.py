@@ -43,8 +43,9 @@ class MultitaskSection(PromptTuningSection):
 
 
 class MultitaskPrompt(Adapter):
-    """A shared prompt `[virtual_tokens, hidden]`, and for each task columns `[virtual_tokens, rank]`
-    and rows `[rank, hidden]`, whose product it is multiplied with, value by value.
+    """A shared prompt `[virtual_tokens, hidden]`, and for each task columns
+    `[virtual_tokens, rank]` and rows `[rank, hidden]`, whose product it is multiplied with, value
+    by value.
 
     All products are 1 at the start, so that every task starts from the shared prompt. (PEFT draws
     both factors at 0.02: its prompts start 2,500 times too small.)
