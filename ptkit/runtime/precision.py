@@ -1,10 +1,15 @@
-"""Which precision a device computes in quickly."""
+"""Which precision a device computes in quickly, and frozen weights in it."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -35,3 +40,35 @@ def mixed_precision(autocast: str, device: torch.device) -> str:
             stacklevel=2,
         )
     return autocast
+
+
+@contextmanager
+def weights_cast_once(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Within this context the frozen matrices that autocast multiplies in `dtype` are in it.
+
+    autocast keeps its copy of a weight that learns, for one pass; of a frozen one it makes another
+    in every forward, and the backward pass keeps it alive. Results are the same bit for bit, and
+    so are the weights afterwards. Embeddings tied to the output head stay in float32: only what a
+    linear layer multiplies with is replaced.
+    """
+    held = [
+        (module, module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Linear | Conv1D) and _is_cast_anew(module.weight)
+    ]
+    copies: dict[int, nn.Parameter] = {}  # one of each, should layers share a weight
+    for module, weight in held:
+        if id(weight) not in copies:
+            copies[id(weight)] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+        module.weight = copies[id(weight)]
+    try:
+        yield
+    finally:
+        for module, weight in held:
+            module.weight = weight
+
+
+def _is_cast_anew(weight: Tensor) -> bool:
+    # A quantised weight says that it is float32, too.
+    plain = type(weight.data) is Tensor and weight.dtype == torch.float32
+    return plain and not weight.requires_grad

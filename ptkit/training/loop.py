@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.forward import collate
 from ptkit.runtime.fused import fused_activations
-from ptkit.runtime.precision import mixed_precision
+from ptkit.runtime.precision import mixed_precision, weights_cast_once
 from ptkit.training.checkpoint import Progress
 from ptkit.training.context_cache import ContextCache
 from ptkit.training.memory import PeakMemory
@@ -130,7 +130,7 @@ class _Loop:
         prompts = any(t.adapter.virtual_tokens for t in self.trainees)
         attention: Any = prefix_attention(self.model) if prompts else nullcontext()
         try:
-            with attention, fused_activations(self.model):
+            with attention, fused_activations(self.model), self._weights():
                 with self.accelerator.autocast():
                     for trainee in self.trainees:
                         trainee.study()
@@ -143,6 +143,15 @@ class _Loop:
         for trainee in self.trainees:
             trainee.adapter.load_trainable(trainee.best)
         return [t.progress for t in self.trainees]
+
+    def _weights(self) -> AbstractContextManager[None]:
+        """The base's weights in autocast's precision. Where activations are given up for memory,
+        so is this: there no two layers' copies exist at a time."""
+        precision = self.accelerator.mixed_precision
+        if precision == "no" or self.settings.gradient_checkpointing:
+            return nullcontext()
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+        return weights_cast_once(self.model, dtype)
 
     def _step(self, active: list[int], memory: PeakMemory) -> None:
         """One optimiser step of every active trainee, then what is due after it."""

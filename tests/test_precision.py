@@ -1,0 +1,111 @@
+"""Frozen weights in autocast's precision: the same results bit for bit, and the weights back."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_base
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ptkit.data.encode import EncodedExample
+from ptkit.methods import ADAPTERS, Adapter, Demonstrations, create_adapter
+from ptkit.recipe.schema import TrainSection
+from ptkit.runtime.base_model import Base
+from ptkit.runtime.precision import weights_cast_once
+from ptkit.training import loop
+from ptkit.training.checkpoint import Progress
+from ptkit.training.loop import fit
+from ptkit.training.trainee import Job, StepReport
+
+ROWS = [EncodedExample([4 + i, 8, 2], [7 + i, 5, 9 + i]) for i in range(12)]
+
+
+def matrices(base: Base) -> dict[str, nn.Parameter]:
+    return {
+        name: module.weight
+        for name, module in base.model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+
+
+def trained(
+    base: Base, kind: str, folder: Path, report=None, **settings: object
+) -> tuple[Adapter, Progress]:
+    torch.manual_seed(0)
+    section = ADAPTERS[kind].section_class(kind=kind)  # type: ignore[call-arg]
+    adapter = create_adapter(section, base, Demonstrations(["w1 w2 w3", "w4 w5"], 0))
+    train = TrainSection(steps=4, batch_size=4, eval_every=2, autocast="bf16", **settings)  # type: ignore[arg-type]
+    (progress,) = fit([Job(adapter, ROWS, ROWS[:4], train, 0.01, 0, folder, report)])
+    return adapter, progress
+
+
+@pytest.mark.filterwarnings("ignore:.*without bfloat16 instructions.*")
+@pytest.mark.parametrize("kind", ["prefix_tuning", "p_tuning", "lora", "full"])
+def test_training_ends_at_the_same_bits(
+    family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, progress = trained(random_base(family), kind, tmp_path / "cast")
+    values = {n: p.detach().clone() for n, p in adapter.trainable().items()}
+    adapter.close()
+    monkeypatch.setattr(loop, "weights_cast_once", lambda *_: nullcontext())
+    again, plain = trained(random_base(family), kind, tmp_path / "plain")
+    assert progress.curve == plain.curve
+    for name, parameter in again.trainable().items():
+        assert torch.equal(values[name], parameter)
+    again.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*without bfloat16 instructions.*")
+def test_weights_are_cast_in_training_and_back_after_a_kill(family: str, tmp_path: Path) -> None:
+    base = random_base(family)
+    before = {name: (weight, weight.clone()) for name, weight in matrices(base).items()}
+    embedding = base.embedding.weight
+    seen = []
+
+    class Killed(Exception):
+        pass
+
+    def report(step: StepReport) -> None:
+        seen.append({weight.dtype for weight in matrices(base).values()})
+        assert base.embedding.weight is embedding
+        if step.step == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        trained(base, "prefix_tuning", tmp_path, report)
+    assert seen == [{torch.bfloat16}] * 2
+    for name, weight in matrices(base).items():
+        assert weight is before[name][0]
+        assert torch.equal(weight, before[name][1])
+
+
+@pytest.mark.filterwarnings("ignore:.*without bfloat16 instructions.*")
+def test_checkpointed_runs_save_the_memory(tmp_path: Path) -> None:
+    base = random_base("gpt2")
+    seen = []
+
+    def report(step: StepReport) -> None:
+        seen.extend(weight.dtype for weight in matrices(base).values())
+
+    trained(base, "prefix_tuning", tmp_path, report, gradient_checkpointing=True)
+    assert set(seen) == {torch.float32}
+
+
+def test_what_learns_and_what_is_no_float32_is_left_alone() -> None:
+    base = random_base("llama")
+    layers = [m for m in base.model.modules() if isinstance(m, nn.Linear)]
+    layers[0].weight.requires_grad_(True)
+    layers[1].to(torch.float64)
+    shared = layers[2].weight = layers[3].weight = nn.Parameter(
+        layers[2].weight.detach(), requires_grad=False
+    )
+    with weights_cast_once(base.model, torch.bfloat16):
+        assert layers[0].weight.dtype == torch.float32
+        assert layers[1].weight.dtype == torch.float64
+        assert layers[2].weight is layers[3].weight
+        assert layers[2].weight.dtype == torch.bfloat16
+    assert layers[2].weight is layers[3].weight is shared
