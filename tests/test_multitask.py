@@ -82,8 +82,8 @@ def test_every_task_starts_from_the_shared_prompt() -> None:
 def test_peft_reads_all_tasks_from_one_file(family: str, tmp_path: Path) -> None:
     base = random_base(family)
     prompt = random_prompt(base)
-    write_adapter(tmp_path, prompt.files())
-    theirs = PeftModel.from_pretrained(random_model(family), str(tmp_path)).eval()
+    write_adapter(tmp_path / "all", prompt.files())
+    theirs = PeftModel.from_pretrained(random_model(family), str(tmp_path / "all")).eval()
     tasks = torch.arange(len(IDS)) % 3
     with torch.no_grad():
         expected = theirs(
@@ -93,7 +93,7 @@ def test_peft_reads_all_tasks_from_one_file(family: str, tmp_path: Path) -> None
         found = all_logits(base.model, IDS, torch.ones_like(IDS), batch)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(AdapterError, match="3 tasks"):
-        adapter_from_files(read_adapter(tmp_path), base)
+        adapter_from_files(read_adapter(tmp_path / "all"), base)
 
 
 def test_loss_and_gradients_are_those_of_the_tasks_one_by_one(family: str) -> None:
