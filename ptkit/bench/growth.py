@@ -137,7 +137,7 @@ def _draw(points: Sequence[Point], path: Path, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     names = {"virtual": "virtual tokens", "input": "input tokens", "rows": "rows"}
     axes = list(dict.fromkeys(p.axis for p in points))
@@ -154,6 +154,8 @@ def _draw(points: Sequence[Point], path: Path, title: str) -> None:
         for part, what in ((grid[0][column], "seconds"), (grid[1][column], "peak memory, MB")):
             part.set(xscale="log", yscale="log", xlabel=names[axis])
             part.set_xticks(sizes, [str(s) for s in sizes])
+            part.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+            part.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
             part.minorticks_off()
             part.grid(alpha=0.3)
             if column == 0:
