@@ -33,7 +33,7 @@ class PTuningSection(PromptMethodSection):
     """Reparameterisation of the embeddings; dropped at export."""
     encoder_hidden_size: int = Field(default=128, ge=1)
     """Width of the encoder."""
-    learning_rate: float | Literal["auto"] = 5e-2
+    learning_rate: float | Literal["auto"] = 0.1
     """AdamW's peak learning rate (for the encoder's weights; its output is in units of the size of
     the start's embeddings). `auto`: of four, the one nearest the default that learns enough in a
     short test before the run."""
