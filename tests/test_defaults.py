@@ -24,7 +24,8 @@ METHODS = (
     "{kind: prefix_tuning, label: 'prefix, PEFT', num_virtual_tokens: 2, start: random},"
     "{kind: prefix_tuning, label: 'prefix, default', num_virtual_tokens: 2},"
     "{kind: prefix_tuning, label: 'prefix, auto', num_virtual_tokens: 2, start: auto,"
-    " learning_rate: auto}]"
+    " learning_rate: auto},"
+    "{kind: full}]"
 )
 
 
@@ -38,9 +39,10 @@ def test_the_tables_hold_the_records_figures(recipe_file: Path, tmp_path: Path) 
         assert f"| {summary.family} | {figures.score(summary.leading)} |" in text
         assert f"| {summary.family} | {figures.forgetting(summary.forgetting)} |" in text
     assert f"n = {records[0].n_test} test rows, seed 0" in text
-    peer, default, auto = (r.metrics[r.score] for r in records[1:])
+    base, peer, default, auto, full = (r.metrics[r.score] for r in records)
     assert f"| prefix | {default - peer:+.1f} [" in text
     assert f"| prefix | {auto - default:+.1f} [" in text
+    assert f"| prefix, default | {(default - base) / (full - base):.0%} |" in text
     chosen = records[3].chosen
     assert chosen is not None
     assert f", {chosen['learning_rate']:g} (1" in text, "what was chosen, and what share it cost"
