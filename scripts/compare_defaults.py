@@ -129,18 +129,19 @@ def tables(folders: list[Path]) -> str:
         lines += ["### Share of the way from the base to full fine-tuning", ""]
         lines += table(head, ([m, *(share(t, m) for t in tasks)] for m in methods if m != "full"))
         lines += ["(method - base) / (full - base) of the means above.", ""]
-    lines += ["### `start: auto` and `learning_rate: auto` minus the default", ""]
-    lines += table(
-        head,
-        (
-            [p, *(figures.difference(t.fixed[f"{p}, auto"].against)
-                  if f"{p}, auto" in t.fixed else figures.NONE for t in tasks)]
-            for p in PROMPTS
-        ),
-    )  # fmt: skip
-    lines += ["### What `auto` chose, and the share of the run's rows it read", ""]
-    lines += table(head, ([p, *(chosen(t, f"{p}, auto") for t in tasks)] for p in PROMPTS))
-    lines += ["Start and rate of each seed. A row that is scored only counts half.", ""]
+    if any(method.endswith(", auto") for method in methods):
+        lines += ["### `start: auto` and `learning_rate: auto` minus the default", ""]
+        lines += table(
+            head,
+            (
+                [p, *(figures.difference(t.fixed[f"{p}, auto"].against)
+                      if f"{p}, auto" in t.fixed else figures.NONE for t in tasks)]
+                for p in PROMPTS
+            ),
+        )  # fmt: skip
+        lines += ["### What `auto` chose, and the share of the run's rows it read", ""]
+        lines += table(head, ([p, *(chosen(t, f"{p}, auto") for t in tasks)] for p in PROMPTS))
+        lines += ["Start and rate of each seed. A row that is scored only counts half.", ""]
     lines += ["### Forgetting", ""]
     lines += table(
         head, ([m, *cells(m, lambda s: figures.forgetting(s.forgetting))] for m in methods)
