@@ -156,6 +156,8 @@ def share(task: Task, method: str) -> str:
     if not {method, "base", "full"} <= task.of.keys():
         return figures.NONE
     own, base, full = (task.of[m].leading.mean for m in (method, "base", "full"))
+    if full == base:
+        return figures.NONE
     return f"{(own - base) / (full - base):.0%}"
 
 
