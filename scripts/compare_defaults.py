@@ -117,28 +117,14 @@ def tables(folders: list[Path]) -> str:
     lines += ["", *table(head, scores)]
     lines += ["Mean over seeds, with a 95 % bootstrap interval over seeds and rows.", ""]
     lines += ["### Default minus PEFT's default, on the same test rows", ""]
-    lines += table(
-        head,
-        (
-            [p, *(figures.difference(t.peer[f"{p}, default"].against)
-                  if f"{p}, default" in t.peer else figures.NONE for t in tasks)]
-            for p in PROMPTS
-        ),
-    )  # fmt: skip
+    lines += differences(head, [t.peer for t in tasks], "default")
     if any("full" in task.of for task in tasks):
         lines += ["### Share of the way from the base to full fine-tuning", ""]
         lines += table(head, ([m, *(share(t, m) for t in tasks)] for m in methods if m != "full"))
         lines += ["(method - base) / (full - base) of the means above.", ""]
     if any(method.endswith(", auto") for method in methods):
         lines += ["### `start: auto` and `learning_rate: auto` minus the default", ""]
-        lines += table(
-            head,
-            (
-                [p, *(figures.difference(t.fixed[f"{p}, auto"].against)
-                      if f"{p}, auto" in t.fixed else figures.NONE for t in tasks)]
-                for p in PROMPTS
-            ),
-        )  # fmt: skip
+        lines += differences(head, [t.fixed for t in tasks], "auto")
         lines += ["### What `auto` chose, and the share of the run's rows it read", ""]
         lines += table(head, ([p, *(chosen(t, f"{p}, auto") for t in tasks)] for p in PROMPTS))
         lines += ["Start and rate of each seed. A row that is scored only counts half.", ""]
@@ -149,6 +135,16 @@ def tables(folders: list[Path]) -> str:
     tokens = [r.retention["tokens"] for t in tasks for r in t.records if r.retention]
     lines += [f"Nats per token on {min(tokens):,.0f} tokens of general text, ± over seeds.", ""]
     return "\n".join(lines)
+
+
+def differences(head: Iterable[str], tasks: list[dict[str, MethodSummary]], row: str) -> list[str]:
+    """A table of what each prompt method's `row` differs by, a column for each task."""
+
+    def shown(summaries: dict[str, MethodSummary], method: str) -> str:
+        found = summaries.get(method)
+        return figures.NONE if found is None else figures.difference(found.against)
+
+    return table(head, ([p, *(shown(t, f"{p}, {row}") for t in tasks)] for p in PROMPTS))
 
 
 def share(task: Task, method: str) -> str:

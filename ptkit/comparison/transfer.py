@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +37,7 @@ from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.expansion import changed
 from ptkit.recipe.schema import HeadedTask, Recipe
 from ptkit.runtime.base_model import Base, load_base
+from ptkit.training.claim import start_over as claimed_anew
 from ptkit.training.run import Observer, cell_name
 
 #: The method's own start, in every target's comparison.
@@ -238,11 +238,7 @@ def run_transfer(
 
 def start_over(out: Path) -> None:
     """Delete the map in `out`. Raises UserError when it holds something else."""
-    if not out.exists():
-        return
-    if not (out / "transfer.json").exists():
-        raise UserError(f"{out} is not a map of transfer; --fresh does not delete it")
-    shutil.rmtree(out)
+    claimed_anew(out / "transfer.json", "map of transfer")
 
 
 def _claim(planned: Plan, out: Path) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -41,6 +40,8 @@ from ptkit.runtime.base_model import TINY_EN, Base, load_base
 from ptkit.runtime.cache import has_state
 from ptkit.runtime.compile import compile_tokens
 from ptkit.training.checkpoint import Progress, remove_checkpoints
+from ptkit.training.claim import claim as claim_folder
+from ptkit.training.claim import start_over as claimed_anew
 from ptkit.training.loop import fit
 from ptkit.training.provenance import FORMAT, base_info, claim, versions
 from ptkit.training.run import Observer
@@ -55,6 +56,8 @@ from ptkit.training.self_study import (
 from ptkit.training.teacher import Teacher
 from ptkit.training.trainee import Job
 
+#: The file that says what a folder is, and what that is called.
+CLAIM, WHAT = "distill.json", "distillation"
 #: What the distilled prefix is measured beside, and itself, in the order they are shown.
 NOTHING, FIRST_TOKENS, DISTILLED = "nothing", "first tokens as text", "distilled prefix"
 
@@ -164,7 +167,7 @@ def distill(
     read = read_in_chunks(base, document, sink=sink, room=room, chunk_tokens=chunk_tokens)
     _require_shorter(read, tokens, room, base)
     settings = _settings(steps, batch_size)
-    _claim(folder, {
+    claim_folder(folder / CLAIM, {
         "document": hashlib.sha256(document.encode()).hexdigest(),
         "base": base.fingerprint,
         "dtype": str(base.model.dtype),
@@ -175,7 +178,7 @@ def distill(
         "text_tokens": text_tokens,
         "train": settings.model_dump(exclude={"report_to", "context_cache_mb"}),
         "seed": seed,
-    })  # fmt: skip
+    }, WHAT, alone=True)  # fmt: skip
     if (folder / "record.json").exists():
         remove_checkpoints(folder)  # it may have been killed just after its record
         return Distilled.read(folder)
@@ -212,11 +215,7 @@ def distill(
 
 def start_over(folder: Path) -> None:
     """Delete the distillation in `folder`. Raises UserError when it holds something else."""
-    if not folder.exists():
-        return
-    if not (folder / "distill.json").exists():
-        raise UserError(f"{folder} is not a distillation; --fresh does not delete it")
-    shutil.rmtree(folder)
+    claimed_anew(folder / CLAIM, WHAT)
 
 
 def _section(tokens: int, *, sink: bool, learning_rate: float) -> PrefixTuningSection:
@@ -315,24 +314,6 @@ def _of_recipe(loaded: LoadedRecipe, base: Base) -> Inputs:
             ("test", data.test), ("validation", data.validation), ("train", data.train),
         )
     }  # fmt: skip
-
-
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Write what the distillation is to `folder`, or raise UserError when another one is there."""
-    path = folder / "distill.json"
-    if not path.exists():
-        if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
-            raise UserError(f"{folder} holds something else; choose another --out")
-        atomic.write_json(path, identity)
-        return
-    there = json.loads(path.read_text(encoding="utf-8"))
-    changed = sorted(k for k in identity if there.get(k) != json.loads(json.dumps(identity[k])))
-    if changed:
-        raise UserError(
-            f"{folder} holds a distillation that differs in "
-            f"{', '.join(f'`{k}`' for k in changed)}; choose another --out, or pass --fresh to "
-            "start over"
-        )
 
 
 def _record(

@@ -13,7 +13,6 @@ Folder of a multi-task prompt:
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,26 +22,30 @@ import torch
 from accelerate.utils import set_seed
 
 from ptkit.data.encode import EncodedExample, TaskExample
-from ptkit.data.templates import Template
 from ptkit.errors import ModelError, UserError
 from ptkit.evaluation.predict import predict, require_room
 from ptkit.evaluation.score import score_intervals
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import write_adapter
-from ptkit.methods import Adapter, Demonstrations
+from ptkit.methods import Adapter
 from ptkit.methods.multitask_prompt import MultitaskPrompt, MultitaskSection
 from ptkit.methods.prompt_tuning import PromptTuningSection
 from ptkit.methods.start import start_embeddings, start_tokens
 from ptkit.recipe import LoadedRecipe
-from ptkit.recipe.schema import ClassificationTask, HeadedTask
+from ptkit.recipe.schema import HeadedTask
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.training.checkpoint import Progress, remove_checkpoints
+from ptkit.training.claim import claim as claim_folder
+from ptkit.training.claim import start_over as claimed_anew
 from ptkit.training.experiment import Experiment, prepare
 from ptkit.training.loop import fit
 from ptkit.training.provenance import FORMAT, base_info, claim, described_data, versions
-from ptkit.training.run import Observer
+from ptkit.training.run import Observer, demonstrations
 from ptkit.training.trainee import Job
+
+#: The file that says what a folder is, and what that is called.
+CLAIM, WHAT = "multitask.json", "multi-task prompt"
 
 
 @dataclass(frozen=True)
@@ -169,11 +172,7 @@ def of_tasks(rows: Sequence[Sequence[EncodedExample]]) -> list[TaskExample]:
 
 def start_over(folder: Path) -> None:
     """Delete the multi-task prompt in `folder`. Raises UserError when it holds something else."""
-    if not folder.exists():
-        return
-    if not (folder / "multitask.json").exists():
-        raise UserError(f"{folder} is not a multi-task prompt; --fresh does not delete it")
-    shutil.rmtree(folder)
+    claimed_anew(folder / CLAIM, WHAT)
 
 
 def _common(
@@ -237,7 +236,6 @@ def _claim(
     out: Path, section: MultitaskSection, seed: int, experiments: dict[str, Experiment]
 ) -> None:
     """Write what the prompt is to `out`, or raise UserError when another one is there."""
-    path = out / "multitask.json"
     first = next(iter(experiments.values()))
     identity = {
         "base": first.base.fingerprint,
@@ -249,19 +247,7 @@ def _claim(
             for name, e in experiments.items()
         },
     }
-    if not path.exists():
-        if out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
-            raise UserError(f"{out} holds something else; choose another --out")
-        atomic.write_json(path, identity)
-        return
-    there = json.loads(path.read_text(encoding="utf-8"))
-    changed = sorted(k for k in identity if there.get(k) != json.loads(json.dumps(identity[k])))
-    if changed:
-        raise UserError(
-            f"{out} holds a multi-task prompt that differs in "
-            f"{', '.join(f'`{k}`' for k in changed)}; choose another --out, or pass --fresh to "
-            "start over"
-        )
+    claim_folder(out / CLAIM, identity, WHAT, alone=True)
 
 
 def _created(
@@ -271,12 +257,7 @@ def _created(
     set_seed(seed)
     starts = []
     for experiment in experiments.values():
-        task, rows = experiment.recipe.task, experiment.training(seed).examples
-        labels = [*task.verbalizer.values()] if isinstance(task, ClassificationTask) else []
-        frame = "" if isinstance(task, HeadedTask) else Template(task.input).words
-        texts = [example.input + example.target for example in rows]
-        own = Demonstrations(texts, seed, labels, frame, experiment.folder)
-        tokens = start_tokens(section, base, own)
+        tokens = start_tokens(section, base, demonstrations(experiment, seed))
         assert tokens is not None
         starts.append(tokens)
     # Of each task's start the part that its turn leaves room for: all are in the shared one.

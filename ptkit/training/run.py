@@ -45,6 +45,7 @@ from ptkit.recipe.schema import ClassificationTask, HeadedTask, MethodSection
 from ptkit.runtime.base_model import no_weights_bar
 from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.choose import Choice, choose
+from ptkit.training.claim import claim as claim_folder
 from ptkit.training.experiment import Experiment
 from ptkit.training.loop import fit
 from ptkit.training.provenance import adapter_info, hardware, recipe_of_cell, versions
@@ -217,17 +218,7 @@ def claim(experiment: Experiment, cell: Cell) -> None:
         "seed": cell.seed,
         "start_from": str(cell.start_from) if cell.start_from else None,
     }
-    path = cell.folder / "cell.json"
-    if not path.exists():
-        atomic.write_json(path, identity)
-        return
-    there = json.loads(path.read_text())
-    changed = sorted(k for k in identity if there.get(k) != json.loads(json.dumps(identity[k])))
-    if changed:
-        raise UserError(
-            f"{cell.folder} holds a run that differs in {', '.join(f'`{k}`' for k in changed)}; "
-            "choose another --out, or pass --fresh to start over"
-        )
+    claim_folder(cell.folder / "cell.json", identity, "run")
 
 
 def _chosen(experiment: Experiment, cell: Cell) -> Choice:
@@ -249,7 +240,7 @@ def _chosen(experiment: Experiment, cell: Cell) -> Choice:
     )
 
 
-def _demonstrations(experiment: Experiment, seed: int) -> Demonstrations:
+def demonstrations(experiment: Experiment, seed: int) -> Demonstrations:
     """What the adapters of `seed` may start from. A head's labels are no words the base reads."""
     rows, task = experiment.training(seed).examples, experiment.recipe.task
     if isinstance(task, HeadedTask):
@@ -264,7 +255,7 @@ def _adapter(experiment: Experiment, cell: Cell, method: MethodSection) -> Adapt
     """An adapter of `method`, started where the cell says."""
     base = experiment.base
     if cell.start_from is None:
-        return create_adapter(method, base, _demonstrations(experiment, cell.seed))
+        return create_adapter(method, base, demonstrations(experiment, cell.seed))
     files = read_adapter(cell.start_from)
     require_same_base(files, base, str(cell.start_from))
     cls = ADAPTERS[method.kind]
