@@ -177,6 +177,15 @@ class KVPrefix:
             return self
         return self.map(lambda t: t.to(device=device, dtype=dtype))
 
+    def emptied(self) -> KVPrefix:
+        """A prefix of the same base and kind, of no virtual tokens."""
+        return replace(
+            self,
+            keys=tuple(k[:, :0] for k in self.keys),
+            values=tuple(v[:, :0] for v in self.values),
+            embeddings=None if self.embeddings is None else self.embeddings[:0],
+        )
+
     def detach(self) -> KVPrefix:
         """The prefix cut from the graph that made it."""
         return self.map(lambda t: t.detach())
@@ -336,6 +345,21 @@ class PrefixBatch:
             embedded=None
             if soft is None
             else torch.ones(rows, len(soft), dtype=torch.bool, device=device),
+        )
+
+    def only(self, rows: Tensor) -> PrefixBatch:
+        """The same with prefixes for `rows` (`[rows]` bool) alone: the others are the base's."""
+        rows = rows.to(self.visible.device)
+
+        def some(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor & rows
+
+        return replace(
+            self,
+            visible=self.visible & rows[:, None],
+            infix=some(self.infix),
+            as_text=some(self.as_text),
+            embedded=None if self.embedded is None else self.embedded & rows[:, None],
         )
 
     def repeated(self, times: int) -> PrefixBatch:

@@ -51,6 +51,7 @@ def _as_dict(anatomy: Anatomy) -> dict[str, object]:
         "prefix_bytes": anatomy.prefix_bytes,
         "tensors": {n: [str(t.dtype), list(t.shape)] for n, t in anatomy.files.tensors.items()},
         "metrics": anatomy.files.info.get("metrics"),
+        "gate": anatomy.files.info.get("gate"),
         "layers": [vars(layer) for layer in anatomy.layers],
         "nearest": anatomy.nearest,
         "attention": anatomy.attention,
@@ -78,6 +79,9 @@ def _show(anatomy: Anatomy, path: Path) -> None:
     if info.get("metrics"):
         scores = "  ".join(f"{n} {v['value']:.2f}" for n, v in info["metrics"].items())
         console.print(f"{scores}  (n={info.get('n_test')}, seed {info.get('seed')})")
+    if info.get("gate"):
+        opened = ", ".join(f"{share:.1%} of {name}" for name, share in info["gate"].items())
+        console.print(f"a gate opens for {opened}", highlight=False)
     tensors = Table("tensor", "dtype", "shape", title=None)
     shown = list(files.tensors.items())
     for name, tensor in shown[:12]:

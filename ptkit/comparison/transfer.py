@@ -31,6 +31,7 @@ from ptkit.errors import AdapterError, UserError
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import read_adapter
 from ptkit.methods import compile_files
+from ptkit.methods.gate_files import without_gate
 from ptkit.methods.start import PromptMethodSection
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import LoadedRecipe
@@ -258,7 +259,7 @@ def _claim(planned: Plan, out: Path) -> None:
 
 
 def _compiled(path: Path, base: Base) -> KVPrefix:
-    prefix = compile_files(read_adapter(path), base)
+    prefix = compile_files(without_gate(read_adapter(path)), base)
     if not isinstance(prefix, KVPrefix):
         raise AdapterError(f"{path} holds no prefix that could be compared with another")
     return prefix

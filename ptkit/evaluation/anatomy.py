@@ -56,7 +56,7 @@ def dissect(path: Path, base: Base, *, words: int = 3) -> Anatomy:
     adapter = adapter_from_files(files, base)
     try:
         causal = not base.encoder and not base.encoder_decoder
-        compiled = adapter.compiled()
+        compiled = adapter.own_compiled()
         compiled = None if compiled is None else compiled.detach()
         # Of an adapter that makes one for each input there is no one prefix to look at.
         prefix = compiled if isinstance(compiled, KVPrefix) else None

@@ -144,6 +144,7 @@ def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: 
         lost=info.get("int8_lost") if int8 else None,
         table=table and table.strip(),
         retention=info.get("retention"),
+        gate=info.get("gate"),
         distilled=info.get("distilled"),
         unreadable="8-bit integers" if int8 else _UNREADABLE.get(files.peft_type),
         template=task.get("input", "").encode("unicode_escape").decode(),

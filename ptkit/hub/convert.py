@@ -26,6 +26,7 @@ from ptkit.formats.adapter_files import (
 )
 from ptkit.hub.card import card_text
 from ptkit.methods import ADAPTERS, Adapter, adapter_from_files, base_of, require_same_base
+from ptkit.methods.gate_files import with_gate
 from ptkit.methods.peft_tensors import MULTITASK, task_of
 from ptkit.methods.prefix_tuning import PrefixTuning
 from ptkit.methods.soft_prompt import SoftPrompt
@@ -116,7 +117,8 @@ def as_prefix(files: AdapterFiles, base: Base) -> AdapterFiles:
         prefix = adapter.prefix()
         if prefix is None:
             raise AdapterError(f"a {files.peft_type} adapter has no virtual tokens to compile")
-        compiled = PrefixTuning.from_prefix(prefix.detach(), base).files()
+        own = PrefixTuning.from_prefix(prefix.detach(), base).files()
+        compiled = with_gate(own, adapter.input_gate)
     finally:
         adapter.close()
     return dataclasses.replace(files, config=compiled.config, tensors=compiled.tensors,
@@ -166,7 +168,7 @@ def as_prompt(files: AdapterFiles, base: Base, *, steps: int = 600) -> FittedPro
     cls = ADAPTERS["prompt_tuning"]
     section = cls.section_class(kind="prompt_tuning", num_virtual_tokens=len(embeddings))  # type: ignore[call-arg]
     plain = AdapterFiles({"peft_type": "PROMPT_TUNING"}, {"prompt_embeddings": embeddings})
-    made = cls.from_files(plain, section, base).files()
+    made = with_gate(cls.from_files(plain, section, base).files(), adapter.input_gate)
     info = _converted(files, "prompt_tuning", len(embeddings))
     if error:  # the scores are the prefix's own
         info = {k: v for k, v in info.items() if k not in ("metrics", "n_test", "retention")}

@@ -18,10 +18,12 @@ from transformers import PreTrainedModel
 
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter
+from ptkit.methods.gate_files import gate_of, with_gate, without_gate
 from ptkit.methods.head import TASK_TYPES, TrainedHead, labels_of_files, without_head
 from ptkit.prefix import Compiled, KVPrefix
 from ptkit.recipe.schema import MethodSection, ModelSection
 from ptkit.runtime.base_model import Base, load_base
+from ptkit.runtime.gate import Gate, Gated
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Adapter(nn.Module):
         # In a tuple, so that the frozen base is not registered as a child of the adapter.
         self._base = (base,)
         self.head = None if base.head is None else TrainedHead(base)
+        #: Which inputs are given the adapter; None: all.
+        self.input_gate: Gate | None = None
 
     @property
     def base(self) -> Base:
@@ -104,7 +108,7 @@ class Adapter(nn.Module):
     @classmethod
     def prefix_from_files(cls, files: AdapterFiles, section: Any, base: Base) -> Compiled | None:
         """The compiled form of what `files` hold, without what only training needs."""
-        compiled = cls.from_files(files, section, base).compiled()
+        compiled = cls.from_files(files, section, base).own_compiled()
         return None if compiled is None else compiled.detach()
 
     @classmethod
@@ -119,10 +123,16 @@ class Adapter(nn.Module):
         """
         return None
 
+    def own_compiled(self) -> Compiled | None:
+        """`compiled` without the gate. Mostly its one `prefix`."""
+        return self.prefix()
+
     def compiled(self) -> Compiled | None:
         """What gives the rows of a batch their prefixes, differentiable in the adapter's
-        parameters; None without virtual tokens. Mostly its one `prefix`."""
-        return self.prefix()
+        parameters; None without virtual tokens."""
+        compiled = self.own_compiled()
+        gate = self.input_gate
+        return compiled if compiled is None or gate is None else Gated(compiled, gate)
 
     @property
     def virtual_tokens(self) -> int:
@@ -136,12 +146,12 @@ class Adapter(nn.Module):
 
     @abstractmethod
     def own_files(self) -> AdapterFiles:
-        """`files` without the head."""
+        """`files` without the head and the gate."""
 
     def files(self) -> AdapterFiles:
-        """The adapter in PEFT's layout, reparameterisation folded in, the head beside it. Raises
-        AdapterError when there is nothing PEFT could load."""
-        files = self.own_files()
+        """The adapter in PEFT's layout, reparameterisation folded in, head and gate beside it.
+        Raises AdapterError when there is nothing PEFT could load."""
+        files = with_gate(self.own_files(), self.input_gate)
         return files if self.head is None else self.head.added_to(files, self.base)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -154,8 +164,9 @@ class Adapter(nn.Module):
 
     @property
     def trainable_parameters(self) -> int:
-        """Number of trained values."""
-        return sum(p.numel() for p in self.trainable().values())
+        """Number of trained values, the gate's included."""
+        gate = 0 if self.input_gate is None else self.input_gate.parameters
+        return gate + sum(p.numel() for p in self.trainable().values())
 
     def load_trainable(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `trainable` held. Raises AdapterError naming every tensor that differs."""
@@ -247,12 +258,14 @@ def adapter_from_files(files: AdapterFiles, base: Base) -> Adapter:
 def restored(
     cls: type[Adapter], files: AdapterFiles, section: MethodSection, base: Base
 ) -> Adapter:
-    """The adapter of method `cls` that `files` hold, head included."""
-    if base.head is None:
-        return cls.from_files(files, section, base)
-    adapter = cls.from_files(without_head(files, base.head), section, base)
-    assert adapter.head is not None
-    adapter.head.load(files)
+    """The adapter of method `cls` that `files` hold, head and gate included."""
+    gate, own = gate_of(files, base), without_gate(files)
+    if base.head is not None:
+        own = without_head(own, base.head)
+    adapter = cls.from_files(own, section, base)
+    adapter.input_gate = gate
+    if adapter.head is not None:
+        adapter.head.load(files)
     return adapter
 
 
@@ -263,9 +276,11 @@ def compile_files(files: AdapterFiles, base: Base) -> Compiled | None:
     Raises AdapterError for PEFT types no method of ptkit reads.
     """
     cls, section = _method_of(files, base)
+    gate, own = gate_of(files, base), without_gate(files)
     if base.head is not None:
-        files = without_head(files, base.head)
-    return cls.prefix_from_files(files, section, base)
+        own = without_head(own, base.head)
+    compiled = cls.prefix_from_files(own, section, base)
+    return compiled if compiled is None or gate is None else Gated(compiled, gate)
 
 
 def parts_of(files: AdapterFiles) -> list[AdapterFiles]:

@@ -139,7 +139,7 @@ class PrefixMixture(Adapter):
         weight, bias = (t.to(device, copy=True).float() for t in (weight, bias))
         return MixedPrefixes(prefixes, weight, bias, base.embedding, top)
 
-    def compiled(self) -> MixedPrefixes:
+    def own_compiled(self) -> MixedPrefixes:
         own: list[Any] = [*self.prefixes]
         return MixedPrefixes(
             tuple(p.prefix() for p in own), self.gate.weight, self.gate.bias,

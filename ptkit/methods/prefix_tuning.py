@@ -24,6 +24,7 @@ from ptkit.methods.adapter import (
     peft_config_dict,
     register,
 )
+from ptkit.methods.gate_files import without_gate
 from ptkit.methods.peft_tensors import virtual_tokens_of
 from ptkit.methods.start import PromptMethodSection, start_files, start_shares, start_tokens
 from ptkit.prefix import KVPrefix
@@ -211,7 +212,7 @@ class PrefixTuning(Adapter):
         """The mean of the compiled `start_adapter`s, whatever their method."""
         compiled = []
         for files in start_files(section, base, demonstrations):
-            prefix = compile_files(files, base)
+            prefix = compile_files(without_gate(files), base)
             if not isinstance(prefix, KVPrefix):
                 raise AdapterError(
                     f"a {files.peft_type} adapter weighs its prefixes by the input and is no start "

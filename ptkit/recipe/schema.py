@@ -241,9 +241,12 @@ Task = GenerationTask | ClassificationTask | SequenceClassificationTask | TokenC
 
 
 class RetainSection(Section):
-    """Stay the base while learning: on general text the base's own distribution is a second target
-    (KL divergence, per token). Not for full fine-tuning, which has no base left beside it."""
+    """Stay the base on general text, by learning the base's own distribution there (KL divergence,
+    per token) or by keeping away. Not for full fine-tuning, which has no base left beside it."""
 
+    by: Literal["divergence", "gate"] = "divergence"
+    """`divergence`: by learning it, beside the task. `gate`: by training as ever, and then telling
+    the task's inputs from general text: an input unlike them is read by the base alone."""
     text: str | None = None
     """A UTF-8 text file (relative paths start at the recipe's folder), other than the text that
     forgetting is measured on; null: texts that the frozen base writes itself."""
@@ -254,6 +257,15 @@ class RetainSection(Section):
     """Divergence to stay near, in nats per token, with `weight: auto`."""
     tokens: Annotated[int, Field(ge=64)] = 256
     """Tokens of general text per step, in pieces of 64."""
+
+    @model_validator(mode="after")
+    def _a_gate_has_no_weight(self) -> RetainSection:
+        moot = sorted({"weight", "target", "tokens"} & self.model_fields_set)
+        if self.by == "gate" and moot:
+            raise ValueError(
+                f"`{moot[0]}` is of `by: divergence`; a gate is fitted after training and has none"
+            )
+        return self
 
 
 class TrainSection(Section):

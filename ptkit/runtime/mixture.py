@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ptkit.prefix import KVLayout, KVPrefix, PrefixBatch
+from ptkit.runtime.gate import input_features
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +62,8 @@ class MixedPrefixes:
         With `top`, the others count nothing, and the gradient is that of all prefixes' weights
         (straight through; Bengio et al. 2013, https://arxiv.org/abs/1308.3432).
         """
-        device = self.embedding.weight.device
-        with torch.autocast(device.type, enabled=False):
-            embedded = self.embedding(input_ids.to(device)).float()
-            counted = read.to(device=device, dtype=embedded.dtype)[..., None]
-            mean = (embedded * counted).sum(1) / counted.sum(1).clamp(min=1)
-            # Embeddings are 0.02 large in one family and 10 in another, and 256 or 4096 wide.
-            seen = nn.functional.normalize(mean - mean.mean(-1, keepdim=True), dim=-1)
+        with torch.autocast(self.embedding.weight.device.type, enabled=False):
+            seen = input_features(self.embedding, input_ids, read)
             logits = nn.functional.linear(seen, self.weight.float(), self.bias.float())
             soft = logits.softmax(-1)
             if self.top is None:

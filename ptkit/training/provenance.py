@@ -42,6 +42,7 @@ def adapter_info(
         "n_train": record.n_train,
         "n_test": record.n_test,
         "retention": record.retention,
+        "gate": record.gate,
         "trainable_parameters": record.trainable_parameters,
         "train_steps": record.train_steps,
         "dtype": "float32",

@@ -22,6 +22,8 @@ class CellRecord:
     curve: `{step, train_loss, validation_loss}` in nats per target token
     chosen: what `start: auto` and `learning_rate: auto` found, with the loss of all that was tried
     retention: see `ptkit.evaluation.retention.Retention.as_dict`; None when not measured
+    gate: for which share of inputs a gate (`train.retain: {by: gate}`) opens: of `task`, the
+    validation rows, and of each general text's windows; None without one
     decode_ms: milliseconds per generated token of one row, None for classifiers, which write
     nothing; added_ms: what the adapter adds to it
     trained_together: cells in the training batch; with more than one, train_seconds is an equal
@@ -57,6 +59,7 @@ class CellRecord:
     added_ms: float | None
     adapter_off_exact: bool | None
     adapter_path: str | None
+    gate: dict[str, float] | None = None
     trained_together: int = 1
     chosen: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)

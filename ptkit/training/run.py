@@ -43,10 +43,12 @@ from ptkit.methods import (
 )
 from ptkit.recipe.schema import ClassificationTask, HeadedTask, MethodSection
 from ptkit.runtime.base_model import no_weights_bar
+from ptkit.runtime.gate import Gate
 from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.choose import Choice, choose
 from ptkit.training.claim import claim as claim_folder
 from ptkit.training.experiment import Experiment
+from ptkit.training.gate import fit_gate, require_gate_fits, share_open
 from ptkit.training.loop import fit
 from ptkit.training.provenance import adapter_info, hardware, recipe_of_cell, versions
 from ptkit.training.record import CellRecord
@@ -185,6 +187,8 @@ def _train_and_measure(
             processes.wait_for_everyone()
             return [CellRecord.read(cell.done) for cell in cells]
         for i, (cell, adapter) in enumerate(zip(cells, adapters, strict=True)):
+            if trains:
+                adapter.input_gate = _gate(experiment, cell)
             record = _measure(experiment, adapter, cell, progresses[i], started, observer)
             record = record.updated(trained_together=len(cells), chosen=choices[i].record)
             atomic.write_json(cell.done, record.as_dict())
@@ -264,7 +268,9 @@ def _adapter(experiment: Experiment, cell: Cell, method: MethodSection) -> Adapt
             f"{cell.start_from} is a {files.peft_type} adapter; `{method.kind}` cannot train it "
             "further"
         )
-    return restored(cls, files, method, base)
+    adapter = restored(cls, files, method, base)
+    adapter.input_gate = None  # it learns from all rows; a gate is fitted anew
+    return adapter
 
 
 def _fit(
@@ -281,6 +287,8 @@ def _fit(
 def _job(experiment: Experiment, cell: Cell, adapter: Adapter) -> Job:
     """What trains `adapter` as the recipe says, in the cell's folder."""
     recipe, training = experiment.recipe, experiment.training(cell.seed).encoded
+    if recipe.train.retain is not None and recipe.train.retain.by == "gate":
+        require_gate_fits(adapter)
     for rows in (training, experiment.validation):
         require_room(adapter, rows, recipe.task)
     section: Any = adapter.section
@@ -295,6 +303,29 @@ def _job(experiment: Experiment, cell: Cell, adapter: Adapter) -> Job:
         general=experiment.retain_windows,
         beta2=getattr(section, "beta2", Job.beta2),
     )
+
+
+def _gate(experiment: Experiment, cell: Cell) -> Gate | None:
+    """The gate of a trained adapter, where the recipe asks for one."""
+    retain = experiment.recipe.train.retain
+    if retain is None or retain.by != "gate":
+        return None
+    assert experiment.retain_windows is not None
+    rows = experiment.training(cell.seed).encoded
+    return fit_gate(experiment.base, rows, experiment.retain_windows, cell.seed)
+
+
+def _openings(experiment: Experiment, adapter: Adapter) -> dict[str, float] | None:
+    """For which share of validation inputs, and of windows of each general text, the gate opens."""
+    if adapter.input_gate is None:
+        return None
+    shares = {
+        "task": share_open(adapter.input_gate, [row.input_ids for row in experiment.validation])
+    }
+    if experiment.general is not None:
+        for name, windows in experiment.general.windows.items():
+            shares[name] = share_open(adapter.input_gate, windows.tolist())
+    return shares
 
 
 def _measure(
@@ -345,6 +376,7 @@ def _measure(
         eval_seconds=eval_seconds,
         curve=progress.curve,
         retention=retention,
+        gate=_openings(experiment, adapter),
         decode_ms=latency.adapter,
         added_ms=latency.added,
         adapter_off_exact=_off_exact(experiment, adapter),

@@ -115,9 +115,10 @@ class Trainee:
         )
         self.validation = sorted(job.validation, key=len)
         self.retainer: Retainer | None = None
-        if self.settings.retain is not None:
+        retain = self.settings.retain
+        if retain is not None and retain.by == "divergence":
             assert job.general is not None
-            self.retainer = Retainer(job.adapter, self.settings.retain, job.general, job.seed)
+            self.retainer = Retainer(job.adapter, retain, job.general, job.seed)
         self.progress = Progress()
         self.divergence = 0.0
         self.best = self._parameters_now()

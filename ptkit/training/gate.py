@@ -1,0 +1,92 @@
+"""Fitting an adapter's gate: the inputs of its task against general text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from ptkit.data.encode import EncodedExample
+from ptkit.errors import UserError
+from ptkit.methods import Adapter
+from ptkit.runtime.base_model import Base
+from ptkit.runtime.gate import Gate, gate_features
+
+#: Training rows read at most, and pieces of general text: embeddings alone tell them apart.
+ROWS, PIECES = 2000, 2000
+#: Tokens of the shortest piece; inputs are of all lengths, so length must not give them away.
+SHORTEST = 8
+#: Inverse weight of the L2 penalty; features have a length of 1.
+_LOOSENESS = 100.0
+_READ_AT_ONCE = 256
+
+
+def require_gate_fits(adapter: Adapter) -> None:
+    """Raise UserError for an adapter that acts by changing weights: no row can be spared it."""
+    if adapter.changes_weights or not adapter.virtual_tokens:
+        raise UserError(
+            f"`train.retain: {{by: gate}}` leaves a row its adapter or takes it away, and "
+            f"`{adapter.section.title}` changes the base's weights for all rows; use prefix "
+            "tuning, prompt tuning or P-tuning"
+        )
+
+
+def fit_gate(base: Base, rows: Sequence[EncodedExample], windows: Tensor, seed: int) -> Gate:
+    """A gate that opens for inputs like those of `rows` and stays shut for text like `windows`.
+
+    rows: training rows; windows: general text, `[pieces, tokens]`
+
+    Logistic regression on `gate_features`, both sides weighing as much; deterministic in `seed`.
+    """
+    draw = random.Random(seed)
+    inputs = [row.input_ids for row in draw.sample(list(rows), min(ROWS, len(rows)))]
+    texts = [_piece(window, draw) for window in _cycled(windows, PIECES)]
+    features = np.concatenate([_features(base, inputs), _features(base, texts)])
+    classifier = LogisticRegression(C=_LOOSENESS, class_weight="balanced", max_iter=1000)
+    classifier.fit(features, [1] * len(inputs) + [0] * len(texts))
+    device = base.model.device
+    weight = torch.tensor(classifier.coef_[0], dtype=torch.float32, device=device)
+    bias = torch.tensor(classifier.intercept_, dtype=torch.float32, device=device)
+    return Gate(weight, bias, base.embedding)
+
+
+def share_open(gate: Gate, inputs: Sequence[Sequence[int]]) -> float:
+    """For which share of `inputs` (token ids) the gate opens."""
+    opened = 0
+    for part in _parts(inputs):
+        opened += int(gate.opens(*_padded(part)).sum())
+    return opened / len(inputs)
+
+
+def _cycled(windows: Tensor, count: int) -> list[list[int]]:
+    texts = windows.tolist()
+    return [texts[i % len(texts)] for i in range(count)]
+
+
+def _piece(window: list[int], draw: random.Random) -> list[int]:
+    """A part of `window`, of any length and from anywhere."""
+    length = draw.randint(min(SHORTEST, len(window)), len(window))
+    first = draw.randint(0, len(window) - length)
+    return window[first : first + length]
+
+
+def _parts(inputs: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
+    return [inputs[i : i + _READ_AT_ONCE] for i in range(0, len(inputs), _READ_AT_ONCE)]
+
+
+def _padded(inputs: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids `[rows, longest]`, and where they are real."""
+    longest = max(map(len, inputs))
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in inputs])
+    lengths = torch.tensor([len(row) for row in inputs])
+    return ids, torch.arange(longest) < lengths[:, None]
+
+
+@torch.no_grad()
+def _features(base: Base, inputs: Sequence[Sequence[int]]) -> np.ndarray:
+    parts = [gate_features(base.embedding, *_padded(part)) for part in _parts(inputs)]
+    return torch.cat(parts).cpu().numpy()
