@@ -139,8 +139,7 @@ class LoadedAdapter:
     """One adapter on one base, ready to answer.
 
     The prefix is compiled: nothing of the method runs when text is read, but the gate of an adapter
-    whose prefix depends on the input. For many adapters, or
-    different ones in one batch, see `AdapterBank`.
+    that depends on the input. For many adapters, or different ones in one batch, see `AdapterBank`.
     """
 
     def __init__(self, path: Path, base: Base, prefix: Compiled, info: Mapping[str, Any]) -> None:
@@ -173,10 +172,10 @@ class LoadedAdapter:
                 "prefix cannot be part of the cache; use `generate` of this class"
             )
         virtual = torch.full((len(ids), batch.longest), self.base.pad_token_id, dtype=ids.dtype)
-        seen = torch.ones((len(ids), batch.longest), dtype=mask.dtype)
+        seen = batch.visible.to(mask.device, mask.dtype)  # all, but where a gate is shut
         return {
             "input_ids": torch.cat([virtual.to(ids.device), ids], dim=1),
-            "attention_mask": torch.cat([seen.to(mask.device), mask], dim=1),
+            "attention_mask": torch.cat([seen, mask], dim=1),
             "past_key_values": prefilled_cache(
                 batch, ReservedCache(batch.longest + ids.shape[1] + 64)
             ),

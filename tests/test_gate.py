@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from test_cli import ptkit
 from test_encoder_decoder import random_pair
+from test_engine import Asked
 from test_peft_parity import LEARNT, make_adapter
 from test_train import fresh
 
@@ -30,6 +31,7 @@ from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits, rows_for
 from ptkit.runtime.gate import Gate, Gated, gate_features
 from ptkit.runtime.generation import generate
+from ptkit.serve.engine import Engine
 from ptkit.training.gate import fit_gate, require_gate_fits, share_open
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -86,7 +88,7 @@ def test_it_tells_inputs_apart_at_every_length() -> None:
 
 
 @given(st.lists(INPUTS, min_size=1, max_size=6))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_the_score_is_the_one_written_out_whatever_the_padding(inputs: list[list[int]]) -> None:
     base = random_base("gpt2")
     gate = gate_of_low_tokens(base)
@@ -226,6 +228,41 @@ def test_the_bank_and_the_server_keep_to_it(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="input"):
         Conversation(bank, adapter="gated")
     assert load_adapter(tmp_path / "gated", base).prefix.virtual_tokens == adapter.virtual_tokens
+
+
+def test_one_batch_of_every_kind_of_row_answers_as_each_alone(tmp_path: Path) -> None:
+    base = random_base("llama")
+    bank = AdapterBank(base)
+    write_adapter(tmp_path / "gated", gated(base).files())
+    bank.load(tmp_path / "gated")
+    bank.add("plain", made(base, "prompt"))
+    names = ["gated", "plain", "gated", None, ("gated", "plain")]
+    prompts = [ON, OFF, OFF, ON, OFF]
+    together = bank.generate_ids(prompts, names, **GREEDY)
+    for prompt, name, tokens in zip(prompts, names, together, strict=True):
+        assert bank.generate_ids([prompt], [name], **GREEDY) == [tokens]
+    assert together[2] == answer(base, OFF, None)
+    assert together[4] == together[1]
+    engine = Engine(bank, max_rows=8, max_waiting=64, piece=16)
+    try:
+        asked = [Asked(bank, ["gated"], prompt, max_tokens=6) for prompt in (ON, OFF)]
+        engine.submit([each.answer for each in asked])
+        assert [each.ids for each in asked] == [together[0], together[2]]
+    finally:
+        engine.close()
+
+
+def test_transformers_own_generate_takes_it(tmp_path: Path) -> None:
+    base = random_base("llama")
+    write_adapter(tmp_path / "gated", gated(base).files())
+    loaded = load_adapter(tmp_path / "gated", base)
+    ids = torch.tensor([[0, *ON], OFF])
+    mask = torch.tensor([[0, *[1] * len(ON)], [1] * len(OFF)])
+    inputs = loaded.inputs({"input_ids": ids, "attention_mask": mask})
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    found = base.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist()
+    assert found[0] == answer(base, ON, loaded.prefix.for_input(ON).alone)
+    assert found[1] == answer(base, OFF, None)
 
 
 def test_forgetting_is_none_where_it_is_shut() -> None:

@@ -583,7 +583,7 @@ def test_what_needs_one_prefix_is_refused(tmp_path: Path) -> None:
         lambda: bank.compose("mix", ["mixed", "prefix"]),
         lambda: bank.slots(2, slots=2, virtual_tokens=8).assign(0, "mixed"),
     ):
-        with pytest.raises(AdapterError, match="`mixed` weighs its prefixes by each row's input"):
+        with pytest.raises(AdapterError, match="`mixed` makes its prefix of each row's input"):
             use()
     talk = Conversation(bank)
     with pytest.raises(AdapterError, match="grows with every turn"):

@@ -398,7 +398,7 @@ def _one(name: str, compiled: Compiled) -> KVPrefix:
     """`compiled` where it is one prefix for all inputs. Raises AdapterError where it is not."""
     if not isinstance(compiled, KVPrefix):
         raise AdapterError(
-            f"`{name}` weighs its prefixes by each row's input, so it is no one prefix; give the "
+            f"`{name}` makes its prefix of each row's input, so it is no one prefix; give the "
             "inputs too: `rows(names, inputs)`, `generate`, `classify`"
         )
     return compiled

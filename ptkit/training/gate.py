@@ -18,8 +18,6 @@ from ptkit.runtime.gate import Gate, gate_features
 
 #: Training rows read at most, and pieces of general text: embeddings alone tell them apart.
 ROWS, PIECES = 2000, 2000
-#: Tokens of the shortest piece; inputs are of all lengths, so length must not give them away.
-SHORTEST = 8
 #: Inverse weight of the L2 penalty; features have a length of 1.
 _LOOSENESS = 100.0
 _READ_AT_ONCE = 256
@@ -68,8 +66,8 @@ def _cycled(windows: Tensor, count: int) -> list[list[int]]:
 
 
 def _piece(window: list[int], draw: random.Random) -> list[int]:
-    """A part of `window`, of any length and from anywhere."""
-    length = draw.randint(min(SHORTEST, len(window)), len(window))
+    """A part of `window` from anywhere, of any length: length must not give inputs away."""
+    length = draw.randint(1, len(window))
     first = draw.randint(0, len(window) - length)
     return window[first : first + length]
 
