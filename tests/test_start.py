@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,16 @@ import torch
 from conftest import random_base
 from pydantic import ValidationError
 
-from ptkit.errors import UserError
-from ptkit.formats.adapter_files import write_adapter
+from ptkit.errors import AdapterError, UserError
+from ptkit.formats.adapter_files import AdapterFiles, write_adapter
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, create_adapter
 from ptkit.prefix import KVPrefix
+from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import ModelSection, method_section
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.compile import compile_embeddings, compile_tokens
+from ptkit.training.experiment import prepare
+from ptkit.training.run import Cell, claim
 
 PROMPTS = ("prefix_tuning", "prompt_tuning", "p_tuning")
 
@@ -64,6 +68,33 @@ def test_labels_need_a_task_with_labels() -> None:
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
+def test_a_run_goes_on_only_with_the_adapters_it_began_with(tmp_path: Path) -> None:
+    base = load_base(ModelSection())
+    for folder in ("first", "second"):
+        torch.manual_seed(len(folder))
+        tokens = torch.randn(4, base.embedding.embedding_dim)
+        made = AdapterFiles({"peft_type": "PROMPT_TUNING"}, {"prompt_embeddings": tokens})
+        write_adapter(tmp_path / folder, made)
+    loaded = load_recipe(
+        "message-routing",
+        [
+            "methods=[{kind: prefix_tuning, num_virtual_tokens: 4, start: adapter, "
+            f"start_adapter: [{tmp_path / 'first'}]}}]",
+            "retention=null",
+        ],
+    )
+    experiment = prepare(loaded, base)
+    cell = Cell(loaded.recipe.methods[0], 0, tmp_path / "cell")
+    claim(experiment, cell)
+    claim(experiment, cell)
+    shutil.rmtree(tmp_path / "first")
+    with pytest.raises(AdapterError, match="missing"):
+        claim(experiment, cell)
+    (tmp_path / "second").rename(tmp_path / "first")
+    with pytest.raises(UserError, match="`adapters`"):
+        claim(experiment, cell)
+
+
 def test_start_of_an_adapter_is_that_adapter_and_of_two_their_mean(
     kind: str, tmp_path: Path
 ) -> None:

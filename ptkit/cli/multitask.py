@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from ptkit.training.multitask import Multitask
 
 
+def _above_zero(value: float) -> float:
+    """The option's value. Raises BadParameter where it is not above zero."""
+    if value <= 0:
+        raise typer.BadParameter(f"{value:g} is not above zero")
+    return value
+
+
 def multitask(
     recipes: Annotated[
         list[str], typer.Argument(metavar="RECIPE...", help="Recipes of the tasks, two or more.")
@@ -21,7 +28,8 @@ def multitask(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")],
     rank: Annotated[int, typer.Option(min=1, max=64, help="Rank of each task's own matrix.")] = 1,
     task_learning_rate: Annotated[
-        float, typer.Option(min=0, help="Peak learning rate of the tasks' matrices.")
+        float,
+        typer.Option(callback=_above_zero, help="Peak learning rate of the tasks' matrices."),
     ] = 0.1,
     set_: Set = None,
     fresh: Fresh = False,

@@ -9,6 +9,7 @@ a mean of several.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -132,6 +133,12 @@ def rms(start: Tensor) -> Tensor:
     return size.masked_fill(size == 0, 1.0)
 
 
+def named_adapter(name: str, folder: Path) -> Path:
+    """The adapter folder that a recipe in `folder` calls `name`; a run's own is found in it."""
+    path = resolve_path(name, folder)
+    return path / "adapter" if (path / "adapter").is_dir() else path
+
+
 def start_files(
     section: PromptMethodSection, base: Base, demonstrations: Demonstrations
 ) -> list[AdapterFiles]:
@@ -141,9 +148,7 @@ def start_files(
     """
     found = []
     for name in section.start_adapter or ():
-        path = resolve_path(name, demonstrations.folder)
-        if (path / "adapter").is_dir():
-            path /= "adapter"
+        path = named_adapter(name, demonstrations.folder)
         files = read_adapter(path)
         require_same_base(files, base, str(path))
         tokens = files.config.get("num_virtual_tokens")

@@ -32,7 +32,15 @@ from ptkit.evaluation.retention import measure_retention, off_probe
 from ptkit.evaluation.score import score_intervals
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats import atomic
-from ptkit.formats.adapter_files import RECIPE, WEIGHTS, read_adapter, write_adapter
+from ptkit.formats.adapter_files import (
+    RECIPE,
+    WEIGHTS,
+    read_adapter,
+    read_config,
+    sha256,
+    weights_path,
+    write_adapter,
+)
 from ptkit.methods import (
     ADAPTERS,
     Adapter,
@@ -41,6 +49,7 @@ from ptkit.methods import (
     require_same_base,
     restored,
 )
+from ptkit.methods.start import named_adapter
 from ptkit.recipe.schema import ClassificationTask, HeadedTask, MethodSection
 from ptkit.runtime.base_model import no_weights_bar
 from ptkit.runtime.gate import Gate
@@ -219,10 +228,23 @@ def claim(experiment: Experiment, cell: Cell) -> None:
         "train": recipe.train.model_dump(exclude={"report_to", "context_cache_mb"}),
         "retention": recipe.retention and recipe.retention.model_dump(),
         "method": cell.method.model_dump(),
+        "adapters": _named_adapters(cell.method, experiment.folder),
         "seed": cell.seed,
         "start_from": str(cell.start_from) if cell.start_from else None,
     }
     claim_folder(cell.folder / "cell.json", identity, "run")
+
+
+def _named_adapters(method: MethodSection, folder: Path) -> dict[str, str]:
+    """The adapters a method starts from or mixes in, with the SHA-256 of their weights: a run that
+    goes on must find those it began with. Raises AdapterError where one is missing."""
+    named = [*(getattr(method, "start_adapter", None) or ()), *getattr(method, "adapters", ())]
+    found = {}
+    for name in named:
+        path = named_adapter(name, folder)
+        read_config(path)
+        found[name] = sha256(weights_path(path))
+    return found
 
 
 def _chosen(experiment: Experiment, cell: Cell) -> Choice:
