@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ptkit.comparison.statistics import holm, paired_difference
+from ptkit.comparison.statistics import holm, paired_difference, share_of_way
 from ptkit.evaluation.metrics import Statistics, metric
 from ptkit.evaluation.statistics import bootstrap_interval
 
@@ -128,3 +128,21 @@ def test_holm_equals_rs_p_adjust() -> None:
     # p.adjust(c(0.04, 0.01, 0.03, 0.02), "holm")
     assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert holm([]) == []
+
+
+def test_share_of_way_is_the_ratio_of_means_and_its_interval_that_of_a_regression() -> None:
+    """With one seed each, against the delta method's interval of a ratio of paired means."""
+    generator = np.random.default_rng(3)
+    start, end = generator.normal(0, 1, 400), generator.normal(10, 1, 400)
+    method = 0.8 * end + generator.normal(0, 1, 400)
+    sides = [[column(side)] for side in (method, start, end)]
+    found = share_of_way(EXACT, *sides, resamples=2000, seed=0)
+    own, way = method.mean() - start.mean(), end.mean() - start.mean()
+    assert found.mean == pytest.approx(own / way)
+    parts = np.stack([(method - start) / own, -(end - start) / way])
+    error = own / way * parts.sum(0).std(ddof=1) / 20
+    assert found.low == pytest.approx(found.mean - 1.96 * error, abs=0.25 * error)
+    assert found.high == pytest.approx(found.mean + 1.96 * error, abs=0.25 * error)
+    ends = share_of_way(EXACT, sides[2], sides[1], sides[2], resamples=200, seed=0)
+    assert (ends.mean, ends.low, ends.high) == (1.0, 1.0, 1.0)
+    assert share_of_way(EXACT, *[sides[0]] * 3, resamples=10, seed=0) is None

@@ -90,6 +90,15 @@ def difference(found: Difference | None) -> str:
     return f"{i.mean:+.1f} [{i.low:+.1f}, {i.high:+.1f}], {chance}"
 
 
+def way(interval: Interval | None) -> str:
+    """How far a score gets from the base's to full fine-tuning's, with its 95 % interval."""
+    if interval is None:
+        return NONE
+    if interval.low is None or interval.high is None:
+        return f"{interval.mean:.0%}"
+    return f"{interval.mean:.0%} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
+
+
 def off(exact: bool | None) -> str:
     """Whether the base is bit-identical with the adapter off."""
     return {True: "exact", False: "NOT EXACT", None: "no off"}[exact]

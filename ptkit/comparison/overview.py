@@ -11,7 +11,7 @@ from markupsafe import Markup
 from ptkit.comparison import figures
 from ptkit.comparison.merge import Comparison
 from ptkit.comparison.report import page_values, templates
-from ptkit.comparison.summary import MethodSummary, summarise
+from ptkit.comparison.summary import MethodSummary, baseline_of, summarise
 from ptkit.errors import UserError
 from ptkit.formats import atomic
 from ptkit.recipe.schema import Recipe
@@ -133,6 +133,14 @@ def tables_of(tasks: Sequence[Task]) -> list[Table]:
         headed, lambda _, s: (figures.score(s.leading), s.leading.mean),
         lambda task: 1 if task.summaries[0].higher_is_better else -1,
     )  # fmt: skip
+    differences = table(
+        "Difference", "The score minus that of "
+        f"{' or '.join(dict.fromkeys(baseline_of(task.recipe) for task in tasks))}, on the same "
+        "rows: paired bootstrap over seeds and rows, p values corrected within a task (Holm).",
+        lambda task: task.name,
+        lambda _, s: (figures.difference(s.against), s.against.interval.mean if s.against else ""),
+        lambda _: 0,
+    )  # fmt: skip
     forgetting = table(
         "Forgetting", "Nats per token lost on general text with the adapter on, ± over seeds; "
         "marked: the least of the methods that train.",
@@ -150,27 +158,17 @@ def tables_of(tasks: Sequence[Task]) -> list[Table]:
         ),
         lambda _: 0,
     )  # fmt: skip
-    found = [scores]
+    found = [scores, differences]
     if all(task.of("base") and task.of("full") for task in tasks):
         found.append(
             table(
                 "Share of the way from the base to full fine-tuning",
-                "(method - base) / (full - base) of the means.", lambda task: task.name,
-                lambda task, s: _share(task, s), lambda _: 0,
+                "(method - base) / (full - base) of the means, with a 95 % bootstrap interval over "
+                "seeds and rows.", lambda task: task.name,
+                lambda _, s: (figures.way(s.way), s.way.mean if s.way else ""), lambda _: 0,
             )
         )  # fmt: skip
     return [*found, forgetting, cost]
-
-
-def _share(task: Task, summary: MethodSummary) -> tuple[str, float | str]:
-    base, full = task.of("base"), task.of("full")
-    assert base is not None
-    assert full is not None
-    way = full.leading.mean - base.leading.mean
-    if not way:
-        return figures.NONE, ""
-    share = (summary.leading.mean - base.leading.mean) / way
-    return f"{share:.0%}", share
 
 
 def _page(tasks: Sequence[Task], tables: Sequence[Table], title: str) -> str:

@@ -70,6 +70,40 @@ def paired_difference(
     return Difference(interval, (int(beyond.sum()) + 1) / (resamples + 1))
 
 
+def share_of_way(
+    metric: Metric,
+    method: Sequence[Statistics],
+    start: Sequence[Statistics],
+    end: Sequence[Statistics],
+    *,
+    resamples: int,
+    seed: int,
+) -> Interval | None:
+    """How far `method` gets from `start` to `end`: (method - start) / (end - start) of their mean
+    scores, 1 being all the way. None where start and end are one.
+
+    Arguments as `paired_difference`'s, and so are the replicates: examples are drawn once for all
+    arrays, seeds on each side by themselves; the interval holds the percentiles of their ratios.
+    """
+    way = _mean(metric, end) - _mean(metric, start)
+    if not way:
+        return None
+    examples = len(method[0])
+    generator = np.random.default_rng(seed)
+    replicates = []
+    for _ in range(resamples):
+        rows = generator.integers(examples, size=examples)
+        own, low, high = (_redrawn(metric, side, rows, generator) for side in (method, start, end))
+        if high != low:
+            replicates.append((own - low) / (high - low))
+    observed = (_mean(metric, method) - _mean(metric, start)) / way
+    low, high = np.percentile(replicates, [2.5, 97.5])
+    return Interval(
+        observed, min(float(low), observed), max(float(high), observed), None,
+        min(map(len, (method, start, end))), examples,
+    )  # fmt: skip
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p values adjusted for being looked at together, in the order given (Holm 1979).
 

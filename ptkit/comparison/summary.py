@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ptkit.comparison.statistics import Difference, holm, paired_difference
+from ptkit.comparison.statistics import Difference, holm, paired_difference, share_of_way
 from ptkit.evaluation.metrics import Statistics, metric
 from ptkit.evaluation.predict import Prediction, statistics_of
 from ptkit.evaluation.statistics import Interval, bootstrap_interval, seeds_interval
@@ -29,6 +29,8 @@ class MethodSummary:
     off_exact: True when it held in every cell; None when the method has no "off"
     against: the score minus the baseline's, and the p value corrected for all comparisons made;
     None for the baseline itself
+    way: how far the score gets from the base's (0) to full fine-tuning's (1); None where the recipe
+    has not both
     samples: predictions of the first seed, in the order of the test rows
     """
 
@@ -53,6 +55,7 @@ class MethodSummary:
     off_exact: bool | None
     samples: tuple[dict[str, Any], ...]
     against: Difference | None = None
+    way: Interval | None = None
 
     @property
     def title(self) -> str:
@@ -113,27 +116,43 @@ def summarise(folder: Path, records: Sequence[CellRecord], recipe: Recipe) -> li
 def _compared(
     summaries: list[MethodSummary], leading: list[list[Statistics]], recipe: Recipe
 ) -> list[MethodSummary]:
-    """`summaries` with the difference of each from the baseline of the same swept values."""
+    """`summaries` with the difference of each from the baseline of the same swept values, and how
+    far each gets from the base to full fine-tuning."""
     baseline = baseline_of(recipe)
     measure = metric(recipe.task.metrics[0])
-    found: dict[int, Difference] = {}
-    for i, summary in enumerate(summaries):
-        if summary.family == baseline:
-            continue
+    drawn: dict[str, Any] = {"resamples": recipe.evaluate.bootstrap, "seed": 0}
+
+    def of(family: str, i: int) -> list[Statistics] | None:
+        """What `family` made of the same rows with the swept values of summary `i`."""
         partners = [
-            j for j, other in enumerate(summaries)
-            if other.family == baseline
-            and all(summary.sweep.get(k, v) == v for k, v in other.sweep.items())
+            leading[j] for j, other in enumerate(summaries)
+            if other.family == family
+            and all(summaries[i].sweep.get(k, v) == v for k, v in other.sweep.items())
             and len(leading[j][0]) == len(leading[i][0])
         ]  # fmt: skip
-        if len(partners) == 1:
-            found[i] = paired_difference(
-                measure, leading[i], leading[partners[0]],
-                resamples=recipe.evaluate.bootstrap, seed=0,
-            )  # fmt: skip
+        return partners[0] if len(partners) == 1 else None
+
+    found: dict[int, Difference] = {}
+    ways: dict[int, Interval | None] = {}
+    for i, summary in enumerate(summaries):
+        other = None if summary.family == baseline else of(baseline, i)
+        if other is not None:
+            found[i] = paired_difference(measure, leading[i], other, **drawn)
+        base, full = of("base", i), of("full", i)
+        if base is None or full is None:
+            continue
+        if summary.family in ("base", "full"):
+            there = float(summary.family == "full")
+            ways[i] = Interval(there, None, None, None, len(leading[i]))
+        else:
+            ways[i] = share_of_way(measure, leading[i], base, full, **drawn)
     corrected = dict(zip(found, holm([d.p_value for d in found.values()]), strict=True))
     return [
-        replace(s, against=replace(found[i], p_value=corrected[i])) if i in found else s
+        replace(
+            s,
+            against=replace(found[i], p_value=corrected[i]) if i in found else None,
+            way=ways.get(i),
+        )
         for i, s in enumerate(summaries)
     ]
 
