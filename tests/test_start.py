@@ -67,7 +67,6 @@ def test_labels_need_a_task_with_labels() -> None:
         create_adapter(section, random_base("gpt2"), Demonstrations(["w1"], 0))
 
 
-@pytest.mark.parametrize("kind", PROMPTS)
 def test_a_run_goes_on_only_with_the_adapters_it_began_with(tmp_path: Path) -> None:
     base = load_base(ModelSection())
     for folder in ("first", "second"):
@@ -95,6 +94,7 @@ def test_a_run_goes_on_only_with_the_adapters_it_began_with(tmp_path: Path) -> N
         claim(experiment, cell)
 
 
+@pytest.mark.parametrize("kind", PROMPTS)
 def test_start_of_an_adapter_is_that_adapter_and_of_two_their_mean(
     kind: str, tmp_path: Path
 ) -> None:
