@@ -20,6 +20,11 @@ from ptkit.methods.start import PromptMethodSection, rms
 from ptkit.recipe.schema import register_method
 from ptkit.runtime.base_model import Base
 
+#: The encoder's output counts this many times the start's size. AdamW moves all weights by the same
+#: amount, and a rate that the encoder's hidden units live through changes the embeddings too
+#: little; like this, a step changes them about as much as one of prompt tuning does.
+OUTPUT_SCALE = 20.0
+
 
 @register_method
 class PTuningSection(PromptMethodSection):
@@ -33,10 +38,10 @@ class PTuningSection(PromptMethodSection):
     """Reparameterisation of the embeddings; dropped at export."""
     encoder_hidden_size: int = Field(default=128, ge=1)
     """Width of the encoder."""
-    learning_rate: float | Literal["auto"] = 0.1
-    """AdamW's peak learning rate (for the encoder's weights; its output is in units of the size of
-    the start's embeddings). `auto`: of four, the one nearest the default that learns enough in a
-    short test before the run."""
+    learning_rate: float | Literal["auto"] = 0.03
+    """AdamW's peak learning rate (for the encoder's weights; its output is in units of twenty times
+    the size of the start's embeddings). `auto`: of four, the one nearest the default that
+    learns enough in a short test before the run."""
 
 
 @register
@@ -44,8 +49,8 @@ class PTuning(SoftPrompt):
     """Embeddings made by PEFT's prompt encoder, on top of a start of real tokens.
 
     With a start other than `random` the encoder's last layer begins at zero and its output is
-    added to the start's embeddings, in units of their RMS, so training departs from real tokens;
-    the exported file holds the sum, as PEFT expects.
+    added to the start's embeddings, in units of `OUTPUT_SCALE` times their RMS, so training departs
+    from real tokens; the exported file holds the sum, as PEFT expects.
     """
 
     section_class = PTuningSection
@@ -68,7 +73,7 @@ class PTuning(SoftPrompt):
         if start is None:
             start, unit = torch.tensor(0.0), torch.tensor(1.0)
         else:
-            unit = rms(start)
+            unit = OUTPUT_SCALE * rms(start)
             last = self.encoder.mlp_head[-1]
             assert isinstance(last, nn.Linear)
             nn.init.zeros_(last.weight)
