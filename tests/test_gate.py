@@ -289,6 +289,8 @@ def test_methods_that_change_weights_and_settings_that_do_nothing_are_refused() 
         adapter.close()
     with pytest.raises(ValueError, match="`target` is of `by: divergence`"):
         RetainSection(by="gate", target=0.1)
+    written = RetainSection(by="gate").model_dump()
+    assert RetainSection(**written).by == "gate"
 
 
 def test_a_run_fits_one_and_goes_on_without_it(tmp_path: Path) -> None:
@@ -312,6 +314,17 @@ def test_a_run_fits_one_and_goes_on_without_it(tmp_path: Path) -> None:
     (other,) = tmp_path.glob("plain/**/adapter")
     same = read_adapter(other)
     assert torch.equal(same.tensors["prompt_embeddings"], trained.tensors["prompt_embeddings"])
+
+
+def test_a_comparison_is_of_gated_cells_and_is_reported_again(tmp_path: Path) -> None:
+    one = ("--set", "methods=[{kind: base}, {kind: prefix_tuning}]", "--set", "seeds=[0]")
+    gate = ("--set", "train.retain={by: gate}")
+    ptkit("compare", "message-routing", *SHORT, *one, *gate, "--out", "all", cwd=tmp_path)
+    ptkit("report", "all", cwd=tmp_path)
+    lines = (tmp_path / "all" / "results.jsonl").read_text().splitlines()
+    gates = {(record := json.loads(line))["kind"]: record["gate"] for line in lines}
+    assert gates["base"] is None
+    assert gates["prefix_tuning"]["general-en"] == 0.0
 
 
 def test_a_run_of_a_method_without_prefix_is_refused(tmp_path: Path) -> None:

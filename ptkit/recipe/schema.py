@@ -260,7 +260,10 @@ class RetainSection(Section):
 
     @model_validator(mode="after")
     def _a_gate_has_no_weight(self) -> RetainSection:
-        moot = sorted({"weight", "target", "tokens"} & self.model_fields_set)
+        # By value, for a recipe that is written out whole names all of its keys.
+        fields = type(self).model_fields
+        names = ("target", "tokens", "weight")
+        moot = [name for name in names if getattr(self, name) != fields[name].default]
         if self.by == "gate" and moot:
             raise ValueError(
                 f"`{moot[0]}` is of `by: divergence`; a gate is fitted after training and has none"
