@@ -138,8 +138,19 @@ def tables(folders: list[Path]) -> str:
         head, ([m, *cells(m, lambda s: figures.forgetting(s.forgetting))] for m in methods)
     )
     tokens = [r.retention["tokens"] for t in tasks for r in t.records if r.retention]
-    lines += [f"Nats per token on {min(tokens):,.0f} tokens of general text, ± over seeds.", ""]
+    texts = {Path(text).name for t in tasks for text in general_texts(t.recipe)}
+    lines += [
+        f"Nats per token on {min(tokens):,.0f} tokens of {', '.join(sorted(texts))}, ± over seeds.",
+        "",
+    ]
     return "\n".join(lines)
+
+
+def general_texts(recipe: Recipe) -> list[str]:
+    """What a recipe's forgetting is measured on."""
+    section = recipe.retention
+    assert section is not None
+    return [section.text] if isinstance(section.text, str) else section.text
 
 
 def differences(head: Iterable[str], tasks: list[dict[str, MethodSummary]], row: str) -> list[str]:

@@ -195,6 +195,30 @@ def test_ter_equals_sacrebleu_with_any_number_of_references() -> None:
     assert not measure.higher_is_better
 
 
+@given(data=st.data(), labels=st.integers(2, 5), rows=st.integers(1, 30))
+def test_figures_of_any_resample_are_scikit_learns(
+    data: st.DataObject, labels: int, rows: int
+) -> None:
+    """Labels that are missing, never right or never predicted, and equal scores."""
+    from sklearn import metrics as theirs
+
+    some = st.lists(st.integers(0, labels - 1), min_size=rows, max_size=rows)
+    gold, predicted = np.array(data.draw(some)), np.array(data.draw(some))
+    pairs = np.stack([gold, predicted], axis=1).astype(float)
+    for name, function in (
+        ("macro_f1", theirs.f1_score),
+        ("macro_precision", theirs.precision_score),
+        ("macro_recall", theirs.recall_score),
+    ):
+        expected = function(gold, predicted, average="macro", zero_division=0)
+        assert metric(name).score(pairs) == pytest.approx(100 * expected)
+    shares = np.array([data.draw(some) for _ in range(labels)], dtype=float).T
+    present = np.unique(gold)
+    areas = [theirs.roc_auc_score(gold == c, shares[:, c]) for c in present if len(present) > 1]
+    found = metric("roc_auc").score(np.hstack([gold[:, None], shares]))
+    assert found == pytest.approx(100 * np.mean(areas) if areas else 50.0)
+
+
 @pytest.mark.parametrize("labels", [2, 4])
 def test_roc_auc_precision_and_recall_equal_scikit_learn(labels: int) -> None:
     from sklearn import metrics as theirs
@@ -217,6 +241,7 @@ def test_roc_auc_precision_and_recall_equal_scikit_learn(labels: int) -> None:
     assert found == pytest.approx(100 * expected)
     plain = [names[g] for g in gold]
     for name, function in (
+        ("macro_f1", theirs.f1_score),
         ("macro_precision", theirs.precision_score),
         ("macro_recall", theirs.recall_score),
     ):

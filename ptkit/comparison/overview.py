@@ -168,7 +168,9 @@ def tables_of(tasks: Sequence[Task]) -> list[Table]:
                 lambda _, s: (figures.way(s.way), s.way.mean if s.way else ""), lambda _: 0,
             )
         )  # fmt: skip
-    return [*found, forgetting, cost]
+    if any(s.forgetting for task in tasks for s in task.summaries):
+        found.append(forgetting)
+    return [*found, cost]
 
 
 def _page(tasks: Sequence[Task], tables: Sequence[Table], title: str) -> str:

@@ -1,4 +1,4 @@
-"""Metrics, computed by the field's libraries: sacrebleu, rouge-score, scikit-learn; or your own.
+"""Metrics as the field's libraries have them: sacrebleu, rouge-score, scikit-learn; or your own.
 
 Each metric first turns every example into a row of statistics, then scores any set of rows.
 Scoring all rows gives the library's own corpus value; a bootstrap re-scores resampled rows
@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import rankdata
 
 from ptkit.errors import UserError, did_you_mean
 
@@ -222,18 +223,7 @@ class OwnMetric(MeanOverExamples):
 
 
 class LabelMetric(Metric):
-    """Accuracy, and macro-averaged F1, precision and recall of labels, by scikit-learn."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        from sklearn import metrics
-
-        self._function: Any = {
-            "accuracy": None,
-            "macro_f1": metrics.f1_score,
-            "macro_precision": metrics.precision_score,
-            "macro_recall": metrics.recall_score,
-        }[name]
+    """Accuracy, and macro-averaged F1, precision and recall of labels, as scikit-learn has them."""
 
     def _rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
         gold = [r[0] for r in references]
@@ -243,16 +233,33 @@ class LabelMetric(Metric):
 
     def score(self, rows: Statistics) -> float:
         gold, predicted = rows.T.astype(np.int64)
-        if self.name == "accuracy":  # a bootstrap asks thousands of times
+        if self.name == "accuracy":
             return 100.0 * float((gold == predicted).mean())
-        return 100.0 * float(self._function(gold, predicted, average="macro", zero_division=0))
+        labels = int(rows.max()) + 1
+        counts = np.bincount(gold * labels + predicted, minlength=labels**2)
+        return 100.0 * _macro_averaged(self.name, counts.reshape(labels, labels))
 
     def signature(self, references: Sequence[Sequence[str]]) -> str:
-        return f"scikit-learn {version('scikit-learn')}"
+        return "as scikit-learn's, 0 where nothing is divided by nothing"
+
+
+def _macro_averaged(name: str, counts: npt.NDArray[Any]) -> float:
+    """Mean over the labels seen of F1, precision or recall, from counts `[gold, predicted]`.
+
+    scikit-learn's figures without its checks of the input: a bootstrap asks thousands of times.
+    """
+    right, gold, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+    over = {
+        "macro_f1": (gold + predicted) / 2,
+        "macro_precision": predicted,
+        "macro_recall": gold,
+    }[name]
+    shares = np.divide(right, over, out=np.zeros(len(right)), where=over > 0)
+    return float(shares[gold + predicted > 0].mean())
 
 
 class WordLabels(Metric):
-    """Accuracy and macro-averaged F1 over all words, by scikit-learn.
+    """Accuracy and macro-averaged F1 over all words, as scikit-learn has them.
 
     Predictions and references are labels of all words of an example with spaces between.
     """
@@ -271,20 +278,14 @@ class WordLabels(Metric):
         return counts.reshape(len(pairs), -1)
 
     def score(self, rows: Statistics) -> float:
-        from sklearn.metrics import f1_score
-
         labels = round(rows.shape[1] ** 0.5)
         counts = rows.sum(axis=0).reshape(labels, labels)
         if self.name == "word_accuracy":
             return 100.0 * float(counts.trace() / counts.sum())
-        gold, predicted = np.nonzero(counts)
-        weights = counts[gold, predicted]
-        return 100.0 * float(
-            f1_score(gold, predicted, sample_weight=weights, average="macro", zero_division=0)
-        )
+        return 100.0 * _macro_averaged("macro_f1", counts)
 
     def signature(self, references: Sequence[Sequence[str]]) -> str:
-        return f"scikit-learn {version('scikit-learn')}, over words"
+        return "as scikit-learn's, over words"
 
 
 class EntityF1(Metric):
@@ -312,7 +313,10 @@ class EntityF1(Metric):
 
 
 class RocAuc(Metric):
-    """Area under the ROC curve, one label against the rest, averaged over labels; scikit-learn."""
+    """Area under the ROC curve, one label against the rest, averaged over labels.
+
+    From the ranks (Mann & Whitney 1947): scikit-learn's area, for all labels at once.
+    """
 
     needs: ClassVar[str | None] = "label_scores"
 
@@ -327,16 +331,19 @@ class RocAuc(Metric):
         return np.hstack([gold, shares]).astype(np.float64)
 
     def score(self, rows: Statistics) -> float:
-        from sklearn.metrics import roc_auc_score
-
-        gold, shares = rows[:, 0].astype(np.int64), rows[:, 1:]
+        gold = rows[:, 0].astype(np.int64)
         # A resample may lack a label; its curve does not exist then.
-        present = [c for c in np.unique(gold) if len(np.unique(gold)) > 1]
-        areas = [roc_auc_score(gold == c, shares[:, c]) for c in present]
-        return 100.0 * float(np.mean(areas)) if areas else 50.0
+        present = np.unique(gold)
+        if len(present) < 2:
+            return 50.0
+        ranks = rankdata(rows[:, 1 + present], axis=0)
+        own = gold[:, None] == present
+        count = own.sum(axis=0)
+        above = (ranks * own).sum(axis=0) - count * (count + 1) / 2
+        return 100.0 * float(np.mean(above / (count * (len(gold) - count))))
 
     def signature(self, references: Sequence[Sequence[str]]) -> str:
-        return f"scikit-learn {version('scikit-learn')}, one against the rest, macro"
+        return f"one against the rest, macro; ranks by scipy {version('scipy')}"
 
 
 class Perplexity(Metric):
