@@ -137,20 +137,11 @@ def tables(folders: list[Path]) -> str:
     lines += table(
         head, ([m, *cells(m, lambda s: figures.forgetting(s.forgetting))] for m in methods)
     )
-    tokens = [r.retention["tokens"] for t in tasks for r in t.records if r.retention]
-    texts = {Path(text).name for t in tasks for text in general_texts(t.recipe)}
-    lines += [
-        f"Nats per token on {min(tokens):,.0f} tokens of {', '.join(sorted(texts))}, ± over seeds.",
-        "",
-    ]
+    measured = [r.retention for t in tasks for r in t.records if r.retention]
+    tokens = min(m["tokens"] for m in measured)
+    texts = ", ".join(sorted({text for m in measured for text in m["domains"]}))
+    lines += [f"Nats per token on {tokens:,.0f} tokens of {texts}, ± over seeds.", ""]
     return "\n".join(lines)
-
-
-def general_texts(recipe: Recipe) -> list[str]:
-    """What a recipe's forgetting is measured on."""
-    section = recipe.retention
-    assert section is not None
-    return [section.text] if isinstance(section.text, str) else section.text
 
 
 def differences(head: Iterable[str], tasks: list[dict[str, MethodSummary]], row: str) -> list[str]:

@@ -289,8 +289,11 @@ def test_methods_that_change_weights_and_settings_that_do_nothing_are_refused() 
         adapter.close()
     with pytest.raises(ValueError, match="`target` is of `by: divergence`"):
         RetainSection(by="gate", target=0.1)
-    written = RetainSection(by="gate").model_dump()
-    assert RetainSection(**written).by == "gate"
+    with pytest.raises(ValueError, match="`weight` is of `by: divergence`"):
+        RetainSection(by="gate", weight="auto")
+    gate = RetainSection(by="gate", text="own.txt")
+    assert RetainSection(**gate.model_dump()) == gate
+    assert {"weight", "target", "tokens"} <= RetainSection().model_dump().keys()
 
 
 def test_a_run_fits_one_and_goes_on_without_it(tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializeAsAny,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -244,6 +246,8 @@ class RetainSection(Section):
     """Stay the base on general text, by learning the base's own distribution there (KL divergence,
     per token) or by keeping away. Not for full fine-tuning, which has no base left beside it."""
 
+    _OF_DIVERGENCE: ClassVar[frozenset[str]] = frozenset({"weight", "target", "tokens"})
+
     by: Literal["divergence", "gate"] = "divergence"
     """`divergence`: by learning it, beside the task. `gate`: by training as ever, and then telling
     the task's inputs from general text: an input unlike them is read by the base alone."""
@@ -260,15 +264,18 @@ class RetainSection(Section):
 
     @model_validator(mode="after")
     def _a_gate_has_no_weight(self) -> RetainSection:
-        # By value, for a recipe that is written out whole names all of its keys.
-        fields = type(self).model_fields
-        names = ("target", "tokens", "weight")
-        moot = [name for name in names if getattr(self, name) != fields[name].default]
+        moot = sorted(self._OF_DIVERGENCE & self.model_fields_set)
         if self.by == "gate" and moot:
             raise ValueError(
                 f"`{moot[0]}` is of `by: divergence`; a gate is fitted after training and has none"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_moot(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe that is written out whole can be read again."""
+        moot = self._OF_DIVERGENCE if self.by == "gate" else frozenset()
+        return {key: value for key, value in handler(self).items() if key not in moot}
 
 
 class TrainSection(Section):
