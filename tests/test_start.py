@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from ptkit.errors import AdapterError, UserError
 from ptkit.formats.adapter_files import AdapterFiles, write_adapter
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, create_adapter
+from ptkit.methods.prefix_tuning import PrefixTuning
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import ModelSection, method_section
@@ -159,7 +160,8 @@ def test_one_rate_fits_bases_of_any_scale(kind: str) -> None:
         if kind == "prefix_tuning":
             for block in base.model.transformer.h[1:]:  # one layer larger than the next
                 block.attn.c_attn.weight.data.mul_(scale)
-        adapter = make(base, kind, start="text", start_text="w1 w2 w3 w4")
+        own = {"learn_embeddings": False} if kind == "prefix_tuning" else {}
+        adapter = make(base, kind, start="text", start_text="w1 w2 w3 w4", **own)
         learnt = adapter.flat if kind == "prefix_tuning" else adapter.embeddings
         before = learnt().detach().clone()
         last = [*adapter.trainable().values()][-1]
@@ -230,9 +232,59 @@ def test_the_sink_stays_what_the_base_reads_first(family: str) -> None:
     for mine, theirs in zip((*after.keys, *after.values), (*real.keys, *real.values), strict=True):
         torch.testing.assert_close(mine[:, 0], theirs[:, 0])
         assert not torch.allclose(mine[:, 1:], theirs[:, 1:])
-    assert (
-        adapter.trainable_parameters * 4 == 3 * adapter.files().tensors["prompt_embeddings"].numel()
-    )
+    exported = adapter.files().tensors["prompt_embeddings"].numel()
+    learnt = exported + 4 * base.embedding.embedding_dim  # of four tokens, three of them trained
+    assert adapter.trainable_parameters * 4 == 3 * learnt
+
+
+@pytest.mark.parametrize("sink", [False, True])
+def test_a_prefix_learns_what_prompt_tuning_does_and_more(family: str, sink: bool) -> None:
+    """At every layer, what the base makes of changed embeddings plus the layer's own change."""
+    base = random_base(family)
+    adapter = make(base, "prefix_tuning", sink=sink, start="text", start_text="w1 w2 w3 w4")
+    assert isinstance(adapter, PrefixTuning)
+    assert adapter.read is not None
+    (own,) = adapter.own_rates()
+    assert [*own.parameters] == [adapter.read.change]
+    words = [base.first_token_id, 1, 2, 3] if sink else [1, 2, 3, 4]
+    embeddings = base.embedding(torch.tensor(words)).detach()
+    frozen = int(sink)
+    change = torch.randn(4 - frozen, embeddings.shape[1])
+    with torch.no_grad():
+        adapter.read.change.copy_(change)
+    embeddings[frozen:] += embeddings.square().mean().sqrt() * change
+    read = compile_embeddings(base.model, embeddings).detach()
+    assert_same(adapter.prefix().detach(), read)
+    with torch.no_grad():
+        adapter.encoder.embedding.weight.fill_(0.5)
+    difference = (adapter.flat() - read.flat()).detach()
+    torch.testing.assert_close(difference[frozen:], (0.5 * adapter.unit).expand(4 - frozen, -1))
+    torch.testing.assert_close(difference[:frozen], torch.zeros_like(difference[:frozen]))
+    adapter.flat().square().sum().backward()
+    assert adapter.read.change.grad is not None
+    assert bool(adapter.read.change.grad.any())
+    assert_same(adapter_from_files(adapter.files(), base).prefix(), adapter.prefix().detach())
+
+
+def test_embeddings_learn_where_they_can_and_are_refused_where_not(tmp_path: Path) -> None:
+    base = random_base("gpt2")
+    write_adapter(tmp_path / "a", make(base, "prompt_tuning").files())
+    of_adapter = {"start": "adapter", "start_adapter": ["a"]}
+    moot = ({"start": "random"}, of_adapter, {"trained_layers": 2}, {"reparameterize": True})
+    for settings in moot:
+        adapter = make(base, "prefix_tuning", tmp_path, **settings)
+        assert isinstance(adapter, PrefixTuning)
+        assert adapter.read is None
+        assert adapter.own_rates() == []
+        with pytest.raises(ValidationError, match="`learn_embeddings` needs"):
+            make(base, "prefix_tuning", tmp_path, learn_embeddings=True, **settings)
+    for settings in ({}, {"start": "vocabulary"}, {"position": "infix"}, {"gates": "values"}):
+        adapter = make(base, "prefix_tuning", **settings)
+        assert adapter.own_rates()
+        assert not make(base, "prefix_tuning", learn_embeddings=False, **settings).own_rates()
+    for kind in ("prefix_mixture", "prefix_lora"):  # beside other prefixes, on changing weights
+        beside = make(random_base("gpt2"), kind)
+        assert not any(name.endswith("read.change") for name in beside.trainable())
 
 
 def test_every_start_is_made(tmp_path: Path) -> None:

@@ -115,8 +115,8 @@ def test_cells_are_trained_with_their_values(swept) -> None:
         assert record.settings.get("num_virtual_tokens") == record.sweep.get("num_virtual_tokens")
         if record.kind != "base":
             assert record.n_train == record.sweep["limits.train"]
-            # 3 layers x (keys + values) x 2 heads x 8
-            assert record.trainable_parameters == record.sweep["num_virtual_tokens"] * 96
+            # 3 layers x (keys + values) x 2 heads x 8, and the embeddings' width
+            assert record.trainable_parameters == record.sweep["num_virtual_tokens"] * (96 + 32)
 
 
 def test_summaries_keep_values_apart_and_compare_like_with_like(swept) -> None:

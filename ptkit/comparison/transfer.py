@@ -70,11 +70,13 @@ class Plan:
     def target(self, out: Path, loaded: LoadedRecipe) -> LoadedRecipe:
         """A target's recipe: its method from its own start, and from every source."""
         (section,) = loaded.recipe.methods
-        methods = [changed(section, {}, OWN_START)]
+        # A start of another adapter has no embeddings that could learn, so none may here.
+        same = {"learn_embeddings": False} if hasattr(section, "learn_embeddings") else {}
+        methods = [changed(section, same, OWN_START)]
         for source in self.sources:
             start = {
                 "start": "adapter", "start_adapter": [str(self.source(out, source))],
-                "start_text": None, "start_weights": None,
+                "start_text": None, "start_weights": None, **same,
             }  # fmt: skip
             methods.append(changed(section, start, f"from-{source.recipe.name}"))
         evaluate = loaded.recipe.evaluate.model_copy(update={"baseline": OWN_START})

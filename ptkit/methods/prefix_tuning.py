@@ -1,7 +1,9 @@
 """Prefix tuning: keys and values learnt at every layer (Li & Liang 2021, section 4).
 
 "Prefix-Tuning: Optimizing Continuous Prompts for Generation", https://arxiv.org/abs/2101.00190.
-With `reparameterize`, an MLP makes them (section 4.3); PEFT's `PrefixEncoder` is the MLP.
+With `reparameterize`, an MLP makes them (section 4.3); PEFT's `PrefixEncoder` is the MLP. Where the
+base can read a soft prompt, the embeddings that it makes the start of learn, too
+(`learn_embeddings`): a prefix is then all that prompt tuning reaches, and more.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import (
     Adapter,
     Demonstrations,
+    OwnRate,
     compile_files,
     peft_config_dict,
     register,
 )
 from ptkit.methods.gate_files import without_gate
 from ptkit.methods.peft_tensors import virtual_tokens_of
+from ptkit.methods.read_start import ReadStart
 from ptkit.methods.start import PromptMethodSection, start_files, start_shares, start_tokens
 from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import register_method
@@ -92,11 +96,41 @@ class PrefixTuningSection(PrefixSettings):
 
     kind: Literal["prefix_tuning"]
     """`prefix_tuning`."""
+    learn_embeddings: bool | None = None
+    """Train the embeddings of the start's tokens as well: the prefix is what the base makes of
+    them, as in prompt tuning, plus what is learnt at every layer. Folded at export. null: where it
+    can be, with a start of tokens, no `trained_layers` and no MLP, on a decoder without states."""
+    embedding_learning_rate: float = Field(default=6.0, gt=0)
+    """AdamW's peak learning rate of these embeddings, in units of their size (RMS) at the start."""
+
+    @model_validator(mode="after")
+    def _embeddings_are_read(self) -> PrefixTuningSection:
+        if self.learn_embeddings and not self._embeddings_matter():
+            raise ValueError(
+                "`learn_embeddings` needs a `start` of tokens (neither `random` nor `adapter`), no "
+                "`trained_layers` (those below would change, too) and no `reparameterize`"
+            )
+        return self
+
+    def _embeddings_matter(self) -> bool:
+        tokens = self.start not in ("random", "adapter")
+        return tokens and self.trained_layers is None and not self.reparameterize
+
+    def learns_embeddings(self, base: Base) -> bool:
+        """Whether the start learns on `base`. Raises ModelError where it is told to, and cannot."""
+        able = not (base.encoder or base.encoder_decoder or has_state(base.model))
+        if self.learn_embeddings and not able:
+            raise ModelError(
+                f"{base.id} cannot make a prefix of embeddings (it has an encoder, or layers that "
+                "keep a state); leave `learn_embeddings` out"
+            )
+        return able and self.learn_embeddings is not False and self._embeddings_matter()
 
 
 def prefix_section(settings: PrefixSettings, **changes: Any) -> PrefixTuningSection:
-    """`settings` as those of prefix tuning by itself, with `changes`."""
+    """`settings` as those of a prefix that learns beside something else, with `changes`."""
     own = {name: getattr(settings, name) for name in PrefixSettings.model_fields if name != "kind"}
+    own["learn_embeddings"] = False
     return PrefixTuningSection(kind="prefix_tuning", **{**own, **changes})
 
 
@@ -125,9 +159,16 @@ class PrefixTuning(Adapter):
     start: Tensor
     unit: Tensor
 
-    def __init__(self, section: PrefixTuningSection, base: Base, start: Tensor | None) -> None:
+    def __init__(
+        self,
+        section: PrefixTuningSection,
+        base: Base,
+        start: Tensor | None,
+        read: ReadStart | None = None,
+    ) -> None:
         """start: PEFT's flat layout `[virtual_tokens, layers * 2 * kv_heads * head_dim]`; None:
-        noise, as PEFT's.
+        noise, as PEFT's
+        read: what `start` becomes while its embeddings learn
 
         What is learnt is a change of the start, in units of the start's RMS per layer and side.
         Keys and values differ in size by layer (30 times in the embedded base) while a step of
@@ -167,6 +208,7 @@ class PrefixTuning(Adapter):
             unit = unit.sqrt().masked_fill(unit == 0, 1.0)
         # [virtual_tokens, layers * 2 * kv_heads * head_dim]
         self.register_buffer("start", start.to(device))
+        self.read = read
         # [trained layers * 2 * kv_heads * head_dim]
         self.register_buffer("unit", unit.repeat_interleave(side).to(device))
         self.gates: nn.Parameter | None = None
@@ -203,6 +245,9 @@ class PrefixTuning(Adapter):
             if section.sink:
                 tokens = torch.tensor([base.first_token_id, *tokens[:-1].tolist()])
             prefix = compile_tokens(base.model, tokens)
+            if section.learns_embeddings(base):
+                read = ReadStart(base, tokens, frozen=int(section.sink))
+                return cls(section, base, prefix.flat().float(), read)
         return cls(section, base, prefix.flat().float())
 
     @classmethod
@@ -271,11 +316,12 @@ class PrefixTuning(Adapter):
         """The prefix in PEFT's layout, differentiable; the MLP runs once, not once per row."""
         row, column = self.first
         indices = torch.arange(self.virtual_tokens - row, device=self.start.device)
-        trained = self.start[row:, column:] + self.unit * self.encoder(indices)
+        start = self.start if self.read is None else self.read.flat()
+        trained = start[row:, column:] + self.unit * self.encoder(indices)
         if self.gates is not None:
             trained = self._gated(trained)
         if column:
-            trained = torch.cat([self.start[row:, :column], trained], dim=1)
+            trained = torch.cat([start[row:, :column], trained], dim=1)
         return torch.cat([self.start[:row], trained]) if row else trained
 
     def _gated(self, flat: Tensor) -> Tensor:
@@ -288,6 +334,12 @@ class PrefixTuning(Adapter):
         prefix = KVPrefix.from_flat(self.flat(), self.base.layout)
         prefix = replace(prefix, infix=self.infix)
         return prefix.to(self.base.model.device, self.base.model.dtype)
+
+    def own_rates(self) -> list[OwnRate]:
+        if self.read is None:
+            return []
+        rate = self.section.embedding_learning_rate
+        return [OwnRate([self.read.change], rate, self.section.beta2)]
 
     def own_files(self) -> AdapterFiles:
         config = peft_config_dict(self.config, self.base)
