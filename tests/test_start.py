@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from ptkit.errors import AdapterError, UserError
 from ptkit.formats.adapter_files import AdapterFiles, write_adapter
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, create_adapter
+from ptkit.methods.p_tuning import PTuning
 from ptkit.methods.prefix_tuning import PrefixTuning
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import load_recipe
@@ -264,6 +265,31 @@ def test_a_prefix_learns_what_prompt_tuning_does_and_more(family: str, sink: boo
     assert adapter.read.change.grad is not None
     assert bool(adapter.read.change.grad.any())
     assert_same(adapter_from_files(adapter.files(), base).prefix(), adapter.prefix().detach())
+
+
+def test_the_embeddings_that_p_tunings_encoder_adds_to_learn(family: str) -> None:
+    base = random_base(family)
+    plain = make(base, "p_tuning", learn_embeddings=False)
+    adapter = make(base, "p_tuning")
+    assert isinstance(plain, PTuning)
+    assert isinstance(adapter, PTuning)
+    assert plain.own_rates() == make(base, "p_tuning", start="random").own_rates() == []
+    (own,) = adapter.own_rates()
+    (change,) = own.parameters
+    values = torch.randn_like(change)
+    with torch.no_grad():
+        for mine, other in zip(
+            adapter.encoder.parameters(), plain.encoder.parameters(), strict=True
+        ):
+            mine.add_(0.01)
+            other.copy_(mine)
+        change.copy_(values)
+    size = base.embedding(torch.tensor([9, 6, 9, 7])).square().mean().sqrt()
+    expected = plain.embeddings() + size * values
+    torch.testing.assert_close(adapter.embeddings(), expected)
+    assert adapter.trainable_parameters == plain.trainable_parameters + values.numel()
+    read = adapter_from_files(adapter.files(), base)
+    assert_same(read.prefix().detach(), adapter.prefix().detach())
 
 
 def test_embeddings_learn_where_they_can_and_are_refused_where_not(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """P-tuning: soft embeddings produced by a small encoder (Liu et al. 2021, section 3).
 
-"GPT Understands, Too", https://arxiv.org/abs/2103.10385. PEFT's `PromptEncoder` is the encoder.
+"GPT Understands, Too", https://arxiv.org/abs/2103.10385. PEFT's `PromptEncoder` is the encoder; its
+output is added to embeddings that learn as well (Razdaibiedina et al. 2023, "Residual Prompt
+Tuning", https://arxiv.org/abs/2305.03937).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
-from ptkit.methods.adapter import Demonstrations, register
+from ptkit.methods.adapter import Demonstrations, OwnRate, register
 from ptkit.methods.soft_prompt import ENCODER_PROMPT, SoftPrompt, prompt_learning_shape
 from ptkit.methods.start import PromptMethodSection, rms
 from ptkit.recipe.schema import register_method
@@ -42,6 +44,10 @@ class PTuningSection(PromptMethodSection):
     """AdamW's peak learning rate (for the encoder's weights; its output is in units of twenty times
     the size of the start's embeddings). `auto`: of four, the one nearest the default that
     learns enough in a short test before the run."""
+    learn_embeddings: bool = True
+    """Train the embeddings that the encoder's output is added to, too. `start: random` has none."""
+    embedding_learning_rate: float = Field(default=6.0, gt=0)
+    """AdamW's peak learning rate of these embeddings, in units of their size (RMS) at the start."""
 
 
 @register
@@ -50,11 +56,13 @@ class PTuning(SoftPrompt):
 
     With a start other than `random` the encoder's last layer begins at zero and its output is
     added to the start's embeddings, in units of `OUTPUT_SCALE` times their RMS, so training departs
-    from real tokens; the exported file holds the sum, as PEFT expects.
+    from real tokens. So does a change `[num_virtual_tokens, hidden]` learnt beside it; the exported
+    file holds the sum, as PEFT expects.
     """
 
     section_class = PTuningSection
     peft_types = ("P_TUNING", ENCODER_PROMPT)
+    section: PTuningSection
     start: Tensor
     unit: Tensor
 
@@ -70,10 +78,13 @@ class PTuning(SoftPrompt):
         )
         device = base.model.device
         self.encoder = PromptEncoder(self.config).to(device)
+        self.change: nn.Parameter | None = None
         if start is None:
-            start, unit = torch.tensor(0.0), torch.tensor(1.0)
+            start, unit, self.scale = torch.tensor(0.0), torch.tensor(1.0), 1.0
         else:
-            unit = OUTPUT_SCALE * rms(start)
+            unit, self.scale = rms(start), OUTPUT_SCALE
+            if section.learn_embeddings:
+                self.change = nn.Parameter(torch.zeros_like(start, device=device))
             last = self.encoder.mlp_head[-1]
             assert isinstance(last, nn.Linear)
             nn.init.zeros_(last.weight)
@@ -100,7 +111,15 @@ class PTuning(SoftPrompt):
 
     def embeddings(self) -> Tensor:
         indices = torch.arange(self.virtual_tokens, device=self.start.device)
-        return self.start + self.unit * self.encoder(indices[None])[0]
+        moved = self.scale * self.encoder(indices[None])[0]
+        if self.change is not None:
+            moved = moved + self.change
+        return self.start + self.unit * moved
+
+    def own_rates(self) -> list[OwnRate]:
+        if self.change is None:
+            return []
+        return [OwnRate([self.change], self.section.embedding_learning_rate, self.section.beta2)]
 
 
 def _is_width(value: object) -> bool:
