@@ -246,7 +246,8 @@ def test_a_prefix_learns_what_prompt_tuning_does_and_more(family: str, sink: boo
     assert isinstance(adapter, PrefixTuning)
     assert adapter.read is not None
     (own,) = adapter.own_rates()
-    assert [*own.parameters] == [adapter.read.change]
+    assert own.parameters == [adapter.read.change]
+    assert own.learning_rate is None  # what is said of the method's rate is said of both
     words = [base.first_token_id, 1, 2, 3] if sink else [1, 2, 3, 4]
     embeddings = base.embedding(torch.tensor(words)).detach()
     frozen = int(sink)

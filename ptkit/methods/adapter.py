@@ -47,11 +47,16 @@ class Demonstrations:
 
 @dataclass(frozen=True)
 class OwnRate:
-    """Parameters and what AdamW is told of them; beta2: decay of the squared gradients."""
+    """Parameters and what AdamW is told of them.
+
+    learning_rate: peak, or None: `factor` times the method's own
+    beta2: decay of the squared gradients; None: the method's own
+    """
 
     parameters: list[nn.Parameter]
-    learning_rate: float
-    beta2: float = 0.999
+    learning_rate: float | None = None
+    beta2: float | None = 0.999
+    factor: float = 1.0
 
 
 class Adapter(nn.Module):

@@ -26,6 +26,8 @@ from ptkit.runtime.base_model import Base
 #: amount, and a rate that the encoder's hidden units live through changes the embeddings too
 #: little; like this, a step changes them about as much as one of prompt tuning does.
 OUTPUT_SCALE = 20.0
+#: Times the encoder's rate, for the embeddings it adds to: as fast as prompt tuning's.
+EMBEDDING_RATE = 200.0
 
 
 @register_method
@@ -46,8 +48,6 @@ class PTuningSection(PromptMethodSection):
     learns enough in a short test before the run."""
     learn_embeddings: bool = True
     """Train the embeddings that the encoder's output is added to, too. `start: random` has none."""
-    embedding_learning_rate: float = Field(default=6.0, gt=0)
-    """AdamW's peak learning rate of these embeddings, in units of their size (RMS) at the start."""
 
 
 @register
@@ -119,7 +119,7 @@ class PTuning(SoftPrompt):
     def own_rates(self) -> list[OwnRate]:
         if self.change is None:
             return []
-        return [OwnRate([self.change], self.section.embedding_learning_rate, self.section.beta2)]
+        return [OwnRate([self.change], beta2=None, factor=EMBEDDING_RATE)]
 
 
 def _is_width(value: object) -> bool:

@@ -29,7 +29,7 @@ from ptkit.methods.adapter import (
 )
 from ptkit.methods.gate_files import without_gate
 from ptkit.methods.peft_tensors import virtual_tokens_of
-from ptkit.methods.read_start import ReadStart
+from ptkit.methods.read_start import EMBEDDING_RATE, ReadStart
 from ptkit.methods.start import PromptMethodSection, start_files, start_shares, start_tokens
 from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import register_method
@@ -100,8 +100,6 @@ class PrefixTuningSection(PrefixSettings):
     """Train the embeddings of the start's tokens as well: the prefix is what the base makes of
     them, as in prompt tuning, plus what is learnt at every layer. Folded at export. null: where it
     can be, with a start of tokens, no `trained_layers` and no MLP, on a decoder without states."""
-    embedding_learning_rate: float = Field(default=6.0, gt=0)
-    """AdamW's peak learning rate of these embeddings, in units of their size (RMS) at the start."""
 
     @model_validator(mode="after")
     def _embeddings_are_read(self) -> PrefixTuningSection:
@@ -338,8 +336,7 @@ class PrefixTuning(Adapter):
     def own_rates(self) -> list[OwnRate]:
         if self.read is None:
             return []
-        rate = self.section.embedding_learning_rate
-        return [OwnRate([self.read.change], rate, self.section.beta2)]
+        return [OwnRate([self.read.change], beta2=None, factor=EMBEDDING_RATE)]
 
     def own_files(self) -> AdapterFiles:
         config = peft_config_dict(self.config, self.base)

@@ -15,6 +15,10 @@ from ptkit.methods.start import rms, start_embeddings
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.compile import compile_embeddings
 
+#: Times the rate of keys and values. Both count in units of their own size, but embeddings stand
+#: long steps, as in prompt tuning.
+EMBEDDING_RATE = 60.0
+
 
 class ReadStart(nn.Module):
     """What the base makes of real tokens plus a learnt change of their embeddings.

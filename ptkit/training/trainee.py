@@ -73,13 +73,15 @@ class Job:
             )
 
 
-def _groups(adapter: Adapter, head_learning_rate: float) -> list[dict[str, Any]]:
+def _groups(job: Job) -> list[dict[str, Any]]:
     """What AdamW is given: the adapter's parameters, and those with a rate of their own."""
+    adapter, head_learning_rate = job.adapter, job.settings.head_learning_rate
     trained = adapter.trainable().values()
-    apart: list[dict[str, Any]] = [
-        {"params": own.parameters, "lr": own.learning_rate, "betas": (0.9, own.beta2)}
-        for own in adapter.own_rates()
-    ]
+    apart: list[dict[str, Any]] = []
+    for own in adapter.own_rates():
+        rate = own.factor * job.learning_rate if own.learning_rate is None else own.learning_rate
+        beta2 = job.beta2 if own.beta2 is None else own.beta2
+        apart.append({"params": own.parameters, "lr": rate, "betas": (0.9, beta2)})
     if adapter.head is not None:
         apart.append({"params": [*adapter.head.parameters()], "lr": head_learning_rate})
     elsewhere = {parameter for group in apart for parameter in group["params"]}
@@ -99,7 +101,7 @@ class Trainee:
         self.job, self.adapter, self.settings = job, job.adapter, job.settings
         self.parameters = list(job.adapter.trainable().values())
         self.plain_optimizer = torch.optim.AdamW(
-            _groups(job.adapter, self.settings.head_learning_rate),
+            _groups(job),
             lr=job.learning_rate,
             betas=(0.9, job.beta2),
             weight_decay=self.settings.weight_decay,
