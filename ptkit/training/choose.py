@@ -222,13 +222,14 @@ def _rate(section: MethodSection, make: Make, folder: Path) -> dict[str, Any]:
 
 def nearest_good(rates: Sequence[float], learnt: Sequence[float], default: float) -> float:
     """Of `rates`, the one nearest to `default` (as a ratio) that learns at least `ENOUGH` of what
-    the best one does; where none learns anything, the one that harms least.
+    the best one does; where none learns anything, the one that harms least. None above the default
+    while one below it is good: the default is too high then, and what is higher has been lucky.
 
     learnt: by how much each lowered the loss
     """
     best = max(learnt)
     good = [r for r, own in zip(rates, learnt, strict=True) if own >= min(best, ENOUGH * best)]
-    return min(good, key=lambda rate: abs(math.log(rate / default)))
+    return min(good, key=lambda rate: (rate > default, abs(math.log(rate / default))))
 
 
 def _miniature(job: Job, rates: int, run: Path) -> Job:
