@@ -309,9 +309,9 @@ def test_a_run_fits_one_and_goes_on_without_it(tmp_path: Path) -> None:
     assert files.info["gate"] == found["gate"]
     trained = without_gate(files)
     values = sum(t.numel() for t in files.tensors.values())
-    assert (
-        found["trainable_parameters"] == values > sum(t.numel() for t in trained.tensors.values())
-    )
+    assert values > sum(t.numel() for t in trained.tensors.values())
+    read = 10 * 256  # embeddings that learn as well, folded at export
+    assert found["trainable_parameters"] == values + read
     assert "a gate opens for" in ptkit("inspect", folder, cwd=tmp_path).stdout
     ptkit(*chosen, "--out", "plain", cwd=tmp_path)
     (other,) = tmp_path.glob("plain/**/adapter")

@@ -155,9 +155,14 @@ def test_what_plain_peft_loads_part_by_part_is_the_adapter(family: str, tmp_path
     )
 
 
-def test_each_part_learns_at_its_own_rate() -> None:
+def job_of(adapter: Adapter, run: Path) -> Job:
+    settings = TrainSection(steps=1, head_learning_rate=1e-2)
+    return Job(adapter, rows(4, 1), rows(2, 2), settings, 0.2, 0, run)
+
+
+def test_each_part_learns_at_its_own_rate(tmp_path: Path) -> None:
     adapter = both(random_base("llama"), learning_rate=0.2, lora_learning_rate=3e-3, beta2=0.9)
-    rest, matrices = _groups(adapter, 1e-2)
+    rest, matrices = _groups(job_of(adapter, tmp_path))
     assert [n for n, p in adapter.trainable().items() if p is rest["params"][0]] == [
         "prefix_tuning.encoder.embedding.weight"
     ]
@@ -166,7 +171,7 @@ def test_each_part_learns_at_its_own_rate() -> None:
     assert (matrices["lr"], matrices["betas"]) == (3e-3, (0.9, 0.999))
     assert len(matrices["params"]) == len(adapter.lora.trainable()) > 10
     headed = adapter_on(random_classifier("llama"), "prefix_lora")
-    groups = _groups(headed, 1e-2)
+    groups = _groups(job_of(headed, tmp_path))
     assert [g.get("lr") for g in groups] == [None, 2e-3, 1e-2]
     counted = [p for g in groups for p in g["params"]]
     assert len(counted) == len(set(counted)) == len(headed.trainable())
@@ -178,7 +183,8 @@ def test_without_a_rate_the_lora_leaves_prefix_tuning(tmp_path: Path) -> None:
     curves, ended = [], []
     for kind in ("prefix_tuning", "prefix_lora"):
         base = random_base("qwen3")
-        own = {"lora_learning_rate": 1e-30} if kind == "prefix_lora" else {}
+        lora = kind == "prefix_lora"
+        own = {"lora_learning_rate": 1e-30} if lora else {"learn_embeddings": False}
         section = method_section({"kind": kind, "num_virtual_tokens": 4, **own})
         torch.manual_seed(0)
         adapter = ADAPTERS[kind].create(section, base, Demonstrations(["w1 w2 w3 w4"], 0))

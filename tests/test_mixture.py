@@ -144,7 +144,8 @@ def test_an_empty_input_leaves_the_weights_to_the_bias() -> None:
 def test_one_prefix_alone_is_prefix_tuning_step_for_step(family: str, tmp_path: Path) -> None:
     curves, ended = [], []
     settings = TrainSection(steps=10, batch_size=4, warmup_steps=1, eval_every=2, save_every=5)
-    for kind, own in (("prefix_tuning", {}), ("prefix_mixture", {"prefixes": 1})):
+    alone = ("prefix_tuning", {"learn_embeddings": False})
+    for kind, own in (alone, ("prefix_mixture", {"prefixes": 1})):
         base = random_base(family)
         section = method_section({"kind": kind, "num_virtual_tokens": 4, **own})
         torch.manual_seed(0)
@@ -190,7 +191,7 @@ def test_gradients_reach_what_is_learnt_and_nothing_else(tmp_path: Path) -> None
     assert {n for n, grad in found.items() if grad is not None} == set(frozen.trainable())
     gate_alone = mixture(base, adapters=folders, prefixes=0)
     assert set(gate_alone.trainable()) == {"gate.weight", "gate.bias"}
-    (group,) = _groups(gate_alone, 1e-2)
+    (group,) = _groups(Job(gate_alone, part, part, TrainSection(steps=1), 0.1, 0, tmp_path))
     assert group["lr"] == gate_alone.section.gate_learning_rate == 1e-2
     started = mixture(base, adapters=folders, prefixes=0, train_adapters=True)
     assert set(started.trainable()) == {n for n, _ in started.named_parameters()}

@@ -12,10 +12,16 @@ from conftest import random_base
 from ptkit.data.encode import EncodedExample, length_grouped_batches
 from ptkit.errors import AdapterError, PtkitError
 from ptkit.formats.adapter_files import read_adapter, write_adapter
-from ptkit.methods import ADAPTERS, Demonstrations, adapter_from_files, require_same_base
-from ptkit.recipe.schema import TrainSection
+from ptkit.methods import (
+    ADAPTERS,
+    Demonstrations,
+    adapter_from_files,
+    create_adapter,
+    require_same_base,
+)
+from ptkit.recipe.schema import TrainSection, method_section
 from ptkit.training.loop import fit as fit_jobs
-from ptkit.training.trainee import Job, StepReport
+from ptkit.training.trainee import Job, StepReport, _groups
 
 TRAINED = {
     "prefix_tuning": {"num_virtual_tokens": 4},
@@ -203,6 +209,22 @@ def test_loss_that_is_not_finite_stops_the_run_with_the_fix(tmp_path: Path) -> N
     settings = TrainSection(steps=2, batch_size=4, warmup_steps=0)
     with pytest.raises(PtkitError, match="the loss became nan: lower the method's `learning_rate`"):
         fit(adapter, rows(8, 1), rows(4, 2), settings, 1e-2, seed=0, run=tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("prefix_tuning", 60.0), ("p_tuning", 200.0)])
+def test_embeddings_learn_at_a_multiple_of_the_methods_rate(kind, factor, tmp_path: Path) -> None:
+    section = method_section({"kind": kind, "num_virtual_tokens": 4, "start": "vocabulary"})
+    adapter = create_adapter(section, random_base("llama"), Demonstrations((), 0))
+    settings = TrainSection(steps=1)
+    rest, own = _groups(
+        Job(adapter, rows(4, 1), rows(2, 2), settings, 0.02, 0, tmp_path, beta2=0.9)
+    )
+    assert "lr" not in rest
+    assert own["lr"] == pytest.approx(factor * 0.02)
+    assert own["betas"] == (0.9, 0.9)
+    assert {id(p) for g in (rest, own) for p in g["params"]} == {
+        id(p) for p in adapter.trainable().values()
+    }
 
 
 def test_early_stopping_keeps_the_best_parameters(tmp_path: Path) -> None:
