@@ -32,6 +32,7 @@ from ptkit.formats import atomic
 from ptkit.formats.adapter_files import read_adapter
 from ptkit.methods import compile_files
 from ptkit.methods.gate_files import without_gate
+from ptkit.methods.prefix_tuning import PrefixTuningSection
 from ptkit.methods.start import PromptMethodSection
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import LoadedRecipe
@@ -70,8 +71,8 @@ class Plan:
     def target(self, out: Path, loaded: LoadedRecipe) -> LoadedRecipe:
         """A target's recipe: its method from its own start, and from every source."""
         (section,) = loaded.recipe.methods
-        # A start of another adapter has no embeddings that could learn, so none may here.
-        same = {"learn_embeddings": False} if hasattr(section, "learn_embeddings") else {}
+        # A prefix that starts from an adapter has no embeddings that could learn, so none may here.
+        same = {"learn_embeddings": False} if isinstance(section, PrefixTuningSection) else {}
         methods = [changed(section, same, OWN_START)]
         for source in self.sources:
             start = {

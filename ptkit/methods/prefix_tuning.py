@@ -29,7 +29,7 @@ from ptkit.methods.adapter import (
 )
 from ptkit.methods.gate_files import without_gate
 from ptkit.methods.peft_tensors import virtual_tokens_of
-from ptkit.methods.read_start import EMBEDDING_RATE, ReadStart
+from ptkit.methods.read_start import EMBEDDING_RATE, ReadStart, compiles_embeddings
 from ptkit.methods.start import PromptMethodSection, start_files, start_shares, start_tokens
 from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import register_method
@@ -116,7 +116,7 @@ class PrefixTuningSection(PrefixSettings):
 
     def learns_embeddings(self, base: Base) -> bool:
         """Whether the start learns on `base`. Raises ModelError where it is told to, and cannot."""
-        able = not (base.encoder or base.encoder_decoder or has_state(base.model))
+        able = compiles_embeddings(base)
         if self.learn_embeddings and not able:
             raise ModelError(
                 f"{base.id} cannot make a prefix of embeddings (it has an encoder, or layers that "

@@ -13,11 +13,17 @@ from torch import Tensor, nn
 
 from ptkit.methods.start import rms, start_embeddings
 from ptkit.runtime.base_model import Base
+from ptkit.runtime.cache import has_state
 from ptkit.runtime.compile import compile_embeddings
 
 #: Times the rate of keys and values. Both count in units of their own size, but embeddings stand
 #: long steps, as in prompt tuning.
 EMBEDDING_RATE = 60.0
+
+
+def compiles_embeddings(base: Base) -> bool:
+    """Whether `base` makes a KV prefix of embeddings: decoders whose layers keep no state do."""
+    return not (base.encoder or base.encoder_decoder or has_state(base.model))
 
 
 class ReadStart(nn.Module):

@@ -14,6 +14,7 @@ from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, peft_config_dict
 from ptkit.methods.peft_tensors import virtual_tokens_of
+from ptkit.methods.read_start import compiles_embeddings
 from ptkit.methods.start import (
     PromptMethodSection,
     start_embeddings,
@@ -23,7 +24,6 @@ from ptkit.methods.start import (
 )
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.cache import has_state
 from ptkit.runtime.compile import compile_embeddings
 
 
@@ -45,9 +45,9 @@ ENCODER_PROMPT = "PTKIT_ENCODER_PROMPT"
 
 def soft_prefix(base: Base, embeddings: Tensor) -> KVPrefix:
     """What `embeddings` `[virtual_tokens, hidden]` become on `base`; differentiable in them."""
-    if base.encoder or base.encoder_decoder or has_state(base.model):
-        return KVPrefix.of_embeddings(embeddings.to(base.model.dtype), base.layout)
-    return compile_embeddings(base.model, embeddings)
+    if compiles_embeddings(base):
+        return compile_embeddings(base.model, embeddings)
+    return KVPrefix.of_embeddings(embeddings.to(base.model.dtype), base.layout)
 
 
 class SoftPrompt(Adapter):
