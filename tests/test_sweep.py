@@ -50,21 +50,6 @@ def test_every_combination_is_planned_once_in_a_place_of_its_own(recipe_file: Pa
     assert planned[1].sweep == {"limits.train": 5, "num_virtual_tokens": 1}
 
 
-@pytest.mark.parametrize("sweep", ["{}", "{task.data.limits.train: [5, 10], train.steps: [2, 3]}"])
-def test_a_variant_says_no_more_than_its_recipe(recipe_file: Path, sweep: str) -> None:
-    """Data that lack a split nobody named fall back; a written default would be a name."""
-    recipe = load_recipe(recipe_file, [PREFIX, f"sweep={sweep}"]).recipe
-    for variant in expand(recipe):
-        data = variant.recipe.task.data
-        assert data.splits.model_fields_set == recipe.task.data.splits.model_fields_set == set()
-        if variant.settings:
-            assert data.limits.train == variant.settings["limits.train"]
-            assert variant.recipe.train.steps == variant.settings["train.steps"]
-    named = load_recipe(recipe_file, [PREFIX, "task.data.splits.test=test"]).recipe
-    (variant,) = expand(named)
-    assert variant.recipe.task.data.splits.model_fields_set == {"test"}
-
-
 def test_ranges_give_round_values() -> None:
     assert values_of(Range(low=1, high=512, steps=4, log=True)) == [1, 8, 64, 512]
     assert values_of(Range(low=0.001, high=1.0, steps=4, log=True)) == [0.001, 0.01, 0.1, 1.0]

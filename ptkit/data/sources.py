@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from ptkit.errors import DataError, did_you_mean
-from ptkit.recipe.schema import DataSection, resolve_path
+from ptkit.recipe.schema import DataSection, Splits, resolve_path
 
 BUILTIN = Path(__file__).resolve().parent / "builtin"
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -162,7 +162,7 @@ def _from_hub(section: DataSection) -> dict[str, Dataset]:
             continue
         if name in loaded:
             found[split] = loaded[name]
-        elif split in section.splits.model_fields_set:
+        elif name != Splits.model_fields[split].default:  # a name somebody gave is not replaced
             raise DataError(
                 f"hub data `{section.hub}` has no split `{name}`; {did_you_mean(name, loaded)}"
             )

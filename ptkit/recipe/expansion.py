@@ -47,17 +47,13 @@ def expand(recipe: Recipe) -> list[Variant]:
     outer = {k: v for k, v in recipe.sweep.items() if not k.startswith("methods.")}
     variants = []
     for settings in _combinations(outer):
-        whole = recipe.model_dump(exclude={"sweep", "methods"})
-        # What the recipe leaves out stays left out: a split that it names must be there, say.
-        data = recipe.model_dump(exclude={"sweep", "methods"}, exclude_unset=True)
+        data = recipe.model_dump(exclude={"sweep", "methods"})
         for key, value in settings.items():
-            path = key.split(".")
-            _set(whole, path, value, key)
-            _set_anew(data, path, value)
+            _set(data, key.split("."), value, key)
         entries = [e for method in recipe.methods for e in _entries(method, recipe)]
         data["methods"] = [entry.section.model_dump() for entry in entries]
         # These two name the methods as the recipe does, not as the entries made of them.
-        data |= {"budget": None, "evaluate": {**data.get("evaluate", {}), "baseline": None}}
+        data |= {"budget": None, "evaluate": {**data["evaluate"], "baseline": None}}
         try:
             varied = Recipe.model_validate(data)
         except ValidationError as error:
@@ -160,13 +156,6 @@ def _set(data: Any, path: list[str], value: Any, key: str) -> None:
         if position == len(path) - 1:
             data[part] = copy.deepcopy(value)
         data = data[part]
-
-
-def _set_anew(data: dict[str, Any], path: list[str], value: Any) -> None:
-    """Put `value` at `path` in nested dicts, which may not have come so far."""
-    for part in path[:-1]:
-        data = data.setdefault(part, {})
-    data[path[-1]] = copy.deepcopy(value)
 
 
 def _require(name: str, known: Any, fault: str) -> None:
