@@ -241,6 +241,32 @@ def test_early_stopping_keeps_the_best_parameters(tmp_path: Path) -> None:
     assert progress.best_step < progress.step
 
 
+@pytest.mark.parametrize(
+    ("train_rows", "validation_rows", "accumulation", "validated_at"),
+    [
+        (30, 8, 1, [8, 16, 24, 32, 40, 48, 52]),
+        (8, 30, 1, [8, 16, 24, 32, 40, 48, 52]),
+        (30, 8, 2, [4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52]),
+        (300, 8, 1, [50, 52]),
+    ],
+)
+def test_few_rows_are_validated_on_as_often_as_they_are_read(
+    train_rows: int,
+    validation_rows: int,
+    accumulation: int,
+    validated_at: list[int],
+    tmp_path: Path,
+) -> None:
+    settings = TrainSection(
+        steps=52, batch_size=4, warmup_steps=1, gradient_accumulation=accumulation
+    )
+    adapter = fresh("prompt_tuning", random_base("llama"))
+    progress = fit(
+        adapter, rows(train_rows, 1), rows(validation_rows, 2), settings, 0.01, seed=0, run=tmp_path
+    )
+    assert [entry["step"] for entry in progress.curve] == validated_at
+
+
 def test_training_goes_on_from_a_saved_adapter(tmp_path: Path) -> None:
     for name in ("prefix_tuning", "prompt_tuning", "p_tuning", "lora"):
         first, progress = train(name, tmp_path / name)

@@ -303,8 +303,10 @@ class TrainSection(Section):
     the device has instructions for it, and `no` elsewhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    eval_every: Annotated[int, Field(gt=0)] = 50
-    """Steps between validation losses; the best checkpoint by that loss is what is kept."""
+    eval_every: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    """Steps between validation losses; the best checkpoint by that loss is what is kept. `auto` is
+    50, or where there are fewer the steps in which as many rows are trained on as there are of
+    training or of validation, whichever are more: with few rows the best step comes early."""
     save_every: Annotated[int, Field(gt=0)] = 50
     """Steps between saves from which a killed run resumes."""
     context_cache_mb: Annotated[int, Field(ge=0)] = 2000
