@@ -195,7 +195,7 @@ def test_samplers_suggest_within_the_space_and_repeat() -> None:
 def test_comparisons_of_several_machines_become_one(recipe_file: Path, tmp_path: Path) -> None:
     settings = {
         "a": [PREFIX, "seeds=[0]"],
-        "b": [PREFIX, "seeds=[1]"],
+        "b": [PREFIX, "seeds=[1]", "train.together=2"],
         "c": ["methods=[{kind: lora, rank: 2}]", "seeds=[0, 1]"],
         "whole": [
             "methods=[{kind: base}, {kind: prefix_tuning, num_virtual_tokens: 4}, "

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ptkit.comparison.grid import claim_folder, plan
 from ptkit.errors import UserError
 from ptkit.formats import atomic
 from ptkit.recipe import LoadedRecipe, load_recipe
+from ptkit.recipe.schema import TrainSection
 from ptkit.training.record import CellRecord
 
 #: What parts of one comparison, made on different machines, may differ in.
-OWN = {"name", "description", "seeds", "methods"}
+OWN: dict[str, Any] = {
+    **dict.fromkeys(("name", "description", "seeds", "methods"), True),
+    "train": TrainSection.NOT_OF_RESULT,
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ def merge(parts: Sequence[Comparison], out: Path) -> Comparison:
     """One comparison in `out` with the methods, seeds and cells of all `parts`.
 
     Only records and predictions are copied. Raises UserError when the parts' recipes differ in
-    more than name, seeds and methods, when they call different settings by one name, or when two
+    more than `OWN`, when they call different settings by one name, or when two
     hold different results for one cell.
     """
     first = parts[0]

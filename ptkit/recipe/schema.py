@@ -281,6 +281,9 @@ class RetainSection(Section):
 class TrainSection(Section):
     """How each cell is trained."""
 
+    #: Settings that a result does not depend on, only what it takes and where it is logged.
+    NOT_OF_RESULT: ClassVar[set[str]] = {"context_cache_mb", "report_to", "together"}
+
     steps: Annotated[int, Field(gt=0)] = 300
     """Optimiser steps."""
     batch_size: Annotated[int, Field(gt=0)] = 16

@@ -176,7 +176,7 @@ def distill(
         "chunks": len(read.chunks),
         "texts": texts,
         "text_tokens": text_tokens,
-        "train": settings.model_dump(exclude={"report_to", "context_cache_mb"}),
+        "train": settings.model_dump(exclude=TrainSection.NOT_OF_RESULT),
         "seed": seed,
     }, WHAT, alone=True)  # fmt: skip
     if (folder / "record.json").exists():

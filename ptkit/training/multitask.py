@@ -240,7 +240,7 @@ def _claim(
     identity = {
         "base": first.base.fingerprint,
         "method": section.model_dump(),
-        "train": first.recipe.train.model_dump(exclude={"report_to", "context_cache_mb"}),
+        "train": first.recipe.train.model_dump(exclude=first.recipe.train.NOT_OF_RESULT),
         "seed": seed,
         "tasks": {
             name: {"task": e.recipe.task.model_dump(), "data": e.data_fingerprint(seed)}

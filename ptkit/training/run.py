@@ -225,7 +225,7 @@ def claim(experiment: Experiment, cell: Cell) -> None:
         "base_fingerprint": experiment.base.fingerprint,
         "data_fingerprint": experiment.data_fingerprint(cell.seed),
         "task": recipe.task.model_dump(),
-        "train": recipe.train.model_dump(exclude={"report_to", "context_cache_mb"}),
+        "train": recipe.train.model_dump(exclude=recipe.train.NOT_OF_RESULT),
         "retention": recipe.retention and recipe.retention.model_dump(),
         "method": cell.method.model_dump(),
         "adapters": _named_adapters(cell.method, experiment.folder),
