@@ -50,6 +50,18 @@ def test_every_combination_is_planned_once_in_a_place_of_its_own(recipe_file: Pa
     assert planned[1].sweep == {"limits.train": 5, "num_virtual_tokens": 1}
 
 
+@pytest.mark.parametrize("sweep", ["{}", "{task.data.limits.train: [5, 10], train.steps: [2, 3]}"])
+def test_a_variant_is_its_recipe_but_for_what_is_swept(recipe_file: Path, sweep: str) -> None:
+    recipe = load_recipe(recipe_file, [PREFIX, f"sweep={sweep}"]).recipe
+    expected = recipe.model_dump(exclude={"sweep"})
+    for variant in expand(recipe):
+        assert variant.recipe.task.data.splits == recipe.task.data.splits
+        if variant.settings:
+            expected["task"]["data"]["limits"]["train"] = variant.settings["limits.train"]
+            expected["train"]["steps"] = variant.settings["train.steps"]
+        assert variant.recipe.model_dump(exclude={"sweep"}) == expected
+
+
 def test_ranges_give_round_values() -> None:
     assert values_of(Range(low=1, high=512, steps=4, log=True)) == [1, 8, 64, 512]
     assert values_of(Range(low=0.001, high=1.0, steps=4, log=True)) == [0.001, 0.01, 0.1, 1.0]

@@ -48,8 +48,8 @@ def merge(parts: Sequence[Comparison], out: Path) -> Comparison:
     """One comparison in `out` with the methods, seeds and cells of all `parts`.
 
     Only records and predictions are copied. Raises UserError when the parts' recipes differ in
-    more than `OWN`, when they call different settings by one name, or when two
-    hold different results for one cell.
+    more than name, seeds, methods and what a result does not depend on, when they call different
+    settings by one name, or when two hold different results for one cell.
     """
     first = parts[0]
     shared = first.loaded.recipe.model_dump(exclude=OWN)

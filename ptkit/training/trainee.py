@@ -95,8 +95,9 @@ def _groups(job: Job) -> list[dict[str, Any]]:
 
 
 def _validate_every(job: Job, processes: int) -> int:
-    """Steps between validations; found by `eval_every: auto`, they take a quarter of the time at
-    most, for a row that is trained on is read forwards and backwards."""
+    """Steps between validations. With `auto`, no more rows are validated on than were trained on
+    since the last time, as long as `SELDOM_STEPS` is not sooner: a quarter of the time at most, for
+    a row that is trained on is read backwards, too."""
     settings = job.settings
     if settings.eval_every != "auto":
         return settings.eval_every
