@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import MethodSummary, summarise
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import EvaluateSection, Recipe
+from ptkit.training.record import CellRecord
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ROOT / "recipes" / "defaults-tiny.yaml"
@@ -81,6 +83,10 @@ class Task:
         record = next(iter(self.of.values())).records[0]
         self.head = f"{self.recipe.name}: {record.score}"
 
+    def records_of(self, method: str) -> list[CellRecord]:
+        """The records of `method`'s seeds; none where the task was run without it."""
+        return self.of[method].records if method in self.of else []
+
     def _against(self, folder: Path, other: str) -> dict[str, MethodSummary]:
         """Every prompt method's rows compared with its row called `other`."""
         rows = {}
@@ -128,11 +134,15 @@ def tables(folders: list[Path]) -> str:
             "",
         ]
     if any(method.endswith(", auto") for method in methods):
-        lines += ["### `start: auto` and `learning_rate: auto` minus the default", ""]
+        lines += ["### `learning_rate: auto` minus the default", ""]
         lines += differences(head, [t.fixed for t in tasks], "auto")
-        lines += ["### What `auto` chose, and the share of the run's rows it read", ""]
-        lines += table(head, ([p, *(chosen(t, f"{p}, auto") for t in tasks)] for p in PROMPTS))
-        lines += ["Start and rate of each seed. A row that is scored only counts half.", ""]
+    lines += ["### What `auto` chose, and the share of the run's rows it read", ""]
+    asked = [m for m in methods if any(r.chosen for t in tasks for r in t.records_of(m))]
+    lines += table(head, ([m, *(chosen(t, m) for t in tasks)] for m in asked))
+    lines += [
+        "Start (and rate), and of how many seeds where they differ. A row that is scored only "
+        "counts half.", "",
+    ]  # fmt: skip
     lines += ["### Forgetting", ""]
     lines += table(
         head, ([m, *cells(m, lambda s: figures.forgetting(s.forgetting))] for m in methods)
@@ -156,22 +166,25 @@ def differences(head: Iterable[str], tasks: list[dict[str, MethodSummary]], row:
 
 def chosen(task: Task, method: str) -> str:
     """What the cells of `method` found, and what finding it cost."""
-    if method not in task.of:
-        return figures.NONE
     found, share = [], 0.0
     train = task.recipe.train
     rows = train.steps * train.batch_size * train.gradient_accumulation
-    for record in task.of[method].records:
+    for record in task.records_of(method):
         choice = record.chosen
         assert choice is not None
         text = choice.get("start_text")
-        named = choice["start"] if text is None else f"{text[:24]!r}".replace("|", "\\|")
-        found.append(f"{named}, {choice['learning_rate']:g}")
-        scored = len(choice["starts"]) * choice["start_rows"]
-        scored += (1 + len(choice["rates"])) * choice["rate_judged"]
-        stepped = len(choice["rates"]) * choice["rate_steps"] * choice["rate_batch"]
-        share = max(share, (stepped + scored / 2) / rows)
-    return f"{'; '.join(found)} ({share:.0%})"
+        start = choice["start"] if text is None else f"{text[:24]!r}".replace("|", "\\|")
+        read = len(choice["starts"]) * choice["start_rows"] / 2
+        if "rates" in choice:
+            start += f", {choice['learning_rate']:g}"
+            read += (1 + len(choice["rates"])) * choice["rate_judged"] / 2
+            read += len(choice["rates"]) * choice["rate_steps"] * choice["rate_batch"]
+        found.append(start)
+        share = max(share, read / rows)
+    if not found:
+        return figures.NONE
+    alike = [f"{start} ({n} of {len(found)})" for start, n in Counter(found).most_common()]
+    return f"{'; '.join(alike if len(alike) > 1 else found[:1])} [{share:.0%}]"
 
 
 def main() -> None:

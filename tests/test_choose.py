@@ -14,6 +14,7 @@ from test_train import Killed, rows
 
 from ptkit.comparison.grid import run_grid
 from ptkit.comparison.outputs import write_outputs
+from ptkit.data.encode import EncodedExample
 from ptkit.data.task import Example
 from ptkit.errors import PtkitError, UserError
 from ptkit.methods import Demonstrations, create_adapter
@@ -132,7 +133,7 @@ def test_the_rate_nearest_the_default_that_learns_enough(learnt: list, chosen: f
 
 def test_rates_are_judged_by_miniature_runs(tmp_path: Path) -> None:
     base = random_base("llama")
-    choice, made = run(base, tmp_path / "a", learning_rate="auto")
+    choice, made = run(base, tmp_path / "a", start="task", learning_rate="auto")
     found = choice.record
     assert found is not None
     tried = {t["rate"]: t["loss"] for t in found["rates"]}
@@ -183,8 +184,49 @@ def test_a_run_too_short_to_find_anything_in_is_refused(tmp_path: Path) -> None:
     short = STEPS.model_copy(update={"steps": 40})
     with pytest.raises(UserError, match=r"steps each with `train\.steps: 40`.*give a rate"):
         run(random_base("gpt2"), tmp_path, short, learning_rate="auto")
-    with pytest.raises(UserError, match=r"`train\.steps: 2` leaves no row for; name a start"):
-        run(random_base("gpt2"), tmp_path, STEPS.model_copy(update={"steps": 2}), start="auto")
+
+
+def test_a_run_too_short_to_tell_starts_apart_takes_its_own(tmp_path: Path) -> None:
+    untried = {"start": "task", "starts": [], "start_rows": 0}
+    for name, changed, tries in (
+        ("short", {"steps": 10}, False),
+        ("long enough", {"steps": 400}, True),
+        ("few rows", {"batch_size": 3}, False),  # no batch that would tell them apart
+    ):
+        steps = STEPS.model_copy(update=changed)
+        choice, _ = run(random_base("gpt2"), tmp_path / name, steps)
+        assert choice.record is not None
+        assert (choice.record != untried) == tries
+        assert tries or choice.section.start == "task"  # type: ignore[attr-defined]
+
+
+def test_starts_are_scored_on_rows_they_are_not_made_of(tmp_path: Path, monkeypatch) -> None:
+    """In batches no larger than a validation's."""
+    made_of: list[Example] = []
+    scored: list[tuple[int, ...]] = []
+    sizes = []
+
+    def starts(task: ClassificationTask, examples: list[Example], seed: int) -> list[dict]:
+        made_of.extend(examples)
+        return real(task, examples, seed)
+
+    def collated(part: list[EncodedExample], base: Base) -> dict[str, torch.Tensor]:
+        sizes.append(len(part))
+        scored.extend(tuple(row.input_ids) for row in part)
+        return collate(part, base)
+
+    real = choosing.starts
+    monkeypatch.setattr(choosing, "starts", starts)
+    monkeypatch.setattr(choosing, "collate", collated)
+    choice, made = run(random_base("gpt2"), tmp_path)
+    assert choice.record is not None
+    tried, rows = choice.record["starts"], choice.record["start_rows"]
+    assert len(scored) == len(tried) * rows
+    assert max(sizes) == 2 * STEPS.batch_size
+    of = {EXAMPLES.index(example) for example in made_of}
+    trained = [tuple(row.input_ids) for row in made[0].train]
+    assert len(of) + len(set(scored)) == len(EXAMPLES) == len(trained)
+    assert not of & {trained.index(ids) for ids in scored}
 
 
 def test_rates_that_cannot_share_a_batch_are_refused(tmp_path: Path) -> None:
@@ -193,15 +235,20 @@ def test_rates_that_cannot_share_a_batch_are_refused(tmp_path: Path) -> None:
         run(random_base("gpt2"), tmp_path, half, learning_rate="auto")
 
 
-def test_a_task_with_a_head_is_refused(tmp_path: Path) -> None:
+def test_with_a_head_the_start_is_its_own_and_no_rate_is_found(tmp_path: Path) -> None:
     task = SequenceClassificationTask(
         kind="sequence_classification", data={"builtin": "message-routing"}, input="{message}",
         labels=["a", "b"],
     )  # fmt: skip
-    for left in ({"start": "auto"}, {"learning_rate": "auto"}):
-        section = method_section({"kind": "prefix_tuning", **left})
-        with pytest.raises(UserError, match="classification head of its own; give"):
-            choose(section, lambda _: pytest.fail("nothing is made"), task, EXAMPLES, tmp_path)
+
+    def make(_: MethodSection) -> Job:
+        pytest.fail("nothing is made")
+
+    section = method_section({"kind": "prefix_tuning", "learning_rate": "auto"})
+    with pytest.raises(UserError, match="classification head of its own; give a rate"):
+        choose(section, make, task, EXAMPLES, tmp_path)
+    choice = choose(method_section({"kind": "prefix_tuning"}), make, task, EXAMPLES, tmp_path)
+    assert choice.section.start == "task"  # type: ignore[attr-defined]
 
 
 def test_killed_while_choosing_the_same_is_chosen(tmp_path: Path, monkeypatch) -> None:
@@ -234,6 +281,10 @@ def test_every_prompt_method_can_be_left_open() -> None:
     for kind in kinds:
         assert choosing.is_open(method_section({"kind": kind, "learning_rate": "auto"}))
         assert choosing.is_open(method_section({"kind": kind, "start": "auto"}))
+        assert choosing.is_open(method_section({"kind": kind})), "the default"
+        assert not choosing.is_open(method_section({"kind": kind, "start": "task"}))
+    for kind in ("prefix_lora", "prefix_mixture"):
+        assert not choosing.is_open(method_section({"kind": kind})), "they cannot share a batch"
     assert not choosing.is_open(method_section({"kind": "lora"}))
 
 

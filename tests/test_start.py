@@ -322,9 +322,15 @@ def test_every_start_is_made(tmp_path: Path) -> None:
     names = ADAPTERS["prompt_tuning"].section_class.model_fields["start"].annotation.__args__
     assert len(names) >= 8
     for start in names:
-        if start == "auto":
-            with pytest.raises(UserError, match="resolved by a run"):
-                make(base, "prompt_tuning", start=start)
-        else:
-            made = make(base, "prompt_tuning", tmp_path, start=start, **needs.get(start, {}))
-            assert made.prefix().virtual_tokens == 4
+        made = make(base, "prompt_tuning", tmp_path, start=start, **needs.get(start, {}))
+        assert made.prefix().virtual_tokens == 4
+
+
+@pytest.mark.parametrize("kind", ["prefix_tuning", "prompt_tuning", "p_tuning"])
+def test_outside_a_run_what_is_left_open_is_the_tasks_own_start(kind: str) -> None:
+    base = random_base("gpt2")
+    left, own, other = (
+        make(base, kind, start=start).prefix().flat() for start in ("auto", "task", "labels")
+    )
+    assert torch.equal(left, own)
+    assert not torch.equal(left, other)

@@ -21,7 +21,7 @@ from ptkit.methods.adapter import Adapter, OwnRate, peft_config_dict
 from ptkit.methods.peft_tensors import multitask_tensors
 from ptkit.methods.prompt_tuning import PromptTuning, PromptTuningSection
 from ptkit.methods.soft_prompt import prompt_learning_shape, soft_prefix
-from ptkit.methods.start import rms
+from ptkit.methods.start import Start, rms
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.base_model import Base
 
@@ -36,6 +36,8 @@ class MultitaskSection(PromptTuningSection):
     shares_batch: ClassVar[bool] = False
     alone: ClassVar[str] = "it is a prompt of several tasks already"
     kind: Literal["multitask_prompt"] = "multitask_prompt"  # type: ignore[assignment]
+    start: Start = "task"
+    """Values before training. No `auto`: no run looks for the start of a prompt of several tasks."""
     rank: int = Field(default=1, ge=1, le=64)
     """Rank of each task's matrix (the paper: 1)."""
     task_learning_rate: float = Field(default=0.1, gt=0)

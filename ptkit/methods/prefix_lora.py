@@ -18,6 +18,7 @@ from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, OwnRate, register
 from ptkit.methods.lora import Lora, LoraSettings, lora_section
 from ptkit.methods.prefix_tuning import PrefixSettings, PrefixTuning, prefix_section
+from ptkit.methods.start import Start
 from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import register_method
 from ptkit.runtime.base_model import Base
@@ -35,6 +36,9 @@ class PrefixLoraSection(LoraSettings, PrefixSettings):
     shares_batch: ClassVar[bool] = False
     kind: Literal["prefix_lora"]
     """`prefix_lora`."""
+    start: Start = "task"
+    """Values of the prefix before training, as in prefix tuning. No `auto`: it tries several in one
+    batch."""
     learning_rate: float | Literal["auto"] = 0.1
     """AdamW's peak learning rate of the prefix, in units of the size (RMS) that keys and values
     have at the start in their layer. No `auto`: it tries several in one batch."""

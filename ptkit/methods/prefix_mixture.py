@@ -20,6 +20,7 @@ from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, OwnRate, register
 from ptkit.methods.prefix_tuning import PrefixSettings, PrefixTuning, prefix_section
+from ptkit.methods.start import Start
 from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import register_method
 from ptkit.runtime.base_model import Base
@@ -50,6 +51,9 @@ class PrefixMixtureSection(PrefixSettings):
     """Train those of `adapters` too; otherwise they stay as they are (ATTEMPT)."""
     top: int | None = Field(default=None, ge=1)
     """A row gets the mean of so many prefixes, the likeliest for it; 1 chooses one. null: all."""
+    start: Start = "task"
+    """Values of the prefixes before training, as in prefix tuning. No `auto`: it tries several in
+    one batch."""
     learning_rate: float | Literal["auto"] = 0.1
     """AdamW's peak learning rate of the prefixes, in units of the size (RMS) that keys and values
     have at the start in their layer. No `auto`: it tries several in one batch."""

@@ -22,6 +22,8 @@ from ptkit.methods.adapter import Demonstrations, require_same_base
 from ptkit.recipe.schema import MethodSection, resolve_path
 from ptkit.runtime.base_model import Base
 
+Start = Literal["task", "examples", "text", "labels", "vocabulary", "adapter", "random", "auto"]
+
 #: What a start needs beside its name, and the key that holds it.
 _NEEDS = {"text": "start_text", "adapter": "start_adapter"}
 
@@ -32,15 +34,14 @@ class PromptMethodSection(MethodSection):
     shares_batch: ClassVar[bool] = True
     num_virtual_tokens: int = Field(default=10, ge=1, le=4096)
     """Virtual tokens: learnt positions before the input."""
-    start: Literal[
-        "task", "examples", "text", "labels", "vocabulary", "adapter", "random", "auto"
-    ] = "task"
+    start: Start = "auto"
     """Values before training: `task` (in classification the template's own words, once with the
     words of each label; in generation as `examples`), `examples` (tokens of training rows), `text`
     (of `start_text`), `labels` (the words of a classification task's labels), `vocabulary` (random
     tokens), `adapter` (what `start_adapter` learnt), `random` (noise; PEFT's default, and the
     worst), `auto` (`task`, or where its loss on a few training rows is clearly lower one of the
-    others or a text made from the task)."""
+    others or a text made from the task; `task` where a run is too short to tell, and with a
+    classification head)."""
     start_text: str | None = None
     """The text `start: text` reads; repeated or cut to `num_virtual_tokens` tokens."""
     start_adapter: Annotated[list[str], Field(min_length=1)] | None = None
@@ -82,7 +83,10 @@ class PromptMethodSection(MethodSection):
 def start_tokens(
     section: PromptMethodSection, base: Base, demonstrations: Demonstrations
 ) -> Tensor | None:
-    """Token ids `[num_virtual_tokens]` to start from; None for `random`."""
+    """Token ids `[num_virtual_tokens]` to start from; None for `random`.
+
+    `auto` is `task` here: what is better is found by a run, which then names it.
+    """
     count = section.num_virtual_tokens
     if section.start == "random":
         return None
@@ -95,20 +99,15 @@ def start_tokens(
         if not demonstrations.labels:
             raise UserError("`start: labels` needs a classification task, whose labels have words")
         ids = token_ids(base, "".join(demonstrations.labels))
-    elif section.start == "task" and demonstrations.labels:
+    elif section.start in ("task", "auto") and demonstrations.labels:
         frame = demonstrations.frame
         ids = token_ids(base, "".join(frame + label for label in demonstrations.labels))
-    elif section.start in ("task", "examples"):
+    else:
         ids = []
         for text in demonstrations.shuffled():
             ids += token_ids(base, text)
             if len(ids) >= count:
                 break
-    else:
-        raise UserError(
-            f"`start: {section.start}` has no tokens of its own here: `auto` is resolved by a run "
-            "(`ptkit train`, `ptkit compare`), before the adapter is made"
-        )
     if not ids:
         return torch.randint(len(base.tokenizer), (count,))
     repeats = -(-count // len(ids))

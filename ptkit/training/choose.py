@@ -1,9 +1,9 @@
 """`start: auto` and `learning_rate: auto`: what a cell begins with, found before its run.
 
-Starts are texts made from the task; each is compiled as the method would, and all are scored in
-one mixed batch on the same training rows. Rates are miniature runs, schedule included, that take
-their steps in one batch. Both read training rows for their gradients and validation rows for their
-verdict, never a test row; together they cost at most `SHARE` of the run.
+Starts are texts made from the task; each is compiled as the method would, and all are scored on the
+same training rows, in mixed batches. Rates are miniature runs, schedule included, that take their
+steps in one batch and are judged on validation rows. Neither reads a test row, and both together
+cost at most `START_SHARE` and `RATE_SHARE` of the run.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import set_seed
 
 from ptkit.data.encode import EncodedExample
 from ptkit.data.task import Example
@@ -27,6 +26,7 @@ from ptkit.data.templates import Template
 from ptkit.errors import PtkitError, UserError
 from ptkit.formats import atomic
 from ptkit.methods import Adapter
+from ptkit.prefix import PrefixBatch
 from ptkit.recipe.schema import (
     ClassificationTask,
     GenerationTask,
@@ -36,9 +36,10 @@ from ptkit.recipe.schema import (
     TrainSection,
 )
 from ptkit.runtime.attention import prefix_attention
-from ptkit.runtime.forward import collate
+from ptkit.runtime.base_model import Base
+from ptkit.runtime.forward import collate, supervised_counts, supervised_losses
+from ptkit.runtime.precision import mixed_precision
 from ptkit.training.loop import fit
-from ptkit.training.objective import Objective
 from ptkit.training.trainee import Job
 
 #: Of the rows that a run's steps read, what the starts and the rates may read. A row that is
@@ -46,13 +47,16 @@ from ptkit.training.trainee import Job
 START_SHARE, RATE_SHARE = 0.05, 0.10
 #: Rates tried, as multiples of the method's default.
 FACTORS = (0.1, 0.3, 1.0, 3.0)
-#: Fewer steps than this say nothing about a rate.
-FEWEST_STEPS = 10
+#: Fewer rows than this say nothing about a start, fewer steps nothing about a rate.
+FEWEST_ROWS, FEWEST_STEPS = 8, 10
 #: A short test tells what fails, not which of two good choices ends better: the default is left
 #: for a start that lowers its loss by this share, or where its own rate learns less than this
 #: share of what the best one learns. In twenty steps of four rows defaults that end best have
 #: learnt 0.84 of that.
 CLEARLY_LOWER, ENOUGH = 0.1, 0.7
+
+#: The start that is left for a clearly better one only.
+OWN = "task"
 
 #: The job that trains an adapter of a section without `auto`.
 Make = Callable[[MethodSection], Job]
@@ -81,22 +85,23 @@ def choose(
 ) -> Choice:
     """Find what `section` leaves to `auto`; what was found before, in `folder`, is read back.
 
-    examples: the training rows. Raises UserError for a run too short to find it in, and for a
-    task with a classification head.
+    examples: the training rows, in the order of the jobs' own. Where a run is too short to tell
+    starts apart, and with a classification head, the start is the method's own. Raises UserError
+    for a rate that cannot be found.
     """
     if not is_open(section):
         return Choice(section, None)
-    if isinstance(task, HeadedTask):
-        raise UserError(
-            f"`{section.title}`: `auto` tries several adapters in one batch, and each would need a "
-            "classification head of its own; give `start` and `learning_rate`"
-        )
     done = folder / "chosen.json"
     if not done.exists():
         found: dict[str, Any] = {}
         if getattr(section, "start", None) == "auto":
             found |= _start(section, make, task, examples)
         if getattr(section, "learning_rate", None) == "auto":
+            if isinstance(task, HeadedTask):
+                raise UserError(
+                    f"`{section.title}`: `learning_rate: auto` trains several rates in one batch, "
+                    "and each would need a classification head of its own; give a rate"
+                )
             found |= _rate(_settled(section, found), make, folder / "rates")
         atomic.write_json(done, found)
         shutil.rmtree(folder / "rates", ignore_errors=True)
@@ -120,7 +125,7 @@ def starts(
     # Short rows: with room for few tokens, their answers are still in it.
     short = sorted(drawn, key=lambda e: len(e.input) + len(e.target))[:2]
     texts += [example.input + example.target for example in (*drawn[:2], *short)]
-    named = [{"start": "task"}, {"start": "vocabulary"}]
+    named = [{"start": OWN}, {"start": "vocabulary"}]
     if isinstance(task, ClassificationTask):
         named += [{"start": "labels"}, {"start": "examples"}]
     else:
@@ -134,32 +139,33 @@ def _rows_read(train: TrainSection, share: float) -> int:
 
 
 def _start(
-    section: MethodSection,
-    make: Make,
-    task: ClassificationTask | GenerationTask,
-    examples: Sequence[Example],
+    section: MethodSection, make: Make, task: Task, examples: Sequence[Example]
 ) -> dict[str, Any]:
-    """The candidate with the lowest loss per target token on a few training rows, or the default
-    where none is clearly lower."""
+    """The candidate with the lowest loss per target token on a few training rows, or the method's
+    own start where none is clearly lower; that, too, where there is nothing to tell them apart by.
+    """
+    untried = {"start": OWN, "starts": [], "start_rows": 0}
+    if isinstance(task, HeadedTask):  # a head that has not learnt says nothing about a start
+        return untried
     settled = section.model_copy(update={"learning_rate": _default(section, "learning_rate")})
-    job = make(settled.model_copy(update={"start": "vocabulary"}))
-    candidates = starts(task, examples, job.seed)
-    budget = _rows_read(job.settings, START_SHARE)
-    rows = min(2 * budget // len(candidates), job.settings.batch_size * 2, len(job.train))
-    if not rows:
-        raise UserError(
-            f"`start: auto` scores {len(candidates)} starts in {START_SHARE:.0%} of the run, which "
-            f"`train.steps: {job.settings.steps}` leaves no row for; name a start"
-        )
+
+    def started(start: dict[str, str]) -> Job:
+        return make(settled.model_copy(update=start))
+
+    job = started({"start": OWN})
+    # A text may be a training row, and would be no help but its own: those are not scored.
+    half = len(job.train) // 2
     order = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(job.seed))
-    drawn = [job.train[i] for i in order[:rows].tolist()]
-    adapters = []
-    for candidate in candidates:
-        set_seed(job.seed)
-        adapters.append(make(settled.model_copy(update=candidate)).adapter)
-    losses = _losses(adapters, drawn)
-    own = next(i for i, c in enumerate(candidates) if c["start"] == _default(section, "start"))
+    candidates = starts(task, [examples[i] for i in order[half:].tolist()], job.seed)
+    budget = 2 * _rows_read(job.settings, START_SHARE) // len(candidates)
+    rows = min(budget, 2 * job.settings.batch_size, half)
+    if rows < FEWEST_ROWS:
+        return untried
+    scored = [job.train[i] for i in order[:rows].tolist()]
+    adapters = (started(candidate).adapter for candidate in candidates)
+    losses = _losses(job.adapter.base, adapters, scored, job.settings)
     best = min(range(len(losses)), key=losses.__getitem__)
+    own = candidates.index({"start": OWN})
     if losses[best] > (1 - CLEARLY_LOWER) * losses[own]:
         best = own
     tried = [{**c, "loss": loss} for c, loss in zip(candidates, losses, strict=True)]
@@ -171,13 +177,28 @@ def _default(section: MethodSection, key: str) -> Any:
 
 
 @torch.no_grad()
-def _losses(adapters: Sequence[Adapter], rows: Sequence[EncodedExample]) -> list[float]:
-    """Cross-entropy per target token of the same rows with each adapter, in one mixed batch."""
-    base = adapters[0].base
-    together = collate([row for _ in adapters for row in rows], base)
-    with prefix_attention(base.model):
-        total = Objective(adapters)(range(len(adapters)), [len(rows)] * len(adapters), **together)
-    return (total / sum(len(row.target_ids) for row in rows)).tolist()
+def _losses(
+    base: Base, adapters: Iterable[Adapter], rows: Sequence[EncodedExample], settings: TrainSection
+) -> list[float]:
+    """Cross-entropy per target token of the same rows with each adapter, in mixed batches as large
+    as those of a validation. Of an adapter only its prefix is kept."""
+    model, prefixes = base.model, [adapter.prefix() for adapter in adapters]
+    pairs = [(i, row) for row in sorted(rows, key=len) for i in range(len(prefixes))]
+    size = 2 * settings.batch_size
+    precision = mixed_precision(settings.autocast, model.device)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    totals = torch.zeros(len(prefixes), dtype=torch.float64)
+    with prefix_attention(model), torch.autocast(model.device.type, dtype, dtype is not None):
+        for at in range(0, len(pairs), size):
+            owners, part = zip(*pairs[at : at + size], strict=True)
+            batch = PrefixBatch.gathered([prefixes[i] for i in owners], base.layout)
+            tensors = collate(part, base)
+            losses = supervised_losses(model, **tensors, batch=batch)
+            counts = supervised_counts(model, tensors["labels"]).cpu()
+            totals.index_add_(
+                0, torch.tensor(owners).repeat_interleave(counts), losses.double().cpu()
+            )
+    return (totals / sum(len(row.target_ids) for row in rows)).tolist()
 
 
 def _rate(section: MethodSection, make: Make, folder: Path) -> dict[str, Any]:
@@ -202,7 +223,8 @@ def _rate(section: MethodSection, make: Make, folder: Path) -> dict[str, Any]:
                 "`learning_rate: auto` trains several rates in one batch, which takes one process "
                 "and another `autocast` than `fp16`; give a rate"
             )
-        (before,) = _losses([jobs[0].adapter], jobs[0].validation)
+        first = jobs[0]
+        (before,) = _losses(first.adapter.base, [first.adapter], first.validation, first.settings)
         try:
             progresses = fit(jobs)
         except PtkitError:

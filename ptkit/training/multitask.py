@@ -220,12 +220,13 @@ def _prompt_tuning(loaded: LoadedRecipe) -> PromptTuningSection:
             "prompt takes its settings from the one of each recipe"
         )
     (section,) = found
-    if section.learning_rate == "auto" or section.start in ("auto", "adapter", "random"):
+    if section.learning_rate == "auto" or section.start in ("adapter", "random"):
         raise UserError(
             f"`{recipe.name}`: a multi-task prompt takes a `learning_rate` in figures, and starts "
-            "from tokens: `start` of task, examples, labels, text or vocabulary"
+            "from tokens: `start` of task (`auto` is that), examples, labels, text or vocabulary"
         )
-    return section
+    # No run looks for the start of a prompt of several tasks.
+    return section.model_copy(update={"start": "task"}) if section.start == "auto" else section
 
 
 def _without_retention(loaded: LoadedRecipe) -> LoadedRecipe:

@@ -20,7 +20,8 @@ class CellRecord:
     metrics: name -> corpus value; score: the name of the leading one
     train_seconds, eval_seconds: wall clock; peak_memory_bytes: above what was in use before
     curve: `{step, train_loss, validation_loss}` in nats per target token
-    chosen: what `start: auto` and `learning_rate: auto` found, with the loss of all that was tried
+    chosen: what `start: auto` and `learning_rate: auto` found, with the loss of all that was tried;
+    no `starts` where there was nothing to tell them apart by
     retention: see `ptkit.evaluation.retention.Retention.as_dict`; None when not measured
     gate: for which share of inputs a gate (`train.retain: {by: gate}`) opens: of `task`, the
     validation rows, and of each general text's windows; None without one

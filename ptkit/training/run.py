@@ -191,7 +191,7 @@ def _train_and_measure(
         progresses = [Progress() for _ in cells]
         if trains:
             progresses = _fit(experiment, cells, adapters, observer)
-        processes = PartialState(cpu=experiment.base.model.device.type == "cpu")
+        processes = _processes(experiment)
         if not processes.is_main_process:  # the first process measures and writes for all
             processes.wait_for_everyone()
             return [CellRecord.read(cell.done) for cell in cells]
@@ -247,23 +247,24 @@ def _named_adapters(method: MethodSection, folder: Path) -> dict[str, str]:
     return found
 
 
+def _processes(experiment: Experiment) -> PartialState:
+    return PartialState(cpu=experiment.base.model.device.type == "cpu")
+
+
 def _chosen(experiment: Experiment, cell: Cell) -> Choice:
     """The cell's method with nothing left to `auto`."""
     method = cell.method
     if cell.start_from is not None and getattr(method, "start", None) == "auto":
-        method = method.model_copy(update={"start": "examples"})  # not read: it starts elsewhere
+        method = method.model_copy(update={"start": "task"})  # not read: it starts elsewhere
 
     def make(section: MethodSection) -> Job:
         set_seed(cell.seed)
         return _job(experiment, cell, _adapter(experiment, cell, section))
 
-    return choose(
-        method,
-        make,
-        experiment.recipe.task,
-        experiment.training(cell.seed).examples,
-        cell.folder,
-    )
+    examples = experiment.training(cell.seed).examples
+    # The others read what the first process found: rounding may tell two devices different things.
+    with _processes(experiment).main_process_first():
+        return choose(method, make, experiment.recipe.task, examples, cell.folder)
 
 
 def demonstrations(experiment: Experiment, seed: int) -> Demonstrations:
