@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from ptkit.comparison import figures
+from ptkit.comparison.found import found, share_read
 from ptkit.comparison.grid import run_grid
 from ptkit.comparison.merge import read_comparison
 from ptkit.comparison.outputs import write_outputs
@@ -73,12 +73,12 @@ class Task:
     """One comparison: its summaries by method, and the differences within each prompt method."""
 
     def __init__(self, folder: Path) -> None:
-        found = read_comparison(folder)
-        task = found.loaded.recipe.task
+        comparison = read_comparison(folder)
+        task = comparison.loaded.recipe.task
         leading = task.model_copy(update={"metrics": task.metrics[:1]})  # the others are not shown
-        self.recipe: Recipe = found.loaded.recipe.model_copy(update={"task": leading})
-        self.records = found.records
-        self.of = {s.family: s for s in summarise(folder, found.records, self.recipe)}
+        self.recipe: Recipe = comparison.loaded.recipe.model_copy(update={"task": leading})
+        self.records = comparison.records
+        self.of = {s.family: s for s in summarise(folder, comparison.records, self.recipe)}
         self.peer, self.fixed = self._against(folder, "PEFT"), self._against(folder, "default")
         record = next(iter(self.of.values())).records[0]
         self.head = f"{self.recipe.name}: {record.score}"
@@ -158,33 +158,20 @@ def differences(head: Iterable[str], tasks: list[dict[str, MethodSummary]], row:
     """A table of what each prompt method's `row` differs by, a column for each task."""
 
     def shown(summaries: dict[str, MethodSummary], method: str) -> str:
-        found = summaries.get(method)
-        return figures.NONE if found is None else figures.difference(found.against)
+        own = summaries.get(method)
+        return figures.NONE if own is None else figures.difference(own.against)
 
     return table(head, ([p, *(shown(t, f"{p}, {row}") for t in tasks)] for p in PROMPTS))
 
 
 def chosen(task: Task, method: str) -> str:
     """What the cells of `method` found, and what finding it cost."""
-    found, share = [], 0.0
-    train = task.recipe.train
-    rows = train.steps * train.batch_size * train.gradient_accumulation
-    for record in task.records_of(method):
-        choice = record.chosen
-        assert choice is not None
-        text = choice.get("start_text")
-        start = choice["start"] if text is None else f"{text[:24]!r}".replace("|", "\\|")
-        read = len(choice["starts"]) * choice["start_rows"] / 2
-        if "rates" in choice:
-            start += f", {choice['learning_rate']:g}"
-            read += (1 + len(choice["rates"])) * choice["rate_judged"] / 2
-            read += len(choice["rates"]) * choice["rate_steps"] * choice["rate_batch"]
-        found.append(start)
-        share = max(share, read / rows)
-    if not found:
+    records = task.records_of(method)
+    text = found(records)
+    if text is None:
         return figures.NONE
-    alike = [f"{start} ({n} of {len(found)})" for start, n in Counter(found).most_common()]
-    return f"{'; '.join(alike if len(alike) > 1 else found[:1])} [{share:.0%}]"
+    share = max(share_read(record, task.recipe.train) for record in records)
+    return f"{text} [{share:.0%}]".replace("|", "\\|")
 
 
 def main() -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from html import escape
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_base
 from test_compare import recipe_file as recipe_file
+from test_encoder_decoder import random_pair
 from test_peft_parity import LEARNT
 from test_train import Killed, rows
 
+from ptkit.comparison.found import found
 from ptkit.comparison.grid import run_grid
 from ptkit.comparison.outputs import write_outputs
 from ptkit.data.encode import EncodedExample
@@ -27,6 +30,7 @@ from ptkit.recipe.schema import (
     TrainSection,
     method_section,
 )
+from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_losses
 from ptkit.training import choose as choosing
@@ -100,6 +104,33 @@ def test_a_start_that_is_clearly_lower_is_kept(family: str, kind: str, tmp_path:
             alone = supervised_losses(base.model, **collate(drawn, base), batch=batch)
         assert t["loss"] == pytest.approx(float(alone.mean()), abs=1e-4)
     assert len({round(t["loss"], 4) for t in tried}) > 3, "equal losses would prove nothing"
+
+
+@pytest.mark.parametrize(
+    ("base", "settings"),
+    [
+        (random_pair("t5"), {}),
+        (random_pair("bart"), {"reparameterize": True}),
+        (random_base("llama"), {"position": "infix"}),
+        (random_base("gpt2"), {"sink": True}),
+        (random_base("qwen3"), {"trained_layers": 1}),
+    ],
+    ids=["t5", "mlp on bart", "infix", "sink", "upper layers"],
+)
+def test_whatever_shape_a_prefix_has_its_starts_are_scored_as_each_is_alone(
+    base: Base, settings: dict, tmp_path: Path
+) -> None:
+    choice, made = run(base, tmp_path, **settings)
+    assert choice.record is not None
+    tried = choice.record["starts"]
+    assert len(tried) > 5
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0)).tolist()
+    drawn = [rows(30, 1)[i] for i in order[: choice.record["start_rows"]]]
+    for start, job in zip(tried, made[1:], strict=True):
+        with torch.no_grad(), prefix_attention(base.model):
+            batch = PrefixBatch.shared(job.adapter.prefix(), len(drawn))
+            alone = supervised_losses(base.model, **collate(drawn, base), batch=batch)
+        assert start["loss"] == pytest.approx(float(alone.mean()), abs=1e-4)
 
 
 def test_a_text_that_gives_the_answer_away_is_the_start(tmp_path: Path, monkeypatch) -> None:
@@ -288,6 +319,21 @@ def test_every_prompt_method_can_be_left_open() -> None:
     assert not choosing.is_open(method_section({"kind": "lora"}))
 
 
+def test_what_was_found_is_told_with_how_many_runs_it_holds_for(
+    recipe_file: Path, tmp_path
+) -> None:
+    loaded = load_recipe(recipe_file, ["methods=[{kind: base}, {kind: prompt_tuning}]"])
+    base, *runs = run_grid(loaded, tmp_path, base=random_base("llama"))
+    assert found([base]) is None
+    text = {"start": "text", "start_text": "w1 " * 20, "learning_rate": 0.3, "rates": []}
+    records = [run.updated(chosen=text) for run in runs for _ in range(2)]
+    records.append(runs[0].updated(chosen={"start": "task", "starts": []}))
+    shown = repr(("w1 " * 20)[:32])
+    of = len(records)
+    assert found(records) == f"{shown}, rate 0.3 ({of - 1} of {of} runs); task (1 of {of} runs)"
+    assert found(records[:1]) == f"{shown}, rate 0.3"
+
+
 def test_a_comparison_records_what_each_cell_chose_and_resumes_with_it(
     recipe_file: Path, tmp_path: Path, monkeypatch
 ) -> None:
@@ -301,7 +347,11 @@ def test_a_comparison_records_what_each_cell_chose_and_resumes_with_it(
         assert record.chosen is not None
         assert record.chosen["learning_rate"] in (0.01, 0.03, 0.1, 0.3)
         assert record.chosen["start"] in ("task", "text", "vocabulary")
-    write_outputs(tmp_path / "whole", whole, loaded.recipe)
+    (summary,) = write_outputs(tmp_path / "whole", whole, loaded.recipe)
+    report = (tmp_path / "whole" / "report.html").read_text()
+    assert "What <code>auto</code> found before training" in report
+    assert f"<b>prefix_tuning</b>: {escape(found(summary.records) or '')}</li>" in report
+    assert f"Up to {len(whole[0].chosen['starts'])} starts" in report  # type: ignore[index]
 
     with monkeypatch.context() as patch:
 

@@ -44,6 +44,7 @@ def train(
     from ptkit.api import one_method, run_folder, start_over
     from ptkit.api import train as run
     from ptkit.cli.display import LiveDisplay
+    from ptkit.comparison.found import found, starts_tried
     from ptkit.recipe import load_recipe
     from ptkit.runtime.base_model import resolve_device
 
@@ -75,6 +76,8 @@ def train(
         f"({record.trainable_parameters / record.base_parameters:.3%} of the base), "
         f"best at step {record.best_step} of {record.train_steps}"
     )
+    if (chosen := found([record])) is not None:
+        typer.echo(f"auto found: {chosen} ({starts_tried([record])} starts compared)")
     if record.retention is not None:
         typer.echo(f"forgetting {record.retention['forgetting']:+.3f} nats per token, adapter on")
     typer.echo(f"{folder}")

@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ptkit.comparison import figures
 from ptkit.comparison.charts import best_of_families, charts_of, colours
+from ptkit.comparison.found import found, starts_tried
 from ptkit.comparison.summary import MethodSummary, baseline_of, best_of, written
 from ptkit.comparison.svg import draw
 from ptkit.evaluation.metrics import metric
@@ -64,6 +65,8 @@ def page_values(
         "n_seeds": max(len(s.records) for s in summaries),
         "signatures": _signatures(summaries),
         "searches": _searches(summaries),
+        "found": {s.title: text for s in summaries if (text := found(s.records)) is not None},
+        "starts_tried": max(starts_tried(s.records) for s in summaries),
         "baseline": baseline_of(recipe),
         "compared": sum(s.against is not None for s in summaries),
         "best": best,
@@ -79,13 +82,13 @@ def page_values(
 
 def _searches(summaries: Sequence[MethodSummary]) -> list[dict[str, Any]]:
     """What was tried to find each method's settings, and what was chosen."""
-    found = []
+    searches = []
     for summary in summaries:
         tuned = summary.records[0].tuned
         if tuned is not None:
             chosen = ", ".join(f"{k} = {written(v)}" for k, v in tuned["settings"].items())
-            found.append({"title": summary.title, "chosen": chosen, **tuned})
-    return found
+            searches.append({"title": summary.title, "chosen": chosen, **tuned})
+    return searches
 
 
 def _highlights(summaries: Sequence[MethodSummary]) -> list[dict[str, Any]]:
@@ -96,20 +99,20 @@ def _highlights(summaries: Sequence[MethodSummary]) -> list[dict[str, Any]]:
     """
     best = best_of(summaries)
     most = "highest" if best.higher_is_better else "lowest"
-    found = [_highlight(f"{most} {best.score}", best, figures.score(best.leading), "")]
+    tiles = [_highlight(f"{most} {best.score}", best, figures.score(best.leading), "")]
     trained = [s for s in summaries if s.trains]
     kept = [s for s in trained if s.forgetting is not None]
     if kept:
         least = min(kept, key=lambda s: s.forgetting.mean if s.forgetting else 0.0)
         shown = figures.forgetting(least.forgetting)
         note = f"nats per token, at {least.score} {figures.score(least.leading)}"
-        found.append(_highlight("least forgetting of those trained", least, shown, note))
+        tiles.append(_highlight("least forgetting of those trained", least, shown, note))
     if trained:
         small = min(trained, key=lambda s: (s.bytes_on_disk, -s.leading.mean))
         note = f"on disk, at {small.score} {figures.score(small.leading)}"
         shown = figures.size(small.bytes_on_disk)
-        found.append(_highlight("smallest of those trained", small, shown, note))
-    return found
+        tiles.append(_highlight("smallest of those trained", small, shown, note))
+    return tiles
 
 
 def _highlight(name: str, summary: MethodSummary, value: str, note: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class MultitaskSection(PromptTuningSection):
     alone: ClassVar[str] = "it is a prompt of several tasks already"
     kind: Literal["multitask_prompt"] = "multitask_prompt"  # type: ignore[assignment]
     start: Start = "task"
-    """Values before training. No `auto`: no run looks for the start of a prompt of several tasks."""
+    """Values before training. No `auto`: no run looks for the start of a multi-task prompt."""
     rank: int = Field(default=1, ge=1, le=64)
     """Rank of each task's matrix (the paper: 1)."""
     task_learning_rate: float = Field(default=0.1, gt=0)
