@@ -104,7 +104,9 @@ def tables(folders: list[Path]) -> str:
     """The page's tables."""
     tasks = [Task(folder) for folder in folders]
     head = ["", *(task.head for task in tasks)]
-    methods = list(dict.fromkeys(name for task in tasks for name in task.of))
+    order = {m.title: i for i, m in enumerate(load_recipe(METHODS).recipe.methods)}
+    known = dict.fromkeys(name for task in tasks for name in task.of)
+    methods = sorted(known, key=lambda name: order.get(name, len(order)))  # `full` last
 
     def cells(name: str, shown) -> list[str]:
         return [shown(t.of[name]) if name in t.of else figures.NONE for t in tasks]
