@@ -328,7 +328,7 @@ def test_what_was_found_is_told_with_how_many_runs_it_holds_for(
     text = {"start": "text", "start_text": "w1 " * 20, "learning_rate": 0.3, "rates": []}
     records = [run.updated(chosen=text) for run in runs for _ in range(2)]
     records.append(runs[0].updated(chosen={"start": "task", "starts": []}))
-    shown = repr(("w1 " * 20)[:32])
+    shown = repr(("w1 " * 20)[:31] + "…")
     of = len(records)
     assert found(records) == f"{shown}, rate 0.3 ({of - 1} of {of} runs); task (1 of {of} runs)"
     assert found(records[:1]) == f"{shown}, rate 0.3"

@@ -29,7 +29,9 @@ def _of_run(chosen: dict[str, Any]) -> str:
     parts = []
     if (start := chosen.get("start")) is not None:
         text = chosen.get("start_text")
-        parts.append(start if text is None else repr(text[:SHOWN]))
+        if text is not None:
+            start = repr(text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…")
+        parts.append(start)
     if "rates" in chosen:
         parts.append(f"rate {chosen['learning_rate']:g}")
     return ", ".join(parts)
