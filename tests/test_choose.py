@@ -211,7 +211,7 @@ def test_both_cost_at_most_fifteen_percent_of_the_rows(tmp_path: Path) -> None:
         assert stepped > 0.03 * whole
 
 
-def test_a_run_too_short_to_find_anything_in_is_refused(tmp_path: Path) -> None:
+def test_a_run_too_short_to_find_a_rate_in_is_refused(tmp_path: Path) -> None:
     short = STEPS.model_copy(update={"steps": 40})
     with pytest.raises(UserError, match=r"steps each with `train\.steps: 40`.*give a rate"):
         run(random_base("gpt2"), tmp_path, short, learning_rate="auto")

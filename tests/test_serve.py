@@ -474,10 +474,8 @@ def test_termination_finishes_what_runs_and_refuses_what_comes(
         assert keep.get(f"{server.url}/ready").status_code == 200
         for thread in running:
             thread.start()
-        here = ("ptkit_running_rows", "ptkit_waiting_answers")
-        while (
-            len(got) + sum(server.counter(name) for name in here) < 6
-        ):  # what came in time is kept
+        arrived = ("ptkit_running_rows", "ptkit_waiting_answers")
+        while len(got) + sum(map(server.counter, arrived)) < 6:
             time.sleep(0.02)
         server.terminate()
         time.sleep(0.1)

@@ -44,7 +44,7 @@ def train(
     from ptkit.api import one_method, run_folder, start_over
     from ptkit.api import train as run
     from ptkit.cli.display import LiveDisplay
-    from ptkit.comparison.found import found, starts_tried
+    from ptkit.comparison.found import found
     from ptkit.recipe import load_recipe
     from ptkit.runtime.base_model import resolve_device
 
@@ -77,7 +77,7 @@ def train(
         f"best at step {record.best_step} of {record.train_steps}"
     )
     if (chosen := found([record])) is not None:
-        typer.echo(f"auto found: {chosen} ({starts_tried([record])} starts compared)")
+        typer.echo(f"auto found: {chosen}")
     if record.retention is not None:
         typer.echo(f"forgetting {record.retention['forgetting']:+.3f} nats per token, adapter on")
     typer.echo(f"{folder}")
