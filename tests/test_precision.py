@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ptkit.data.encode import EncodedExample
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, create_adapter
+from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.precision import weights_cast_once
+from ptkit.runtime.precision import fastest_attention, weights_cast_once
 from ptkit.training import loop
 from ptkit.training.checkpoint import Progress
 from ptkit.training.loop import fit
@@ -109,3 +111,39 @@ def test_what_learns_and_what_is_no_float32_is_left_alone() -> None:
         assert layers[2].weight is layers[3].weight
         assert layers[2].weight.dtype == torch.bfloat16
     assert layers[2].weight is layers[3].weight is shared
+
+
+def test_attention_left_to_ptkit_is_eager_for_short_rows_in_bf16_on_a_cpu() -> None:
+    model = random_base("llama").model
+    assert model.config._attn_implementation == "sdpa"
+    for kind, longest, wanted in [("bf16", 64, "eager"), ("bf16", 600, "sdpa"), ("no", 64, "sdpa")]:
+        with fastest_attention(model, kind, longest):
+            assert model.config._attn_implementation == wanted
+        assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.filterwarnings("ignore:.*without bfloat16 instructions.*")
+def test_a_recipe_that_names_its_attention_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    monkeypatch.setattr(
+        loop, "fastest_attention", lambda *args: used.append(args[1:]) or nullcontext()
+    )
+    base = random_base("llama")
+    trained(base, "prefix_tuning", tmp_path / "given")[0].close()
+    assert used == []
+    trained(replace(base, free_attention=True), "prefix_tuning", tmp_path / "free")[0].close()
+    assert used == [("bf16", 6)]
+
+
+@pytest.mark.parametrize("folder", ["recipes", "tests/recipes"])
+def test_no_recipe_forces_a_precision_or_an_attention(folder: str) -> None:
+    """What is fast depends on the machine: bf16 without instructions for it takes several times as
+    long as float32."""
+    recipes = sorted((Path(__file__).parents[1] / folder).glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        recipe = load_recipe(path).recipe
+        assert recipe.train.autocast == "auto", path.name
+        assert recipe.model.attention == "auto", path.name

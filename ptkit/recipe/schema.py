@@ -38,14 +38,16 @@ class ModelSection(Section):
     """The frozen base model."""
 
     id: str = "tiny-en"
-    """Hub id (`openai-community/gpt2`), local directory, or `tiny-en` (ships with ptkit)."""
+    """Hub id (`openai-community/gpt2`), local directory, GGUF file (`path/model.gguf`, or
+    `user/repo/model.gguf` on the hub), or a name ptkit knows: `tiny-en` (ships with ptkit),
+    `smollm2-135m` (`ptkit models get smollm2-135m`), `minilm-l6`."""
     revision: str | None = None
     """Hub branch, tag or commit."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type the base is loaded in. Trained parameters are always float32."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention implementation; `auto` is `sdpa` where the model has it. `eager` is faster for
-    training short texts in bf16 on a CPU."""
+    """Attention implementation. `auto` is `sdpa` where the model has it; short texts that are
+    trained in bf16 on a CPU use `eager`, which is faster there."""
     quantize: Literal["int8"] | None = None
     """`int8` rounds the frozen linear layers to eight bits (needs `pip install 'ptkit[quantize]'`):
     less memory, slower on most CPUs, and a base that answers a little differently."""
@@ -301,7 +303,7 @@ class TrainSection(Section):
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this norm."""
-    autocast: Literal["no", "auto", "bf16", "fp16"] = "no"
+    autocast: Literal["no", "auto", "bf16", "fp16"] = "auto"
     """Mixed precision of the forward pass (accelerate's `mixed_precision`); `auto` is `bf16` where
     the device has instructions for it, and `no` elsewhere."""
     gradient_checkpointing: bool = False

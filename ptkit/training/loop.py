@@ -27,7 +27,7 @@ from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.forward import collate
 from ptkit.runtime.fused import fused_activations
-from ptkit.runtime.precision import mixed_precision, weights_cast_once
+from ptkit.runtime.precision import fastest_attention, mixed_precision, weights_cast_once
 from ptkit.training.checkpoint import Progress
 from ptkit.training.context_cache import ContextCache
 from ptkit.training.memory import PeakMemory
@@ -130,7 +130,7 @@ class _Loop:
         prompts = any(t.adapter.virtual_tokens for t in self.trainees)
         attention: Any = prefix_attention(self.model) if prompts else nullcontext()
         try:
-            with attention, fused_activations(self.model), self._weights():
+            with self._attention(), attention, fused_activations(self.model), self._weights():
                 with self.accelerator.autocast():
                     for trainee in self.trainees:
                         trainee.study()
@@ -143,6 +143,13 @@ class _Loop:
         for trainee in self.trainees:
             trainee.adapter.load_trainable(trainee.best)
         return [t.progress for t in self.trainees]
+
+    def _attention(self) -> AbstractContextManager[None]:
+        """The attention that trains fastest, where the recipe leaves the choice."""
+        if not self.base.free_attention:
+            return nullcontext()
+        longest = max(len(row) for t in self.trainees for row in (*t.job.train, *t.job.validation))
+        return fastest_attention(self.model, self.accelerator.mixed_precision, longest)
 
     def _weights(self) -> AbstractContextManager[None]:
         """The base's weights in autocast's precision. Where activations are given up for memory,
