@@ -23,9 +23,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from ptkit.formats.cache_home import cache_home
+from ptkit.runtime import precision
 from ptkit.runtime.base_model import Base, frozen_base
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+#: What the user fetched (`ptkit models get`) is read there, and nothing is written.
+FETCHED = cache_home() / "models"
 # Nothing a test encodes is left in, or taken from, the user's own cache.
 os.environ["PTKIT_CACHE"] = tempfile.mkdtemp(prefix="ptkit-cache-")
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
@@ -118,3 +122,21 @@ def browser() -> Iterator[Any]:
         running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield running
         running.close()
+
+
+@pytest.fixture(autouse=True)
+def _float32_on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`autocast: auto` computes in float32, as the oracles do, whatever the machine has."""
+    monkeypatch.setattr(precision, "has_bf16", lambda _device: False)
+
+
+@pytest.fixture
+def smollm2() -> Path:
+    """The folder of SmolLM2; skips where it was not fetched."""
+    folder, here = FETCHED / "smollm2-135m", cache_home() / "models" / "smollm2-135m"
+    if not any(folder.glob("*.gguf")):
+        pytest.skip("SmolLM2 is not here: ptkit models get smollm2-135m")
+    if not here.exists():
+        here.parent.mkdir(parents=True, exist_ok=True)
+        here.symlink_to(folder)
+    return here

@@ -34,7 +34,8 @@ from ptkit.bench.subjects import ParityError
 from ptkit.bench.timing import Timing, interleaved, ratio
 from ptkit.errors import PtkitError, UserError
 from ptkit.recipe.schema import ModelSection
-from ptkit.runtime.base_model import TINY_EN, load_base
+from ptkit.runtime.base_model import load_base
+from ptkit.runtime.named_models import TINY_EN
 
 
 def figure(result: BenchResult, start: str) -> Figure:

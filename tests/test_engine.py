@@ -19,7 +19,8 @@ from test_running import random_prefix
 from ptkit.bank import AdapterBank
 from ptkit.errors import PtkitError, UserError
 from ptkit.recipe.schema import ModelSection
-from ptkit.runtime.base_model import TINY_EN, load_base
+from ptkit.runtime.base_model import load_base
+from ptkit.runtime.named_models import TINY_EN
 from ptkit.serve.engine import (
     Answer,
     DrainingError,

@@ -32,8 +32,9 @@ from ptkit.bank import AdapterBank
 from ptkit.formats.adapter_files import AdapterFiles, write_adapter
 from ptkit.hub.engines import export_prompt_embeds, export_tokens
 from ptkit.recipe.schema import ModelSection
-from ptkit.runtime.base_model import TINY_EN, TINY_EN_FOLDER, Base, frozen_base, load_base
+from ptkit.runtime.base_model import Base, frozen_base, load_base
 from ptkit.runtime.generation import generate
+from ptkit.runtime.named_models import TINY_EN, TINY_EN_FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["facts-prompt", "routing-ptuning"]

@@ -19,7 +19,8 @@ from lm_eval.tasks import TaskManager
 from ptkit.evaluation.harness import evaluate_tasks
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter, load_adapter
 from ptkit.recipe.schema import ModelSection
-from ptkit.runtime.base_model import TINY_EN_FOLDER, Base, load_base
+from ptkit.runtime.base_model import Base, load_base
+from ptkit.runtime.named_models import TINY_EN_FOLDER
 
 SHIPPED = Path(__file__).resolve().parents[1] / "adapters"
 TASKS = {

@@ -21,7 +21,7 @@ from test_cli import QUICK
 
 from ptkit.data.sources import BUILTIN
 from ptkit.recipe import load_recipe, shipped_recipes
-from ptkit.runtime.base_model import TINY_EN_FOLDER
+from ptkit.runtime.named_models import TINY_EN_FOLDER
 
 SHIPPED = Path(__file__).resolve().parents[1] / "adapters"
 FACTS = "kind[boat], name[Orwick]"

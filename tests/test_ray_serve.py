@@ -13,7 +13,8 @@ from serving import free_port
 
 from ptkit.bank import AdapterBank
 from ptkit.recipe.schema import ModelSection
-from ptkit.runtime.base_model import TINY_EN, load_base
+from ptkit.runtime.base_model import load_base
+from ptkit.runtime.named_models import TINY_EN
 
 ROOT = Path(__file__).resolve().parents[1]
 

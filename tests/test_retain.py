@@ -14,8 +14,9 @@ from test_train import TRAINED, Killed, fresh, rows
 from ptkit.errors import UserError
 from ptkit.recipe.schema import ModelSection, RetainSection, RetentionSection, TrainSection
 from ptkit.runtime.attention import prefix_attention
-from ptkit.runtime.base_model import TINY_EN, Base, load_base
+from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits
+from ptkit.runtime.named_models import TINY_EN
 from ptkit.training.loop import fit
 from ptkit.training.retain import WINDOW, Retainer, general_windows, written_by_base
 from ptkit.training.trainee import Job

@@ -25,7 +25,8 @@ from test_cli import refused
 from ptkit.bank import AdapterBank
 from ptkit.bench.subjects import random_prefixes
 from ptkit.recipe.schema import ModelSection
-from ptkit.runtime.base_model import TINY_EN, Base, load_base
+from ptkit.runtime.base_model import Base, load_base
+from ptkit.runtime.named_models import TINY_EN
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "adapters"

@@ -20,7 +20,8 @@ from schemathesis.specs.openapi.checks import (
 
 from ptkit.bank import AdapterBank
 from ptkit.recipe.schema import ModelSection
-from ptkit.runtime.base_model import TINY_EN, load_base
+from ptkit.runtime.base_model import load_base
+from ptkit.runtime.named_models import TINY_EN
 from ptkit.serve.answers import Limits
 from ptkit.serve.app import create_app
 from ptkit.serve.engine import Engine

@@ -17,8 +17,9 @@ from ptkit.formats.adapter_files import WEIGHTS, read_adapter
 from ptkit.methods import adapter_from_files, require_same_base
 from ptkit.prefix import PrefixBatch
 from ptkit.recipe.schema import ModelSection
-from ptkit.runtime.base_model import TINY_EN_FOLDER, Base, load_base
+from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits
+from ptkit.runtime.named_models import TINY_EN_FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTERS = sorted(p.parent for p in (ROOT / "adapters").glob(f"*/{WEIGHTS}"))

@@ -29,7 +29,8 @@ from ptkit.bench.timing import Timing, ratio
 from ptkit.data.sources import BUILTIN
 from ptkit.errors import UserError
 from ptkit.recipe.schema import ModelSection
-from ptkit.runtime.base_model import TINY_EN, TINY_EN_FOLDER, Base, load_base
+from ptkit.runtime.base_model import Base, load_base
+from ptkit.runtime.named_models import TINY_EN, TINY_EN_FOLDER
 
 #: Who else is put under the same load.
 PEERS = ("peft", "transformers")

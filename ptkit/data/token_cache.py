@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from ptkit.data.encode import EncodedExample, encode_examples
 from ptkit.data.task import Example
 from ptkit.formats import atomic
+from ptkit.formats.cache_home import cache_home
 from ptkit.recipe.schema import Task
 
 #: Fewer rows are tokenised as fast as they are read.
@@ -34,9 +34,7 @@ MOST_BYTES = 2_000_000_000
 
 def cache_folder() -> Path:
     """Where token ids are kept; the environment variable `PTKIT_CACHE` moves it."""
-    own = os.environ.get("PTKIT_CACHE")
-    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return (Path(own) if own else Path(shared) / "ptkit").expanduser() / "tokens"
+    return cache_home() / "tokens"
 
 
 def encode_cached(

@@ -25,7 +25,8 @@ from ptkit.methods import (
 )
 from ptkit.methods.head import labels_of_files
 from ptkit.recipe.schema import ModelSection
-from ptkit.runtime.base_model import TINY_EN, Base, load_base
+from ptkit.runtime.base_model import Base, load_base
+from ptkit.runtime.named_models import TINY_EN
 
 if TYPE_CHECKING:
     from ptkit.evaluation.statistics import Interval

@@ -21,7 +21,8 @@ from ptkit.families.properties import PROPERTIES, Mismatch, Trial
 from ptkit.families.shapes import FAMILIES, small
 from ptkit.families.subject import NotApplicable, Subject, real_subject, small_subject
 from ptkit.recipe.schema import ModelSection
-from ptkit.runtime.base_model import Labels, load_base, source_of
+from ptkit.runtime.base_model import Labels, load_base
+from ptkit.runtime.named_models import source_of
 
 
 class Status(StrEnum):

@@ -16,7 +16,7 @@ from ptkit.methods.prefix_lora import PREFIX_LORA
 from ptkit.methods.prefix_mixture import PREFIX_MIXTURE
 from ptkit.methods.prefix_tuning import ENCODER, ENCODER_DECODER, INFIX
 from ptkit.methods.soft_prompt import ENCODER_PROMPT
-from ptkit.runtime.base_model import TINY_EN
+from ptkit.runtime.named_models import TINY_EN
 
 #: Stands in a card for the repository it will be in; `ptkit push` puts the name in.
 PLACE = "USER/REPO"

