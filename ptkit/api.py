@@ -236,6 +236,8 @@ def one_method(recipe: Recipe, title: str | None) -> MethodSection:
             return recipe.method(title)
         except KeyError as error:
             raise UserError(str(error.args[0])) from error
+    if len(recipe.methods) == 1:  # a baseline, say: it is measured
+        return recipe.methods[0]
     trained = [m for m in recipe.methods if m.trains]
     if len(trained) != 1:
         names = ", ".join(m.title for m in recipe.methods)

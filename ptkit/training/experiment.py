@@ -55,7 +55,7 @@ class Experiment:
     def training(self, seed: int) -> TrainingRows:
         """The training rows of the cells with `seed`: all, or a random draw (`task.data.draw`)."""
         data = self.recipe.task.data
-        if data.draw == "first":
+        if data.draw != "seed":
             return self.rows
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.rows.examples), generator=generator).tolist()
