@@ -90,13 +90,13 @@ def test_what_is_missing_in_a_target_is_refused_with_row_and_column(
     tmp_path: Path, text: str
 ) -> None:
     (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(DataError, match="train row 2: `task.target` names `b`, which is missing"):
+    with pytest.raises(DataError, match=r"train row 2: `task.target` names `b`, which is missing"):
         load_task(task("t.csv"), tmp_path)
     labelled = ClassificationTask(
         kind="classification", data={"files": {"train": "t.csv", "validation": "t.csv"}},
         input="{a}", label="b", verbalizer={"x": " x", "y": " y"},
     )  # fmt: skip
-    with pytest.raises(DataError, match="train row 2: the label in the column `b` is missing"):
+    with pytest.raises(DataError, match=r"train row 2: the label in the column `b` is missing"):
         load_task(labelled, tmp_path)
 
 
@@ -284,3 +284,48 @@ def test_templates_know_no_other_syntax() -> None:
     for text in ("{}", "{a!r}", "{a:>9}", "{", "}"):
         with pytest.raises(DataError, match="not a template"):
             Template(text)
+
+
+@pytest.mark.parametrize("own_test", [False, True])
+def test_scores_say_which_rows_they_are_on(tmp_path: Path, own_test: bool) -> None:
+    """In the record, the table, the report, the card and the kept recipe."""
+    from ptkit.api import compare
+    from ptkit.formats.adapter_files import read_adapter
+    from ptkit.hub.card import card_text
+    from ptkit.recipe import load_recipe
+
+    files = {"train": "t.jsonl", "validation": "v.jsonl", "dev": "d.jsonl"}
+    for number, name in enumerate(files.values()):
+        lines(tmp_path / name, *({"a": f"{number} {i}", "b": f"{i}"} for i in range(4)))
+    if not own_test:
+        del files["dev"]
+    splits = "splits: {test: dev}," if own_test else ""
+    (tmp_path / "r.yaml").write_text(
+        "name: r\nretention: null\ntrain: {steps: 1, batch_size: 2, warmup_steps: 0}\n"
+        "methods: [{kind: prefix_tuning, num_virtual_tokens: 2, start: random, "
+        "learning_rate: 0.1}]\n"
+        "budget: {trials: 1, search: {prefix_tuning: {learning_rate: [0.1]}}}\n"
+        f"task:\n  kind: generation\n  data: {{{splits} files: {json.dumps(files)}}}\n"
+        "  input: '{a}'\n  target: ' {b}'\n  max_target_tokens: 2\n  metrics: [exact_match]\n"
+    )
+    done = compare(tmp_path / "r.yaml", out=tmp_path / "out")
+    (record,) = done.records
+    assert (record.test_split, record.test_chose) == (
+        ("dev", False) if own_test else ("validation", True)
+    )
+    report, table = done.report.read_text(), (tmp_path / "out" / "table.md").read_text()
+    adapter = next((tmp_path / "out" / "cells").glob("*/adapter"))
+    card = card_text("x", read_adapter(adapter), 1)
+    said = (
+        "test rows (the source's split `dev`)"
+        if own_test
+        else "validation rows, which also chose the checkpoint"
+    )
+    assert said in table
+    assert said.replace("'", "&#39;") in report
+    assert said in card
+    assert f"split: {'dev' if own_test else 'validation'}" in card
+    assert ("the test rows played no part" in report) == own_test
+    assert ("There was no test split" in report) == (not own_test)
+    kept = load_recipe(tmp_path / "out" / "recipe.yaml").recipe.task.data.splits
+    assert kept.test == ("dev" if own_test else None)

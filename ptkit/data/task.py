@@ -52,6 +52,12 @@ class TaskData:
     origins: dict[str, Origin] = field(default_factory=dict, compare=False)
     test_chose: bool = False
 
+    @property
+    def test_split(self) -> str:
+        """The source's name of the split the test rows are from."""
+        origin = self.origins.get("test")
+        return origin.source if origin else "test"
+
 
 #: Labels listed in an error; more than these mean that another column was meant.
 MOST_LABELS = 50

@@ -125,6 +125,9 @@ class DataSection(Section):
         return self
 
 
+#: Tokenisers of sacrebleu's that a metric may be told to use, as in `bleu-zh`; the metrics.
+TOKENIZERS = ("zh", "char", "intl", "ja-mecab", "ko-mecab", "flores200")
+TOKENIZED = ("bleu", "rouge1", "rouge2", "rougeL", "rougeLsum")
 #: A metric's name, or `module:function`.
 MetricName = Annotated[str, Field(min_length=1)]
 
@@ -159,11 +162,13 @@ class GenerationTask(Section):
     num_beams: Annotated[int, Field(ge=1)] = 1
     """Beams of the search used for evaluation; 1 is greedy."""
     metrics: list[MetricName] = Field(default=["bleu", "chrf"], min_length=1)
-    """`bleu`, `chrf`, `ter`, `rouge1`, `rouge2`, `rougeL`, `meteor`, `exact_match`, `perplexity` of
-    the target, or your own `module:function`; the first is *the score* in tables."""
+    """`bleu`, `chrf`, `ter`, `rouge1`, `rouge2`, `rougeL`, `rougeLsum` (of summaries, a sentence a
+    line), `meteor`, `exact_match`, `perplexity` of the target, or your own `module:function`; the
+    first is *the score* in tables. `bleu-zh`, `rougeL-char`: with sacrebleu's tokeniser `zh`,
+    `char`, `intl`, `ja-mecab`, `ko-mecab` or `flores200`, for other languages than English."""
     _known_metrics: ClassVar[tuple[str, ...]] = (
-        "bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "meteor", "exact_match",
-        "perplexity",
+        "bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "rougeLsum", "meteor", "exact_match",
+        "perplexity", *(f"{name}-{own}" for name in TOKENIZED for own in TOKENIZERS),
     )  # fmt: skip
 
     _metrics_are_known = field_validator("metrics")(_require_metrics)
@@ -250,7 +255,7 @@ class TokenClassificationTask(HeadedTask):
     tags: str = "tags"
     """Column with the list of their labels, as long as the list of words."""
     metrics: list[MetricName] = Field(default=["word_accuracy", "word_macro_f1"], min_length=1)
-    """`word_accuracy`, `word_macro_f1`, `entity_f1` (of labels `B-...`, `I-...`, `O`), or your own
+    """`word_accuracy`, `word_macro_f1`, `entity_f1` (of labels in IOB, IOBES or BILOU), or your own
     `module:function`; the first is *the score* in tables."""
     _known_metrics: ClassVar[tuple[str, ...]] = ("word_accuracy", "word_macro_f1", "entity_f1")
 

@@ -100,6 +100,8 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     for name in recipe.task.metrics:  # your own function, say: it should not fail after training
         metric(name)
     data = load_task(recipe.task, loaded.folder)
+    for name in recipe.task.metrics:
+        metric(name).require([example.references for example in data.test])
     texts = general_texts(retention.text, loaded.folder) if retention else None
     base = base or load_base(recipe.model, Labels.of(recipe.task))
     _require_same_labels(base, Labels.of(recipe.task))

@@ -386,6 +386,8 @@ def _measure(
         settings=method.model_dump(),
         n_train=len(experiment.training(cell.seed).encoded) if method.trains else 0,
         n_test=len(predictions),
+        test_split=experiment.data.test_split,
+        test_chose=experiment.data.test_chose,
         metrics={name: interval.mean for name, interval in scores.items()},
         score=recipe.task.metrics[0],
         trainable_parameters=adapter.trainable_parameters,
