@@ -98,7 +98,10 @@ def train(
         start_over(folder)
     origin = None if start_from is None else find_adapter(Path(start_from))
     cell = Cell(section, used_seed, folder, origin)
-    (record,) = run_cells(prepare(loaded, base), [cell], observer)
+    experiment = prepare(loaded, base)
+    if observer is not None:
+        observer.prepared(experiment.data_lines())
+    (record,) = run_cells(experiment, [cell], observer)
     return Run(folder, record)
 
 

@@ -12,9 +12,11 @@ from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ptkit.api import train
 from ptkit.data import load_task
 from ptkit.data.read_files import read_files
 from ptkit.data.splits import drawn
+from ptkit.data.summary import data_lines
 from ptkit.data.templates import Template, filled
 from ptkit.errors import DataError, UserError
 from ptkit.recipe.schema import ClassificationTask, GenerationTask
@@ -329,3 +331,48 @@ def test_scores_say_which_rows_they_are_on(tmp_path: Path, own_test: bool) -> No
     assert ("There was no test split" in report) == (not own_test)
     kept = load_recipe(tmp_path / "out" / "recipe.yaml").recipe.task.data.splits
     assert kept.test == ("dev" if own_test else None)
+
+
+def test_what_was_decided_about_the_data_is_told(tmp_path: Path) -> None:
+    data = load_task(sorted_file(tmp_path, limits={"train": 20}), tmp_path)
+    own = sorted_file(tmp_path)
+    told = data_lines(own, data)
+    assert told[0] == (
+        "train: 20 rows (20 of 225 kept by `limits`); billing 6, delivery 6, fault 6, praise 2"
+    )
+    assert told[1].startswith("validation: 25 rows (held out of `train`); billing ")
+    assert "no test split: the validation rows, which also choose" in told[2]
+    assert len(told) == 3
+    ordered = load_task(sorted_file(tmp_path, draw="first"), tmp_path)
+    warned = [line for line in data_lines(own, ordered) if line.startswith("warning: ")]
+    assert "no training row has the label" not in " ".join(warned)
+    assert "all validation rows have the label `praise`" in warned[0]
+    few = load_task(sorted_file(tmp_path, draw="first", limits={"train": 50}), tmp_path)
+    assert "no training row has the label `delivery`" in " ".join(data_lines(own, few))
+
+
+def test_validate_and_a_run_tell_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from typer.testing import CliRunner
+
+    from ptkit.cli.display import LiveDisplay
+    from ptkit.cli.main import app
+
+    name = lines(tmp_path / "t.jsonl", *({"a": f"{i}" * (i > 0), "b": "x"} for i in range(30)))
+    text = (
+        "name: r\nretention: null\nmethods: [{kind: base}]\ntask:\n  kind: generation\n"
+        f"  data: {{files: {{train: {name}}}}}\n  input: '{{a}}'\n  target: '{{b}}'\n"
+        "  max_target_tokens: 1\n  metrics: [exact_match]\n"
+    )
+    (tmp_path / "r.yaml").write_text(text)
+    (tmp_path / "bad.yaml").write_text(text.replace("{b}", "{c}"))
+    found = CliRunner().invoke(app, ["recipes", "validate", str(tmp_path / "r.yaml")])
+    assert "train: 27 rows" in found.stdout
+    assert "1 inputs are empty" in found.stdout
+    faulty = CliRunner().invoke(app, ["recipes", "validate", str(tmp_path / "bad.yaml")])
+    assert "`task.target` names the column `c`" in str(faulty.exception)
+    for quiet in (False, True):
+        display = LiveDisplay(1, quiet=quiet)
+        train(tmp_path / "r.yaml", out=tmp_path / f"run{quiet}", observer=display)
+        told = capsys.readouterr().err
+        assert ("train: 27 rows" in told) != quiet
+        assert ("targets fill `max_target_tokens` (1)" in told) != quiet

@@ -64,7 +64,7 @@ def test_letters_that_rouge_drops_are_refused_and_other_words_judged() -> None:
     # A name among English words is no other language.
     english = (
         "The café opened in the old harbour district after the long winter was over. " * 3
-        + "No fewer than forty people came to it on the first day." * 2
+        + "No fewer than forty people came to it on the first day. " * 2
     )
     assert metric("rougeL")([english], [[english]]) == 100.0
 

@@ -12,6 +12,7 @@ import torch
 
 from ptkit.data import Example, TaskData, general_texts, load_task
 from ptkit.data.encode import EncodedExample
+from ptkit.data.summary import data_lines
 from ptkit.data.token_cache import encode_cached
 from ptkit.errors import UserError
 from ptkit.evaluation.metrics import metric
@@ -63,6 +64,11 @@ class Experiment:
         return TrainingRows(
             [self.rows.examples[i] for i in drawn], [self.rows.encoded[i] for i in drawn]
         )
+
+    def data_lines(self) -> list[str]:
+        """What was decided about the data (see `ptkit.data.summary`)."""
+        encoded = {"train": self.rows.encoded, "validation": self.validation}
+        return data_lines(self.recipe.task, self.data, encoded)
 
     def data_fingerprint(self, seed: int) -> str:
         """16 hex digits over the training and validation rows of `seed` as token ids."""

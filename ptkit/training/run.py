@@ -67,6 +67,9 @@ from ptkit.training.trainee import Job, StepReport
 class Observer:
     """Told what a run is doing; every method does nothing unless overridden."""
 
+    def prepared(self, data: Sequence[str]) -> None:
+        """The data are read; `data`: what was decided about them, in lines."""
+
     def cell_started(self, cell: str, steps: int) -> None:
         """A cell begins; `steps` is 0 for methods that train nothing."""
 
