@@ -63,8 +63,8 @@ def test_letters_that_rouge_drops_are_refused_and_other_words_judged() -> None:
     assert metric("rouge1-intl")(GERMAN, [[text] for text in GERMAN]) == 100.0
     # A name among English words is no other language.
     english = (
-        "The café opened in the old harbour district after the long winter was over. " * 3
-        + "No fewer than forty people came to it on the first day. " * 2
+        "The café opened in the old harbour district after the long winter was over. "
+        + "No fewer than forty people came to it on the first day. " * 3
     )
     assert metric("rougeL")([english], [[english]]) == 100.0
 
