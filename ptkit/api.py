@@ -98,7 +98,10 @@ def train(
         start_over(folder)
     origin = None if start_from is None else find_adapter(Path(start_from))
     cell = Cell(section, used_seed, folder, origin)
-    (record,) = run_cells(prepare(loaded, base), [cell], observer)
+    experiment = prepare(loaded, base)
+    if observer is not None:
+        observer.prepared(experiment.data_lines())
+    (record,) = run_cells(experiment, [cell], observer)
     return Run(folder, record)
 
 
@@ -236,6 +239,8 @@ def one_method(recipe: Recipe, title: str | None) -> MethodSection:
             return recipe.method(title)
         except KeyError as error:
             raise UserError(str(error.args[0])) from error
+    if len(recipe.methods) == 1:  # a baseline, say: it is measured
+        return recipe.methods[0]
     trained = [m for m in recipe.methods if m.trains]
     if len(trained) != 1:
         names = ", ".join(m.title for m in recipe.methods)

@@ -38,7 +38,7 @@ def test_formats_give_the_same_examples(tmp_path: Path) -> None:
     dataset.to_parquet(tmp_path / "t.parquet")
     (tmp_path / "t.json").write_text(json.dumps(values))
     expected = load_task(generation(tmp_path, {"train": "t.jsonl"}), tmp_path)
-    assert [e.input for e in expected.train] == [f"in {i}" for i in range(11)]
+    assert len(expected.train) == 11
     for suffix in ("csv", "tsv", "parquet", "json"):
         assert load_task(generation(tmp_path, {"train": f"t.{suffix}"}), tmp_path) == expected
 
@@ -47,14 +47,18 @@ def test_missing_splits_fall_back_as_documented(tmp_path: Path) -> None:
     name = rows(tmp_path / "t.jsonl", *({"a": str(i), "b": "x"} for i in range(30)))
     data = load_task(generation(tmp_path, {"train": name}), tmp_path)
     assert (len(data.train), len(data.validation)) == (27, 3)
-    assert [e.input for e in data.validation] == ["27", "28", "29"]
+    assert not {e.input for e in data.train} & {e.input for e in data.validation}
     assert data.test == data.validation
+    in_order = generation(tmp_path, {}, data={"files": {"train": name}, "draw": "first"})
+    assert [e.input for e in load_task(in_order, tmp_path).validation] == ["27", "28", "29"]
 
 
-def test_limits_take_the_first_rows(tmp_path: Path) -> None:
+def test_limits_take_the_first_rows_where_asked(tmp_path: Path) -> None:
     name = rows(tmp_path / "t.jsonl", *({"a": str(i), "b": "x"} for i in range(30)))
     task = generation(
-        tmp_path, {}, data={"files": {"train": name}, "limits": {"train": 4, "test": 2}}
+        tmp_path,
+        {},
+        data={"files": {"train": name}, "limits": {"train": 4, "test": 2}, "draw": "first"},
     )
     data = load_task(task, tmp_path)
     assert [e.input for e in data.train] == ["0", "1", "2", "3"]
@@ -72,7 +76,7 @@ def test_limits_take_the_first_rows(tmp_path: Path) -> None:
         ({"tain": "good.jsonl"}, {}, "did you mean `train`"),
         ({"train": "one.jsonl"}, {}, "at least two"),
         ({"train": "good.jsonl"}, {"input": "{aa}"}, "`task.input` names the column `aa`"),
-        ({"train": "good.jsonl"}, {"target": "{a.x}"}, "`task.target` is not a template"),
+        ({"train": "good.jsonl"}, {"target": "{a.x}"}, r"no row has `{a.x}`.*there is a text"),
         ({"train": "good.jsonl"}, {"references": "c"}, "`task.references` names the column `c`"),
         ({"train": "good.jsonl"}, {"references": "b"}, "test row 1: `b` should be a non-empty"),
     ],
@@ -93,7 +97,7 @@ def test_label_without_words_is_named_with_its_row(tmp_path: Path) -> None:
         kind="classification", data={"files": {"train": name, "validation": name}},
         input="{a}", verbalizer={"good": " yes", "bad": " no"},
     )  # fmt: skip
-    with pytest.raises(DataError, match=r"train row 2: the label `godo` .*did you mean `good`"):
+    with pytest.raises(DataError, match=r"train row 2.*: the label `godo` .*did you mean `good`"):
         load_task(task, tmp_path)
 
 
@@ -139,7 +143,7 @@ def test_templates_fill_every_column_and_keep_the_rest(row: dict[str, str]) -> N
     assert template.render(row) == " | ".join(f"{{x}} {value}" for value in row.values())
 
 
-@pytest.mark.parametrize("text", ["{a.b}", "{a[0]}", "{}", "{a!r}", "{a:>9}", "{", "}"])
+@pytest.mark.parametrize("text", ["{}", "{a!r}", "{a:>9}", "{", "}"])
 def test_templates_cannot_reach_into_values(text: str) -> None:
     with pytest.raises(DataError, match="not a template"):
         Template(text)
@@ -157,6 +161,9 @@ def test_encoding_cuts_inputs_left_targets_right_and_ends_targets(tmp_path: Path
 
 
 def test_lists_are_written_one_entry_per_line() -> None:
-    row = {"triples": [["Ada", "born in", "London"], ["Ada", "wrote", "Note G"]], "facts": ["a", 2]}
+    row: dict = {
+        "triples": [["Ada", "born in", "London"], ["Ada", "wrote", "Note G"]],
+        "facts": ["a", "2"],
+    }
     assert Template("{facts}\n").render(row) == "a\n2\n"
     assert Template("{triples}").render(row) == "Ada | born in | London\nAda | wrote | Note G"

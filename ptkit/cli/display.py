@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -65,6 +66,10 @@ class LiveDisplay(Observer):
         if self.cell is not None:
             self.progress.remove_task(self.cell)
         self.cell = self.progress.add_task(description, total=total, **{"note": "", **fields})
+
+    def prepared(self, data: Sequence[str]) -> None:
+        for line in data:
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def cell_started(self, cell: str, steps: int) -> None:
         self.name = cell

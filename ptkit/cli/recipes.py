@@ -82,18 +82,35 @@ def copy(
 def validate(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Files or names.")],
 ) -> None:
-    """Check recipes; every fault is named with its file, line and key (exit code 2)."""
-    from ptkit.errors import RecipeError
+    """Check recipes and their data; every fault is named with its place (exit code 2).
+
+    Files and built-in sets are read, and what was decided about them is told; data of the Hub are
+    not fetched.
+    """
+    from ptkit.data import load_task
+    from ptkit.data.summary import data_lines
+    from ptkit.errors import DataError, RecipeError
     from ptkit.recipe import load_recipe
 
     faults = []
     for recipe in recipes:
         try:
-            load_recipe(recipe)
+            loaded = load_recipe(recipe)
         except RecipeError as error:
             faults.append(str(error))
+            continue
+        task = loaded.recipe.task
+        if task.data.hub:
+            told = [f"data: `{task.data.hub}` of the Hub, not read here"]
         else:
-            typer.echo(f"{recipe}: valid")
+            try:
+                told = data_lines(task, load_task(task, loaded.folder))
+            except DataError as error:
+                faults.append(f"{recipe}: {error}")
+                continue
+        typer.echo(f"{recipe}: valid")
+        for line in told:
+            typer.echo(f"  {line}")
     if faults:
         raise RecipeError("\n".join(faults))
 

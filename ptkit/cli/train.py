@@ -70,7 +70,7 @@ def train(
         typer.echo(json.dumps({**record.as_dict(), "folder": str(folder)}))
         return
     metrics = "  ".join(f"{name} {value:.2f}" for name, value in record.metrics.items())
-    typer.echo(f"{metrics}  (n={record.n_test}, seed {record.seed})")
+    typer.echo(f"{metrics}  (n={record.n_test} {record.rows_scored}, seed {record.seed})")
     typer.echo(
         f"trained {record.trainable_parameters:,} parameters "
         f"({record.trainable_parameters / record.base_parameters:.3%} of the base), "

@@ -80,7 +80,9 @@ def run_grid(
     records = []
     experiments = Experiments(loaded, base)
     groups = plan(loaded.recipe, out)
-    experiments.of(groups[0].variant)  # what cannot be carried out leaves nothing behind
+    first = experiments.of(groups[0].variant)  # what cannot be carried out leaves nothing behind
+    if observer is not None:
+        observer.prepared(first.data_lines())
     claim_folder(loaded, out)
     for group in groups:
         experiment = experiments.of(group.variant)

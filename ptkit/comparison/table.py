@@ -62,7 +62,7 @@ def caption(summaries: Sequence[MethodSummary], *, spread: bool) -> str:
     """What the figures are, and their n. spread: forgetting is shown with its interval."""
     record = summaries[0].records[0]
     text = (
-        f"n = {record.n_test} test rows; interval: 95 % bootstrap over seeds and rows; "
+        f"n = {record.n_test} {record.rows_scored}; interval: 95 % bootstrap over seeds and rows; "
         "peak memory beyond what was in use before"
     )
     together = [s for s in summaries if s.trained_together > 1]

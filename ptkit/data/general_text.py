@@ -47,7 +47,7 @@ def read_text(path: Path, what: str) -> str:
     if not path.is_file():
         raise DataError(f"{what}: no such file: {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{what}: {path} is not UTF-8 text") from error
     if not text.strip():

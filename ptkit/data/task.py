@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset
-
 from ptkit.data.sources import load_rows
+from ptkit.data.splits import Origin
+from ptkit.data.table import Table, kind_of
 from ptkit.data.templates import Template
 from ptkit.errors import DataError, did_you_mean
 from ptkit.recipe.schema import (
@@ -39,103 +40,163 @@ class Example:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The examples of the three splits."""
+    """The examples of the three splits.
+
+    origins: where the rows of each split are from
+    test_chose: the test rows are the validation rows, which choose the checkpoint
+    """
 
     train: list[Example]
     validation: list[Example]
     test: list[Example]
+    origins: dict[str, Origin] = field(default_factory=dict, compare=False)
+    test_chose: bool = False
+
+    @property
+    def test_split(self) -> str:
+        """The source's name of the split the test rows are from."""
+        origin = self.origins.get("test")
+        return origin.source if origin else "test"
+
+
+#: Labels listed in an error; more than these mean that another column was meant.
+MOST_LABELS = 50
+
+
+@dataclass
+class _Unknown:
+    """Labels of the data that the task does not have; all of them are told at once."""
+
+    known: Collection[str]
+    where: str
+    found: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, label: str, row: str) -> None:
+        if label not in self.known:
+            self.found.setdefault(label, []).append(row)
+
+    def require_none(self) -> None:
+        if not self.found:
+            return
+        listed = [*self.found.items()][:MOST_LABELS]
+        lines = []
+        for label, rows in listed:
+            more = f" (and in {len(rows) - 1:,} more)" if len(rows) > 1 else ""
+            hint = did_you_mean(label, self.known)
+            lines.append(f"{rows[0]}{more}: the label `{label}` is not in `{self.where}`; {hint}")
+        if len(self.found) > len(listed):
+            lines.append(
+                f"... and {len(self.found) - len(listed):,} more labels: is it the right column?"
+            )
+        quoted = [json.dumps(label, ensure_ascii=False) for label, _ in listed]
+        if self.where == "task.verbalizer":
+            lines.append("to have them too, add to `task.verbalizer`:")
+            lines += [
+                f"    {name}: {json.dumps(f' {label}', ensure_ascii=False)}"
+                for name, (label, _) in zip(quoted, listed, strict=True)
+            ]
+        else:
+            lines.append("to have them too, add to `task.labels`:")
+            lines += [f"    - {name}" for name in quoted]
+        raise DataError("\n".join(lines))
 
 
 def load_task(task: Task, folder: Path) -> TaskData:
     """Read and render the data of `task`; relative paths start at `folder`.
 
-    Raises DataError for data that cannot be read, templates that name a missing column, labels
-    the task does not have, and references that are not lists of texts.
+    Raises DataError for data that cannot be read, templates that name a missing column, targets
+    and labels that are missing, labels the task does not have, values that have no text, and
+    references that are not lists of texts.
     """
-    rows = load_rows(task.data, folder)
-    readers: dict[type, Callable[[Any, Dataset, str], list[Example]]] = {
-        GenerationTask: _generation,
-        ClassificationTask: _worded,
-        SequenceClassificationTask: _headed,
-        TokenClassificationTask: _tagged,
-    }
-    read = readers[type(task)]
-    return TaskData(
-        *(
-            read(task, dataset, split)
-            for split, dataset in (
-                ("train", rows.train),
-                ("validation", rows.validation),
-                ("test", rows.test),
-            )
-        )
+    label = (
+        task.label if isinstance(task, ClassificationTask | SequenceClassificationTask) else None
     )
+    rows = load_rows(task.data, folder, label)
+    known: Collection[str] = getattr(task, "labels", ())
+    unknown = _Unknown(known, "task.labels")
+    if isinstance(task, ClassificationTask):
+        unknown = _Unknown(task.verbalizer, "task.verbalizer")
+    read = []
+    for split, table in (
+        ("train", rows.train),
+        ("validation", rows.validation),
+        ("test", rows.test),
+    ):
+        if isinstance(task, GenerationTask):
+            read.append(_generation(task, table, split))
+        elif isinstance(task, TokenClassificationTask):
+            read.append(_tagged(task, table, split, unknown))
+        else:
+            read.append(_labelled(task, table, split, unknown))
+    unknown.require_none()
+    if isinstance(task, ClassificationTask):  # their words are known only now
+        read = [[_in_words(task, example) for example in part] for part in read]
+    train, validation, test = read
+    return TaskData(train, validation, test, rows.origins, rows.test_chose)
 
 
-def _generation(task: GenerationTask, rows: Dataset, split: str) -> list[Example]:
+def _in_words(task: ClassificationTask, example: Example) -> Example:
+    label = example.target
+    return Example(example.input, task.verbalizer[label], (label,), label)
+
+
+def _generation(task: GenerationTask, rows: Table, split: str) -> list[Example]:
     input_, target = Template(task.input, "task.input"), Template(task.target, "task.target")
     for template in (input_, target):
-        template.require(rows.column_names)
+        template.require(rows)
     # Only the rows that are judged need all acceptable texts; some sets give others none.
     judged = task.references is not None and split == "test"
     if judged:
         _require_column(rows, str(task.references), "task.references")
     examples = []
-    for number, row in enumerate(rows, start=1):
-        text = target.render(row)
+    used = [
+        *input_.columns_of(rows),
+        *target.columns_of(rows),
+        *([task.references] if judged else []),
+    ]
+    for number, row in enumerate(rows.only([str(c) for c in used]), start=1):
+        where = f"{split} row {number}"
+        text = target.render(row, where, complete=True)
         references: tuple[str, ...] = (text.strip(),)
         if judged and task.references is not None:
-            references = _references(row[task.references], task.references, split, number)
-        examples.append(Example(input_.render(row), text, references))
+            references = _references(row[task.references], task.references, where)
+        examples.append(Example(input_.render(row, where), text, references))
     return examples
 
 
-def _references(value: Any, column: str, split: str, number: int) -> tuple[str, ...]:
+def _references(value: Any, column: str, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
-        raise DataError(
-            f"{split} row {number}: `{column}` should be a non-empty list of texts, found {value!r}"
-        )
+        raise DataError(f"{where}: `{column}` should be a non-empty list of texts, found {value!r}")
     return tuple(value)
-
-
-def _worded(task: ClassificationTask, rows: Dataset, split: str) -> list[Example]:
-    return [
-        Example(text, task.verbalizer[label], (label,), label)
-        for text, label in _labelled(task, rows, split, task.verbalizer, "task.verbalizer")
-    ]
-
-
-def _headed(task: SequenceClassificationTask, rows: Dataset, split: str) -> list[Example]:
-    return [
-        Example(text, label, (label,), label)
-        for text, label in _labelled(task, rows, split, task.labels, "task.labels")
-    ]
 
 
 def _labelled(
     task: ClassificationTask | SequenceClassificationTask,
-    rows: Dataset,
+    rows: Table,
     split: str,
-    known: Collection[str],
-    where: str,
-) -> Iterator[tuple[str, str]]:
-    """Input and label of every row; `where` names the key that lists the `known` labels."""
+    unknown: _Unknown,
+) -> list[Example]:
+    """Every row's input, with its label as the target."""
     input_ = Template(task.input, "task.input")
-    input_.require(rows.column_names)
+    input_.require(rows)
     _require_column(rows, task.label, "task.label")
-    feature = rows.features[task.label]
-    for number, row in enumerate(rows, start=1):
-        label = _label(row[task.label], feature)
-        _require_label(label, known, f"{split} row {number}", where)
-        yield input_.render(row), label
+    examples = []
+    used = [*input_.columns_of(rows), task.label]
+    for number, row in enumerate(rows.only(used), start=1):
+        where = f"{split} row {number}"
+        label = _label(row[task.label], task.label, where)
+        unknown.add(label, where)
+        examples.append(Example(input_.render(row, where), label, (label,), label))
+    return examples
 
 
-def _tagged(task: TokenClassificationTask, rows: Dataset, split: str) -> list[Example]:
+def _tagged(
+    task: TokenClassificationTask, rows: Table, split: str, unknown: _Unknown
+) -> list[Example]:
     _require_column(rows, task.words, "task.words")
     _require_column(rows, task.tags, "task.tags")
-    feature = getattr(rows.features[task.tags], "feature", None)
     examples = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(rows.only([task.words, task.tags]), start=1):
         words, values = row[task.words], row[task.tags]
         where = f"{split} row {number}"
         if not isinstance(words, list) or not words or not all(isinstance(w, str) for w in words):
@@ -147,31 +208,28 @@ def _tagged(task: TokenClassificationTask, rows: Dataset, split: str) -> list[Ex
                 f"{where}: `{task.tags}` should be a list of {len(words)} labels, one for each "
                 f"word, found {values!r}"
             )
-        tags = [_label(value, feature) for value in values]
+        tags = [_label(value, task.tags, where) for value in values]
         for tag in tags:
-            _require_label(tag, task.labels, where, "task.labels")
+            unknown.add(tag, where)
         target = " ".join(tags)
         examples.append(Example(" ".join(words), target, (target,), words=tuple(words)))
     return examples
 
 
-def _label(value: Any, feature: Any) -> str:
-    """A label as the recipe writes it: by name, where the data has numbers and their names."""
-    if isinstance(feature, ClassLabel) and isinstance(value, int) and value >= 0:
-        return str(feature.int2str(value))
-    return str(value)
+def _label(value: Any, column: str, where: str) -> str:
+    if value is None:
+        raise DataError(
+            f"{where}: the label in the column `{column}` is missing; fill it in, or leave the "
+            "row out"
+        )
+    if not isinstance(value, str):
+        raise DataError(f"{where}: `{column}` should hold labels, found {kind_of(value)}")
+    return value
 
 
-def _require_column(rows: Dataset, column: str, key: str) -> None:
-    if column not in rows.column_names:
+def _require_column(rows: Table, column: str, key: str) -> None:
+    if column not in rows.columns:
         raise DataError(
             f"`{key}` names the column `{column}`, which the data does not have; "
-            + did_you_mean(column, rows.column_names)
-        )
-
-
-def _require_label(label: str, known: Collection[str], row: str, where: str) -> None:
-    if label not in known:
-        raise DataError(
-            f"{row}: the label `{label}` is not in `{where}`; {did_you_mean(label, known)}"
+            + did_you_mean(column, rows.columns)
         )

@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, ClassVar
 
@@ -19,12 +20,29 @@ import numpy.typing as npt
 from scipy.stats import rankdata
 
 from ptkit.errors import UserError, did_you_mean
+from ptkit.evaluation.scope import (
+    UNREAD,
+    entity_scheme,
+    require_english_letters,
+    require_words_at_spaces,
+)
+from ptkit.recipe.schema import TOKENIZED, TOKENIZERS
 
 Statistics = npt.NDArray[np.float64]
 
 
 #: What a prediction carries beside its text, where a metric asks for it (see `Metric.needs`).
 Details = Mapping[str, Any]
+
+
+@contextmanager
+def _needs_a_tokenizer(name: str) -> Iterator[None]:
+    """Tokenisers of some languages are packages, or files to fetch, of their own."""
+    try:
+        yield
+    except (ImportError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the tokeniser of `{name}` is not there: {reason}") from error
 
 
 class Metric(ABC):
@@ -60,11 +78,18 @@ class Metric(ABC):
         for number, row in enumerate(references, start=1):
             if isinstance(row, str) or not row:
                 raise ValueError(f"example {number}: expected a list of references, found {row!r}")
+        self.require(references)
         if self.needs is not None:
             if len(details) != len(predictions) or any(self.needs not in d for d in details):
                 raise ValueError(f"`{self.name}` needs the `{self.needs}` of every prediction")
             return self._detailed_rows(references, details)
         return self._rows(predictions, references)
+
+    def require(self, references: Sequence[Sequence[str]]) -> None:  # noqa: B027
+        """Raise UserError for references that the metric cannot judge by, with what can.
+
+        Needs no prediction, so that a run learns it before it trains.
+        """
 
     def _rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
         """`statistics` of checked texts."""
@@ -90,13 +115,23 @@ class Metric(ABC):
 
 
 class SacreBleu(Metric):
-    """BLEU and chrF by sacrebleu, with its default settings and all references."""
+    """BLEU, chrF and TER by sacrebleu, with its default settings and all references.
+
+    `bleu-zh`, `bleu-char`, ...: BLEU with another of sacrebleu's tokenisers.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         from sacrebleu.metrics import BLEU, CHRF, TER
 
-        self._library: Any = {"bleu": BLEU, "chrf": CHRF, "ter": TER}[name]()
+        kind, _, self._tokenizer = name.partition("-")
+        options = {"tokenize": self._tokenizer} if self._tokenizer else {}
+        with _needs_a_tokenizer(name):
+            self._library: Any = {"bleu": BLEU, "chrf": CHRF, "ter": TER}[kind](**options)
+
+    def require(self, references: Sequence[Sequence[str]]) -> None:
+        if self.name in ("bleu", "ter"):  # words are found at spaces; chrF reads characters
+            require_words_at_spaces(self.name, references)
 
     def _rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
         # sacrebleu wants one list per reference position; None where an example has fewer.
@@ -142,19 +177,47 @@ class MeanOverExamples(Metric):
 
 
 class Rouge(MeanOverExamples):
-    """ROUGE F1 by rouge-score (stemmed); the best reference counts."""
+    """ROUGE F1 by rouge-score; the best reference counts.
+
+    By default words are runs of `a-z` and `0-9`, stemmed: English. `rougeL-char`, `rouge1-zh`, ...
+    read the tokens of sacrebleu's tokeniser of that name, in lower case.
+
+    `rougeL` takes a text as one sequence; `rougeLsum` takes each line for a sentence and joins
+    what is common to them, which is what papers report of summaries of several sentences.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         from rouge_score.rouge_scorer import RougeScorer
 
-        self._library = RougeScorer([name], use_stemmer=True)
+        self._kind, _, self._tokenizer = name.partition("-")
+        with _needs_a_tokenizer(name):
+            own = _SacreBleuTokens(self._tokenizer) if self._tokenizer else None
+        self._library = RougeScorer([self._kind], use_stemmer=True, tokenizer=own)
+
+    def require(self, references: Sequence[Sequence[str]]) -> None:
+        if not self._tokenizer:
+            require_english_letters(self.name, references)
 
     def value(self, prediction: str, references: Sequence[str]) -> float:
-        return float(self._library.score_multi(list(references), prediction)[self.name].fmeasure)
+        return float(self._library.score_multi(list(references), prediction)[self._kind].fmeasure)
 
     def signature(self, references: Sequence[Sequence[str]]) -> str:
-        return f"rouge-score {version('rouge-score')}, F1, stemmed, best reference"
+        words = f"sacrebleu's {self._tokenizer} tokens" if self._tokenizer else "stemmed"
+        lines = ", sentences are lines" if self._kind == "rougeLsum" else ""
+        return f"rouge-score {version('rouge-score')}, F1, {words}{lines}, best reference"
+
+
+class _SacreBleuTokens:
+    """One of sacrebleu's tokenisers, as rouge-score calls them."""
+
+    def __init__(self, name: str) -> None:
+        from sacrebleu.metrics import BLEU
+
+        self._library: Any = BLEU(tokenize=name).tokenizer
+
+    def tokenize(self, text: str) -> list[str]:
+        return [str(token) for token in self._library(text.lower()).split()]
 
 
 class Meteor(MeanOverExamples):
@@ -176,6 +239,9 @@ class Meteor(MeanOverExamples):
                 "`meteor` needs WordNet's data: `python -m nltk.downloader wordnet` fetches them"
             ) from error
         self._score, self._words, self._wordnet = meteor_score, wordpunct_tokenize, wordnet
+
+    def require(self, references: Sequence[Sequence[str]]) -> None:
+        require_words_at_spaces(self.name, references)
 
     def value(self, prediction: str, references: Sequence[str]) -> float:
         tokenised = [self._words(reference) for reference in references]
@@ -243,8 +309,10 @@ class LabelMetric(Metric):
         return "as scikit-learn's, 0 where nothing is divided by nothing"
 
 
-def _macro_averaged(name: str, counts: npt.NDArray[Any]) -> float:
+def _macro_averaged(name: str, counts: npt.NDArray[Any], classes: int | None = None) -> float:
     """Mean over the labels seen of F1, precision or recall, from counts `[gold, predicted]`.
+
+    classes: only the first so many are labels
 
     scikit-learn's figures without its checks of the input: a bootstrap asks thousands of times.
     """
@@ -255,18 +323,21 @@ def _macro_averaged(name: str, counts: npt.NDArray[Any]) -> float:
         "macro_recall": gold,
     }[name]
     shares = np.divide(right, over, out=np.zeros(len(right)), where=over > 0)
-    return float(shares[gold + predicted > 0].mean())
+    seen = (gold + predicted > 0)[:classes]
+    return float(shares[:classes][seen].mean())
 
 
 class WordLabels(Metric):
     """Accuracy and macro-averaged F1 over all words, as scikit-learn has them.
 
-    Predictions and references are labels of all words of an example with spaces between.
+    Predictions and references are labels of all words of an example with spaces between. A word
+    the model has not read (`UNREAD`) is wrong, and is no class of its own.
     """
 
     def _rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
         pairs = [(p.split(), r[0].split()) for p, r in zip(predictions, references, strict=True)]
-        index = {label: i for i, label in enumerate(sorted({w for p, g in pairs for w in p + g}))}
+        labels = {w for p, g in pairs for w in p + g} - {UNREAD}
+        index = {label: i for i, label in enumerate([*sorted(labels), UNREAD])}
         counts = np.zeros((len(pairs), len(index), len(index)))  # [example, gold, predicted]
         for row, (predicted, gold) in enumerate(pairs):
             if len(predicted) != len(gold):
@@ -282,21 +353,35 @@ class WordLabels(Metric):
         counts = rows.sum(axis=0).reshape(labels, labels)
         if self.name == "word_accuracy":
             return 100.0 * float(counts.trace() / counts.sum())
-        return 100.0 * _macro_averaged("macro_f1", counts)
+        return 100.0 * _macro_averaged("macro_f1", counts, classes=labels - 1)
 
     def signature(self, references: Sequence[Sequence[str]]) -> str:
         return "as scikit-learn's, over words"
 
 
 class EntityF1(Metric):
-    """F1 over entities, whole spans of one type (CoNLL's measure), by seqeval."""
+    """F1 over entities, whole spans of one type, by seqeval.
+
+    The scheme is that of the references. `B-`, `I-`, `O`: as CoNLL's own script reads them, which
+    takes an `I-` after another type for a beginning. With `E-`, `S-` (IOBES) or `L-`, `U-` (BILOU)
+    strictly: a span that is not closed is no entity.
+    """
+
+    def require(self, references: Sequence[Sequence[str]]) -> None:
+        entity_scheme(label for row in references for label in row[0].split())
 
     def _rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
         from seqeval.metrics.sequence_labeling import get_entities
+        from seqeval.scheme import BILOU, IOBES, Entities
 
-        def spans(labels: str) -> set[tuple[str, int, int]]:
-            known = [label if label[0] in "BIO" else "O" for label in labels.split()]
-            return set(get_entities(known))
+        scheme = entity_scheme(label for row in references for label in row[0].split())
+
+        def spans(labels: str) -> set[Any]:
+            known = ["O" if label == UNREAD else label for label in labels.split()]
+            if scheme == "IOB":
+                return set(get_entities(known))
+            strict = {"IOBES": IOBES, "BILOU": BILOU}[scheme]
+            return {entity.to_tuple() for entity in Entities([known], strict).entities[0]}
 
         rows = []
         for prediction, reference in zip(predictions, references, strict=True):
@@ -309,7 +394,9 @@ class EntityF1(Metric):
         return 100.0 * float(2 * right / (found + gold)) if found + gold else 0.0
 
     def signature(self, references: Sequence[Sequence[str]]) -> str:
-        return f"seqeval {version('seqeval')}, micro, entities as seqeval reads them by default"
+        scheme = entity_scheme(label for row in references for label in row[0].split())
+        how = "as seqeval reads them by default" if scheme == "IOB" else f"strict {scheme}"
+        return f"seqeval {version('seqeval')}, micro, entities {how}"
 
 
 class RocAuc(Metric):
@@ -372,6 +459,7 @@ METRICS: dict[str, type[Metric]] = {
     "rouge1": Rouge,
     "rouge2": Rouge,
     "rougeL": Rouge,
+    "rougeLsum": Rouge,
     "meteor": Meteor,
     "exact_match": ExactMatch,
     "accuracy": LabelMetric,
@@ -384,6 +472,7 @@ METRICS: dict[str, type[Metric]] = {
     "entity_f1": EntityF1,
     "perplexity": Perplexity,
 }
+METRICS |= {f"{name}-{tokenizer}": METRICS[name] for name in TOKENIZED for tokenizer in TOKENIZERS}
 
 
 def metric(name: str) -> Metric:

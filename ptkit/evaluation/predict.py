@@ -16,6 +16,7 @@ from ptkit.data.encode import (
 )
 from ptkit.data.task import Example
 from ptkit.evaluation.metrics import Metric, Statistics, metric
+from ptkit.evaluation.scope import UNREAD
 from ptkit.methods import Adapter
 from ptkit.prefix import Compiled
 from ptkit.recipe.schema import (
@@ -172,11 +173,6 @@ def label_scores(
         pad_token_id=adapter.base.pad_token_id,
     )
     return [dict(zip(words, row, strict=True)) for row in scores.tolist()]
-
-
-#: In place of the label of a word the model has not read: beyond `max_input_tokens`, or one the
-#: tokenizer makes nothing of. It is never right.
-UNREAD = "?"
 
 
 def word_labels(

@@ -17,6 +17,7 @@ from ptkit.methods.prefix_mixture import PREFIX_MIXTURE
 from ptkit.methods.prefix_tuning import ENCODER, ENCODER_DECODER, INFIX
 from ptkit.methods.soft_prompt import ENCODER_PROMPT
 from ptkit.runtime.named_models import TINY_EN
+from ptkit.training.record import scored_rows
 
 #: Stands in a card for the repository it will be in; `ptkit push` puts the name in.
 PLACE = "USER/REPO"
@@ -88,7 +89,7 @@ def _metadata(name: str, files: AdapterFiles, license: str | None, language: str
             dataset_name=data.get("hub") or data.get("builtin") or "unpublished",
             dataset_config=data.get("config"),
             dataset_revision=data.get("revision"),
-            dataset_split="test",
+            dataset_split=info.get("test_split", "test"),
             metric_type=metric,
             metric_value=round(claim["value"], 2),
         )
@@ -141,6 +142,7 @@ def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: 
         dtype=info.get("dtype", _dtype(files)),
         virtual_tokens=files.config.get("num_virtual_tokens"),
         metrics=info.get("metrics"),
+        rows_scored=scored_rows(info.get("test_split", "test"), bool(info.get("test_chose"))),
         lost=info.get("int8_lost") if int8 else None,
         table=table and table.strip(),
         retention=info.get("retention"),

@@ -31,7 +31,7 @@ def describe(source: str | Path) -> dict[str, Any]:
             "seed": info.get("seed"),
             "data": info.get("data"),
             "scores": {n: _claim(c) for n, c in (info.get("metrics") or {}).items()},
-            "test rows": info.get("n_test"),
+            ("validation rows" if info.get("test_chose") else "test rows"): info.get("n_test"),
             "forgetting": (info.get("retention") or {}).get("forgetting"),
             "settings": info.get("method"),
             "distilled from": (info.get("distilled") or {}).get("document"),

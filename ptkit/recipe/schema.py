@@ -61,10 +61,11 @@ class Splits(Section):
     train: str = "train"
     """Training rows."""
     validation: str | None = "validation"
-    """Rows that choose the best checkpoint and, in a search, the settings; null holds the last
-    tenth of the training rows out for it (use it where `test` is the source's validation)."""
-    test: str = "test"
-    """Rows every figure is about."""
+    """Rows that choose the best checkpoint and, in a search, the settings; null holds a tenth of
+    the training rows out for it (use it where `test` is the source's validation)."""
+    test: str | None = "test"
+    """Rows every figure is about; null takes the validation rows, which have also chosen the
+    checkpoint: record, table, report and card then say so."""
 
 
 class Limits(Section):
@@ -92,13 +93,28 @@ class DataSection(Section):
     files: dict[str, str | list[str]] | None = None
     """Split -> JSONL, JSON, CSV or Parquet file(s); relative paths start at the recipe's folder."""
     splits: Splits = Splits()
-    """The source's names for the three splits. Missing validation or test falls back as the
-    data documentation says: test -> validation; validation -> the last 10 % of train."""
+    """The source's names for the three splits. What is missing falls back: test to the validation
+    rows, validation to a tenth of the training rows (both as if the name were null)."""
     limits: Limits = Limits()
     """Use only so many rows of each split."""
-    draw: Literal["first", "seed"] = "first"
-    """Which training rows `limits.train` keeps: the `first`, or a random draw by the cell's `seed`,
-    so that the seeds of a low-data comparison differ in their data too."""
+    draw: Literal["balanced", "first", "seed"] = "balanced"
+    """Which rows `limits` keep and which are held out for a missing validation split. `balanced`: a
+    random draw, the same for all seeds, that gives every label its share (built-in sets lie in
+    random order: their first rows are one). `first`: in the order of the source, limits keep the
+    first and the last tenth is held out, as for rows in the order of time. `seed`: `limits.train`
+    draws by the cell's seed, so that the seeds of a low-data comparison differ in their data."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fall_backs_are_written_out(cls, data: Any) -> Any:
+        """What the splits of files are is known here, and part of the recipe that is kept."""
+        if not isinstance(data, dict) or not isinstance(data.get("files"), dict):
+            return data
+        splits = data.get("splits", {})
+        if not isinstance(splits, dict):
+            return data
+        absent = {s: None for s in ("validation", "test") if s not in data["files"]}
+        return {**data, "splits": {**absent, **splits}}
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
@@ -111,6 +127,9 @@ class DataSection(Section):
         return self
 
 
+#: Tokenisers of sacrebleu's that a metric may be told to use, as in `bleu-zh`; the metrics.
+TOKENIZERS = ("zh", "char", "intl", "ja-mecab", "ko-mecab", "flores200")
+TOKENIZED = ("bleu", "rouge1", "rouge2", "rougeL", "rougeLsum")
 #: A metric's name, or `module:function`.
 MetricName = Annotated[str, Field(min_length=1)]
 
@@ -145,11 +164,13 @@ class GenerationTask(Section):
     num_beams: Annotated[int, Field(ge=1)] = 1
     """Beams of the search used for evaluation; 1 is greedy."""
     metrics: list[MetricName] = Field(default=["bleu", "chrf"], min_length=1)
-    """`bleu`, `chrf`, `ter`, `rouge1`, `rouge2`, `rougeL`, `meteor`, `exact_match`, `perplexity` of
-    the target, or your own `module:function`; the first is *the score* in tables."""
+    """`bleu`, `chrf`, `ter`, `rouge1`, `rouge2`, `rougeL`, `rougeLsum` (of summaries, a sentence a
+    line), `meteor`, `exact_match`, `perplexity` of the target, or your own `module:function`; the
+    first is *the score* in tables. `bleu-zh`, `rougeL-char`: with sacrebleu's tokeniser `zh`,
+    `char`, `intl`, `ja-mecab`, `ko-mecab` or `flores200`, for other languages than English."""
     _known_metrics: ClassVar[tuple[str, ...]] = (
-        "bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "meteor", "exact_match",
-        "perplexity",
+        "bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "rougeLsum", "meteor", "exact_match",
+        "perplexity", *(f"{name}-{own}" for name in TOKENIZED for own in TOKENIZERS),
     )  # fmt: skip
 
     _metrics_are_known = field_validator("metrics")(_require_metrics)
@@ -236,7 +257,7 @@ class TokenClassificationTask(HeadedTask):
     tags: str = "tags"
     """Column with the list of their labels, as long as the list of words."""
     metrics: list[MetricName] = Field(default=["word_accuracy", "word_macro_f1"], min_length=1)
-    """`word_accuracy`, `word_macro_f1`, `entity_f1` (of labels `B-...`, `I-...`, `O`), or your own
+    """`word_accuracy`, `word_macro_f1`, `entity_f1` (of labels in IOB, IOBES or BILOU), or your own
     `module:function`; the first is *the score* in tables."""
     _known_metrics: ClassVar[tuple[str, ...]] = ("word_accuracy", "word_macro_f1", "entity_f1")
 
@@ -387,7 +408,7 @@ class BudgetSection(Section):
 
     trials: Annotated[int, Field(gt=0)]
     """Settings tried for each method in `search`; the one with the lowest validation loss is run
-    with all seeds. The test rows play no part in it."""
+    with all seeds. Test rows of their own play no part in it."""
     sampler: Literal["random", "optuna"] = "random"
     """Random search (Bergstra & Bengio 2012), or Optuna's TPE (needs `pip install optuna`)."""
     seed: Annotated[int, Field(ge=0)] = 0

@@ -13,6 +13,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 from ruamel.yaml.tokens import TagToken
 
 from ptkit.errors import RecipeError
@@ -25,11 +26,13 @@ class YamlSource:
     """A YAML document as plain data, with the place of every key.
 
     origins: path of a key -> where it was written, `recipes/x.yaml:12` or `--set a.b=1`.
+    key_texts: line and column of a key -> the key as it is written there
     """
 
     name: str
     data: dict[str, Any]
     origins: dict[KeyPath, str] = field(default_factory=dict)
+    key_texts: dict[tuple[int, int], str] = field(default_factory=dict)
 
     def where(self, path: KeyPath) -> str:
         """Where `path`, or the nearest enclosing key that was written, stands."""
@@ -90,7 +93,7 @@ def parse_yaml(text: str, name: str) -> YamlSource:
     document = _load(text, name)
     if not isinstance(document, dict):
         raise RecipeError(f"{name}:1: expected a mapping of keys (`name:`, `task:`, ...)")
-    source = YamlSource(name, {})
+    source = YamlSource(name, {}, key_texts=_key_texts(text))
     source.data = _plain(document, (), source)
     return source
 
@@ -119,7 +122,27 @@ def _load(text: str, name: str) -> Any:
 def _parse(text: str, where: str) -> Any:
     """A single value written in YAML, as plain data."""
     value = _load(text, where)
-    return _plain(value, (), YamlSource(where, {}))
+    return _plain(value, (), YamlSource(where, {}, key_texts=_key_texts(text)))
+
+
+def _key_texts(text: str) -> dict[tuple[int, int], str]:
+    """Line and column of every key that is a scalar -> its text: `01` is not 1, `True` not true."""
+    found: dict[tuple[int, int], str] = {}
+    seen: set[int] = set()  # an anchor's node is met again at every alias
+    todo = [YAML(typ="rt").compose(text)]
+    while todo:
+        node = todo.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, MappingNode):
+            for key, value in node.value:
+                if isinstance(key, ScalarNode):
+                    found[key.start_mark.line, key.start_mark.column] = key.value
+                todo.append(value)
+        elif isinstance(node, SequenceNode):
+            todo += node.value
+    return found
 
 
 def _plain(value: Any, path: KeyPath, source: YamlSource) -> Any:
@@ -128,7 +151,12 @@ def _plain(value: Any, path: KeyPath, source: YamlSource) -> Any:
         result = {}
         for key, entry in value.items():
             # Labels in a verbaliser may look like numbers or truth values; they are names.
-            name = str(key).lower() if isinstance(key, bool) else str(key)
+            name = source.key_texts.get(_place_of_key(value, key), str(key))
+            if name in result:
+                raise RecipeError(
+                    f"{source.name}:{_line_of_key(value, key)}: `{name}` is written twice; keep "
+                    "one of the two"
+                )
             below = (*path, name)
             source.origins[below] = f"{source.name}:{_line_of_key(value, key)}"
             result[name] = _plain(entry, below, source)
@@ -146,12 +174,18 @@ def _plain(value: Any, path: KeyPath, source: YamlSource) -> Any:
     return value
 
 
-def _line_of_key(mapping: Any, key: Any) -> int:
-    position = getattr(mapping, "lc", None)
+def _place_of_key(mapping: Any, key: Any) -> tuple[int, int]:
+    """Line and column of a key, from 0; (-1, -1) for one that is written elsewhere (`<<`)."""
     try:
-        return int(position.key(key)[0]) + 1  # type: ignore[union-attr]
+        line, column = mapping.lc.key(key)
+        return int(line), int(column)
     except (AttributeError, KeyError, TypeError):
-        return int(getattr(position, "line", 0)) + 1
+        return -1, -1
+
+
+def _line_of_key(mapping: Any, key: Any) -> int:
+    line, _ = _place_of_key(mapping, key)
+    return (line if line >= 0 else int(getattr(getattr(mapping, "lc", None), "line", 0))) + 1
 
 
 def _line_of_item(sequence: Any, index: int) -> int:

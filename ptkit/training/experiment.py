@@ -12,6 +12,7 @@ import torch
 
 from ptkit.data import Example, TaskData, general_texts, load_task
 from ptkit.data.encode import EncodedExample
+from ptkit.data.summary import data_lines
 from ptkit.data.token_cache import encode_cached
 from ptkit.errors import UserError
 from ptkit.evaluation.metrics import metric
@@ -55,7 +56,7 @@ class Experiment:
     def training(self, seed: int) -> TrainingRows:
         """The training rows of the cells with `seed`: all, or a random draw (`task.data.draw`)."""
         data = self.recipe.task.data
-        if data.draw == "first":
+        if data.draw != "seed":
             return self.rows
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.rows.examples), generator=generator).tolist()
@@ -63,6 +64,11 @@ class Experiment:
         return TrainingRows(
             [self.rows.examples[i] for i in drawn], [self.rows.encoded[i] for i in drawn]
         )
+
+    def data_lines(self) -> list[str]:
+        """What was decided about the data (see `ptkit.data.summary`)."""
+        encoded = {"train": self.rows.encoded, "validation": self.validation}
+        return data_lines(self.recipe.task, self.data, encoded)
 
     def data_fingerprint(self, seed: int) -> str:
         """16 hex digits over the training and validation rows of `seed` as token ids."""
@@ -100,6 +106,8 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     for name in recipe.task.metrics:  # your own function, say: it should not fail after training
         metric(name)
     data = load_task(recipe.task, loaded.folder)
+    for name in recipe.task.metrics:
+        metric(name).require([example.references for example in data.test])
     texts = general_texts(retention.text, loaded.folder) if retention else None
     base = base or load_base(recipe.model, Labels.of(recipe.task))
     _require_same_labels(base, Labels.of(recipe.task))

@@ -41,6 +41,8 @@ def adapter_info(
         "metrics": {name: claim(interval) for name, interval in metrics.items()},
         "n_train": record.n_train,
         "n_test": record.n_test,
+        "test_split": record.test_split,
+        "test_chose": record.test_chose,
         "retention": record.retention,
         "gate": record.gate,
         "trainable_parameters": record.trainable_parameters,

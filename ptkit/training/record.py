@@ -10,6 +10,13 @@ from typing import Any
 from ptkit.errors import PtkitError
 
 
+def scored_rows(split: str, chose: bool) -> str:
+    """What scored rows are, in words that follow a number; see `CellRecord`."""
+    if chose:
+        return "validation rows, which also chose the checkpoint"
+    return "test rows" if split == "test" else f"test rows (the source's split `{split}`)"
+
+
 @dataclass(frozen=True)
 class CellRecord:
     """One method with one seed, trained and measured.
@@ -17,6 +24,8 @@ class CellRecord:
     cell: its folder below `cells/`; family: the recipe's entry, which `method` is with the values
     of its own swept keys; sweep: all swept keys, those outside the methods too
     tuned: what a search chose, `{trials, seed, settings}`; None where there was none
+    test_split: the source's name of the split the scores are on; test_chose: its rows are the
+    validation rows, which have also chosen the checkpoint and the settings of a search
     metrics: name -> corpus value; score: the name of the leading one
     train_seconds, eval_seconds: wall clock; peak_memory_bytes: above what was in use before
     curve: `{step, train_loss, validation_loss}` in nats per target token
@@ -60,6 +69,8 @@ class CellRecord:
     added_ms: float | None
     adapter_off_exact: bool | None
     adapter_path: str | None
+    test_split: str = "test"
+    test_chose: bool = False
     gate: dict[str, float] | None = None
     trained_together: int = 1
     chosen: dict[str, Any] | None = None
@@ -74,6 +85,11 @@ class CellRecord:
     def as_line(self) -> str:
         """The record as one line of JSON."""
         return json.dumps(self.as_dict(), ensure_ascii=False)
+
+    @property
+    def rows_scored(self) -> str:
+        """What the rows are that the scores are on, in words that follow a number."""
+        return scored_rows(self.test_split, self.test_chose)
 
     def updated(self, **changes: Any) -> CellRecord:
         """The record with some fields replaced."""

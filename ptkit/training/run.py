@@ -67,6 +67,9 @@ from ptkit.training.trainee import Job, StepReport
 class Observer:
     """Told what a run is doing; every method does nothing unless overridden."""
 
+    def prepared(self, data: Sequence[str]) -> None:
+        """The data are read; `data`: what was decided about them, in lines."""
+
     def cell_started(self, cell: str, steps: int) -> None:
         """A cell begins; `steps` is 0 for methods that train nothing."""
 
@@ -386,6 +389,8 @@ def _measure(
         settings=method.model_dump(),
         n_train=len(experiment.training(cell.seed).encoded) if method.trains else 0,
         n_test=len(predictions),
+        test_split=experiment.data.test_split,
+        test_chose=experiment.data.test_chose,
         metrics={name: interval.mean for name, interval in scores.items()},
         score=recipe.task.metrics[0],
         trainable_parameters=adapter.trainable_parameters,

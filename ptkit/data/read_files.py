@@ -1,0 +1,140 @@
+"""Rows of files as the files write them: nothing is inferred, nothing is renamed.
+
+A CSV cell is its text (`NA`, `02108`, `3.10` and `TRUE` too), and an empty cell is missing. A JSON
+text is that text, a JSON number the digits that stand there, `null` or an absent key is missing.
+Parquet keeps the types it was written with. A path is a path: `*`, `?` and brackets are letters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from ptkit.data.table import Table
+from ptkit.errors import DataError
+
+
+def read_files(paths: Sequence[Path]) -> Table:
+    """The rows of files of one format, one after another.
+
+    Raises DataError naming the file, and the line or row, that is missing, empty or malformed.
+    """
+    kinds = set()
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"no such data file: {path}")
+        if path.suffix not in READERS:
+            raise DataError(f"{path}: expected one of {', '.join(READERS)}")
+        if not path.stat().st_size:
+            raise DataError(f"{path} is empty")
+        kinds.add(path.suffix)
+    if len(kinds) != 1:
+        raise DataError(f"the files of one split must have one format, found {', '.join(kinds)}")
+    suffix = kinds.pop()
+    if suffix == ".parquet":
+        return _parquet(paths)
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            rows += READERS[suffix](path)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    return Table(list(dict.fromkeys(name for row in rows for name in row)), rows)
+
+
+def _csv(path: Path, separator: str = ",") -> list[dict[str, Any]]:
+    try:
+        # Without a header of its own, pandas renames no column and takes none for an index.
+        frame = pd.read_csv(
+            path, sep=separator, header=None, dtype=str, keep_default_na=False, na_filter=False,
+            encoding="utf-8-sig",
+        )  # fmt: skip
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        reason = str(error).strip().splitlines()[0].removeprefix("Error tokenizing data. C error: ")
+        raise DataError(f"{path} cannot be read: {reason}") from error
+    header, *cells = frame.to_numpy(dtype=object).tolist()
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}: two columns are called `{twice[0]}`; rename one")
+    return [{name: cell or None for name, cell in zip(header, row, strict=True)} for row in cells]
+
+
+def _tsv(path: Path) -> list[dict[str, Any]]:
+    return _csv(path, "\t")
+
+
+def _jsonl(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = _json(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{number}: not valid JSON ({error.msg})") from error
+            if not isinstance(value, dict):
+                raise DataError(f"{path}:{number}: expected a JSON object per line")
+            rows.append(value)
+    return rows
+
+
+def _whole_json(path: Path) -> list[dict[str, Any]]:
+    """A list of objects, or one object per line as in a `.jsonl` file."""
+    try:
+        value = _json(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return _jsonl(path)
+        raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
+    if not isinstance(value, list):
+        value = [value]
+    for number, row in enumerate(value, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: entry {number} should be a JSON object")
+    return value
+
+
+def _json(text: str) -> Any:
+    # Numbers stay as written: 1 and 2.5 of one column, 3.10, identifiers of twenty digits.
+    return json.loads(
+        text,
+        parse_int=str,
+        parse_float=str,
+        parse_constant=lambda name: None if name == "NaN" else name,
+    )
+
+
+def _parquet(paths: Sequence[Path]) -> Table:
+    tables = []
+    for path in paths:
+        try:
+            tables.append(pq.read_table(path, memory_map=True))
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(f"{path} cannot be read: {reason}") from error
+    try:
+        whole = pa.concat_tables(tables, promote_options="default")
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{', '.join(map(str, paths))} have columns of different types: {error}"
+        ) from error
+    return Table.of(Dataset(whole))
+
+
+READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+    ".jsonl": _jsonl,
+    ".json": _whole_json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".parquet": lambda path: [dict(row) for row in _parquet([path])],
+}

@@ -1,0 +1,108 @@
+"""Rows of named columns whose values are what their file says: texts, lists, mappings.
+
+A value is a text, None (missing), a list or mapping of values, or something that has no text of
+its own (bytes, a timestamp, an image). Those are kept as they are, and refused where they are used.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+
+#: Column or field -> value.
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one split.
+
+    columns: names of the columns; a row may lack some, which are then missing there
+    rows: as read; iterating gives them with plain values (see `plain`)
+    features: of typed data (Parquet, the Hub) the type of each column
+    """
+
+    columns: list[str]
+    rows: Sequence[Row]
+    features: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Table:
+        """The rows of `dataset`."""
+        return cls(dataset.column_names, dataset, dataset.features)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        features = self.features or {}
+        for row in self.rows:
+            yield {c: plain(row.get(c), features.get(c)) for c in self.columns}
+
+    def only(self, columns: Sequence[str]) -> Table:
+        """The same rows with these of the columns: others, images say, are not even decoded."""
+        kept = [column for column in self.columns if column in columns]
+        rows = self.rows
+        if isinstance(rows, Dataset) and kept:
+            rows = rows.select_columns(kept)
+        return Table(kept, rows, self.features)
+
+    def select(self, numbers: Sequence[int]) -> Table:
+        """The rows with these numbers, in this order."""
+        rows = self.rows
+        chosen = rows.select(numbers) if isinstance(rows, Dataset) else [rows[i] for i in numbers]
+        return Table(self.columns, chosen, self.features)
+
+
+def plain(value: Any, feature: Any = None) -> Any:
+    """`value` as text where it has one: numbers as Python writes them, truth values as `true` and
+    `false`, dates in ISO 8601, numbered labels by name. None for what is missing, NaN included."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(feature, ClassLabel) and isinstance(value, int):
+        return str(feature.int2str(value)) if value >= 0 else None
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | decimal.Decimal):
+        return str(value)
+    if isinstance(value, float):
+        return None if math.isnan(value) else str(value)
+    if isinstance(value, datetime.date | datetime.time) and not isinstance(
+        value, datetime.datetime
+    ):
+        return value.isoformat()
+    if isinstance(value, list | tuple):
+        inner = getattr(feature, "feature", None)
+        if isinstance(feature, list | tuple) and feature:
+            inner = feature[0]
+        return [plain(entry, inner) for entry in value]
+    if isinstance(value, Mapping):
+        fields = feature if isinstance(feature, Mapping) else {}
+        return {str(name): plain(entry, fields.get(name)) for name, entry in value.items()}
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, for an error message: `a list of mappings (role, content)`."""
+    if isinstance(value, Mapping):
+        return f"a mapping ({', '.join(map(str, value)) or 'empty'})"
+    if isinstance(value, list | tuple):
+        first = next((entry for entry in value if entry is not None), None)
+        if isinstance(first, Mapping):
+            return f"a list of mappings ({', '.join(map(str, first))})"
+        return "a list" if first is None or isinstance(first, str) else f"a list of {_type(first)}"
+    return "a text" if isinstance(value, str) else _type(value)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, datetime.datetime):
+        return "a timestamp, which has no one text"
+    if isinstance(value, list | tuple):
+        return "lists"
+    return f"of type `{type(value).__name__}`"
