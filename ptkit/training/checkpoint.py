@@ -91,6 +91,7 @@ def remove_checkpoints(run: Path) -> None:
 
 
 def _checkpoints(run: Path) -> list[Path]:
+    atomic.settle_all(run)
     return sorted(p for p in run.glob("checkpoint-*") if _FOLDER.match(p.name))
 
 
