@@ -37,7 +37,7 @@ class Progress:
     stale_validations: int = 0
     seconds: float = 0.0
     tokens: int = 0
-    peak_memory_bytes: int = 0
+    peak_memory_bytes: int | None = 0
     loss_since_validation: list[float] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
     schedule: dict[str, Any] = field(default_factory=dict)
