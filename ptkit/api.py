@@ -22,6 +22,7 @@ from ptkit.comparison.summary import MethodSummary
 from ptkit.errors import AdapterError, ModelError, UserError
 from ptkit.evaluation.saved import find_adapter
 from ptkit.formats.adapter_files import CONFIG, read_adapter
+from ptkit.formats.folder_lock import held, require_free
 from ptkit.methods import base_of, compile_files, require_same_base
 from ptkit.methods.head import labels_of_files
 from ptkit.prefix import Compiled
@@ -128,14 +129,15 @@ def compare(
     folder = Path("comparisons") / loaded.recipe.name if out is None else Path(out)
     if fresh:
         start_over(folder)
-    if ray:
-        address = ray if isinstance(ray, str) else None
-        records = run_on_ray(
-            loaded, folder, address, cpus=cell_cpus, gpus=cell_gpus, observer=observer
-        )
-    else:
-        records = run_grid(loaded, folder, observer=observer)
-    return Comparison(folder, records, write_outputs(folder, records, loaded.recipe))
+    with held(folder):
+        if ray:
+            address = ray if isinstance(ray, str) else None
+            records = run_on_ray(
+                loaded, folder, address, cpus=cell_cpus, gpus=cell_gpus, observer=observer
+            )
+        else:
+            records = run_grid(loaded, folder, observer=observer)
+        return Comparison(folder, records, write_outputs(folder, records, loaded.recipe))
 
 
 class LoadedAdapter:
@@ -260,4 +262,5 @@ def start_over(folder: Path) -> None:
     comparison = (folder / "recipe.yaml").exists() and not (folder / CONFIG).exists()
     if not comparison and not (folder / "cell.json").exists():
         raise UserError(f"{folder} is not a run of ptkit's; --fresh does not delete it")
+    require_free(folder)
     shutil.rmtree(folder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from test_cli import ptkit
 from test_peft_parity import LEARNT, make_adapter, rows_of
 
 from ptkit.errors import AdapterError, UserError
@@ -256,3 +259,45 @@ def test_embeddings_too_large_for_the_base_are_refused() -> None:
     files.tensors["prompt_embeddings"][0, 0] = 3e38
     with pytest.raises(AdapterError, match="what it makes of it is not finite"):
         compile_files(files, base)
+
+
+def with_tensor_of(saved: Path, dtype: str, bits: int, values: int) -> None:
+    """Let the weights' file hold one tensor of `values` values of a type of `bits` each."""
+    size = values * bits // 8
+    header = {"prompt_embeddings": {"dtype": dtype, "shape": [values // 64, 64],
+                                    "data_offsets": [0, size]}}  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (saved / "adapter_model.safetensors").write_bytes(
+        struct.pack("<Q", len(text)) + text + b"\x11" * size
+    )
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("F4", 4), ("F6_E2M3", 6), ("F6_E3M2", 6)])
+def test_floats_that_share_a_byte_are_refused_and_others_still_reported(
+    dtype: str, bits: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapters"
+    shipped = Path(__file__).resolve().parents[1] / "adapters"
+    shutil.copytree(shipped / "facts-prefix", folder / "zz-good")
+    shutil.copytree(folder / "zz-good", folder / "bad")
+    with_tensor_of(folder / "bad", dtype, bits, 640)
+    with pytest.raises(AdapterError, match=f"`prompt_embeddings` holds {dtype} values"):
+        read_adapter(folder / "bad")
+    done = ptkit("bank", "verify", folder, "--json", cwd=tmp_path, code=2)
+    reported = {r["adapter"]: r for r in map(json.loads, done.stdout.splitlines())}
+    assert reported["zz-good"]["ok"]
+    assert dtype in reported["bad"]["fault"]
+
+
+def test_what_was_read_does_not_change_with_its_file(saved: Path) -> None:
+    """A file that is written over in place, as `cp` and `rsync --inplace` do."""
+    tensors = read_adapter(saved).tensors
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    weights = saved / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    with weights.open("r+b") as file:
+        file.seek(len(content) // 2)
+        file.write(b"\x7f" * (len(content) - len(content) // 2))
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, before[name])

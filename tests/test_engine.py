@@ -26,6 +26,7 @@ from ptkit.serve.engine import (
     DrainingError,
     Engine,
     InUseError,
+    NoMemoryError,
     QueueFullError,
     TimedOutError,
     Update,
@@ -207,7 +208,7 @@ def test_who_asks_too_much_is_told_at_once(bank: AdapterBank) -> None:
             engine.submit([Asked(bank, ["a5"], [1] * 100, max_tokens=28).answer])
         with pytest.raises(UserError, match="at most 2 can"):
             engine.submit([Asked(bank, ["a0", "a1", "a2"], [1]).answer])
-        with pytest.raises(QueueFullError, match="of at most 3"):
+        with pytest.raises(UserError, match="4 answers, of which at most 3 may wait"):
             engine.submit([Asked(bank, ["a0"], [1]).answer for _ in range(4)])
         assert engine.idle, "all or none"
     finally:
@@ -326,6 +327,153 @@ def test_a_failing_step_ends_its_answers_and_not_the_loop(
     again = Asked(bank, ["a0"], [5, 6])
     engine.submit([again.answer])
     assert len(again.ids) == 8
+
+
+def test_an_answer_that_cannot_be_begun_fails_alone_and_is_told(
+    bank: AdapterBank, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read together with others, or by itself: whatever is raised, nobody is forgotten."""
+
+    class Bad(Exception):
+        pass
+
+    class BadPrefix:
+        virtual_tokens, infix = 1, False
+
+        def for_input(self, ids: object) -> object:
+            raise Bad("a bad prefix")
+
+    good = [Asked(bank, [name], [5, 6]) for name in ("a0", "a1")]
+    bad = Asked(bank, [None], [7, 8])
+    bad.answer.voices = (Voice("bad", BadPrefix()),)  # type: ignore[arg-type]
+    alone = Asked(bank, [None], [7] * 30)
+    alone.answer.voices = bad.answer.voices
+    unsampled = Asked(bank, ["a2"], [9], seed="none that torch takes")
+    engine.submit([a.answer for a in (good[0], bad, unsampled, alone, good[1])])
+    for a in good:
+        (expected,) = bank.generate_ids(
+            [[5, 6]], [a.answer.name], max_new_tokens=8, do_sample=False, eos_token_id=None
+        )
+        assert a.ids == expected
+    assert "a bad prefix" in str(bad.error)
+    assert "a bad prefix" in str(alone.error)
+    assert "could not be begun" in str(unsampled.error)
+    assert settled(engine)
+
+
+def out_of_memory() -> RuntimeError:
+    return RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("where", ["reading", "joining", "writing"])
+def test_memory_that_lasts_for_some_serves_those(
+    where: str, bank: AdapterBank, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest of three answers is what memory does not hold."""
+    from ptkit.runtime import running
+
+    def at_most(longest: int, real):
+        def limited(*args, **kw):
+            if longest < kw["attention_mask"].shape[1]:
+                raise out_of_memory()
+            return real(*args, **kw)
+
+        return limited
+
+    model = bank.base.model
+    if where == "reading":
+        monkeypatch.setattr(model, "forward", at_most(13, model.forward))
+    elif where == "writing":
+        monkeypatch.setattr(model, "forward", at_most(18, model.forward))
+    else:
+        append = running._RowsCache.append
+
+        def joins(self, cache, index, visible):
+            if int(visible.sum()) > 9:
+                raise out_of_memory()
+            return append(self, cache, index, visible)
+
+        monkeypatch.setattr(running._RowsCache, "append", joins)
+    short = [Asked(bank, ["a0"], [5, 6]), Asked(bank, [None], [9, 9, 9])]
+    long = Asked(bank, ["a2"], [*range(1, 12)], max_tokens=40)
+    engine.submit([short[0].answer, long.answer, short[1].answer])
+    assert [len(a.ids) for a in short] == [8, 8]
+    assert isinstance(long.error, NoMemoryError | UserError)
+    monkeypatch.undo()
+    again = Asked(bank, ["a0"], [5, 6])
+    engine.submit([again.answer])
+    assert again.ids == short[0].ids
+    assert settled(engine)
+
+
+def test_what_does_not_fit_into_memory_by_itself_is_not_told_to_come_again(
+    bank: AdapterBank, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kw: object) -> object:
+        raise out_of_memory()
+
+    monkeypatch.setattr(bank.base.model, "forward", full)
+    asked = Asked(bank, ["a0"], [5, 6])
+    engine.submit([asked.answer])
+    assert isinstance(asked.error, UserError)
+    assert "lower max_tokens" in str(asked.error)
+
+
+def test_a_full_queue_says_come_again_and_a_request_that_never_fits_does_not(
+    bank: AdapterBank, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_admitted", list)  # nobody is begun
+    engine.submit([Asked(bank, ["a0"], [5, 6]).answer for _ in range(63)])
+    with pytest.raises(QueueFullError, match="63 answers are waiting, of at most 64"):
+        engine.submit([Asked(bank, ["a0"], [5, 6]).answer for _ in range(2)])
+    with pytest.raises(UserError, match="65 answers, of which at most 64"):
+        engine.submit([Asked(bank, ["a0"], [5, 6]).answer for _ in range(65)])
+
+
+def test_asking_does_not_wait_for_inputs_to_be_begun(
+    bank: AdapterBank, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class SlowPrefix:
+        virtual_tokens, infix = 1, False
+
+        def for_input(self, ids: object) -> object:
+            begun.set()
+            assert go_on.wait(20)
+            raise RuntimeError("slow")
+
+    slow = Asked(bank, [None], [7, 8])
+    slow.answer.voices = (Voice("slow", SlowPrefix()),)  # type: ignore[arg-type]
+    engine.submit([slow.answer])
+    assert begun.wait(20)
+    asked = Asked(bank, ["a0"], [5, 6])
+    submitted = threading.Thread(target=engine.submit, args=([asked.answer],), daemon=True)
+    submitted.start()
+    submitted.join(5)
+    blocked = submitted.is_alive()
+    go_on.set()
+    assert not blocked
+    assert len(asked.ids) == 8
+    assert "slow" in str(slow.error)
+
+
+def test_a_loop_that_ends_by_whatever_leaves_nobody_waiting(
+    bank: AdapterBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(bank, max_rows=2)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+
+    def ends() -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(engine, "_step", ends)
+    asked = Asked(bank, ["a0"], [5, 6])
+    engine.submit([asked.answer])
+    assert isinstance(asked.error, DrainingError)
+    engine.close()
+    with pytest.raises(DrainingError):
+        engine.submit([Asked(bank, ["a0"], [5, 6]).answer])
 
 
 # Text

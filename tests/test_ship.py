@@ -359,3 +359,24 @@ def test_hub_ids_are_read() -> None:
     assert HubId.read("team/facts@refs/pr/1") == HubId("team/facts", "refs/pr/1")
     assert HubId.read("team/facts").name == "facts"
     assert str(HubId.read("team/a.b-c@v1.0")) == "team/a.b-c@v1.0"
+
+
+def test_an_adapter_larger_than_the_limit_is_not_downloaded(
+    hub: HubServer, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(adapter, "team/facts")
+    size = sum(len(content) for content in contents(adapter).values())
+    monkeypatch.setenv("PTKIT_MAX_DOWNLOAD_MB", "0.001")
+    hub.hub.requests.clear()
+    with pytest.raises(AdapterError, match=r"limit of 0 MB; .*PTKIT_MAX_DOWNLOAD_MB=1$"):
+        pull("team/facts", "back")
+    assert not [r for r in hub.hub.requests if r.startswith("GET") and "resolve/" in r]
+    assert not Path("back").exists()
+    monkeypatch.setenv("PTKIT_MAX_DOWNLOAD_MB", str(size / 1e6))
+    assert contents(pull("team/facts", "back").path) == contents(adapter)
+    monkeypatch.setenv("PTKIT_MAX_DOWNLOAD_MB", "0.001")  # what is there already counts no more
+    assert contents(pull("team/facts", "again").path) == contents(adapter)
+    for wrong in ("many", "-1", "nan", ""):
+        monkeypatch.setenv("PTKIT_MAX_DOWNLOAD_MB", wrong)
+        with pytest.raises(UserError, match="a number of megabytes"):
+            pull("team/facts", "third")

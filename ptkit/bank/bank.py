@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from ptkit.prefix import Compiled, KVPrefix, PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.generation import generate
 from ptkit.runtime.scoring import continuation_scores
+from ptkit.runtime.turns import turn
 
 #: What one row of a batch uses: an adapter, several at once, or None for the plain base.
 RowNames = str | Sequence[str] | None
@@ -39,8 +40,9 @@ class AdapterBank:
     budget, host_budget: bytes, None for no limit. On a CPU both are the same memory, so there
         the second tier is off unless asked for.
 
-    Safe to use from several threads. A `PrefixBatch` holds the prefixes it was made of: rows
-    under way finish with the version they started with, whatever is swapped or unloaded.
+    Safe to use from several threads, which take turns with the base model: one batch is under way
+    at a time, in all banks of the base together. A `PrefixBatch` holds the prefixes it was made
+    of: rows under way finish with the version they started with, whatever is swapped or unloaded.
     """
 
     def __init__(
@@ -102,10 +104,18 @@ class AdapterBank:
         """Register every adapter folder directly below `folder`, by its own name, sorted."""
         return [self.register(path, path.name) for path in adapter_folders(folder)]
 
-    def load(self, source: str | Path, name: str | None = None) -> str:
+    def load(
+        self,
+        source: str | Path,
+        name: str | None = None,
+        *,
+        publish: Callable[[], Path] | None = None,
+    ) -> str:
         """Read the adapter `source` now and keep it as `name`, in place of what had that name.
 
         source: an adapter folder, or a hub id `user/repo[@revision]`
+        publish: moves the folder to its own place and returns that; called when all has been
+            checked, right before `name` stands for the adapter
 
         Returns the name (default: the folder's). Raises AdapterError, leaving everything as it
         was, when it is damaged, unsafe or for another base. LoRA adapters are taken too: they
@@ -122,18 +132,23 @@ class AdapterBank:
         for part in parts.values():  # at most one
             prefix = compile_files(part, self.base)
         self._require_kind(name, prefix=prefix is not None, lora=lora is not None)
-        if prefix is None:
-            assert lora is not None  # only LoRA, and heads alone, make no prefix
-            self._lora.load(name, lora, path)
-        elif lora is None:
-            self._store.put(name, prefix, method, path, read)
-        else:
-            compiled = prefix
-            self._store.require_room(name, compiled)
-            # Not of a path of its own: its file is never read again without the LoRA's.
-            self._lora.load(
-                name, lora, path, lambda: self._store.put(name, compiled, method, None, None)
-            )
+        if prefix is not None:
+            self._store.require_room(name, prefix)
+            prefix = self._store.on_device(prefix)
+        if lora is None:
+            assert prefix is not None  # only LoRA, and heads alone, make no prefix
+            place = path if publish is None else publish()
+            self._store.put(name, prefix, method, place, read)
+            return name
+
+        def along() -> Path:
+            place = path if publish is None else publish()
+            if prefix is not None:
+                # Not of a path of its own: its file is never read again without the LoRA's.
+                self._store.put(name, prefix, method, None, None)
+            return place
+
+        self._lora.load(name, lora, path, along)
         return name
 
     def swap(self, name: str, source: str | Path) -> None:
@@ -225,9 +240,15 @@ class AdapterBank:
             return PrefixBatch.shared(first, len(prefixes))
         return PrefixBatch.gathered(prefixes, self.base.layout)
 
-    def weights(self, names: Sequence[RowNames]) -> AbstractContextManager[None]:
-        """Within this context, row i of a batch runs with the LoRA adapter among `names[i]`."""
-        return self._lora.rows([self._lora_of(row) for row in names])
+    @contextmanager
+    def weights(self, names: Sequence[RowNames]) -> Iterator[None]:
+        """Within this context, row i of a batch runs with the LoRA adapter among `names[i]`.
+
+        Other threads wait for the base model until it ends.
+        """
+        # Names are looked up in the model's turn, in which no LoRA adapter comes or goes.
+        with turn(self.base.model), self._lora.rows([self._lora_of(row) for row in names]):
+            yield
 
     def versions(self, row: RowNames) -> tuple[object, ...]:
         """What `row` stands for at this moment, one object per name; equal to what it was before

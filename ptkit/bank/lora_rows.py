@@ -1,23 +1,20 @@
 """LoRA adapters beside prefixes: a row of a batch may run with one of each.
 
 PEFT's LoRA layers can already serve a different adapter per row when their forward is told the
-rows' names. Here they are told by a context variable, which is per thread, so that generations
-of several threads on one model do not see each other's rows.
+rows' names. Here they are told by `ptkit.runtime.row_adapters`.
 """
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from peft import inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -25,17 +22,17 @@ from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.lora_files import lora_config
 from ptkit.runtime.base_model import Base
+from ptkit.runtime.row_adapters import row_adapters, rows_run_with
+from ptkit.runtime.turns import turn
 
 #: PEFT's word for a row without any adapter.
 _PLAIN = "__base__"
-
-_rows: ContextVar[tuple[str, ...]] = ContextVar("lora_rows", default=())
 
 
 def _name_rows(_: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> tuple[Any, Any]:
     """Tell a LoRA layer which adapter each of its rows uses."""
     hidden: Tensor = args[0]
-    names = _rows.get() or (_PLAIN,)
+    names = row_adapters() or (_PLAIN,)
     # Beams and several returned sequences repeat every row in place; without names, all are plain.
     repeats = len(hidden) // len(names)
     return args, {**kw, "adapter_names": [name for name in names for _ in range(repeats)]}
@@ -56,15 +53,12 @@ class LoadedLora:
 class LoraRows:
     """LoRA adapters put into one base model, inactive except in rows that name them.
 
-    Putting one in or out replaces modules of the model: it waits until no batch is under way,
-    and new batches wait for it.
+    Putting one in or out replaces modules of the model: it waits for its turn, until no batch is
+    under way, and new batches wait for it.
     """
 
     def __init__(self, base: Base) -> None:
         self.base = base
-        self._change = threading.Condition()
-        self._running = 0
-        self._waiting = 0
         self._loaded: dict[str, LoadedLora] = {}
         self._numbers = count()
         self._hooks: list[Any] = []
@@ -81,14 +75,15 @@ class LoraRows:
         return [*self._loaded]
 
     def load(
-        self, name: str, files: AdapterFiles, path: Path, along: Callable[[], None] | None = None
+        self, name: str, files: AdapterFiles, path: Path, along: Callable[[], Path] | None = None
     ) -> None:
         """Put the LoRA adapter `files` into the base under `name`; nothing runs with it yet.
 
-        along: called in the same moment, while no batch is under way; must not raise
+        along: called in the same moment, when all else has succeeded, while no batch is under way;
+            returns where the files are from now on, instead of `path`
 
         Raises AdapterError for kinds of LoRA that PEFT cannot mix within a batch, and when the
-        tensors do not fit the base; the base is then as it was.
+        tensors do not fit the base. Whatever is raised, by `along` too, the base is as it was.
         """
         config = lora_config(files, self.base)
         config.inference_mode = True
@@ -106,29 +101,38 @@ class LoraRows:
         # Asked for now: wrapped layers change the names both are made from.
         self.base.fingerprint, self.base.layout  # noqa: B018
         internal = f"ptkit_{next(self._numbers)}"  # PEFT's names allow no dots
-        model: Any = self.base.model
-        with self._alone(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # PEFT on there being others, and Conv1D
-            inject_adapter_in_model(config, model, adapter_name=internal)
-            result: Any = set_peft_model_state_dict(
-                model, dict(files.tensors), adapter_name=internal
-            )
-            model.requires_grad_(False)
-            model.eval()
-            self._hook_layers()
-            if result.unexpected_keys:
+        with self._alone():
+            try:
+                self._inject(name, files, config, internal)
+                path = path if along is None else along()
+            except BaseException:
                 self._remove(internal)
-                raise AdapterError(
-                    f"`{name}` holds tensors this base has no place for: "
-                    f"{result.unexpected_keys[:3]}"
-                )
+                raise
             replaced = self._loaded.get(name)
             version = 1 if replaced is None else replaced.version + 1
             self._loaded[name] = LoadedLora(internal, path, version)
-            if along is not None:
-                along()
             if replaced is not None:
                 self._remove(replaced.internal)
+
+    def _inject(self, name: str, files: AdapterFiles, config: LoraConfig, internal: str) -> None:
+        model: Any = self.base.model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # PEFT on there being others, and Conv1D
+            inject_adapter_in_model(config, model, adapter_name=internal)
+            try:
+                result: Any = set_peft_model_state_dict(
+                    model, dict(files.tensors), adapter_name=internal
+                )
+            except RuntimeError as error:  # torch's, on a tensor of another shape
+                reason = str(error).splitlines()[-1].strip()
+                raise AdapterError(f"`{name}` does not fit this base: {reason}") from error
+        model.requires_grad_(False)
+        model.eval()
+        self._hook_layers()
+        if result.unexpected_keys:
+            raise AdapterError(
+                f"`{name}` holds tensors this base has no place for: {result.unexpected_keys[:3]}"
+            )
 
     def unload(self, name: str, along: Callable[[], None] | None = None) -> None:
         """Take the adapter `name` out; the last one leaves the base's own layers behind.
@@ -151,34 +155,20 @@ class LoraRows:
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Within this context (of this thread) row i of a batch runs with `names[i]`."""
-        with self._change:
-            self._change.wait_for(lambda: not self._waiting)
-            self._running += 1
-        try:
-            token = _rows.set(
-                tuple(_PLAIN if name is None else self._loaded[name].internal for name in names)
-            )
-            try:
+        """Within this context row i of a batch of this thread's runs with `names[i]`. It has the
+        model's turn: other threads' batches wait."""
+        with turn(self.base.model):
+            internal = [_PLAIN if name is None else self._loaded[name].internal for name in names]
+            with rows_run_with(tuple(internal)):
                 yield
-            finally:
-                _rows.reset(token)
-        finally:
-            with self._change:
-                self._running -= 1
-                self._change.notify_all()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Within this context no batch is under way. Not to be entered from within `rows`."""
-        with self._change:
-            self._waiting += 1
-            try:
-                self._change.wait_for(lambda: not self._running)
-                yield
-            finally:
-                self._waiting -= 1
-                self._change.notify_all()
+        if row_adapters():
+            raise RuntimeError("LoRA adapters cannot be changed within a batch that runs with them")
+        with turn(self.base.model):
+            yield
 
     def _layers(self) -> list[tuple[str, LoraLayer]]:
         return [(n, m) for n, m in self.base.model.named_modules() if isinstance(m, LoraLayer)]

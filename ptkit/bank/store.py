@@ -17,6 +17,7 @@ from ptkit.errors import AdapterError, did_you_mean
 from ptkit.methods import compile_files
 from ptkit.prefix import Compiled
 from ptkit.runtime.base_model import Base
+from ptkit.runtime.turns import turn
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class PrefixStore:
         self, name: str, prefix: Compiled, method: str, path: Path | None, read: Reading | None
     ) -> None:
         """Let `name` stand for `prefix` from now on. Raises AdapterError when it is too large."""
-        prefix = self._on_device(prefix)
+        prefix = self.on_device(prefix)
         entry = _Entry(name, path, method=method, checked=time.monotonic())
         entry.stamp = None if read is None else read.stamp
         with self._lock:
@@ -188,8 +189,15 @@ class PrefixStore:
                 if prefix is not None:
                     self.counts.hits += 1
                     return prefix
-        with entry.reading:
+        # One thread reads, the others wait for it. Not one that has the model's turn: the reader
+        # may be waiting for it, to compile. Reading twice gives the same.
+        waits = not turn(self.base.model).mine
+        reads_alone = entry.reading.acquire(blocking=waits)
+        try:
             return self._looked_at(entry)
+        finally:
+            if reads_alone:
+                entry.reading.release()
 
     def _entry(self, name: str) -> _Entry:
         entry = self._entries.get(name)
@@ -199,7 +207,8 @@ class PrefixStore:
             )
         return entry
 
-    def _on_device(self, prefix: Compiled) -> Compiled:
+    def on_device(self, prefix: Compiled) -> Compiled:
+        """`prefix` where, and in the type that, the model computes."""
         return prefix.to(self.base.model.device, self.base.model.dtype)
 
     def _looked_at(self, entry: _Entry) -> Compiled:
@@ -219,7 +228,7 @@ class PrefixStore:
             return resident
         assert held is not None  # without one, bad files raise
         self.counts.from_host += 1
-        return self._published(entry, self._on_device(held))
+        return self._published(entry, self.on_device(held))
 
     def _read(self, entry: _Entry, held: Compiled | None) -> Compiled | None:
         """Read the files of `entry`; None when they are bad and the version `held` stays."""
@@ -236,16 +245,18 @@ class PrefixStore:
         except AdapterError as error:
             if held is None:
                 raise
-            self.counts.refusals += 1
-            entry.fault, entry.refused = str(error), now
+            with self._lock:
+                self.counts.refusals += 1
+                entry.fault, entry.refused = str(error), now
             logger.warning("`%s` stays as it was: %s", entry.name, error)
             return None
-        self.counts.from_disk += 1
-        self.counts.reloads += held is not None
-        entry.version += read.stamp != entry.stamp
-        entry.stamp, entry.fault, entry.refused = read.stamp, None, None
-        entry.method = read.files.peft_type.lower()
-        return self._published(entry, self._on_device(prefix))
+        with self._lock:
+            self.counts.from_disk += 1
+            self.counts.reloads += held is not None
+            entry.version += read.stamp != entry.stamp
+            entry.stamp, entry.fault, entry.refused = read.stamp, None, None
+            entry.method = read.files.peft_type.lower()
+        return self._published(entry, self.on_device(prefix))
 
     def _published(self, entry: _Entry, prefix: Compiled) -> Compiled:
         """Keep `prefix` on the device, unless its name stands for something else by now."""

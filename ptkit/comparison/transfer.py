@@ -30,6 +30,7 @@ from ptkit.comparison.summary import MethodSummary
 from ptkit.errors import AdapterError, UserError
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import read_adapter
+from ptkit.formats.folder_lock import held
 from ptkit.methods import compile_files
 from ptkit.methods.gate_files import without_gate
 from ptkit.methods.prefix_tuning import PrefixTuningSection
@@ -208,36 +209,37 @@ def run_transfer(
     base: a loaded one, instead of loading the recipes'. Raises UserError when `out` holds another
     map.
     """
-    _claim(planned, out)
-    loaded_bases: dict[str, Base] = {}
+    with held(out):
+        _claim(planned, out)
+        loaded_bases: dict[str, Base] = {}
 
-    def base_of(loaded: LoadedRecipe) -> Base:
-        """One per setting of `model`: recipes of one base may differ in its precision."""
-        if base is not None:
-            return base
-        key = loaded.recipe.model.model_dump_json()
-        if key not in loaded_bases:
-            loaded_bases[key] = load_base(loaded.recipe.model)
-        return loaded_bases[key]
+        def base_of(loaded: LoadedRecipe) -> Base:
+            """One per setting of `model`: recipes of one base may differ in its precision."""
+            if base is not None:
+                return base
+            key = loaded.recipe.model.model_dump_json()
+            if key not in loaded_bases:
+                loaded_bases[key] = load_base(loaded.recipe.model)
+            return loaded_bases[key]
 
-    names = tuple(source.recipe.name for source in planned.sources)
-    prefixes = []
-    for source in planned.sources:
-        own = base_of(source)
-        run_grid(source, out / "sources" / source.recipe.name, observer=observer, base=own)
-        prefixes.append(_compiled(planned.source(out, source), own))
-    targets = []
-    for loaded in planned.targets:
-        folder, target = out / "targets" / loaded.recipe.name, planned.target(out, loaded)
-        records = run_grid(target, folder, observer=observer, base=base_of(loaded))
-        first, *starts = write_outputs(folder, records, target.recipe)
-        targets.append(Target(loaded.recipe.name, first, dict(zip(names, starts, strict=True))))
-    similarity = tuple(tuple(cosine(a, b) for b in prefixes) for a in prefixes)
-    done = TransferMap(out, names, tuple(targets), similarity)
-    atomic.write_json(out / "matrix.json", done.as_dict())
-    atomic.write_text(out / "matrix.md", as_markdown(done))
-    atomic.write_bytes(out / "matrix.png", _drawn(done))
-    return done
+        names = tuple(source.recipe.name for source in planned.sources)
+        prefixes = []
+        for source in planned.sources:
+            own = base_of(source)
+            run_grid(source, out / "sources" / source.recipe.name, observer=observer, base=own)
+            prefixes.append(_compiled(planned.source(out, source), own))
+        targets = []
+        for loaded in planned.targets:
+            folder, target = out / "targets" / loaded.recipe.name, planned.target(out, loaded)
+            records = run_grid(target, folder, observer=observer, base=base_of(loaded))
+            first, *starts = write_outputs(folder, records, target.recipe)
+            targets.append(Target(loaded.recipe.name, first, dict(zip(names, starts, strict=True))))
+        similarity = tuple(tuple(cosine(a, b) for b in prefixes) for a in prefixes)
+        done = TransferMap(out, names, tuple(targets), similarity)
+        atomic.write_json(out / "matrix.json", done.as_dict())
+        atomic.write_text(out / "matrix.md", as_markdown(done))
+        atomic.write_bytes(out / "matrix.png", _drawn(done))
+        return done
 
 
 def start_over(out: Path) -> None:

@@ -43,6 +43,8 @@ ADAPTER_FILES = (CONFIG, WEIGHTS, INT8_WEIGHTS, INFO, RECIPE, CARD)
 #: No adapter's settings come near these; what does is refused before it is read.
 MAX_JSON_BYTES = 4_000_000
 MAX_HEADER_BYTES = 4_000_000
+#: safetensors' names of floats that share a byte; torch has no arithmetic for them.
+_PACKED = ("F4", "F6")
 #: Serialisations that can run code when read. They are named in the refusal, never opened.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -84,6 +86,7 @@ def adapter_folders(folder: Path) -> list[Path]:
     """The adapter folders directly below `folder`, by name. Raises AdapterError without it."""
     if not folder.is_dir():
         raise AdapterError(f"no such folder of adapters: {folder}")
+    atomic.settle_all(folder)
     return sorted(path for path in folder.iterdir() if (path / CONFIG).is_file())
 
 
@@ -125,6 +128,7 @@ def read_adapter(path: Path) -> AdapterFiles:
     Raises AdapterError when the folder, a file or a field is missing, when the only weights are
     a pickle, and when the safetensors file is damaged or holds values that are not finite.
     """
+    atomic.settle(path)
     if not path.is_dir():
         raise AdapterError(f"{path} is not an adapter folder (no such directory)")
     return AdapterFiles(read_config(path), _read_tensors(path), read_info(path))
@@ -265,9 +269,17 @@ def _damaged(weights: Path, reason: str) -> AdapterError:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    with _opened(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     weights = weights_path(path)
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118
+            kind = file.get_slice(name).get_dtype()
+            if kind.startswith(_PACKED):
+                raise AdapterError(
+                    f"{weights}: `{name}` holds {kind} values, floats of less than a byte, which "
+                    "ptkit does not read; store it as F16 or F32"
+                )
+        # Copies: what is checked here must not change with the file below it.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     if not tensors:
         raise AdapterError(f"{weights} holds no tensors")
     if weights.name == INT8_WEIGHTS:

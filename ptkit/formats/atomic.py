@@ -1,7 +1,13 @@
-"""Files and folders that appear complete or not at all: write, fsync, rename."""
+"""Files and folders that appear complete or not at all: write, fsync, rename.
+
+A folder is replaced by letting it and the new one trade names. Where the system cannot do that in
+one step, the old one is moved aside first. A kill between the two steps leaves both beside the
+place, complete, and `settle` finishes what was begun.
+"""
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -12,10 +18,22 @@ from pathlib import Path
 from typing import Any
 
 from ptkit.errors import UserError
+from ptkit.formats.exchange import exchange
+
+#: Names beside `NAME`: `.NAME.RANDOM.tmp` is being written, `.NAME.RANDOM.old` is being replaced
+#: by the `.tmp` of the same RANDOM, which is then complete.
+_WRITTEN, _RETIRED = ".tmp", ".old"
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Let what is in a file, or which names are in a folder, reach the disk."""
+    if path.is_dir():
+        if os.name == "nt":  # Windows opens no folders; it writes their names down by itself
+            return
+        flags = os.O_RDONLY
+    else:
+        flags = os.O_RDWR | getattr(os, "O_BINARY", 0)  # Windows syncs only what may be written
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:
@@ -25,7 +43,7 @@ def _sync(path: Path) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data`; readers see the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_WRITTEN)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -56,38 +74,91 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises UserError when `path` exists and `replace` is False. When replacing, the old folder
     stays until the new one is complete.
     """
+    settle(path)
     if path.exists() and not replace:
         raise UserError(f"{path} exists; choose another place or pass --force to replace it")
+    with scratch(path) as written:
+        yield written
+        publish(written, path)
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, for `publish`; deleted at the end if it is still there.
+
+    Readers never look into it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    written = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_WRITTEN))
     try:
-        yield scratch
-        for file in scratch.rglob("*"):
-            if file.is_file():
-                os.chmod(file, 0o644)  # some writers make files nobody else can read
-                _sync(file)
-        os.chmod(scratch, 0o755)
-        if path.exists():
-            retired = Path(
-                tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old")
-            )
-            os.replace(path, retired / path.name)
-            os.replace(scratch, path)
-            shutil.rmtree(retired)
-        else:
-            os.replace(scratch, path)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        yield written
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+
+
+def publish(written: Path, path: Path) -> None:
+    """Let the folder `written`, made by `scratch`, become `path`, in place of what was there.
+
+    At every moment `path` is the old folder or the new one, or (only where the system has no
+    exchange) `settle` makes it one of them. On an error it is the old one.
+    """
+    for found in written.rglob("*"):
+        if found.is_file():
+            os.chmod(found, 0o644)  # some writers make files nobody else can read
+        _sync(found)
+    os.chmod(written, 0o755)
+    _sync(written)
+    settle(path)
+    if not path.exists():
+        os.replace(written, path)
+    elif not exchange(written, path):
+        _replace_in_two_steps(written, path)
     _sync(path.parent)
+
+
+def _replace_in_two_steps(written: Path, path: Path) -> None:
+    retired = written.with_suffix(_RETIRED)
+    os.replace(path, retired)
+    try:
+        os.replace(written, path)
+    except BaseException:
+        if not path.exists():
+            os.replace(retired, path)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def settle(path: Path) -> None:
+    """Finish a replacement of the folder `path` that was cut off between its two steps.
+
+    Does nothing where `path` is there.
+    """
+    if path.exists() or not path.parent.is_dir():
+        return
+    for retired in path.parent.glob(f".{glob.escape(path.name)}.*{_RETIRED}"):
+        written = retired.with_suffix(_WRITTEN)
+        try:  # the new one was complete before the old one was moved
+            os.replace(written if written.is_dir() else retired, path)
+        except OSError:
+            if not path.exists():  # else somebody else has settled it, or goes on writing
+                raise
+        _sync(path.parent)
+        return
+
+
+def settle_all(path: Path) -> None:
+    """`settle` every folder below `path`."""
+    for retired in path.glob(f".*{_RETIRED}"):
+        settle(path / retired.name[1:].removesuffix(_RETIRED).rpartition(".")[0])
 
 
 def remove_leftovers(path: Path) -> None:
     """Delete what writers that were killed left in the folder `path` (hidden, never read).
 
-    Only where nobody else is writing.
+    What is the only copy of a folder becomes that folder. Only where nobody else is writing.
     """
-    for left in [*path.glob(".*.tmp"), *path.glob(".*.old")]:
+    settle_all(path)
+    for left in [*path.glob(f".*{_WRITTEN}"), *path.glob(f".*{_RETIRED}")]:
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:

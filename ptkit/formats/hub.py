@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,11 @@ from ptkit.formats.adapter_files import (
     PICKLES,
     WEIGHTS,
 )
+
+#: The most that one adapter's files may be, in megabytes, unless `DOWNLOAD_LIMIT` says otherwise.
+MAX_DOWNLOAD_MB = 4000
+#: The environment variable that says so: for what is a setting of the machine, not of a command.
+DOWNLOAD_LIMIT = "PTKIT_MAX_DOWNLOAD_MB"
 
 _PART = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?P<repository>{_PART}/{_PART})(?:@(?P<revision>{_PART}(?:/{_PART})*))?")
@@ -60,15 +66,16 @@ def fetch_adapter(hub_id: str, *, whole: bool = False) -> Path:
     whole: with the recipe and the card
 
     Only files ptkit reads are asked for; whatever else the repository holds stays there. Raises
-    AdapterError when the repository, revision or files are missing, only pickled, or not public
-    for the token in use, HubError when the Hub fails, and AdapterError when it cannot be reached
-    and nothing is cached.
+    AdapterError when the repository, revision or files are missing, only pickled, larger than the
+    limit (see `DOWNLOAD_LIMIT`; nothing is then downloaded), or not public for the token in use,
+    HubError when the Hub fails, and AdapterError when it cannot be reached and nothing is cached.
     """
     from huggingface_hub import snapshot_download
 
     source = HubId.read(hub_id)
     wanted = list(ADAPTER_FILES if whole else (CONFIG, WEIGHTS, INT8_WEIGHTS, INFO))
     with hub_errors(source):
+        _require_small(source, wanted)
         folder = Path(
             snapshot_download(source.repository, revision=source.revision, allow_patterns=wanted)
         )
@@ -81,6 +88,37 @@ def fetch_adapter(hub_id: str, *, whole: bool = False) -> Path:
             f"{hub_id} holds {found if pickles else 'no weights'}; ask its author for safetensors"
         )
     return folder
+
+
+def _require_small(source: HubId, wanted: list[str]) -> None:
+    """Raise AdapterError when what is to be downloaded is larger than the limit."""
+    from huggingface_hub import errors, snapshot_download
+
+    limit = _limit_in_bytes()
+    try:
+        planned = snapshot_download(
+            source.repository, revision=source.revision, allow_patterns=wanted, dry_run=True
+        )
+    except errors.DryRunError:  # the Hub cannot be asked: nothing can be downloaded either
+        return
+    size = sum(file.file_size or 0 for file in planned if file.will_download)
+    if size > limit:
+        raise AdapterError(
+            f"{source} holds {size / 1e6:,.0f} MB of an adapter's files, more than the limit of "
+            f"{limit / 1e6:,.0f} MB; to load it all the same, set {DOWNLOAD_LIMIT}="
+            f"{-(-size // 1_000_000)}"
+        )
+
+
+def _limit_in_bytes() -> int:
+    text = os.environ.get(DOWNLOAD_LIMIT, str(MAX_DOWNLOAD_MB))
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = 0.0
+    if not 0 < limit < float("inf"):
+        raise UserError(f"{DOWNLOAD_LIMIT} is `{text}`; expected a number of megabytes above 0")
+    return int(limit * 1_000_000)
 
 
 def hub_files(source: HubId) -> list[str]:

@@ -12,6 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from ptkit.runtime.row_adapters import rows_run_with
+from ptkit.runtime.turns import turn
+
 #: What a classification head labels: the whole input, or each of its tokens.
 HeadKind = Literal["sequence", "token"]
 
@@ -39,7 +42,8 @@ def is_encoder(model: PreTrainedModel) -> bool:
         return False
     backbone: Any = model.base_model
     if backbone not in _BIDIRECTIONAL:
-        _BIDIRECTIONAL[backbone] = _first_sees_last(backbone)
+        with turn(model), rows_run_with(()):
+            _BIDIRECTIONAL[backbone] = _first_sees_last(backbone)
     return _BIDIRECTIONAL[backbone]
 
 

@@ -25,6 +25,7 @@ from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.architecture import is_encoder
 from ptkit.runtime.disentangled import disentangled_attention, is_disentangled
+from ptkit.runtime.turns import turn
 
 
 class Injection:
@@ -327,10 +328,17 @@ def prefix_attention(model: PreTrainedModel) -> Iterator[Injection]:
 
     Entering again while active is free and yields the same injection, so a training loop can
     hold the context around all its steps. With gradient checkpointing the backward pass must
-    run inside, with the batch unchanged: it recomputes the forward. Raises ModelError for
-    models whose attention can neither be replaced nor be handed a cache, or that use an
-    implementation other than sdpa and eager.
+    run inside, with the batch unchanged: it recomputes the forward. Other threads that read with
+    the model wait until the context ends. Raises ModelError for models whose attention can neither
+    be replaced nor be handed a cache, or that use an implementation other than sdpa and eager.
     """
+    with turn(model), _injected(model) as injection:
+        yield injection
+
+
+@contextmanager
+def _injected(model: PreTrainedModel) -> Iterator[Injection]:
+    """`prefix_attention` of the thread that has the model's turn."""
     active: Injection | None = model.base_model.__dict__.get("ptkit_injection")
     if active is not None:
         yield active
@@ -384,15 +392,16 @@ def _interface_attention(model: PreTrainedModel, own: str, injection: Injection)
 @contextmanager
 def prefix_removed(model: PreTrainedModel) -> Iterator[None]:
     """Within this context the model reads without any prefix, whether or not one is in place."""
-    injection: Injection | None = model.base_model.__dict__.get("ptkit_injection")
-    if injection is None:
-        yield
-        return
-    held, injection.batch = injection.batch, None
-    try:
-        yield
-    finally:
-        injection.batch = held
+    with turn(model):
+        injection: Injection | None = model.base_model.__dict__.get("ptkit_injection")
+        if injection is None:
+            yield
+            return
+        held, injection.batch = injection.batch, None
+        try:
+            yield
+        finally:
+            injection.batch = held
 
 
 def prefixed_positions(batch: PrefixBatch, attention_mask: Tensor) -> Tensor:

@@ -14,16 +14,17 @@ from ptkit.prefix import KVLayout, KVPrefix, LayerShape
 from ptkit.runtime.architecture import evaluating, is_encoder
 from ptkit.runtime.attention import prefix_attention, prefix_removed
 from ptkit.runtime.cache import layers_with_keys, require_no_state, whole_cache
+from ptkit.runtime.row_adapters import rows_run_with
 
 
 @contextmanager
 def reading(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode while the prompt is read.
+    """Evaluation mode while a prompt is read, by the base alone and by this thread alone.
 
     Dropout would make a compiled prefix random, and gradient checkpointing (active in training
     mode only) would switch off the cache the prefix is taken from.
     """
-    with evaluating(model), prefix_removed(model):
+    with prefix_removed(model), evaluating(model), rows_run_with(()):
         yield
 
 

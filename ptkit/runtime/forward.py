@@ -25,6 +25,7 @@ from ptkit.runtime.fused import has_plain_head, head_divergences, head_losses
 from ptkit.runtime.infix import placed_before_last
 from ptkit.runtime.last_layer import last_block_on
 from ptkit.runtime.soft_prompts import soft_prompts_read, with_embeddings
+from ptkit.runtime.turns import turn
 
 
 @contextmanager
@@ -246,6 +247,7 @@ def _before_plain_head(
         return hidden[:1, :1].detach()
 
     with (
+        turn(model),
         last_block_on(model, positions),
         _placed(model, batch, attention_mask, last) as extra,
         _before_head(model, one_position),
@@ -262,7 +264,7 @@ def _logits_and_no_more(
     batch: PrefixBatch | None,
 ) -> tuple[Tensor, Tensor]:
     """`supervised_logits`, the last layer leaving out what they do not depend on."""
-    with last_block_on(model, _predicting(labels)[0]):
+    with turn(model), last_block_on(model, _predicting(labels)[0]):
         return supervised_logits(model, input_ids, attention_mask, labels, batch)
 
 

@@ -55,14 +55,14 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     known = model.__dict__.get("ptkit_plain_head")
     if known is None:
         seen: list[Tensor] = []
-        hook = head.register_forward_hook(lambda _, __, output: seen.append(output))
         word = int(model.config.get_text_config().vocab_size) // 2
         ids = torch.full((1, 2), word, dtype=torch.long, device=model.device)
-        try:
-            with torch.no_grad(), reading(model):
+        with torch.no_grad(), reading(model):
+            hook = head.register_forward_hook(lambda _, __, output: seen.append(output))
+            try:
                 logits = model(input_ids=ids, use_cache=False).logits
-        finally:
-            hook.remove()
+            finally:
+                hook.remove()
         known = len(seen) == 1 and torch.equal(seen[0], logits)
         model.__dict__["ptkit_plain_head"] = known
     return known

@@ -21,6 +21,7 @@ from ptkit.runtime.cache import cache_for, prefilled_cache, sees_everything
 from ptkit.runtime.forward import pad_rows
 from ptkit.runtime.infix import placed_before_last, read_before_last
 from ptkit.runtime.soft_prompts import soft_prompts_read, with_embeddings
+from ptkit.runtime.turns import turn
 
 
 @torch.no_grad()
@@ -45,8 +46,23 @@ def generate(
         with `num_return_sequences=k` row i's answers are at `[i * k, (i + 1) * k)`.
 
     A row of several gets the same greedy tokens as alone: every row has its own position ids
-    (derived from its own mask), and reads no other row's prefix.
+    (derived from its own mask), and reads no other row's prefix. Threads take turns.
     """
+    with turn(model):
+        return _generated(
+            model, prompts, batch, pad_token_id, static_positions, read, generate_options
+        )
+
+
+def _generated(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    batch: PrefixBatch | None,
+    pad_token_id: int,
+    static_positions: int | None,
+    read: DynamicCache | None,
+    generate_options: dict[str, Any],
+) -> list[list[int]]:
     if model.config.is_encoder_decoder:
         return _written(model, prompts, batch, pad_token_id, generate_options)
     beams = generate_options.get("num_beams", 1)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ptkit.runtime.attention import attention_modules
 from ptkit.runtime.compile import reading
+from ptkit.runtime.row_adapters import row_adapters
 
 #: Backbone -> its last feed-forward block, or None where it cannot be left out; found once.
 _BLOCKS: WeakKeyDictionary[nn.Module, nn.Module | None] = WeakKeyDictionary()
@@ -30,9 +31,12 @@ def last_block_on(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
 
     positions: `[rows, tokens]` bool. Other threads' forwards are left alone, and so are models
     whose last block cannot be told apart or that recompute layers in the backward pass, where the
-    context is over.
+    context is over, and batches whose rows run with weights of their own: a block that reads
+    single positions could not tell whose they are.
     """
-    block = None if model.is_activation_checkpointing else _last_block(model)
+    block = None
+    if not (model.is_activation_checkpointing or row_adapters()):
+        block = _last_block(model)
     if block is None:
         yield
         return
@@ -104,8 +108,8 @@ def _is_by_position(model: PreTrainedModel, block: nn.Module) -> bool:
         tensors = all(isinstance(t, Tensor) and t.shape[:2] == ids.shape for t in (*args, output))
         shapes.append(bool(args) and tensors)
 
-    hook = block.register_forward_hook(plain)
     with reading(model):
+        hook = block.register_forward_hook(plain)
         try:
             wanted = model(input_ids=ids, use_cache=False).logits[some].float()
         finally:

@@ -23,6 +23,7 @@ from ptkit.runtime.attention import takes_positions
 from ptkit.runtime.cache import ReservedCache, prefilled_cache
 from ptkit.runtime.forward import head_on, pad_rows
 from ptkit.runtime.infix import read_before_last
+from ptkit.runtime.turns import turn
 
 #: Buffers grow by at least this many positions, so that not every token moves them.
 _GROWTH = 64
@@ -109,7 +110,11 @@ class Reading:
 
     @torch.no_grad()
     def advance(self, tokens: int) -> None:
-        """Read the next `tokens` columns of the inputs."""
+        """Read the next `tokens` columns of the inputs, in a turn of the model's."""
+        with turn(self._model):
+            self._advance(tokens)
+
+    def _advance(self, tokens: int) -> None:
         end = min(self._read + tokens, self._ids.shape[1])
         if not self._read:
             end = self._begin(end)
@@ -162,7 +167,8 @@ class RunningBatch:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._cache.layers)
 
     def join(self, reading: Reading, index: int) -> int:
-        """Add the row `index` of a finished `reading`; returns its number."""
+        """Add the row `index` of a finished `reading`; returns its number. When it fails, the rows
+        there are as they were."""
         return self._cache.append(reading.cache, index, reading.visible[index])
 
     def leave(self, row: int) -> None:
@@ -171,7 +177,14 @@ class RunningBatch:
 
     @torch.no_grad()
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Logits `[rows, vocabulary]` after one more token in every row."""
+        """Logits `[rows, vocabulary]` after one more token in every row.
+
+        Threads take turns. When it fails, the rows are as they were, so it may be tried again.
+        """
+        with turn(self._model):
+            return self._step(tokens)
+
+    def _step(self, tokens: Sequence[int]) -> Tensor:
         device = self._model.device
         lengths = self._cache.begin(device)
         column = torch.arange(self._cache.width, device=device)
@@ -236,6 +249,7 @@ class _RowsCache(Cache):
         row, length = len(self.lengths), int(visible.sum())
         if not self.layers:
             self.layers = [_RowsLayer(self) for _ in cache.layers]
+        # Layers may differ in their room when this fails half-way; the rows are the same in all.
         # A run of columns is copied as a slice; the prefix region may leave gaps in others.
         first = int(visible.nonzero()[0])
         run = bool(visible[first : first + length].all())

@@ -14,6 +14,7 @@ from ptkit.runtime.cache import prefilled_cache, sees_everything
 from ptkit.runtime.forward import IGNORED, pad_rows, supervised_losses
 from ptkit.runtime.infix import read_before_last
 from ptkit.runtime.soft_prompts import soft_prompts_read, with_embeddings
+from ptkit.runtime.turns import turn
 
 
 @torch.no_grad()
@@ -30,10 +31,23 @@ def continuation_scores(
     contexts, continuations: token ids; every continuation has at least one token.
     batch: the contexts' prefixes, or None for the plain base.
     """
+    scores = _read_once_scores
     if model.config.is_encoder_decoder:
-        return _written_scores(model, contexts, continuations, batch, pad_token_id)
-    if not sees_everything(model):
-        return _scores_of_whole_rows(model, contexts, continuations, batch, pad_token_id)
+        scores = _written_scores
+    elif not sees_everything(model):
+        scores = _scores_of_whole_rows
+    with turn(model):  # threads take turns
+        return scores(model, contexts, continuations, batch, pad_token_id)
+
+
+def _read_once_scores(
+    model: PreTrainedModel,
+    contexts: list[list[int]],
+    continuations: list[list[int]],
+    batch: PrefixBatch | None,
+    pad_token_id: int,
+) -> Tensor:
+    """`continuation_scores` of models whose cache can hold a prefix."""
     ids, mask = (t.to(model.device) for t in pad_rows(contexts, pad_token_id, left=True))
     cache = DynamicCache()
     if batch is not None and batch.longest:

@@ -18,7 +18,14 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ptkit.errors import HubError, PtkitError, UserError
 from ptkit.serve.answers import Exchange, Limits
-from ptkit.serve.engine import DrainingError, Engine, InUseError, QueueFullError, TimedOutError
+from ptkit.serve.engine import (
+    DrainingError,
+    Engine,
+    InUseError,
+    NoMemoryError,
+    QueueFullError,
+    TimedOutError,
+)
 from ptkit.serve.guard import Guard, error_body
 from ptkit.serve.library import NAME, Library, NotAllowedError, UnknownModelError
 from ptkit.serve.metrics import Metrics
@@ -59,6 +66,7 @@ _STATUS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (InUseError, 409, "invalid_request_error", "adapter_in_use"),
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
     (DrainingError, 503, "server_error", "draining"),
+    (NoMemoryError, 503, "server_error", "no_memory"),
     (TimedOutError, 504, "server_error", "timeout"),
     (HubError, 502, "server_error", "hub_failed"),
     (UserError, 400, "invalid_request_error", None),
@@ -195,8 +203,12 @@ async def _server_sent(exchange: Exchange) -> AsyncIterator[bytes]:
             yield b"data: " + event.model_dump_json().encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
     except PtkitError as error:
-        _, type, code = _classified(error)
-        yield b"data: " + error_body(str(error), type, code) + b"\n\n"
+        _, kind, code = _classified(error)
+        yield b"data: " + error_body(str(error), kind, code) + b"\n\n"
+    except Exception as error:  # the status is sent already; a stream that just ends looks whole
+        logger.exception("a stream failed")
+        message = f"{type(error).__name__}; see the server's log"
+        yield b"data: " + error_body(message, "server_error", None) + b"\n\n"
     finally:
         exchange.cancel()
 

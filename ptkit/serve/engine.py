@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from ptkit.bank import AdapterBank
@@ -40,6 +41,10 @@ class DrainingError(PtkitError):
 
 class TimedOutError(PtkitError):
     """The answer was not finished in time."""
+
+
+class NoMemoryError(PtkitError):
+    """The answers under way leave no memory for this one; the same request may be taken later."""
 
 
 class InUseError(UserError):
@@ -195,6 +200,8 @@ class Engine:
         self._observer = observer
         self._changed = threading.Condition()
         self._waiting: deque[Answer] = deque()
+        # Taken out of the queue to be begun; nothing is in neither place.
+        self._starting: list[Answer] = []
         self._draining = self._stopped = False
         # Adapters being changed, and how many answers, waiting or under way, use each LoRA one.
         self._changing: set[str] = set()
@@ -212,8 +219,13 @@ class Engine:
         """Write `answers`; all are taken or none.
 
         Raises QueueFullError, DrainingError, InUseError when a LoRA adapter among them is being
-        changed, and UserError when one can never fit.
+        changed, and UserError when they can never fit.
         """
+        if len(answers) > self.max_waiting:
+            raise UserError(
+                f"the request asks for {len(answers)} answers, of which at most "
+                f"{self.max_waiting} may wait here; ask for fewer (`n`, prompts)"
+            )
         for answer in answers:
             self._require_fit(answer)
         with self._changed:
@@ -287,7 +299,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._waiting or self._rows or self._readings)
+        return not (self._waiting or self._starting or self._rows or self._readings)
 
     def close(self) -> None:
         """End the loop at the next token; answers under way are told that they failed."""
@@ -316,73 +328,123 @@ class Engine:
     # The loop
 
     def _run(self) -> None:
-        while True:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopped or not self.idle)
+                    if self._stopped:
+                        return
+                try:
+                    self._turn()
+                except Exception as error:  # whatever happens, the server stays up
+                    logger.exception("a step of the batch failed")
+                    failure = PtkitError(f"the batch failed: {_said(error)}")
+                else:
+                    continue
+                self._end_all(failure)
+        finally:  # nobody is left waiting for a loop that has ended, for whatever reason
             with self._changed:
-                self._changed.wait_for(lambda: self._stopped or not self.idle)
-                stopped = self._stopped
-            if stopped:
-                self._end_all(DrainingError("the server has shut down"))
-                return
-            try:
-                self._turn()
-            except Exception as error:  # whatever happens, the other requests' server stays up
-                logger.exception("a step of the batch failed")
-                self._end_all(PtkitError(f"the batch failed: {type(error).__name__}: {error}"))
+                self._draining = self._stopped = True
+            self._end_all(DrainingError("the server has shut down"))
 
     def _turn(self) -> None:
         """Drop who is gone, begin what fits, read a piece of each input, write one token each."""
         self._drop_gone()
-        self._admit()
+        for answers in self._admitted():
+            self._begin(self._writings(answers))
+        self._starting.clear()
         for reading, rows in list(self._readings):
+            failure = None
             try:
                 with self.bank.weights([voice.lora for _, voice in rows]):
                     reading.advance(max(1, self._piece // reading.rows))
             except Exception as error:  # of these inputs; nobody else's rows are touched
                 logger.exception("reading an input failed")
+                failure = self._failure("the input could not be read", error, rows)
+            if failure is not None:
                 self._readings.remove((reading, rows))
-                self._fail_all({writing for writing, _ in rows}, error)
-                continue
-            if reading.done:
+                del reading  # what it holds is free for the next attempt
+                self._begin_apart(rows, failure)
+            elif reading.done:
                 self._readings.remove((reading, rows))
                 self._join(reading, rows)
-        if self._rows:
-            with self.bank.weights([voice.lora for _, voice in self._rows]):
-                logits = self._batch.step([writing.last_token for writing, _ in self._rows])
+        self._step()
+
+    def _step(self) -> None:
+        """Write one token in every row. Where memory does not last for all, the longest row, which
+        decides how much is needed for each, is given up, until it lasts for the others."""
+        while self._rows:
+            failure = None
+            try:
+                with self.bank.weights([voice.lora for _, voice in self._rows]):
+                    logits = self._batch.step([writing.last_token for writing, _ in self._rows])
+            except Exception as error:
+                if not _of_memory(error):
+                    raise
+                logger.exception("no memory for the next token of %d rows", len(self._rows))
+                longest = max(self._rows, key=lambda row: _length(row[0]))
+                failure = self._failure("the next token could not be written", error, [longest])
+            if failure is not None:
+                self._fail_all({longest[0]}, failure)
+                continue
             self._choose(logits, self._rows)
             if self._observer is not None:
                 self._observer.stepped(len(self._rows))
+            return
 
-    def _admit(self) -> None:
-        """Begin to read the inputs of waiting answers, together while they are short."""
-        group: list[tuple[_Writing, Voice]] = []
-        longest = 0
+    def _admitted(self) -> list[list[Answer]]:
+        """Take out of the queue what is begun now: groups whose inputs are read together.
+
+        Nothing but book-keeping: whoever asks meanwhile waits for the lock.
+        """
+        groups: list[list[Answer]] = []
+        group: list[Answer] = []
+        rows = longest = begun = 0  # rows, longest of the group; begun: rows of all groups
         passed_over: list[Answer] = []
         long_one = bool(self._readings)  # short ones are read within their first turn
         with self._changed:
             while self._waiting:
                 answer = self._fairest()
-                if self.running + len(group) + len(answer.voices) > self.max_rows:
+                voices = len(answer.voices)
+                if self.running + begun + voices > self.max_rows:
                     passed_over.append(answer)  # it is next: those after it do not overtake it
                     break
-                writing = _Writing(answer, self)
-                voices = [(writing, voice) for voice in answer.voices]
                 infix = any(v.prefix is not None and v.prefix.infix for v in answer.voices)
                 length = max(longest, len(answer.prompt))
-                if len(answer.prompt) * len(voices) > self._piece or infix:
+                if len(answer.prompt) * voices > self._piece or infix:
                     if long_one:  # one long input at a time; shorter ones may go before it
                         passed_over.append(answer)
                         continue
                     long_one = True
-                    self._begin(voices)
-                elif length * (len(group) + len(voices)) <= self._piece or not group:
-                    group += voices
-                    longest = length
+                    groups.append([answer])
+                elif length * (rows + voices) <= self._piece or not group:
+                    group.append(answer)
+                    rows, longest = rows + voices, length
                 else:
                     passed_over.append(answer)
                     break
+                begun += voices
+                self._starting.append(answer)
             self._waiting.extendleft(reversed(passed_over))
-        if group:
-            self._begin(group)
+        return [*groups, group] if group else groups
+
+    def _writings(self, answers: Sequence[Answer]) -> list[tuple[_Writing, Voice]]:
+        """The rows of `answers`, ready to begin; one that cannot be is told so."""
+        rows = []
+        for answer in answers:
+            failure = None
+            try:
+                writing = _Writing(answer, self)
+            except Exception as error:  # of this answer
+                logger.exception("beginning an answer failed")
+                failure = self._failure("the answer could not be begun", error, [])
+            if failure is None:
+                rows += [(writing, voice) for voice in answer.voices]
+                continue
+            answer.tell(Update(error=failure))
+            self._observe(answer, "error")
+            self._release([answer])
+        return rows
 
     def _fairest(self) -> Answer:
         """Take out the answer to begin next."""
@@ -396,21 +458,54 @@ class Engine:
         return self._waiting.popleft()
 
     def _begin(self, rows: list[tuple[_Writing, Voice]]) -> None:
-        base = self.bank.base
-        inputs = []
-        for writing, voice in rows:
-            prompt, prefix = writing.answer.prompt, voice.prefix
-            inputs.append(RowInput(prompt, None if prefix is None else prefix.for_input(prompt)))
-        reading = Reading(base.model, inputs, base.layout, base.pad_token_id)
-        self._readings.append((reading, rows))
+        """Begin to read the inputs of `rows` together; where that fails, each apart."""
+        if not rows:
+            return
+        base, failure = self.bank.base, None
+        try:
+            inputs = []
+            for writing, voice in rows:
+                prompt, prefix = writing.answer.prompt, voice.prefix
+                own = None if prefix is None else prefix.for_input(prompt)
+                inputs.append(RowInput(prompt, own))
+            reading = Reading(base.model, inputs, base.layout, base.pad_token_id)
+        except Exception as error:
+            logger.exception("beginning to read inputs failed")
+            failure = self._failure("the input could not be read", error, rows)
+        if failure is None:
+            self._readings.append((reading, rows))
+        else:
+            self._begin_apart(rows, failure)
+
+    def _begin_apart(self, rows: list[tuple[_Writing, Voice]], failure: PtkitError) -> None:
+        """After a failure of inputs read together, each answer's apart; a lone one has failed."""
+        writings = list(dict.fromkeys(writing for writing, _ in rows))
+        if len(writings) == 1:
+            self._fail_all({*writings}, failure)
+            return
+        for writing in writings:
+            self._begin([row for row in rows if row[0] is writing])
 
     def _join(self, reading: Reading, rows: list[tuple[_Writing, Voice]]) -> None:
         """Let finished inputs become rows, with their first tokens."""
-        first = len(self._rows)
+        failed: dict[_Writing, PtkitError] = {}
+        joined: list[int] = []
         for index, row in enumerate(rows):
-            self._batch.join(reading, index)
+            if row[0] in failed:
+                continue
+            try:
+                self._batch.join(reading, index)
+            except Exception as error:  # of this row: those under way are as they were
+                logger.exception("joining the batch failed")
+                failed[row[0]] = self._failure("the answer could not be begun", error, rows)
+                continue
             self._rows.append(row)
-        self._choose(reading.logits, self._rows[first:])
+            joined.append(index)
+        for writing, failure in failed.items():
+            self._fail_all({writing}, failure)
+        joined = [index for index in joined if rows[index][0] not in failed]
+        if joined:
+            self._choose(reading.logits[joined], [rows[index] for index in joined])
 
     def _choose(self, logits: Tensor, rows: Sequence[tuple[_Writing, Voice]]) -> None:
         """The next token of every answer with all its rows among `rows`.
@@ -440,7 +535,13 @@ class Engine:
                     self._fail(writing, NotFiniteError(f"no token could be chosen: {error}"))
                     ended.append(writing)
                     continue
-            finish = writing.take(token)
+            try:
+                finish = writing.take(token)
+            except Exception as error:  # of this answer's text
+                logger.exception("adding a token failed")
+                self._fail(writing, PtkitError(f"the token could not be added: {_said(error)}"))
+                ended.append(writing)
+                continue
             if finish is not None:
                 self._observe(writing.answer, finish)
                 ended.append(writing)
@@ -456,9 +557,13 @@ class Engine:
                 self._batch.leave(row)
                 self._rows[row] = self._rows[-1]
                 self._rows.pop()
+        self._release([writing.answer for writing in gone])
+
+    def _release(self, answers: Sequence[Answer]) -> None:
+        """Take out the uses of LoRA adapters of `answers`."""
         with self._changed:
-            for writing in gone:
-                self._uses.subtract(v.lora for v in writing.answer.voices if v.lora is not None)
+            for answer in answers:
+                self._uses.subtract(v.lora for v in answer.voices if v.lora is not None)
 
     def _drop_gone(self) -> None:
         """Take out answers nobody waits for any more, and those that took too long."""
@@ -509,18 +614,35 @@ class Engine:
         writing.answer.tell(Update(error=error))
         self._observe(writing.answer, "error")
 
-    def _fail_all(self, writings: set[_Writing], error: Exception) -> None:
-        failure = PtkitError(f"the input could not be read: {type(error).__name__}: {error}")
+    def _fail_all(self, writings: set[_Writing], failure: PtkitError) -> None:
         for writing in writings:
             self._fail(writing, failure)
         self._leave([*writings])
 
+    def _failure(
+        self, what: str, error: Exception, rows: Sequence[tuple[_Writing, Voice]]
+    ) -> PtkitError:
+        """What the answers of `rows` are told of `error`. It does not hold on to `error`, whose
+        frames hold tensors."""
+        if not _of_memory(error):
+            return PtkitError(f"{what}: {_said(error)}")
+        others = {w for w, _ in self._rows} | {w for _, own in self._readings for w, _ in own}
+        if others - {writing for writing, _ in rows}:
+            return NoMemoryError(f"{what}: no memory is left beside the answers under way")
+        return UserError(
+            f"{what}: this machine's memory does not hold the request, even by itself; shorten "
+            "the prompt or lower max_tokens"
+        )
+
     def _end_all(self, error: PtkitError) -> None:
         """Tell everybody of `error` and begin from nothing."""
         writings = {w for w, _ in self._rows} | {w for _, rows in self._readings for w, _ in rows}
+        under_way = [writing.answer for writing in writings]
         with self._changed:
-            answers = [*self._waiting, *(writing.answer for writing in writings)]
+            starting = [a for a in self._starting if a not in under_way]
+            answers = [*self._waiting, *starting, *under_way]
             self._waiting.clear()
+            self._starting.clear()
             self._uses.clear()
         self._rows, self._readings = [], []
         self._batch = RunningBatch(self.bank.base.model)
@@ -531,6 +653,21 @@ class Engine:
     def _observe(self, answer: Answer, outcome: str) -> None:
         if self._observer is not None:
             self._observer.ended(answer, outcome)
+
+
+def _length(writing: _Writing) -> int:
+    """Positions its longest row takes by now."""
+    answer = writing.answer
+    return answer.virtual_tokens + len(answer.prompt) + answer.written
+
+
+def _of_memory(error: Exception) -> bool:
+    """Whether `error` says that memory, of the device or the machine, ran out."""
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _together(logits: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ptkit.bank import AdapterBank
-from ptkit.bank.source import read_checked
 from ptkit.errors import AdapterError, UserError, did_you_mean
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import (
@@ -200,13 +199,18 @@ class Library:
                 f"`{unknown[0]}` is no file of an adapter; those are {', '.join(ADAPTER_FILES)}"
             )
         new = name not in self.bank
-        with atomic.folder(self.root / name, replace=True) as scratch:
+        folder = self.root / name
+        with atomic.scratch(folder) as scratch:
             for file, content in files.items():
                 (scratch / file).write_bytes(content)
-            read_checked(scratch, self.bank.base)
-        folder = self.root / name
-        with self._changing(name, folder):
-            self.bank.load(folder, name)
+
+            def publish() -> Path:
+                atomic.publish(scratch, folder)
+                return folder
+
+            # The folder is replaced last: when all is checked, and no answer uses the old one.
+            with self._changing(name, scratch):
+                self.bank.load(scratch, name, publish=publish)
         return new
 
     def _voice(self, name: str) -> Voice:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import resource
 import signal
 from pathlib import Path
 from types import FrameType
@@ -104,6 +103,10 @@ def run_server(
 
 def _raise_file_limit() -> None:
     """A connection is an open file; the usual 1,024 are few for a server."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
     if soft < wanted:

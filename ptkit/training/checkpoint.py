@@ -37,7 +37,7 @@ class Progress:
     stale_validations: int = 0
     seconds: float = 0.0
     tokens: int = 0
-    peak_memory_bytes: int = 0
+    peak_memory_bytes: int | None = 0
     loss_since_validation: list[float] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
     schedule: dict[str, Any] = field(default_factory=dict)
@@ -91,6 +91,7 @@ def remove_checkpoints(run: Path) -> None:
 
 
 def _checkpoints(run: Path) -> list[Path]:
+    atomic.settle_all(run)
     return sorted(p for p in run.glob("checkpoint-*") if _FOLDER.match(p.name))
 
 

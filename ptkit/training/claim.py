@@ -9,6 +9,7 @@ from typing import Any
 
 from ptkit.errors import UserError
 from ptkit.formats import atomic
+from ptkit.formats.folder_lock import require_free
 
 
 def claim(path: Path, identity: dict[str, Any], what: str, *, alone: bool = False) -> None:
@@ -38,4 +39,5 @@ def start_over(path: Path, what: str) -> None:
         return
     if not path.exists():
         raise UserError(f"{folder} is not a {what}; --fresh does not delete it")
+    require_free(folder)
     shutil.rmtree(folder)

@@ -32,6 +32,7 @@ from ptkit.evaluation.divergence import Divergence, measure_divergence
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import write_adapter
+from ptkit.formats.folder_lock import held
 from ptkit.methods.prefix_tuning import PrefixTuning, PrefixTuningSection
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import LoadedRecipe
@@ -168,50 +169,51 @@ def distill(
     read = read_in_chunks(base, document, sink=sink, room=room, chunk_tokens=chunk_tokens)
     _require_shorter(read, tokens, room, base)
     settings = _settings(steps, batch_size)
-    claim_folder(folder / CLAIM, {
-        "document": hashlib.sha256(document.encode()).hexdigest(),
-        "base": base.fingerprint,
-        "dtype": str(base.model.dtype),
-        "method": section.model_dump(),
-        "inputs": hashlib.sha256(json.dumps(beginnings).encode()).hexdigest(),
-        "chunks": len(read.chunks),
-        "texts": texts,
-        "text_tokens": text_tokens,
-        "train": settings.model_dump(exclude=TrainSection.NOT_OF_RESULT),
-        "seed": seed,
-    }, WHAT, alone=True)  # fmt: skip
-    if (folder / "record.json").exists():
-        remove_checkpoints(folder)  # it may have been killed just after its record
-        return Distilled.read(folder)
-    teachers = read.compiled(base)
-    studied = study(
-        base, read, teachers, folder / "texts", texts=texts, tokens=text_tokens, seed=seed,
-        inputs=beginnings, report=observer.writing,
-    )  # fmt: skip
-    first = compile_tokens(base.model, torch.tensor(read.ids[:tokens]))
-    adapter = PrefixTuning.from_prefix(first, base, section)
-    observer.cell_started(folder.name, steps)
-    (progress,) = fit([
-        Job(
-            adapter, studied.train, studied.validation, settings, learning_rate, seed, folder,
-            observer.stepped, beta2=section.beta2,
-            teacher=Teacher(base, teachers, settings.context_cache_mb * 10**6),
-        )
-    ])  # fmt: skip
-    prefix = adapter.prefix().detach()
-    figures = {
-        name: measure_divergence(base, studied.test, teachers, student)
-        for name, student in ((NOTHING, None), (FIRST_TOKENS, first), (DISTILLED, prefix))
-    }
-    record = _record(folder, read, prefix, studied, figures, progress)
-    task = None if recipe is None else recipe.recipe.task
-    info = _info(base, section, document, record, task, adapter, seed)
-    write_adapter(record.adapter, replace(adapter.files(), info=info), replace=True)
-    atomic.write_json(folder / "record.json", record.as_dict())
-    remove_checkpoints(folder)
-    for place in (folder, folder / "texts"):
-        atomic.remove_leftovers(place)
-    return record
+    with held(folder):
+        claim_folder(folder / CLAIM, {
+            "document": hashlib.sha256(document.encode()).hexdigest(),
+            "base": base.fingerprint,
+            "dtype": str(base.model.dtype),
+            "method": section.model_dump(),
+            "inputs": hashlib.sha256(json.dumps(beginnings).encode()).hexdigest(),
+            "chunks": len(read.chunks),
+            "texts": texts,
+            "text_tokens": text_tokens,
+            "train": settings.model_dump(exclude=TrainSection.NOT_OF_RESULT),
+            "seed": seed,
+        }, WHAT, alone=True)  # fmt: skip
+        if (folder / "record.json").exists():
+            remove_checkpoints(folder)  # it may have been killed just after its record
+            return Distilled.read(folder)
+        teachers = read.compiled(base)
+        studied = study(
+            base, read, teachers, folder / "texts", texts=texts, tokens=text_tokens, seed=seed,
+            inputs=beginnings, report=observer.writing,
+        )  # fmt: skip
+        first = compile_tokens(base.model, torch.tensor(read.ids[:tokens]))
+        adapter = PrefixTuning.from_prefix(first, base, section)
+        observer.cell_started(folder.name, steps)
+        (progress,) = fit([
+            Job(
+                adapter, studied.train, studied.validation, settings, learning_rate, seed, folder,
+                observer.stepped, beta2=section.beta2,
+                teacher=Teacher(base, teachers, settings.context_cache_mb * 10**6),
+            )
+        ])  # fmt: skip
+        prefix = adapter.prefix().detach()
+        figures = {
+            name: measure_divergence(base, studied.test, teachers, student)
+            for name, student in ((NOTHING, None), (FIRST_TOKENS, first), (DISTILLED, prefix))
+        }
+        record = _record(folder, read, prefix, studied, figures, progress)
+        task = None if recipe is None else recipe.recipe.task
+        info = _info(base, section, document, record, task, adapter, seed)
+        write_adapter(record.adapter, replace(adapter.files(), info=info), replace=True)
+        atomic.write_json(folder / "record.json", record.as_dict())
+        remove_checkpoints(folder)
+        for place in (folder, folder / "texts"):
+            atomic.remove_leftovers(place)
+        return record
 
 
 def start_over(folder: Path) -> None:

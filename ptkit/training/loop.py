@@ -177,8 +177,10 @@ class _Loop:
                     self.accelerator.log(entry, step=trainee.progress.step)
             trainee.progress.seconds += share + time.perf_counter() - clock
             if trainee.save_due:
-                trainee.progress.peak_memory_bytes = max(
-                    trainee.progress.peak_memory_bytes, memory.bytes()
+                peaks = (trainee.progress.peak_memory_bytes, memory.known())
+                # What was before is no peak of it all where one part was not measured.
+                trainee.progress.peak_memory_bytes = (
+                    None if None in peaks else max(p for p in peaks if p is not None)
                 )
                 if self.accelerator.is_main_process:
                     trainee.save()

@@ -28,6 +28,7 @@ from ptkit.evaluation.score import score_intervals
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import write_adapter
+from ptkit.formats.folder_lock import held
 from ptkit.methods import Adapter
 from ptkit.methods.multitask_prompt import MultitaskPrompt, MultitaskSection
 from ptkit.methods.prompt_tuning import PromptTuningSection
@@ -134,25 +135,26 @@ def multitask(
             "models"
         )
     experiments = {r.recipe.name: prepare(_without_retention(r), base) for r in recipes}
-    _claim(out, section, seed, experiments)
-    if (out / "record.json").exists():
-        remove_checkpoints(out)  # it may have been killed just after its record
-        return Multitask.read(out)
-    rows = {name: e.training(seed).encoded for name, e in experiments.items()}
-    adapter = _created(section, base, seed, experiments)
-    for name, experiment in experiments.items():
-        require_room(adapter, (*rows[name], *experiment.validation), experiment.recipe.task)
-    observer.cell_started(" + ".join(experiments), first.train.steps)
-    (progress,) = fit([
-        Job(
-            adapter,
-            of_tasks([*rows.values()]),
-            of_tasks([e.validation for e in experiments.values()]),
-            first.train, float(section.learning_rate), seed, out, observer.stepped,
-            beta2=section.beta2,
-        )
-    ])  # fmt: skip
-    return _measured(out, adapter, progress, experiments, seed, observer)
+    with held(out):
+        _claim(out, section, seed, experiments)
+        if (out / "record.json").exists():
+            remove_checkpoints(out)  # it may have been killed just after its record
+            return Multitask.read(out)
+        rows = {name: e.training(seed).encoded for name, e in experiments.items()}
+        adapter = _created(section, base, seed, experiments)
+        for name, experiment in experiments.items():
+            require_room(adapter, (*rows[name], *experiment.validation), experiment.recipe.task)
+        observer.cell_started(" + ".join(experiments), first.train.steps)
+        (progress,) = fit([
+            Job(
+                adapter,
+                of_tasks([*rows.values()]),
+                of_tasks([e.validation for e in experiments.values()]),
+                first.train, float(section.learning_rate), seed, out, observer.stepped,
+                beta2=section.beta2,
+            )
+        ])  # fmt: skip
+        return _measured(out, adapter, progress, experiments, seed, observer)
 
 
 def of_tasks(rows: Sequence[Sequence[EncodedExample]]) -> list[TaskExample]:

@@ -14,7 +14,7 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,6 +41,7 @@ from ptkit.formats.adapter_files import (
     weights_path,
     write_adapter,
 )
+from ptkit.formats.folder_lock import held
 from ptkit.methods import (
     ADAPTERS,
     Adapter,
@@ -135,10 +136,18 @@ def run_cells(
     """Train `cells` in one batch, measure and save each; finished ones are read back, killed
     ones go on where they were.
 
-    Raises UserError when a folder holds a cell of another recipe, seed, base or data, and when
-    several cells cannot share a batch.
+    Raises UserError when a folder holds a cell of another recipe, seed, base or data, when another
+    process works in it, and when several cells cannot share a batch.
     """
-    observer = observer or Observer()
+    with ExitStack() as locks:
+        for cell in cells:
+            locks.enter_context(held(cell.folder))
+        return _run_cells(experiment, cells, observer or Observer())
+
+
+def _run_cells(
+    experiment: Experiment, cells: Sequence[Cell], observer: Observer
+) -> list[CellRecord]:
     records: dict[Cell, CellRecord] = {}
     for cell in cells:
         claim(experiment, cell)
@@ -157,6 +166,11 @@ def run_trial(experiment: Experiment, cell: Cell, observer: Observer | None = No
 
     The result stays in `trial.json`, from which the next call reads it.
     """
+    with held(cell.folder):
+        return _run_trial(experiment, cell, observer)
+
+
+def _run_trial(experiment: Experiment, cell: Cell, observer: Observer | None) -> float:
     done = cell.folder / "trial.json"
     claim(experiment, cell)
     if not done.exists():

@@ -1,0 +1,143 @@
+"""The adapters of a server: what is refused changes nothing, in memory or on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_base
+from peft import LoraConfig, get_peft_model
+from test_composition import save_lora
+from test_engine import Asked
+from test_peft_parity import LEARNT, make_adapter
+
+from ptkit.bank import AdapterBank
+from ptkit.errors import AdapterError
+from ptkit.formats import atomic
+from ptkit.formats.adapter_files import WEIGHTS, write_adapter
+from ptkit.serve.engine import Engine, InUseError
+from ptkit.serve.library import Library
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Iterator[Library]:
+    (tmp_path / "served").mkdir()
+    bank = AdapterBank(random_base("gpt2"), check_every=0)
+    engine = Engine(bank, max_rows=2)
+    yield Library(engine, tmp_path / "served", base_name="base")
+    engine.close()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    kept = ("adapter_config.json", WEIGHTS, "ptkit.json")
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name in kept}
+
+
+def prefix_files(library: Library, folder: Path, seed: int, **changed: object) -> dict[str, bytes]:
+    torch.manual_seed(seed)
+    kind = str(changed.pop("kind", "prefix"))
+    adapter = make_adapter(library.bank.base, {**LEARNT[kind], **changed})
+    files = adapter.files()
+    if kind == "prompt" and "huge" in folder.name:
+        files.tensors["prompt_embeddings"][0, 0] = 3e38  # finite, until the base has read it
+    write_adapter(folder, files)
+    return files_of(folder)
+
+
+def snapshot(library: Library) -> dict[str, bytes]:
+    assert library.root is not None
+    return {str(p): p.read_bytes() for p in library.root.rglob("*") if p.is_file()}
+
+
+REFUSED = ["huge", "dora", "lora", "too large for the budget", "a disk that is full"]
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_a_refused_upload_leaves_the_adapter_on_disk_and_in_use(
+    why: str, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = library.bank
+    assert library.upload("mine", prefix_files(library, tmp_path / "good", 1))
+    before, held = snapshot(library), bank.prefix("mine")
+    raised: type[Exception] = AdapterError
+    if why == "dora":
+        config = LoraConfig(r=2, target_modules=["c_attn"], use_dora=True, task_type="CAUSAL_LM")
+        get_peft_model(random_base("gpt2").model, config).save_pretrained(tmp_path / "new")
+        files = files_of(tmp_path / "new")
+    elif why == "lora":  # `mine` is a prefix; another kind needs another name
+        save_lora("gpt2", tmp_path / "new", seed=1)
+        files = files_of(tmp_path / "new")
+    elif why == "huge":
+        files = prefix_files(library, tmp_path / "huge", 2, kind="prompt")
+    else:
+        files = prefix_files(library, tmp_path / "new", 2, num_virtual_tokens=9)
+    if why == "too large for the budget":
+        bank._store.resident.budget = held.nbytes
+    if why == "a disk that is full":
+        raised = OSError
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(atomic, "exchange", full)
+    with pytest.raises(raised):
+        library.upload("mine", files)
+    assert snapshot(library) == before
+    assert bank.prefix("mine") is held
+    assert [p.name for p in (library.root or tmp_path).iterdir()] == ["mine"]
+
+
+def test_an_upload_refused_for_a_lora_in_use_replaces_nothing(
+    library: Library, tmp_path: Path
+) -> None:
+    for number in range(2):
+        save_lora("gpt2", tmp_path / f"l{number}", seed=number, rank=2 + number)
+    assert library.upload("mine", files_of(tmp_path / "l0"))
+    before = snapshot(library)
+    asked = Asked(library.bank, ["mine"], [5, 6], max_tokens=100)
+    asked.answer.voices = library.voices("mine")
+    library.engine.submit([asked.answer])
+    with pytest.raises(InUseError):
+        library.upload("mine", files_of(tmp_path / "l1"))
+    assert snapshot(library) == before
+    assert len(asked.ids) == 100
+    while library.engine._uses["mine"]:  # told before the row is free
+        pass
+    alone = library.bank.generate(["w3 w4"], ["mine"], max_new_tokens=6, do_sample=False)
+    assert not library.upload("mine", files_of(tmp_path / "l1"))
+    assert snapshot(library) != before
+    assert library.bank.status("mine").path == library.root / "mine"
+    assert library.bank.generate(["w3 w4"], ["mine"], max_new_tokens=6, do_sample=False) != alone
+
+
+def test_a_lora_that_cannot_be_published_leaves_the_base_as_it_was(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_lora("gpt2", tmp_path / "l0", seed=0)
+    base = library.bank.base.model
+    before = [name for name, _ in base.named_parameters()]
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "chmod", full)
+    with pytest.raises(OSError, match="No space"):
+        library.upload("mine", files_of(tmp_path / "l0"))
+    assert [name for name, _ in base.named_parameters()] == before
+    assert library.names() == []
+    assert list((library.root or tmp_path).iterdir()) == []
+
+
+def test_an_upload_is_served_from_its_own_folder_and_read_again_when_that_changes(
+    library: Library, tmp_path: Path
+) -> None:
+    assert library.upload("mine", prefix_files(library, tmp_path / "one", 1))
+    first = library.bank.prefix("mine")
+    assert library.bank.prefix("mine") is first, "its files are those that were read"
+    assert library.bank.status("mine").path == library.root / "mine"
+    assert not library.upload("mine", prefix_files(library, tmp_path / "two", 2))
+    assert library.bank.status("mine").version == 2
+    assert not torch.equal(library.bank.prefix("mine").flat(), first.flat())
