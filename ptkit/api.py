@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ptkit.comparison.grid import run_grid
+from ptkit.comparison.grid import forecast_grid, run_grid
 from ptkit.comparison.on_ray import run_on_ray
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import MethodSummary
@@ -33,6 +33,7 @@ from ptkit.runtime.cache import ReservedCache, prefilled_cache, sees_everything
 from ptkit.runtime.forward import rows_for
 from ptkit.runtime.generation import generate
 from ptkit.training.experiment import prepare
+from ptkit.training.forecast import Forecast, forecast, is_long
 from ptkit.training.record import CellRecord
 from ptkit.training.run import Cell, Observer, cell_name, run_cells
 
@@ -97,13 +98,50 @@ def train(
     folder = run_folder(loaded.recipe, section, used_seed, out)
     if fresh:
         start_over(folder)
-    origin = None if start_from is None else find_adapter(Path(start_from))
-    cell = Cell(section, used_seed, folder, origin)
+    cell = _cell(section, used_seed, folder, start_from)
     experiment = prepare(loaded, base)
     if observer is not None:
         observer.prepared(experiment.data_lines())
+        if is_long(experiment, [cell]):
+            observer.planned(lambda: forecast(experiment, [cell]))
     (record,) = run_cells(experiment, [cell], observer)
     return Run(folder, record)
+
+
+def _cell(section: MethodSection, seed: int, folder: Path, start_from: str | Path | None) -> Cell:
+    origin = None if start_from is None else find_adapter(Path(start_from))
+    return Cell(section, seed, folder, origin)
+
+
+def plan_training(
+    recipe: str | Path | LoadedRecipe,
+    *,
+    method: str | None = None,
+    seed: int | None = None,
+    out: str | Path | None = None,
+    start_from: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[list[str], Forecast]:
+    """What `train` with these arguments would do: what was decided about the data, in lines, and
+    what the run would take, measured on a few steps. Nothing is written to its folder."""
+    loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
+    section = one_method(loaded.recipe, method)
+    used_seed = loaded.recipe.seeds[0] if seed is None else seed
+    cell = _cell(section, used_seed, run_folder(loaded.recipe, section, used_seed, out), start_from)
+    experiment = prepare(loaded)
+    return experiment.data_lines(), forecast(experiment, [cell])
+
+
+def plan_comparison(
+    recipe: str | Path | LoadedRecipe,
+    *,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[list[str], Forecast]:
+    """What `compare` with these arguments would do; see `plan_training`."""
+    loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
+    folder = Path("comparisons") / loaded.recipe.name if out is None else Path(out)
+    return forecast_grid(loaded, folder)
 
 
 def compare(

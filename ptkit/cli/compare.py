@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import Fresh, JsonOutput, Quiet, RecipeArgument, Set
+from ptkit.cli.options import DryRun, Fresh, JsonOutput, Quiet, RecipeArgument, Set
 from ptkit.errors import UserError
 
 
@@ -28,6 +28,7 @@ def compare(
     ] = None,
     cell_cpus: Annotated[float, typer.Option(min=0.1, help="With --on: CPUs of one cell.")] = 1,
     cell_gpus: Annotated[float, typer.Option(min=0, help="With --on: GPUs of one cell.")] = 0,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     json_output: JsonOutput = False,
 ) -> None:
@@ -38,13 +39,18 @@ def compare(
     from rich.console import Console
 
     from ptkit.api import compare as run
-    from ptkit.cli.display import LiveDisplay
+    from ptkit.api import plan_comparison
+    from ptkit.cli.display import LiveDisplay, say_plan
     from ptkit.comparison.grid import cells
     from ptkit.comparison.table import summary_table
     from ptkit.recipe import load_recipe
 
     ray = on is not None and (_ray_address(on) or True)
     loaded = load_recipe(recipe, set_ or [])
+    if dry_run:
+        told, measured = plan_comparison(loaded, out=out)
+        say_plan(told, measured, as_json=json_output)
+        return
     with LiveDisplay(len(cells(loaded.recipe)), quiet=quiet or json_output) as display:
         done = run(
             loaded, out=out, fresh=fresh, ray=ray, cell_cpus=cell_cpus, cell_gpus=cell_gpus,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -17,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ptkit.training.forecast import Forecast, in_time
 from ptkit.training.record import CellRecord
 from ptkit.training.run import Observer
 from ptkit.training.trainee import StepReport
@@ -25,9 +30,12 @@ from ptkit.training.trainee import StepReport
 class LiveDisplay(Observer):
     """A bar for the whole grid and one for the cell under way, with its losses.
 
-    Written to stderr, so that stdout stays for results. Without a terminal one line is printed
-    per finished cell; `quiet` prints nothing.
+    Written to stderr, so that stdout stays for results. Without a terminal a line is printed every
+    `EVERY` seconds, and one per finished cell; `quiet` prints nothing.
     """
+
+    #: Seconds between two lines about a cell under way.
+    EVERY = 15.0
 
     def __init__(self, cells: int, *, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet)
@@ -47,6 +55,9 @@ class LiveDisplay(Observer):
         self.grid: TaskID | None = None
         self.cell: TaskID | None = None
         self.name = ""
+        self.lines = not quiet and not self.console.is_terminal
+        self.began = self.told = time.monotonic()
+        self.first_step = 0
 
     def __enter__(self) -> LiveDisplay:
         self.progress.start()
@@ -71,8 +82,28 @@ class LiveDisplay(Observer):
         for line in data:
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    def planned(self, measured: Callable[[], Forecast]) -> None:
+        if self.console.quiet:
+            return
+        for line in measured().lines():
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _line(self, text: str, left: float | None = None) -> None:
+        """Say `text` where there is no terminal, unless something was said a moment ago.
+
+        left: of the work, as a multiple of what was done since it began
+        """
+        now = time.monotonic()
+        if not self.lines or now - self.told < self.EVERY:
+            return
+        self.told = now
+        ahead = "" if left is None else f", {in_time((now - self.began) * left)} left"
+        self.console.print(f"{self.name}: {text}{ahead}", highlight=False, markup=False)
+
     def cell_started(self, cell: str, steps: int) -> None:
         self.name = cell
+        self.began = time.monotonic()
+        self.first_step = 0
         if steps:
             self._phase(f"[bold]{cell}[/] training", steps)
 
@@ -81,22 +112,30 @@ class LiveDisplay(Observer):
             self._phase("writing texts", texts)
         assert self.cell is not None
         self.progress.update(self.cell, completed=done)
+        self._line(f"{done} of {texts} texts written")
 
     def stepped(self, report: StepReport) -> None:
         if self.cell is None:
             return
+        if not self.first_step:  # a resumed run begins where it was
+            self.first_step, self.began = report.step, time.monotonic()
         note = f"loss {report.loss:.3f}"
         if report.validation_loss is not None:
             note += f" · validation {report.validation_loss:.3f}"
         self.progress.update(self.cell, completed=report.step, note=note)
+        taken = report.step - self.first_step
+        left = (report.steps - report.step) / taken if taken else None
+        self._line(f"step {report.step} of {report.steps}, {note.replace(' · ', ', ')}", left)
         if report.step == report.steps:
             self._phase(f"[bold]{self.name}[/] predicting", 1)
 
     def predicting(self, done: int, rows: int) -> None:
         if self.cell is None or self.progress.tasks[-1].total != rows:
             self._phase(f"[bold]{self.name}[/] predicting", rows)
+            self.began = time.monotonic()
         assert self.cell is not None
         self.progress.update(self.cell, completed=done)
+        self._line(f"{done} of {rows} rows predicted")
 
     def trial_finished(self, cell: str, validation_loss: float) -> None:
         self.console.print(
@@ -117,3 +156,12 @@ class LiveDisplay(Observer):
             highlight=False,
             markup=False,
         )
+
+
+def say_plan(data: Sequence[str], measured: Forecast, *, as_json: bool) -> None:
+    """Print what `--dry-run` found: for people, or as one line of JSON."""
+    if as_json:
+        typer.echo(json.dumps({"data": [*data], **asdict(measured)}))
+        return
+    for line in (*data, *measured.lines()):
+        typer.echo(line)

@@ -20,6 +20,10 @@ Fresh = Annotated[
     bool, typer.Option("--fresh", help="Delete what is in the folder and start over.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Say what it will take, measured on a few steps, and stop."),
+]
 JsonOutput = Annotated[bool, typer.Option("--json", help="Print results as JSON.")]
 ModelOption = Annotated[
     str, typer.Option("--model", help="Base model: hub id, folder, or `tiny-en`.")

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import Fresh, JsonOutput, Quiet, RecipeArgument, Set
+from ptkit.cli.options import DryRun, Fresh, JsonOutput, Quiet, RecipeArgument, Set
 
 
 def train(
@@ -31,6 +31,7 @@ def train(
     ] = None,
     set_: Set = None,
     fresh: Fresh = False,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     json_output: JsonOutput = False,
 ) -> None:
@@ -41,9 +42,9 @@ def train(
     """
     from accelerate import PartialState
 
-    from ptkit.api import one_method, run_folder, start_over
+    from ptkit.api import one_method, plan_training, run_folder, start_over
     from ptkit.api import train as run
-    from ptkit.cli.display import LiveDisplay
+    from ptkit.cli.display import LiveDisplay, say_plan
     from ptkit.comparison.found import found
     from ptkit.recipe import load_recipe
     from ptkit.runtime.base_model import resolve_device
@@ -52,6 +53,12 @@ def train(
     section = one_method(loaded.recipe, method)
     used_seed = loaded.recipe.seeds[0] if seed is None else seed
     folder = run_folder(loaded.recipe, section, used_seed, out)
+    if dry_run:
+        told, measured = plan_training(
+            loaded, method=section.title, seed=used_seed, out=folder, start_from=start_from
+        )
+        say_plan(told, measured, as_json=json_output)
+        return
     # Under `accelerate launch` every process trains; the first one speaks and writes.
     device = resolve_device(loaded.recipe.model.device)
     processes = PartialState(cpu=device.type == "cpu")

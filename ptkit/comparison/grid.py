@@ -15,6 +15,7 @@ from ptkit.recipe.expansion import Entry, Variant, expand
 from ptkit.recipe.schema import MethodSection, ModelSection, Recipe
 from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import Experiment, prepare
+from ptkit.training.forecast import Forecast, forecast, is_long
 from ptkit.training.record import CellRecord
 from ptkit.training.run import Cell, Observer, cell_name, folder_name, run_cells
 
@@ -83,12 +84,28 @@ def run_grid(
     first = experiments.of(groups[0].variant)  # what cannot be carried out leaves nothing behind
     if observer is not None:
         observer.prepared(first.data_lines())
+        cells_of_all = [cell for group in groups for cell in group.cells]
+        if is_long(first, cells_of_all):
+            observer.planned(lambda: forecast(first, cells_of_all))
     claim_folder(loaded, out)
     for group in groups:
         experiment = experiments.of(group.variant)
         own = [tuned(experiment, cell, out, observer) for cell in group.cells]
         records += run_cells(experiment, own, observer)
     return records
+
+
+def forecast_grid(loaded: LoadedRecipe, out: Path) -> tuple[list[str], Forecast]:
+    """What was decided about the data, in lines, and what the unfinished cells will take.
+
+    Where a recipe sweeps what a step costs (a model, a batch size), the first value stands for all.
+    Nothing is written to `out`.
+    """
+    _require_unclaimed(loaded, out)
+    groups = plan(loaded.recipe, out)
+    experiment = Experiments(loaded).of(groups[0].variant)
+    cells = [cell for group in groups for cell in group.cells]
+    return experiment.data_lines(), forecast(experiment, cells)
 
 
 def claim_folder(loaded: LoadedRecipe, out: Path) -> None:

@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -64,12 +64,18 @@ from ptkit.training.provenance import adapter_info, hardware, recipe_of_cell, ve
 from ptkit.training.record import CellRecord
 from ptkit.training.trainee import Job, StepReport
 
+if TYPE_CHECKING:
+    from ptkit.training.forecast import Forecast
+
 
 class Observer:
     """Told what a run is doing; every method does nothing unless overridden."""
 
     def prepared(self, data: Sequence[str]) -> None:
         """The data are read; `data`: what was decided about them, in lines."""
+
+    def planned(self, measured: Callable[[], Forecast]) -> None:
+        """A long run is about to begin; `measured` finds out what it will take, on a few steps."""
 
     def cell_started(self, cell: str, steps: int) -> None:
         """A cell begins; `steps` is 0 for methods that train nothing."""
@@ -178,7 +184,7 @@ def _run_trial(experiment: Experiment, cell: Cell, observer: Observer | None) ->
         observer.cell_started(cell.name, experiment.recipe.train.steps)
         method = _chosen(experiment, cell).section
         set_seed(cell.seed)
-        adapter = _adapter(experiment, cell, method)
+        adapter = new_adapter(experiment, cell, method)
         try:
             (progress,) = _fit(experiment, [cell], [adapter], observer)
         finally:
@@ -204,7 +210,7 @@ def _train_and_measure(
         choices = [_chosen(experiment, cell) for cell in cells]
         for cell, choice in zip(cells, choices, strict=True):
             set_seed(cell.seed)
-            adapters.append(_adapter(experiment, cell, choice.section))
+            adapters.append(new_adapter(experiment, cell, choice.section))
         progresses = [Progress() for _ in cells]
         if trains:
             progresses = _fit(experiment, cells, adapters, observer)
@@ -276,7 +282,7 @@ def _chosen(experiment: Experiment, cell: Cell) -> Choice:
 
     def make(section: MethodSection) -> Job:
         set_seed(cell.seed)
-        return _job(experiment, cell, _adapter(experiment, cell, section))
+        return new_job(experiment, cell, new_adapter(experiment, cell, section))
 
     examples = experiment.training(cell.seed).examples
     # The others read what the first process found: rounding may tell two devices different things.
@@ -295,7 +301,7 @@ def demonstrations(experiment: Experiment, seed: int) -> Demonstrations:
     return Demonstrations(texts, seed, labels, Template(task.input).words, experiment.folder)
 
 
-def _adapter(experiment: Experiment, cell: Cell, method: MethodSection) -> Adapter:
+def new_adapter(experiment: Experiment, cell: Cell, method: MethodSection) -> Adapter:
     """An adapter of `method`, started where the cell says."""
     base = experiment.base
     if cell.start_from is None:
@@ -319,12 +325,12 @@ def _fit(
     adapters: Sequence[Adapter],
     observer: Observer,
 ) -> list[Progress]:
-    jobs = [_job(experiment, cell, own) for cell, own in zip(cells, adapters, strict=True)]
+    jobs = [new_job(experiment, cell, own) for cell, own in zip(cells, adapters, strict=True)]
     # One bar for all of them: they take their steps together.
     return fit([replace(jobs[0], report=observer.stepped), *jobs[1:]])
 
 
-def _job(experiment: Experiment, cell: Cell, adapter: Adapter) -> Job:
+def new_job(experiment: Experiment, cell: Cell, adapter: Adapter) -> Job:
     """What trains `adapter` as the recipe says, in the cell's folder."""
     recipe, training = experiment.recipe, experiment.training(cell.seed).encoded
     if recipe.train.retain is not None and recipe.train.retain.by == "gate":

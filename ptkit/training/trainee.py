@@ -94,7 +94,7 @@ def _groups(job: Job) -> list[dict[str, Any]]:
     return [{"params": rest}, *apart] if rest else apart
 
 
-def _validate_every(job: Job, processes: int) -> int:
+def validate_every(job: Job, processes: int) -> int:
     """Steps between validations. With `auto`, no more rows are validated on than were trained on
     since the last time, as long as `SELDOM_STEPS` is not sooner: a quarter of the time at most, for
     a row that is trained on is read backwards, too."""
@@ -142,7 +142,7 @@ class Trainee:
             [len(e) for e in job.train], self.settings.batch_size, job.seed
         )
         self._order: Iterator[list[int]] = itertools.islice(order, process, None, processes)
-        self._validate_every = _validate_every(job, processes)
+        self._validate_every = validate_every(job, processes)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""

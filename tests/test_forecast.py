@@ -1,0 +1,118 @@
+"""What a run will take is said before it begins, and how far it is, with or without a terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ptkit.api import plan_comparison, plan_training
+from ptkit.api import train as run_training
+from ptkit.cli import display
+from ptkit.cli.display import LiveDisplay
+from ptkit.cli.main import app
+from ptkit.recipe import load_recipe
+from ptkit.training.experiment import prepare
+from ptkit.training.forecast import forecast, in_bytes, in_time, is_long
+from ptkit.training.run import Cell
+from ptkit.training.trainee import StepReport
+
+SMALL = [
+    "train.steps=6", "train.batch_size=2", "task.data.limits={train: 12, validation: 4, test: 4}",
+    "task.max_target_tokens=6", "retention=null", "seeds=[0, 1]",
+]  # fmt: skip
+
+
+def small(*more: str) -> list[str]:
+    return [part for setting in (*SMALL, *more) for part in ("--set", setting)]
+
+
+def test_a_dry_run_counts_the_cells_and_writes_nothing(tmp_path: Path) -> None:
+    told, found = plan_comparison("table-to-text", out=tmp_path / "out", overrides=SMALL)
+    # base and text prompt once, five trained methods with two seeds
+    assert (found.cells, found.finished) == (12, 0)
+    assert found.values["prompt_tuning"] == 20 * 256
+    assert found.values["base"] == 0
+    assert found.seconds > 0
+    assert told
+    assert not (tmp_path / "out").exists()
+    assert "auto" in found.lines()[-1], "starts are left open, and that costs something"
+
+
+def test_values_are_those_the_run_reports(tmp_path: Path) -> None:
+    _, found = plan_training("quickstart", overrides=SMALL[:-1], out=tmp_path / "run")
+    record = run_training("quickstart", overrides=SMALL[:-1], out=tmp_path / "run").record
+    assert found.values == {"prefix_tuning": record.trainable_parameters}
+    _, after = plan_training("quickstart", overrides=SMALL[:-1], out=tmp_path / "run")
+    assert (after.cells, after.finished) == (0, 1)
+    assert after.lines() == ["nothing is left to run"]
+
+
+def test_measuring_changes_nothing_about_the_run(tmp_path: Path) -> None:
+    loaded = load_recipe("quickstart", SMALL[:-1])
+    plain = run_training(loaded, out=tmp_path / "plain").record
+    experiment = prepare(loaded)
+    method = loaded.recipe.methods[0]
+    forecast(experiment, [Cell(method, 0, tmp_path / "measured")])
+    measured = run_training(loaded, out=tmp_path / "measured", base=experiment.base).record
+    assert measured.curve == plain.curve
+    assert measured.metrics == plain.metrics
+
+
+def test_a_longer_run_is_forecast_to_take_longer() -> None:
+    _, short = plan_training("quickstart", overrides=[*SMALL[:-1], "train.steps=20"])
+    _, long = plan_training("quickstart", overrides=[*SMALL[:-1], "train.steps=2000"])
+    assert long.seconds > 10 * short.seconds
+
+
+def test_only_long_runs_are_measured_first() -> None:
+    loaded = load_recipe("quickstart", SMALL[:-1])
+    experiment = prepare(loaded)
+    cell = Cell(loaded.recipe.methods[0], 0, Path("nowhere"))
+    assert not is_long(experiment, [cell])
+    assert is_long(experiment, [cell] * 40)
+
+
+def test_dry_run_of_both_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(app, ["train", "quickstart", "--dry-run", *small()])
+    assert said.exit_code == 0, said.output
+    assert "1 run to go: about" in said.output
+    assert "values trained: prefix_tuning" in said.output
+    said = CliRunner().invoke(
+        app, ["compare", "table-to-text", "--dry-run", "--json", *small("methods=[{kind: base}]")]
+    )
+    assert json.loads(said.stdout)["cells"] == 1
+    assert not [*tmp_path.iterdir()]
+
+
+def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
+
+    def told(quiet: bool) -> str:
+        with LiveDisplay(1, quiet=quiet) as shown:
+            shown.cell_started("prefix_tuning-seed0", 200)
+            for step in range(1, 101):
+                clock[0] += 1
+                shown.stepped(StepReport(step, 200, 2.5, None if step < 50 else 2.25))
+            shown.predicting(8, 64)
+            clock[0] += LiveDisplay.EVERY
+            shown.predicting(16, 64)
+        return capsys.readouterr().err
+
+    lines = told(quiet=False).splitlines()
+    assert len(lines) == 100 // 15 + 1
+    assert lines[0] == "prefix_tuning-seed0: step 15 of 200, loss 2.500, 3 min left"
+    assert "step 60 of 200, loss 2.500, validation 2.250, 2 min left" in lines[3]
+    assert lines[-1] == "prefix_tuning-seed0: 16 of 64 rows predicted"
+    assert told(quiet=True) == ""
+
+
+def test_times_and_sizes_are_written_for_people() -> None:
+    assert [in_time(s) for s in (0.2, 40, 600, 12_600)] == ["1 s", "40 s", "10 min", "3.5 h"]
+    assert [in_bytes(b) for b in (2_000_000, 1_250_000_000)] == ["2 MB", "1.2 GB"]
