@@ -102,10 +102,12 @@ class AdapterBank:
         """Register every adapter folder directly below `folder`, by its own name, sorted."""
         return [self.register(path, path.name) for path in adapter_folders(folder)]
 
-    def load(self, source: str | Path, name: str | None = None) -> str:
+    def load(self, source: str | Path, name: str | None = None, *, chosen: bool = False) -> str:
         """Read the adapter `source` now and keep it as `name`, in place of what had that name.
 
         source: an adapter folder, or a hub id `user/repo[@revision]`
+        chosen: the user named this base for it: that settles it where the adapter knows its base
+            by another name only, and a warning says so
 
         Returns the name (default: the folder's). Raises AdapterError, leaving everything as it
         was, when it is damaged, unsafe or for another base. LoRA adapters are taken too: they
@@ -114,7 +116,7 @@ class AdapterBank:
         """
         path = locate(source)
         name = name or name_of(path)
-        read = read_checked(path, self.base)
+        read = read_checked(path, self.base, chosen=chosen)
         method = read.files.peft_type.lower()
         parts = {part.peft_type: part for part in parts_of(read.files)}
         lora = parts.pop("LORA", None)
