@@ -262,7 +262,7 @@ def load_adapter(
         base = model
     else:
         base = base_of(files, model, str(source))
-    require_same_base(files, base, str(source))
+    require_same_base(files, base, str(source), chosen=model is not None)
     prefix = compile_files(files, base)
     if prefix is None:
         raise AdapterError(

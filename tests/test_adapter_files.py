@@ -189,7 +189,7 @@ def test_bad_config_is_refused(saved: Path, content: str | None, message: str) -
 
 
 def test_prefix_of_another_shape_is_refused(saved: Path) -> None:
-    with pytest.raises(AdapterError, match="per virtual token"):
+    with pytest.raises(AdapterError, match="another shape"):
         adapter_from_files(read_adapter(saved), random_base("gpt2"))
 
 

@@ -184,10 +184,10 @@ def test_repository_with_only_a_pickle_is_refused(hub: HubServer, adapter: Path)
 
 
 def test_pickle_beside_the_weights_fails_verification(hub: HubServer, adapter: Path) -> None:
-    hub.hub.commit("team/both", "main", {**contents(adapter), "training_args.bin": b"\x80"})
+    hub.hub.commit("team/both", "main", {**contents(adapter), "adapter_model.bin": b"\x80"})
     found = {check.name: check for check in verify("team/both").checks}
     assert found["no pickle"].passed is False
-    assert "training_args.bin" in found["no pickle"].detail
+    assert "adapter_model.bin" in found["no pickle"].detail
 
 
 @pytest.mark.parametrize(

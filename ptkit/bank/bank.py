@@ -110,12 +110,15 @@ class AdapterBank:
         name: str | None = None,
         *,
         publish: Callable[[], Path] | None = None,
+        chosen: bool = False,
     ) -> str:
         """Read the adapter `source` now and keep it as `name`, in place of what had that name.
 
         source: an adapter folder, or a hub id `user/repo[@revision]`
         publish: moves the folder to its own place and returns that; called when all has been
             checked, right before `name` stands for the adapter
+        chosen: the user named this base for it: that settles it where the adapter knows its base
+            by another name only, and a warning says so
 
         Returns the name (default: the folder's). Raises AdapterError, leaving everything as it
         was, when it is damaged, unsafe or for another base. LoRA adapters are taken too: they
@@ -124,7 +127,7 @@ class AdapterBank:
         """
         path = locate(source)
         name = name or name_of(path)
-        read = read_checked(path, self.base)
+        read = read_checked(path, self.base, chosen=chosen)
         method = read.files.peft_type.lower()
         parts = {part.peft_type: part for part in parts_of(read.files)}
         lora = parts.pop("LORA", None)

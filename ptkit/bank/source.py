@@ -13,9 +13,10 @@ from ptkit.formats.adapter_files import (
     INT8_WEIGHTS,
     WEIGHTS,
     AdapterFiles,
+    adapters_below,
     read_adapter,
 )
-from ptkit.formats.hub import fetch_adapter, is_hub_id
+from ptkit.formats.hub import fetch_adapter, is_on_hub
 from ptkit.methods import require_same_base
 from ptkit.runtime.base_model import Base
 
@@ -29,7 +30,7 @@ def locate(source: str | Path) -> Path:
     Raises AdapterError when it is neither, or the Hub does not hand it out.
     """
     path = Path(source).expanduser()
-    if isinstance(source, str) and not path.exists() and is_hub_id(source):
+    if isinstance(source, str) and is_on_hub(source):
         return fetch_adapter(source)
     return path
 
@@ -53,17 +54,18 @@ class Reading:
 
     files: AdapterFiles
     stamp: Stamp
+    chosen: bool = False
 
 
-def read_checked(path: Path, base: Base) -> Reading:
-    """Read the adapter folder `path` for `base`.
+def read_checked(path: Path, base: Base, *, chosen: bool = False) -> Reading:
+    """Read the adapter folder `path` for `base` (chosen: see `require_same_base`).
 
     Raises AdapterError when it is damaged, unsafe, not finite or for another base.
     """
     before = stamp(path)
     files = read_adapter(path)
-    require_same_base(files, base, str(path))
-    return Reading(files, before)
+    require_same_base(files, base, str(path), chosen=chosen)
+    return Reading(files, before, chosen)
 
 
 def require_files(path: Path) -> None:
@@ -71,6 +73,9 @@ def require_files(path: Path) -> None:
     weights, int8, config, _ = stamp(path)
     no_weights = weights is None and int8 is None
     if no_weights or config is None:
+        if config is None and (below := adapters_below(path)):
+            names = ", ".join(f"`{path / folder}`" for folder in below)
+            raise AdapterError(f"{path} holds several adapters, name one: {names}")
         missing = path if not path.is_dir() else path / (WEIGHTS if no_weights else CONFIG)
         raise AdapterError(f"{missing} is missing; an adapter folder holds {CONFIG} and {WEIGHTS}")
 

@@ -72,6 +72,7 @@ class _Entry:
     """What a name stands for. A swap puts another entry in its place.
 
     stamp: of the files the prefix in memory was read from; refused: of files found bad
+    chosen: the user named the bank's base for it (see `require_same_base`)
     """
 
     name: str
@@ -81,6 +82,7 @@ class _Entry:
     stamp: Stamp | None = None
     refused: Stamp | None = None
     fault: str | None = None
+    chosen: bool = False
     checked: float = 0.0
     virtual_tokens: int | None = None
     nbytes: int | None = None
@@ -156,6 +158,7 @@ class PrefixStore:
         prefix = self.on_device(prefix)
         entry = _Entry(name, path, method=method, checked=time.monotonic())
         entry.stamp = None if read is None else read.stamp
+        entry.chosen = read is not None and read.chosen
         with self._lock:
             before = self._entries.get(name)
             entry.version = 1 if before is None else before.version + 1
@@ -235,7 +238,7 @@ class PrefixStore:
         assert entry.path is not None
         now = stamp(entry.path)
         try:
-            read = read_checked(entry.path, self.base)
+            read = read_checked(entry.path, self.base, chosen=entry.chosen)
             prefix = compile_files(read.files, self.base)
             if prefix is None:
                 raise AdapterError(

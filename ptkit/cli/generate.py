@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import JsonOutput, ModelOption, input_lines
+from ptkit.cli.options import JsonOutput, input_lines
 
 
 class Ensemble(StrEnum):
@@ -28,7 +28,14 @@ def generate(
         Optional[list[Path]],  # noqa: UP045
         typer.Option("--adapter", "-a", help="Adapter or run folder, or hub id; repeatable."),
     ] = None,
-    model: ModelOption = "tiny-en",
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--model",
+            help="Base model: hub id, folder; default: `tiny-en`. Named here, it is taken for the "
+            "base of adapters that know theirs by another name only.",
+        ),
+    ] = None,
     input_file: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--input", "-i", help="Text file with one input per line."),
@@ -72,7 +79,7 @@ def generate(
     import torch
 
     from ptkit.bank import AdapterBank, name_of
-    from ptkit.runtime.base_model import load_base
+    from ptkit.runtime.base_model import TINY_EN, load_base
 
     torch.manual_seed(seed)
     options = {
@@ -81,8 +88,11 @@ def generate(
         "do_sample": sample,
         **({"temperature": temperature, "top_p": top_p} if sample else {}),
     }
-    bank = AdapterBank(load_base(ModelSection(id=model)))
-    names = [None if place is None else bank.load(place, str(place)) for place in places]
+    bank = AdapterBank(load_base(ModelSection(id=model or TINY_EN)))
+    chosen = model is not None
+    names = [
+        None if place is None else bank.load(place, str(place), chosen=chosen) for place in places
+    ]
 
     def filled(text: str, place: Path | None) -> str:
         return text if raw else fill_template(text, place or template)

@@ -33,7 +33,7 @@ def inspect(
     path = find_adapter(adapter)
     files = read_adapter(path)
     base = base_of(files, model, str(adapter))
-    anatomy = dissect(path, base, words=words)
+    anatomy = dissect(path, base, words=words, chosen=model is not None)
     if json_output:
         typer.echo(json.dumps(_as_dict(anatomy), ensure_ascii=False))
     else:

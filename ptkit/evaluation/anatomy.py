@@ -49,10 +49,10 @@ class Anatomy:
     attention: list[float]
 
 
-def dissect(path: Path, base: Base, *, words: int = 3) -> Anatomy:
-    """Read the adapter in `path` and describe it on `base`."""
+def dissect(path: Path, base: Base, *, words: int = 3, chosen: bool = False) -> Anatomy:
+    """Read the adapter in `path` and describe it on `base` (chosen: see `require_same_base`)."""
     files = read_adapter(path)
-    require_same_base(files, base, str(path))
+    require_same_base(files, base, str(path), chosen=chosen)
     adapter = adapter_from_files(files, base)
     try:
         causal = not base.encoder and not base.encoder_decoder

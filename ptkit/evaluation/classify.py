@@ -106,7 +106,7 @@ def classifier(
     files = read_adapter(path)
     if base is None:
         base = base_of(files, model, str(source))
-    require_same_base(files, base, str(source))
+    require_same_base(files, base, str(source), chosen=model is not None)
     adapter = adapter_from_files(files, base)
     try:
         yield Classifier(adapter, files, str(source))

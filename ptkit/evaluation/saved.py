@@ -14,12 +14,13 @@ from ptkit.errors import AdapterError
 from ptkit.evaluation.predict import Prediction, predict
 from ptkit.evaluation.retention import Retention, measure_retention
 from ptkit.evaluation.score import score_intervals
-from ptkit.formats.adapter_files import CONFIG, INFO, read_adapter
-from ptkit.formats.hub import fetch_adapter, is_hub_id
+from ptkit.formats.adapter_files import CONFIG, INFO, adapters_below, read_adapter
+from ptkit.formats.hub import fetch_adapter, is_on_hub, missing_here
 from ptkit.methods import (
     ADAPTERS,
     Adapter,
     Demonstrations,
+    base_of,
     create_adapter,
     load_adapter,
 )
@@ -42,15 +43,19 @@ def find_adapter(path: Path, *, whole: bool = False) -> Path:
     for candidate in (path, path / "adapter"):
         if (candidate / CONFIG).is_file():
             return candidate
-    if not path.exists() and is_hub_id(str(path)):
+    if is_on_hub(str(path)):
         return fetch_adapter(str(path), whole=whole)
     if not path.exists():
-        raise AdapterError(f"no such adapter or run: {path}")
+        raise AdapterError(missing_here(str(path)))
     if (path / "model" / "config.json").is_file():
         raise AdapterError(
             f"{path} is a full fine-tuning run: it has no adapter, its whole model is in "
             f"{path / 'model'}; give that as the model"
         )
+    below = adapters_below(path)
+    if below:
+        names = ", ".join(f"`{path / folder}`" for folder in below)
+        raise AdapterError(f"{path} holds several adapters, name one: {names}")
     raise AdapterError(f"{path} is neither an adapter ({CONFIG} is missing) nor a finished run")
 
 
@@ -95,18 +100,21 @@ def adapter_at(place: Path | None, model: str | None, base: Base | None) -> Iter
     named = model or (files.base_id if files else None) or TINY_EN
     labels = labels_of_files(files) if files else None
     if base is None or base.id != named or (base.head is None) != (labels is None):
-        base = load_base(ModelSection(id=named), labels)
-    adapter = _on_base(path, base)
+        if files is None or files.base_id is None:
+            base = load_base(ModelSection(id=named), labels)
+        else:
+            base = base_of(files, model, str(place))
+    adapter = _on_base(path, base, chosen=model is not None)
     try:
         yield adapter
     finally:
         adapter.close()
 
 
-def _on_base(path: Path | None, base: Base) -> Adapter:
-    """The adapter in the folder `path`, or none at all, on `base`."""
+def _on_base(path: Path | None, base: Base, *, chosen: bool = False) -> Adapter:
+    """The adapter in the folder `path`, or none at all, on `base` (chosen: by the user for it)."""
     if path is not None:
-        return load_adapter(path, base)
+        return load_adapter(path, base, chosen=chosen)
     section = ADAPTERS["base"].section_class(kind="base")
     return create_adapter(section, base, Demonstrations((), 0))
 

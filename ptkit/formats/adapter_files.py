@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 import stat
 import struct
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,10 @@ MAX_HEADER_BYTES = 4_000_000
 _PACKED = ("F4", "F6")
 #: Serialisations that can run code when read. They are named in the refusal, never opened.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+#: PEFT's pickled weights, all that there were up to its version 0.6.
+PICKLED_WEIGHTS = "adapter_model.bin"
+#: How pickled weights are called that a library opens without being asked for them by name.
+_OPENED = ("adapter_model", "pytorch_model")
 
 
 @dataclass(frozen=True)
@@ -82,12 +87,40 @@ class AdapterFiles:
         return replace(self, tensors=tensors)
 
 
+def is_pickle(name: str) -> bool:
+    """Whether a file of this name can run code when it is read."""
+    return name.endswith(PICKLES)
+
+
+def is_pickled_weights(name: str) -> bool:
+    """Whether it is a pickle that PEFT or transformers open in search of weights. Others, such as
+    a Trainer's `training_args.bin`, lie there until somebody opens them by name."""
+    return is_pickle(name) and name.rpartition("/")[2].startswith(_OPENED)
+
+
+def conversion(folder: str | Path) -> str:
+    """The command that converts PEFT's pickled weights in `folder` without running code of
+    theirs."""
+    source, target = f"{folder}/{PICKLED_WEIGHTS}", f"{folder}/{WEIGHTS}"
+    code = (
+        "import torch; from safetensors.torch import save_file; "
+        f"t = torch.load({source!r}, map_location='cpu', weights_only=True); "
+        f"save_file({{n: v.clone().contiguous() for n, v in t.items()}}, {target!r})"
+    )
+    return f"python -c {shlex.quote(code)}"
+
+
 def adapter_folders(folder: Path) -> list[Path]:
     """The adapter folders directly below `folder`, by name. Raises AdapterError without it."""
     if not folder.is_dir():
         raise AdapterError(f"no such folder of adapters: {folder}")
     atomic.settle_all(folder)
     return sorted(path for path in folder.iterdir() if (path / CONFIG).is_file())
+
+
+def adapters_below(path: Path) -> list[str]:
+    """Names of the adapter folders in `path`, as PEFT saves several adapters of one model."""
+    return [folder.name for folder in adapter_folders(path)] if path.is_dir() else []
 
 
 def write_adapter(
@@ -142,6 +175,11 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path / CONFIG} is missing; an adapter folder holds {CONFIG} and {WEIGHTS}"
         )
     if not isinstance(config.get("peft_type"), str):
+        if isinstance(config.get("config"), dict) and "model_type" in config:
+            raise AdapterError(
+                f"{path} is an adapter of AdapterHub's `adapters`, which ptkit does not read; "
+                "train it again with ptkit or PEFT"
+            )
         raise AdapterError(f"{path / CONFIG}: `peft_type` is missing; this is not a PEFT adapter")
     return config
 
@@ -168,6 +206,17 @@ def base_id(config: dict[str, Any], info: dict[str, Any]) -> str | None:
     """Id of the base model an adapter names: in ptkit's record, else in PEFT's settings."""
     named = info.get("base", {}).get("id") or config.get("base_model_name_or_path")
     return named if isinstance(named, str) else None
+
+
+def base_revision(config: dict[str, Any], info: dict[str, Any]) -> str | None:
+    """The base's revision an adapter was made on: in ptkit's record, else in PEFT's settings.
+
+    Each belongs to the base that is named beside it: PEFT's is not asked where ptkit's record
+    names the base.
+    """
+    made_for = info.get("base", {})
+    found = made_for.get("revision") if made_for.get("id") else config.get("revision")
+    return found if isinstance(found, str) else None
 
 
 def read_dtypes(path: Path) -> set[str]:
@@ -235,9 +284,12 @@ def _opened(path: Path) -> Iterator[Any]:
     if _size(weights) is None:
         pickles = [p.name for p in sorted(path.iterdir()) if p.suffix in PICKLES]
         if pickles:
+            way = "ask its author for safetensors"
+            if PICKLED_WEIGHTS in pickles:
+                way = f"this converts them without running any:\n{conversion(path)}"
             raise AdapterError(
                 f"{path} holds only pickled weights ({', '.join(pickles)}), which can run code "
-                "when read; ask its author for safetensors, or re-save it with PEFT"
+                f"when read; {way}"
             )
         raise AdapterError(f"{weights} is missing")
     _require_plain_header(weights)

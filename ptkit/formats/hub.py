@@ -9,14 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptkit.errors import AdapterError, HubError, UserError
+from ptkit.errors import AdapterError, HubError, UserError, nearest
 from ptkit.formats.adapter_files import (
     ADAPTER_FILES,
     CONFIG,
     INFO,
     INT8_WEIGHTS,
-    PICKLES,
+    PICKLED_WEIGHTS,
     WEIGHTS,
+    conversion,
+    is_pickle,
 )
 
 #: The most that one adapter's files may be, in megabytes, unless `DOWNLOAD_LIMIT` says otherwise.
@@ -60,6 +62,32 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None and ".." not in text
 
 
+def is_on_hub(text: str) -> bool:
+    """Whether `text` means a repository on the Hub, and not a place on this machine.
+
+    What exists here is never looked for there. Nor is `adapters/NAME` where there is a folder
+    `adapters`: it is a mistyped path, and is not sent anywhere. `adapters/NAME@main` is on the Hub.
+    """
+    if not is_hub_id(text) or Path(text).exists():
+        return False
+    return "@" in text or not Path(text).parent.is_dir()
+
+
+def missing_here(text: str) -> str:
+    """What is wrong with `text`, which is not there, and the nearest names that are."""
+    path = Path(text)
+    message = f"no such adapter or run: {text}"
+    if not path.parent.is_dir() or path.parent == path:
+        return message
+    folders = [p.name for p in path.parent.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    close = nearest(path.name, folders)
+    if close:
+        message += f"; did you mean `{path.parent / close}`?"
+    if is_hub_id(text):
+        message += f" (`{text}@main` is the repository on the Hub)"
+    return message
+
+
 def fetch_adapter(hub_id: str, *, whole: bool = False) -> Path:
     """Download the adapter `user/repo[@revision]` and return its folder in the Hub's cache.
 
@@ -82,11 +110,17 @@ def fetch_adapter(hub_id: str, *, whole: bool = False) -> Path:
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"{hub_id} is on the Hub but holds no adapter ({CONFIG} is missing)")
     if not any((folder / name).is_file() for name in (WEIGHTS, INT8_WEIGHTS)):
-        pickles = [n for n in hub_files(source) if n.endswith(PICKLES)]
+        pickles = [name for name in hub_files(source) if is_pickle(name)]
         found = f"only pickled weights ({', '.join(pickles)}), which can run code when read"
-        raise AdapterError(
-            f"{hub_id} holds {found if pickles else 'no weights'}; ask its author for safetensors"
-        )
+        way = "ask its author for safetensors"
+        if PICKLED_WEIGHTS in pickles:
+            revision = f" --revision {source.revision}" if source.revision else ""
+            way = (
+                "this fetches them and converts them without running any:\n"
+                f"hf download {source.repository}{revision} --local-dir {source.name}\n"
+                f"{conversion(source.name)}"
+            )
+        raise AdapterError(f"{hub_id} holds {found if pickles else 'no weights'}; {way}")
     return folder
 
 

@@ -14,7 +14,7 @@ from ptkit.methods.head import labels_of_files
 from ptkit.methods.linear_probe import LINEAR_PROBE
 from ptkit.methods.prefix_lora import PREFIX_LORA
 from ptkit.methods.prefix_mixture import PREFIX_MIXTURE
-from ptkit.methods.prefix_tuning import ENCODER, ENCODER_DECODER, INFIX
+from ptkit.methods.prefix_tuning import ENCODER, ENCODER_DECODER, HYBRID, INFIX
 from ptkit.methods.soft_prompt import ENCODER_PROMPT
 from ptkit.runtime.named_models import TINY_EN
 from ptkit.training.record import scored_rows
@@ -30,6 +30,7 @@ _METHODS = {
     INFIX: "infix tuning",
     ENCODER_DECODER: "prefix tuning (encoder, decoder and cross-attention)",
     ENCODER: "prefix tuning",
+    HYBRID: "prefix tuning",
     LINEAR_PROBE: "a linear probe",
     PREFIX_LORA: "a prefix with LoRA",
     PREFIX_MIXTURE: "a mixture of prefixes",
@@ -39,6 +40,7 @@ _UNREADABLE = {
     INFIX: "an infix",
     ENCODER_DECODER: "it has a prefix for the encoder, too",
     ENCODER: "its virtual tokens take no positions from the input",
+    HYBRID: "it has layers for those with attention only, and PEFT numbers all layers",
     ENCODER_PROMPT: "its virtual tokens take no positions from the input",
     LINEAR_PROBE: "it is a head alone",
     PREFIX_LORA: "it is a prefix and a LoRA; `ptkit export --as parts` writes two that it can read",

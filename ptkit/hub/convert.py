@@ -66,7 +66,7 @@ def convert_adapter(
     files = one_task(read_adapter(path), task)
     if base is None:
         base = base_of(files, model, str(source))
-    require_same_base(files, base, str(source))
+    require_same_base(files, base, str(source), chosen=model is not None)
     require_convertible(base, str(source))
     error = 0.0
     if to == "prefix":

@@ -16,14 +16,16 @@ from ptkit.evaluation.saved import evaluate_saved, find_adapter
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats.adapter_files import (
     INFO,
-    PICKLES,
     RECIPE,
     AdapterFiles,
+    base_revision,
+    is_pickle,
+    is_pickled_weights,
     read_adapter,
     sha256,
     weights_path,
 )
-from ptkit.formats.hub import HubId, hub_files, is_hub_id
+from ptkit.formats.hub import HubId, hub_files, is_on_hub
 from ptkit.methods import (
     adapter_from_files,
     base_of,
@@ -31,6 +33,7 @@ from ptkit.methods import (
     parts_of,
     require_same_base,
 )
+from ptkit.methods.base_names import same_name
 from ptkit.methods.head import TrainedHead
 from ptkit.methods.lora_files import lora_config
 from ptkit.recipe import LoadedRecipe, load_recipe
@@ -96,7 +99,7 @@ def verify(
         files = read_adapter(path)
         if base is None:
             base = base_of(files, model, str(source))
-        checks += _check_base(files, base, str(source))
+        checks += _check_base(files, base, str(source), chosen=model is not None)
         if score and all(check.passed is not False for check in checks):
             checks += _check_scores(path, files, base, recipe)
     return Verification(str(source), path, tuple(checks))
@@ -115,15 +118,21 @@ def check_files(path: Path, source: str) -> Iterator[Check]:
         "files", True, f"{files.peft_type}, {values:,} finite values, {weights.stat().st_size:,} B"
     )
     names = [p.relative_to(path).as_posix() for p in path.rglob("*")]
-    if is_hub_id(source) and not Path(source).exists():
+    if is_on_hub(source):
         try:
             names = hub_files(HubId.read(source))
         except PtkitError as error:
             yield Check("no pickle", None, f"the repository's list of files: {error}")
             names = []
-    pickles = sorted(name for name in names if name.endswith(PICKLES))
-    if pickles:
-        yield Check("no pickle", False, f"{', '.join(pickles)} can run code when opened")
+    pickles = sorted(filter(is_pickle, names))
+    weights_too = [name for name in pickles if is_pickled_weights(name)]
+    if weights_too:
+        yield Check("no pickle", False, f"{', '.join(weights_too)} can run code when opened")
+    elif pickles:
+        yield Check(
+            "no pickle", None,
+            f"{', '.join(pickles)} can run code when opened; neither ptkit nor PEFT opens it",
+        )  # fmt: skip
     elif names:
         yield Check("no pickle", True, "only files that cannot run code")
     yield from _check_record(files, weights)
@@ -169,9 +178,9 @@ def _claim_faults(claims: Any, rows: Any) -> list[str]:
     return faults
 
 
-def _check_base(files: AdapterFiles, base: Base, source: str) -> Iterator[Check]:
+def _check_base(files: AdapterFiles, base: Base, source: str, *, chosen: bool) -> Iterator[Check]:
     try:
-        require_same_base(files, base, source)
+        require_same_base(files, base, source, chosen=chosen)
     except AdapterError as error:
         yield Check("base", False, str(error))
         return
@@ -179,7 +188,7 @@ def _check_base(files: AdapterFiles, base: Base, source: str) -> Iterator[Check]
     if made_for.get("fingerprint"):
         yield Check("base", True, f"{base.id}, weights {base.fingerprint}")
     else:
-        yield Check("base", None, f"{base.id} by name only: the adapter has no fingerprint of it")
+        yield Check("base", None, _by_name(files, base))
     if made_for.get("tokenizer"):
         same = made_for["tokenizer"] == base.tokenizer_fingerprint
         found = f"vocabulary {base.tokenizer_fingerprint}"
@@ -194,6 +203,19 @@ def _check_base(files: AdapterFiles, base: Base, source: str) -> Iterator[Check]
     if base.head is not None:
         detail += f", a head for {len(base.head.labels)} labels"
     yield Check("shapes", True, detail)
+
+
+def _by_name(files: AdapterFiles, base: Base) -> str:
+    """What is known of the base of an adapter without a fingerprint of it."""
+    name, revision = files.base_id, base_revision(files.config, files.info)
+    if not name:
+        return f"{base.id} by your choice: the adapter names no base, and has no fingerprint of it"
+    if not same_name(name, base):
+        return f"{base.id} by your choice: the adapter names `{name}`, and has no fingerprint of it"
+    here = base.id if base.revision is None else f"{base.id} at {base.revision}"
+    if revision != base.revision:
+        here += f" (the adapter names the revision {revision or 'main'})"
+    return f"{here} by name only: the adapter has no fingerprint of it"
 
 
 def _fit(files: AdapterFiles, base: Base) -> str:

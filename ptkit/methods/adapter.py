@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -17,13 +18,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptkit.errors import AdapterError, ModelError
-from ptkit.formats.adapter_files import AdapterFiles, read_adapter
+from ptkit.formats.adapter_files import AdapterFiles, base_revision, read_adapter
+from ptkit.methods.base_names import hub_name, same_name
 from ptkit.methods.gate_files import gate_of, with_gate, without_gate
 from ptkit.methods.head import TASK_TYPES, TrainedHead, labels_of_files, without_head
 from ptkit.prefix import Compiled, KVPrefix
 from ptkit.recipe.schema import MethodSection, ModelSection
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.gate import Gate, Gated
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -320,10 +324,10 @@ def _method_of(files: AdapterFiles, base: Base) -> tuple[type[Adapter], MethodSe
             f"PEFT's {files.peft_type} for encoders gives positions of the input to its virtual "
             "tokens; ptkit reads those it trained itself, and LoRA"
         )
-    if task == "SEQ_2_SEQ_LM" and not own:
+    if task == "SEQ_2_SEQ_LM" and files.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
         raise AdapterError(
-            "PEFT's prompts for encoder-decoders have the decoder's part only; ptkit reads those "
-            "it trained itself, and LoRA"
+            "PEFT's prefixes for encoder-decoders have the decoder's part only; ptkit reads those "
+            "it trained itself, PEFT's soft prompts, and LoRA"
         )
     if headed is None and task not in (None, "CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM"):
         raise AdapterError(
@@ -345,8 +349,11 @@ def _method_of(files: AdapterFiles, base: Base) -> tuple[type[Adapter], MethodSe
     )
 
 
-def require_same_base(files: AdapterFiles, base: Base, where: str) -> None:
+def require_same_base(files: AdapterFiles, base: Base, where: str, *, chosen: bool = False) -> None:
     """Raise AdapterError when `files` were made for another base than `base`.
+
+    chosen: the user named this base for this adapter; that settles it where the adapter has no
+        fingerprint, and a warning names both
 
     ptkit's own files carry a fingerprint of the weights; for files of plain PEFT the name of
     the base is all there is (its last part is compared: `gpt2` is `openai-community/gpt2`).
@@ -354,17 +361,25 @@ def require_same_base(files: AdapterFiles, base: Base, where: str) -> None:
     made_for = files.info.get("base", {})
     name = files.base_id
     if made_for.get("fingerprint"):
-        same = made_for["fingerprint"] == base.fingerprint
-        detail = f" (weights {made_for['fingerprint']}, here {base.fingerprint})"
-    else:
-        own_names = {base.id, str(base.model.name_or_path)}
-        same = not name or _last_part(name) in {_last_part(n) for n in own_names}
-        detail = ""
-    if not same:
+        if made_for["fingerprint"] != base.fingerprint:
+            detail = f" (weights {made_for['fingerprint']}, here {base.fingerprint})"
+            raise AdapterError(
+                f"{where} was made for the base model `{name}`, not for `{base.id}`{detail}; "
+                f"load it on `{name}`"
+            )
+        return
+    if not name or same_name(name, base):
+        return
+    if not chosen:
         raise AdapterError(
-            f"{where} was made for the base model `{name}`, not for `{base.id}`{detail}; "
-            f"load it on `{name}`"
+            f"{where} was made for the base model `{name}`, not for `{base.id}`; load it on "
+            f"`{hub_name(name)}`, or choose the base for it with --model where that is the same "
+            "model by another name"
         )
+    logger.warning(
+        "%s names the base model `%s`; it is used on `%s`, as chosen: it has no fingerprint to "
+        "tell whether they are the same", where, name, base.id
+    )  # fmt: skip
 
 
 def base_of(files: AdapterFiles, model: str | None, where: str) -> Base:
@@ -377,22 +392,19 @@ def base_of(files: AdapterFiles, model: str | None, where: str) -> Base:
         return load_base(ModelSection(id=model), labels)
     if files.base_id is None:
         raise AdapterError(f"{where} names no base model; give it (--model)")
-    revision = files.info.get("base", {}).get("revision")
-    return load_base(ModelSection(id=files.base_id, revision=revision), labels)
+    revision = base_revision(files.config, files.info)
+    id = files.base_id if Path(files.base_id).is_dir() else hub_name(files.base_id)
+    return load_base(ModelSection(id=id, revision=revision), labels)
 
 
-def load_adapter(path: Path, base: Base) -> Adapter:
-    """The adapter in the folder `path`, checked against `base`.
+def load_adapter(path: Path, base: Base, *, chosen: bool = False) -> Adapter:
+    """The adapter in the folder `path`, checked against `base` (chosen: see `require_same_base`).
 
     Raises AdapterError when it is damaged, unsafe, of an unknown type or for another base.
     """
     files = read_adapter(path)
-    require_same_base(files, base, str(path))
+    require_same_base(files, base, str(path), chosen=chosen)
     return adapter_from_files(files, base)
-
-
-def _last_part(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1]
 
 
 def peft_config_dict(config: PeftConfig, base: Base) -> dict[str, Any]:

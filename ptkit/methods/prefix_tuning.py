@@ -27,6 +27,7 @@ from ptkit.methods.adapter import (
     peft_config_dict,
     register,
 )
+from ptkit.methods.base_names import require_shapes
 from ptkit.methods.gate_files import without_gate
 from ptkit.methods.peft_tensors import virtual_tokens_of
 from ptkit.methods.read_start import EMBEDDING_RATE, ReadStart, compiles_embeddings
@@ -284,6 +285,7 @@ class PrefixTuning(Adapter):
         cls, files: AdapterFiles, section: PrefixTuningSection, base: Base
     ) -> PrefixTuning:
         flat = virtual_tokens_of(files)
+        _require_shapes(files, base)
         KVPrefix.from_flat(flat, base.layout)  # refuses shapes of another base
         # An MLP that made the prefix is folded in already: train on directly.
         update = {
@@ -297,6 +299,7 @@ class PrefixTuning(Adapter):
     def prefix_from_files(
         cls, files: AdapterFiles, section: PrefixTuningSection, base: Base
     ) -> KVPrefix:
+        _require_shapes(files, base)
         # Copied: the tensors may be views of a mapped file, which may change under the adapter.
         place = base.model.device, base.model.dtype
         prefix = KVPrefix.from_flat(virtual_tokens_of(files), base.layout, copied_to=place)
@@ -349,3 +352,14 @@ class PrefixTuning(Adapter):
         if self.base.encoder:
             config["peft_type"] = ENCODER
         return AdapterFiles(config, {"prompt_embeddings": self.flat().detach()})
+
+
+def _require_shapes(files: AdapterFiles, base: Base) -> None:
+    """Raise AdapterError where the settings of `files` are of a base of another shape."""
+    shape = base.layout.uniform
+    expected = {
+        "num_layers": [len(base.layout)],
+        "num_attention_heads": [shape.kv_heads],
+        "token_dim": [shape.kv_heads * shape.key_dim],
+    }
+    require_shapes(files.config, expected, base)

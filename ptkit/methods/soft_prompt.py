@@ -4,6 +4,7 @@ it reads from left to right, and read with every input where it does not."""
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, peft_config_dict
+from ptkit.methods.base_names import require_shapes
 from ptkit.methods.peft_tensors import virtual_tokens_of
 from ptkit.methods.read_start import compiles_embeddings
 from ptkit.methods.start import (
@@ -25,6 +27,7 @@ from ptkit.methods.start import (
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.compile import compile_embeddings
+from ptkit.runtime.soft_prompts import has_positions
 
 
 def prompt_learning_shape(base: Base) -> dict[str, Any]:
@@ -48,6 +51,25 @@ def soft_prefix(base: Base, embeddings: Tensor) -> KVPrefix:
     if compiles_embeddings(base):
         return compile_embeddings(base.model, embeddings)
     return KVPrefix.of_embeddings(embeddings.to(base.model.dtype), base.layout)
+
+
+def _read_by_encoder(files: AdapterFiles, base: Base) -> AdapterFiles:
+    """`files` with the rows that are read. For an encoder-decoder PEFT keeps twice as many: the
+    encoder reads the first half, and nobody the second.
+
+    Raises AdapterError where PEFT's virtual tokens have absolute positions, and ptkit's none.
+    """
+    said, tokens = files.config.get("num_virtual_tokens"), files.tensors.get("prompt_embeddings")
+    if files.config.get("num_transformer_submodules") != 2 or tokens is None:
+        return files
+    if not isinstance(said, int) or tokens.ndim != 2 or len(tokens) != 2 * said:
+        return files
+    if base.encoder_decoder and has_positions(base.model.get_encoder()):
+        raise AdapterError(
+            f"PEFT gives the first positions of the encoder to its virtual tokens, and `{base.id}` "
+            "numbers positions from the first word here; train the soft prompt again with ptkit"
+        )
+    return replace(files, tensors={**files.tensors, "prompt_embeddings": tokens[:said].clone()})
 
 
 class SoftPrompt(Adapter):
@@ -107,7 +129,14 @@ class SoftPrompt(Adapter):
     @staticmethod
     def read_embeddings(files: AdapterFiles, base: Base) -> Tensor:
         """`prompt_embeddings` of `files`, checked against the base's hidden size."""
-        soft, hidden = virtual_tokens_of(files), base.embedding.embedding_dim
+        soft, hidden = (
+            virtual_tokens_of(_read_by_encoder(files, base)),
+            base.embedding.embedding_dim,
+        )
+        stated = getattr(base.model.config.get_text_config(), "num_hidden_layers", None)
+        # PEFT counts the layers of the config, ptkit those with keys and values.
+        layers = [n for n in (len(base.layout), stated) if n is not None]
+        require_shapes(files.config, {"num_layers": layers, "token_dim": [hidden]}, base)
         if soft.shape[1] != hidden:
             raise AdapterError(
                 f"`prompt_embeddings` should have shape [virtual tokens, {hidden}], found "

@@ -82,11 +82,17 @@ def soft_prompts_read(model: PreTrainedModel, batch: PrefixBatch | None) -> Iter
         yield
 
 
+def has_positions(encoder: Any) -> bool:
+    """Whether an encoder-decoder's encoder has absolute positions, as BART's; T5's are relative,
+    and depend on distances alone."""
+    return getattr(encoder, "embed_positions", None) is not None
+
+
 def _skip_positions(encoder: Any, longest: int, hooks: ExitStack) -> None:
     """Let the first real token have the first absolute position, and virtual tokens none."""
-    positions = getattr(encoder, "embed_positions", None)
-    if positions is None:  # relative ones, which depend on distances alone
+    if not has_positions(encoder):
         return
+    positions = encoder.embed_positions
 
     def shorter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         asked, *rest = args  # a tensor, or the shape of one: `[rows, tokens]`

@@ -1,0 +1,61 @@
+"""Names of base models as adapters write them, and the shapes PEFT's settings say of the base.
+
+An adapter of plain PEFT has no fingerprint of its base: the name it was loaded by, and the shapes
+in `adapter_config.json`, are all there is to tell one base from another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ptkit.errors import AdapterError
+from ptkit.runtime.base_model import Base
+
+#: A model in the Hub's cache: `.../models--org--name/snapshots/COMMIT`.
+_CACHED = re.compile(r"(?:^|[\\/])models--(?P<id>[^\\/]+)[\\/]snapshots[\\/][^\\/]+[\\/]?$")
+
+
+def hub_name(name: str) -> str:
+    """`name`, or the id `org/name` where it is a path into the Hub's cache."""
+    found = _CACHED.search(name)
+    return found["id"].replace("--", "/", 1) if found else name
+
+
+def is_local_path(name: str) -> bool:
+    """Whether a base's name is a path, and not an id on the Hub or a name of ptkit's."""
+    return name.startswith(("/", ".", "~", "\\")) or "\\" in name or name.count("/") > 1 or (
+        re.match(r"[A-Za-z]:", name) is not None
+    )  # fmt: skip
+
+
+def same_name(name: str, base: Base) -> bool:
+    """Whether `name` is `base`'s, by its last part: `gpt2` is `openai-community/gpt2`."""
+    own = {base.id, str(base.model.name_or_path)}
+    return _last_part(name) in {_last_part(other) for other in own}
+
+
+def _last_part(name: str) -> str:
+    return re.split(r"[\\/]", hub_name(name).rstrip("\\/"))[-1]
+
+
+def require_shapes(
+    config: Mapping[str, Any], expected: Mapping[str, Collection[int]], base: Base
+) -> None:
+    """Raise AdapterError where PEFT's settings name another shape of the base than its own.
+
+    expected: key of `adapter_config.json` -> the numbers that are right on `base`; a key that the
+        settings leave out says nothing. The tensors alone cannot tell: a prefix for 2 layers of 4
+        heads is as wide as one for 4 layers of 2.
+    """
+    faults = [
+        f"`{key}` is {config[key]}, here {' or '.join(map(str, sorted(right)))}"
+        for key, right in expected.items()
+        if isinstance(config.get(key), int) and config[key] not in right
+    ]
+    if faults:
+        raise AdapterError(
+            f"the adapter was made for a base of another shape than `{base.id}`: "
+            + "; ".join(faults)
+        )
