@@ -1,4 +1,4 @@
-"""Texts as token ids: what is one text, and how a text begins."""
+"""What is one text, where several may be given."""
 
 from __future__ import annotations
 
