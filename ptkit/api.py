@@ -19,6 +19,7 @@ from ptkit.comparison.grid import forecast_grid, run_grid
 from ptkit.comparison.on_ray import run_on_ray
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import MethodSummary
+from ptkit.data.tokens import listed
 from ptkit.errors import AdapterError, ModelError, UserError
 from ptkit.evaluation.saved import find_adapter
 from ptkit.formats.adapter_files import CONFIG, read_adapter
@@ -224,10 +225,11 @@ class LoadedAdapter:
             ),
         }
 
-    def generate(self, texts: Sequence[str], **options: Any) -> list[str]:
-        """Answers to `texts`; `options` are transformers' (`max_new_tokens`, `num_beams`, ...)."""
+    def generate(self, texts: str | Sequence[str], **options: Any) -> list[str]:
+        """Answers to `texts`, or to one text; `options` are transformers' (`max_new_tokens`,
+        `num_beams`, ...)."""
         encode, decode = self.base.tokenizer, self.base.tokenizer.batch_decode
-        prompts = [encode(text, add_special_tokens=False)["input_ids"] for text in texts]
+        prompts = [encode(text, add_special_tokens=False)["input_ids"] for text in listed(texts)]
         tokens = generate(
             self.base.model, prompts, rows_for(self.prefix, prompts),
             pad_token_id=self.base.pad_token_id, **options,

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_base
 from peft import PeftModel
 from test_cli import ptkit, refused
 
 pytest.importorskip("lm_eval", reason="the harness is an optional extra")
 
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from ptkit.evaluation.harness import evaluate_tasks
+from ptkit.errors import DataError
+from ptkit.evaluation.harness import AdapterLM, evaluate_tasks
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter, load_adapter
 from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import Base, load_base
@@ -104,6 +107,35 @@ def test_figures_are_those_of_the_harness_own_model(
         assert ours[task]["n"] == len(DOCS)
     assert 0 < ours["pick"]["acc,none"] <= 1
     assert ours["read"]["bits_per_byte,none"] > 0.5
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_texts_longer_than_the_window_are_scored_as_the_harness_own_model_does(family: str) -> None:
+    small = random_base(family)
+    section = ADAPTERS["base"].section_class(kind="base")
+    ours = AdapterLM(create_adapter(section, small, Demonstrations((), 0)), 3)
+    peer = HFLM(small.model, tokenizer=small.tokenizer, batch_size=1, device="cpu")  # type: ignore[arg-type]
+    assert peer.max_length == ours.max_length == 128
+    texts = [
+        " ".join(f"w{1 + (7 * i + n) % 90}" for i in range(n)) for n in (5, 127, 128, 129, 300)
+    ]
+    asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+    theirs = [float(value) for value in peer.loglikelihood_rolling(asked, disable_tqdm=True)]
+    assert ours.loglikelihood_rolling(asked) == pytest.approx(theirs, rel=1e-4)
+    ids = [1 + (11 * i) % 90 for i in range(200)]
+    shapes = ((1, 128), (150, 3), (127, 2), (128, 1), (60, 100))
+    # Each begins elsewhere: the peer takes rows that read the same tokens for one row.
+    pairs: list = [
+        (("", ""), ids[k : k + context], ids[k + context : k + context + more])
+        for k, (context, more) in enumerate(shapes)
+    ]
+    scored = ours._loglikelihood_tokens(pairs)
+    for (value, greedy), (wanted, best) in zip(
+        scored, peer._loglikelihood_tokens(pairs, disable_tqdm=True), strict=True
+    ):
+        assert (value, greedy) == (pytest.approx(wanted, rel=1e-4), best)
+    with pytest.raises(DataError, match="a continuation has 129 tokens"):
+        ours._loglikelihood_tokens([(("", ""), [1], ids[:129])])
 
 
 def test_command(tasks: Path, tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from ptkit.bank.lora_rows import LoraRows
 from ptkit.bank.slots import SlotTable
 from ptkit.bank.source import locate, name_of, read_checked, require_files
 from ptkit.bank.store import AdapterStatus, BankCounts, PrefixStore
-from ptkit.errors import AdapterError, ModelError
+from ptkit.data.encode import require_apart
+from ptkit.data.tokens import listed
+from ptkit.errors import AdapterError, DataError, ModelError
 from ptkit.formats.adapter_files import adapter_folders
 from ptkit.methods import Adapter, compile_files, parts_of
 from ptkit.prefix import Compiled, KVPrefix, PrefixBatch
@@ -272,18 +274,20 @@ class AdapterBank:
         return SlotTable(self.base, self.prefix, rows, slots, virtual_tokens)
 
     def generate(
-        self, texts: Sequence[str], names: Sequence[RowNames], **options: Any
+        self, texts: str | Sequence[str], names: RowNames | Sequence[RowNames], **options: Any
     ) -> list[str]:
-        """Answers to `texts`, row i under `names[i]`, all in one batch.
+        """Answers to `texts`, row i under `names[i]`, all in one batch. One text, or one name, may
+        be given without a list.
 
         options: anything transformers' `generate` takes. Greedy rows get the tokens they get
         alone.
         """
+        texts, names = listed(texts), listed(names)
         if len(texts) != len(names):
             raise ValueError(f"{len(texts)} texts need as many names, found {len(names)}")
         if not texts:
             return []
-        prompts = self.base.tokenizer(list(texts))["input_ids"]
+        prompts = self.base.tokenizer(texts)["input_ids"]
         answers = self.generate_ids(prompts, names, **options)
         return self.base.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
@@ -299,8 +303,8 @@ class AdapterBank:
 
     def ensemble(
         self,
-        texts: Sequence[str],
-        names: Sequence[RowNames],
+        texts: str | Sequence[str],
+        names: str | Sequence[RowNames],
         *,
         by: EnsembleBy = "vote",
         **options: Any,
@@ -312,6 +316,7 @@ class AdapterBank:
             `average` generates from the mean of their log-probabilities at every token
         options: anything transformers' `generate` takes
         """
+        texts, names = listed(texts), listed(names)
         count = len(names)
         repeated = [text for text in texts for _ in names]
         if by == "average":
@@ -322,9 +327,9 @@ class AdapterBank:
 
     def classify(
         self,
-        texts: Sequence[str],
+        texts: str | Sequence[str],
         labels: Sequence[str],
-        names: Sequence[RowNames],
+        names: str | Sequence[RowNames],
         *,
         by: EnsembleBy = "vote",
     ) -> list[str]:
@@ -332,10 +337,16 @@ class AdapterBank:
 
         Every text is read once per adapter, in one batch, and all labels are scored from there.
         by: as in `ensemble`; a tied vote goes to the likelier label
+
+        Raises DataError for labels that probabilities cannot tell apart: one begins another, say.
         """
+        texts, labels, names = listed(texts), listed(labels), listed(names)
         tokenizer = self.base.tokenizer
-        contexts = [c for c in tokenizer(list(texts))["input_ids"] for _ in names]
-        words = tokenizer(list(labels), add_special_tokens=False)["input_ids"]
+        contexts = [c for c in tokenizer(texts)["input_ids"] for _ in names]
+        words = tokenizer(labels, add_special_tokens=False)["input_ids"]
+        if len(set(labels)) < len(labels):
+            raise DataError("a label is listed twice")
+        require_apart(dict(zip(labels, words, strict=True)))
         rows = [*names] * len(texts)
         with self.weights(rows):
             scores = continuation_scores(

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
 
 from ptkit.bank.bank import AdapterBank, RowNames
+from ptkit.data.tokens import listed
 from ptkit.errors import AdapterError, ModelError
 from ptkit.runtime.cache import ReservedCache, conversation_cache
 from ptkit.runtime.generation import generate
@@ -117,8 +118,8 @@ class Conversation:
 
     def compare(
         self,
-        texts: Sequence[str],
-        adapters: Sequence[RowNames],
+        texts: str | Sequence[str],
+        adapters: RowNames | Sequence[RowNames],
         *,
         instead: bool = False,
         **options: Any,
@@ -129,6 +130,7 @@ class Conversation:
 
         Nothing is added to the conversation.
         """
+        texts, adapters = listed(texts), listed(adapters)
         before = self.exchanges[:-1] if instead else self.exchanges
         prompts = [self._prompt(text, before) for text in texts]
         bank, base = self.bank, self.bank.base

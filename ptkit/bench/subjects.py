@@ -35,7 +35,9 @@ def bench_base(model: str) -> Base:
     random_weights.to(resolve_device("auto"))
     # Its ids are a part of the model's vocabulary; no text is read.
     tokenizer = load_base(ModelSection(id=TINY_EN, device="cpu")).tokenizer
-    return frozen_base(random_weights, tokenizer, model)
+    base = frozen_base(random_weights, tokenizer, model)
+    base.model.generation_config.eos_token_id = None  # every answer has the length asked for
+    return base
 
 
 def _gpt2_small() -> Any:

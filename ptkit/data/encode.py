@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -83,6 +84,9 @@ def encode_examples(
     pairs: for an encoder-decoder. Inputs and targets get the tokenizer's own special tokens, and
         inputs lose their right end: in a text to be summed up, say, the beginning matters most.
 
+    Raises DataError for a tokenizer without an end token where targets need one, and for label
+    words that `require_apart` refuses.
+
     For a classification head, too, the tokenizer adds its special tokens and cuts at the right; a
     word's label is that of its first token. Raises DataError for a tokenizer that cannot tell
     which tokens a word has become.
@@ -98,6 +102,8 @@ def encode_examples(
             EncodedExample(ids, [numbers[e.target]])
             for ids, e in zip(inputs, examples, strict=True)
         ]
+    if isinstance(task, ClassificationTask):
+        label_token_ids(task, tokenizer)
     if pairs:
         return _encoded_pairs(examples, tokenizer, task)
     inputs = tokenizer([e.input for e in examples])["input_ids"]
@@ -105,7 +111,7 @@ def encode_examples(
     encoded = []
     for input_ids, target_ids in zip(inputs, targets, strict=True):
         if isinstance(task, GenerationTask):
-            target_ids = [*target_ids, tokenizer.eos_token_id][: task.max_target_tokens]
+            target_ids = [*target_ids, _end_of(tokenizer)][: task.max_target_tokens]
         encoded.append(EncodedExample(input_ids[-task.max_input_tokens :], target_ids))
     return encoded
 
@@ -165,19 +171,55 @@ def _encoded_pairs(
         text_target=[e.target for e in examples], truncation=longest is not None, max_length=longest
     )["input_ids"]
     # Some families write a language's name after the end (mBART).
-    end = tokenizer.eos_token_id
+    end = _end_of(tokenizer)
     ended = [t if end in t[-2:] else [*t, end][:longest] for t in targets]
     return [EncodedExample(i, t) for i, t in zip(inputs, ended, strict=True)]
+
+
+def _end_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that targets end with. Raises DataError where the tokenizer names none."""
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            "the tokenizer names no end token, so a model cannot learn where an answer ends; set "
+            "`eos_token` in the base's tokenizer_config.json"
+        )
+    return int(tokenizer.eos_token_id)
 
 
 def label_token_ids(
     task: ClassificationTask, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[int]]:
-    """Label -> token ids of its words."""
-    return {
-        label: tokenizer(words, add_special_tokens=False)["input_ids"]
+    """Label -> token ids of its words. Raises DataError as `require_apart` does."""
+    ids = {
+        label: list(tokenizer(words, add_special_tokens=False)["input_ids"])
         for label, words in task.verbalizer.items()
     }
+    require_apart(ids, "task.verbalizer: ")
+    return ids
+
+
+def require_apart(ids: Mapping[str, Sequence[int]], where: str = "") -> None:
+    """Raise DataError unless labels can be told apart by the probability of their words.
+
+    ids: label -> token ids of its words; where: put before the message
+
+    Words without tokens have no probability. Words that begin another label's are never less
+    likely than those, whatever is learnt; equal words never differ.
+    """
+    for label, own in ids.items():
+        if not own:
+            raise DataError(f"{where}the words of the label `{label}` have no tokens; give others")
+    # Sorted, a row of ids comes just before those that it begins.
+    ordered = sorted(ids, key=lambda label: list(ids[label]))
+    for short, long in pairwise(ordered):
+        if list(ids[long][: len(ids[short])]) == list(ids[short]):
+            same = len(ids[long]) == len(ids[short])
+            raise DataError(
+                f"{where}the words of the labels `{short}` and `{long}` are the same tokens"
+                if same
+                else f"{where}the words of the label `{short}` begin those of `{long}`, so "
+                f"`{long}` could never be chosen; give one of them words that begin otherwise"
+            )
 
 
 def length_grouped_batches(

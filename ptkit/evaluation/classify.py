@@ -13,7 +13,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ptkit.data.encode import encode_examples
 from ptkit.data.task import Example
 from ptkit.data.templates import filled
-from ptkit.errors import AdapterError
+from ptkit.data.tokens import listed
+from ptkit.errors import AdapterError, UserError
 from ptkit.evaluation.predict import label_scores, require_room, word_labels
 from ptkit.evaluation.saved import find_adapter
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter
@@ -55,13 +56,16 @@ class Classifier:
         """Whether every word gets a label of its own."""
         return isinstance(self.task, TokenClassificationTask)
 
-    def probabilities(self, texts: Sequence[str], *, raw: bool = False) -> list[dict[str, float]]:
+    def probabilities(
+        self, texts: str | Sequence[str], *, raw: bool = False
+    ) -> list[dict[str, float]]:
         """For every text the probability of each label.
 
         raw: the texts stand in the adapter's template already
         """
         if isinstance(self.task, TokenClassificationTask):
             raise AdapterError("this adapter labels words; use `words`")
+        texts = listed(texts)
         template = None if raw else self.task.input
         first = self.labels[0]
         examples = [Example(filled(template, text), first, (first,), first) for text in texts]
@@ -75,9 +79,14 @@ class Classifier:
         return found
 
     def words(self, sentences: Sequence[Sequence[str]]) -> list[list[str]]:
-        """For every sentence, given as its words, the label of each word."""
+        """For every sentence, given as its words, the label of each word. Raises UserError for
+        sentences that are not lists of words."""
         if not isinstance(self.task, TokenClassificationTask):
             raise AdapterError("this adapter labels whole texts; use `probabilities`")
+        if isinstance(sentences, str) or any(isinstance(words, str) for words in sentences):
+            raise UserError(
+                "`words` takes sentences, each a list of its words: [text.split()] for one text"
+            )
         first = self.task.labels[0]
         examples = []
         for words in sentences:

@@ -82,11 +82,21 @@ class AdapterLM(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         """For each (context, continuation): its log-probability, and whether greedy search would
-        have written it."""
+        have written it.
+
+        A context is cut on the left to what the model has positions for. Raises DataError for a
+        continuation that leaves no position for any context.
+        """
         rows = []
         for _text, context, continuation in requests:
-            kept = self.max_length - len(continuation)
-            rows.append(EncodedExample(context[-kept:] if kept > 0 else [], continuation))
+            # The last token is predicted and not read, so it takes no position.
+            kept = self.max_length + 1 - len(continuation)
+            if kept < 1:
+                raise DataError(
+                    f"a continuation has {len(continuation)} tokens; {self.adapter.base.id} has "
+                    f"{self.max_length} positions beside the adapter"
+                )
+            rows.append(EncodedExample(context[-kept:], continuation))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         results: dict[int, tuple[float, bool]] = {}
         model = self.adapter.model
@@ -95,9 +105,10 @@ class AdapterLM(TemplateLM):
             part = order[start : start + self.batch_size]
             own = [rows[i] for i in part]
             batch = rows_for(self._compiled, [row.input_ids for row in own])
-            logits, targets = supervised_logits(
-                model, **collate(own, self.adapter.base), batch=batch
-            )
+            tensors = collate(own, self.adapter.base)
+            for name in ("input_ids", "attention_mask"):
+                tensors[name] = tensors[name][:, : self.max_length]
+            logits, targets = supervised_logits(model, **tensors, batch=batch)
             counts = [len(row.target_ids) for row in own]
             losses = token_losses(logits, targets).double().split(counts)
             greedy = (logits.argmax(-1) == targets).split(counts)

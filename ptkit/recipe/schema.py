@@ -188,7 +188,8 @@ class ClassificationTask(Section):
     label: str = "label"
     """Column with the label."""
     verbalizer: dict[str, str] = Field(min_length=2)
-    """Label -> the words that stand for it after the input (keep the leading space)."""
+    """Label -> the words that stand for it after the input (keep the leading space). No
+    label's words may begin another's: they would always be the likelier ones."""
     max_input_tokens: Annotated[int, Field(gt=0)] = 256
     """Inputs are cut on the left to this many tokens."""
     metrics: list[MetricName] = Field(default=["accuracy", "macro_f1"], min_length=1)
@@ -205,6 +206,15 @@ class ClassificationTask(Section):
     def _distinct_words(cls, words: dict[str, str]) -> dict[str, str]:
         if len(set(words.values())) < len(words):
             raise ValueError("two labels have the same words")
+        for label, own in words.items():
+            if not own:
+                raise ValueError(f"the label `{label}` has no words")
+            for other, longer in words.items():
+                if longer.startswith(own) and longer[len(own) :][:1].isspace():
+                    raise ValueError(
+                        f"the words of `{label}` begin those of `{other}`, so `{other}` could "
+                        "never be chosen; give one of them words that begin otherwise"
+                    )
         return words
 
 

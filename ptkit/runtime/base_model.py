@@ -342,3 +342,16 @@ def _freeze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id: str)
         tokenizer.pad_token = tokenizer.eos_token
     if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+        _end_where_the_tokenizer_ends(model, tokenizer)
+
+
+def _end_where_the_tokenizer_ends(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Let generation stop at the tokenizer's end token too, which is the one targets are learnt
+    with. Chat models often name another one in their generation config."""
+    settings, end = model.generation_config, tokenizer.eos_token_id
+    own = settings.eos_token_id
+    ends = [own] if isinstance(own, int) else [*(own or ())]
+    if end is not None and end not in ends:
+        settings.eos_token_id = [*ends, end]

@@ -95,6 +95,8 @@ def supervised_logits(
     input_ids, attention_mask, labels: `[rows, tokens]`; a label stands at its own token and is
     predicted from the position before it (transformers' convention); `IGNORED` elsewhere.
     batch: the rows' prefixes, or None for the plain base.
+    The last token of the longest rows predicts nothing: `input_ids` and `attention_mask` may leave
+    it out, where the model has no position for it.
 
     In an encoder-decoder the encoder reads `input_ids`, and `labels` `[rows, target tokens]` are
     all that the decoder writes.
@@ -103,6 +105,7 @@ def supervised_logits(
         return _written_logits(model, input_ids, attention_mask, labels, batch)
     targets = labels[:, 1:]
     positions, last = _predicting(labels)
+    positions = positions[:, : input_ids.shape[1]]
     with _placed(model, batch, attention_mask, last) as extra, head_on(model, positions):
         logits = model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra

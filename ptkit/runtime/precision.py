@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ptkit.errors import ModelError
+
 
 def has_bf16(device: torch.device) -> bool:
     """Whether `device` multiplies matrices in bfloat16 by instructions of its own.
@@ -29,8 +31,13 @@ def has_bf16(device: torch.device) -> bool:
 def mixed_precision(autocast: str, device: torch.device) -> str:
     """accelerate's `mixed_precision` for a recipe's `train.autocast`: what `auto` is on `device`.
 
-    Warns where bf16 is asked of a CPU that has to emulate it.
+    Warns where bf16 is asked of a CPU that has to emulate it. Raises ModelError for fp16 on a CPU,
+    where float16 cannot be trained in.
     """
+    if autocast == "fp16" and device.type == "cpu":
+        raise ModelError(
+            "`train.autocast: fp16` needs a GPU; on a CPU set `train.autocast` to auto or bf16"
+        )
     if autocast == "auto":
         return "bf16" if has_bf16(device) else "no"
     if autocast == "bf16" and device.type == "cpu" and not has_bf16(device):

@@ -222,7 +222,10 @@ def _written(
     told: Callable[[int], None],
 ) -> list[list[int]]:
     """What the base writes after each opening, the token that ends a text included."""
-    ends = sorted(end_ids(base.model))
+    # The end that targets of a task are learnt with; the model may stop at others, too.
+    end = base.tokenizer.eos_token_id
+    if end is None:
+        end = min(end_ids(base.model), default=None)
     written: list[list[int]] = []
     devices = [base.model.device] if base.model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -235,6 +238,6 @@ def _written(
                 temperature=1.0, max_new_tokens=tokens,
             )  # fmt: skip
             # Where the teacher stops, the student learns to stop.
-            written += [[*a, ends[0]] if ends and len(a) < tokens else a for a in answers]
+            written += [[*a, end] if end is not None and len(a) < tokens else a for a in answers]
             told(len(written))
     return written
