@@ -133,7 +133,7 @@ def test_chosen_base_wins_over_a_name_when_there_is_no_fingerprint(
 
 
 def test_verify_says_that_the_base_was_chosen(tmp_path: Path) -> None:
-    from ptkit.runtime.base_model import TINY_EN
+    from ptkit.runtime.named_models import TINY_EN
 
     base = base_of_tiny()
     model = base.model

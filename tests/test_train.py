@@ -20,6 +20,7 @@ from ptkit.methods import (
     require_same_base,
 )
 from ptkit.recipe.schema import TrainSection, method_section
+from ptkit.training.checkpoint import Progress, load_checkpoint, save_checkpoint, state_device
 from ptkit.training.loop import fit as fit_jobs
 from ptkit.training.trainee import Job, StepReport, _groups
 
@@ -300,3 +301,29 @@ def test_batches_hold_every_row_once_an_epoch_and_group_lengths() -> None:
     second = [next(batches) for _ in range(13)]
     assert sorted(i for batch in second for i in batch) == list(range(103))
     assert second != epoch
+
+
+@pytest.mark.parametrize("group", [{"fused": True}, {"capturable": True}, {"fused": None}])
+def test_restored_state_is_where_the_optimiser_looks_for_it(group: dict[str, object]) -> None:
+    """The meta device stands for one that is not the CPU; torch's own AdamW says where `step` is:
+    beside the parameter for one kernel, on the CPU otherwise."""
+    parameter = torch.zeros(3, device="meta")
+    moment, step = torch.zeros(3), torch.tensor(5.0)
+    assert state_device(moment, parameter, group).type == "meta"
+    assert state_device(step, parameter, group).type == ("meta" if any(group.values()) else "cpu")
+
+
+def test_restored_state_is_no_view_of_the_file(tmp_path: Path) -> None:
+    """A view of a mapped file starts at any byte; with threads, sums over it round otherwise."""
+    adapter, _ = train("prefix_tuning", tmp_path / "run", steps=4, save_every=2)
+    optimizer = torch.optim.AdamW(adapter.trainable().values(), fused=True)
+    for parameter in adapter.trainable().values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    save_checkpoint(tmp_path, Progress(step=1), adapter, {}, optimizer)
+    again = torch.optim.AdamW(adapter.trainable().values(), fused=True)
+    load_checkpoint(tmp_path, adapter, again)
+    values = [v for state in again.state.values() for v in state.values()]
+    assert len(values) == 3 * len(adapter.trainable())
+    assert all(v.untyped_storage().nbytes() == v.nbytes for v in values)
+    assert all(v.data_ptr() % 64 == 0 for v in values if v.ndim)

@@ -79,7 +79,8 @@ def generate(
     import torch
 
     from ptkit.bank import AdapterBank, name_of
-    from ptkit.runtime.base_model import TINY_EN, load_base
+    from ptkit.runtime.base_model import load_base
+    from ptkit.runtime.named_models import TINY_EN
 
     torch.manual_seed(seed)
     options = {

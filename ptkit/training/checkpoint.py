@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def load_checkpoint(
     _restore_random(load_file(path / "random.safetensors"))
     progress = Progress(**json.loads((path / "progress.json").read_text()))
     device = adapter.base.model.device
-    best = {n: t.to(device) for n, t in load_file(path / "best.safetensors").items()}
+    best = {n: t.clone().to(device) for n, t in load_file(path / "best.safetensors").items()}
     return progress, best
 
 
@@ -112,12 +113,21 @@ def _load_optimizer(
     adapter: Adapter, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
     parameters = adapter.trainable()
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for full_name, value in tensors.items():
         name, key = full_name.rsplit("/", 1)
         parameter = parameters[name]
-        # AdamW keeps its step count on the CPU, its moments beside the parameter.
-        place = value if value.ndim == 0 else value.to(parameter.device)
-        optimizer.state[parameter][key] = place
+        place = state_device(value, parameter, groups[parameter])
+        # Copied: what safetensors gives is a view of the mapped file, which starts at any byte.
+        # With two threads AdamW then rounds some values otherwise than a run that was not stopped.
+        optimizer.state[parameter][key] = value.clone().to(place)
+
+
+def state_device(value: Tensor, parameter: Tensor, group: Mapping[str, Any]) -> torch.device:
+    """Where AdamW expects `value` of its state of `parameter`: moments beside it, the step count
+    on the CPU unless one kernel reads it there (`fused`, `capturable`)."""
+    in_kernel = bool(group.get("fused")) or bool(group.get("capturable"))
+    return parameter.device if value.ndim or in_kernel else torch.device("cpu")
 
 
 def _random_states() -> dict[str, Tensor]:
