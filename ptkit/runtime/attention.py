@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -332,7 +332,9 @@ def prefix_attention(model: PreTrainedModel) -> Iterator[Injection]:
     the model wait until the context ends. Raises ModelError for models whose attention can neither
     be replaced nor be handed a cache, or that use an implementation other than sdpa and eager.
     """
-    with turn(model), _injected(model) as injection:
+    # The compiler traces no locks: who runs what it compiled has the model already.
+    alone: Any = nullcontext() if torch.compiler.is_compiling() else turn(model)
+    with alone, _injected(model) as injection:
         yield injection
 
 
