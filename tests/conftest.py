@@ -28,7 +28,8 @@ from ptkit.runtime.base_model import Base, frozen_base
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 #: What the user fetched (`ptkit models get`) is read there, and nothing is written.
-FETCHED = cache_home() / "models"
+#: Kept in the environment: pytest-xdist's workers find the cache moved already.
+FETCHED = Path(os.environ.setdefault("PTKIT_TEST_FETCHED", str(cache_home() / "models")))
 # Nothing a test encodes is left in, or taken from, the user's own cache.
 os.environ["PTKIT_CACHE"] = tempfile.mkdtemp(prefix="ptkit-cache-")
 torch.set_num_threads(1)  # tiny models: threads only wait for each other

