@@ -26,9 +26,10 @@ MERGES = ["Ġ Ġ", "1 2", "Ġ 1", "Ġ a"]
 
 
 def write(path: Path, kind: GGMLQuantizationType, *, pre: str = "smollm", arch: str = "llama",
-          leave_out: str = "", tied: bool = True) -> dict[str, np.ndarray]:  # fmt: skip
+          leave_out: str = "", tied: bool = True, seed: int = 0,
+          ) -> dict[str, np.ndarray]:  # fmt: skip
     """A small random Llama as GGUF; the values its tensors have once they are unpacked."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     writer = GGUFWriter(path, arch)
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)

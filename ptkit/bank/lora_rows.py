@@ -98,8 +98,7 @@ class LoraRows:
                 "(fused experts), which cannot differ from row to row; merge it into the base "
                 "instead"
             )
-        # Asked for now: wrapped layers change the names both are made from.
-        self.base.fingerprint, self.base.layout  # noqa: B018
+        self.base.remember()
         internal = f"ptkit_{next(self._numbers)}"  # PEFT's names allow no dots
         with self._alone():
             try:

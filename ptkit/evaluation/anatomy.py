@@ -82,7 +82,7 @@ def dissect(path: Path, base: Base, *, words: int = 3, chosen: bool = False) -> 
 def nearest_words(adapter: SoftPrompt, base: Base, count: int) -> list[list[tuple[str, float]]]:
     """The `count` vocabulary tokens most similar (cosine) to each virtual token's embedding."""
     normalised = torch.nn.functional.normalize
-    vocabulary = normalised(base.embedding.weight.float(), dim=-1)
+    vocabulary = normalised(base.word_vectors, dim=-1)
     soft = normalised(adapter.embeddings().float(), dim=-1)
     similarity, ids = (soft @ vocabulary.T).topk(count, dim=-1)
     return [

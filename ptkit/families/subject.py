@@ -66,7 +66,8 @@ class Subject:
     def base(self) -> Base:
         """A fresh base model, frozen."""
         model: Any = self.make_model(self)
-        model.to(self.dtype)
+        if model.dtype != self.dtype:  # what is rounded has no other type
+            model.to(self.dtype)
         name = self.name if self.config is None else f"a small {self.name}"
         if self.kind.head is None:
             return frozen_base(model, self.tokenizer, name)

@@ -181,7 +181,7 @@ def fitted_embeddings(prefix: KVPrefix, base: Base, *, steps: int) -> tuple[Tens
     its squared length they miss. Adam on that share, started from the base's closest words."""
     with torch.enable_grad():
         embeddings = _closest_words(prefix, base).requires_grad_(True)
-        optimizer = torch.optim.Adam([embeddings], lr=float(base.embedding.weight.std()) / 10)
+        optimizer = torch.optim.Adam([embeddings], lr=float(base.word_vectors.std()) / 10)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         best, least = embeddings.detach().clone(), float("inf")
         for _ in range(steps):
@@ -207,7 +207,7 @@ def _missed(found: KVPrefix, wanted: KVPrefix) -> Tensor:
 def _closest_words(prefix: KVPrefix, base: Base) -> Tensor:
     """For every virtual token the word embedding with the closest values in the first layer,
     `[virtual_tokens, hidden]`. Values carry no position, so one reading of each word is enough."""
-    words = base.embedding.weight
+    words = base.word_vectors
     wanted = prefix.values[0].float().transpose(0, 1).flatten(1)  # [tokens, heads * dim]
     nearest = torch.full((len(wanted),), float("inf"), device=wanted.device)
     chosen = torch.zeros(len(wanted), dtype=torch.long, device=wanted.device)

@@ -97,6 +97,11 @@ def soft_prompts(sources: Sequence[Path], base: Base | None) -> tuple[Base, list
             raise UserError(f"two adapters are called `{name}`; export one from a renamed folder")
         found.append(Soft(name, embeddings, files.info.get("task", {}).get("input")))
     assert base is not None
+    if base.quantized:
+        raise UserError(
+            f"`{base.id}` is loaded in {base.precision}; engines are given "
+            "floating-point weights: leave `quantize` out"
+        )
     return base, found
 
 
@@ -113,7 +118,7 @@ def export_tokens(
     """
     given = base is not None
     base, softs = soft_prompts(sources, base)
-    base.fingerprint  # noqa: B018  (asked for while it is the base's)
+    base.remember()
     expected = [_logits(base, soft) for soft in softs]
     model: Any = deepcopy(base.model) if given else base.model
     tokenizer = deepcopy(base.tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import AdapterFiles, base_revision, read_adapter
+from ptkit.formats.fingerprint import SCHEME, is_same_model
 from ptkit.methods.base_names import hub_name, same_name
 from ptkit.methods.gate_files import gate_of, with_gate, without_gate
 from ptkit.methods.head import TASK_TYPES, TrainedHead, labels_of_files, without_head
@@ -356,16 +358,24 @@ def require_same_base(files: AdapterFiles, base: Base, where: str, *, chosen: bo
         fingerprint, and a warning names both
 
     ptkit's own files carry a fingerprint of the weights; for files of plain PEFT the name of
-    the base is all there is (its last part is compared: `gpt2` is `openai-community/gpt2`).
+    the base is all there is (its last part is compared: `gpt2` is `openai-community/gpt2`). The
+    same model in another precision is warned of, once.
     """
     made_for = files.info.get("base", {})
     name = files.base_id
     if made_for.get("fingerprint"):
-        if made_for["fingerprint"] != base.fingerprint:
+        if not _is_made_for(made_for, base):
             detail = f" (weights {made_for['fingerprint']}, here {base.fingerprint})"
             raise AdapterError(
                 f"{where} was made for the base model `{name}`, not for `{base.id}`{detail}; "
                 f"load it on `{name}`"
+            )
+        trained_in = made_for.get("precision", base.precision)
+        if trained_in != base.precision:
+            warnings.warn(
+                f"trained on `{name}` in {trained_in}, used on `{base.id}` in {base.precision}: "
+                "the same model, whose answers differ a little",
+                stacklevel=2,
             )
         return
     if not name or same_name(name, base):
@@ -379,6 +389,18 @@ def require_same_base(files: AdapterFiles, base: Base, where: str, *, chosen: bo
     logger.warning(
         "%s names the base model `%s`; it is used on `%s`, as chosen: it has no fingerprint to "
         "tell whether they are the same", where, name, base.id
+    )  # fmt: skip
+
+
+def _is_made_for(made_for: dict[str, Any], base: Base) -> bool:
+    """Whether an adapter's record of its base is of the model `base` is, in whatever precision."""
+    if made_for.get("scheme") != SCHEME:
+        return bool(made_for["fingerprint"] == base.legacy_fingerprint)
+    if made_for["fingerprint"] == base.fingerprint:
+        return True
+    return is_same_model(
+        str(made_for.get("sketch", "")), str(made_for.get("precision", "")),
+        base.identity.sketch, base.precision,
     )  # fmt: skip
 
 

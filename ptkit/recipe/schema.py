@@ -48,9 +48,12 @@ class ModelSection(Section):
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention implementation. `auto` is `sdpa` where the model has it; short texts that are
     trained in bf16 on a CPU use `eager`, which is faster there."""
-    quantize: Literal["int8"] | None = None
-    """`int8` rounds the frozen linear layers to eight bits (needs `pip install 'ptkit[quantize]'`):
-    less memory, slower on most CPUs, and a base that answers a little differently."""
+    quantize: Literal["int8", "nf4", "blocks"] | None = None
+    """Keeps the frozen weights in fewer bits, from the moment they are read; adapters are trained
+    through them in float32. `int8` (torchao) and `nf4` (bitsandbytes, four bits, QLoRA's) round the
+    linear layers of any checkpoint (`pip install 'ptkit[quantize]'`): the base answers a little
+    differently. `blocks` keeps a GGUF file in its own blocks: nothing is rounded again. All need
+    less memory and take longer, most of all to generate on a CPU."""
     device: str = "auto"
     """`auto` (CUDA, then MPS, then CPU), `cpu`, `cuda`, `cuda:1`, `mps`."""
 

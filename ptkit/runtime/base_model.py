@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,14 +24,22 @@ from transformers import (
 from transformers.utils import logging
 
 from ptkit.errors import ModelError
-from ptkit.formats.fingerprint import model_fingerprint, tokenizer_fingerprint
+from ptkit.formats import checkpoint
+from ptkit.formats.fingerprint import (
+    Identity,
+    legacy_fingerprint,
+    of_loaded,
+    tokenizer_fingerprint,
+)
 from ptkit.prefix import KVLayout
 from ptkit.recipe.schema import HeadedTask, ModelSection, Task, TokenClassificationTask
 from ptkit.runtime.architecture import HeadKind, first_position, head_kind, is_encoder
+from ptkit.runtime.block_layers import BlockEmbedding, unpacked
 from ptkit.runtime.compile import kv_layout
-from ptkit.runtime.gguf_model import is_gguf
-from ptkit.runtime.named_models import source_of
-from ptkit.runtime.quantize import quantize_int8
+from ptkit.runtime.gguf_blocks import in_blocks
+from ptkit.runtime.gguf_model import is_gguf, stored_type
+from ptkit.runtime.named_models import gguf_behind, source_of
+from ptkit.runtime.quantize import logical_size, quantization_config, require_quantized
 
 
 class Labels(NamedTuple):
@@ -69,6 +77,9 @@ class Base:
     """A frozen model with its tokenizer: a language model, causal or an encoder-decoder, or any
     backbone with a classification head (`head`).
 
+    quantized: whether its frozen matrices are in fewer bits than a floating type's
+    stored: the ggml type of the GGUF file it was read from, or how `model.quantize` rounded it
+    read: the identity of the checkpoint it was loaded from; None: it was made in memory
     free_attention: whether training may choose the attention implementation that is fastest
     """
 
@@ -78,6 +89,8 @@ class Base:
     revision: str | None = None
     head: Head | None = None
     quantized: bool = False
+    stored: str | None = None
+    read: Identity | None = None
     free_attention: bool = False
 
     @cached_property
@@ -86,10 +99,40 @@ class Base:
         return kv_layout(self.model)
 
     @cached_property
+    def identity(self) -> Identity:
+        """Which model it is (see `ptkit.formats.fingerprint`), whatever its precision; a new head
+        plays no part."""
+        return self.read or of_loaded(self.model, () if self.head is None else self.head.fresh)
+
+    @property
     def fingerprint(self) -> str:
-        """Identity of the weights (see `ptkit.formats.fingerprint`), before they were quantised; a
-        new head has none."""
-        return model_fingerprint(self.model, () if self.head is None else self.head.fresh)
+        """The identity's 16 hex digits."""
+        return self.identity.fingerprint
+
+    @cached_property
+    def legacy_fingerprint(self) -> str:
+        """What adapters of earlier versions recorded as its fingerprint."""
+        if not self.quantized and self.model.dtype != torch.float16:
+            without = () if self.head is None else self.head.fresh
+            return legacy_fingerprint(self.model, without)
+        # It was taken of floating-point weights, before any were rounded.
+        labels = None if self.head is None else Labels(self.head.kind, self.head.labels)
+        plain = ModelSection(id=self.id, revision=self.revision, device="cpu")
+        return load_base(plain, labels).legacy_fingerprint
+
+    def remember(self) -> None:
+        """Read what is told by the names of the model's modules, before an adapter changes them."""
+        self.identity, self.layout  # noqa: B018
+        if not self.quantized and self.model.dtype != torch.float16:
+            self.legacy_fingerprint  # noqa: B018
+
+    @property
+    def precision(self) -> str:
+        """What its values are rounded to: `float32`, `bfloat16`, `int8`, `nf4`, ggml's `Q4_1`."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        if self.stored is not None and (self.quantized or dtype == "float32"):
+            return self.stored
+        return dtype
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
@@ -136,9 +179,21 @@ class Base:
         return table
 
     @property
+    def word_vectors(self) -> Tensor:
+        """The rows of the table of input embeddings, `[vocabulary, hidden]`, in float32."""
+        table = self.embedding
+        if isinstance(table, BlockEmbedding):
+            return unpacked(table.weight, table.kind)
+        return table.weight.detach().float()
+
+    @property
     def parameters(self) -> int:
         """Number of parameters, tied ones once."""
-        return sum(p.numel() for p in self.model.parameters())
+        counted: dict[int, int] = {}
+        for module in self.model.modules():
+            for parameter in module.parameters(recurse=False):
+                counted.setdefault(id(parameter), logical_size(parameter, module))
+        return sum(counted.values())
 
     @property
     def max_positions(self) -> int | None:
@@ -201,6 +256,18 @@ def load_base(section: ModelSection, labels: Labels | None = None) -> Base:
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
         raise ModelError(f"cannot load the base model `{section.id}`: no such folder")
     device = resolve_device(section.device)
+    if section.quantize is not None and labels is not None:
+        raise ModelError("`model.quantize` is for language models; leave it out for classifiers")
+    file = gguf_behind(section.id, section.revision)
+    weights = source
+    if section.quantize == "blocks":
+        if file is None:
+            raise ModelError(
+                f"`model.quantize: blocks` keeps the blocks of a GGUF file, and `{section.id}` is "
+                "none; use nf4 or int8, which round any checkpoint (pip install 'ptkit[quantize]')"
+            )
+        weights = str(in_blocks(file, Path(source)))
+    dtype = getattr(torch, section.dtype)
     revision = None if is_gguf(section.id) else section.revision
     options = {"revision": revision, "trust_remote_code": False}
     try:
@@ -214,9 +281,12 @@ def load_base(section: ModelSection, labels: Labels | None = None) -> Base:
     try:
         with no_weights_bar():
             kind, extra = _class_for(config, labels)
+            rounding = quantization_config(section.quantize, dtype)
+            if rounding is not None:
+                extra |= {"quantization_config": rounding, "device_map": {"": device}}
             model, found = kind.from_pretrained(
-                source,
-                dtype=getattr(torch, section.dtype),
+                weights,
+                dtype=dtype,
                 attn_implementation=None if section.attention == "auto" else section.attention,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -233,32 +303,33 @@ def load_base(section: ModelSection, labels: Labels | None = None) -> Base:
             f"cannot load the weights of `{section.id}`: {_first_line(error)} "
             "(only safetensors are read, never pickles such as pytorch_model.bin)"
         ) from error
-    model = model.to(device)
+    if section.quantize != "nf4":  # bitsandbytes moves nothing that it has packed
+        model = model.to(device)
+    about: dict[str, Any] = {"free_attention": section.attention == "auto"}
     if labels is not None:
-        if section.quantize is not None:
-            raise ModelError(
-                "`model.quantize` is for language models; leave it out for classifiers"
-            )
         fresh = {*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])}
         headed = headed_base(
             model, tokenizer, section.id, labels.names, fresh=fresh, revision=section.revision
         )
-        return replace(headed, free_attention=section.attention == "auto")
+        assert headed.head is not None
+        return replace(headed, read=_identity(source, revision, headed.head.fresh), **about)
     base = frozen_base(model, tokenizer, section.id, section.revision)
-    base = replace(base, free_attention=section.attention == "auto")
-    return base if section.quantize is None else quantized_base(base)
+    if section.quantize is not None:
+        require_quantized(model, section.quantize, section.id)
+    rounded = section.quantize if section.quantize != "blocks" else None
+    return replace(
+        base,
+        quantized=section.quantize is not None,
+        stored=rounded or (None if file is None else stored_type(Path(source))),
+        read=_identity(source, revision),
+        **about,
+    )
 
 
-def quantized_base(base: Base) -> Base:
-    """`base` with its linear layers in eight bits (see `ptkit.runtime.quantize`).
-
-    It keeps the fingerprint: adapters of the one are loaded on the other, at their user's choice.
-    """
-    fingerprint = base.fingerprint  # while there are floating-point weights to read
-    quantize_int8(base.model)
-    base = replace(base, quantized=True)
-    base.__dict__["fingerprint"] = fingerprint
-    return base
+def _identity(source: str, revision: str | None, without: Collection[str] = ()) -> Identity | None:
+    """Of the checkpoint's files; None where they do not tell."""
+    tensors = checkpoint.of_files(source, revision, without)
+    return None if tensors is None else Identity.of(tensors)
 
 
 def _class_for(config: Any, labels: Labels | None) -> tuple[Any, dict[str, Any]]:

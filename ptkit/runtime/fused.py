@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
+from ptkit.runtime.block_head import block_head_divergences, block_head_losses
+from ptkit.runtime.block_layers import BlockLinear
 from ptkit.runtime.compile import reading
 
 #: Positions whose logits exist at the same time. Fewer would read the head's matrix too often.
@@ -50,7 +52,9 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     Some families scale or cap logits; that is found out by comparing, once per model.
     """
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or any(p.requires_grad for p in head.parameters()):
+    if type(head) not in (nn.Linear, BlockLinear) or any(
+        p.requires_grad for p in head.parameters()
+    ):
         return False
     known = model.__dict__.get("ptkit_plain_head")
     if known is None:
@@ -74,6 +78,8 @@ def head_losses(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
     hidden: `[n, hidden]`; targets: token ids `[n]`. Only the logits of `CHUNK` positions exist
     at a time: the gradient with respect to `hidden` is taken while they do.
     """
+    if isinstance(head, BlockLinear):
+        return block_head_losses(head, hidden, targets)
     return _HeadLoss.apply(hidden, *_matrix(head), targets)
 
 
@@ -124,6 +130,8 @@ def head_divergences(head: nn.Linear, hidden: Tensor, wanted: Tensor) -> Tensor:
     hidden, wanted: what the head reads of the student and of the teacher, `[n, hidden]`; gradients
     flow to `hidden`. As in `head_losses`, only the logits of `CHUNK` positions exist at a time.
     """
+    if isinstance(head, BlockLinear):
+        return block_head_divergences(head, hidden, wanted)
     return _HeadDivergence.apply(hidden, *_matrix(head), wanted)
 
 

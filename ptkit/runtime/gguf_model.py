@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import save_file
@@ -37,7 +39,9 @@ from ptkit.formats.cache_home import cache_home
 
 SUFFIX = ".gguf"
 #: Part of a conversion's name in the cache; a change of what is written needs another one.
-CONVERTER = 1
+CONVERTER = 2
+#: What a conversion's folder says of the file.
+_ABOUT = "gguf.json"
 #: Sections of transformers' table that are no architectures.
 _NOT_ARCHITECTURES = {"general", "tokenizer"}
 
@@ -117,7 +121,21 @@ def converted(path: Path, folder: Path | None = None) -> Path:
         model, tokenizer = _read(path)
         with atomic.folder(folder, replace=folder.exists()) as scratch:
             _write(model, tokenizer, scratch)
+            atomic.write_json(scratch / _ABOUT, {"stored": _commonest_type(path)})
     return folder
+
+
+def stored_type(folder: Path) -> str:
+    """The ggml type that most values of the file were in which `folder` is a conversion of: `Q4_1`,
+    `F16`."""
+    return str(json.loads((folder / _ABOUT).read_text(encoding="utf-8"))["stored"])
+
+
+def _commonest_type(path: Path) -> str:
+    counts: Counter[str] = Counter()
+    for tensor in GGUFReader(path).tensors:
+        counts[tensor.tensor_type.name] += int(tensor.n_elements)
+    return counts.most_common(1)[0][0]
 
 
 def _require_readable(path: Path) -> dict[str, Any]:

@@ -84,6 +84,17 @@ def source_of(id: str, revision: str | None = None) -> str:
     return id
 
 
+def gguf_behind(id: str, revision: str | None = None) -> Path | None:
+    """The GGUF file that `source_of` reads for the model `id`; None for a model of another kind."""
+    if id in WHEELS:
+        return None if _has_original(id) else gguf_of(id)
+    return gguf_file(id, revision) if is_gguf(id) else None
+
+
+def _has_original(name: str) -> bool:
+    return (_home(name) / "hub" / "config.json").is_file()
+
+
 def _home(name: str) -> Path:
     return cache_home() / "models" / name
 
@@ -98,9 +109,8 @@ def gguf_of(name: str) -> Path:
 
 def _fetched(name: str) -> Path:
     """The folder of a fetched model. Raises ModelError, with the line that fetches it."""
-    original = _home(name) / "hub"
-    if (original / "config.json").is_file():
-        return original
+    if _has_original(name):
+        return _home(name) / "hub"
     return converted(gguf_of(name), _home(name) / f"transformers-{CONVERTER}")
 
 

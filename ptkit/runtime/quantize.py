@@ -1,39 +1,72 @@
-"""Frozen weights in eight bits: less memory for a base that nothing trains.
+"""Frozen weights in eight or four bits: less memory for a base that nothing trains.
 
-Through torchao (`pip install 'ptkit[quantize]'`), which runs on CPUs, too. Only what is frozen is
-rounded; keys, values, soft prompts and gradients stay in the model's floating type.
+transformers rounds each weight while it loads it, so there is no full-precision copy at any time.
+Only what is frozen is rounded; keys, values, soft prompts and gradients stay in floating point.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from typing import Any
+
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from ptkit.errors import ModelError
+from ptkit.runtime.block_layers import BlockEmbedding, BlockLinear
+
+#: `model.quantize` -> the package it needs. `blocks` needs none (`ptkit.runtime.gguf_blocks`).
+_PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 
 
-def quantize_int8(model: PreTrainedModel) -> None:
-    """Round the weights of `model`'s linear layers, but for its output head, to eight bits with a
-    scale per row.
+def quantization_config(kind: str | None, dtype: torch.dtype) -> Any:
+    """What `from_pretrained` takes for a recipe's `model.quantize`; None where it takes nothing.
 
-    Raises ModelError without torchao, and for models that have no such layers.
+    int8: a scale per row, torchao's rounding of weights alone
+    nf4: bitsandbytes' normal floats of four bits with scales that are quantised too (Dettmers et
+        al. 2023, "QLoRA", section 3); products are computed in `dtype`
+
+    Output heads stay as they are: losses read them in pieces, and rounding them costs the most.
+    Raises ModelError without the package.
     """
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
+    if kind is None or kind == "blocks":
+        return None
+    if find_spec(_PACKAGES[kind]) is None:
         raise ModelError(
-            "`model.quantize: int8` needs torchao: pip install 'ptkit[quantize]'"
-        ) from error
-    # The head stays as it is: losses read it in pieces, and rounding it costs the most.
-    head = model.get_output_embeddings()
-    chosen = {
-        name
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head
-    }
-    if not chosen:
-        raise ModelError(
-            f"{type(model).__name__} has no linear layers that torchao could round (GPT-2's are "
-            "another kind); leave `model.quantize` out"
+            f"`model.quantize: {kind}` needs {_PACKAGES[kind]}: pip install 'ptkit[quantize]'"
         )
-    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda _, name: name in chosen)
+    if kind == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )  # fmt: skip
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def require_quantized(model: PreTrainedModel, kind: str, id: str) -> None:
+    """Raise ModelError where no weight of `model` was rounded."""
+    changed = any(
+        type(module.weight) is not nn.Parameter or not module.weight.is_floating_point()
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    )
+    if not changed:
+        raise ModelError(
+            f"`model.quantize: {kind}` rounds no layer of {id}: {type(model).__name__} has no "
+            "plain linear layers (GPT-2's are another kind); leave `model.quantize` out"
+        )
+
+
+def logical_size(parameter: nn.Parameter, module: nn.Module) -> int:
+    """How many values `parameter` of `module` stands for: packed ones are fewer, or bytes."""
+    packed = getattr(parameter, "quant_state", None)  # bitsandbytes
+    if packed is not None:
+        return int(torch.Size(packed.shape).numel())
+    if isinstance(module, BlockLinear) and parameter is module.weight:
+        return module.out_features * module.in_features
+    if isinstance(module, BlockEmbedding):
+        return module.num_embeddings * module.embedding_dim
+    return parameter.numel()

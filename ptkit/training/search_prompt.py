@@ -100,7 +100,7 @@ def _replaced(
 ) -> Iterator[list[int]]:
     """`ids` with other tokens at `position`: those that lower the loss most to first order."""
     tokenizer = base.tokenizer
-    gain = base.embedding.weight.float() @ -_gradient(base, ids, rows)[position]
+    gain = base.word_vectors @ -_gradient(base, ids, rows)[position]
     left = count
     for token in gain.argsort(descending=True).tolist():
         other = [*ids[:position], token, *ids[position + 1 :]]
