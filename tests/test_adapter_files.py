@@ -30,6 +30,7 @@ from ptkit.formats.adapter_files import (
     read_adapter,
     write_adapter,
 )
+from ptkit.formats.fingerprint import of_loaded
 from ptkit.methods import (
     ADAPTERS,
     Demonstrations,
@@ -204,21 +205,17 @@ def test_same_shape_but_other_weights_is_refused_by_fingerprint(saved: Path) -> 
 
 
 def test_fingerprint_survives_loading_in_bfloat16() -> None:
-    from ptkit.formats.fingerprint import model_fingerprint
-
     model = random_model("qwen3")
-    expected = model_fingerprint(model)
-    assert model_fingerprint(model.bfloat16()) == expected
-    assert model_fingerprint(model.bfloat16().float()) == expected
+    expected = of_loaded(model)
+    assert of_loaded(model.bfloat16()) == expected
+    assert of_loaded(model.bfloat16().float()) == expected
 
 
 def test_fingerprint_reaches_the_end_of_a_table_larger_than_float32_can_count() -> None:
-    from ptkit.formats.fingerprint import model_fingerprint
-
     table = torch.nn.Embedding.from_pretrained(torch.zeros(2**24 // 64 + 3, 64))
-    before = model_fingerprint(table)
+    before = of_loaded(table)
     table.weight.data[-1, -1] = 1.0
-    assert model_fingerprint(table) != before
+    assert of_loaded(table) != before
 
 
 def test_unknown_peft_type_names_the_known_ones(saved: Path) -> None:

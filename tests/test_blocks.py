@@ -220,6 +220,6 @@ def test_a_checkpoint_has_one_fingerprint_in_every_type_and_shard(tmp_path: Path
 def test_adapters_of_earlier_versions_are_recognised(tmp_path: Path) -> None:
     """They recorded a fingerprint of the loaded modules' names."""
     shipped = read_adapter(next(p.parent for p in Path("adapters").rglob("adapter_config.json")))
-    assert "scheme" not in shipped.info["base"]
+    assert "sketch" not in shipped.info["base"]
     for dtype in ("float32", "float16"):
         require_same_base(shipped, load_base(ModelSection(id="tiny-en", dtype=dtype)), "shipped")

@@ -13,7 +13,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausa
 from ptkit.bank import AdapterBank
 from ptkit.errors import PtkitError
 from ptkit.formats.adapter_files import AdapterFiles, write_adapter
-from ptkit.formats.fingerprint import SCHEME
 from ptkit.methods import Demonstrations
 from ptkit.methods.prefix_tuning import PrefixTuning, PrefixTuningSection
 from ptkit.recipe.schema import ModelSection
@@ -82,7 +81,7 @@ def random_prefixes(
     )
     files = PrefixTuning.create(section, base, Demonstrations((), 0)).files()
     shape = files.tensors["prompt_embeddings"].shape
-    info = {"base": {"id": base.id, "fingerprint": base.fingerprint, "scheme": SCHEME}}
+    info = {"base": {"id": base.id, "fingerprint": base.fingerprint}}
     generator = torch.Generator().manual_seed(1)
     paths = []
     for number in range(count):

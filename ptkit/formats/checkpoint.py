@@ -1,7 +1,7 @@
 """A few values of every tensor of a checkpoint, without reading the checkpoint.
 
 safetensors names each tensor's place in its file (https://huggingface.co/docs/safetensors), so that
-single values are read through a memory map: instant for any size of model.
+single values are read: as fast for a large model as for a small one.
 """
 
 from __future__ import annotations
@@ -116,23 +116,24 @@ def _files(source: str, revision: str | None) -> list[Path]:
 
 
 def _sampled(file: Path) -> Iterator[Sampled | None]:
-    whole = np.memmap(file, mode="r", dtype=np.uint8)
-    (length,) = struct.unpack("<Q", whole[:8].tobytes())
-    header = json.loads(whole[8 : 8 + length].tobytes())
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        kind = _NUMPY.get(entry["dtype"])
-        if kind is None:
-            yield None
-            return
-        first, last = (8 + length + offset for offset in entry["data_offsets"])
-        size = np.dtype(kind).itemsize
-        count = (last - first) // size
-        places = sample_places(count).numpy()
-        # Tensors need not lie where their type could be viewed: bytes are gathered first.
-        taken = whole[first + places[:, None] * size + np.arange(size)]
-        values = torch.from_numpy(np.ascontiguousarray(taken).view(kind).reshape(-1).copy())
-        if entry["dtype"] == "BF16":
-            values = values.view(torch.bfloat16)
-        yield Sampled(name, tuple(entry["shape"]), values.to(torch.bfloat16))
+    # Read, not mapped: pages of a map would count as the process's memory.
+    with file.open("rb", buffering=0) as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(length))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            kind = _NUMPY.get(entry["dtype"])
+            if kind is None:
+                yield None
+                return
+            first, last = (8 + length + offset for offset in entry["data_offsets"])
+            size = np.dtype(kind).itemsize
+            taken = bytearray()
+            for place in sample_places((last - first) // size).tolist():
+                opened.seek(first + place * size)
+                taken += opened.read(size)
+            values = torch.from_numpy(np.frombuffer(taken, kind))
+            if entry["dtype"] == "BF16":
+                values = values.view(torch.bfloat16)
+            yield Sampled(name, tuple(entry["shape"]), values.to(torch.bfloat16))

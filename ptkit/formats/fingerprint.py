@@ -23,8 +23,6 @@ from ptkit.formats.checkpoint import Sampled, of_model, sample_places
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Of a record; records without one hold what `legacy_fingerprint` gives.
-SCHEME = 2
 #: Values of a sketch: of vectors (norms, biases), and as many of matrices.
 SKETCH = 256
 #: How far vectors may be apart, as a share of their length. Quantisers leave them alone, training
@@ -88,7 +86,7 @@ def is_same_model(sketch: str, precision: str, other: str, other_precision: str)
 
 
 def legacy_fingerprint(model: PreTrainedModel, without: Collection[str] = ()) -> str:
-    """What adapters recorded before `SCHEME` 2: of the loaded modules' names, ties twice."""
+    """What adapters without a sketch recorded: of the loaded modules' names, ties twice."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if any(name.startswith(f"{module}.") for module in without):

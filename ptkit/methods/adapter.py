@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import AdapterFiles, base_revision, read_adapter
-from ptkit.formats.fingerprint import SCHEME, is_same_model
+from ptkit.formats.fingerprint import is_same_model
 from ptkit.methods.base_names import hub_name, same_name
 from ptkit.methods.gate_files import gate_of, with_gate, without_gate
 from ptkit.methods.head import TASK_TYPES, TrainedHead, labels_of_files, without_head
@@ -394,12 +394,12 @@ def require_same_base(files: AdapterFiles, base: Base, where: str, *, chosen: bo
 
 def _is_made_for(made_for: dict[str, Any], base: Base) -> bool:
     """Whether an adapter's record of its base is of the model `base` is, in whatever precision."""
-    if made_for.get("scheme") != SCHEME:
-        return bool(made_for["fingerprint"] == base.legacy_fingerprint)
     if made_for["fingerprint"] == base.fingerprint:
         return True
+    if "sketch" not in made_for:  # an earlier version's
+        return bool(made_for["fingerprint"] == base.legacy_fingerprint)
     return is_same_model(
-        str(made_for.get("sketch", "")), str(made_for.get("precision", "")),
+        str(made_for["sketch"]), str(made_for.get("precision", "")),
         base.identity.sketch, base.precision,
     )  # fmt: skip
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from ptkit.evaluation.statistics import Interval
-from ptkit.formats.fingerprint import SCHEME
 from ptkit.recipe.load import recipe_as_yaml
 from ptkit.recipe.schema import DataSection, Recipe
 from ptkit.runtime.base_model import Base
@@ -59,7 +58,6 @@ def base_info(base: Base) -> dict[str, Any]:
         "id": base.id,
         "revision": base.revision,
         "fingerprint": base.fingerprint,
-        "scheme": SCHEME,
         "sketch": base.identity.sketch,
         "precision": base.precision,
         "tokenizer": base.tokenizer_fingerprint,
