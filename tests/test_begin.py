@@ -51,7 +51,7 @@ from ptkit.runtime.forward import all_logits
 from ptkit.runtime.named_models import TINY_EN
 from ptkit.serve.answers import chat_prompt
 from ptkit.serve.text import TextStream
-from ptkit.training.gate import fit_gate
+from ptkit.training.gate import _features, fit_gate
 from ptkit.training.retain import WINDOW, general_windows, written_by_base
 from ptkit.training.search_prompt import search_prompt
 from ptkit.training.self_study import longest_opening, read_in_chunks, study
@@ -357,15 +357,21 @@ def test_general_text_to_stay_near_begins_as_texts_do(tmp_path: Path) -> None:
             assert not (pieces[:, len(base.lead) :] == START).all(0).any()
 
 
-def test_a_gate_is_not_given_away_by_the_lead() -> None:
+def test_a_gate_is_not_given_away_by_the_lead(monkeypatch: pytest.MonkeyPatch) -> None:
     base = beginning_base("llama")
     rows = [EncodedExample([START, 1 + i % 5, 6 + i % 4], [9]) for i in range(60)]
-    windows = torch.tensor(base.encode([sentences(64 + i)[-190:] for i in range(1)]))
     general = torch.tensor([base.lead + [20 + (i * k) % 60 for i in range(32)] for k in (1, 3, 7)])
+    fitted: list[list[int]] = []
+    monkeypatch.setattr(
+        "ptkit.training.gate._features",
+        lambda base, ids: fitted.extend(ids) or _features(base, ids),
+    )
     gate = fit_gate(base, rows, general, 0)
+    assert len(fitted) > len(rows)
+    assert all(ids[0] == START and START not in ids[1:] for ids in fitted)
     tasks = torch.tensor([row.input_ids for row in rows])
     assert gate.opens(tasks, torch.ones_like(tasks).bool()).float().mean() > 0.9
-    assert not gate.opens(general, torch.ones_like(general).bool()).any(), windows.shape
+    assert not gate.opens(general, torch.ones_like(general).bool()).any()
 
 
 # Distilling
@@ -443,6 +449,20 @@ def test_a_special_token_of_the_target_is_right_when_it_is_written() -> None:
     finally:
         hook.remove()
     assert row.prediction == "w1 w33 w2" == said == "".join(told)
+
+
+def test_a_word_that_a_decoder_is_forced_to_begin_with_is_not_the_answer() -> None:
+    from test_encoder_decoder import random_pair
+
+    base = random_pair("bart")
+    bank = AdapterBank(base)
+    read = torch.tensor(base.encode(["w1 w2 w3"]))
+    base.model.generation_config.forced_bos_token_id = 7  # a language's name, say
+    output = base.model.generate(input_ids=read, **GREEDY)[0].tolist()  # type: ignore[operator]
+    assert output[1] == 7
+    (found,) = bank.generate_ids(read.tolist(), [None], **GREEDY)
+    assert found == [token for token in output[2:] if token not in base.frame]
+    assert bank.generate(["w1 w2 w3"], [None], **GREEDY) == base.decode([found])
 
 
 # Tokens the model has no row for

@@ -49,6 +49,7 @@ from ptkit.training.loop import fit
 from ptkit.training.provenance import FORMAT, base_info, claim, versions
 from ptkit.training.run import Observer
 from ptkit.training.self_study import (
+    SPLITS,
     Document,
     Inputs,
     Texts,
@@ -61,7 +62,6 @@ from ptkit.training.trainee import Job
 
 #: The file that says what a folder is, and what that is called.
 CLAIM, WHAT = "distill.json", "distillation"
-_SPLITS = ("test", "validation", "train")
 #: What the distilled prefix is measured beside, and itself, in the order they are shown.
 NOTHING, FIRST_TOKENS, DISTILLED = "nothing", "first tokens as text", "distilled prefix"
 
@@ -316,7 +316,7 @@ def _of_recipe(loaded: LoadedRecipe, base: Base) -> Inputs:
         )
     data = load_task(task, loaded.folder)
     found = {}
-    for split in _SPLITS:
+    for split in SPLITS:
         rows = encode_examples(getattr(data, split), base.tokenizer, task)
         require_embedded(base, rows, task)
         found[split] = [row.input_ids for row in rows if row.input_ids]

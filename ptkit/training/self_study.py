@@ -105,7 +105,7 @@ class Texts:
 
 #: Split -> token ids of the inputs whose answers belong to it.
 Inputs = Mapping[str, Sequence[Sequence[int]]]
-_SPLITS = ("test", "validation", "train")
+SPLITS = ("test", "validation", "train")
 
 
 def counts_of(texts: int) -> dict[str, int]:
@@ -139,7 +139,7 @@ def study(
     chunks = len(document.chunks)
     numbers = {s: max(1, -(-n // chunks)) for s, n in counts_of(texts).items()}
     each = sum(numbers.values())
-    found: dict[str, list[StudiedText]] = {split: [] for split in _SPLITS}
+    found: dict[str, list[StudiedText]] = {split: [] for split in SPLITS}
     for chunk, (ids, prefix) in enumerate(zip(document.chunks, prefixes, strict=True)):
         path = folder / f"chunk-{chunk:04d}.jsonl"
         if not path.exists():
@@ -171,7 +171,7 @@ def _distinct(found: Mapping[str, list[StudiedText]]) -> Texts:
     """The texts that were written, each once: what is judged on is never trained on."""
     seen: set[tuple[int, ...]] = set()
     kept: dict[str, list[StudiedText]] = {}
-    for split in _SPLITS:
+    for split in SPLITS:
         kept[split] = []
         for text in found[split]:
             key = (*text.input_ids, *text.target_ids)
