@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,14 +23,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ptkit.data.tokens import (
-    decoded,
-    frame_ids,
-    lead_ids,
-    part_ids,
-    texts_ids,
-    whole_ids,
-)
 from ptkit.errors import ModelError
 from ptkit.formats.fingerprint import model_fingerprint, tokenizer_fingerprint
 from ptkit.prefix import KVLayout
@@ -40,6 +32,7 @@ from ptkit.runtime.compile import kv_layout
 from ptkit.runtime.gguf_model import is_gguf
 from ptkit.runtime.named_models import source_of
 from ptkit.runtime.quantize import quantize_int8
+from ptkit.runtime.texts import Texts, embedded_tokens, own_ends
 
 
 class Labels(NamedTuple):
@@ -73,7 +66,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Base:
+class Base(Texts):
     """A frozen model with its tokenizer: a language model, causal or an encoder-decoder, or any
     backbone with a classification head (`head`).
 
@@ -123,73 +116,6 @@ class Base:
     def pad_token_id(self) -> int:
         """The id used for padding (never attended to)."""
         return int(self.tokenizer.pad_token_id)
-
-    @property
-    def lead(self) -> list[int]:
-        """The token ids that stand before every text a causal model reads; mostly one, or none.
-        An encoder-decoder's texts have a frame of their own (see `encode`)."""
-        return [] if self.encoder_decoder else lead_ids(self.tokenizer)
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of whole texts, each as the model is given it.
-
-        Raises ModelError for a token that the model has no embedding for.
-        """
-        whole = self.encoder_decoder or self.head is not None
-        found = (whole_ids if whole else texts_ids)(self.tokenizer, texts)
-        self.require_embedded(found)
-        return found
-
-    def encode_part(self, text: str) -> list[int]:
-        """The token ids of a part of a text, without what stands before and after a whole one.
-
-        Raises ModelError for a token that the model has no embedding for.
-        """
-        found = part_ids(self.tokenizer, text)
-        self.require_embedded([found])
-        return found
-
-    def decode(self, rows: Iterable[Sequence[int]]) -> list[str]:
-        """The texts of rows of token ids, without `frame`."""
-        frame = self.frame
-        return [decoded(self.tokenizer, ids, frame) for ids in rows]
-
-    @property
-    def frame(self) -> frozenset[int]:
-        """The token ids that an answer does not show: padding, begin and end."""
-        return frame_ids(self.tokenizer, _ends_of(self.model))
-
-    def require_embedded(self, rows: Iterable[Sequence[int]]) -> None:
-        """Raise ModelError for a token id that the model has no embedding for.
-
-        A tokenizer may know such tokens (Gemma 3's does): only a text that has one is at fault.
-        """
-        known, tokenizer = _embedded(self.model), self.tokenizer
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        highest = max([len(tokenizer) - 1, *added])
-        if known is None or highest < known:
-            return
-        beyond = next((id for row in rows for id in row if id >= known), None)
-        if beyond is not None:
-            raise ModelError(
-                f"the data has the token `{tokenizer.convert_ids_to_tokens(beyond)}` (number "
-                f"{beyond}), for which {self.id} has no embedding: its tokenizer has "
-                f"{len(tokenizer)} tokens, the model {known} rows; save the model with "
-                f"`model.resize_token_embeddings({highest + 1})`, or leave the token out"
-            )
-
-    @property
-    def first_token_id(self) -> int:
-        """The token texts begin with; where the tokenizer names none, the one they end with.
-
-        Raises ModelError where it names neither.
-        """
-        tokenizer = self.tokenizer
-        named = (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id)
-        for token in (*self.lead[:1], *named):
-            if token is not None:
-                return int(token)
-        raise ModelError(f"the tokenizer of {self.id} names no token that texts begin or end with")
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -399,7 +325,7 @@ def headed_base(
 def _freeze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id: str) -> None:
     model.requires_grad_(False)
     model.eval()
-    pad, known = tokenizer.pad_token_id, _embedded(model)
+    pad, known = tokenizer.pad_token_id, embedded_tokens(model)
     # Padding is not read, but looked up: a token that was added for it may have no embedding.
     if pad is None or (known is not None and pad >= known):
         if tokenizer.eos_token is None:
@@ -410,25 +336,11 @@ def _freeze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id: str)
         _end_where_the_tokenizer_ends(model, tokenizer)
 
 
-def _embedded(model: PreTrainedModel) -> int | None:
-    """How many token ids the model has an embedding for; None where that is no table."""
-    try:
-        return getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except NotImplementedError:
-        return None
-
-
 def _end_where_the_tokenizer_ends(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Let generation stop at the tokenizer's end token too, which is the one targets are learnt
     with. Chat models often name another one in their generation config."""
-    ends, end = _ends_of(model), tokenizer.eos_token_id
+    ends, end = own_ends(model), tokenizer.eos_token_id
     if end is not None and end not in ends:
         model.generation_config.eos_token_id = [*ends, end]
-
-
-def _ends_of(model: PreTrainedModel) -> list[int]:
-    """The token ids at which the model stops by its own settings; none where it writes nothing."""
-    own = model.generation_config.eos_token_id if model.can_generate() else None
-    return [own] if isinstance(own, int) else [*(own or ())]
