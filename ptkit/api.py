@@ -228,13 +228,14 @@ class LoadedAdapter:
     def generate(self, texts: str | Sequence[str], **options: Any) -> list[str]:
         """Answers to `texts`, or to one text; `options` are transformers' (`max_new_tokens`,
         `num_beams`, ...)."""
-        encode, decode = self.base.tokenizer, self.base.tokenizer.batch_decode
-        prompts = [encode(text, add_special_tokens=False)["input_ids"] for text in listed(texts)]
+        prompts = self.base.encode(listed(texts))
+        if not prompts:
+            return []
         tokens = generate(
             self.base.model, prompts, rows_for(self.prefix, prompts),
             pad_token_id=self.base.pad_token_id, **options,
         )  # fmt: skip
-        return list(decode(tokens, skip_special_tokens=True))
+        return self.base.decode(tokens)
 
 
 def load_adapter(

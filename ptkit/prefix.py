@@ -102,6 +102,8 @@ class KVPrefix:
         with a window lose sight of them as of text; otherwise every token sees them
     embeddings: a soft prompt `[virtual_tokens, hidden]` that an encoder reads with every input;
         None where there is nothing but keys and values
+    begins_text: the virtual tokens begin with what the tokenizer puts before a text (a text
+        prompt's do), so that the input is read without it
     """
 
     keys: tuple[Tensor, ...]
@@ -109,6 +111,7 @@ class KVPrefix:
     infix: bool = False
     as_text: bool = False
     embeddings: Tensor | None = None
+    begins_text: bool = False
 
     @classmethod
     def of_embeddings(cls, embeddings: Tensor, layout: KVLayout) -> KVPrefix:
@@ -278,6 +281,7 @@ def _by_layer(prefixes: Sequence[KVPrefix], combine: Callable[[list[Tensor]], Te
         tuple(combine([p.values[i] for p in prefixes]) for i in layers),
         prefixes[0].infix,
         all(p.as_text for p in prefixes),
+        begins_text=any(p.begins_text for p in prefixes),
     )
 
 

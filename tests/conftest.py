@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -91,6 +92,25 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 def random_base(family: str, seed: int = 0) -> Base:
     """A frozen random base model with a word tokenizer."""
     return frozen_base(random_model(family, seed), word_tokenizer(), f"random-{family}-{seed}")
+
+
+def beginning_tokenizer() -> PreTrainedTokenizerFast:
+    """`word_tokenizer`, but token 95 is `<start>` and stands before every text."""
+    words = {"<end>": 0} | {f"w{i}": i for i in range(1, 95)} | {"<start>": 95, "<unk>": 96}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = TemplateProcessing(
+        single="<start> $A", special_tokens=[("<start>", 95)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<start>", eos_token="<end>", pad_token="<end>",
+        unk_token="<unk>",
+    )  # fmt: skip
+
+
+def beginning_base(family: str, seed: int = 0) -> Base:
+    """`random_base` whose tokenizer puts a begin-of-text token before every text."""
+    return frozen_base(random_model(family, seed), beginning_tokenizer(), f"begins-{family}-{seed}")
 
 
 @pytest.fixture(params=sorted(FAMILIES))

@@ -99,7 +99,7 @@ def test_first_answer_is_that_of_a_plain_generation(family: str) -> None:
     pieces: list[str] = []
     answer = Conversation(bank, adapter="prompt").say("w10 w11", on_text=pieces.append, **GREEDY)
     (ids,) = generate(bank.base.model, [[10, 11]], bank.rows(["prompt"]), pad_token_id=0, **GREEDY)
-    assert answer == bank.base.tokenizer.decode(ids, skip_special_tokens=True)
+    assert answer == bank.base.tokenizer.decode(ids)  # `<unk>` is something the model wrote, too
     assert "".join(pieces).split() == answer.split()
     assert len(pieces) > 1
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_base
+from conftest import beginning_base, random_base
 from peft import PeftModel
 from test_cli import ptkit, refused
+from tokenizers.processors import TemplateProcessing
 
 pytest.importorskip("lm_eval", reason="the harness is an optional extra")
 
@@ -20,8 +21,9 @@ from lm_eval.tasks import TaskManager
 
 from ptkit.errors import DataError
 from ptkit.evaluation.harness import AdapterLM, evaluate_tasks
+from ptkit.formats.adapter_files import write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter, load_adapter
-from ptkit.recipe.schema import ModelSection
+from ptkit.recipe.schema import ModelSection, method_section
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.named_models import TINY_EN_FOLDER
 
@@ -136,6 +138,76 @@ def test_texts_longer_than_the_window_are_scored_as_the_harness_own_model_does(f
         assert (value, greedy) == (pytest.approx(wanted, rel=1e-4), best)
     with pytest.raises(DataError, match="a continuation has 129 tokens"):
         ours._loglikelihood_tokens([(("", ""), [1], ids[:129])])
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_a_base_with_a_begin_of_text_token_is_scored_as_the_harness_own_model_does(
+    with_adapter: bool, tmp_path: Path
+) -> None:
+    small, model = beginning_base("llama"), beginning_base("llama").model
+    section = ADAPTERS["base"].section_class(kind="base")
+    adapter = create_adapter(section, small, Demonstrations((), 0))
+    if with_adapter:
+        section = method_section(
+            {"kind": "prefix_tuning", "num_virtual_tokens": 4, "start": "examples"}
+        )
+        made = create_adapter(section, small, Demonstrations(["w5 w6 w7 w8"], 0))
+        write_adapter(tmp_path / "a", made.files())
+        adapter, model = made, PeftModel.from_pretrained(model, str(tmp_path / "a")).eval()
+    ours = AdapterLM(adapter, 3)
+    peer = HFLM(model, tokenizer=small.tokenizer, batch_size=1, device="cpu",
+                max_length=ours.max_length)  # type: ignore[arg-type]  # fmt: skip
+    texts = ["w1", "w3 w4 w5", "<start> w7 w8", ""]
+    pairs = [(text, f"w{i + 20} w{i + 30}") for i, text in enumerate(texts)]
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    wanted = peer.loglikelihood(asked, disable_tqdm=True)
+    for (value, best), (theirs, greedy) in zip(ours.loglikelihood(asked), wanted, strict=True):
+        assert (value, best) == (pytest.approx(float(theirs), rel=1e-4), greedy)
+    texts = [" ".join(f"w{1 + i % 90}" for i in range(n)) for n in (3, 126, 127, 128, 129, 300)]
+    rolling = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+    assert ours.loglikelihood_rolling(rolling) == pytest.approx(
+        [float(value) for value in peer.loglikelihood_rolling(rolling, disable_tqdm=True)], rel=1e-4
+    )
+    # What is too long is cut behind the begin-of-text token, which the harness's own model loses.
+    ids = [95, *(1 + (11 * i) % 90 for i in range(200))]
+    ((cut, _),) = ours._loglikelihood_tokens([(("", ""), ids, [9])])
+    kept = [95, *ids[-(ours.max_length - 1) :]]
+    ((short, _),) = ours._loglikelihood_tokens([(("", ""), kept, [9])])
+    assert cut == short
+
+
+def test_what_is_written_after_a_begin_of_text_token_is_what_the_harness_own_model_writes() -> None:
+    begun = load_base(ModelSection(id="tiny-en", device="cpu"))
+    first = str(begun.tokenizer.bos_token)
+    begun.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{first} $A", special_tokens=[(first, int(begun.tokenizer.bos_token_id))]
+    )
+    peer = HFLM(begun.model, tokenizer=begun.tokenizer, batch_size=1, device="cpu")  # type: ignore[arg-type]
+    plain = ADAPTERS["base"].section_class(kind="base")
+    ours = AdapterLM(create_adapter(plain, begun, Demonstrations((), 0)), 3)
+    options = {"until": ["."], "max_gen_toks": 8, "do_sample": False}
+    texts = ["The committee", f"{first}kind[robot]\n", "Once upon a time there was a"]
+    writes = [Instance("generate_until", {}, (text, options), i) for i, text in enumerate(texts)]
+    assert ours.tok_encode(texts[1]) == begun.tokenizer("kind[robot]\n")["input_ids"]
+    assert ours.generate_until(writes) == peer.generate_until(writes, disable_tqdm=True)
+
+
+def test_a_few_shot_prompt_is_one_text_with_what_the_harness_asks() -> None:
+    small = beginning_base("llama")
+    shots = method_section({"kind": "text_prompt", "instruction": "w5 w6 w7", "separator": " "})
+    ours = AdapterLM(create_adapter(shots, small, Demonstrations((), 0)), 2)
+    plain = AdapterLM(
+        create_adapter(ADAPTERS["base"].section_class(kind="base"), small, Demonstrations((), 0)), 2
+    )
+    asked, whole = (
+        [Instance("loglikelihood", {}, (f"{before}{text}", "w20 w21"), i)
+         for i, text in enumerate(("w1 w2", "w3"))]
+        for before in ("", "w5 w6 w7 ")
+    )  # fmt: skip
+    for (value, _), (wanted, _) in zip(
+        ours.loglikelihood(asked), plain.loglikelihood(whole), strict=True
+    ):
+        assert value == pytest.approx(wanted, rel=1e-4)
 
 
 def test_command(tasks: Path, tmp_path: Path) -> None:

@@ -93,6 +93,15 @@ def test_anything_else_is_encoded_anew(counted: Counted) -> None:
     assert counted.calls == 7
 
 
+def test_ids_made_by_other_rules_are_not_read(
+    counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_cached(ROWS, word_tokenizer(), TASK)
+    monkeypatch.setattr(token_cache, "_VERSION", token_cache._VERSION - 1)
+    encode_cached(ROWS, word_tokenizer(), TASK)
+    assert counted.calls == 2
+
+
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 64, None])
 def test_a_damaged_file_is_written_anew(
     counted: Counted, folder: Path, damage: bytes | None

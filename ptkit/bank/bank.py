@@ -14,7 +14,7 @@ from ptkit.bank.slots import SlotTable
 from ptkit.bank.source import locate, name_of, read_checked, require_files
 from ptkit.bank.store import AdapterStatus, BankCounts, PrefixStore
 from ptkit.data.encode import require_apart
-from ptkit.data.tokens import listed
+from ptkit.data.tokens import listed, without_lead
 from ptkit.errors import AdapterError, DataError, ModelError
 from ptkit.formats.adapter_files import adapter_folders
 from ptkit.methods import Adapter, compile_files, parts_of
@@ -225,6 +225,16 @@ class AdapterBank:
         """Whether what `row` stands for gives every input a prefix of its own."""
         return any(not isinstance(found, KVPrefix) for _, found in self._compiled(row))
 
+    def behind(self, row: RowNames, ids: Sequence[int]) -> list[int]:
+        """`ids`, those of a whole text, as they are read behind what `row` stands for: a text
+        prompt begins with the begin-of-text token already."""
+        begun = any(map(self._store.begins_text, _parts(row)))
+        return without_lead(ids, self.base.lead) if begun else list(ids)
+
+    def _encoded(self, texts: Sequence[str], names: Sequence[RowNames]) -> list[list[int]]:
+        rows = zip(names, self.base.encode(texts), strict=True)
+        return [self.behind(row, ids) for row, ids in rows]
+
     def rows(
         self, names: Sequence[RowNames], inputs: Sequence[Sequence[int]] | None = None
     ) -> PrefixBatch:
@@ -287,9 +297,8 @@ class AdapterBank:
             raise ValueError(f"{len(texts)} texts need as many names, found {len(names)}")
         if not texts:
             return []
-        prompts = self.base.tokenizer(texts)["input_ids"]
-        answers = self.generate_ids(prompts, names, **options)
-        return self.base.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        prompts = self._encoded(texts, names)
+        return self.base.decode(self.generate_ids(prompts, names, **options))
 
     def generate_ids(
         self, prompts: list[list[int]], names: Sequence[RowNames], **options: Any
@@ -341,13 +350,12 @@ class AdapterBank:
         Raises DataError for labels that probabilities cannot tell apart: one begins another, say.
         """
         texts, labels, names = listed(texts), listed(labels), listed(names)
-        tokenizer = self.base.tokenizer
-        contexts = [c for c in tokenizer(texts)["input_ids"] for _ in names]
-        words = tokenizer(labels, add_special_tokens=False)["input_ids"]
+        words = [self.base.encode_part(label) for label in labels]
         if len(set(labels)) < len(labels):
             raise DataError("a label is listed twice")
         require_apart(dict(zip(labels, words, strict=True)))
         rows = [*names] * len(texts)
+        contexts = self._encoded([text for text in texts for _ in names], rows)
         with self.weights(rows):
             scores = continuation_scores(
                 self.base.model, contexts, words, self.rows(rows, contexts),

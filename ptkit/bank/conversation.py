@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
 
 from ptkit.bank.bank import AdapterBank, RowNames
-from ptkit.data.tokens import listed
+from ptkit.data.tokens import chat_ids, listed, part_ids, text_ids
 from ptkit.errors import AdapterError, ModelError
+from ptkit.runtime.base_model import Base
 from ptkit.runtime.cache import ReservedCache, conversation_cache
 from ptkit.runtime.generation import generate
 
@@ -94,13 +97,13 @@ class Conversation:
         Raises ModelError when none is left. Whatever is raised, an interruption included, the
         conversation is as it was before.
         """
-        prompt = self._prompt(text, self.exchanges)
+        prompt = self._prompt(text, self.exchanges, self.adapter)
         bank, base = self.bank, self.bank.base
         versions = bank.versions(self.adapter)  # before the rows: never newer than what they hold
         batch = bank.rows([self.adapter])
         options = self._within_room(options, batch.longest, len(prompt))
         if on_text is not None:
-            options["streamer"] = _Pieces(base.tokenizer, on_text)
+            options["streamer"] = _Pieces(base, on_text)
         # Taken out: an interruption half-way leaves a cache nobody can trust.
         cache = self._remembered(self._memories.pop(self.adapter, None), versions, prompt)
         if cache is None:
@@ -109,7 +112,7 @@ class Conversation:
             (answer_ids,) = generate(
                 base.model, [prompt], batch, pad_token_id=base.pad_token_id, read=cache, **options
             )
-        (answer,) = base.tokenizer.batch_decode([answer_ids], skip_special_tokens=True)
+        (answer,) = base.decode([answer_ids])
         if isinstance(cache, ReservedCache):  # other kinds cannot go back to an earlier position
             read = cache.get_seq_length() - batch.longest
             self._memories[self.adapter] = _Memory(versions, [*prompt, *answer_ids][:read], cache)
@@ -132,12 +135,15 @@ class Conversation:
         """
         texts, adapters = listed(texts), listed(adapters)
         before = self.exchanges[:-1] if instead else self.exchanges
-        prompts = [self._prompt(text, before) for text in texts]
+        prompts = [
+            self._prompt(text, before, adapter)
+            for text, adapter in zip(texts, adapters, strict=True)
+        ]
         bank, base = self.bank, self.bank.base
         longest = bank.rows(adapters, prompts).longest
         options = self._within_room(options, longest, max(map(len, prompts)))
         answers = bank.generate_ids(prompts, adapters, **options)
-        return base.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return base.decode(answers)
 
     def _within_room(self, options: dict[str, Any], virtual: int, read: int) -> dict[str, Any]:
         """`options` with an answer no longer than the positions left after `read` tokens."""
@@ -163,10 +169,15 @@ class Conversation:
             memory.cache.crop(shared - len(memory.ids))
         return memory.cache
 
-    def _prompt(self, text: str, before: list[Exchange]) -> list[int]:
+    def _prompt(self, text: str, before: list[Exchange], adapter: RowNames) -> list[int]:
+        base = self.bank.base
+        templated = base.tokenizer.chat_template is not None
+        ids = (self._templated if templated else self._by_line)(text, before)
+        base.require_embedded([ids])
+        return self.bank.behind(adapter, ids)
+
+    def _by_line(self, text: str, before: list[Exchange]) -> list[int]:
         tokenizer = self.bank.base.tokenizer
-        if tokenizer.chat_template is not None:
-            return self._templated(text, before)
         lines = [] if self.system is None else [self.system]
         ids: list[int] = []
         for exchange in before:
@@ -181,19 +192,22 @@ class Conversation:
             messages.append({"role": "user", "content": exchange.text})
             messages.append({"role": "assistant", "content": exchange.answer})
         messages.append({"role": "user", "content": text})
-        ids: Any = self.bank.base.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        return list(ids)
+        return chat_ids(self.bank.base.tokenizer, messages)
 
 
 class _Pieces(TextStreamer):
     """transformers' streamer, handing whole words to a function instead of printing them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+    def __init__(self, base: Base, on_text: Callable[[str], None]) -> None:
         streamer: Any = super()
-        streamer.__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer.__init__(base.tokenizer, skip_prompt=True, skip_special_tokens=False)
+        self._frame = torch.tensor([*base.frame])
         self._on_text = on_text
+
+    def put(self, value: Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            value = value[~torch.isin(value, self._frame)]
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
@@ -201,7 +215,7 @@ class _Pieces(TextStreamer):
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, lines: list[str], *, start: bool) -> list[int]:
-    return list(tokenizer("\n".join(lines), add_special_tokens=start)["input_ids"])
+    return (text_ids if start else part_ids)(tokenizer, "\n".join(lines))
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:

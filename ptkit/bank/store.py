@@ -15,7 +15,7 @@ from ptkit.bank.cache import PrefixCache
 from ptkit.bank.source import Reading, Stamp, read_checked, stamp
 from ptkit.errors import AdapterError, did_you_mean
 from ptkit.methods import compile_files
-from ptkit.prefix import Compiled
+from ptkit.prefix import Compiled, KVPrefix
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.turns import turn
 
@@ -73,6 +73,7 @@ class _Entry:
 
     stamp: of the files the prefix in memory was read from; refused: of files found bad
     chosen: the user named the bank's base for it (see `require_same_base`)
+    begins_text: see `KVPrefix.begins_text`
     """
 
     name: str
@@ -86,6 +87,7 @@ class _Entry:
     checked: float = 0.0
     virtual_tokens: int | None = None
     nbytes: int | None = None
+    begins_text: bool = False
     reading: threading.Lock = field(default_factory=threading.Lock)
 
     def on_disk(self) -> bool:
@@ -135,6 +137,11 @@ class PrefixStore:
                 entry.nbytes, name in self._pinned, entry.fault,
             )  # fmt: skip
 
+    def begins_text(self, name: str) -> bool:
+        """Whether `name` stands for a prefix that `begins_text`; false for what is not there."""
+        entry = self._entries.get(name)
+        return entry is not None and entry.begins_text
+
     def register(self, name: str, path: Path) -> None:
         """Know the files in `path` as `name`. Raises AdapterError when the name is taken."""
         with self._lock:
@@ -159,6 +166,7 @@ class PrefixStore:
         entry = _Entry(name, path, method=method, checked=time.monotonic())
         entry.stamp = None if read is None else read.stamp
         entry.chosen = read is not None and read.chosen
+        entry.begins_text = isinstance(prefix, KVPrefix) and prefix.begins_text
         with self._lock:
             before = self._entries.get(name)
             entry.version = 1 if before is None else before.version + 1

@@ -194,10 +194,10 @@ def _requests(
         name = names[number % len(names)]
         for row, requests, called in ((name, mixed, name), (None, plain, model)):
             (ids,) = bank.generate_ids(
-                [base.tokenizer(prompt)["input_ids"]], [row], max_new_tokens=new_tokens,
+                base.encode([prompt]), [row], max_new_tokens=new_tokens,
                 do_sample=False,
             )  # fmt: skip
-            text = str(base.tokenizer.decode(ids, skip_special_tokens=True))
+            (text,) = base.decode([ids])
             requests.append(Request(called, prompt, text, min(len(ids) + 1, new_tokens)))
     return mixed, plain
 

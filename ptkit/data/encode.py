@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ptkit.data.task import Example
+from ptkit.data.tokens import (
+    cut_left,
+    lead_ids,
+    part_ids,
+    texts_ids,
+    whole_ids,
+    without_lead,
+)
 from ptkit.errors import DataError
 from ptkit.recipe.schema import (
     ClassificationTask,
@@ -52,6 +60,10 @@ class StudiedText(EncodedExample):
 
     chunk: int = 0
 
+    def behind(self, lead: Sequence[int]) -> StudiedText:
+        """The text as it is read behind something that begins with `lead`."""
+        return replace(self, input_ids=without_lead(self.input_ids, lead))
+
     def __hash__(self) -> int:
         return hash((*self.input_ids, *self.target_ids, self.chunk))
 
@@ -78,8 +90,9 @@ def encode_examples(
     """Tokenise inputs and targets separately, so that training sees what generation will.
 
     Inputs longer than `max_input_tokens` lose their left end (what is nearest to the target
-    matters most); targets longer than `max_target_tokens` lose their right end. Generated
-    targets end with the end-of-text token, so that the model learns to stop.
+    matters most), but not what the tokenizer puts before every text. Targets longer than
+    `max_target_tokens` lose their right end. Generated targets end with the end-of-text token, so
+    that the model learns to stop.
 
     pairs: for an encoder-decoder. Inputs and targets get the tokenizer's own special tokens, and
         inputs lose their right end: in a text to be summed up, say, the beginning matters most.
@@ -94,9 +107,7 @@ def encode_examples(
     if isinstance(task, TokenClassificationTask):
         return _encoded_words(examples, tokenizer, task)
     if isinstance(task, HeadedTask):
-        inputs = tokenizer(
-            [e.input for e in examples], truncation=True, max_length=task.max_input_tokens
-        )["input_ids"]
+        inputs = whole_ids(tokenizer, [e.input for e in examples], task.max_input_tokens)
         numbers = {label: number for number, label in enumerate(task.labels)}
         return [
             EncodedExample(ids, [numbers[e.target]])
@@ -106,13 +117,15 @@ def encode_examples(
         label_token_ids(task, tokenizer)
     if pairs:
         return _encoded_pairs(examples, tokenizer, task)
-    inputs = tokenizer([e.input for e in examples])["input_ids"]
+    lead = lead_ids(tokenizer)
+    inputs = texts_ids(tokenizer, [e.input for e in examples])
     targets = tokenizer([e.target for e in examples], add_special_tokens=False)["input_ids"]
     encoded = []
     for input_ids, target_ids in zip(inputs, targets, strict=True):
         if isinstance(task, GenerationTask):
             target_ids = [*target_ids, _end_of(tokenizer)][: task.max_target_tokens]
-        encoded.append(EncodedExample(input_ids[-task.max_input_tokens :], target_ids))
+        kept = cut_left(input_ids, task.max_input_tokens, lead)
+        encoded.append(EncodedExample(kept, target_ids))
     return encoded
 
 
@@ -163,9 +176,7 @@ def _encoded_pairs(
     tokenizer: PreTrainedTokenizerBase,
     task: GenerationTask | ClassificationTask,
 ) -> list[EncodedExample]:
-    inputs = tokenizer(
-        [e.input for e in examples], truncation=True, max_length=task.max_input_tokens
-    )["input_ids"]
+    inputs = whole_ids(tokenizer, [e.input for e in examples], task.max_input_tokens)
     longest = task.max_target_tokens if isinstance(task, GenerationTask) else None
     targets = tokenizer(
         text_target=[e.target for e in examples], truncation=longest is not None, max_length=longest
@@ -190,10 +201,7 @@ def label_token_ids(
     task: ClassificationTask, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[int]]:
     """Label -> token ids of its words. Raises DataError as `require_apart` does."""
-    ids = {
-        label: list(tokenizer(words, add_special_tokens=False)["input_ids"])
-        for label, words in task.verbalizer.items()
-    }
+    ids = {label: part_ids(tokenizer, words) for label, words in task.verbalizer.items()}
     require_apart(ids, "task.verbalizer: ")
     return ids
 

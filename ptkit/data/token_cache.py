@@ -28,6 +28,8 @@ from ptkit.recipe.schema import Task
 
 #: Fewer rows are tokenised as fast as they are read.
 FEWEST_ROWS = 1_000
+#: Counted up when the same rows and tokenizer give other ids than before.
+_VERSION = 2
 #: The least recently used files go when all take more bytes than this.
 MOST_BYTES = 2_000_000_000
 
@@ -67,7 +69,8 @@ def _digest(
     # What its last call was asked for, not what it is.
     rules = {k: v for k, v in made_of.items() if k not in ("truncation", "padding")}
     settings = [
-        tokenizers.__version__, rules, type(tokenizer).__name__, tokenizer.eos_token_id, pairs,
+        _VERSION, tokenizers.__version__, rules, type(tokenizer).__name__, tokenizer.eos_token_id,
+        pairs,
         task.model_dump(mode="json", exclude={"data", "metrics"}),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

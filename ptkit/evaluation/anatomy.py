@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from ptkit.data.tokens import text_ids
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter, weights_path
 from ptkit.methods import adapter_from_files, require_same_base
 from ptkit.methods.soft_prompt import SoftPrompt
-from ptkit.methods.start import token_ids
 from ptkit.prefix import KVPrefix, PrefixBatch
 from ptkit.runtime.attention import prefix_attention, prefixed_positions
 from ptkit.runtime.base_model import Base
@@ -99,7 +99,8 @@ SENTENCE = "The committee published its report on Monday, and nobody was surpris
 def attention_shares(prefix: KVPrefix, base: Base, text: str = SENTENCE) -> list[float]:
     """The share of attention each virtual token gets while the base reads `text`: the mean of
     the attention weights over layers, heads and the tokens of the text."""
-    model, ids = base.model, torch.tensor([token_ids(base, text)]).to(base.model.device)
+    model = base.model
+    ids = torch.tensor([text_ids(base.tokenizer, text)]).to(model.device)
     mask = torch.ones_like(ids)
     batch = PrefixBatch.shared(prefix, 1)
     if prefix.infix:
@@ -124,7 +125,7 @@ def attention_shares(prefix: KVPrefix, base: Base, text: str = SENTENCE) -> list
 
 def layer_norms(prefix: KVPrefix, base: Base) -> list[LayerNorms]:
     """Vector lengths per layer, beside those of a sentence the base reads."""
-    text = compile_tokens(base.model, torch.tensor(token_ids(base, SENTENCE)))
+    text = compile_tokens(base.model, torch.tensor(text_ids(base.tokenizer, SENTENCE)))
 
     def length(vectors: torch.Tensor) -> float:
         return float(vectors.float().norm(dim=-1).mean())

@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
-from ptkit.data.encode import encode_examples
+from ptkit.data.encode import EncodedExample, encode_examples
 from ptkit.data.task import Example
 from ptkit.data.templates import filled
 from ptkit.data.tokens import listed
@@ -27,6 +27,7 @@ from ptkit.recipe.schema import (
     TokenClassificationTask,
 )
 from ptkit.runtime.base_model import Base
+from ptkit.runtime.forward import require_embedded
 
 #: Rows read at a time.
 ROWS = 32
@@ -71,8 +72,7 @@ class Classifier:
         examples = [Example(filled(template, text), first, (first,), first) for text in texts]
         found = []
         for part in _parts(examples):
-            rows = encode_examples(part, self.adapter.base.tokenizer, self.task)
-            require_room(self.adapter, rows, self.task)
+            rows = self._encoded(part)
             for row in label_scores(self.adapter, rows, self._compiled, self.task):
                 shares = torch.tensor([*row.values()]).softmax(-1).tolist()
                 found.append(dict(zip(row, shares, strict=True)))
@@ -94,11 +94,17 @@ class Classifier:
             examples.append(Example(" ".join(words), target, (target,), words=tuple(words)))
         found = []
         for part in _parts(examples):
-            rows = encode_examples(part, self.adapter.base.tokenizer, self.task)
-            require_room(self.adapter, rows, self.task)
+            rows = self._encoded(part)
             answers = word_labels(self.adapter, rows, part, self._compiled, self.task)
             found += [answer.split() for answer in answers]
         return found
+
+    def _encoded(self, examples: list[Example]) -> list[EncodedExample]:
+        base = self.adapter.base
+        rows = encode_examples(examples, base.tokenizer, self.task)
+        require_embedded(base, rows, self.task)
+        require_room(self.adapter, rows, self.task)
+        return rows
 
 
 @contextmanager

@@ -51,10 +51,14 @@ def measure_divergence(
     teachers: Sequence[KVPrefix],
     student: KVPrefix | None,
     *,
+    lead: Sequence[int] = (),
     resamples: int = 1000,
 ) -> Divergence:
     """`student` (None: nothing before the texts) beside the teacher, which has in view the entry of
-    `teachers` that a text names (see `StudiedText.chunk`)."""
+    `teachers` that a text names (see `StudiedText.chunk`).
+
+    lead: what the teachers begin with and every text too; the teacher reads it once
+    """
     base.model.eval()
     vocabulary = base.model.get_output_embeddings().weight.shape[0]
     size = min(BATCH, max(1, MAX_LOGITS // (vocabulary * max(map(len, texts)))))
@@ -63,9 +67,9 @@ def measure_divergence(
     for start in range(0, len(order), size):
         part = order[start : start + size]
         rows = [texts[i] for i in part]
-        tensors = collate(rows, base)
+        tensors, behind = collate(rows, base), collate([row.behind(lead) for row in rows], base)
         seen = PrefixBatch.of_rows([teachers[row.chunk] for row in rows], base.layout)
-        wanted, _ = supervised_logits(base.model, **tensors, batch=seen)
+        wanted, _ = supervised_logits(base.model, **behind, batch=seen)
         own = None if student is None else PrefixBatch.shared(student, len(rows))
         logits, _ = supervised_logits(base.model, **tensors, batch=own)
         same = (logits.argmax(-1) == wanted.argmax(-1)).double()

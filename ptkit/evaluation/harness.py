@@ -23,6 +23,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ptkit.data.encode import EncodedExample
+from ptkit.data.tokens import cut_left
 from ptkit.errors import DataError, ModelError, UserError
 from ptkit.methods import Adapter
 from ptkit.runtime.forward import collate, rows_for, supervised_logits, token_losses
@@ -45,6 +46,7 @@ class AdapterLM(TemplateLM):
         self.tokenizer: Any = adapter.base.tokenizer
         compiled = adapter.compiled()
         self._compiled = None if compiled is None else compiled.detach()
+        self._lead = adapter.base.lead
         self.max_length = (adapter.base.max_positions or _UNBOUNDED) - adapter.virtual_tokens
 
     @property
@@ -64,8 +66,11 @@ class AdapterLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        # As the harness's own model for transformers: no special tokens unless it asks.
-        return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
+        # As the harness's own model for transformers: a text that is told nothing of begins as the
+        # tokenizer begins it, once.
+        if add_special_tokens is None:
+            return self.adapter.base.encode([string])[0]
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -84,7 +89,8 @@ class AdapterLM(TemplateLM):
         """For each (context, continuation): its log-probability, and whether greedy search would
         have written it.
 
-        A context is cut on the left to what the model has positions for. Raises DataError for a
+        A context is cut on the left to what the model has positions for, and keeps the
+        begin-of-text token if it has one (the harness's own model loses it). Raises DataError for a
         continuation that leaves no position for any context.
         """
         rows = []
@@ -96,7 +102,8 @@ class AdapterLM(TemplateLM):
                     f"a continuation has {len(continuation)} tokens; {self.adapter.base.id} has "
                     f"{self.max_length} positions beside the adapter"
                 )
-            rows.append(EncodedExample(context[-kept:], continuation))
+            context = self.adapter.behind(cut_left(context, kept, self._lead))
+            rows.append(EncodedExample(context, continuation))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         results: dict[int, tuple[float, bool]] = {}
         model = self.adapter.model
@@ -155,7 +162,10 @@ class AdapterLM(TemplateLM):
                 f"the task generates up to {longest} tokens, {self.adapter.base.id} has "
                 f"{self.max_length} positions beside the adapter"
             )
-        inputs = [self.tok_encode(context)[-room:] for context in contexts]
+        inputs = [
+            self.adapter.behind(cut_left(self.tok_encode(context), room, self._lead))
+            for context in contexts
+        ]
         # Stopping is an economy here: the text is cut at the stop string in any case.
         tokens = generate(
             self.adapter.model,
@@ -167,6 +177,7 @@ class AdapterLM(TemplateLM):
             tokenizer=self.tokenizer,
             **options,
         )
+        # As the harness's own model decodes: what it compares has no special tokens.
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [postprocess_generated_text(text, stop, None) for text in texts]
 

@@ -37,6 +37,7 @@ def measure_latency(adapter: Adapter, prompt: list[int]) -> Latency:
 
     The first token, which reads the prompt, is not counted: what it costs depends on the prompt.
     """
+    prompt = adapter.behind(prompt)
     compiled = adapter.compiled()
     batch = rows_for(None if compiled is None else compiled.detach(), [prompt])
 

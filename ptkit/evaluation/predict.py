@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,13 @@ from ptkit.recipe.schema import (
     Task,
     TokenClassificationTask,
 )
-from ptkit.runtime.forward import collate, head_logits, rows_for, supervised_losses
+from ptkit.runtime.forward import (
+    collate,
+    head_logits,
+    require_embedded,
+    rows_for,
+    supervised_losses,
+)
 from ptkit.runtime.generation import generate
 from ptkit.runtime.scoring import continuation_scores
 
@@ -66,6 +72,8 @@ def predict(
     """
     base = adapter.base
     encoded = encode_examples(examples, base.tokenizer, task, pairs=base.encoder_decoder)
+    require_embedded(base, encoded, task)
+    encoded = [replace(row, input_ids=adapter.behind(row.input_ids)) for row in encoded]
     require_room(adapter, encoded, task)
     compiled = adapter.compiled()
     compiled = None if compiled is None else compiled.detach()
@@ -139,7 +147,7 @@ def _generated(
         num_beams=task.num_beams,
         do_sample=False,
     )
-    texts = adapter.base.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    texts = adapter.base.decode(tokens)
     if adapter.answer_end is not None:
         texts = [text.split(adapter.answer_end)[0] for text in texts]
     return [text.strip() for text in texts]

@@ -5,6 +5,10 @@ base's, as in PEFT's method comparison, so that figures compare. `retention` is 
 accuracy on that text, after / before: the score of the task the base was made for. `drift` is
 the Kullback-Leibler divergence of the adapted predictions from the base's own, KL(base || adapter):
 what changed, whether or not it became worse.
+
+A window of text begins as every text of the base does: with the begin-of-text token, where the
+tokenizer adds one. Without it the base reads what it was never trained on, and any virtual token in
+its place would look like a gain.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ptkit.data.encode import IGNORED
 from ptkit.errors import DataError
 from ptkit.methods import Adapter
 from ptkit.prefix import Compiled
@@ -54,7 +59,8 @@ class LanguageModelling:
 class GeneralProbe:
     """General texts and what the base itself makes of them.
 
-    windows, untouched: per domain, `[windows, tokens]` and the base's score
+    windows, untouched: per domain, `[windows, lead + tokens]` and the base's score
+    lead: how many tokens of a window the tokenizer puts before a text
     kept: of how many windows per domain the base's predictions are kept, to measure drift
     against: as many as memory for logits allows
     base_log_probs: per domain, `[kept windows * (tokens - 1), vocabulary]`
@@ -64,6 +70,7 @@ class GeneralProbe:
     untouched: Mapping[str, LanguageModelling]
     kept: int
     base_log_probs: Mapping[str, Tensor]
+    lead: int = 0
 
     @property
     def drift_windows(self) -> Tensor:
@@ -128,34 +135,48 @@ def probe_base(base: Base, texts: Mapping[str, str], max_tokens: int) -> General
     total = max(1, MAX_LOGITS // (vocabulary * width))
     # Evenly from all domains, at least one window each.
     each = max(1, total // len(windows))
-    read = {name: language_modelling(base.model, w, None, each) for name, w in windows.items()}
+    lead = len(base.lead)
+    read = {
+        name: language_modelling(base.model, w, None, each, lead=lead)
+        for name, w in windows.items()
+    }
     return GeneralProbe(
         windows,
         {name: result for name, (result, _) in read.items()},
         each,
         {name: log_probs for name, (_, log_probs) in read.items()},
+        lead,
     )
 
 
 def text_windows(base: Base, name: str, text: str, max_tokens: int) -> Tensor:
-    """Full windows of token ids, `[windows, tokens]`. Raises DataError when there is none."""
-    ids = base.tokenizer(text, add_special_tokens=False)["input_ids"][:max_tokens]
+    """Full windows of a text, each behind `base.lead`: token ids `[windows, lead + tokens]`.
+
+    Raises DataError when there is none.
+    """
+    ids = base.encode_part(text)[:max_tokens]
     window = WINDOW if base.max_positions is None else min(WINDOW, base.max_positions // 4)
     count = len(ids) // window
     if not count:
         raise DataError(
             f"the retention text `{name}` has {len(ids)} tokens, at least {window} are needed"
         )
-    return torch.tensor(ids[: count * window]).view(count, window)
+    lead = torch.tensor(base.lead, dtype=torch.long).expand(count, -1)
+    return torch.cat([lead, torch.tensor(ids[: count * window]).view(count, window)], dim=1)
 
 
 @torch.no_grad()
 def language_modelling(
-    model: PreTrainedModel, windows: Tensor, compiled: Compiled | None, keep: int
+    model: PreTrainedModel,
+    windows: Tensor,
+    compiled: Compiled | None,
+    keep: int,
+    *,
+    lead: int = 0,
 ) -> tuple[LanguageModelling, Tensor]:
     """Score `model` (with the `compiled` adapter before every window) on `windows`
-    `[windows, tokens]`. Of a window the adapter is shown what is not predicted: a causal model's
-    first token, all that an encoder reads.
+    `[windows, lead + tokens]`. Of a window the adapter is shown what is not predicted: a causal
+    model's `lead` and first token, all that an encoder reads.
 
     Returns the score, and the log-probabilities at all predicted tokens of the first `keep`
     windows, `[n, vocabulary]`, float32.
@@ -164,16 +185,19 @@ def language_modelling(
     vocabulary = model.get_output_embeddings().weight.shape[0]
     rows = max(1, MAX_LOGITS // (vocabulary * windows.shape[1]))
     # A causal model predicts all tokens but the first; an encoder-decoder writes what it reads.
-    predicted = windows.shape[1] - (not model.config.is_encoder_decoder)
+    given = 0 if model.config.is_encoder_decoder else lead + 1
+    predicted = windows.shape[1] - given
     wanted = min(keep, len(windows)) * predicted
     nats, right, tokens = 0.0, 0, 0
     kept: list[Tensor] = []
     for part in windows.to(model.device).split(rows):
         mask = torch.ones_like(part)
+        labels = part.clone()
+        labels[:, :given] = IGNORED
         batch = None
         if compiled is not None:
-            batch = compiled.for_rows(part, input_tokens(model, mask, part))
-        logits, targets = supervised_logits(model, part, mask, part, batch)
+            batch = compiled.for_rows(part, input_tokens(model, mask, labels))
+        logits, targets = supervised_logits(model, part, mask, labels, batch)
         nats += float(token_losses(logits, targets).sum(dtype=torch.float64))
         right += int((logits.argmax(-1) == targets).sum())
         if tokens < wanted:  # so far every token read was kept
@@ -197,7 +221,11 @@ def measure_retention(adapter: Adapter, probe: GeneralProbe) -> Retention:
     after = {}
     divergence, tokens = 0.0, 0
     for name, windows in probe.windows.items():
-        after[name], log_probs = language_modelling(adapter.model, windows, compiled, probe.kept)
+        # What the virtual tokens begin with already is not read again.
+        skipped = windows.shape[1] - len(adapter.behind(windows[0].tolist()))
+        after[name], log_probs = language_modelling(
+            adapter.model, windows[:, skipped:], compiled, probe.kept, lead=probe.lead - skipped
+        )
         # Both sides are log-probabilities: `input` is the adapter, `target` the base.
         divergence += float(
             torch.nn.functional.kl_div(

@@ -163,7 +163,7 @@ def export_prompt_embeds(
     with atomic.folder(out, replace=replace_out) as scratch:
         tensors = {soft.name: soft.embeddings.contiguous() for soft in softs}
         save_file(tensors, scratch / EMBEDDINGS, metadata={"format": "pt"})
-        about = _prompts_file(base, softs, {})
+        about = _prompts_file(base, softs, {}) | {"lead": base.lead}
         about["embedding"] = {
             "tensor": _checkpoint_name(base.model),
             "scale": _embedding_scale(base.model),
@@ -209,13 +209,8 @@ def _checkpoint_name(model: PreTrainedModel) -> str:
 
 def _beginning(base: Base) -> str:
     """The text of what the tokenizer puts before every text: it comes after the virtual tokens."""
-    tokenizer = base.tokenizer
-    with_begin = list(tokenizer("a")["input_ids"])
-    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    if with_begin == plain:
-        return ""
-    at = next((i for i in range(len(with_begin)) if with_begin[i : i + len(plain)] == plain), 0)
-    return str(tokenizer.decode(with_begin[:at]))
+    lead = base.lead
+    return str(base.tokenizer.decode(lead)) if lead else ""
 
 
 def _ids(tokenizer: Any, tokens: list[str]) -> list[int]:
@@ -224,7 +219,7 @@ def _ids(tokenizer: Any, tokens: list[str]) -> list[int]:
 
 def _probe(base: Base) -> list[int]:
     """A short input of several different tokens."""
-    ids = list(base.tokenizer("The quick brown fox, 1984.")["input_ids"])
+    (ids,) = base.encode(["The quick brown fox, 1984."])
     return ids or [0]
 
 

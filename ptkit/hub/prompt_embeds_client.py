@@ -44,7 +44,10 @@ def prompt_embeds(adapter: str, text: str, base: Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(base)
     with safe_open(HERE / "prompt_embeds.safetensors", "pt") as file:
         soft = file.get_tensor(adapter)
-    whole = torch.cat([soft, text_embeddings(base, tokenizer(text)["input_ids"])])
+    lead, ids = ABOUT["lead"], tokenizer(text, add_special_tokens=False)["input_ids"]
+    if ids[: len(lead)] != lead:  # what stands before every text of the base, once
+        ids = [*lead, *ids]
+    whole = torch.cat([soft, text_embeddings(base, ids)])
     buffer = io.BytesIO()
     torch.save(whole, buffer)
     return base64.b64encode(buffer.getvalue()).decode()

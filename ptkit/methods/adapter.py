@@ -195,6 +195,10 @@ class Adapter(nn.Module):
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
 
+    def behind(self, ids: list[int]) -> list[int]:
+        """`ids`, those of a whole text, as the model reads them behind the virtual tokens."""
+        return ids
+
     @property
     def answer_end(self) -> str | None:
         """Text at which a generated answer is over, for methods that never learnt to stop."""

@@ -90,8 +90,10 @@ def start_tokens(
     count = section.num_virtual_tokens
     if section.start == "random":
         return None
+    # Either may have more tokens than the other.
+    vocabulary = min(len(base.tokenizer), base.embedding.num_embeddings)
     if section.start == "vocabulary":
-        return torch.randint(len(base.tokenizer), (count,))
+        return torch.randint(vocabulary, (count,))
     if section.start == "text":
         assert section.start_text is not None
         ids = token_ids(base, section.start_text)
@@ -109,14 +111,14 @@ def start_tokens(
             if len(ids) >= count:
                 break
     if not ids:
-        return torch.randint(len(base.tokenizer), (count,))
+        return torch.randint(vocabulary, (count,))
     repeats = -(-count // len(ids))
     return torch.tensor((ids * repeats)[:count])
 
 
 def token_ids(base: Base, text: str) -> list[int]:
     """`text` as ids, without the tokens a tokenizer puts around it."""
-    return list(base.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return base.encode_part(text)
 
 
 def start_embeddings(base: Base, tokens: Tensor) -> Tensor:

@@ -2,15 +2,20 @@
 
 The untrained baseline every comparison needs (Brown et al. 2020, section 2,
 https://arxiv.org/abs/2005.14165). It compiles to a KV prefix like the learnt methods.
+
+The text and the input are one text for the model: the begin-of-text token that some tokenizers add
+stands before the prompt, and not again before the input.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
+from ptkit.data.tokens import without_lead
 from ptkit.errors import AdapterError, UserError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, register
@@ -48,9 +53,10 @@ class TextPrompt(Adapter):
 
     def __init__(self, section: TextPromptSection, base: Base, text: str) -> None:
         super().__init__(section, base)
-        ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not ids:
+        if not base.encode_part(text):
             raise UserError("a text prompt needs an instruction or at least one example")
+        (ids,) = base.encode([text])
+        self._lead = base.lead
         base.require_positions(len(ids), 1, "the text prompt")
         self.token_ids = torch.tensor(ids)
         self._prefix: KVPrefix | None = None
@@ -67,6 +73,9 @@ class TextPrompt(Adapter):
     def virtual_tokens(self) -> int:
         return len(self.token_ids)
 
+    def behind(self, ids: list[int]) -> list[int]:
+        return without_lead(ids, self._lead)
+
     @property
     def answer_end(self) -> str | None:
         # After its answer the base goes on with a demonstration of its own.
@@ -75,9 +84,10 @@ class TextPrompt(Adapter):
     def prefix(self) -> KVPrefix:
         if self._prefix is None:
             if has_state(self.base.model):
-                self._prefix = soft_prefix(self.base, start_embeddings(self.base, self.token_ids))
+                read = soft_prefix(self.base, start_embeddings(self.base, self.token_ids))
             else:
-                self._prefix = compile_tokens(self.base.model, self.token_ids)
+                read = compile_tokens(self.base.model, self.token_ids)
+            self._prefix = replace(read, begins_text=bool(self._lead))
         return self._prefix
 
     def own_files(self) -> AdapterFiles:

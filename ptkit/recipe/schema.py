@@ -161,7 +161,8 @@ class GenerationTask(Section):
     references: str | None = None
     """Column holding the list of acceptable texts; without it the target alone is the reference."""
     max_input_tokens: Annotated[int, Field(gt=0)] = 256
-    """Inputs are cut on the left to this many tokens; for an encoder-decoder on the right."""
+    """Inputs are cut on the left to this many tokens, and keep a begin-of-text token that the
+    tokenizer adds; for an encoder-decoder on the right."""
     max_target_tokens: Annotated[int, Field(gt=0)] = 128
     """Targets are cut to, and generation stops at, this many tokens."""
     num_beams: Annotated[int, Field(ge=1)] = 1
@@ -194,7 +195,8 @@ class ClassificationTask(Section):
     """Label -> the words that stand for it after the input (keep the leading space). No
     label's words may begin another's: they would always be the likelier ones."""
     max_input_tokens: Annotated[int, Field(gt=0)] = 256
-    """Inputs are cut on the left to this many tokens."""
+    """Inputs are cut on the left to this many tokens, and keep a begin-of-text token that the
+    tokenizer adds."""
     metrics: list[MetricName] = Field(default=["accuracy", "macro_f1"], min_length=1)
     """`accuracy`, `macro_f1`, `macro_precision`, `macro_recall`, `roc_auc`, or your own
     `module:function`; the first is *the score* in tables."""

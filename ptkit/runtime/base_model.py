@@ -40,6 +40,7 @@ from ptkit.runtime.gguf_blocks import in_blocks
 from ptkit.runtime.gguf_model import is_gguf, stored_type
 from ptkit.runtime.named_models import gguf_behind, source_of
 from ptkit.runtime.quantize import logical_size, quantization_config, require_quantized
+from ptkit.runtime.texts import Texts, embedded_tokens, own_ends
 
 
 class Labels(NamedTuple):
@@ -73,7 +74,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Base:
+class Base(Texts):
     """A frozen model with its tokenizer: a language model, causal or an encoder-decoder, or any
     backbone with a classification head (`head`).
 
@@ -158,18 +159,6 @@ class Base:
     def pad_token_id(self) -> int:
         """The id used for padding (never attended to)."""
         return int(self.tokenizer.pad_token_id)
-
-    @property
-    def first_token_id(self) -> int:
-        """The token texts begin with; where the tokenizer names none, the one they end with.
-
-        Raises ModelError where it names neither.
-        """
-        tokenizer = self.tokenizer
-        for token in (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        raise ModelError(f"the tokenizer of {self.id} names no token that texts begin or end with")
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -407,7 +396,9 @@ def headed_base(
 def _freeze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id: str) -> None:
     model.requires_grad_(False)
     model.eval()
-    if tokenizer.pad_token_id is None:
+    pad, known = tokenizer.pad_token_id, embedded_tokens(model)
+    # Padding is not read, but looked up: a token that was added for it may have no embedding.
+    if pad is None or (known is not None and pad >= known):
         if tokenizer.eos_token is None:
             raise ModelError(f"the tokenizer of {id} has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
@@ -421,8 +412,6 @@ def _end_where_the_tokenizer_ends(
 ) -> None:
     """Let generation stop at the tokenizer's end token too, which is the one targets are learnt
     with. Chat models often name another one in their generation config."""
-    settings, end = model.generation_config, tokenizer.eos_token_id
-    own = settings.eos_token_id
-    ends = [own] if isinstance(own, int) else [*(own or ())]
+    ends, end = own_ends(model), tokenizer.eos_token_id
     if end is not None and end not in ends:
-        settings.eos_token_id = [*ends, end]
+        model.generation_config.eos_token_id = [*ends, end]

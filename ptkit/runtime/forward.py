@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ptkit.data.encode import IGNORED, EncodedExample
 from ptkit.prefix import Compiled, PrefixBatch
+from ptkit.recipe.schema import HeadedTask, Task
 from ptkit.runtime.architecture import head_kind, is_encoder
 from ptkit.runtime.attention import (
     prefix_attention,
@@ -323,6 +324,17 @@ def collate(rows: Sequence[EncodedExample], base: Base) -> dict[str, Tensor]:
     apart = base.encoder_decoder or base.head is not None
     tensors = (_pairs if apart else _joined)(rows, base.pad_token_id)
     return {name: tensor.to(base.model.device) for name, tensor in tensors.items()}
+
+
+def require_embedded(base: Base, rows: Iterable[EncodedExample], task: Task) -> None:
+    """Raise ModelError when rows of `task` have a token that the base has no embedding for.
+
+    rows: not gone through where the base has one for all tokens of its tokenizer
+    """
+    headed = isinstance(task, HeadedTask)  # whose targets are numbers of labels
+    base.require_embedded(
+        row.input_ids if headed else [*row.input_ids, *row.target_ids] for row in rows
+    )
 
 
 def _pairs(rows: Sequence[EncodedExample], pad_token_id: int) -> dict[str, Tensor]:

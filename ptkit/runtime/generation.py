@@ -219,9 +219,12 @@ def _written(
                 injection.batch = held
     finally:
         model.train(was_training)
-    # The first token is the decoder's start. Words that only frame a text are not the answer.
+    # The first token is the decoder's start, the next one may be forced (a language's name).
+    # Words that only frame a text are not the answer.
     frame = end_ids(model, **options)
-    return [_until_end(row[1:], frame) for row in output.tolist()]
+    forced = options.get("forced_bos_token_id", model.generation_config.forced_bos_token_id)
+    rows = [row[2:] if row[1:2] == [forced] else row[1:] for row in output.tolist()]
+    return [_until_end(row, frame) for row in rows]
 
 
 def end_ids(model: PreTrainedModel, **options: Any) -> set[int]:

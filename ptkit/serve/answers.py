@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
 from ptkit.data.templates import filled
+from ptkit.data.tokens import chat_ids, text_ids
 from ptkit.errors import UserError
 from ptkit.serve.engine import Answer, Engine, FinishReason, Update
 from ptkit.serve.library import Library
@@ -285,12 +286,14 @@ def _prompts(library: Library, request: CompletionRequest | ChatRequest) -> list
     base = library.bank.base
     if isinstance(request, ChatRequest):
         messages = [message.as_template_takes_it() for message in request.messages]
-        return [chat_prompt(base.tokenizer, messages)]
+        ids = chat_prompt(base.tokenizer, messages)
+        base.require_embedded([ids])
+        return [ids]
     prompts: list[list[int]] = []
     template = library.template(request.model) if request.template else None
     for prompt in request.prompts:
         if isinstance(prompt, str):
-            ids = [*base.tokenizer(filled(template, prompt))["input_ids"]]
+            (ids,) = base.encode([filled(template, prompt)])
             if not ids:
                 raise UserError("the prompt is empty: it has no tokens")
         else:
@@ -306,19 +309,17 @@ def _prompts(library: Library, request: CompletionRequest | ChatRequest) -> list
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """The ids of a conversation, up to where the answer begins.
 
-    By the tokenizer's chat template; without one the messages follow each other line by line, as
-    in `ptkit chat`. Raises UserError when the template refuses them.
+    By the tokenizer's chat template, with one begin-of-text token, whoever writes it. Without a
+    template the messages follow each other line by line, as in `ptkit chat`. Raises UserError when
+    the template refuses them.
     """
-    ids: Any
     if tokenizer.chat_template is None:
-        ids = tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+        ids = text_ids(tokenizer, "\n".join(message["content"] for message in messages))
     else:
         try:
-            ids = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            ids = chat_ids(tokenizer, messages)
         except Exception as error:  # templates raise what they like (jinja2's, TypeError, ...)
             raise UserError(f"the model's chat template refuses the messages: {error}") from error
     if not ids:
         raise UserError("the messages are empty: they have no tokens")
-    return [*ids]
+    return ids

@@ -138,7 +138,7 @@ class _Writing:
         base = engine.bank.base
         self.answer = answer
         self.sampler = Sampler(answer.sampling, base.model.device)
-        self._stream = TextStream(base.tokenizer, answer.sampling.stop)
+        self._stream = TextStream(base.tokenizer, answer.sampling.stop, base.frame)
         self._ends = frozenset() if answer.sampling.ignore_eos else engine.end_ids
         self._text: list[str] = []
         self._tokens: list[Token] = []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
+
+from ptkit.data.tokens import decoded, frame_ids
 
 #: What a decoder writes for bytes that are not a whole character yet.
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -22,12 +24,20 @@ class Piece:
 class TextStream:
     """The text of one answer as its tokens come.
 
+    frame: token ids that are not shown; default: the tokenizer's padding, begin and end
+
     A piece ends between characters, and never inside what may become a stop text: that is held
     back until it is clear.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        frame: Collection[int] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._frame = frame_ids(tokenizer) if frame is None else frame
         self._stop = tuple(stop)
         self._ids: list[int] = []
         # Tokens before `_from` are done with; those up to `_shown` are context for what follows,
@@ -52,7 +62,7 @@ class TextStream:
         return self._certain(self._held + after[len(before) :]).text + self._rest()
 
     def _decoded(self, start: int, end: int) -> str:
-        return str(self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True))
+        return decoded(self._tokenizer, self._ids[start:end], self._frame)
 
     def _rest(self) -> str:
         held, self._held = self._held, ""

@@ -40,6 +40,7 @@ from ptkit.recipe.schema import HeadedTask, ModelSection, Task, TrainSection
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.cache import has_state
 from ptkit.runtime.compile import compile_tokens
+from ptkit.runtime.forward import require_embedded
 from ptkit.runtime.named_models import TINY_EN
 from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.claim import claim as claim_folder
@@ -48,6 +49,7 @@ from ptkit.training.loop import fit
 from ptkit.training.provenance import FORMAT, base_info, claim, versions
 from ptkit.training.run import Observer
 from ptkit.training.self_study import (
+    SPLITS,
     Document,
     Inputs,
     Texts,
@@ -169,8 +171,10 @@ def distill(
     read = read_in_chunks(base, document, sink=sink, room=room, chunk_tokens=chunk_tokens)
     _require_shorter(read, tokens, room, base)
     settings = _settings(steps, batch_size)
+    begun = read.begun(base)
     with held(folder):
         claim_folder(folder / CLAIM, {
+            **({"lead": begun} if begun else {}),
             "document": hashlib.sha256(document.encode()).hexdigest(),
             "base": base.fingerprint,
             "dtype": str(base.model.dtype),
@@ -197,12 +201,12 @@ def distill(
             Job(
                 adapter, studied.train, studied.validation, settings, learning_rate, seed, folder,
                 observer.stepped, beta2=section.beta2,
-                teacher=Teacher(base, teachers, settings.context_cache_mb * 10**6),
+                teacher=Teacher(base, teachers, settings.context_cache_mb * 10**6, begun),
             )
         ])  # fmt: skip
         prefix = adapter.prefix().detach()
         figures = {
-            name: measure_divergence(base, studied.test, teachers, student)
+            name: measure_divergence(base, studied.test, teachers, student, lead=begun)
             for name, student in ((NOTHING, None), (FIRST_TOKENS, first), (DISTILLED, prefix))
         }
         record = _record(folder, read, prefix, studied, figures, progress)
@@ -286,7 +290,7 @@ def _require_shorter(document: Document, tokens: int, room: int, base: Base) -> 
 
 def _of_lines(lines: Sequence[str], base: Base) -> Inputs:
     """The lines as token ids; of every ten, one is kept to validate and two to judge."""
-    ids = [list(base.tokenizer(line)["input_ids"]) for line in lines]
+    ids = base.encode(lines)
     if len(ids) < 3 or not all(ids):
         raise UserError(
             f"found {sum(map(bool, ids))} inputs; at least three are needed, one to learn from, "
@@ -311,12 +315,12 @@ def _of_recipe(loaded: LoadedRecipe, base: Base) -> Inputs:
             "writes no text; use a recipe that answers in words"
         )
     data = load_task(task, loaded.folder)
-    return {
-        split: [e.input_ids for e in encode_examples(rows, base.tokenizer, task) if e.input_ids]
-        for split, rows in (
-            ("test", data.test), ("validation", data.validation), ("train", data.train),
-        )
-    }  # fmt: skip
+    found = {}
+    for split in SPLITS:
+        rows = encode_examples(getattr(data, split), base.tokenizer, task)
+        require_embedded(base, rows, task)
+        found[split] = [row.input_ids for row in rows if row.input_ids]
+    return found
 
 
 def _record(

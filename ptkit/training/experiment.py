@@ -20,6 +20,7 @@ from ptkit.evaluation.retention import GeneralProbe, off_probe, probe_base
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.schema import Recipe
 from ptkit.runtime.base_model import Base, Labels, load_base
+from ptkit.runtime.forward import require_embedded
 from ptkit.training.retain import general_windows
 
 
@@ -117,6 +118,9 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     encode = partial(
         encode_cached, tokenizer=base.tokenizer, task=recipe.task, pairs=base.encoder_decoder
     )
+    parts = (data.train, data.validation, data.test)
+    rows = (row for part in parts for row in encode(part))
+    require_embedded(base, rows, recipe.task)
     first = encode(data.test[:1])[0].input_ids
     probe_ids = torch.tensor([first]) if general is None else general.drift_windows[:1]
     return Experiment(

@@ -36,13 +36,14 @@ def require_gate_fits(adapter: Adapter) -> None:
 def fit_gate(base: Base, rows: Sequence[EncodedExample], windows: Tensor, seed: int) -> Gate:
     """A gate that opens for inputs like those of `rows` and stays shut for text like `windows`.
 
-    rows: training rows; windows: general text, `[pieces, tokens]`
+    rows: training rows; windows: general text, `[pieces, lead + tokens]`
 
     Logistic regression on `gate_features`, both sides weighing as much; deterministic in `seed`.
     """
     draw = random.Random(seed)
     inputs = [row.input_ids for row in draw.sample(list(rows), min(ROWS, len(rows)))]
-    texts = [_piece(window, draw) for window in _cycled(windows, PIECES)]
+    lead = base.lead  # every input has it; it must not give inputs away
+    texts = [[*lead, *_piece(window[len(lead) :], draw)] for window in _cycled(windows, PIECES)]
     features = np.concatenate([_features(base, inputs), _features(base, texts)])
     classifier = LogisticRegression(C=_LOOSENESS, class_weight="balanced", max_iter=1000)
     classifier.fit(features, [1] * len(inputs) + [0] * len(texts))

@@ -35,7 +35,8 @@ _MARGIN, _BEYOND = 1.5, 10.0
 def general_windows(
     retain: RetainSection, retention: RetentionSection | None, base: Base, folder: Path
 ) -> Tensor:
-    """Pieces of general text as token ids, `[pieces, WINDOW]`: of the recipe's, or the base's own.
+    """Pieces of general text as token ids, each behind `base.lead`: of the recipe's text, or of the
+    base's own. `[pieces, lead + WINDOW]`.
 
     Raises UserError when the text is one that forgetting is measured on: the figure would say
     how well that text was learnt.
@@ -54,12 +55,18 @@ def general_windows(
             "be measured on text that was not trained on"
         )
     ((name, text),) = general_texts(retain.text, folder).items()
-    ids = text_windows(base, name, text, max_tokens=10**6).flatten()
-    return ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+    lead = base.lead
+    ids = text_windows(base, name, text, max_tokens=10**6)[:, len(lead) :].flatten()
+    return _behind(lead, ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW))
+
+
+def _behind(lead: list[int], pieces: Tensor) -> Tensor:
+    return torch.cat([torch.tensor(lead, dtype=torch.long).expand(len(pieces), -1), pieces], dim=1)
 
 
 def written_by_base(base: Base, count: int = WRITTEN, seed: int = 0) -> Tensor:
-    """Texts sampled from the frozen base, `[count, WINDOW]`; the global generator is left alone.
+    """Texts sampled from the frozen base, each behind `base.lead`, `[count, lead + WINDOW]`; the
+    global generator is left alone.
 
     On them the divergence is that of the base's own distribution, with no text needed.
     """
@@ -67,15 +74,17 @@ def written_by_base(base: Base, count: int = WRITTEN, seed: int = 0) -> Tensor:
         raise UserError(
             "an encoder-decoder writes no text without an input; give `train.retain.text`"
         )
+    lead = base.lead
+    begin = lead or [base.first_token_id]
     devices = [base.model.device] if base.model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         texts = generate(
-            base.model, [[base.first_token_id]] * count, None, pad_token_id=base.pad_token_id,
+            base.model, [begin] * count, None, pad_token_id=base.pad_token_id,
             do_sample=True, top_k=0, max_new_tokens=WINDOW, min_new_tokens=WINDOW,
             eos_token_id=None,
         )  # fmt: skip
-    return torch.tensor(texts)
+    return _behind(lead, torch.tensor(texts))
 
 
 class Retainer:

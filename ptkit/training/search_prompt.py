@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ptkit.data.encode import EncodedExample
+from ptkit.data.tokens import part_ids, without_lead
 from ptkit.errors import ModelError, UserError
 from ptkit.prefix import KVPrefix, PrefixBatch
 from ptkit.runtime.attention import prefix_attention
@@ -66,11 +67,12 @@ def search_prompt(
     """
     if base.encoder_decoder:
         raise ModelError(f"{base.id} is an encoder-decoder; text prompts are for causal models")
-    ids = list(base.tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = base.encode_part(text)
     if not ids:
         raise UserError("the search needs a text to begin with")
     generator = random.Random(seed)
-    drawn = generator.sample(list(train), min(rows, len(train)))
+    drawn = _behind(base, generator.sample(list(train), min(rows, len(train))))
+    validation = _behind(base, validation)
     (best,) = _losses(base, [_compiled(base, ids)], drawn)
     losses, scored = [best], 1
     for _ in range(rounds):
@@ -91,8 +93,14 @@ def search_prompt(
     return Found(str(base.tokenizer.decode(ids)), tuple(ids), best, judged, tuple(losses), scored)
 
 
+def _behind(base: Base, rows: Sequence[EncodedExample]) -> list[EncodedExample]:
+    """`rows` as they are read behind a prompt, which begins with the base's `lead`."""
+    lead = base.lead
+    return [replace(row, input_ids=without_lead(row.input_ids, lead)) for row in rows]
+
+
 def _compiled(base: Base, ids: Sequence[int]) -> KVPrefix:
-    return compile_tokens(base.model, torch.tensor(ids))
+    return compile_tokens(base.model, torch.tensor([*base.lead, *ids]))
 
 
 def _replaced(
@@ -106,7 +114,7 @@ def _replaced(
         other = [*ids[:position], token, *ids[position + 1 :]]
         if token == ids[position] or token in tokenizer.all_special_ids:
             continue
-        if tokenizer(tokenizer.decode(other), add_special_tokens=False)["input_ids"] != other:
+        if part_ids(tokenizer, str(tokenizer.decode(other))) != other:
             continue
         yield other
         left -= 1
@@ -116,13 +124,14 @@ def _replaced(
 
 def _gradient(base: Base, ids: list[int], rows: Sequence[EncodedExample]) -> Tensor:
     """The gradient of the loss at the prompt's embeddings, `[tokens, hidden]`."""
-    embeddings = base.embedding(torch.tensor(ids, device=base.model.device)).detach()
+    lead = base.lead
+    embeddings = base.embedding(torch.tensor([*lead, *ids], device=base.model.device)).detach()
     with torch.enable_grad(), prefix_attention(base.model):
         embeddings = embeddings.float().requires_grad_(True)
         batch = PrefixBatch.shared(compile_embeddings(base.model, embeddings), len(rows))
         loss = supervised_losses(base.model, **collate(rows, base), batch=batch).mean()
         (gradient,) = torch.autograd.grad(loss, embeddings)
-    return gradient
+    return gradient[len(lead) :]
 
 
 @torch.no_grad()

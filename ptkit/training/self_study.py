@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ptkit.data.encode import StudiedText
+from ptkit.data.tokens import without_lead
 from ptkit.errors import DataError, ModelError, UserError
 from ptkit.formats import atomic
 from ptkit.prefix import KVPrefix, PrefixBatch
@@ -52,6 +53,11 @@ class Document:
     chunks: list[list[int]]
     lead: list[int]
 
+    def begun(self, base: Base) -> list[int]:
+        """What stands before every text, where the chunks begin with it: behind a chunk a text is
+        read without it."""
+        return base.lead if self.lead else []
+
     def compiled(self, base: Base) -> list[KVPrefix]:
         """Each chunk's keys and values, read once by the frozen base: what its teacher sees."""
         return [compile_tokens(base.model, torch.tensor(chunk)) for chunk in self.chunks]
@@ -66,9 +72,8 @@ def read_in_chunks(
     many as the base has positions for. Raises UserError for a text without tokens, ModelError
     where the base has too few positions for a chunk and what comes after it.
     """
-    lead = [base.first_token_id] if sink else []
-    # Not verbose: it would warn that the text is too long for the model, which is the point.
-    body = list(base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    lead = (base.lead or [base.first_token_id]) if sink else []
+    body = base.encode_part(text)
     if not body:
         raise UserError("the document has no tokens; give a text")
     most = base.max_positions
@@ -100,7 +105,7 @@ class Texts:
 
 #: Split -> token ids of the inputs whose answers belong to it.
 Inputs = Mapping[str, Sequence[Sequence[int]]]
-_SPLITS = ("test", "validation", "train")
+SPLITS = ("test", "validation", "train")
 
 
 def counts_of(texts: int) -> dict[str, int]:
@@ -134,7 +139,7 @@ def study(
     chunks = len(document.chunks)
     numbers = {s: max(1, -(-n // chunks)) for s, n in counts_of(texts).items()}
     each = sum(numbers.values())
-    found: dict[str, list[StudiedText]] = {split: [] for split in _SPLITS}
+    found: dict[str, list[StudiedText]] = {split: [] for split in SPLITS}
     for chunk, (ids, prefix) in enumerate(zip(document.chunks, prefixes, strict=True)):
         path = folder / f"chunk-{chunk:04d}.jsonl"
         if not path.exists():
@@ -145,7 +150,9 @@ def study(
                 if report is not None:
                     report(before + done, chunks * each)
 
-            written = _written(base, prefix, openings, tokens, (seed, chunk), told)
+            begun = document.begun(base)
+            read = [(split, without_lead(opening, begun)) for split, opening in openings]
+            written = _written(base, prefix, read, tokens, (seed, chunk), told)
             lines = [
                 {"split": split, "input_ids": opening, "target_ids": target,
                  "text": base.tokenizer.decode([*opening, *target])}
@@ -164,7 +171,7 @@ def _distinct(found: Mapping[str, list[StudiedText]]) -> Texts:
     """The texts that were written, each once: what is judged on is never trained on."""
     seen: set[tuple[int, ...]] = set()
     kept: dict[str, list[StudiedText]] = {}
-    for split in _SPLITS:
+    for split in SPLITS:
         kept[split] = []
         for text in found[split]:
             key = (*text.input_ids, *text.target_ids)
@@ -195,7 +202,7 @@ def _openings(
             own = inputs[split]
             yield from ((split, list(own[(number * count + i) % len(own)])) for i in range(count))
         return
-    generic = [list(base.tokenizer(text)["input_ids"]) for text in GENERIC]
+    lead, generic = base.lead, base.encode(GENERIC)
     for split, count in counts.items():
         for _ in range(count):
             if generator.random() < _GENERIC_SHARE:
@@ -203,14 +210,14 @@ def _openings(
                 continue
             length = min(generator.randint(SHORTEST, LONGEST), len(chunk))
             start = generator.randint(0, len(chunk) - length)
-            yield split, chunk[start : start + length]
+            yield split, [*lead, *chunk[start : start + length]]
 
 
 def longest_opening(base: Base, inputs: Inputs | None) -> int:
     """Tokens of the longest opening there can be."""
     if inputs is not None:
         return max(len(ids) for own in inputs.values() for ids in own)
-    return max(LONGEST, *(len(base.tokenizer(text)["input_ids"]) for text in GENERIC))
+    return max(len(base.lead) + LONGEST, *map(len, base.encode(GENERIC)))
 
 
 def _written(

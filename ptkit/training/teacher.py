@@ -24,14 +24,18 @@ BATCH = 16
 class Teacher:
     """The base with one of `prefixes` in view, the one a text names (`StudiedText.chunk`).
 
+    lead: what the prefixes begin with and every text too; the teacher reads it once
+
     What it makes of texts is kept while it fits into `budget` bytes: what its output head reads at
     every token that is learnt, where the head is a frozen matrix (else the logits themselves, which
     are wider). Texts that do not fit are read again each time, alone; those that do are read in
     batches that depend on their order only. Either way what a resumed run learns from is the same.
     """
 
-    def __init__(self, base: Base, prefixes: Sequence[KVPrefix], budget: int) -> None:
-        self.base, self.prefixes, self.budget = base, prefixes, budget
+    def __init__(
+        self, base: Base, prefixes: Sequence[KVPrefix], budget: int, lead: Sequence[int] = ()
+    ) -> None:
+        self.base, self.prefixes, self.budget, self.lead = base, prefixes, budget, lead
         self.nbytes = 0
         self._kept: dict[StudiedText, Tensor] = {}
 
@@ -58,6 +62,7 @@ class Teacher:
     @torch.no_grad()
     def _read(self, texts: Sequence[StudiedText]) -> list[Tensor]:
         batch = PrefixBatch.of_rows([self.prefixes[t.chunk] for t in texts], self.base.layout)
+        rows = [text.behind(self.lead) for text in texts]
         with evaluating(self.base.model):
-            read = teacher_outputs(self.base.model, **collate(texts, self.base), batch=batch)
+            read = teacher_outputs(self.base.model, **collate(rows, self.base), batch=batch)
         return list(read.split([text.supervised for text in texts]))
