@@ -88,6 +88,35 @@ def train(
 
 
 @app.command()
+def quantize(
+    model: Annotated[
+        str, typer.Option(help="A model by name, hub id, folder or GGUF file.")
+    ] = "smollm2-135m",
+    precision: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="float32, bfloat16, float16, blocks, nf4, int8; several, with commas or repeated. "
+            "The first is what the others are compared with; default: float32,blocks."
+        ),
+    ] = None,
+    recipe: TrainedOn = "table-to-text",
+    steps: Steps = 50,
+    batch_size: BatchSize = 8,
+    virtual_tokens: VirtualTokens = 20,
+    checkpointing: Annotated[
+        bool, typer.Option(help="Compute activations again in the backward pass.")
+    ] = True,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")] = "cpu",
+    json_output: JsonOutput = False,
+) -> None:
+    """A prefix trained on one model in several precisions: memory, time and loss side by side."""
+    from ptkit.bench.quantize import Trial, bench_quantize
+
+    trial = Trial(model, recipe, steps, batch_size, virtual_tokens, checkpointing, device)
+    _show(bench_quantize(trial, _named(precision) or ["float32", "blocks"]), json_output)
+
+
+@app.command()
 def run(
     model: BenchModel = "gpt2-small",
     method: Methods = None,

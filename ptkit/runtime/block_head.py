@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ptkit.runtime.block_layers import BlockLinear, pieces, unpacked
 
-#: Positions that are read together: their logits of a piece are 1,024 x 7,281 of SmolLM2's.
-POSITIONS = 1024
+#: Positions that are read together: their logits of a piece of SmolLM2 are 256 x 1,820.
+POSITIONS = 256
 
 
 def block_head_losses(head: BlockLinear, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ Q5_0: Final = 6
 Q5_1: Final = 7
 Q8_0: Final = 8
 
-#: Values that are unpacked at a time: 16 MB of float32.
-PIECE = 1 << 22
+#: Values that are unpacked at a time: 4 MB of float32.
+PIECE = 1 << 20
 
 #: Values of a block and its bytes: of transformers' types, and of two that it has no reader for.
 BLOCKS: dict[int, tuple[int, int]] = {**GGML_BLOCK, Q5_0: (32, 22), Q5_1: (32, 24)}

@@ -30,7 +30,7 @@ from ptkit.runtime.fused import fused_activations
 from ptkit.runtime.precision import fastest_attention, mixed_precision, weights_cast_once
 from ptkit.training.checkpoint import Progress
 from ptkit.training.context_cache import ContextCache
-from ptkit.training.memory import PeakMemory
+from ptkit.training.memory import PeakMemory, give_back_what_is_freed
 from ptkit.training.objective import Objective
 from ptkit.training.trainee import Job, Trainee
 
@@ -126,6 +126,7 @@ class _Loop:
             trainee.resume()
         memory = PeakMemory(self.accelerator.device)
         if self.settings.gradient_checkpointing:
+            give_back_what_is_freed()
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         prompts = any(t.adapter.virtual_tokens for t in self.trainees)
         attention: Any = prefix_attention(self.model) if prompts else nullcontext()
