@@ -30,6 +30,7 @@ from ptkit.recipe.schema import HeadedTask, ModelSection, Task, TokenClassificat
 from ptkit.runtime.architecture import HeadKind, first_position, head_kind, is_encoder
 from ptkit.runtime.compile import kv_layout
 from ptkit.runtime.gguf_model import is_gguf
+from ptkit.runtime.label_order import order_of, reorder, told
 from ptkit.runtime.named_models import source_of
 from ptkit.runtime.quantize import quantize_int8
 
@@ -56,12 +57,14 @@ class Head:
     modules: names within the model of everything that is not the pretrained backbone, and of what
         the checkpoint had no weights for; every adapter trains a copy of its own
     fresh: of those, the modules without weights in the checkpoint
+    told: what was decided about the checkpoint's own labels, in a sentence; empty for nothing
     """
 
     kind: HeadKind
     labels: tuple[str, ...]
     modules: tuple[str, ...]
     fresh: frozenset[str] = frozenset()
+    told: str = ""
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ def load_base(section: ModelSection, labels: Labels | None = None) -> Base:
     """Load the base a recipe names, frozen and in evaluation mode.
 
     labels: of its classification head, a new one where the checkpoint has none of as many; None
-        for a language model
+        for a language model. Outputs of the checkpoint's head go to the labels of the same name
 
     Raises ModelError when it cannot be found or is not such a model. Never runs code from a
     repository and reads safetensors only.
@@ -239,14 +242,54 @@ def load_base(section: ModelSection, labels: Labels | None = None) -> Base:
             raise ModelError(
                 "`model.quantize` is for language models; leave it out for classifiers"
             )
-        fresh = {*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])}
-        headed = headed_base(
-            model, tokenizer, section.id, labels.names, fresh=fresh, revision=section.revision
+        return _with_its_labels(
+            model, tokenizer, section, labels, own=_label_names(config), loader=kind, found=found
         )
-        return replace(headed, free_attention=section.attention == "auto")
     base = frozen_base(model, tokenizer, section.id, section.revision)
     base = replace(base, free_attention=section.attention == "auto")
     return base if section.quantize is None else quantized_base(base)
+
+
+def _label_names(config: Any) -> list[str]:
+    """The names of a checkpoint's labels, in the order of its outputs."""
+    return [str(config.id2label[number]) for number in sorted(config.id2label)]
+
+
+def _with_its_labels(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    section: ModelSection,
+    labels: Labels,
+    *,
+    own: list[str],
+    loader: Any,
+    found: dict[str, Any],
+) -> Base:
+    """The loaded `model` with each output of its head at the label of that name.
+
+    own: the checkpoint's names of its outputs
+    found: what transformers says of the weights it read
+    """
+    mismatched = {entry[0] for entry in found["mismatched_keys"]}
+    fresh = {*found["missing_keys"], *mismatched}
+    base = headed_base(
+        model, tokenizer, section.id, labels.names, fresh=fresh, revision=section.revision
+    )
+    assert base.head is not None
+    backbone = f"{model.base_model_prefix}."
+    replaced = any(not name.startswith(backbone) for name in mismatched)
+    kept = len(own) == len(labels.names) and all(name.startswith(backbone) for name in fresh)
+    # A checkpoint without a head says nothing that had to be decided.
+    said = told(section.id, own, labels.names, anew=replaced) if replaced or kept else ""
+    base = replace(
+        base, head=replace(base.head, told=said), free_attention=section.attention == "auto"
+    )
+    order = order_of(own, labels.names) if kept else []
+    if order != [*range(len(order))]:
+        fingerprint = base.fingerprint  # of the checkpoint, in whichever order it is used
+        reorder(model, loader, order)
+        base.__dict__["fingerprint"] = fingerprint
+    return base
 
 
 def quantized_base(base: Base) -> Base:
