@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
@@ -36,7 +37,8 @@ class Injection:
 
     def __init__(self) -> None:
         self._batch: PrefixBatch | None = None
-        self._extended: dict[int, tuple[Tensor, Tensor]] = {}
+        #: Mask -> the same with the prefix region, while somebody has the mask.
+        self._extended: Any = WeakTensorKeyDictionary()
         self._repeated: dict[int, PrefixBatch] = {}
         #: Tokens that were in the cache before the forward pass under way.
         self.cached: int | Tensor = 0
@@ -80,15 +82,16 @@ class Injection:
 
         window: of the layer, which hides from a token what is so far behind it
 
-        The layers of a model share a mask object, so the work is done once per distinct mask;
-        holding the mask itself keeps its id from being reused.
+        The layers of a model share a mask object, so the work is done once per distinct mask. It
+        goes with the mask: that of a token goes when the token is written, that of a checkpointed
+        layer when the backward pass has been there.
         """
         if torch.compiler.is_compiling():  # the compiler shares equal work by itself
             return self._joined(batch, mask, window)
-        held = self._extended.get(id(mask))
-        if held is None:
-            held = self._extended[id(mask)] = (mask, self._joined(batch, mask, window))
-        return held[1]
+        found: Tensor | None = self._extended.get(mask)
+        if found is None:
+            found = self._extended[mask] = self._joined(batch, mask, window)
+        return found
 
     def _joined(self, batch: PrefixBatch, mask: Tensor, window: int | None) -> Tensor:
         """Columns for the prefix region, then those of `mask`."""
