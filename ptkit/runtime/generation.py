@@ -11,12 +11,8 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, Sta
 from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.architecture import evaluating
-from ptkit.runtime.attention import (
-    prefix_attention,
-    prefixed_positions,
-    require_attention,
-    takes_positions,
-)
+from ptkit.runtime.attention import prefix_attention, prefixed_positions
+from ptkit.runtime.attention_sites import require_attention, takes_positions
 from ptkit.runtime.cache import cache_for, prefilled_cache, sees_everything
 from ptkit.runtime.forward import pad_rows
 from ptkit.runtime.infix import placed_before_last, read_before_last
