@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ptkit.data.templates import filled
 from ptkit.errors import UserError
-from ptkit.serve.engine import Answer, Engine, FinishReason, Update
+from ptkit.serve.answer import Answer, FinishReason, Update
+from ptkit.serve.engine import Engine
 from ptkit.serve.library import Library
 from ptkit.serve.protocol import (
     AnswerMessage,
