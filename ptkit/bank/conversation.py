@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
 
-from ptkit.bank.bank import AdapterBank, RowNames
+from ptkit.bank.bank import AdapterBank
+from ptkit.bank.resident import RowNames
 from ptkit.data.tokens import listed
 from ptkit.errors import AdapterError, ModelError, UserError
 from ptkit.runtime.cache import ReservedCache, conversation_cache, layers_with_keys
