@@ -196,7 +196,8 @@ class LoadedAdapter:
             several rows of unequal length are padded at the left (`padding_side="left"`)
 
         The answers start after `inputs["input_ids"].shape[1]` positions. Beam search and several
-        returned sequences need the rows repeated first: use `generate` of this class.
+        returned sequences need the rows repeated first, and logits processors and lengths count
+        the placeholders and the padding: use `generate` of this class for those.
         """
         if self.prefix.infix:
             raise AdapterError(

@@ -33,18 +33,25 @@ class KVLayout(tuple[LayerShape, ...]):
     """One `LayerShape` per layer of a base model."""
 
     @property
-    def uniform(self) -> LayerShape:
-        """The shape shared by all layers. Raises AdapterError when layers differ.
+    def widest(self) -> LayerShape:
+        """The shape that every layer fits into. Raises AdapterError when keys and values differ.
 
-        PEFT's PREFIX_TUNING file is one matrix, so it can hold uniform layouts only.
+        PEFT's PREFIX_TUNING file is one matrix, so it gives every layer as much room. A layer with
+        fewer or narrower heads (Gemma 4) uses the first of each.
         """
-        first = self[0]
-        if any(shape != first for shape in self) or first.key_dim != first.value_dim:
+        if any(shape.key_dim != shape.value_dim for shape in self):
             raise AdapterError(
-                "this base model's layers have keys and values of different shapes, which PEFT's "
-                "PREFIX_TUNING format cannot hold; use prompt_tuning or p_tuning on this base"
+                "this base model has values of another width than its keys, which PEFT's "
+                "PREFIX_TUNING format cannot hold; use lora"
             )
-        return first
+        dim = max(shape.key_dim for shape in self)
+        return LayerShape(max(shape.kv_heads for shape in self), dim, dim)
+
+    @property
+    def wide_everywhere(self) -> bool:
+        """Whether a layer with the widest heads has as many of them as any: PEFT has no room for
+        more."""
+        return max(self, key=lambda shape: shape.key_dim).kv_heads == self.widest.kv_heads
 
 
 class Compiled(Protocol):
@@ -233,10 +240,15 @@ class KVPrefix:
     def flat(self) -> Tensor:
         """PEFT's PREFIX_TUNING layout, `[virtual_tokens, layers * 2 * kv_heads * head_dim]`.
 
-        Row order per token: layer 0 keys, layer 0 values, layer 1 keys, ...
+        Row order per token: layer 0 keys, layer 0 values, layer 1 keys, ... A layer smaller than
+        the widest is filled up with zeros.
         """
-        self.layout.uniform  # noqa: B018  (raises when the layout cannot be flattened)
-        pairs = [t for kv in zip(self.keys, self.values, strict=True) for t in kv]
+        heads, dim, _ = self.layout.widest
+        pairs = [
+            nn.functional.pad(t, (0, dim - t.shape[2], 0, 0, 0, heads - t.shape[0]))
+            if t.shape[::2] != (heads, dim) else t
+            for kv in zip(self.keys, self.values, strict=True) for t in kv
+        ]  # fmt: skip
         # [2 * layers, kv_heads, tokens, head_dim] -> [tokens, 2 * layers, kv_heads, head_dim]
         return torch.stack(pairs).permute(2, 0, 1, 3).reshape(self.virtual_tokens, -1)
 
@@ -254,7 +266,7 @@ class KVPrefix:
 
         Raises AdapterError when the row width does not fit `layout`.
         """
-        shape = layout.uniform
+        shape = layout.widest
         width = len(layout) * 2 * shape.kv_heads * shape.key_dim
         if flat.ndim != 2 or flat.shape[1] != width:
             raise AdapterError(
@@ -269,8 +281,11 @@ class KVPrefix:
             pairs = torch.empty_like(
                 pairs, device=device, dtype=dtype, memory_format=torch.contiguous_format
             ).copy_(pairs)
-        parts = pairs.unbind(0)
-        return cls(parts[0::2], parts[1::2])
+        parts = [
+            part[: s.kv_heads, :, : s.key_dim]
+            for part, s in zip(pairs.unbind(0), [s for s in layout for _ in range(2)], strict=True)
+        ]
+        return cls(tuple(parts[0::2]), tuple(parts[1::2]))
 
 
 def _by_layer(prefixes: Sequence[KVPrefix], combine: Callable[[list[Tensor]], Tensor]) -> KVPrefix:

@@ -30,7 +30,7 @@ from ptkit.families.prefix_oracle import prefix_oracle
 from ptkit.families.properties import Mismatch
 from ptkit.families.subject import NotApplicable, Row, Subject
 from ptkit.prefix import KVPrefix
-from ptkit.runtime.attention import takes_positions
+from ptkit.runtime.attention_sites import takes_positions
 from ptkit.runtime.compile import kv_layout
 from ptkit.runtime.forward import IGNORED, pad_rows
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_peft_parity import LEARNT, make_adapter
 
 from ptkit.bank import AdapterBank, Conversation
-from ptkit.errors import AdapterError, ModelError
+from ptkit.errors import AdapterError, ModelError, UserError
 from ptkit.runtime.generation import generate
 
 CHAT_TEMPLATE = (
@@ -176,3 +176,32 @@ def test_too_long_a_conversation_is_refused_and_unknown_names_too() -> None:
     with tokens_read(bank) as counts:
         conversation.say("w10", **GREEDY)
     assert counts[0] == 1
+
+
+@pytest.mark.parametrize("speaker", [None, "prefix", ("prompt", "prefix")])
+@pytest.mark.parametrize("ends", [None, [*range(12)]], ids=["no end", "some ends"])
+def test_turns_with_beams_answer_like_a_fresh_reading(family: str, speaker, ends) -> None:
+    bank = make_bank(family)
+    options = {**GREEDY, "num_beams": 3, "eos_token_id": ends, "length_penalty": -0.5}
+    conversation = Conversation(bank, adapter=speaker)
+    for i, text in enumerate(("w10 w11", "w20", "w30 w31 w32", "w40")):
+        fresh = Conversation(bank, adapter=speaker)
+        fresh.exchanges.extend(conversation.exchanges)
+        chosen = GREEDY if i == 2 else options  # a turn without beams goes on, too
+        with tokens_read(bank) as counts:
+            said = conversation.say(text, **chosen)
+        assert said == fresh.say(text, **chosen)
+        if i:  # the prompt of the turn before is not read again: its answer is, and the new words
+            assert counts[0] <= 5 + 4
+    (alone,) = generate(
+        bank.base.model, [conversation._prompt("w40", conversation.exchanges[:-1])],
+        bank.rows([speaker]), pad_token_id=0, **options,
+    )  # fmt: skip
+    assert conversation.exchanges[-1].answer_ids == alone
+
+
+def test_a_turn_has_one_answer() -> None:
+    conversation = Conversation(make_bank("llama"), adapter="prefix")
+    with pytest.raises(UserError, match="a conversation goes on from one answer"):
+        conversation.say("w10", num_beams=2, num_return_sequences=2, **GREEDY)
+    assert conversation.exchanges == []

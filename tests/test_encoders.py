@@ -28,7 +28,8 @@ from ptkit.evaluation.metrics import metric
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, create_adapter
 from ptkit.prefix import KVPrefix, PrefixBatch
-from ptkit.runtime.attention import attention_modules, prefix_attention
+from ptkit.runtime.attention import prefix_attention
+from ptkit.runtime.attention_sites import attention_modules
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.forward import collate, head_logits, supervised_losses
 

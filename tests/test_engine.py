@@ -21,10 +21,9 @@ from ptkit.errors import PtkitError, UserError
 from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import load_base
 from ptkit.runtime.named_models import TINY_EN
-from ptkit.serve.engine import (
+from ptkit.serve.answer import (
     Answer,
     DrainingError,
-    Engine,
     InUseError,
     NoMemoryError,
     QueueFullError,
@@ -32,6 +31,7 @@ from ptkit.serve.engine import (
     Update,
     Voice,
 )
+from ptkit.serve.engine import Engine
 from ptkit.serve.sampling import NotFiniteError, Sampler, Sampling
 from ptkit.serve.text import TextStream
 
@@ -422,7 +422,7 @@ def test_what_does_not_fit_into_memory_by_itself_is_not_told_to_come_again(
 def test_a_full_queue_says_come_again_and_a_request_that_never_fits_does_not(
     bank: AdapterBank, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_admitted", list)  # nobody is begun
+    monkeypatch.setattr(engine.queue, "admitted", lambda *_: [])  # nobody is begun
     engine.submit([Asked(bank, ["a0"], [5, 6]).answer for _ in range(63)])
     with pytest.raises(QueueFullError, match="63 answers are waiting, of at most 64"):
         engine.submit([Asked(bank, ["a0"], [5, 6]).answer for _ in range(2)])
@@ -467,7 +467,7 @@ def test_a_loop_that_ends_by_whatever_leaves_nobody_waiting(
     def ends() -> None:
         raise SystemExit
 
-    monkeypatch.setattr(engine, "_step", ends)
+    monkeypatch.setattr(engine.rows, "step", ends)
     asked = Asked(bank, ["a0"], [5, 6])
     engine.submit([asked.answer])
     assert isinstance(asked.error, DrainingError)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from test_cli import ptkit, refused
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
@@ -42,7 +42,8 @@ from ptkit.methods.prefix_tuning import PrefixTuningSection
 from ptkit.prefix import PrefixBatch
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.forward import collate, supervised_losses
+from ptkit.runtime.forward import all_logits, collate, supervised_losses
+from ptkit.runtime.running import longest_row
 from ptkit.runtime.scoring import continuation_scores
 from ptkit.training.loop import fit
 from ptkit.training.trainee import Job
@@ -373,7 +374,7 @@ def test_attention_that_takes_no_prefix_is_refused(model_type: str) -> None:
 
 # What windows, states and attention of its own mean elsewhere in ptkit.
 
-SPECIAL = ["mistral", "gemma3", "qwen3_next", "lfm2", "bloom", "falcon"]
+SPECIAL = ["mistral", "gemma3", "gemma4", "gemma4 (E2B)", "qwen3_next", "lfm2", "bloom", "falcon"]
 
 
 def special(family: str) -> tuple[Base, Ours]:
@@ -511,3 +512,89 @@ def test_attention_is_the_models_choice_unless_asked_for(tmp_path: Path) -> None
 
 def test_every_kind_has_families() -> None:
     assert {kind for name in NAMES for kind in family_kinds(name)} == {*KINDS}
+
+
+# Layers that differ in their heads, share keys, or look token ids up (Gemma 4).
+
+UNLIKE = ["gemma4", "gemma4 (E2B)"]
+
+
+def test_a_prefix_of_unlike_layers_is_pefts(tmp_path: Path) -> None:
+    """In PEFT's file every layer has the room of the widest, and PEFT cuts it as ptkit does."""
+    subject = subject_of("gemma4 (E2B)")
+    contender = Ours.made(subject, "prefix")
+    assert len(set(contender.adapter.base.layout)) > 1
+    write_adapter(tmp_path / "adapter", contender.adapter.files())
+    # Shorter than the window: beyond it, PEFT's cache loses the prefix.
+    (row,) = subject.rows((2, 2))
+    (expected,) = contender.logits([row], left=False)
+    theirs = PeftModel.from_pretrained(subject.base().model, tmp_path / "adapter")
+    ids = torch.tensor([row.whole])
+    with torch.no_grad():
+        found = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    torch.testing.assert_close(found[0, -3:-1], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_prefix_that_peft_has_no_room_for_is_not_taken_for_pefts(tmp_path: Path) -> None:
+    subject = subject_of("gemma4")
+    base, contender = special("gemma4")
+    write_adapter(tmp_path / "a", contender.adapter.files())
+    written = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert written["peft_type"] == "PTKIT_UNLIKE_PREFIX"
+    with pytest.raises((KeyError, ValueError)):
+        PeftModel.from_pretrained(subject.base().model, str(tmp_path / "a"))
+    again = adapter_from_files(read_adapter(tmp_path / "a"), base)
+    assert torch.equal(again.flat(), contender.adapter.flat())
+
+
+def test_pefts_own_prefix_of_a_base_whose_layers_share_keys_is_read(tmp_path: Path) -> None:
+    """PEFT makes room for layers without keys of their own."""
+    subject = subject_of("gemma4 (E2B)")
+    base = subject.base()
+    made = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    torch.manual_seed(0)
+    theirs = get_peft_model(subject.base().model, made).eval()
+    with torch.no_grad():
+        theirs.prompt_encoder["default"].embedding.weight.mul_(3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    files = read_adapter(tmp_path / "theirs")
+    assert files.config["num_layers"] == 2 * len(base.layout)
+    adapter = adapter_from_files(files, base)
+    (row,) = subject.rows((2, 2))
+    ids = torch.tensor([row.whole])
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        found = all_logits(
+            base.model, ids, torch.ones_like(ids), PrefixBatch.shared(adapter.compiled(), 1)
+        )
+    torch.testing.assert_close(found, expected[:, -ids.shape[1] :], atol=1e-4, rtol=1e-4)
+
+
+def test_values_that_no_layer_reads_are_not_counted_as_trained() -> None:
+    for family in UNLIKE:
+        adapter = Ours.made(subject_of(family), "prefix").adapter
+        own = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in adapter.base.layout)
+        assert adapter.trainable_parameters == adapter.virtual_tokens * own
+
+
+def test_check_of_gemma_4_ends_with_answers_and_soft_prompts_with_a_reason(tmp_path: Path) -> None:
+    AutoConfig.for_model(
+        "gemma4_text", vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_kv_shared_layers=3,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        vocab_size_per_layer_input=512, hidden_size_per_layer_input=16, sliding_window=32,
+        max_position_embeddings=512, pad_token_id=1, eos_token_id=0, bos_token_id=0,
+    ).save_pretrained(tmp_path / "g")  # fmt: skip
+    done = ptkit("models", "check", "g", "-m", "prefix", "-m", "prompt", "--format", "json",
+                 cwd=tmp_path)  # fmt: skip
+    cells = json.loads(done.stdout)
+    assert {c["status"] for c in cells if c["method"] == "prefix"} == {"works", "n/a"}
+    reasons = {c["detail"] for c in cells if c["status"] == "refused"}
+    assert len(reasons) == 1
+    assert "soft prompt's virtual tokens have no id; use prefix_tuning or lora" in reasons.pop()
+    base = subject_of("gemma4 (E2B)").base()
+    section = PrefixTuningSection(kind="prefix_tuning", learn_embeddings=True)
+    with pytest.raises(ModelError, match="look up token ids"):
+        create_adapter(section, base, Demonstrations(["w3 w4"], 0))
+    with pytest.raises(ModelError, match="read the keys and values of others"):
+        longest_row(base.model)

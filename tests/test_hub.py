@@ -42,9 +42,11 @@ class Client:
         assert "Traceback" not in done.stderr
         return done
 
-    def python(self, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def python(
+        self, code: str, *arguments: str, offline: bool = False
+    ) -> subprocess.CompletedProcess[str]:
         """Run a Python program with the same cache and address."""
-        done = self._run("-c", code, *arguments, offline=False)
+        done = self._run("-c", code, *arguments, offline=offline)
         assert done.returncode == 0, done.stderr
         return done
 
@@ -320,3 +322,65 @@ def test_hub_recipes_read_their_data_sets(client: Client, server: HubServer) -> 
     assert found["trec-gpt2"] == [11, "who ?\nThe answer is", " a person"]
     assert found["boolq-gpt2"][2] == " yes"
     assert found["xsum-bart"] == [12, "It rained.", "Rain."]
+
+
+def test_cells_of_csv_data_on_the_hub_are_learnt_as_they_are_written(
+    client: Client, server: HubServer
+) -> None:
+    """By the rule for local files: online, from the cache, and beside what `datasets` keeps."""
+    folder = server.hub.root / "datasets/team/odd/main"
+    values = {"w": "NA", "x": "02108", "y": "3.10", "z": "TRUE", "d": "1996-12-19", "e": "12E4"}
+    lines = ["q;a;note;label", *(f"{q};{a};;{i % 2}" for i, (q, a) in enumerate(values.items()))]
+    for part in ("semi", "plain"):
+        (folder / part).mkdir(parents=True)
+        for split in ("train", "test"):
+            text = "\n".join(lines) if part == "semi" else "\n".join(lines).replace(";", "\t")
+            name = f"{split}.{'csv' if part == 'semi' else 'tsv'}"
+            (folder / part / name).write_text(text + "\n")
+    names = {"class_label": {"names": {"0": "even", "1": "odd"}}}
+    described = {
+        "configs": [
+            {"config_name": "semi", "sep": ";", "data_files": [
+                {"split": s, "path": f"semi/{s}.csv"} for s in ("train", "test")]},
+            {"config_name": "plain", "sep": "\t", "data_files": [
+                {"split": s, "path": f"plain/{s}.tsv"} for s in ("train", "test")]},
+        ],
+        "dataset_info": [{"config_name": "semi", "features": [
+            *({"name": n, "dtype": "string"} for n in ("q", "a", "note")),
+            {"name": "label", "dtype": names}]}],
+    }  # fmt: skip
+    (folder / "README.md").write_text(f"---\n{json.dumps(described)}\n---\n")
+    code = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from datasets import load_dataset\n"
+        "from ptkit.data.sources import load_rows\n"
+        "from ptkit.recipe.schema import DataSection\n"
+        "for config in ('plain', 'semi'):\n"
+        "    if sys.argv[1] == 'first' and config == 'plain':\n"
+        "        load_dataset('team/odd', 'plain')\n"
+        "    rows = load_rows(DataSection(hub='team/odd', config=config), Path())\n"
+        "    print(json.dumps([dict(row) for row in rows.train]))\n"
+    )
+    for when in ("first", "again", "offline"):
+        done = client.python(code, when, offline=when == "offline")
+        plain, semi = map(json.loads, done.stdout.splitlines()[-2:])
+        for rows in (plain, semi):
+            kept = {row["q"]: row["a"] for row in rows}
+            assert kept.items() <= values.items()
+            assert len(kept) >= len(values) - 1, when  # a tenth is held out for validation
+            assert all(row["note"] is None for row in rows)
+        assert {row["label"] for row in plain} == {"0", "1"}
+        assert {row["label"] for row in semi} == {"even", "odd"}
+
+
+def test_a_bad_csv_file_on_the_hub_is_told(client: Client, server: HubServer) -> None:
+    folder = server.hub.root / "datasets/team/ragged/main"
+    folder.mkdir(parents=True)
+    (folder / "train.csv").write_text("a,b\n1,2\n1,2,3\n")
+    settings = [
+        p for s in ("task.data.builtin=null", "task.data.hub=team/ragged") for p in ("--set", s)
+    ]
+    (told,) = client.refusals(["train", "quickstart", *QUICK, *settings])
+    assert "`team/ragged` cannot be loaded" in told
+    assert "Expected 2 fields in line 3, saw 3" in told

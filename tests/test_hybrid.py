@@ -39,7 +39,8 @@ from ptkit.recipe.schema import TrainSection, method_section
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits, collate, supervised_losses
 from ptkit.runtime.generation import generate
-from ptkit.serve.engine import Engine, InUseError
+from ptkit.serve.answer import InUseError
+from ptkit.serve.engine import Engine
 from ptkit.serve.library import Library
 from ptkit.training.loop import fit as fit_jobs
 from ptkit.training.trainee import Job, _groups

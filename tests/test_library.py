@@ -18,7 +18,8 @@ from ptkit.bank import AdapterBank
 from ptkit.errors import AdapterError
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import WEIGHTS, write_adapter
-from ptkit.serve.engine import Engine, InUseError
+from ptkit.serve.answer import InUseError
+from ptkit.serve.engine import Engine
 from ptkit.serve.library import Library
 
 
@@ -104,7 +105,7 @@ def test_an_upload_refused_for_a_lora_in_use_replaces_nothing(
         library.upload("mine", files_of(tmp_path / "l1"))
     assert snapshot(library) == before
     assert len(asked.ids) == 100
-    while library.engine._uses["mine"]:  # told before the row is free
+    while library.engine.queue.uses("mine"):  # told before the row is free
         pass
     alone = library.bank.generate(["w3 w4"], ["mine"], max_new_tokens=6, do_sample=False)
     assert not library.upload("mine", files_of(tmp_path / "l1"))

@@ -17,6 +17,7 @@ from transformers import (
     BloomConfig,
     FalconConfig,
     Gemma2Config,
+    Gemma4TextConfig,
     GPTBigCodeConfig,
     GPTNeoXConfig,
     MistralConfig,
@@ -43,6 +44,18 @@ OTHERS: dict[str, Callable[[], PretrainedConfig]] = {
     "gpt_bigcode": lambda: GPTBigCodeConfig(**_SMALL, n_embd=32, n_layer=2, n_head=4),
     "mistral": lambda: MistralConfig(**_LLAMA, sliding_window=64),
     "gemma2": lambda: Gemma2Config(**_LLAMA, head_dim=16, sliding_window=64),
+    # One layer has fewer, wider heads than the other.
+    "gemma4": lambda: Gemma4TextConfig(
+        **_LLAMA,
+        head_dim=8,
+        global_head_dim=16,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+        sliding_window=64,
+        max_position_embeddings=128,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
 }
 
 

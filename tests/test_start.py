@@ -169,7 +169,7 @@ def test_one_rate_fits_bases_of_any_scale(kind: str) -> None:
         with torch.no_grad():
             last.add_(0.1)
         change = (learnt() - before).detach()
-        side = base.layout.uniform.kv_heads * base.layout.uniform.key_dim
+        side = base.layout.widest.kv_heads * base.layout.widest.key_dim
         width = side if kind == "prefix_tuning" else before.shape[1]
         size = before.unflatten(1, (-1, width)).square().mean((0, 2)).sqrt()
         moved_by = change.unflatten(1, (-1, width)).square().mean((0, 2)).sqrt()

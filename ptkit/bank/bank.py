@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 from ptkit.bank.ensemble import AveragedLogProbabilities, EnsembleBy, label_votes, vote
-from ptkit.bank.lora_rows import LoraRows
+from ptkit.bank.resident import ResidentAdapters, RowNames, parts_of_row
 from ptkit.bank.slots import SlotTable
-from ptkit.bank.source import locate, name_of, read_checked, require_files
-from ptkit.bank.store import AdapterStatus, BankCounts, PrefixStore
 from ptkit.data.encode import require_apart
 from ptkit.data.tokens import listed, without_lead
-from ptkit.errors import AdapterError, DataError, ModelError
-from ptkit.formats.adapter_files import adapter_folders
-from ptkit.methods import Adapter, compile_files, parts_of
-from ptkit.prefix import Compiled, KVPrefix, PrefixBatch
-from ptkit.runtime.base_model import Base
+from ptkit.errors import DataError
 from ptkit.runtime.generation import generate
 from ptkit.runtime.scoring import continuation_scores
-from ptkit.runtime.turns import turn
-
-#: What one row of a batch uses: an adapter, several at once, or None for the plain base.
-RowNames = str | Sequence[str] | None
 
 
-class AdapterBank:
+class AdapterBank(ResidentAdapters):
     """Compiled adapters by name, for one base model.
 
     Each adapter is compiled once, when it is loaded; at request time no encoder, MLP or prompt
@@ -47,234 +34,15 @@ class AdapterBank:
     of: rows under way finish with the version they started with, whatever is swapped or unloaded.
     """
 
-    def __init__(
-        self,
-        base: Base,
-        *,
-        budget: int | None = None,
-        host_budget: int | Literal["auto"] | None = "auto",
-        check_every: float = 1.0,
-    ) -> None:
-        if base.head is not None:
-            raise ModelError(
-                f"{base.id} is loaded as a {base.head.kind} classifier, and every adapter of a "
-                "classifier has a head of its own, which a mixed batch has no place for; open one "
-                "at a time with `ptkit.classifier`"
-            )
-        self.base = base
-        if host_budget == "auto":
-            host_budget = 0 if base.model.device.type == "cpu" else None
-        self._store = PrefixStore(base, budget, host_budget, check_every)
-        self._lora = LoraRows(base)
-
-    # Coming and going
-
-    def add(self, name: str, adapter: Adapter | KVPrefix) -> None:
-        """Keep `adapter`, made in this process, as `name`, in place of what had that name.
-
-        With no file to read it from again, it stays in memory until it is unloaded. Raises
-        AdapterError for methods that change weights instead of making a prefix, and for prefixes
-        of another base.
-        """
-        prefix, method = (adapter, "prefix") if isinstance(adapter, KVPrefix) else (
-            None if adapter.changes_weights else adapter.compiled(), adapter.section.kind
-        )  # fmt: skip
-        if prefix is None:
-            raise AdapterError(
-                f"`{name}` is a {method} adapter, which changes the base's weights; only adapters "
-                "that compile to a KV prefix can be added (`load` takes saved adapters with LoRA)"
-            )
-        if prefix.layout != self.base.layout:
-            raise AdapterError(f"the prefix `{name}` was made for another base model")
-        self._require_kind(name, prefix=True, lora=False)
-        self._store.put(name, prefix.detach(), method, None, None)
-
-    def register(self, source: str | Path, name: str | None = None) -> str:
-        """Know the adapter in `source` as `name` without reading it yet: the disk tier.
-
-        It is read, verified and compiled when first used. Returns the name (default: the
-        folder's). Raises AdapterError when the files are not there or the name is taken.
-        """
-        path = locate(source)
-        require_files(path)
-        name = name or name_of(path)
-        self._require_kind(name, prefix=True, lora=False)
-        self._store.register(name, path)
-        return name
-
-    def register_all(self, folder: Path) -> list[str]:
-        """Register every adapter folder directly below `folder`, by its own name, sorted."""
-        return [self.register(path, path.name) for path in adapter_folders(folder)]
-
-    def load(
-        self,
-        source: str | Path,
-        name: str | None = None,
-        *,
-        publish: Callable[[], Path] | None = None,
-        chosen: bool = False,
-    ) -> str:
-        """Read the adapter `source` now and keep it as `name`, in place of what had that name.
-
-        source: an adapter folder, or a hub id `user/repo[@revision]`
-        publish: moves the folder to its own place and returns that; called when all has been
-            checked, right before `name` stands for the adapter
-        chosen: the user named this base for it: that settles it where the adapter knows its base
-            by another name only, and a warning says so
-
-        Returns the name (default: the folder's). Raises AdapterError, leaving everything as it
-        was, when it is damaged, unsafe or for another base. LoRA adapters are taken too: they
-        make no prefix, but a row may name one beside its prefix (see `rows`); they stay on the
-        device, outside the budget. An adapter that is a prefix and a LoRA is both under one name.
-        """
-        path = locate(source)
-        name = name or name_of(path)
-        read = read_checked(path, self.base, chosen=chosen)
-        method = read.files.peft_type.lower()
-        parts = {part.peft_type: part for part in parts_of(read.files)}
-        lora = parts.pop("LORA", None)
-        prefix = None
-        for part in parts.values():  # at most one
-            prefix = compile_files(part, self.base)
-        self._require_kind(name, prefix=prefix is not None, lora=lora is not None)
-        if prefix is not None:
-            self._store.require_room(name, prefix)
-            prefix = self._store.on_device(prefix)
-        if lora is None:
-            assert prefix is not None  # only LoRA, and heads alone, make no prefix
-            place = path if publish is None else publish()
-            self._store.put(name, prefix, method, place, read)
-            return name
-
-        def along() -> Path:
-            place = path if publish is None else publish()
-            if prefix is not None:
-                # Not of a path of its own: its file is never read again without the LoRA's.
-                self._store.put(name, prefix, method, None, None)
-            return place
-
-        self._lora.load(name, lora, path, along)
-        return name
-
-    def swap(self, name: str, source: str | Path) -> None:
-        """Replace the adapter `name` by the one in `source`; rows under way keep the old one.
-
-        Raises AdapterError, leaving the old one in use, when the new one cannot be loaded.
-        """
-        self.status(name)
-        self.load(source, name)
-
-    def unload(self, name: str) -> None:
-        """Forget the adapter `name`."""
-        if name not in self._lora:
-            self._store.remove(name)
-        elif name not in self._store:
-            self._lora.unload(name)
-        else:
-            self._lora.unload(name, lambda: self._store.remove(name))
-
-    def pin(self, name: str) -> None:
-        """Keep the adapter `name` on the device, whatever the budget, from its next use on."""
-        self._store.pin(name, True)
-
-    def unpin(self, name: str) -> None:
-        """Let the adapter `name` leave the device again."""
-        self._store.pin(name, False)
-
-    def compose(
-        self,
-        name: str,
-        parts: Sequence[str],
-        *,
-        how: Literal["concatenate", "average"] = "concatenate",
-        weights: Sequence[float] | None = None,
-    ) -> None:
-        """Keep a new adapter `name` made of others: a style before a task, or their mean.
-
-        weights: for `average`, one per part, adding up to 1; default: equal. Raises AdapterError
-        when the parts cannot be combined.
-        """
-        prefixes = [self.prefix(part) for part in parts]
-        if how == "concatenate":
-            self.add(name, KVPrefix.concatenated(prefixes))
-        else:
-            self.add(name, KVPrefix.averaged(prefixes, weights))
-
-    # Use
-
-    def prefix(self, name: str) -> KVPrefix:
-        """The compiled adapter `name`, on the device; fetched from its tier if need be.
-
-        Raises AdapterError when there is none, when its files, needed now, are bad, when the
-        prefix is not all of it, and when every input has another.
-        """
-        if name in self._lora and name in self._store:
-            raise AdapterError(
-                f"`{name}` is a prefix and a LoRA, and the prefix by itself is not it; name it in "
-                "a row, which runs with both (`generate`, `rows` within `weights`)"
-            )
-        return _one(name, self._store.get(name))
-
-    def parts(self, name: str) -> tuple[Compiled | None, str | None]:
-        """What gives a row its prefix, and the name of the LoRA adapter, that `name` stands for at
-        this moment."""
-        compiled = self._compiled(name)
-        return (compiled[0][1] if compiled else None), self._lora_of(name)
-
-    def depends_on_input(self, row: RowNames) -> bool:
-        """Whether what `row` stands for gives every input a prefix of its own."""
-        return any(not isinstance(found, KVPrefix) for _, found in self._compiled(row))
-
     def behind(self, row: RowNames, ids: Sequence[int]) -> list[int]:
         """`ids`, those of a whole text, as they are read behind what `row` stands for: a text
         prompt begins with the begin-of-text token already."""
-        begun = any(map(self._store.begins_text, _parts(row)))
+        begun = any(map(self._store.begins_text, parts_of_row(row)))
         return without_lead(ids, self.base.lead) if begun else list(ids)
 
     def _encoded(self, texts: Sequence[str], names: Sequence[RowNames]) -> list[list[int]]:
         rows = zip(names, self.base.encode(texts), strict=True)
         return [self.behind(row, ids) for row, ids in rows]
-
-    def rows(
-        self, names: Sequence[RowNames], inputs: Sequence[Sequence[int]] | None = None
-    ) -> PrefixBatch:
-        """The prefixes of a batch whose row i uses `names[i]`; None is the plain base.
-
-        inputs: token ids of what each row reads; needed where an adapter's prefix depends on it
-
-        A sequence of names concatenates their prefixes in that order; LoRA adapters among them
-        add no virtual tokens (run the model within `weights(names)` for their part). Raises
-        AdapterError as `prefix` does, and when inputs are needed and not given.
-        """
-        read = [None] * len(names) if inputs is None else inputs
-        prefixes = [self._row(row, ids) for row, ids in zip(names, read, strict=True)]
-        first = prefixes[0] if prefixes else None
-        if first is not None and len(prefixes) == 1:
-            return first.alone
-        if first is not None and all(prefix is first for prefix in prefixes):
-            return PrefixBatch.shared(first, len(prefixes))
-        return PrefixBatch.gathered(prefixes, self.base.layout)
-
-    @contextmanager
-    def weights(self, names: Sequence[RowNames]) -> Iterator[None]:
-        """Within this context, row i of a batch runs with the LoRA adapter among `names[i]`.
-
-        Other threads wait for the base model until it ends.
-        """
-        # Names are looked up in the model's turn, in which no LoRA adapter comes or goes.
-        with turn(self.base.model), self._lora.rows([self._lora_of(row) for row in names]):
-            yield
-
-    def versions(self, row: RowNames) -> tuple[object, ...]:
-        """What `row` stands for at this moment, one object per name; equal to what it was before
-        only while no adapter of it has changed."""
-        found: list[object] = []
-        for name in _parts(row):
-            if name in self._lora:
-                found.append(self._lora[name])
-            if name in self._store or name not in self._lora:
-                found.append(self._store.get(name))
-        return tuple(found)
 
     def slots(self, rows: int, *, slots: int, virtual_tokens: int) -> SlotTable:
         """Buffers of fixed shape for `rows` rows over `slots` of this bank's adapters.
@@ -363,91 +131,3 @@ class AdapterBank:
             )  # fmt: skip
         grouped = scores.view(len(texts), len(names), len(labels))
         return [labels[i] for i in label_votes(grouped, by).tolist()]
-
-    # What is there
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._store or name in self._lora
-
-    def status(self, name: str) -> AdapterStatus:
-        """Where the adapter `name` is and what is known of it."""
-        if name not in self._lora:
-            return self._store.status(name)
-        lora, size = self._lora[name], self._lora.nbytes(name)
-        if name not in self._store:
-            return AdapterStatus(
-                name, lora.path, "lora", "resident", lora.version, 0, size, pinned=True
-            )
-        prefix = self._store.status(name)
-        return replace(
-            prefix, path=lora.path, version=lora.version, nbytes=size + (prefix.nbytes or 0)
-        )
-
-    @property
-    def counts(self) -> BankCounts:
-        """Hits, reads, evictions so far."""
-        return self._store.counts
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of the prefixes on the device."""
-        return self._store.resident.bytes
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of the prefixes in host memory."""
-        return self._store.host.bytes
-
-    def _require_kind(self, name: str, *, prefix: bool, lora: bool) -> None:
-        """Raise AdapterError when `name` already stands for another kind of adapter."""
-        there = (name in self._store, name in self._lora)
-        if any(there) and there != (prefix, lora):
-            kinds = [kind for kind, is_it in zip(("a prefix", "a LoRA"), there, strict=True)
-                     if is_it]  # fmt: skip
-            raise AdapterError(
-                f"`{name}` is {' and '.join(kinds)} in this bank; unload it first, or take another "
-                "name"
-            )
-
-    def _compiled(self, row: RowNames) -> list[tuple[str, Compiled]]:
-        """Those of `row` that have virtual tokens, by name, in their order."""
-        return [
-            (name, self._store.get(name))
-            for name in _parts(row)
-            if name in self._store or name not in self._lora
-        ]
-
-    def _row(self, row: RowNames, ids: Sequence[int] | None) -> KVPrefix | None:
-        prefixes = [
-            _one(name, found) if ids is None else found.for_input(ids)
-            for name, found in self._compiled(row)
-        ]
-        if len(prefixes) > 1:
-            return KVPrefix.concatenated(prefixes)
-        return prefixes[0] if prefixes else None
-
-    def _lora_of(self, row: RowNames) -> str | None:
-        named = [name for name in _parts(row) if name in self._lora]
-        if len(named) > 1:
-            raise AdapterError(f"a row takes one LoRA adapter, found {', '.join(named)}")
-        return named[0] if named else None
-
-    def list(self) -> list[str]:
-        """Names of all adapters, in the order they came; LoRA adapters last."""
-        return list(dict.fromkeys([*self._store.names(), *self._lora.names]))
-
-
-def _one(name: str, compiled: Compiled) -> KVPrefix:
-    """`compiled` where it is one prefix for all inputs. Raises AdapterError where it is not."""
-    if not isinstance(compiled, KVPrefix):
-        raise AdapterError(
-            f"`{name}` makes its prefix of each row's input, so it is no one prefix; give the "
-            "inputs too: `rows(names, inputs)`, `generate`, `classify`"
-        )
-    return compiled
-
-
-def _parts(row: RowNames) -> Sequence[str]:
-    if row is None:
-        return ()
-    return (row,) if isinstance(row, str) else row

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
 
-from ptkit.bank.bank import AdapterBank, RowNames
+from ptkit.bank.bank import AdapterBank
+from ptkit.bank.resident import RowNames
 from ptkit.data.tokens import chat_ids, listed, part_ids, text_ids
-from ptkit.errors import AdapterError, ModelError
+from ptkit.errors import AdapterError, ModelError, UserError
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.cache import ReservedCache, conversation_cache
+from ptkit.runtime.cache import ReservedCache, conversation_cache, layers_with_keys
 from ptkit.runtime.generation import generate
+from ptkit.runtime.processors import setting
 
 #: Length of an answer unless said otherwise, in tokens.
 MAX_NEW_TOKENS = 256
@@ -91,14 +93,20 @@ class Conversation:
         """The answer to `text` after everything said before.
 
         on_text: called with pieces of the answer as they come
-        options: anything transformers' `generate` takes for one row; `max_new_tokens` (256 by
-            default) is lowered to the positions the model has left
+        options: anything transformers' `generate` takes for one answer; `max_new_tokens` (256 by
+            default) is lowered to the positions the model has left. After a beam search the next
+            turn reads the answer again: the cache holds other beams by then
 
-        Raises ModelError when none is left. Whatever is raised, an interruption included, the
-        conversation is as it was before.
+        Raises ModelError when none is left, UserError for more than one answer. Whatever is
+        raised, an interruption included, the conversation is as it was before.
         """
-        prompt = self._prompt(text, self.exchanges, self.adapter)
         bank, base = self.bank, self.bank.base
+        if (setting(base.model, options, "num_return_sequences") or 1) > 1:
+            raise UserError(
+                "a conversation goes on from one answer; leave `num_return_sequences` out, or ask "
+                "with `generate`"
+            )
+        prompt = self._prompt(text, self.exchanges, self.adapter)
         versions = bank.versions(self.adapter)  # before the rows: never newer than what they hold
         batch = bank.rows([self.adapter])
         options = self._within_room(options, batch.longest, len(prompt))
@@ -115,6 +123,12 @@ class Conversation:
         (answer,) = base.decode([answer_ids])
         if isinstance(cache, ReservedCache):  # other kinds cannot go back to an earlier position
             read = cache.get_seq_length() - batch.longest
+            if any(len(layer.keys) > 1 for layer in layers_with_keys(cache)):
+                # Beams: what they share is the prompt. The best one may have ended long ago, and
+                # its place was given to another.
+                cache.batch_select_indices(torch.zeros(1, dtype=torch.long))
+                cache.crop(len(prompt) - read)
+                read = len(prompt)
             self._memories[self.adapter] = _Memory(versions, [*prompt, *answer_ids][:read], cache)
         self.exchanges.append(Exchange(text, answer, answer_ids))
         return answer

@@ -82,6 +82,9 @@ def _recipe_rows(
     from ptkit.training.experiment import prepare
 
     experiment = prepare(load_recipe(recipe, overrides))
+    head = experiment.base.head
+    if head is not None and head.told and None in places:  # an adapter has a head of its own
+        typer.echo(head.told, err=True)
     for place in places:
         result = evaluate_saved(experiment, place)
         if predictions is not None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasets import DatasetDict, load_dataset
-
+from ptkit.data.hub_rows import hub_rows
 from ptkit.data.read_files import read_files
 from ptkit.data.splits import Rows, divide
 from ptkit.data.table import Table
@@ -44,7 +43,7 @@ def _name(section: DataSection) -> str:
 def _found(section: DataSection, folder: Path) -> dict[str, Table]:
     """The splits that the recipe names and the source has, by the source's names."""
     if section.hub:
-        loaded = _from_hub(section)
+        loaded = hub_rows(section)
     elif section.builtin:
         loaded = _built_in(section.builtin)
     else:
@@ -78,19 +77,3 @@ def _from_files(section: DataSection, folder: Path) -> dict[str, Table]:
         names = [paths] if isinstance(paths, str) else paths
         found[split] = read_files([resolve_path(name, folder) for name in names])
     return found
-
-
-def _from_hub(section: DataSection) -> dict[str, Table]:
-    try:
-        loaded = load_dataset(
-            section.hub, section.config, revision=section.revision, data_dir=section.data_dir
-        )
-    except Exception as error:  # datasets, huggingface_hub and the network each raise their own
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(
-            f"hub data `{section.hub}` cannot be loaded: {reason} "
-            "(network, the name, its `config`, or `hf auth login` for gated data)"
-        ) from error
-    if not isinstance(loaded, DatasetDict):
-        raise DataError(f"hub data `{section.hub}` has no splits")
-    return {str(name): Table.of(rows) for name, rows in loaded.items()}

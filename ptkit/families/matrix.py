@@ -180,6 +180,8 @@ def one_layer(subject: Subject) -> Subject:
     for pattern in ("layer_types", "no_rope_layers"):
         if getattr(config, pattern, None):
             settings[pattern] = list(getattr(config, pattern))[-1:]
+    if getattr(config, "num_kv_shared_layers", None):
+        settings["num_kv_shared_layers"] = 0
     if getattr(config, "sliding_window", None) and not hasattr(config, "layer_types"):
         settings["sliding_window"] = None
     return subject.changed(**settings)

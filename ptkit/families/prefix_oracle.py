@@ -37,7 +37,14 @@ class Attended(Oracle):
         """
         super().__init__(model)
         self.tokens, self.takes_positions = keys[0].shape[1], takes_positions
-        self.prefix = dict(zip(attentions(model), zip(keys, values, strict=True), strict=True))
+        pairs = list(zip(keys, values, strict=True))
+        modules: list[Any] = attentions(model)
+        own = [m for m in modules if not getattr(m, "is_kv_shared_layer", False)]
+        self.prefix = dict(zip(own, pairs, strict=True))
+        for module in modules:  # one that shares keys and values has those of its kind's last
+            if module not in self.prefix:
+                alike = [m for m in own if m.layer_type == module.layer_type]
+                self.prefix[module] = self.prefix[alike[-1]]
         AttentionInterface.register("written_out", self._attention)
         AttentionMaskInterface.register("written_out", _whole_mask)
 

@@ -55,6 +55,11 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("qwen3", {**_GROUPED, "head_dim": 96}),
     "gemma2": Family("gemma2"),
     "gemma3": Family("gemma3_text"),
+    # As the 31B: full layers with wider, fewer heads, whose values are their keys.
+    "gemma4": Family("gemma4_text", {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True,
+                                     "num_global_key_value_heads": 1}),
+    # As E2B: every layer looks token ids up, and the last ones share keys and values.
+    "gemma4 (E2B)": Family("gemma4_text", {"num_kv_shared_layers": 20}),
     "phi3": Family("phi3", {"sliding_window": 2047}),
     "olmo2": Family("olmo2"),
     "smollm3": Family("smollm3"),
@@ -147,15 +152,17 @@ def small(config: PretrainedConfig) -> PretrainedConfig:
     for name in ("word_embed_proj_dim", "embedding_size"):
         if old.get(name):
             new[name] = HIDDEN if old[name] == width else 40
-    if old.get("num_experts_per_tok"):
-        new["num_experts_per_tok"] = 2
+    new |= {k: 2 for k in ("num_experts_per_tok", "top_k_experts") if old.get(k)}
     for name, value in old.items():
         if name.startswith("linear_") and name.endswith("_head_dim"):
             new[name] = HEAD
         elif name.startswith("linear_num_") and value:
             more = value > old["linear_num_key_heads"]
             new[name] = 4 if more else 2
+    new |= {k: HEAD for k in ("hidden_size_per_layer_input",) if old.get(k)}
     new |= _layers(old) | _words(old)
+    if config.is_heterogeneous:
+        new["per_layer_config"] = _unlike_layers(old, new)
     if isinstance(rope := old.get("rope_parameters"), dict):
         new["rope_parameters"] = _short_factors(rope)
     return AutoConfig.for_model(config.model_type, **new)
@@ -174,9 +181,40 @@ def _layers(old: Mapping[str, Any]) -> dict[str, Any]:
     named = dict(zip([n for n in _PATTERNS if old.get(n)], zip(*kinds, strict=True), strict=True))
     found = {name: list(values) for name, values in named.items()}
     depth = next(name for name in _DEPTH if name in old)
+    if old.get("num_kv_shared_layers"):  # as many that have keys of their own, and then share them
+        found = {name: values * 2 for name, values in found.items()}
+        found["num_kv_shared_layers"] = len(kinds) or 2  # type: ignore[assignment]
+        found[depth] = 2 * (len(kinds) or 2)  # type: ignore[assignment]
+        return found
     found[depth] = len(kinds) or 2  # type: ignore[assignment]
     if "attention_types" in old:
         found["attention_types"] = [[["global", "local"], 1]]
+    return found
+
+
+def _unlike_layers(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """What each of the `new` layers has otherwise than the config says: wider heads, or fewer.
+
+    Raises ModelError for a config whose layers differ in something else.
+    """
+    kinds = list(old.get("layer_types") or ())
+    overrides = {int(layer): dict(own) for layer, own in old["per_layer_config"].items()}
+    found: dict[int, dict[str, Any]] = {}
+    for number, kind in enumerate(new.get("layer_types") or ()):
+        own = overrides.get(kinds.index(kind), {})
+        unknown = own.keys() - {"head_dim", "num_key_value_heads"}
+        if unknown:
+            raise ModelError(
+                f"layers that differ in {', '.join(sorted(unknown))} are not made small yet; check "
+                "the real weights with --full"
+            )
+        made = {}
+        if own.get("head_dim", old.get("head_dim")) != old.get("head_dim"):
+            made["head_dim"] = new["head_dim"] + HEAD // 2
+        if own.get("num_key_value_heads") not in (None, old.get("num_key_value_heads")):
+            made["num_key_value_heads"] = 1
+        if made:
+            found[number] = made
     return found
 
 
@@ -188,7 +226,11 @@ def _words(old: Mapping[str, Any]) -> dict[str, Any]:
     pad, end, start = special if own else range(FIRST_WORD)
     found: dict[str, Any] = {"pad_token_id": pad, "eos_token_id": end, "bos_token_id": start}
     found |= {k: v for k, v in (("cls_token_id", start), ("sep_token_id", end)) if k in old}
-    found |= {k: VOCABULARY for k in ("vocab_size", "decoder_vocab_size") if old.get(k)}
+    found |= {
+        k: VOCABULARY
+        for k in ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input")
+        if old.get(k)
+    }
     if old.get("is_encoder_decoder"):
         first = old.get("decoder_start_token_id")
         padded = first is not None and first == old.get("pad_token_id")

@@ -14,7 +14,7 @@ from ptkit.methods.head import labels_of_files
 from ptkit.methods.linear_probe import LINEAR_PROBE
 from ptkit.methods.prefix_lora import PREFIX_LORA
 from ptkit.methods.prefix_mixture import PREFIX_MIXTURE
-from ptkit.methods.prefix_tuning import ENCODER, ENCODER_DECODER, HYBRID, INFIX
+from ptkit.methods.prefix_tuning import ENCODER, ENCODER_DECODER, HYBRID, INFIX, UNLIKE
 from ptkit.methods.soft_prompt import ENCODER_PROMPT
 from ptkit.runtime.named_models import TINY_EN
 from ptkit.training.record import scored_rows
@@ -31,6 +31,7 @@ _METHODS = {
     ENCODER_DECODER: "prefix tuning (encoder, decoder and cross-attention)",
     ENCODER: "prefix tuning",
     HYBRID: "prefix tuning",
+    UNLIKE: "prefix tuning",
     LINEAR_PROBE: "a linear probe",
     PREFIX_LORA: "a prefix with LoRA",
     PREFIX_MIXTURE: "a mixture of prefixes",
@@ -40,6 +41,7 @@ _UNREADABLE = {
     INFIX: "an infix",
     ENCODER_DECODER: "it has a prefix for the encoder, too",
     ENCODER: "its virtual tokens take no positions from the input",
+    UNLIKE: "the base has layers with more heads than its widest, which PEFT leaves out",
     HYBRID: "it has layers for those with attention only, and PEFT numbers all layers",
     ENCODER_PROMPT: "its virtual tokens take no positions from the input",
     LINEAR_PROBE: "it is a head alone",

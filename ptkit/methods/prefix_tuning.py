@@ -34,8 +34,9 @@ from ptkit.methods.read_start import EMBEDDING_RATE, ReadStart, compiles_embeddi
 from ptkit.methods.start import PromptMethodSection, start_files, start_shares, start_tokens
 from ptkit.prefix import KVPrefix
 from ptkit.recipe.schema import register_method
+from ptkit.runtime.architecture import reads_ids
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.cache import has_state
+from ptkit.runtime.cache import has_state, shares_keys
 from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.infix import require_infix
 
@@ -117,11 +118,11 @@ class PrefixTuningSection(PrefixSettings):
 
     def learns_embeddings(self, base: Base) -> bool:
         """Whether the start learns on `base`. Raises ModelError where it is told to, and cannot."""
-        able = compiles_embeddings(base)
+        able = compiles_embeddings(base) and not reads_ids(base.model)
         if self.learn_embeddings and not able:
             raise ModelError(
                 f"{base.id} cannot make a prefix of embeddings (it has an encoder, or layers that "
-                "keep a state); leave `learn_embeddings` out"
+                "keep a state or look up token ids); leave `learn_embeddings` out"
             )
         return able and self.learn_embeddings is not False and self._embeddings_matter()
 
@@ -138,6 +139,9 @@ INFIX = "PTKIT_INFIX"
 #: A prefix of the attention layers of a model that has others too (states, convolutions): PEFT
 #: numbers layers from the first and would put it into the wrong ones.
 HYBRID = "PTKIT_HYBRID_PREFIX"
+#: A prefix of a base whose widest heads are not where most heads are (Gemma 4 31B): PEFT makes room
+#: for as many heads as the layers with the widest ones have, and leaves the others without.
+UNLIKE = "PTKIT_UNLIKE_PREFIX"
 #: A prefix of the encoder, of the decoder and of what the decoder reads the encoder through (Li &
 #: Liang 2021, section 4.1 and figure 2); PEFT's has the decoder's part only.
 ENCODER_DECODER = "PTKIT_ENCODER_DECODER_PREFIX"
@@ -152,7 +156,7 @@ class PrefixTuning(Adapter):
 
     section_class = PrefixTuningSection
     # CARTRIDGE differs in how it is trained: its file is the same flat prefix.
-    peft_types = ("PREFIX_TUNING", "CARTRIDGE", INFIX, ENCODER_DECODER, ENCODER, HYBRID)
+    peft_types = ("PREFIX_TUNING", "CARTRIDGE", INFIX, ENCODER_DECODER, ENCODER, HYBRID, UNLIKE)
     encoder_decoder = True
     section: PrefixTuningSection
     start: Tensor
@@ -194,6 +198,7 @@ class PrefixTuning(Adapter):
         self.first = (1 if section.sink else 0, (layers - trained) * 2 * side)
         row, column = self.first
         rows = section.num_virtual_tokens - row
+        self.trained_layers = trained
         self.encoder = PrefixEncoder(self._config(trained, rows)).to(device)
         if start is None:
             start = torch.zeros(rows, 2 * side * trained)
@@ -204,7 +209,10 @@ class PrefixTuning(Adapter):
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)
             unit = start[row:, column:].unflatten(1, (2 * trained, side)).square().mean((0, 2))
-            unit = unit.sqrt().masked_fill(unit == 0, 1.0)
+            # Of the part a layer uses: where layers differ, the narrower ones have zeros.
+            used = [s.kv_heads * s.key_dim / side for s in base.layout[layers - trained :]]
+            unit = (unit / torch.tensor(used).repeat_interleave(2).to(unit)).sqrt()
+            unit = unit.masked_fill(unit == 0, 1.0)
         # [virtual_tokens, layers * 2 * kv_heads * head_dim]
         self.register_buffer("start", start.to(device))
         self.read = read
@@ -218,7 +226,7 @@ class PrefixTuning(Adapter):
 
     def _config(self, layers: int, virtual_tokens: int) -> PrefixTuningConfig:
         """PEFT's settings of a prefix for `layers` layers."""
-        section, shape = self.section, self.base.layout.uniform
+        section, shape = self.section, self.base.layout.widest
         return PrefixTuningConfig(
             task_type="CAUSAL_LM",
             num_virtual_tokens=virtual_tokens,
@@ -284,8 +292,7 @@ class PrefixTuning(Adapter):
     def from_files(
         cls, files: AdapterFiles, section: PrefixTuningSection, base: Base
     ) -> PrefixTuning:
-        flat = virtual_tokens_of(files)
-        _require_shapes(files, base)
+        flat = _flat_of(files, base)
         KVPrefix.from_flat(flat, base.layout)  # refuses shapes of another base
         # An MLP that made the prefix is folded in already: train on directly.
         update = {
@@ -299,15 +306,25 @@ class PrefixTuning(Adapter):
     def prefix_from_files(
         cls, files: AdapterFiles, section: PrefixTuningSection, base: Base
     ) -> KVPrefix:
-        _require_shapes(files, base)
+        flat = _flat_of(files, base)
         # Copied: the tensors may be views of a mapped file, which may change under the adapter.
         place = base.model.device, base.model.dtype
-        prefix = KVPrefix.from_flat(virtual_tokens_of(files), base.layout, copied_to=place)
+        prefix = KVPrefix.from_flat(flat, base.layout, copied_to=place)
         return replace(prefix, infix=files.peft_type == INFIX)
 
     @property
     def virtual_tokens(self) -> int:
         return self.section.num_virtual_tokens
+
+    @property
+    def trainable_parameters(self) -> int:
+        # Where layers differ, the narrower ones have room that nobody reads.
+        used = super().trainable_parameters
+        if not self.section.reparameterize:
+            side, rows = self.config.token_dim, self.virtual_tokens - self.first[0]
+            layers = self.base.layout[len(self.base.layout) - self.trained_layers :]
+            used -= rows * 2 * sum(side - s.kv_heads * s.key_dim for s in layers)
+        return used
 
     @property
     def infix(self) -> bool:
@@ -345,6 +362,8 @@ class PrefixTuning(Adapter):
         config = peft_config_dict(self.config, self.base)
         if has_state(self.base.model):
             config["peft_type"] = HYBRID
+        if not self.base.layout.wide_everywhere:
+            config["peft_type"] = UNLIKE
         if self.infix:
             config["peft_type"] = INFIX
         if self.base.encoder_decoder:
@@ -354,12 +373,22 @@ class PrefixTuning(Adapter):
         return AdapterFiles(config, {"prompt_embeddings": self.flat().detach()})
 
 
-def _require_shapes(files: AdapterFiles, base: Base) -> None:
-    """Raise AdapterError where the settings of `files` are of a base of another shape."""
-    shape = base.layout.uniform
+def _flat_of(files: AdapterFiles, base: Base) -> Tensor:
+    """The prefix in `files`, in PEFT's layout, of the layers of `base` that have keys of their own.
+
+    PEFT makes room for the others, too, and leaves it alone. Raises AdapterError where the settings
+    are of a base of another shape, and as `virtual_tokens_of`.
+    """
+    shape, flat = base.layout.widest, virtual_tokens_of(files)
+    own = every = len(base.layout)
+    if shares_keys(base.model):
+        every = base.model.config.get_text_config().num_hidden_layers
     expected = {
-        "num_layers": [len(base.layout)],
+        "num_layers": [own, every],
         "num_attention_heads": [shape.kv_heads],
         "token_dim": [shape.kv_heads * shape.key_dim],
     }
     require_shapes(files.config, expected, base)
+    if own < every and files.config.get("num_layers") == every:
+        return flat[:, : flat.shape[1] * own // every]
+    return flat

@@ -26,7 +26,7 @@ from ptkit.methods.start import (
 )
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.compile import compile_embeddings
+from ptkit.runtime.compile import compile_embeddings, require_no_ids
 from ptkit.runtime.soft_prompts import has_positions
 
 
@@ -78,6 +78,11 @@ class SoftPrompt(Adapter):
     section: PromptMethodSection
     encoder_decoder = True
     config: PeftConfig
+
+    def __init__(self, section: PromptMethodSection, base: Base) -> None:
+        """Raises ModelError for a base that reads no embeddings alone."""
+        super().__init__(section, base)
+        require_no_ids(base.model)
 
     @abstractmethod
     def embeddings(self) -> Tensor:

@@ -230,7 +230,8 @@ class HeadedTask(Section):
     data: DataSection
     """Where the rows come from."""
     labels: list[Annotated[str, Field(pattern=r"^\S+$")]] = Field(min_length=2)
-    """All labels, in the order of the head's outputs; no spaces within one."""
+    """All labels, in any order (a checkpoint's own head is matched by name); no spaces within
+    one."""
     max_input_tokens: Annotated[int, Field(gt=0)] = 256
     """Inputs are cut on the right to this many tokens."""
     metrics: list[MetricName] = Field(min_length=1)

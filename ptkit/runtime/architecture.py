@@ -47,6 +47,12 @@ def is_encoder(model: PreTrainedModel) -> bool:
     return _BIDIRECTIONAL[backbone]
 
 
+def reads_ids(model: PreTrainedModel) -> bool:
+    """Whether every layer of `model` looks up token ids by itself, beside what was embedded (the
+    per-layer embeddings of Gemma 3n and 4)."""
+    return bool(getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None))
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within this context no module of `model` is in training mode; afterwards those that were

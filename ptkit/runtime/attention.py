@@ -9,7 +9,6 @@ outputs are bit-identical to those of a model never touched.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.architecture import is_encoder
+from ptkit.runtime.attention_sites import layers_of, require_attention
 from ptkit.runtime.disentangled import disentangled_attention, is_disentangled
 from ptkit.runtime.turns import turn
 
@@ -36,7 +36,8 @@ class Injection:
 
     def __init__(self) -> None:
         self._batch: PrefixBatch | None = None
-        self._extended: dict[int, tuple[Tensor, Tensor]] = {}
+        #: Mask -> a batch, and the mask with that batch's prefix region, while somebody has it.
+        self._extended: Any = WeakTensorKeyDictionary()
         self._repeated: dict[int, PrefixBatch] = {}
         #: Tokens that were in the cache before the forward pass under way.
         self.cached: int | Tensor = 0
@@ -53,7 +54,8 @@ class Injection:
     @batch.setter
     def batch(self, batch: PrefixBatch | None) -> None:
         self._batch = batch if batch is not None and batch.longest else None
-        self._extended.clear()
+        if not torch.compiler.is_compiling():  # what it compiles keeps no masks
+            self._extended.clear()
         self._repeated.clear()
 
     def repeated(self, batch: PrefixBatch, times: int) -> PrefixBatch:
@@ -80,26 +82,30 @@ class Injection:
 
         window: of the layer, which hides from a token what is so far behind it
 
-        The layers of a model share a mask object, so the work is done once per distinct mask;
-        holding the mask itself keeps its id from being reused.
+        The layers of a model share a mask object, so the work is done once per distinct mask. It
+        goes with the mask: that of a token goes when the token is written, that of a checkpointed
+        layer when the backward pass has been there.
         """
         if torch.compiler.is_compiling():  # the compiler shares equal work by itself
             return self._joined(batch, mask, window)
-        held = self._extended.get(id(mask))
-        if held is None:
-            held = self._extended[id(mask)] = (mask, self._joined(batch, mask, window))
-        return held[1]
+        made_for, found = self._extended.get(mask, (None, None))
+        if made_for is not batch:
+            found = self._joined(batch, mask, window)
+            self._extended[mask] = batch, found
+        return found
 
     def _joined(self, batch: PrefixBatch, mask: Tensor, window: int | None) -> Tensor:
         """Columns for the prefix region, then those of `mask`."""
         rows, heads, queries = batch.rows, mask.shape[1], mask.shape[-2]
         visible = batch.visible[:, None, None, :]
+        # Some layers are asked about the last tokens of a pass only (Gemma 4's that share keys).
+        ahead = 0 if self.positions is None else self.positions.shape[1] - queries
         if batch.seen_from is not None:
-            query = torch.arange(queries, device=visible.device) + self.cached
+            query = torch.arange(queries, device=visible.device) + ahead + self.cached
             visible = visible & (query >= batch.seen_from[:, None])[:, None, :, None]
         if batch.as_text is not None and window is not None:
             assert self.positions is not None
-            distance = self.positions[:, :, None] - (batch.visible.cumsum(-1) - 1)[:, None]
+            distance = self.positions[:, -queries:, None] - (batch.visible.cumsum(-1) - 1)[:, None]
             near = (distance < window) | ~batch.as_text[:, None, None]
             visible = visible & near[:, None]
         return _with_columns(visible, mask, (rows, heads, queries, batch.longest))
@@ -173,61 +179,6 @@ AttentionInterface.register("ptkit_sdpa", _prefix_sdpa)
 AttentionMaskInterface.register("ptkit_sdpa", _prefix_sdpa_mask)
 AttentionInterface.register("ptkit_eager", _prefix_eager)
 AttentionMaskInterface.register("ptkit_eager", _prefix_eager_mask)
-
-
-#: What families call the layer that makes keys.
-_KEY_PROJECTIONS = {"k_proj", "k", "key", "k_lin", "key_proj", "Wqkv"}
-
-
-def takes_positions(model: PreTrainedModel) -> bool:
-    """Whether `model` is told its tokens' positions (others derive them from the mask)."""
-    return "position_ids" in inspect.signature(model.forward).parameters
-
-
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention modules of `model`, one per entry of its layout.
-
-    In an encoder-decoder: those of the encoder, then the decoder's own, then those through which
-    the decoder reads the encoder, each from the first layer up.
-    """
-    if not (model.config.is_encoder_decoder or is_encoder(model)):
-        return [
-            module for module in model.modules()
-            if isinstance(getattr(module, "layer_idx", None), int)
-            and type(module).__name__.endswith(("Attention", "SelfAttention", "SdpaAttention"))
-        ]  # fmt: skip
-    # Encoders of some families do not number their layers, or number what is around them, too;
-    # modules come from the first one up.
-    found = [
-        (name, module) for name, module in model.named_modules()
-        if type(module).__name__.endswith("Attention") and _KEY_PROJECTIONS & {*module._modules}
-    ]  # fmt: skip
-    crossing = ("encoder_attn", "EncDecAttention")
-
-    def site(entry: tuple[str, nn.Module]) -> int:
-        name, _ = entry
-        return 2 if name.endswith(crossing) else 1 if ".decoder." in f".{name}" else 0
-
-    return [module for _, module in sorted(found, key=site)]
-
-
-def require_attention(model: PreTrainedModel) -> list[nn.Module]:
-    """`attention_modules` of `model`. Raises ModelError where no prefix can be put into them."""
-    modules = attention_modules(model)
-    if not modules:
-        raise ModelError(
-            f"{type(model).__name__} has no attention that a prefix could be put into; use lora"
-        )
-    if is_disentangled(modules):
-        return modules
-    if not model._can_set_attn_implementation() and any(
-        "layer_past" not in inspect.signature(module.forward).parameters for module in modules
-    ):
-        raise ModelError(
-            f"{type(model).__name__} lets its attention neither be replaced (it is not on "
-            "transformers' AttentionInterface) nor be handed a cache; use lora"
-        )
-    return modules
 
 
 class _PrefixThenOwn(Cache):
@@ -356,7 +307,7 @@ def _injected(model: PreTrainedModel) -> Iterator[Injection]:
     replaced = _replaced_attention(model, modules, own, injection)
     # On the backbone: models that differ in their heads share it.
     model.base_model.__dict__["ptkit_injection"] = injection
-    for layer, module in enumerate(modules):
+    for layer, module in zip(layers_of(modules), modules, strict=True):
         # Not module attributes: they must not appear among children, parameters or state.
         module.__dict__ |= {"ptkit_injection": injection, "ptkit_layer": layer}
     try:

@@ -38,6 +38,7 @@ from ptkit.runtime.block_layers import BlockEmbedding, unpacked
 from ptkit.runtime.compile import kv_layout
 from ptkit.runtime.gguf_blocks import in_blocks
 from ptkit.runtime.gguf_model import is_gguf, stored_type
+from ptkit.runtime.label_order import order_of, reorder, told
 from ptkit.runtime.named_models import gguf_behind, source_of
 from ptkit.runtime.quantize import logical_size, quantization_config, require_quantized
 from ptkit.runtime.texts import Texts, embedded_tokens, own_ends
@@ -65,12 +66,14 @@ class Head:
     modules: names within the model of everything that is not the pretrained backbone, and of what
         the checkpoint had no weights for; every adapter trains a copy of its own
     fresh: of those, the modules without weights in the checkpoint
+    told: what was decided about the checkpoint's own labels, in a sentence; empty for nothing
     """
 
     kind: HeadKind
     labels: tuple[str, ...]
     modules: tuple[str, ...]
     fresh: frozenset[str] = frozenset()
+    told: str = ""
 
 
 @dataclass(frozen=True)
@@ -236,7 +239,7 @@ def load_base(section: ModelSection, labels: Labels | None = None) -> Base:
     """Load the base a recipe names, frozen and in evaluation mode.
 
     labels: of its classification head, a new one where the checkpoint has none of as many; None
-        for a language model
+        for a language model. Outputs of the checkpoint's head go to the labels of the same name
 
     Raises ModelError when it cannot be found or is not such a model. Never runs code from a
     repository and reads safetensors only.
@@ -296,12 +299,10 @@ def load_base(section: ModelSection, labels: Labels | None = None) -> Base:
         model = model.to(device)
     about: dict[str, Any] = {"free_attention": section.attention == "auto"}
     if labels is not None:
-        fresh = {*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])}
-        headed = headed_base(
-            model, tokenizer, section.id, labels.names, fresh=fresh, revision=section.revision
-        )
-        assert headed.head is not None
-        return replace(headed, read=_identity(source, revision, headed.head.fresh), **about)
+        return _with_its_labels(
+            model, tokenizer, section, labels, own=_label_names(config), loader=kind, found=found,
+            source=source,
+        )  # fmt: skip
     base = frozen_base(model, tokenizer, section.id, section.revision)
     if section.quantize is not None:
         require_quantized(model, section.quantize, section.id)
@@ -319,6 +320,51 @@ def _identity(source: str, revision: str | None, without: Collection[str] = ()) 
     """Of the checkpoint's files; None where they do not tell."""
     tensors = checkpoint.of_files(source, revision, without)
     return None if tensors is None else Identity.of(tensors)
+
+
+def _label_names(config: Any) -> list[str]:
+    """The names of a checkpoint's labels, in the order of its outputs."""
+    return [str(config.id2label[number]) for number in sorted(config.id2label)]
+
+
+def _with_its_labels(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    section: ModelSection,
+    labels: Labels,
+    *,
+    own: list[str],
+    loader: Any,
+    found: dict[str, Any],
+    source: str,
+) -> Base:
+    """The loaded `model` with each output of its head at the label of that name.
+
+    own: the checkpoint's names of its outputs
+    found: what transformers says of the weights it read; source: where from
+    """
+    mismatched = {entry[0] for entry in found["mismatched_keys"]}
+    fresh = {*found["missing_keys"], *mismatched}
+    base = headed_base(
+        model, tokenizer, section.id, labels.names, fresh=fresh, revision=section.revision
+    )
+    assert base.head is not None
+    backbone = f"{model.base_model_prefix}."
+    replaced = any(not name.startswith(backbone) for name in mismatched)
+    kept = len(own) == len(labels.names) and all(name.startswith(backbone) for name in fresh)
+    # A checkpoint without a head says nothing that had to be decided.
+    said = told(section.id, own, labels.names, anew=replaced) if replaced or kept else ""
+    base = replace(
+        base,
+        head=replace(base.head, told=said),
+        free_attention=section.attention == "auto",
+        read=_identity(source, section.revision, base.head.fresh),
+    )
+    order = order_of(own, labels.names) if kept else []
+    if order != [*range(len(order))]:
+        base.remember()  # what it is in the checkpoint's order
+        reorder(model, loader, order)
+    return base
 
 
 def _class_for(config: Any, labels: Labels | None) -> tuple[Any, dict[str, Any]]:

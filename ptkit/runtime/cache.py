@@ -94,6 +94,12 @@ def has_state(model: PreTrainedModel) -> bool:
     return any(map(_keeps_state, DynamicCache(config=model.config).layers))
 
 
+def shares_keys(model: PreTrainedModel) -> bool:
+    """Whether some layers of `model` read the keys and values of earlier ones (Gemma 3n and 4)."""
+    modes = getattr(model.config.get_text_config(decoder=True), "kv_sharing_modes", None)
+    return any(mode == "reuse" for mode in modes or ())
+
+
 def layer_kinds(model: PreTrainedModel) -> list[str]:
     """What keeps a layer's memory of a text, as the config names it (`full_attention`, ...)."""
     config: Any = model.config.get_text_config(decoder=True)
@@ -130,9 +136,9 @@ def layers_with_keys(cache: Cache) -> list[Any]:
 def whole_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache that keeps all keys and values, window or not, and states where there are."""
     own = DynamicCache(config=model.config)
-    if any(_keeps_state(layer) or type(layer) is DummyLayer for layer in own.layers):
-        return own
-    return DynamicCache()
+    # A layer that reads the keys and values of another needs no place; others that have none do.
+    placed = not shares_keys(model) and any(type(layer) is DummyLayer for layer in own.layers)
+    return own if placed or has_state(model) else DynamicCache()
 
 
 def cache_for(model: PreTrainedModel, batch: PrefixBatch | None, positions: int) -> DynamicCache:

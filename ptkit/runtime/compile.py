@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from ptkit.errors import ModelError
 from ptkit.prefix import KVLayout, KVPrefix, LayerShape
-from ptkit.runtime.architecture import evaluating, is_encoder
+from ptkit.runtime.architecture import evaluating, is_encoder, reads_ids
 from ptkit.runtime.attention import prefix_attention, prefix_removed
 from ptkit.runtime.cache import layers_with_keys, require_no_state, whole_cache
 from ptkit.runtime.row_adapters import rows_run_with
@@ -42,9 +43,10 @@ def compile_embeddings(model: PreTrainedModel, embeddings: Tensor) -> KVPrefix:
 
     Costs one forward of the backbone (no LM head) over `virtual_tokens` positions with a batch
     of one, whatever the number of rows that will use it. Raises ModelError for models with layers
-    that keep a state.
+    that keep a state, or that look up token ids.
     """
     require_no_state(model)
+    require_no_ids(model)
     cache = whole_cache(model)
     backbone = model.base_model
     with reading(model):
@@ -52,6 +54,15 @@ def compile_embeddings(model: PreTrainedModel, embeddings: Tensor) -> KVPrefix:
             inputs_embeds=embeddings[None].to(model.dtype), past_key_values=cache, use_cache=True
         )
     return _cache_as_prefix(cache)
+
+
+def require_no_ids(model: PreTrainedModel) -> None:
+    """Raise ModelError where embeddings alone cannot be read: layers look up token ids."""
+    if reads_ids(model):
+        raise ModelError(
+            f"every layer of {type(model).__name__} looks up an embedding of its own by a token's "
+            "id, and a soft prompt's virtual tokens have no id; use prefix_tuning or lora"
+        )
 
 
 def compile_tokens(model: PreTrainedModel, input_ids: Tensor) -> KVPrefix:

@@ -15,12 +15,8 @@ from ptkit.data.encode import IGNORED, EncodedExample
 from ptkit.prefix import Compiled, PrefixBatch
 from ptkit.recipe.schema import HeadedTask, Task
 from ptkit.runtime.architecture import head_kind, is_encoder
-from ptkit.runtime.attention import (
-    prefix_attention,
-    prefix_removed,
-    prefixed_positions,
-    takes_positions,
-)
+from ptkit.runtime.attention import prefix_attention, prefix_removed, prefixed_positions
+from ptkit.runtime.attention_sites import takes_positions
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.fused import has_plain_head, head_divergences, head_losses
 from ptkit.runtime.infix import placed_before_last

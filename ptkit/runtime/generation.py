@@ -11,15 +11,12 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, Sta
 from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.architecture import evaluating
-from ptkit.runtime.attention import (
-    prefix_attention,
-    prefixed_positions,
-    require_attention,
-    takes_positions,
-)
+from ptkit.runtime.attention import prefix_attention, prefixed_positions
+from ptkit.runtime.attention_sites import require_attention, takes_positions
 from ptkit.runtime.cache import cache_for, prefilled_cache, sees_everything
 from ptkit.runtime.forward import pad_rows
 from ptkit.runtime.infix import placed_before_last, read_before_last
+from ptkit.runtime.processors import DRAFTED, processors_read_text, setting
 from ptkit.runtime.soft_prompts import soft_prompts_read, with_embeddings
 from ptkit.runtime.turns import turn
 
@@ -46,7 +43,8 @@ def generate(
         with `num_return_sequences=k` row i's answers are at `[i * k, (i + 1) * k)`.
 
     A row of several gets the same greedy tokens as alone: every row has its own position ids
-    (derived from its own mask), and reads no other row's prefix. Threads take turns.
+    (derived from its own mask), and reads no other row's prefix. Logits processors and stopping
+    criteria read the rows' own tokens, no padding and no placeholder. Threads take turns.
     """
     with turn(model):
         return _generated(
@@ -65,8 +63,8 @@ def _generated(
 ) -> list[list[int]]:
     if model.config.is_encoder_decoder:
         return _written(model, prompts, batch, pad_token_id, generate_options)
-    beams = generate_options.get("num_beams", 1)
-    if static_positions is not None and beams > 1:
+    repeats = _repeats(model, generate_options)
+    if static_positions is not None and (setting(model, generate_options, "num_beams") or 1) > 1:
         raise ModelError("a static cache cannot be reordered: use num_beams=1 with it")
     if batch is not None and batch.embeddings is not None:
         _require_read_once(model, static_positions, read, generate_options)
@@ -102,37 +100,49 @@ def _generated(
         dummy = torch.full((len(prompts), batch.longest), pad_token_id, dtype=torch.long)
         input_ids = torch.cat([dummy, input_ids], dim=1)
         attention_mask = torch.cat([batch.visible.long().cpu(), attention_mask], dim=1)
-        if beams > 1:
-            cache.batch_repeat_interleave(beams)
-        returned = generate_options.get("num_return_sequences", 1)
-        if returned > 1 and beams == 1:
-            cache.batch_repeat_interleave(returned)
         skipped += batch.longest
+    _repeat(cache, repeats)
     generator: Any = model  # transformers' stubs do not know `generate` on every model class
     was_training = model.training
     model.eval()
     try:
-        output = generator.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            pad_token_id=pad_token_id,
-            past_key_values=cache,
-            **generate_options,
-        )
+        with processors_read_text(model, prompts, skipped, generate_options) as reading:
+            output = generator.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                pad_token_id=pad_token_id,
+                **_cached(cache),
+                **reading.options,
+            )
     finally:
         model.train(was_training)
     ends = end_ids(model, **generate_options)
-    return [_until_end(row, ends) for row in output[:, skipped:].tolist()]
+    written = reading.cut(output[:, skipped:].tolist(), pad_token_id)
+    return [_until_end(row, ends) for row in written]
 
 
-#: Options of `generate` under which transformers reads the tokens before the cache's end again.
-_DRAFTED = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
+def _cached(cache: Any) -> dict[str, Any]:
+    """The argument of `generate` for `cache`: none at all without one, which a beam search would
+    try to put in order."""
+    return {} if cache is None else {"past_key_values": cache}
+
+
+def _repeats(model: PreTrainedModel, options: dict[str, Any]) -> int:
+    """The rows that `generate` makes of each: its beams, or its answers."""
+    asked = (setting(model, options, name) for name in ("num_beams", "num_return_sequences"))
+    return max(count or 1 for count in asked)
+
+
+def _repeat(cache: Any, times: int) -> None:
+    """Let `cache` hold every row `times` in a row, as `generate` will."""
+    if cache is not None and times > 1 and cache.get_seq_length():
+        cache.batch_repeat_interleave(times)
 
 
 def _kept_in_cache(model: PreTrainedModel, options: dict[str, Any]) -> bool:
     """Whether the rows' prefixes can be part of the cache: the cheapest way, as they are then put
     before the text once, not at every token."""
-    drafted = any(options.get(name) for name in _DRAFTED)
+    drafted = any(options.get(name) for name in DRAFTED)
     return options.get("use_cache") is not False and not drafted and sees_everything(model)
 
 
@@ -140,7 +150,7 @@ def _require_read_once(
     model: PreTrainedModel, static_positions: int | None, read: Any, options: dict[str, Any]
 ) -> None:
     """Raise ModelError for ways of generating that have no place for a soft prompt's embeddings."""
-    drafted = [name for name in _DRAFTED if options.get(name)]
+    drafted = [name for name in DRAFTED if options.get(name)]
     if static_positions is None and read is None and not drafted:
         return
     what = "a static cache" if static_positions is not None else (
@@ -173,23 +183,29 @@ def _attending(
         cache = StaticCache(model.config, static_positions)
     elif options.get("use_cache") is not False:
         cache = read if read is not None else DynamicCache(config=model.config)
+    _repeat(cache, _repeats(model, options))
     positions = {"position_ids": prefixed_positions(batch, mask)} if takes_positions(model) else {}
     inputs = with_embeddings(model, ids, mask, batch)
-    skipped = ids.shape[1]
+    skipped = width = ids.shape[1]
     if "inputs_embeds" in inputs:  # transformers then returns what is new only
-        skipped = 0
+        skipped, width = 0, inputs["inputs_embeds"].shape[1]
         positions = {"position_ids": prefixed_positions(batch, inputs["attention_mask"])}
     generator: Any = model
-    with evaluating(model), prefix_attention(model) as injection:
+    with (
+        evaluating(model), prefix_attention(model) as injection,
+        processors_read_text(model, prompts, width, options) as reading,
+    ):  # fmt: skip
         held, injection.batch = injection.batch, batch
         try:
             output = generator.generate(
-                **inputs, pad_token_id=pad_token_id, past_key_values=cache, **positions, **options
-            )
+                **inputs, pad_token_id=pad_token_id, **_cached(cache), **positions,
+                **reading.options,
+            )  # fmt: skip
         finally:
             injection.batch = held
     ends = end_ids(model, **options)
-    return [_until_end(row, ends) for row in output[:, skipped:].tolist()]
+    written = reading.cut(output[:, skipped:].tolist(), pad_token_id)
+    return [_until_end(row, ends) for row in written]
 
 
 def _written(
@@ -205,15 +221,19 @@ def _written(
     was_training = model.training
     model.eval()
     try:
-        with prefix_attention(model) as injection, soft_prompts_read(model, batch):
+        read = with_embeddings(model, ids, mask, batch)
+        width = read["attention_mask"].shape[1]
+        with (
+            prefix_attention(model) as injection, soft_prompts_read(model, batch),
+            processors_read_text(model, inputs, width, options) as reading,
+        ):  # fmt: skip
             held, injection.batch = injection.batch, batch
             try:
                 # The cache transformers makes by itself is as deep as the encoder.
                 cached = options.get("use_cache") is not False
                 cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if cached else None
                 output = generator.generate(
-                    **with_embeddings(model, ids, mask, batch), pad_token_id=pad_token_id,
-                    past_key_values=cache, **options,
+                    **read, pad_token_id=pad_token_id, **_cached(cache), **reading.options
                 )  # fmt: skip
             finally:
                 injection.batch = held
@@ -223,8 +243,9 @@ def _written(
     # Words that only frame a text are not the answer.
     frame = end_ids(model, **options)
     forced = options.get("forced_bos_token_id", model.generation_config.forced_bos_token_id)
-    rows = [row[2:] if row[1:2] == [forced] else row[1:] for row in output.tolist()]
-    return [_until_end(row, frame) for row in rows]
+    rows = reading.cut(output[:, 1:].tolist(), pad_token_id)
+    written = [row[1:] if row[:1] == [forced] else row for row in rows]
+    return [_until_end(row, frame) for row in written]
 
 
 def end_ids(model: PreTrainedModel, **options: Any) -> set[int]:

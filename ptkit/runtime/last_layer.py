@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptkit.runtime.attention import attention_modules
+from ptkit.runtime.attention_sites import attention_modules
 from ptkit.runtime.compile import reading
 from ptkit.runtime.row_adapters import row_adapters
 

@@ -19,8 +19,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from ptkit.errors import ModelError
 from ptkit.prefix import KVLayout, KVPrefix, PrefixBatch
-from ptkit.runtime.attention import takes_positions
-from ptkit.runtime.cache import ReservedCache, prefilled_cache
+from ptkit.runtime.attention_sites import takes_positions
+from ptkit.runtime.cache import ReservedCache, prefilled_cache, shares_keys
 from ptkit.runtime.forward import head_on, pad_rows
 from ptkit.runtime.infix import read_before_last
 from ptkit.runtime.turns import turn
@@ -42,6 +42,11 @@ def longest_row(model: PreTrainedModel) -> int | None:
             "language models (`ptkit generate` runs it)"
         )
     config: Any = model.config.get_text_config()
+    if shares_keys(model):
+        raise ModelError(
+            f"{type(model).__name__} has layers that read the keys and values of others, which "
+            "continuous batching has no place for (`ptkit generate` runs it)"
+        )
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     if kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
         raise ModelError(

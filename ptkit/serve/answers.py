@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from ptkit.data.templates import filled
 from ptkit.data.tokens import chat_ids, text_ids
 from ptkit.errors import UserError
-from ptkit.serve.engine import Answer, Engine, FinishReason, Update
+from ptkit.serve.answer import Answer, FinishReason, Update
+from ptkit.serve.engine import Engine
 from ptkit.serve.library import Library
 from ptkit.serve.protocol import (
     AnswerMessage,

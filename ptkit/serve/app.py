@@ -17,15 +17,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ptkit.errors import HubError, PtkitError, UserError
-from ptkit.serve.answers import Exchange, Limits
-from ptkit.serve.engine import (
+from ptkit.serve.answer import (
     DrainingError,
-    Engine,
     InUseError,
     NoMemoryError,
     QueueFullError,
     TimedOutError,
 )
+from ptkit.serve.answers import Exchange, Limits
+from ptkit.serve.engine import Engine
 from ptkit.serve.guard import Guard, error_body
 from ptkit.serve.library import NAME, Library, NotAllowedError, UnknownModelError
 from ptkit.serve.metrics import Metrics

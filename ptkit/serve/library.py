@@ -22,7 +22,8 @@ from ptkit.formats.adapter_files import (
 )
 from ptkit.formats.hub import HubId, fetch_adapter
 from ptkit.methods import changes_weights
-from ptkit.serve.engine import Engine, Voice
+from ptkit.serve.answer import Voice
+from ptkit.serve.engine import Engine
 
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 #: Between the names of adapters that answer together.

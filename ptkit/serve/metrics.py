@@ -18,7 +18,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from ptkit.bank import AdapterBank
-from ptkit.serve.engine import Answer, Engine
+from ptkit.serve.answer import Answer
+from ptkit.serve.engine import Engine
 
 disable_created_metrics()
 

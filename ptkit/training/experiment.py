@@ -67,9 +67,12 @@ class Experiment:
         )
 
     def data_lines(self) -> list[str]:
-        """What was decided about the data (see `ptkit.data.summary`)."""
+        """What was decided about the data (see `ptkit.data.summary`), and about the head of a
+        checkpoint that has labels of its own."""
         encoded = {"train": self.rows.encoded, "validation": self.validation}
-        return data_lines(self.recipe.task, self.data, encoded)
+        head = self.base.head
+        told = [head.told] if head is not None and head.told else []
+        return data_lines(self.recipe.task, self.data, encoded) + told
 
     def data_fingerprint(self, seed: int) -> str:
         """16 hex digits over the training and validation rows of `seed` as token ids."""

@@ -1,0 +1,86 @@
+"""Where a model attends: the modules a prefix is put into, and the layer of it that each reads."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ptkit.errors import ModelError
+from ptkit.runtime.architecture import is_encoder
+from ptkit.runtime.disentangled import is_disentangled
+
+#: What families call the layer that makes keys.
+_KEY_PROJECTIONS = {"k_proj", "k", "key", "k_lin", "key_proj", "Wqkv"}
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether `model` is told its tokens' positions (others derive them from the mask)."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention modules of `model`, one per entry of its layout (see `layers_of`).
+
+    In an encoder-decoder: those of the encoder, then the decoder's own, then those through which
+    the decoder reads the encoder, each from the first layer up.
+    """
+    if not (model.config.is_encoder_decoder or is_encoder(model)):
+        return [
+            module for module in model.modules()
+            if isinstance(getattr(module, "layer_idx", None), int)
+            and type(module).__name__.endswith(("Attention", "SelfAttention", "SdpaAttention"))
+        ]  # fmt: skip
+    # Encoders of some families do not number their layers, or number what is around them, too;
+    # modules come from the first one up.
+    found = [
+        (name, module) for name, module in model.named_modules()
+        if type(module).__name__.endswith("Attention") and _KEY_PROJECTIONS & {*module._modules}
+    ]  # fmt: skip
+    crossing = ("encoder_attn", "EncDecAttention")
+
+    def site(entry: tuple[str, nn.Module]) -> int:
+        name, _ = entry
+        return 2 if name.endswith(crossing) else 1 if ".decoder." in f".{name}" else 0
+
+    return [module for _, module in sorted(found, key=site)]
+
+
+def layers_of(modules: list[nn.Module]) -> list[int]:
+    """For each attention module, which entry of its model's layout it reads.
+
+    One that shares keys and values reads those of the last module of its kind that has its own.
+    """
+    layers: list[int] = []
+    latest: dict[Any, int] = {}
+    own = 0
+    for module in modules:
+        kind = getattr(module, "layer_type", None)
+        if getattr(module, "is_kv_shared_layer", False):
+            layers.append(latest[kind])
+            continue
+        layers.append(own)
+        latest[kind] = own
+        own += 1
+    return layers
+
+
+def require_attention(model: PreTrainedModel) -> list[nn.Module]:
+    """`attention_modules` of `model`. Raises ModelError where no prefix can be put into them."""
+    modules = attention_modules(model)
+    if not modules:
+        raise ModelError(
+            f"{type(model).__name__} has no attention that a prefix could be put into; use lora"
+        )
+    if is_disentangled(modules):
+        return modules
+    if not model._can_set_attn_implementation() and any(
+        "layer_past" not in inspect.signature(module.forward).parameters for module in modules
+    ):
+        raise ModelError(
+            f"{type(model).__name__} lets its attention neither be replaced (it is not on "
+            "transformers' AttentionInterface) nor be handed a cache; use lora"
+        )
+    return modules

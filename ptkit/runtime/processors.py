@@ -1,0 +1,253 @@
+"""What logits processors and stopping criteria read: the ids of the text, and nothing else.
+
+transformers hands them all columns of a batch: padding, and the placeholders that stand for a
+prefix in the cache. Neither was said by anybody, so a repetition penalty must not count them. Here
+they get each row's own prompt and what was written after it, as if the row were alone and had no
+prefix. Rows with prompts of one length are handed over together.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from ptkit.errors import ModelError
+
+#: Options of `generate` under which transformers reads the tokens before the cache's end again.
+DRAFTED = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
+#: Settings by which the encoder's input is read, too.
+_OF_INPUTS = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
+
+
+def setting(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
+    """What `name` is in a call of `generate` with `options`: given by itself, in the call's
+    `generation_config`, or in the model's."""
+    given = options.get("generation_config")
+    for value in (
+        options.get(name), getattr(given, name, None), getattr(model.generation_config, name, None)
+    ):  # fmt: skip
+        if value is not None:
+            return value
+    return None
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The prompts of a batch, and where their continuation begins.
+
+    columns: of `input_ids` before the first new token; None where those are texts already (a
+        decoder's, whose prompts an encoder reads)
+    """
+
+    prompts: list[list[int]]
+    columns: int | None
+
+    @property
+    def lengths(self) -> list[int]:
+        """The lengths that prompts have, each once."""
+        return sorted({len(prompt) for prompt in self.prompts})
+
+    def of_length(self, length: int) -> Tensor:
+        """The prompts of `length` tokens, `[prompts, length]`."""
+        return torch.tensor([p for p in self.prompts if len(p) == length], dtype=torch.long)
+
+    def rows(self, length: int, count: int) -> list[int]:
+        """The rows, of `count`, whose prompt has `length` tokens; beams of a row follow it."""
+        times = count // len(self.prompts)
+        return [row for row in range(count) if len(self.prompts[row // times]) == length]
+
+    def ids(self, length: int, rows: list[int], input_ids: Tensor) -> Tensor:
+        """What was read and written in `rows` of `input_ids`, `[rows, tokens]`."""
+        if self.columns is None:
+            return input_ids[rows]
+        times = len(input_ids) // len(self.prompts)
+        read = self.of_length(length).repeat_interleave(times, 0).to(input_ids.device)
+        return torch.cat([read, input_ids[rows, self.columns :]], dim=1)
+
+
+class _Processors(LogitsProcessorList):
+    """Processors for the prompts of each length."""
+
+    def __init__(self, texts: _Texts, by_length: dict[int, LogitsProcessorList]) -> None:
+        super().__init__(processor for some in by_length.values() for processor in some)
+        self._texts, self._by_length = texts, by_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kw: Any) -> Tensor:
+        processed = torch.empty_like(scores)
+        for length, processors in self._by_length.items():
+            rows = self._texts.rows(length, len(scores))
+            ids: Any = self._texts.ids(length, rows, input_ids)
+            processed[rows] = processors(ids, scores[rows], **kw).to(scores.dtype)
+        return processed
+
+
+class _Criterion(StoppingCriteria):
+    """`criterion`, asked about the text of the rows."""
+
+    def __init__(self, texts: _Texts, criterion: Any) -> None:
+        self._texts, self._criterion = texts, criterion
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kw: Any) -> Tensor:
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for length in self._texts.lengths:
+            rows = self._texts.rows(length, len(input_ids))
+            ids = self._texts.ids(length, rows, input_ids)
+            own = scores and tuple(s[self._texts.rows(length, len(s))] for s in scores)
+            done[rows] = self._criterion(ids, own, **kw)
+        return done
+
+
+@dataclass
+class Reading:
+    """A call of `generate` whose processors and criteria read text.
+
+    options: to give to `generate`
+    ends: of each row, tokens written until a criterion first said that it is done; empty for beams
+    """
+
+    options: dict[str, Any]
+    ends: dict[int, int] = field(default_factory=dict)
+
+    def cut(self, written: Sequence[list[int]], pad_token_id: int) -> list[list[int]]:
+        """`written` up to where each row was done: transformers fills the rest of the batch up.
+
+        written: new tokens of each row
+        """
+        if self.ends:
+            return [row[: self.ends.get(i, len(row))] for i, row in enumerate(written)]
+        # Of beams only the filling itself is left to tell by.
+        return [_without_filling(row, pad_token_id) for row in written]
+
+
+class _Criteria(StoppingCriteriaList):
+    """Criteria that note in `ends` when each row was first done."""
+
+    def __init__(self, criteria: Iterable[Any], columns: int, ends: dict[int, int] | None) -> None:
+        super().__init__(criteria)
+        self._columns, self._ends = columns, ends
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kw: Any) -> Tensor:
+        done = super().__call__(input_ids, scores, **kw)
+        if self._ends is not None:
+            written = input_ids.shape[1] - self._columns
+            for row in done.nonzero()[:, 0].tolist():
+                self._ends.setdefault(row, written)
+        return done
+
+
+@contextmanager
+def processors_read_text(
+    model: PreTrainedModel, prompts: Sequence[list[int]], width: int, options: dict[str, Any]
+) -> Iterator[Reading]:
+    """Within this context `model.generate` lets processors and criteria read the rows' text.
+
+    prompts: the token ids of each row's own prompt (an encoder-decoder: of its input)
+    width: columns that `generate` is given, padding and placeholders included
+
+    `min_length` and `max_length` count a row's own tokens. Processors of the caller's own are
+    called once per length of prompts. Raises ModelError for `guidance_scale` on prompts of
+    different lengths, and for a prompt beyond `max_length`.
+    """
+    inputs = bool(model.config.is_encoder_decoder)
+    texts = _Texts([*prompts], None if inputs else width)
+    if any(options.get(name) for name in DRAFTED):  # one row, and calls of `generate` within
+        yield Reading(options)
+        return
+    if setting(model, options, "guidance_scale") not in (None, 1) and len(texts.lengths) > 1:
+        raise ModelError(
+            "`guidance_scale` reads with the model itself, so all prompts of a batch must have one "
+            "length; give them one by one"
+        )
+    most = None if inputs else _most(model, options, texts.lengths[-1])
+    if most is not None:
+        options = {**options, "max_length": most + width - texts.lengths[0]}
+    reading = Reading(options)
+    whole = texts.lengths == [width]
+    counted = not inputs or any(setting(model, options, name) for name in _OF_INPUTS)
+    least = setting(model, options, "min_length")
+    generator: Any = model  # transformers' stubs know no `generate`
+    own = generator.generate.__self__
+    build_processors, build_criteria = own._get_logits_processor, own._get_stopping_criteria
+    #: What `generate` begins with: no column at all, with embeddings in place of ids.
+    columns = width
+
+    def processors(**kw: Any) -> LogitsProcessorList:
+        nonlocal columns
+        columns = kw["input_ids_seq_length"]
+        if not counted or (whole and (inputs or columns == width)):
+            return build_processors(**kw)
+        read = replace(texts, columns=None if inputs else columns)
+        return _Processors(read, {length: of(length, kw) for length in read.lengths})
+
+    def of(length: int, kw: dict[str, Any]) -> LogitsProcessorList:
+        ids = texts.of_length(length).to(kw["device"])
+        if inputs:
+            return build_processors(**{**kw, "encoder_input_ids": ids})
+        config = copy.copy(kw["generation_config"])
+        config.max_length = most or config.max_length - columns + length
+        new = config.min_new_tokens
+        config.min_length = least if new is None else new + length
+        # No mask: these rows have no padding that a penalty would have to leave out.
+        changed = {
+            "generation_config": config, "input_ids_seq_length": length, "encoder_input_ids": ids,
+            "model_kwargs": None,
+        }  # fmt: skip
+        allowed = kw["prefix_allowed_tokens_fn"]
+        if allowed is not None:
+            numbers = [i for i, prompt in enumerate(texts.prompts) if len(prompt) == length]
+            changed["prefix_allowed_tokens_fn"] = lambda i, ids: allowed(numbers[i], ids)
+        return build_processors(**{**kw, **changed})
+
+    def criteria(**kw: Any) -> StoppingCriteriaList:
+        found = build_criteria(**kw)
+        read = replace(texts, columns=None if inputs else columns)
+        if not inputs and not (whole and columns == width):
+            own_ids = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)
+            found = [c if type(c) in own_ids else _Criterion(read, c) for c in found]
+        if most is not None:
+            found = [*found, _Criterion(read, MaxLengthCriteria(most))]
+        beams = (kw["generation_config"].num_beams or 1) > 1
+        return _Criteria(found, columns, None if beams else reading.ends)
+
+    own.__dict__ |= {"_get_logits_processor": processors, "_get_stopping_criteria": criteria}
+    try:
+        yield reading
+    finally:
+        for name in ("_get_logits_processor", "_get_stopping_criteria"):
+            own.__dict__.pop(name, None)
+
+
+def _without_filling(row: list[int], pad_token_id: int) -> list[int]:
+    end = len(row)
+    while end and row[end - 1] == pad_token_id:
+        end -= 1
+    return row[:end]
+
+
+def _most(model: PreTrainedModel, options: dict[str, Any], longest: int) -> int | None:
+    """The `max_length` that is to hold for every row, if it does. Raises ModelError where a prompt
+    leaves nothing of it."""
+    most = setting(model, options, "max_length")
+    if most is None or setting(model, options, "max_new_tokens") is not None:
+        return None
+    if longest >= most:
+        raise ModelError(
+            f"`max_length` is {most} and counts the prompt, which has {longest} tokens, so nothing "
+            "is left to write; use `max_new_tokens`"
+        )
+    return int(most)

@@ -1,0 +1,78 @@
+"""What an injection keeps for the layers of a pass does not outlive the pass."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import random_base
+from test_peft_parity import LEARNT, make_adapter, rows_of
+
+from ptkit.families.kinds import DECODER
+from ptkit.families.shapes import FAMILIES, small
+from ptkit.families.subject import small_subject
+from ptkit.prefix import PrefixBatch
+from ptkit.runtime.attention import prefix_attention
+from ptkit.runtime.base_model import Base
+from ptkit.runtime.forward import all_logits
+from ptkit.runtime.generation import generate
+
+
+def windowed() -> Base:
+    return small_subject("gemma3", small(FAMILIES["gemma3"].config), DECODER).base()
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(lambda: random_base("llama"), {"use_cache": False}), (windowed, {}),
+     (windowed, {"num_beams": 2})],
+    ids=["no cache", "windows", "beams"],
+)  # fmt: skip
+def test_masks_kept_do_not_grow_with_the_tokens_written(
+    make: Callable[[], Base], options: dict
+) -> None:
+    torch.manual_seed(1)
+    base = make()
+    adapter = make_adapter(base, LEARNT["prefix"])
+    kept: list[int] = []
+    with prefix_attention(base.model) as injection:
+        hook = base.model.register_forward_hook(
+            lambda *_: kept.append(len(injection._extended)) or None
+        )
+        generate(
+            base.model, [[i % 80 + 3 for i in row] for row in rows_of([5, 8])],
+            PrefixBatch.shared(adapter.compiled(), 2), pad_token_id=0, eos_token_id=None,
+            do_sample=False, max_new_tokens=20, **options,
+        )  # fmt: skip
+        hook.remove()
+    assert len(kept) >= 20
+    assert max(kept) <= 4  # one for every kind of layer, of this pass and the one before
+
+
+def test_layers_of_a_pass_share_one_mask_and_a_checkpointed_one_finds_it_again() -> None:
+    torch.manual_seed(1)
+    base = random_base("llama")
+    adapter = make_adapter(base, LEARNT["prefix"])
+    ids = torch.tensor(rows_of([6, 6]))
+    batch = PrefixBatch.shared(adapter.prefix(), 2)
+    joined = 0
+    with prefix_attention(base.model) as injection:
+        own = injection._joined
+
+        def counted(*arguments):
+            nonlocal joined
+            joined += 1
+            return own(*arguments)
+
+        injection._joined = counted
+        base.model.train()
+        base.model.gradient_checkpointing_enable({"use_reentrant": False})
+        injection.batch = batch
+        loss = all_logits(base.model, ids, torch.ones_like(ids), batch).sum()
+        loss.backward()
+        injection.batch = None
+        gc.collect()
+        assert joined == 1
+        assert not len(injection._extended)
