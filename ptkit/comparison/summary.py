@@ -15,7 +15,7 @@ from ptkit.evaluation.metrics import Statistics, metric
 from ptkit.evaluation.predict import Prediction, statistics_of
 from ptkit.evaluation.statistics import Interval, bootstrap_interval, seeds_interval
 from ptkit.recipe.schema import Recipe
-from ptkit.training.record import CellRecord
+from ptkit.training.record import CellRecord, titled
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ class MethodSummary:
     @property
     def title(self) -> str:
         """The method, with its swept values where there are any."""
-        values = " ".join(f"{key}={written(value)}" for key, value in self.sweep.items())
-        return f"{self.family} {values}".strip()
+        return titled(self.family, self.sweep)
 
     @property
     def trained_together(self) -> int:
@@ -72,11 +71,6 @@ class MethodSummary:
     def leading(self) -> Interval:
         """The interval of the metric that is *the score*."""
         return self.metrics[self.score]
-
-
-def written(value: Any) -> str:
-    """A swept value as it is shown."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def baseline_of(recipe: Recipe) -> str:

@@ -17,6 +17,16 @@ def scored_rows(split: str, chose: bool) -> str:
     return "test rows" if split == "test" else f"test rows (the source's split `{split}`)"
 
 
+def written(value: Any) -> str:
+    """A swept value as it is shown."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def titled(family: str, sweep: dict[str, Any]) -> str:
+    """A method, with its swept values where there are any."""
+    return f"{family} {' '.join(f'{key}={written(value)}' for key, value in sweep.items())}".strip()
+
+
 @dataclass(frozen=True)
 class CellRecord:
     """One method with one seed, trained and measured.

@@ -6,6 +6,7 @@ Folder of a cell:
     adapter/ or model/  the result (PEFT's layout; transformers' for full fine-tuning)
     predictions.jsonl   one line per test row
     record.json         the measurements; its presence means the cell is finished
+    failed.json         why there is none, until the next try succeeds (`ptkit.training.failure`)
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.choose import Choice, choose
 from ptkit.training.claim import claim as claim_folder
 from ptkit.training.experiment import Experiment
+from ptkit.training.failure import FAILED, Failure
 from ptkit.training.gate import fit_gate, require_gate_fits, share_open
 from ptkit.training.loop import fit
 from ptkit.training.provenance import adapter_info, hardware, recipe_of_cell, versions
@@ -92,8 +94,14 @@ class Observer:
     def trial_finished(self, cell: str, validation_loss: float) -> None:
         """A trial of a search is over."""
 
+    def trial_failed(self, failure: Failure) -> None:
+        """A trial of a search has no result; the search goes on."""
+
     def cell_finished(self, record: CellRecord, reused: bool) -> None:
         """The cell's record is on disk; `reused` when it was there already."""
+
+    def cell_failed(self, failure: Failure) -> None:
+        """A cell has no result; the others go on."""
 
 
 def cell_name(method: MethodSection, seed: int) -> str:
@@ -142,8 +150,8 @@ def run_cells(
     """Train `cells` in one batch, measure and save each; finished ones are read back, killed
     ones go on where they were.
 
-    Raises UserError when a folder holds a cell of another recipe, seed, base or data, when another
-    process works in it, and when several cells cannot share a batch.
+    Raises FolderError when a folder holds a cell of another recipe, seed, base or data, or another
+    process works in it, UserError when several cells cannot share a batch.
     """
     with ExitStack() as locks:
         for cell in cells:
@@ -236,12 +244,13 @@ def _train_and_measure(
 
 def _tidy(folder: Path) -> None:
     """Delete what a finished cell no longer needs."""
+    (folder / FAILED).unlink(missing_ok=True)
     remove_checkpoints(folder)
     atomic.remove_leftovers(folder)
 
 
 def claim(experiment: Experiment, cell: Cell) -> None:
-    """Write what `cell` is to its folder, or raise UserError when it already is another."""
+    """Write what `cell` is to its folder, or raise FolderError when it already is another."""
     recipe = experiment.recipe
     identity = {
         "model": recipe.model.model_dump(exclude={"device"}),
@@ -251,14 +260,14 @@ def claim(experiment: Experiment, cell: Cell) -> None:
         "train": recipe.train.model_dump(exclude=recipe.train.NOT_OF_RESULT),
         "retention": recipe.retention and recipe.retention.model_dump(),
         "method": cell.method.model_dump(),
-        "adapters": _named_adapters(cell.method, experiment.folder),
+        "adapters": named_adapters(cell.method, experiment.folder),
         "seed": cell.seed,
         "start_from": str(cell.start_from) if cell.start_from else None,
     }
     claim_folder(cell.folder / "cell.json", identity, "run")
 
 
-def _named_adapters(method: MethodSection, folder: Path) -> dict[str, str]:
+def named_adapters(method: MethodSection, folder: Path) -> dict[str, str]:
     """The adapters a method starts from or mixes in, with the SHA-256 of their weights: a run that
     goes on must find those it began with. Raises AdapterError where one is missing."""
     named = [*(getattr(method, "start_adapter", None) or ()), *getattr(method, "adapters", ())]
