@@ -249,8 +249,9 @@ def _claim(
             name: {"task": e.recipe.task.model_dump(), "data": e.data_fingerprint(seed)}
             for name, e in experiments.items()
         },
+        "test_rows": {name: e.test_fingerprint() for name, e in experiments.items()},
     }
-    claim_folder(out / CLAIM, identity, WHAT, alone=True)
+    claim_folder(out / CLAIM, identity, WHAT, alone=True, added=("test_rows",))
 
 
 def _created(

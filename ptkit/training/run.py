@@ -104,6 +104,10 @@ class Observer:
         """A cell has no result; the others go on."""
 
 
+#: What `cell.json` says of a cell since later versions.
+ADDED = ("test_rows", "retention_text", "retain_text")
+
+
 def cell_name(method: MethodSection, seed: int) -> str:
     """Name of a cell's folder."""
     return f"{folder_name(method.title)}-seed{seed}"
@@ -256,6 +260,9 @@ def claim(experiment: Experiment, cell: Cell) -> None:
         "model": recipe.model.model_dump(exclude={"device"}),
         "base_fingerprint": experiment.base.fingerprint,
         "data_fingerprint": experiment.data_fingerprint(cell.seed),
+        "test_rows": experiment.test_fingerprint(),
+        "retention_text": experiment.retention_fingerprint(),
+        "retain_text": experiment.retain_fingerprint(),
         "task": recipe.task.model_dump(),
         "train": recipe.train.model_dump(exclude=recipe.train.NOT_OF_RESULT),
         "retention": recipe.retention and recipe.retention.model_dump(),
@@ -264,7 +271,7 @@ def claim(experiment: Experiment, cell: Cell) -> None:
         "seed": cell.seed,
         "start_from": str(cell.start_from) if cell.start_from else None,
     }
-    claim_folder(cell.folder / "cell.json", identity, "run")
+    claim_folder(cell.folder / "cell.json", identity, "run", added=ADDED)
 
 
 def named_adapters(method: MethodSection, folder: Path) -> dict[str, str]:
@@ -420,6 +427,9 @@ def _measure(
         n_test=len(predictions),
         test_split=experiment.data.test_split,
         test_chose=experiment.data.test_chose,
+        test_rows=experiment.test_fingerprint(),
+        retention_text=experiment.retention_fingerprint(),
+        base_fingerprint=base.fingerprint,
         metrics={name: interval.mean for name, interval in scores.items()},
         score=recipe.task.metrics[0],
         trainable_parameters=adapter.trainable_parameters,
