@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 
+from ptkit.data.task import Example
 from ptkit.data.templates import Template
 from ptkit.errors import UserError
 from ptkit.evaluation.latency import Latency, measure_latency
-from ptkit.evaluation.predict import predict, require_room
+from ptkit.evaluation.predict import Prediction, predict, require_room
 from ptkit.evaluation.retention import measure_retention, off_probe
 from ptkit.evaluation.score import score_intervals
 from ptkit.evaluation.statistics import Interval
@@ -62,6 +62,7 @@ from ptkit.training.experiment import Experiment
 from ptkit.training.failure import FAILED, Failure
 from ptkit.training.gate import fit_gate, require_gate_fits, share_open
 from ptkit.training.loop import fit
+from ptkit.training.processes import processes, shared
 from ptkit.training.provenance import adapter_info, hardware, recipe_of_cell, versions
 from ptkit.training.record import CellRecord
 from ptkit.training.trainee import Job, StepReport
@@ -226,20 +227,26 @@ def _train_and_measure(
         progresses = [Progress() for _ in cells]
         if trains:
             progresses = _fit(experiment, cells, adapters, observer)
-        processes = _processes(experiment)
-        if not processes.is_main_process:  # the first process measures and writes for all
-            processes.wait_for_everyone()
-            return [CellRecord.read(cell.done) for cell in cells]
+        state = processes(experiment.base.model.device)
         for i, (cell, adapter) in enumerate(zip(cells, adapters, strict=True)):
             if trains:
                 adapter.input_gate = _gate(experiment, cell)
-            record = _measure(experiment, adapter, cell, progresses[i], started, observer)
+            clock = time.perf_counter()
+            predictions = _predicted(experiment, adapter, observer)
+            seconds = time.perf_counter() - clock
+            if not state.is_main_process:  # the first process measures the rest and writes for all
+                continue
+            record = _measure(
+                experiment, adapter, cell, progresses[i], predictions, seconds, started
+            )
             record = record.updated(trained_together=len(cells), chosen=choices[i].record)
             atomic.write_json(cell.done, record.as_dict())
             _tidy(cell.folder)
             observer.cell_finished(record, reused=False)
             records.append(record)
-        processes.wait_for_everyone()
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            records = [CellRecord.read(cell.done) for cell in cells]
     finally:
         for adapter in adapters:
             adapter.close()
@@ -286,10 +293,6 @@ def named_adapters(method: MethodSection, folder: Path) -> dict[str, str]:
     return found
 
 
-def _processes(experiment: Experiment) -> PartialState:
-    return PartialState(cpu=experiment.base.model.device.type == "cpu")
-
-
 def _chosen(experiment: Experiment, cell: Cell) -> Choice:
     """The cell's method with nothing left to `auto`."""
     method = cell.method
@@ -302,7 +305,7 @@ def _chosen(experiment: Experiment, cell: Cell) -> Choice:
 
     examples = experiment.training(cell.seed).examples
     # The others read what the first process found: rounding may tell two devices different things.
-    with _processes(experiment).main_process_first():
+    with processes(experiment.base.model.device).main_process_first():
         return choose(method, make, experiment.recipe.task, examples, cell.folder)
 
 
@@ -390,20 +393,27 @@ def _openings(experiment: Experiment, adapter: Adapter) -> dict[str, float] | No
     return shares
 
 
+def _predicted(experiment: Experiment, adapter: Adapter, observer: Observer) -> list[Prediction]:
+    """Predictions for the test rows, in every process; each makes an equal part of them."""
+    recipe = experiment.recipe
+
+    def work(rows: Sequence[Example]) -> list[Prediction]:
+        batch_size = recipe.evaluate.batch_size
+        return predict(adapter, rows, recipe.task, batch_size, observer.predicting)
+
+    return shared(experiment.data.test, work, processes(experiment.base.model.device))
+
+
 def _measure(
     experiment: Experiment,
     adapter: Adapter,
     cell: Cell,
     progress: Progress,
+    predictions: Sequence[Prediction],
+    eval_seconds: float,
     started: datetime,
-    observer: Observer,
 ) -> CellRecord:
     recipe, base, method, folder = experiment.recipe, experiment.base, cell.method, cell.folder
-    clock = time.perf_counter()
-    predictions = predict(
-        adapter, experiment.data.test, recipe.task, recipe.evaluate.batch_size, observer.predicting
-    )
-    eval_seconds = time.perf_counter() - clock
     scores = score_intervals(predictions, recipe.task.metrics, recipe.evaluate.bootstrap)
     retention = None
     if experiment.general is not None:
