@@ -7,7 +7,8 @@ for every row, and trains one set of parameters at a time.
 
 Several adapters share the base, not a gradient: every row reads its own adapter's prefix, every
 adapter's loss is divided by its own tokens, and each has its own optimiser. The result of each
-is the one it has alone; what is shared is the cost of running a small batch.
+is the one it has alone, but for dropout in the base, whose draws depend on the whole batch; what is
+shared is the cost of running a small batch.
 """
 
 from __future__ import annotations

@@ -54,6 +54,7 @@ from ptkit.methods import (
 from ptkit.methods.start import named_adapter
 from ptkit.recipe.schema import ClassificationTask, HeadedTask, MethodSection
 from ptkit.runtime.base_model import no_weights_bar
+from ptkit.runtime.dropout import require_no_dropout
 from ptkit.runtime.gate import Gate
 from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.choose import Choice, choose
@@ -344,6 +345,8 @@ def _fit(
     adapters: Sequence[Adapter],
     observer: Observer,
 ) -> list[Progress]:
+    if len(cells) > 1:
+        require_no_dropout(experiment.base)
     jobs = [new_job(experiment, cell, own) for cell, own in zip(cells, adapters, strict=True)]
     # One bar for all of them: they take their steps together.
     return fit([replace(jobs[0], report=observer.stepped), *jobs[1:]])
