@@ -101,22 +101,34 @@ def test_a_base_given_in_a_program_is_chosen(adapters: Path, base: Base) -> None
         app.state.library.engine.close()
 
 
-def test_generate_loads_the_base_its_adapter_names_in_its_revision(
+def test_generate_loads_the_base_in_the_revision_that_its_adapters_name(
     tmp_path: Path, base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = plain("facts-prefix", tmp_path / "one", base_model_name_or_path=TINY_EN, revision="v2")
+    named = {"base_model_name_or_path": TINY_EN}
+    first = plain("facts-prefix", tmp_path / "one", **named, revision="v2")
+    main = plain("facts-prompt", tmp_path / "two", **named)
+    other = plain("facts-prompt", tmp_path / "other", **named, revision="v3")
     asked: list[ModelSection] = []
 
     def loading(section: ModelSection, labels: object = None) -> Base:
         asked.append(section)
         return base
 
-    monkeypatch.setattr("ptkit.methods.adapter.load_base", loading)
-    ptkit("generate", FACTS, "-a", folder, *SHORT, cwd=tmp_path)
-    assert [(s.id, s.revision) for s in asked] == [(TINY_EN, "v2")]
+    monkeypatch.setattr("ptkit.runtime.base_model.load_base", loading)
+    for model in ((), ("--model", TINY_EN)):
+        said = ptkit("generate", FACTS, "-a", first, *model, *SHORT, cwd=tmp_path).stderr
+        assert "revision v2" in said
+    ptkit("generate", FACTS, "-a", main, *SHORT, cwd=tmp_path)
+    assert [(s.id, s.revision) for s in asked] == [
+        (TINY_EN, "v2"), (TINY_EN, "v2"), (TINY_EN, None)
+    ]  # fmt: skip
+    for second in (main, other):
+        told = refused("generate", FACTS, "-a", first, "-a", second, *SHORT, cwd=tmp_path)
+        assert "different revisions" in told
+        assert "on v2" in told
 
 
-def test_generate_refuses_a_second_adapter_of_another_base(adapters: Path, tmp_path: Path) -> None:
+def test_generate_refuses_an_adapter_of_another_base(adapters: Path, tmp_path: Path) -> None:
     first = SHIPPED / "facts-prefix"
     told = refused("generate", FACTS, "-a", first, "-a", adapters / "one", *SHORT, cwd=tmp_path)
     assert "mirror/tiny-copy" in told

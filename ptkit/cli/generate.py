@@ -32,9 +32,8 @@ def generate(
         Optional[str],  # noqa: UP045
         typer.Option(
             "--model",
-            help="Base model: hub id, folder; default: the one the first adapter names, or "
-            "`tiny-en`. Named here, it is taken for the base of adapters that know theirs by "
-            "another name only.",
+            help="Base model: hub id, folder; default: `tiny-en`. Named here, it is taken for the "
+            "base of adapters that know theirs by another name only.",
         ),
     ] = None,
     input_file: Annotated[
@@ -80,8 +79,8 @@ def generate(
     import torch
 
     from ptkit.bank import AdapterBank, name_of
-    from ptkit.formats.adapter_files import read_adapter
-    from ptkit.methods import base_of
+    from ptkit.formats.adapter_files import read_config, read_info
+    from ptkit.methods import revision_named
     from ptkit.runtime.base_model import load_base
     from ptkit.runtime.named_models import TINY_EN
 
@@ -92,12 +91,13 @@ def generate(
         "do_sample": sample,
         **({"temperature": temperature, "top_p": top_p} if sample else {}),
     }
-    files = read_adapter(template) if template is not None and model is None else None
-    if files is not None and files.base_id is not None:  # in the revision it was made on
-        base = base_of(files, None, str(template))
-    else:
-        base = load_base(ModelSection(id=model or TINY_EN))
-    bank = AdapterBank(base)
+    id = model or TINY_EN
+    named = [place for place in places if place is not None]
+    made_for = {str(place): (read_config(place), read_info(place)) for place in named}
+    revision = revision_named(id, made_for)
+    if revision is not None:
+        typer.secho(f"{id} at the revision {revision}, which the adapters name", err=True, dim=True)
+    bank = AdapterBank(load_base(ModelSection(id=id, revision=revision)))
     chosen = model is not None
     names = [
         None if place is None else bank.load(place, str(place), chosen=chosen) for place in places
