@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ptkit.comparison.grid import forecast_grid, run_grid
+from ptkit.comparison.grid import failures, forecast_grid, run_grid
 from ptkit.comparison.on_ray import run_on_ray
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import MethodSummary
 from ptkit.data.tokens import listed
-from ptkit.errors import AdapterError, ModelError, UserError
+from ptkit.errors import AdapterError, ModelError, PtkitError, UserError
 from ptkit.evaluation.saved import find_adapter
 from ptkit.formats.adapter_files import CONFIG, read_adapter
 from ptkit.formats.folder_lock import held, require_free
@@ -34,6 +34,7 @@ from ptkit.runtime.cache import ReservedCache, prefilled_cache, sees_everything
 from ptkit.runtime.forward import rows_for
 from ptkit.runtime.generation import generate
 from ptkit.training.experiment import prepare
+from ptkit.training.failure import Failure, failed_cells
 from ptkit.training.forecast import Forecast, forecast, is_long
 from ptkit.training.record import CellRecord
 from ptkit.training.run import Cell, Observer, cell_name, run_cells
@@ -55,11 +56,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A finished comparison: its folder, every cell's record, and one summary per method."""
+    """A finished comparison: its folder, every cell's record, and one summary per method.
+
+    failed: the cells without a record, and why; the same call tries them again
+    """
 
     folder: Path
     records: list[CellRecord]
     summaries: list[MethodSummary]
+    failed: list[Failure]
 
     @property
     def report(self) -> Path:
@@ -162,7 +167,9 @@ def compare(
     ray: run the cells as tasks of a Ray cluster: its address `ray://HOST:PORT`, or True for one
         on this machine; cell_cpus, cell_gpus: what one cell needs there
 
-    For the other arguments, and what is raised, see `train`.
+    A cell that fails, for its loss is not finite, say, leaves the others alone and is in the
+    result's `failed`. Raises PtkitError where none has a result. For the other arguments, and what
+    else is raised, see `train`.
     """
     loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
     folder = Path("comparisons") / loaded.recipe.name if out is None else Path(out)
@@ -176,7 +183,10 @@ def compare(
             )
         else:
             records = run_grid(loaded, folder, observer=observer)
-        return Comparison(folder, records, write_outputs(folder, records, loaded.recipe))
+        failed = failures(loaded.recipe, folder)
+        if not records:
+            raise PtkitError(failed_cells(failed))
+        return Comparison(folder, records, write_outputs(folder, records, loaded.recipe), failed)
 
 
 class LoadedAdapter:

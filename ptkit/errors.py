@@ -6,6 +6,7 @@
         ├── RecipeError                a recipe is malformed; lists every fault with its line
         ├── DataError                  a dataset, column, template or label does not fit
         ├── AdapterError               an adapter file is damaged, unsafe or of another base
+        ├── FolderError                a folder is in use, or holds something else
         └── ModelError                 a base model cannot be loaded or does not fit the request
 
 Every message is one or a few lines that name *what* is wrong, *where*, and *the fix*.
@@ -43,6 +44,10 @@ class DataError(UserError):
 
 class AdapterError(UserError):
     """An adapter cannot be read, is unsafe, or belongs to another base model."""
+
+
+class FolderError(UserError):
+    """A folder of results is in use, or holds something else than what belongs there."""
 
 
 class ModelError(UserError):

@@ -20,7 +20,7 @@ import torch
 import transformers
 from peft_contender import Peft
 
-from ptkit.families.contender import Ours
+from ptkit.families.contender import NOT_ASKED, Ours
 from ptkit.families.kinds import KINDS, Kind
 from ptkit.families.matrix import (
     Cell,
@@ -53,9 +53,9 @@ Asked = tuple[str, Kind]
 HEAD = """# Models
 
 Every family below was made small and random (few layers, narrow, the same kinds of layers,
-heads, windows and positions) and asked the same of every method, by the same program, with ptkit
-and with plain PEFT. What is right is said by an *oracle*: the plain model reading one row at a
-time, unpadded, nothing cached between tokens. `ptkit models check` asks it of your model:
+heads, windows and positions) and asked the same, by the same program, of the methods named below,
+with ptkit and with plain PEFT. What is right is said by an *oracle*: the plain model reading one
+row at a time, unpadded, nothing cached between tokens. `ptkit models check` asks it of your model:
 
 ```console
 $ ptkit models check llama
@@ -161,7 +161,8 @@ def _summary(results: Results, versions: dict[str, str]) -> str:
     """The totals; PEFT's beside those of ptkit on the methods both have."""
     methods = {c.method for c in results["PEFT"] if c.status is not Status.not_applicable}
     both = [c for c in results["ptkit"] if c.method in methods]
-    rows = [("ptkit, all methods", results["ptkit"]), ("ptkit, methods PEFT has", both),
+    rows = [("ptkit, the methods asked about", results["ptkit"]),
+            ("ptkit, those of them PEFT has", both),
             ("PEFT", [c for c in results["PEFT"] if c.method in methods])]  # fmt: skip
     lines = [
         "| | works | silently wrong | raises | refused | of |", "|---|---:|---:|---:|---:|---:|",
@@ -173,7 +174,13 @@ def _summary(results: Results, versions: dict[str, str]) -> str:
             f"{n[Status.wrong]} | {n[Status.raises]} | {n[Status.refused]} | {_possible(n)} |"
         )
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return "\n".join(["## In short", "", *lines, "", f"Measured with {said}.", ""])
+    names = ", ".join(dict.fromkeys(method for kind in KINDS for method in kind.methods))
+    return "\n".join([
+        "## In short", "", *lines, "", f"Measured with {said}.", "",
+        f"Asked about: {names}; each on the kinds of models that have a table for it below.", "",
+        "Not asked about:", "", *(f"- `{kind}`: {why}" for kind, why in NOT_ASKED.items()), "",
+        "Methods of these have tests of their own, on small models of a few families.", "",
+    ])  # fmt: skip
 
 
 def _questions() -> str:

@@ -361,10 +361,10 @@ def test_a_comparison_records_what_each_cell_chose_and_resumes_with_it(
     with monkeypatch.context() as patch:
 
         def killed(*_: object) -> None:
-            raise Killed
+            raise KeyboardInterrupt
 
         patch.setattr("ptkit.training.run.fit", killed)  # the choice is made, the run is not
-        with pytest.raises(Killed):
+        with pytest.raises(KeyboardInterrupt):
             run_grid(loaded, tmp_path / "cut", base=random_base("llama"))
     resumed = run_grid(loaded, tmp_path / "cut", base=random_base("llama"))
     assert [r.chosen for r in resumed] == [r.chosen for r in whole]

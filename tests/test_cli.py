@@ -128,7 +128,8 @@ def test_finished_run_is_not_trained_again(trained: Path) -> None:
     ptkit("train", "quickstart", *QUICK, cwd=trained)
     assert record.stat().st_mtime_ns == before
     message = refused("train", "quickstart", cwd=trained)
-    assert "holds a run that differs in `data_fingerprint`, `retention`, `task`, `train`" in message
+    differs = ("data_fingerprint", "retention", "retention_text", "task", "test_rows", "train")
+    assert f"holds a run that differs in {', '.join(f'`{k}`' for k in differs)}" in message
 
 
 def test_trains_further_from_a_saved_adapter(trained: Path) -> None:

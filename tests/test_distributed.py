@@ -74,6 +74,83 @@ def test_two_processes_train_like_one(recipe_with_base: list[str], tmp_path: Pat
     )
 
 
+#: `ptkit.train` in every process of a run, and what each of them did, one JSON file per process.
+PROGRAM = """
+import json, os, sys
+import torch
+import ptkit.training.run as run
+from ptkit.training.loop import Objective
+
+read = {"predicted": 0, "validated": 0}
+predict, forward = run.predict, Objective.forward
+
+def counted(adapter, examples, *rest):
+    read["predicted"] += len(examples)
+    return predict(adapter, examples, *rest)
+
+def losses(self, active, rows, **tensors):
+    read["validated"] += 0 if torch.is_grad_enabled() else sum(rows)
+    return forward(self, active, rows, **tensors)
+
+run.predict, Objective.forward = counted, losses
+import ptkit
+recipe, out, *overrides = sys.argv[1:]
+done = ptkit.train(recipe, method="prefix_tuning", out=out, overrides=overrides)
+group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+read |= {"wait": group.options._timeout.total_seconds(), "metrics": done.record.metrics}
+with open(f"{out}-{os.environ['RANK']}.json", "w") as file:
+    json.dump(read, file)
+"""
+
+
+def test_processes_share_validation_and_evaluation_and_wait_for_each_other(
+    recipe_with_base: list[str], tmp_path: Path
+) -> None:
+    """From Python, too: each process reads its part of the rows, all get the same result."""
+    recipe, *base = recipe_with_base
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "program.py",
+         recipe, "out", *base],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+             "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"out-{rank}.json").read_text()) for rank in (0, 1))
+    assert (first["predicted"], second["predicted"]) == (4, 3)
+    # Five rows, after two steps of four in the recipe and at the end.
+    assert (first["validated"], second["validated"]) == (6, 4)
+    assert first["metrics"] == second["metrics"]
+    assert min(first["wait"], second["wait"]) > 6 * 3600
+    alone = run_grid(load_recipe(recipe, [
+        *base, "train.gradient_accumulation=2", "seeds=[0]",
+        "methods=[{kind: prefix_tuning, num_virtual_tokens: 4}]",
+    ]), tmp_path / "alone")[0]  # fmt: skip
+    together = CellRecord.read(tmp_path / "out" / "record.json")
+    assert together.metrics == alone.metrics
+    rows = [
+        (tmp_path / p / "predictions.jsonl").read_text()
+        for p in ("out", f"alone/cells/{alone.cell}")
+    ]
+    assert rows[0] == rows[1]
+    for a, b in zip(together.curve, alone.curve, strict=True):
+        assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
+
+
+def test_every_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ptkit.runtime.base_model import own_device
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert own_device("cuda") == "cuda"
+    for rank, device in ((0, "cuda:0"), (1, "cuda:1"), (2, "cuda:0"), (-1, "cuda")):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert own_device("cuda") == device
+        assert [own_device(name) for name in ("cpu", "cuda:1")] == ["cpu", "cuda:1"]
+
+
 def saved(folder: Path) -> set[str]:
     """Records and checkpoints below `folder`, which may change meanwhile."""
     walked = os.walk(folder)  # unlike rglob, it does not mind what vanishes

@@ -20,7 +20,7 @@ from ptkit import AdapterBank, ModelSection, load_base
 from ptkit.bank.conversation import Conversation
 from ptkit.data.encode import EncodedExample
 from ptkit.errors import AdapterError, ModelError
-from ptkit.families.contender import Ours
+from ptkit.families.contender import METHODS, NOT_ASKED, Ours
 from ptkit.families.kinds import (
     DECODER,
     ENCODER_DECODER,
@@ -37,7 +37,8 @@ from ptkit.families.properties import PROPERTIES
 from ptkit.families.shapes import FAMILIES, WINDOW, small
 from ptkit.families.subject import Row, Subject, small_subject
 from ptkit.formats.adapter_files import read_adapter, write_adapter
-from ptkit.methods import Demonstrations, adapter_from_files, create_adapter
+from ptkit.methods import ADAPTERS, Demonstrations, adapter_from_files, create_adapter
+from ptkit.methods.multitask_prompt import MultitaskSection
 from ptkit.methods.prefix_tuning import PrefixTuningSection
 from ptkit.prefix import PrefixBatch
 from ptkit.recipe.schema import TrainSection
@@ -100,6 +101,22 @@ def test_page_is_made_from_the_cells_and_covers_everything() -> None:
              for method in kind.methods for name in PROPERTIES}  # fmt: skip
     for cells in results.values():
         assert {(c.model, c.kind, c.method, c.property) for c in cells} == asked
+
+
+def test_every_method_is_asked_about_or_said_not_to_be() -> None:
+    """What the page calls its methods is what there is, none left out without a word."""
+    asked = {METHODS[name]["kind"] for kind in KINDS for name in kind.methods}
+    assert {name for kind in KINDS for name in kind.methods} == {*METHODS}
+    assert asked.isdisjoint(NOT_ASKED)
+    assert asked | {*NOT_ASKED} == {*ADAPTERS, MultitaskSection.model_fields["kind"].default}
+    page = (ROOT / "docs/models.md").read_text()
+    assert "all methods" not in page
+    assert "every method" not in page
+    for name in NOT_ASKED:
+        assert f"- `{name}`: " in page
+    short = page.partition("## What is asked")[0]
+    for name in METHODS:
+        assert name in short
 
 
 def test_nothing_is_silently_wrong_and_every_refusal_is_a_sentence() -> None:

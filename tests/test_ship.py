@@ -16,18 +16,30 @@ import pytest
 import torch
 from conftest import random_base
 from hub_server import CUT, READER, WRITER, Fault, HubServer, commit_of
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 from test_cli import ptkit as command
 from test_cli import refused as refused_command
 from test_peft_parity import LEARNT, make_adapter
 
 from ptkit.errors import AdapterError, HubError, UserError
-from ptkit.formats.adapter_files import ADAPTER_FILES, CARD, INFO, WEIGHTS, write_adapter
+from ptkit.formats.adapter_files import (
+    ADAPTER_FILES,
+    CARD,
+    CONFIG,
+    INFO,
+    RECIPE,
+    WEIGHTS,
+    read_adapter,
+    write_adapter,
+)
 from ptkit.formats.hub import HubId, is_hub_id
+from ptkit.hub.card import card_text
 from ptkit.hub.search import search
 from ptkit.hub.transfer import pull, push
 from ptkit.hub.verify import check_files, verify
+from ptkit.recipe import load_recipe
+from ptkit.runtime.named_models import TINY_EN_FOLDER
 
 ptkit = partial(command, cwd=Path())
 refused = partial(refused_command, cwd=Path())
@@ -79,6 +91,106 @@ def test_push_and_pull_give_back_every_byte(hub: HubServer, adapter: Path, tmp_p
     blob = next(i for i, r in enumerate(asked) if r.startswith("PUT /lfs/"))
     assert blob < asked.index("POST /api/models/team/facts/commit/main")
     assert verify(pulled.path).passed
+
+
+@pytest.fixture
+def local(adapter: Path, tmp_path: Path) -> Path:
+    """The adapter as a run on a folder of this machine left it, with its card."""
+    base = Path(shutil.copytree(TINY_EN_FOLDER, tmp_path / "secret place" / "own-base"))
+    return on_base(adapter, str(base))
+
+
+def on_base(adapter: Path, name: str) -> Path:
+    """Let the files of `adapter` say that its base is `name`."""
+    config, info = (json.loads((adapter / file).read_text()) for file in (CONFIG, INFO))
+    config |= {"base_model_name_or_path": name, "revision": "old"}
+    info["base"] |= {"id": name, "revision": "old"}
+    recipe = (adapter / RECIPE).read_text()
+    assert "id: tiny-en" in recipe
+    (adapter / RECIPE).write_text(recipe.replace("id: tiny-en", f"id: {name}"))
+    (adapter / CONFIG).write_text(json.dumps(config))
+    (adapter / INFO).write_text(json.dumps(info))
+    (adapter / CARD).write_text(card_text("mine", read_adapter(adapter), 1000))
+    return adapter
+
+
+def test_card_of_a_base_on_this_machine_names_no_place(local: Path, tmp_path: Path) -> None:
+    card = (local / CARD).read_text()
+    assert "secret place" not in card
+    assert "`path/to/own-base`" in card
+    data = ModelCard(card).data
+    assert data.base_model is None
+    assert not any(tag.startswith("base_model:") for tag in data.tags)
+
+
+@pytest.mark.parametrize(
+    "name", ["/some/base", "./base", "~/base", r"C:\\models\\base", "a/b/c", "here", "team/here"]
+)
+def test_a_base_on_this_machine_is_not_pushed_as_it_is(
+    hub: HubServer, adapter: Path, name: str
+) -> None:
+    Path("here").mkdir()
+    Path("team/here").mkdir(parents=True)
+    on_base(adapter, name)
+    for dry in (True, False):
+        with pytest.raises(UserError, match="--base-model USER/NAME"):
+            push(adapter, "team/facts", dry_run=dry)
+    assert not any("team/facts" in request for request in hub.hub.requests)
+
+
+@pytest.mark.parametrize("age", ["now", "before", "none"])
+def test_with_its_name_on_the_hub_all_that_is_uploaded_has_it_and_files_here_stay(
+    hub: HubServer, local: Path, age: str
+) -> None:
+    if age == "before":  # cards had the place itself
+        place = json.loads((local / CONFIG).read_text())["base_model_name_or_path"]
+        text = (local / CARD).read_text().replace("path/to/own-base", place)
+        head, tag = f"---\nbase_model: {place}\n", f"tags:\n- base_model:adapter:{place}\n"
+        text = text.replace("---\n", head, 1).replace("tags:\n", tag, 1)
+        (local / CARD).write_text(text)
+    elif age == "none":
+        (local / CARD).unlink()
+    before = contents(local)
+    dry = ptkit("push", str(local), "team/facts", "--base-model", "team/base", "--dry-run")
+    assert "nothing was sent" in dry.stderr
+    push(local, "team/facts", base_model="team/base")
+    assert contents(local) == before
+    pulled = pull("team/facts", "back").path
+    for name, content in contents(pulled).items():
+        if name != WEIGHTS:
+            text = content.decode()
+            assert "secret place" not in text, name
+            assert "own-base" not in text, name
+            assert "team/base" in text, name
+    files = read_adapter(pulled)
+    assert files.base_id == files.config["base_model_name_or_path"] == "team/base"
+    assert files.config["revision"] is files.info["base"]["revision"] is None
+    assert load_recipe(pulled / RECIPE).recipe.model.id == "team/base"
+    data = ModelCard((pulled / CARD).read_text()).data
+    assert data.base_model == "team/base"
+    assert [t for t in data.tags if t.startswith("base_model")] == ["base_model:adapter:team/base"]
+    assert "team/facts" in (pulled / CARD).read_text()
+    with pytest.raises(UserError, match="not a repository"):
+        push(local, "team/facts", base_model="/some/where")
+
+
+def test_a_base_in_the_hubs_cache_is_pushed_under_its_id(hub: HubServer, adapter: Path) -> None:
+    on_base(adapter, "/home/me/.cache/hub/models--team--tiny/snapshots/" + "a" * 40)
+    push(adapter, "team/facts")
+    pulled = pull("team/facts", "back").path
+    assert read_adapter(pulled).base_id == "team/tiny"
+    assert not any(b"/home/me" in content for content in contents(pulled).values())
+
+
+def test_other_places_that_are_published_are_named(
+    hub: HubServer, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    info = json.loads((adapter / INFO).read_text())
+    info["method"]["start_adapter"] = [str(tmp_path / "hub")]
+    (adapter / INFO).write_text(json.dumps(info))
+    push(adapter, "team/facts", dry_run=True)
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert str(tmp_path / "hub") in line
 
 
 def test_push_again_to_a_branch_and_as_a_pull_request(hub: HubServer, adapter: Path) -> None:

@@ -7,15 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_base
+from conftest import random_base, random_model, word_tokenizer
+from test_compare import recipe_file as recipe_file
 from test_peft_parity import LEARNT, make_adapter
 from test_train import Killed, fresh, rows
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from ptkit.comparison.grid import run_grid
 from ptkit.errors import UserError
 from ptkit.methods import Adapter
+from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import TrainSection
-from ptkit.runtime.base_model import Base
+from ptkit.runtime.base_model import Base, frozen_base
+from ptkit.runtime.dropout import dropout_of
+from ptkit.training.experiment import prepare
 from ptkit.training.loop import fit
+from ptkit.training.run import Cell, run_cells
 from ptkit.training.trainee import Job, StepReport
 
 #: Different methods, lengths, learning rates, seeds, batch sizes, schedules and data.
@@ -93,6 +100,52 @@ def test_shares_of_the_time_add_up_to_it(tmp_path: Path) -> None:
     clock = time.perf_counter()
     shares = sum(p.seconds for p in fit(jobs))
     assert 0.3 * (time.perf_counter() - clock) < shares <= time.perf_counter() - clock
+
+
+def with_dropout(setting: str) -> Base:
+    """A small GPT-2 or BART-like model with one kind of dropout."""
+    if setting == "layerdrop":
+        config = OPTConfig(
+            vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=128, word_embed_proj_dim=32, dropout=0.0,
+            attention_dropout=0.0, layerdrop=0.5, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        return frozen_base(OPTForCausalLM(config), word_tokenizer(), setting)
+    if setting == "attention_dropout":
+        llama = random_model("llama").config
+        llama.attention_dropout = 0.1
+        return frozen_base(LlamaForCausalLM(llama), word_tokenizer(), setting)
+    gpt2 = random_model("gpt2").config
+    setattr(gpt2, setting, 0.1)
+    return frozen_base(GPT2LMHeadModel(gpt2), word_tokenizer(), setting)
+
+
+SETTINGS = ["resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "layerdrop"]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_seeds_do_not_share_batches_on_a_base_with_dropout(
+    setting: str, recipe_file: Path, tmp_path: Path
+) -> None:
+    prompt = "{kind: prompt_tuning, num_virtual_tokens: 2, start: text, start_text: w1}"
+    methods = f"methods=[{{kind: base}}, {prompt}]"
+    recipe = [methods, "train.together=2", "retention=null"]
+    base = with_dropout(setting)
+    with pytest.raises(UserError, match="has dropout") as error:
+        run_grid(load_recipe(recipe_file, recipe), tmp_path / "out", base=base)
+    assert setting in str(error.value)
+    assert not (tmp_path / "out").exists()
+    loaded = load_recipe(recipe_file, recipe)
+    experiment = prepare(loaded, base)
+    cells = [Cell(loaded.recipe.methods[1], seed, tmp_path / str(seed)) for seed in (0, 1)]
+    with pytest.raises(UserError, match="has dropout"):
+        run_cells(experiment, cells)
+    alone = [*recipe[:1], "train.together=1", *recipe[2:], "seeds=[0]"]
+    run_grid(load_recipe(recipe_file, alone), tmp_path / "alone", base=base)
+
+
+def test_bases_without_dropout_are_said_to_have_none(family: str) -> None:
+    assert not dropout_of(random_base(family).model)
 
 
 def test_what_cannot_share_a_batch_is_refused(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ QUICK = [
 NAMES = ["message-routing", "passage-question-tiny"]
 
 
-class Killed(Exception):
+class Killed(KeyboardInterrupt):
     """Stands for a kill."""
 
 

@@ -67,8 +67,9 @@ class ResidentAdapters:
         self._require_kind(name, prefix=True, lora=False)
         self._store.put(name, prefix.detach(), method, None, None)
 
-    def register(self, source: str | Path, name: str | None = None) -> str:
-        """Know the adapter in `source` as `name` without reading it yet: the disk tier.
+    def register(self, source: str | Path, name: str | None = None, *, chosen: bool = False) -> str:
+        """Know the adapter in `source` as `name` without reading it yet: the disk tier (chosen: see
+        `load`).
 
         It is read, verified and compiled when first used. Returns the name (default: the
         folder's). Raises AdapterError when the files are not there or the name is taken.
@@ -77,12 +78,13 @@ class ResidentAdapters:
         require_files(path)
         name = name or name_of(path)
         self._require_kind(name, prefix=True, lora=False)
-        self._store.register(name, path)
+        self._store.register(name, path, chosen=chosen)
         return name
 
-    def register_all(self, folder: Path) -> list[str]:
+    def register_all(self, folder: Path, *, chosen: bool = False) -> list[str]:
         """Register every adapter folder directly below `folder`, by its own name, sorted."""
-        return [self.register(path, path.name) for path in adapter_folders(folder)]
+        folders = adapter_folders(folder)
+        return [self.register(path, path.name, chosen=chosen) for path in folders]
 
     def load(
         self,

@@ -142,12 +142,13 @@ class PrefixStore:
         entry = self._entries.get(name)
         return entry is not None and entry.begins_text
 
-    def register(self, name: str, path: Path) -> None:
-        """Know the files in `path` as `name`. Raises AdapterError when the name is taken."""
+    def register(self, name: str, path: Path, *, chosen: bool = False) -> None:
+        """Know the files in `path` as `name` (chosen: see `require_same_base`). Raises AdapterError
+        when the name is taken."""
         with self._lock:
             if name in self._entries:
                 raise AdapterError(f"`{name}` is in the bank already; `swap` replaces it")
-            self._entries[name] = _Entry(name, path)
+            self._entries[name] = _Entry(name, path, chosen=chosen)
 
     def require_room(self, name: str, prefix: Compiled) -> None:
         """Raise AdapterError when `prefix` is larger than all that may be on the device."""

@@ -34,7 +34,7 @@ def ls(folder: FolderArgument, json_output: JsonOutput = False) -> None:
 @app.command()
 def load(
     folder: FolderArgument,
-    model: ModelOption = "tiny-en",
+    model: ModelOption = None,
     budget: Annotated[
         Optional[str],  # noqa: UP045  (typer reads annotations at run time)
         typer.Option(help="Device memory for prefixes, `500MB` say. Default: no limit."),
@@ -46,14 +46,15 @@ def load(
     from ptkit.bank import AdapterBank
     from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
+    from ptkit.runtime.named_models import TINY_EN
 
     paths = _adapters(folder)
-    base = load_base(ModelSection(id=model))
+    base = load_base(ModelSection(id=model or TINY_EN))
     base.remember()  # its time is no adapter's
     bank = AdapterBank(base, budget=limit)
     started = time.perf_counter()
     for path in paths:
-        bank.load(path)
+        bank.load(path, chosen=model is not None)
     seconds = time.perf_counter() - started
     statuses = [bank.status(name) for name in bank.list()]
     summary: dict[str, Any] = {
@@ -79,7 +80,7 @@ def load(
 
 @app.command()
 def verify(
-    folder: FolderArgument, model: ModelOption = "tiny-en", json_output: JsonOutput = False
+    folder: FolderArgument, model: ModelOption = None, json_output: JsonOutput = False
 ) -> None:
     """Read, check and compile every adapter for the base; exit code 2 when one is refused.
 
@@ -89,14 +90,15 @@ def verify(
     from ptkit.errors import AdapterError
     from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
+    from ptkit.runtime.named_models import TINY_EN
 
     paths = _adapters(folder)
-    bank = AdapterBank(load_base(ModelSection(id=model)))
+    bank = AdapterBank(load_base(ModelSection(id=model or TINY_EN)))
     refused = 0
     for path in paths:
         fault = None
         try:
-            bank.unload(bank.load(path))
+            bank.unload(bank.load(path, chosen=model is not None))
         except AdapterError as error:
             fault, refused = str(error), refused + 1
         if json_output:
@@ -106,7 +108,7 @@ def verify(
             typer.secho(mark, fg=color, nl=False)
             typer.echo(f" {path.name}" + ("" if fault is None else f": {fault}"))
     if refused:
-        raise UserError(f"{refused} of the adapters in {folder} cannot be used with {model}")
+        raise UserError(f"{refused} of the adapters in {folder} cannot be used with {bank.base.id}")
 
 
 def _adapters(folder: Path) -> list[Path]:

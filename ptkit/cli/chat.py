@@ -31,7 +31,7 @@ def chat(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder of adapters to know by name; each is read when first used."),
     ] = None,
-    model: ModelOption = "tiny-en",
+    model: ModelOption = None,
     system: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Text before the conversation (the chat template's system message)."),
@@ -61,6 +61,7 @@ def chat(
     from ptkit.bank.conversation import Conversation
     from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
+    from ptkit.runtime.named_models import TINY_EN
 
     torch.manual_seed(seed)
     options = {
@@ -68,14 +69,14 @@ def chat(
         "do_sample": sample,
         **({"temperature": temperature, "top_p": top_p} if sample else {}),
     }
-    bank = AdapterBank(load_base(ModelSection(id=model)))
+    bank, chosen = AdapterBank(load_base(ModelSection(id=model or TINY_EN))), model is not None
     if adapters is not None:
-        bank.register_all(adapters)
-    talk = _Chat(Conversation(bank, system=system), options, raw)
+        bank.register_all(adapters, chosen=chosen)
+    talk = _Chat(Conversation(bank, system=system), options, raw, chosen)
     if adapter is not None:
         talk.adapter(adapter)
     if sys.stdin.isatty():
-        talk.interactively(model)
+        talk.interactively(model or TINY_EN)
     else:
         for line in sys.stdin:
             if not talk.take(line.strip()):
@@ -85,7 +86,11 @@ def chat(
 class _Chat:
     """The commands of a conversation and how it is shown."""
 
-    def __init__(self, conversation: Conversation, options: dict[str, Any], raw: bool) -> None:
+    def __init__(
+        self, conversation: Conversation, options: dict[str, Any], raw: bool, chosen: bool
+    ) -> None:
+        """chosen: the user named the base (see `AdapterBank.load`)"""
+        self._chosen = chosen
         self._conversation = conversation
         self._options = options
         self._raw = raw
@@ -175,7 +180,8 @@ class _Chat:
                                f"{self._names()}")  # fmt: skip
         path = find_adapter(Path(name))
         short = name_of(path)
-        return self._bank.load(path, name if short in self._bank else short)
+        own = name if short in self._bank else short
+        return self._bank.load(path, own, chosen=self._chosen)
 
     def _names(self) -> str:
         return f"known: {', '.join([BASE, *self._bank.list()])}"

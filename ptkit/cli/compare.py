@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from ptkit.cli.options import DryRun, Fresh, JsonOutput, Quiet, RecipeArgument, Set
-from ptkit.errors import UserError
+from ptkit.errors import PtkitError, UserError
+
+if TYPE_CHECKING:
+    from ptkit.training.failure import Failure
 
 
 def compare(
@@ -35,6 +39,8 @@ def compare(
     """Compare the methods of a recipe: report.html, tables, plots, results.jsonl and results.csv.
 
     Interrupted comparisons go on when the same command is given again; finished cells are kept.
+    A cell that fails is a row that says so; the exit code is then 1, and the same command tries it
+    again.
     """
     from rich.console import Console
 
@@ -59,12 +65,24 @@ def compare(
     if json_output:
         for record in done.records:
             typer.echo(record.as_line())
+        for failure in done.failed:
+            typer.echo(json.dumps(failure.as_row(), ensure_ascii=False))
+        _require_none(done.failed)
         return
     console = Console()
     # Piped output has no width of its own; below 100 columns figures would be cut.
     console.width = max(console.width, 100)
-    console.print(summary_table(done.summaries))
+    console.print(summary_table(done.summaries, done.failed))
     typer.echo(str(done.report))
+    _require_none(done.failed)
+
+
+def _require_none(failed: list[Failure]) -> None:
+    """Raise PtkitError that names the cells that failed."""
+    if failed:
+        from ptkit.training.failure import failed_cells
+
+        raise PtkitError(failed_cells(failed))
 
 
 def _ray_address(on: str) -> str | None:

@@ -21,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ptkit.training.failure import Failure
 from ptkit.training.forecast import Forecast, in_time
 from ptkit.training.record import CellRecord
 from ptkit.training.run import Observer
@@ -40,7 +41,7 @@ class LiveDisplay(Observer):
     def __init__(self, cells: int, *, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet)
         self.cells = cells
-        self.finished = 0
+        self.ended: set[str] = set()
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -142,20 +143,37 @@ class LiveDisplay(Observer):
             f"{cell}: validation loss {validation_loss:.3f}", highlight=False, markup=False
         )
 
+    def trial_failed(self, failure: Failure) -> None:
+        self._end_phase()
+        self._say(f"{failure.cell}: failed: {failure.reason}")
+
     def cell_finished(self, record: CellRecord, reused: bool) -> None:
-        self.finished += 1
+        what = "already done" if reused else f"{record.train_seconds + record.eval_seconds:.0f} s"
+        self._ended(
+            record.cell, f"{record.score} {record.metrics[record.score]:.2f}  ({what})"
+        )  # fmt: skip
+
+    def cell_failed(self, failure: Failure) -> None:
+        self._ended(failure.cell, f"failed: {failure.reason}")
+
+    def _ended(self, cell: str, what: str) -> None:
+        """Say once what came of `cell`."""
+        self._end_phase()
+        if cell in self.ended:  # it was read again on the way to another
+            return
+        self.ended.add(cell)
+        if self.grid is not None:
+            self.progress.update(self.grid, completed=len(self.ended))
+        position = f"[{len(self.ended)}/{self.cells}] " if self.cells > 1 else ""
+        self._say(f"{position}{cell}: {what}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False)
+
+    def _end_phase(self) -> None:
         if self.cell is not None:
             self.progress.remove_task(self.cell)
             self.cell = None
-        if self.grid is not None:
-            self.progress.update(self.grid, completed=self.finished)
-        what = "already done" if reused else f"{record.train_seconds + record.eval_seconds:.0f} s"
-        position = f"[{self.finished}/{self.cells}] " if self.cells > 1 else ""
-        self.console.print(
-            f"{position}{record.cell}: {record.score} {record.metrics[record.score]:.2f}  ({what})",
-            highlight=False,
-            markup=False,
-        )
 
 
 def say_plan(data: Sequence[str], measured: Forecast, *, as_json: bool) -> None:

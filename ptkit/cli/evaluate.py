@@ -80,6 +80,7 @@ def _recipe_rows(
     from ptkit.formats import atomic
     from ptkit.recipe import load_recipe
     from ptkit.training.experiment import prepare
+    from ptkit.training.record import scored_rows
 
     experiment = prepare(load_recipe(recipe, overrides))
     head = experiment.base.head
@@ -93,7 +94,8 @@ def _recipe_rows(
         if json_output:
             typer.echo(json.dumps(result.as_dict()))
             continue
-        typer.echo(f"{result.name}  (n={len(result.predictions)})")
+        scored = scored_rows(result.test_split, result.test_chose)
+        typer.echo(f"{result.name}  (n={len(result.predictions)} {scored})")
         for name, interval in result.metrics.items():
             typer.echo(
                 f"  {name:12} {interval.mean:6.2f}  [{interval.low:.2f}, {interval.high:.2f}]"

@@ -79,6 +79,8 @@ def generate(
     import torch
 
     from ptkit.bank import AdapterBank, name_of
+    from ptkit.formats.adapter_files import read_config, read_info
+    from ptkit.methods import revision_named
     from ptkit.runtime.base_model import load_base
     from ptkit.runtime.named_models import TINY_EN
 
@@ -89,7 +91,13 @@ def generate(
         "do_sample": sample,
         **({"temperature": temperature, "top_p": top_p} if sample else {}),
     }
-    bank = AdapterBank(load_base(ModelSection(id=model or TINY_EN)))
+    id = model or TINY_EN
+    named = [place for place in places if place is not None]
+    made_for = {str(place): (read_config(place), read_info(place)) for place in named}
+    revision = revision_named(id, made_for)
+    if revision is not None:
+        typer.secho(f"{id} at the revision {revision}, which the adapters name", err=True, dim=True)
+    bank = AdapterBank(load_base(ModelSection(id=id, revision=revision)))
     chosen = model is not None
     names = [
         None if place is None else bank.load(place, str(place), chosen=chosen) for place in places

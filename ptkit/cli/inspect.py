@@ -51,6 +51,9 @@ def _as_dict(anatomy: Anatomy) -> dict[str, object]:
         "prefix_bytes": anatomy.prefix_bytes,
         "tensors": {n: [str(t.dtype), list(t.shape)] for n, t in anatomy.files.tensors.items()},
         "metrics": anatomy.files.info.get("metrics"),
+        "n_test": anatomy.files.info.get("n_test"),
+        "test_split": anatomy.files.info.get("test_split", "test"),
+        "test_chose": bool(anatomy.files.info.get("test_chose")),
         "gate": anatomy.files.info.get("gate"),
         "layers": [vars(layer) for layer in anatomy.layers],
         "nearest": anatomy.nearest,
@@ -61,6 +64,8 @@ def _as_dict(anatomy: Anatomy) -> dict[str, object]:
 def _show(anatomy: Anatomy, path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from ptkit.training.record import scored_rows
 
     console = Console()
     info, files = anatomy.files.info, anatomy.files
@@ -78,7 +83,9 @@ def _show(anatomy: Anatomy, path: Path) -> None:
     )
     if info.get("metrics"):
         scores = "  ".join(f"{n} {v['value']:.2f}" for n, v in info["metrics"].items())
-        console.print(f"{scores}  (n={info.get('n_test')}, seed {info.get('seed')})")
+        what = scored_rows(info.get("test_split", "test"), bool(info.get("test_chose")))
+        said = f"{scores}  (n={info.get('n_test')} {what}, seed {info.get('seed')})"
+        console.print(said, markup=False)
     if info.get("gate"):
         opened = ", ".join(f"{share:.1%} of {name}" for name, share in info["gate"].items())
         console.print(f"a gate opens for {opened}", highlight=False)

@@ -46,14 +46,14 @@ def check(
     ],
     method: Annotated[
         Optional[list[str]],  # noqa: UP045  (typer reads annotations at run time)
-        typer.Option("--method", "-m", help="prefix, prompt, lora, ...; default: all."),
+        typer.Option("--method", "-m", help="prefix, prompt, lora, ...; default: all asked about."),
     ] = None,
     full: Annotated[
         bool, typer.Option("--full", help="The real weights, not a small model of that shape.")
     ] = False,
     format: FormatOption = OutputFormat.human,
 ) -> None:
-    """Try every method on MODEL's shape, small and random, and say what works, in seconds.
+    """Try methods on MODEL's shape, small and random, and say what works, in seconds.
 
     An encoder is tried as a sequence and as a token classifier, a decoder as a language model and
     as a sequence classifier; with --full, MODEL as what its checkpoint is for.

@@ -66,13 +66,14 @@ def _show(done: Multitask) -> None:
     rows = []
     for name, task in done.tasks.items():
         metric, leading = next(iter(task.metrics.items()))
-        rows.append((name, metric, figures.score(leading), f"{task.n_train:,}", f"{task.n_test:,}"))
-    table(("task", "metric", "score [95 %]", "training rows", "test rows"), rows)
+        scored = f"{task.n_test:,} {task.rows_scored}"
+        rows.append((name, metric, figures.score(leading), f"{task.n_train:,}", scored))
+    table(("task", "metric", "score [95 %]", "training rows", "scored on"), rows)
     share = done.trainable_parameters / done.base_parameters
     typer.echo(
         f"{len(done.tasks)} tasks in {figures.parameters(done.trainable_parameters, share)} "
-        f"parameters; one seed ({done.seed}), interval: bootstrap over test rows; best at step "
-        f"{done.best_step} of {done.steps}"
+        f"parameters; one seed ({done.seed}), interval: bootstrap over the rows scored; best at "
+        f"step {done.best_step} of {done.steps}"
     )
     for name in done.tasks:
         typer.echo(f"{done.adapter(name)}")

@@ -26,7 +26,12 @@ DryRun = Annotated[
 ]
 JsonOutput = Annotated[bool, typer.Option("--json", help="Print results as JSON.")]
 ModelOption = Annotated[
-    str, typer.Option("--model", help="Base model: hub id, folder, or `tiny-en`.")
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--model",
+        help="Base model: hub id, folder; default: `tiny-en`. Named here, it is taken for the base "
+        "of adapters that know theirs by another name only.",
+    ),
 ]
 
 

@@ -26,6 +26,13 @@ def push(
         bool, typer.Option("--create-pr", help="Propose the commit as a pull request.")
     ] = False,
     message: Annotated[Optional[str], typer.Option(help="Commit message.")] = None,  # noqa: UP045
+    base_model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="USER/NAME",
+            help="The base on the Hub, where the adapter names a folder of this machine.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and list the files; send nothing.")
     ] = False,
@@ -40,7 +47,7 @@ def push(
 
     done = run(
         adapter, repository, private=private, revision=revision, create_pr=create_pr,
-        dry_run=dry_run, message=message,
+        dry_run=dry_run, message=message, base_model=base_model,
     )  # fmt: skip
     if format is OutputFormat.json:
         typer.echo(json.dumps(vars(done)))

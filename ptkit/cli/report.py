@@ -31,6 +31,7 @@ def report(
     """
     from rich.console import Console
 
+    from ptkit.comparison.grid import failures
     from ptkit.comparison.merge import merge, read_comparison
     from ptkit.comparison.outputs import write_outputs
     from ptkit.comparison.overview import write_overview
@@ -48,10 +49,13 @@ def report(
     summaries = write_outputs(whole.folder, whole.records, whole.loaded.recipe)
     console = Console()
     console.width = max(console.width, 100)
-    console.print(summary_table(summaries))
+    failed = failures(whole.loaded.recipe, whole.folder)
+    console.print(summary_table(summaries, failed))
     if whole.missing:
         typer.echo(
-            f"{whole.missing} cells are missing; `ptkit compare {whole.folder / 'recipe.yaml'} "
+            f"{whole.missing} cells are missing"
+            + (f" ({len(failed)} failed)" if failed else "")
+            + f"; `ptkit compare {whole.folder / 'recipe.yaml'} "
             f"--out {whole.folder}` runs them",
             err=True,
         )

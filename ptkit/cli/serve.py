@@ -24,7 +24,7 @@ def size(text: str) -> int:
 
 
 def serve(
-    model: ModelOption = "tiny-en",
+    model: ModelOption = None,
     adapters: Annotated[
         Optional[Path],  # noqa: UP045  (typer reads annotations at run time)
         typer.Option(help="Folder of adapters; each is served under its folder's name."),
@@ -96,10 +96,13 @@ def serve(
 
     from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
+    from ptkit.runtime.named_models import TINY_EN
     from ptkit.serve.build import build_app
 
     try:
-        section = ModelSection.model_validate({"id": model, "dtype": dtype, "device": device})
+        section = ModelSection.model_validate(
+            {"id": model or TINY_EN, "dtype": dtype, "device": device}
+        )
     except ValidationError as error:
         raise UserError(f"--{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
@@ -108,7 +111,7 @@ def serve(
     app = build_app(
         load_base(section), adapters, model_name=model_name, budget=budget, max_batch=max_batch,
         max_queue=max_queue, max_tokens=max_tokens, timeout=timeout, keys=keys,
-        allow_hub=allow_hub, read_only=read_only, loopback_only=local,
+        allow_hub=allow_hub, read_only=read_only, loopback_only=local, chosen=model is not None,
     )  # fmt: skip
     library = app.state.library
     typer.secho(

@@ -40,14 +40,13 @@ def train(
     A run that was stopped (Ctrl-C, kill, power) goes on where it last saved when the same
     command is given again, and ends with the same weights.
     """
-    from accelerate import PartialState
-
     from ptkit.api import one_method, plan_training, run_folder, start_over
     from ptkit.api import train as run
     from ptkit.cli.display import LiveDisplay, say_plan
     from ptkit.comparison.found import found
     from ptkit.recipe import load_recipe
     from ptkit.runtime.base_model import resolve_device
+    from ptkit.training.processes import processes
 
     loaded = load_recipe(recipe, set_ or [])
     section = one_method(loaded.recipe, method)
@@ -60,18 +59,17 @@ def train(
         say_plan(told, measured, as_json=json_output)
         return
     # Under `accelerate launch` every process trains; the first one speaks and writes.
-    device = resolve_device(loaded.recipe.model.device)
-    processes = PartialState(cpu=device.type == "cpu")
-    if fresh and processes.is_main_process:
+    state = processes(resolve_device(loaded.recipe.model.device))
+    if fresh and state.is_main_process:
         start_over(folder)
-    processes.wait_for_everyone()
-    silent = quiet or json_output or not processes.is_main_process
+    state.wait_for_everyone()
+    silent = quiet or json_output or not state.is_main_process
     with LiveDisplay(1, quiet=silent) as display:
         record = run(
             loaded, method=section.title, seed=used_seed, out=folder, start_from=start_from,
             observer=display,
         ).record  # fmt: skip
-    if not processes.is_main_process:
+    if not state.is_main_process:
         return
     if json_output:
         typer.echo(json.dumps({**record.as_dict(), "folder": str(folder)}))

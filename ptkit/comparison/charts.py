@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ptkit.comparison.summary import MethodSummary, best_of, written
+from ptkit.comparison.summary import MethodSummary, best_of
 from ptkit.evaluation.statistics import Interval
+from ptkit.training.record import written
 
 #: Lines of a chart beyond which each method keeps only its best one.
 MOST_LINES = 8

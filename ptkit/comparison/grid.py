@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ptkit.comparison.search import tune
-from ptkit.errors import UserError
+from ptkit.comparison.search import Searches, require_sampler
+from ptkit.errors import FolderError, UserError
 from ptkit.formats import atomic
-from ptkit.methods import require_method_fits
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.expansion import Entry, Variant, expand
 from ptkit.recipe.schema import MethodSection, ModelSection, Recipe
 from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import Experiment, prepare
+from ptkit.training.failure import FAILED, Failure, attempted
 from ptkit.training.forecast import Forecast, forecast, is_long
+from ptkit.training.ready import require_ready
 from ptkit.training.record import CellRecord
 from ptkit.training.run import Cell, Observer, cell_name, folder_name, run_cells
 
@@ -72,27 +73,61 @@ def _cells(variant: Variant, folder: Path) -> Iterator[list[Cell]]:
 def run_grid(
     loaded: LoadedRecipe, out: Path, *, observer: Observer | None = None, base: Base | None = None
 ) -> list[CellRecord]:
-    """Run the cells that are not finished yet and return the records of all.
+    """Run the cells that are not finished yet and return the records of all that are now.
 
     out: the comparison's folder; killed at any moment, the next call goes on from there.
-    Raises UserError when it holds another recipe's comparison.
+
+    A cell that fails leaves the others alone: `failures` tells which did and why, and the next call
+    tries them again. Raises UserError for what is found to be wrong before the first cell is
+    trained, FolderError when `out` holds another recipe's comparison.
     """
     _require_unclaimed(loaded, out)
-    records = []
+    require_sampler(loaded.recipe.budget)
+    observer = observer or Observer()
     experiments = Experiments(loaded, base)
     groups = plan(loaded.recipe, out)
-    first = experiments.of(groups[0].variant)  # what cannot be carried out leaves nothing behind
-    if observer is not None:
-        observer.prepared(first.data_lines())
-        cells_of_all = [cell for group in groups for cell in group.cells]
-        if is_long(first, cells_of_all):
-            observer.planned(lambda: forecast(first, cells_of_all))
+    first = experiments.first(groups)  # what cannot be carried out leaves nothing behind
+    observer.prepared(first.data_lines())
+    cells_of_all = [cell for group in groups for cell in group.cells]
+    if is_long(first, cells_of_all):
+        observer.planned(lambda: forecast(first, cells_of_all))
     claim_folder(loaded, out)
-    for group in groups:
+    searches = Searches(out, observer)
+    return [
+        record for group in groups for record in run_group(group, experiments, searches, observer)
+    ]
+
+
+def run_group(
+    group: Group, experiments: Experiments, searches: Searches, observer: Observer
+) -> list[CellRecord]:
+    """The records of the cells of `group` that have one or get one now; the others leave a
+    `Failure` in their folders. What fails in one batch is tried again cell by cell."""
+
+    def run() -> list[CellRecord]:
         experiment = experiments.of(group.variant)
-        own = [tuned(experiment, cell, out, observer) for cell in group.cells]
-        records += run_cells(experiment, own, observer)
-    return records
+        own = [searches.tuned(experiment, cell) for cell in group.cells]
+        return run_cells(experiment, own, observer)
+
+    found = attempted(group.cells[0], run)
+    if not isinstance(found, Failure):
+        return found
+    if len(group.cells) == 1:
+        observer.cell_failed(found)
+        return []
+    (group.cells[0].folder / FAILED).unlink(missing_ok=True)
+    alone = [replace(group, cells=(cell,)) for cell in group.cells]
+    return [r for each in alone for r in run_group(each, experiments, searches, observer)]
+
+
+def failures(recipe: Recipe, out: Path) -> list[Failure]:
+    """Why cells of the comparison in `out` have no record, of those that were tried."""
+    return [
+        Failure.read(cell.folder)
+        for group in plan(recipe, out)
+        for cell in group.cells
+        if not cell.done.exists() and (cell.folder / FAILED).exists()
+    ]
 
 
 def forecast_grid(loaded: LoadedRecipe, out: Path) -> tuple[list[str], Forecast]:
@@ -103,23 +138,23 @@ def forecast_grid(loaded: LoadedRecipe, out: Path) -> tuple[list[str], Forecast]
     """
     _require_unclaimed(loaded, out)
     groups = plan(loaded.recipe, out)
-    experiment = Experiments(loaded).of(groups[0].variant)
+    experiment = Experiments(loaded).first(groups)
     cells = [cell for group in groups for cell in group.cells]
     return experiment.data_lines(), forecast(experiment, cells)
 
 
 def claim_folder(loaded: LoadedRecipe, out: Path) -> None:
-    """Keep the recipe in `out`. Raises UserError when another one's comparison is there."""
+    """Keep the recipe in `out`. Raises FolderError when another one's comparison is there."""
     _require_unclaimed(loaded, out)
     if not (out / "recipe.yaml").exists():
         atomic.write_text(out / "recipe.yaml", loaded.resolved())
 
 
 def _require_unclaimed(loaded: LoadedRecipe, out: Path) -> None:
-    """Raise UserError when `out` holds another recipe's comparison."""
+    """Raise FolderError when `out` holds another recipe's comparison."""
     kept = out / "recipe.yaml"
     if kept.exists() and kept.read_text(encoding="utf-8") != loaded.resolved():
-        raise UserError(
+        raise FolderError(
             f"{out} holds the comparison of another recipe (or of this one before it was "
             "changed); choose another --out, or pass --fresh to start over"
         )
@@ -133,28 +168,31 @@ class Experiments:
         self._base = base
         self._model: ModelSection | None = loaded.recipe.model if base else None
         self._last: tuple[Variant, Experiment] | None = None
+        self._failed: tuple[Variant, str] | None = None
+
+    def first(self, groups: Sequence[Group]) -> Experiment:
+        """The experiment of the first of `groups`. Raises UserError for what is wrong with any of
+        the cells that share its variant, before one is trained."""
+        variant = groups[0].variant
+        experiment = self.of(variant)
+        own = [cell for group in groups if group.variant == variant for cell in group.cells]
+        require_ready(experiment, own)
+        return experiment
 
     def of(self, variant: Variant) -> Experiment:
-        """The experiment of `variant`, prepared when it is not the one asked for last."""
+        """The experiment of `variant`, prepared when it is not the one asked for last. Raises what
+        is wrong with it; asked again, UserError that says the same."""
         if self._last is not None and self._last[0].recipe == variant.recipe:
             return self._last[1]
+        if self._failed is not None and self._failed[0].recipe == variant.recipe:
+            raise UserError(self._failed[1])
         model = variant.recipe.model
         base = self._base if model == self._model else None
-        experiment = prepare(replace(self._loaded, recipe=variant.recipe), base)
-        for entry in variant.entries:  # before the first cell is trained
-            require_method_fits(entry.section, experiment.base)
+        try:
+            experiment = prepare(replace(self._loaded, recipe=variant.recipe), base)
+        except UserError as error:  # a base that is not there, say: looking again takes time
+            self._failed = variant, str(error)
+            raise
         self._base, self._model = experiment.base, model
         self._last = variant, experiment
         return experiment
-
-
-def tuned(experiment: Experiment, cell: Cell, out: Path, observer: Observer | None) -> Cell:
-    """`cell` with the settings a search finds, where the recipe's budget asks for one."""
-    budget = experiment.recipe.budget
-    space = budget.search.get(cell.family or "") if budget else None
-    if budget is None or not space:
-        return cell
-    # Below the variant's own folder: other data may want other settings.
-    folder = out / "trials" / cell.variant
-    found = tune(experiment, cell.method, space, budget, folder, observer)
-    return replace(cell, method=found.section, tuned=found.as_dict(budget))

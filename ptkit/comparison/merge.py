@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ptkit.comparison.grid import claim_folder, plan
+from ptkit.comparison.grid import claim_folder, failures, plan
+from ptkit.comparison.same_rows import require_same_rows
 from ptkit.errors import UserError
 from ptkit.formats import atomic
 from ptkit.recipe import LoadedRecipe, load_recipe
@@ -47,9 +48,10 @@ def read_comparison(folder: Path) -> Comparison:
 def merge(parts: Sequence[Comparison], out: Path) -> Comparison:
     """One comparison in `out` with the methods, seeds and cells of all `parts`.
 
-    Only records and predictions are copied. Raises UserError when the parts' recipes differ in
-    more than name, seeds, methods and what a result does not depend on, when they call different
-    settings by one name, or when two hold different results for one cell.
+    Only records, predictions and the reasons of failed cells are copied. Raises UserError when the
+    parts' recipes differ in more than name, seeds, methods and what a result does not depend on,
+    when they call different settings by one name, when two hold different results for one cell, and
+    when their cells were scored on other rows or texts, or made of another base.
     """
     first = parts[0]
     shared = first.loaded.recipe.model_dump(exclude=OWN)
@@ -75,10 +77,13 @@ def merge(parts: Sequence[Comparison], out: Path) -> Comparison:
         update={"methods": list(methods.values()), "seeds": seeds}
     )
     loaded = replace(first.loaded, recipe=merged)
+    require_same_rows([(part.folder / "cells" / r.cell, r) for part in parts for r in part.records])
     claim_folder(loaded, out)
     for part in parts:
         for record in part.records:
             _copy(part.folder / "cells" / record.cell, out / "cells" / record.cell)
+        for failure in failures(part.loaded.recipe, part.folder):
+            failure.write(out / "cells" / failure.cell)  # another part may have its record
     return read_comparison(out)
 
 

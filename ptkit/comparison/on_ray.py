@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ptkit.comparison.grid import Experiments, claim_folder, plan, tuned
+from ptkit.comparison.grid import Experiments, Group, claim_folder, plan, run_group
+from ptkit.comparison.search import Searches, require_sampler, trials_folder
 from ptkit.errors import PtkitError, UserError
 from ptkit.formats import atomic
 from ptkit.recipe import LoadedRecipe, load_recipe
+from ptkit.training.failure import FAILED, Failure
 from ptkit.training.record import CellRecord
-from ptkit.training.run import Observer, run_cells
+from ptkit.training.run import Cell, Observer
 
 #: How often a task is given to another node after its own was lost.
 RETRIES = 10
@@ -29,7 +31,8 @@ def run_on_ray(
     gpus: float,
     observer: Observer | None = None,
 ) -> list[CellRecord]:
-    """Run the cells that are not finished yet on a Ray cluster and return the records of all.
+    """Run the cells that are not finished yet on a Ray cluster and return the records of all that
+    are now. A cell that fails leaves the others alone, as in `ptkit.comparison.grid.run_grid`.
 
     address: `ray://HOST:PORT`, `HOST:PORT` or `auto`; None starts Ray on this machine
     cpus, gpus: what one cell needs; a cell uses as many threads as it has CPUs
@@ -43,6 +46,7 @@ def run_on_ray(
     except ImportError as error:
         raise UserError("`--on ray` needs Ray: pip install 'ptkit[ray]'") from error
     observer = observer or Observer()
+    require_sampler(loaded.recipe.budget)
     claim_folder(loaded, out)
     groups = plan(loaded.recipe, out)
     started = not ray.is_initialized()
@@ -63,22 +67,56 @@ def run_on_ray(
             unit for unit in _units(loaded, out)
             if not all(cell.done.exists() for number in unit for cell in groups[number].cells)
         ]  # fmt: skip
-        source = (loaded.resolved(), str(loaded.path))
-        waiting = {remote.remote(*source, unit, max(1, round(cpus))): unit for unit in todo}
+        source, threads = (loaded.resolved(), str(loaded.path)), max(1, round(cpus))
+        waiting = {
+            remote.remote(*source, unit, _known(groups, unit, out), threads): unit for unit in todo
+        }
         while waiting:
             (done, *_), _ = ray.wait(list(waiting), num_returns=1)
             unit = waiting.pop(done)
-            # Records last: they say that a cell is finished.
-            files = sorted(_result(ray, done).items(), key=lambda f: f[0].endswith("record.json"))
-            for name, content in files:
-                atomic.write_bytes(out / name, content)
-            for number in unit:
-                for cell in groups[number].cells:
-                    observer.cell_finished(CellRecord.read(cell.done), reused=False)
+            own = [cell for number in unit for cell in groups[number].cells]
+            _take_over(ray, done, [c for c in own if not c.done.exists()], out, observer)
     finally:
         if started:
             ray.shutdown()
-    return [CellRecord.read(cell.done) for group in groups for cell in group.cells]
+    finished = [cell for group in groups for cell in group.cells if cell.done.exists()]
+    return [CellRecord.read(cell.done) for cell in finished]
+
+
+def _known(groups: Sequence[Group], unit: Sequence[int], out: Path) -> dict[str, bytes]:
+    """Files that a task goes on from: the records of cells and the results of trials."""
+    found: set[Path] = set()
+    for cell in (cell for number in unit for cell in groups[number].cells):
+        if cell.done.exists():
+            found |= {cell.folder / "cell.json", cell.done}
+        for trial in trials_folder(out, cell).glob("trial*"):
+            if (trial / "trial.json").exists() or (trial / FAILED).exists():
+                found |= {*trial.glob("*.json")}
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in found}
+
+
+def _take_over(ray: Any, done: Any, cells: Sequence[Cell], out: Path, observer: Observer) -> None:
+    """Write the files of the task `done`, which ran `cells`, and tell what came of each."""
+    try:
+        files = _result(ray, done)
+    except UserError:  # nothing that a cell could be trained without
+        raise
+    except Exception as error:  # the task as a whole; what fails within it is in its files
+        for cell in cells:
+            failure = Failure.of(cell, error)
+            failure.write(cell.folder)
+            observer.cell_failed(failure)
+        return
+    # Records last: they say that a cell is finished.
+    for name, content in sorted(files.items(), key=lambda file: file[0].endswith("record.json")):
+        atomic.write_bytes(out / name, content)
+        if name.endswith(("/record.json", "/trial.json")):
+            ((out / name).parent / FAILED).unlink(missing_ok=True)
+    for cell in cells:
+        if cell.done.exists():
+            observer.cell_finished(CellRecord.read(cell.done), reused=False)
+        else:
+            observer.cell_failed(Failure.read(cell.folder))
 
 
 def _units(loaded: LoadedRecipe, out: Path) -> list[list[int]]:
@@ -88,7 +126,7 @@ def _units(loaded: LoadedRecipe, out: Path) -> list[list[int]]:
     units: dict[Any, list[int]] = {}
     for number, group in enumerate(plan(loaded.recipe, out)):
         cell = group.cells[0]
-        key = (cell.variant, cell.method.title) if cell.family in searched else number
+        key = trials_folder(out, cell) if cell.family in searched else number
         units.setdefault(key, []).append(number)
     return list(units.values())
 
@@ -115,10 +153,13 @@ def _experiments(recipe: str, path: str) -> tuple[LoadedRecipe, Experiments]:
     return loaded, Experiments(loaded)
 
 
-def _run(recipe: str, path: str, unit: Sequence[int], threads: int) -> dict[str, bytes]:
-    """Run the groups of `unit` in a folder of this node; what is in it afterwards.
+def _run(
+    recipe: str, path: str, unit: Sequence[int], known: Mapping[str, bytes], threads: int
+) -> dict[str, bytes]:
+    """Run the groups of `unit` in a folder of this node; what is new in it afterwards.
 
     recipe: resolved, as YAML; path: the file it came from, where relative paths start
+    known: files that are there before
     """
     import torch
 
@@ -126,10 +167,14 @@ def _run(recipe: str, path: str, unit: Sequence[int], threads: int) -> dict[str,
     loaded, experiments = _experiments(recipe, path)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch)
+        for name, content in known.items():
+            atomic.write_bytes(out / name, content)
         groups = plan(loaded.recipe, out)
+        searches = Searches(out, None)
         for number in unit:
-            group = groups[number]
-            experiment = experiments.of(group.variant)
-            run_cells(experiment, [tuned(experiment, c, out, None) for c in group.cells])
-        files = (p for p in out.rglob("*") if p.is_file())
-        return {p.relative_to(out).as_posix(): p.read_bytes() for p in files}
+            if groups[number].variant == groups[0].variant:
+                experiments.first(groups)
+            run_group(groups[number], experiments, searches, Observer())
+        files = {p.relative_to(out).as_posix(): p for p in out.rglob("*") if p.is_file()}
+        made = {name: path.read_bytes() for name, path in files.items()}
+        return {name: made[name] for name in made if made[name] != known.get(name)}

@@ -9,21 +9,25 @@ from pathlib import Path
 from markupsafe import Markup
 
 from ptkit.comparison import figures
+from ptkit.comparison.grid import failures
 from ptkit.comparison.merge import Comparison
 from ptkit.comparison.report import page_values, templates
 from ptkit.comparison.summary import MethodSummary, baseline_of, summarise
+from ptkit.comparison.table import FAILED
 from ptkit.errors import UserError
 from ptkit.formats import atomic
 from ptkit.recipe.schema import Recipe
+from ptkit.training.failure import Failure
 
 
 @dataclass(frozen=True)
 class Task:
-    """One comparison of the overview, and the summaries of its methods by name."""
+    """One comparison of the overview: the summaries of its methods, and the cells that failed."""
 
     recipe: Recipe
     recipe_text: str
     summaries: list[MethodSummary]
+    failed: list[Failure]
 
     @property
     def name(self) -> str:
@@ -77,6 +81,7 @@ def write_overview(parts: Sequence[Comparison], out: Path, title: str) -> list[T
             part.loaded.recipe,
             (part.folder / "recipe.yaml").read_text(encoding="utf-8"),
             summarise(part.folder, part.records, part.loaded.recipe),
+            failures(part.loaded.recipe, part.folder),
         )
         for part in parts
     ]
@@ -89,6 +94,8 @@ def write_overview(parts: Sequence[Comparison], out: Path, title: str) -> list[T
 def tables_of(tasks: Sequence[Task]) -> list[Table]:
     """Scores, the share of the way to full fine-tuning, forgetting and cost, method by task."""
     methods = list(dict.fromkeys(s.title for task in tasks for s in task.summaries))
+    failed = {(failure.method_title, task.name) for task in tasks for failure in task.failed}
+    methods += sorted({method for method, _ in failed} - {*methods})
 
     def table(
         title: str,
@@ -114,7 +121,9 @@ def tables_of(tasks: Sequence[Task]) -> list[Table]:
                 best[task.name] = max(known) if sign > 0 else min(known)
 
         def of(method: str, task: Task) -> Cell:
-            shown, value = figures_of.get((method, task.name), (figures.NONE, ""))
+            # Of some seeds only: those that did not fail are in the figure.
+            missing = FAILED if (method, task.name) in failed else figures.NONE
+            shown, value = figures_of.get((method, task.name), (missing, ""))
             return Cell(shown, value, best=value == best.get(task.name))
 
         rows = [
@@ -178,7 +187,9 @@ def _page(tasks: Sequence[Task], tables: Sequence[Table], title: str) -> str:
     body = environment.get_template("comparison.html.j2")
     shown = []
     for task in tasks:
-        values = page_values(task.recipe, task.summaries, task.recipe_text, f"{task.name}-")
+        values = page_values(
+            task.recipe, task.summaries, task.recipe_text, task.failed, f"{task.name}-"
+        )
         # Rendered by the same escaping environment, hence safe to put in as it is.
         shown.append({**values, "anchor": task.name, "html": Markup(body.render(**values))})
     return environment.get_template("overview.html.j2").render(

@@ -10,22 +10,29 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ptkit.comparison import figures
 from ptkit.comparison.charts import best_of_families, charts_of, colours
 from ptkit.comparison.found import found, starts_tried
-from ptkit.comparison.summary import MethodSummary, baseline_of, best_of, written
+from ptkit.comparison.summary import MethodSummary, baseline_of, best_of
 from ptkit.comparison.svg import draw
 from ptkit.evaluation.metrics import metric
 from ptkit.evaluation.statistics import Interval
 from ptkit.recipe.schema import GenerationTask, Recipe
+from ptkit.training.failure import Failure
+from ptkit.training.record import written
 
 #: Test rows shown side by side.
 SAMPLES = 6
 
 
-def render_report(recipe: Recipe, summaries: Sequence[MethodSummary], recipe_text: str) -> str:
+def render_report(
+    recipe: Recipe,
+    summaries: Sequence[MethodSummary],
+    recipe_text: str,
+    failed: Sequence[Failure] = (),
+) -> str:
     """The page: no script or style from elsewhere, readable without a network.
 
     Predictions and recipe are untrusted text; the template escapes everything.
     """
-    values = page_values(recipe, summaries, recipe_text)
+    values = page_values(recipe, summaries, recipe_text, failed)
     return templates().get_template("report.html.j2").render(**values)
 
 
@@ -41,7 +48,11 @@ def templates() -> Environment:
 
 
 def page_values(
-    recipe: Recipe, summaries: Sequence[MethodSummary], recipe_text: str, anchor: str = ""
+    recipe: Recipe,
+    summaries: Sequence[MethodSummary],
+    recipe_text: str,
+    failed: Sequence[Failure] = (),
+    anchor: str = "",
 ) -> dict[str, Any]:
     """What `comparison.html.j2` shows of one comparison. anchor: before the ids of its elements"""
     first = summaries[0].records[0]
@@ -59,6 +70,7 @@ def page_values(
             f"difference from {baseline_of(recipe)}" if name == "difference" else name
             for name in _cells(best, summaries)
         ],
+        "failed": list(failed),
         "rows": [_row(s, summaries, shade, best=s is best) for s in summaries],
         "charts": [(chart.title, chart.note, draw(chart)) for chart in charts_of(summaries)],
         "samples": _samples(summaries, generation=generation),
@@ -87,7 +99,7 @@ def _searches(summaries: Sequence[MethodSummary]) -> list[dict[str, Any]]:
         tuned = summary.records[0].tuned
         if tuned is not None:
             chosen = ", ".join(f"{k} = {written(v)}" for k, v in tuned["settings"].items())
-            searches.append({"title": summary.title, "chosen": chosen, **tuned})
+            searches.append({"title": summary.title, "chosen": chosen, "failed": 0, **tuned})
     return searches
 
 

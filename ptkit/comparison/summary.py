@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from ptkit.comparison.same_rows import read_predictions, require_same_rows, say_unknown
 from ptkit.comparison.statistics import Difference, holm, paired_difference, share_of_way
 from ptkit.evaluation.metrics import Statistics, metric
 from ptkit.evaluation.predict import Prediction, statistics_of
 from ptkit.evaluation.statistics import Interval, bootstrap_interval, seeds_interval
 from ptkit.recipe.schema import Recipe
-from ptkit.training.record import CellRecord
+from ptkit.training.record import CellRecord, titled
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,7 @@ class MethodSummary:
     @property
     def title(self) -> str:
         """The method, with its swept values where there are any."""
-        values = " ".join(f"{key}={written(value)}" for key, value in self.sweep.items())
-        return f"{self.family} {values}".strip()
+        return titled(self.family, self.sweep)
 
     @property
     def trained_together(self) -> int:
@@ -72,11 +72,6 @@ class MethodSummary:
     def leading(self) -> Interval:
         """The interval of the metric that is *the score*."""
         return self.metrics[self.score]
-
-
-def written(value: Any) -> str:
-    """A swept value as it is shown."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def baseline_of(recipe: Recipe) -> str:
@@ -91,14 +86,13 @@ def best_of(summaries: Sequence[MethodSummary]) -> MethodSummary:
     return max(summaries, key=lambda s: sign * s.leading.mean)
 
 
-def read_predictions(folder: Path, record: CellRecord) -> list[dict[str, Any]]:
-    """The rows of a cell's `predictions.jsonl`."""
-    path = folder / "cells" / record.cell / "predictions.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def summarise(folder: Path, records: Sequence[CellRecord], recipe: Recipe) -> list[MethodSummary]:
-    """One summary per method and combination of swept values, in the order they were planned."""
+    """One summary per method and combination of swept values, in the order they were planned.
+
+    Raises UserError for records that are not comparable.
+    """
+    require_same_rows([(folder / "cells" / record.cell, record) for record in records])
+    say_unknown(records)
     groups: dict[tuple[str, str], list[CellRecord]] = {}
     for record in records:
         groups.setdefault((record.method, json.dumps(record.sweep)), []).append(record)
@@ -162,7 +156,7 @@ def _summary(
 ) -> tuple[MethodSummary, list[Statistics]]:
     """The summary of a method's records, and the leading metric's statistics per seed."""
     first = own[0]
-    read = [read_predictions(folder, record) for record in own]
+    read = [read_predictions(folder / "cells" / record.cell) for record in own]
     predictions = [[Prediction(**row) for row in rows] for rows in read]
     metrics: dict[str, Interval] = {}
     leading: list[Statistics] = []

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 from rich.table import Table
 from rich.text import Text
 
 from ptkit.comparison import figures
-from ptkit.comparison.summary import MethodSummary, best_of, written
+from ptkit.comparison.summary import MethodSummary, best_of
 from ptkit.evaluation.statistics import Interval
+from ptkit.training.failure import Failure
+from ptkit.training.record import written
 
 Row = dict[str, str]
+
+#: What stands in place of the score of a cell that has none.
+FAILED = "failed"
 
 
 def _row(summary: MethodSummary) -> Row:
@@ -32,14 +38,33 @@ def _row(summary: MethodSummary) -> Row:
     }
 
 
-def _rows(summaries: Sequence[MethodSummary], row: Callable[[MethodSummary], Row]) -> list[Row]:
-    """The rows with the columns of all; methods that a sweep leaves alone have gaps in its own."""
+def _rows(
+    summaries: Sequence[MethodSummary],
+    failed: Sequence[Failure],
+    row: Callable[[MethodSummary], Row],
+) -> list[Row]:
+    """The rows with the columns of all, those of failed cells last; methods that a sweep leaves
+    alone have gaps in its own."""
+    score = f"{summaries[0].score} [95 %]"
     rows = [row(s) for s in summaries]
-    swept = dict.fromkeys(key for s in summaries for key in s.sweep)
+    rows += [
+        {
+            "method": f"{failure.family}, seed {failure.seed}",
+            **{key: written(value) for key, value in failure.sweep.items()},
+            score: FAILED,
+        }
+        for failure in failed
+    ]
+    swept = dict.fromkeys(_swept(summaries, failed))
     names = ["method", *swept, *(n for n in rows[0] if n != "method" and n not in swept)]
     # What was not measured at all needs no column: forgetting, say, of classifiers.
     names = [n for n in names if any(each.get(n, figures.NONE) != figures.NONE for each in rows)]
     return [{name: each.get(name, figures.NONE) for name in names} for each in rows]
+
+
+def _swept(summaries: Sequence[MethodSummary], failed: Sequence[Failure]) -> list[str]:
+    """The keys that were swept, in order; some more than once."""
+    return [key for s in summaries for key in s.sweep] + [key for f in failed for key in f.sweep]
 
 
 def _short_row(summary: MethodSummary) -> Row:
@@ -58,8 +83,11 @@ def _short_row(summary: MethodSummary) -> Row:
     return {renamed.get(name, name): value for name, value in row.items()}
 
 
-def caption(summaries: Sequence[MethodSummary], *, spread: bool) -> str:
-    """What the figures are, and their n. spread: forgetting is shown with its interval."""
+def caption(
+    summaries: Sequence[MethodSummary], failed: Sequence[Failure] = (), *, spread: bool
+) -> str:
+    """What the figures are, and their n; why cells failed. spread: forgetting is shown with its
+    interval."""
     record = summaries[0].records[0]
     text = (
         f"n = {record.n_test} {record.rows_scored}; interval: 95 % bootstrap over seeds and rows; "
@@ -79,21 +107,23 @@ def caption(summaries: Sequence[MethodSummary], *, spread: bool) -> str:
             f"general text with the adapter on{over_seeds}; retention: next-token accuracy "
             "there, after / before; off: base logits with the adapter switched off"
         )
+    for failure in failed:
+        text += f". {failure.title} failed: {failure.reason.rstrip('.')}"
     return text + "."
 
 
-def summary_table(summaries: Sequence[MethodSummary]) -> Table:
+def summary_table(summaries: Sequence[MethodSummary], failed: Sequence[Failure] = ()) -> Table:
     """The comparison for the terminal; the best score is bold."""
     best = best_of(summaries)
     seeds = max(len(s.records) for s in summaries)
     table = Table(
-        caption=f"{seeds} seed{'s' * (seeds > 1)}, {caption(summaries, spread=False)}",
+        caption=f"{seeds} seed{'s' * (seeds > 1)}, {caption(summaries, failed, spread=False)}",
         caption_justify="left",
         pad_edge=False,
         box=None,
     )
-    rows = _rows(summaries, _short_row)
-    swept = {key for s in summaries for key in s.sweep}
+    rows = _rows(summaries, failed, _short_row)
+    swept = {*_swept(summaries, failed)}
     if swept:  # their columns need the room; the report has the others
         score = f"{best.score} [95 %]"
         kept = [n for n in rows[0] if n in {"method", *swept, score, "trained", "forget"}]
@@ -108,16 +138,16 @@ def summary_table(summaries: Sequence[MethodSummary]) -> Table:
             no_wrap=not is_name and name not in swept,
             overflow="fold",
         )
-    for summary, row in zip(summaries, rows, strict=True):
+    for row, summary in zip_longest(rows, summaries):
         # Text, because a label or an interval in brackets is not rich's markup.
         cells = [Text(value) for value in row.values()]
         table.add_row(*cells, style="bold" if summary is best else None)
     return table
 
 
-def markdown_table(summaries: Sequence[MethodSummary]) -> str:
+def markdown_table(summaries: Sequence[MethodSummary], failed: Sequence[Failure] = ()) -> str:
     """The comparison for a README or a paper's draft."""
-    rows = _rows(summaries, _row)
+    rows = _rows(summaries, failed, _row)
     for row in rows:
         row["method"] = row["method"].replace("|", r"\|")
     lines = [
@@ -125,7 +155,7 @@ def markdown_table(summaries: Sequence[MethodSummary]) -> str:
         "|---" + "|---:" * (len(rows[0]) - 1) + "|",
         *("| " + " | ".join(row.values()) + " |" for row in rows),
     ]
-    return "\n".join(lines) + f"\n\n{caption(summaries, spread=True)}\n"
+    return "\n".join(lines) + f"\n\n{caption(summaries, failed, spread=True)}\n"
 
 
 #: What TeX would take for a command, and how to print it.
@@ -136,20 +166,20 @@ _TEX = {
 }  # fmt: skip
 
 
-def latex_table(summaries: Sequence[MethodSummary]) -> str:
+def latex_table(summaries: Sequence[MethodSummary], failed: Sequence[Failure] = ()) -> str:
     """The comparison as a LaTeX table (package booktabs); the best score is bold."""
-    rows = _rows(summaries, _row)
+    rows = _rows(summaries, failed, _row)
     best = best_of(summaries)
     lines = [
         r"\begin{table}",
         r"\centering",
-        r"\caption{" + _tex(caption(summaries, spread=True)) + "}",
+        r"\caption{" + _tex(caption(summaries, failed, spread=True)) + "}",
         r"\begin{tabular}{l" + "r" * (len(rows[0]) - 1) + "}",
         r"\toprule",
         " & ".join(map(_tex, rows[0])) + r" \\",
         r"\midrule",
     ]
-    for summary, row in zip(summaries, rows, strict=True):
+    for row, summary in zip_longest(rows, summaries):
         cells = {name: _tex(value) for name, value in row.items()}
         if summary is best:
             score = f"{summary.score} [95 %]"

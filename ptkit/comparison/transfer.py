@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from ptkit.comparison import figures
-from ptkit.comparison.grid import cells, run_grid
+from ptkit.comparison.grid import cells, failures, run_grid
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import MethodSummary
-from ptkit.errors import AdapterError, UserError
+from ptkit.errors import AdapterError, PtkitError, UserError
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import read_adapter
 from ptkit.formats.folder_lock import held
@@ -41,6 +41,7 @@ from ptkit.recipe.expansion import changed
 from ptkit.recipe.schema import HeadedTask, Recipe
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.training.claim import start_over as claimed_anew
+from ptkit.training.failure import Failure, failed_cells
 from ptkit.training.run import Observer, cell_name
 
 #: The method's own start, in every target's comparison.
@@ -206,8 +207,9 @@ def run_transfer(
 ) -> TransferMap:
     """Train what is not there yet and write the map; killed, the next call goes on from there.
 
-    base: a loaded one, instead of loading the recipes'. Raises UserError when `out` holds another
-    map.
+    base: a loaded one, instead of loading the recipes'. Raises FolderError when `out` holds another
+    map, PtkitError when cells failed: those that depend on them are not run, the others are; there
+    is no map until the next call has all.
     """
     with held(out):
         _claim(planned, out)
@@ -224,14 +226,27 @@ def run_transfer(
 
         names = tuple(source.recipe.name for source in planned.sources)
         prefixes = []
+        failed: list[Failure] = []
         for source in planned.sources:
-            own = base_of(source)
-            run_grid(source, out / "sources" / source.recipe.name, observer=observer, base=own)
-            prefixes.append(_compiled(planned.source(out, source), own))
-        targets = []
+            own, folder = base_of(source), out / "sources" / source.recipe.name
+            run_grid(source, folder, observer=observer, base=own)
+            failed += failures(source.recipe, folder)
+            if not failed:
+                prefixes.append(_compiled(planned.source(out, source), own))
+        if failed:  # every target starts from every source
+            raise PtkitError(failed_cells(failed))
+        ended = []
         for loaded in planned.targets:
             folder, target = out / "targets" / loaded.recipe.name, planned.target(out, loaded)
-            records = run_grid(target, folder, observer=observer, base=base_of(loaded))
+            ended.append((
+                loaded, folder, target,
+                run_grid(target, folder, observer=observer, base=base_of(loaded)),
+            ))  # fmt: skip
+            failed += failures(target.recipe, folder)
+        if failed:
+            raise PtkitError(failed_cells(failed))
+        targets = []
+        for loaded, folder, target, records in ended:
             first, *starts = write_outputs(folder, records, target.recipe)
             targets.append(Target(loaded.recipe.name, first, dict(zip(names, starts, strict=True))))
         similarity = tuple(tuple(cosine(a, b) for b in prefixes) for a in prefixes)

@@ -27,6 +27,7 @@ from ptkit.recipe.schema import (
     Task,
     TokenClassificationTask,
 )
+from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import (
     collate,
     head_logits,
@@ -120,7 +121,15 @@ def require_room(
     task: Task,
 ) -> None:
     """Raise ModelError unless every example fits into the positions the adapter leaves."""
-    base, title = adapter.base, f"`{adapter.section.title}`"
+    title = f"`{adapter.section.title}`"
+    require_positions(adapter.base, adapter.virtual_tokens, title, encoded, task)
+
+
+def require_positions(
+    base: Base, virtual_tokens: int, title: str, encoded: Sequence[EncodedExample], task: Task
+) -> None:
+    """Raise ModelError, which names `title`, unless every example fits into the positions that as
+    many virtual tokens leave on `base`."""
     inputs = max(len(e.input_ids) for e in encoded)
     targets = max(len(e.target_ids) for e in encoded)
     if isinstance(task, GenerationTask):
@@ -129,10 +138,10 @@ def require_room(
         base.require_positions(0, max(inputs, targets), title)
         return
     if isinstance(task, HeadedTask):
-        base.require_positions(adapter.virtual_tokens, inputs, title)
+        base.require_positions(virtual_tokens, inputs, title)
         return
     longest = inputs + targets if isinstance(task, GenerationTask) else max(map(len, encoded))
-    base.require_positions(adapter.virtual_tokens, longest, title)
+    base.require_positions(virtual_tokens, longest, title)
 
 
 def _generated(

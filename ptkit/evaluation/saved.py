@@ -68,18 +68,26 @@ def fill_template(text: str, adapter: Path | None) -> str:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of one adapter, each with its 95 % interval over the test rows."""
+    """Scores of one adapter, each with its 95 % interval over the test rows.
+
+    test_split: the source's name of the split these are from; test_chose: they are the validation
+    rows, which choose the checkpoint
+    """
 
     name: str
     metrics: dict[str, Interval]
     predictions: list[Prediction]
     retention: Retention | None
+    test_split: str = "test"
+    test_chose: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
         return {
             "adapter": self.name,
             "n": len(self.predictions),
+            "test_split": self.test_split,
+            "test_chose": self.test_chose,
             "metrics": {
                 name: {"value": i.mean, "low": i.low, "high": i.high}
                 for name, i in self.metrics.items()
@@ -136,4 +144,5 @@ def evaluate(experiment: Experiment, adapter: Adapter, name: str) -> Evaluation:
     if experiment.general is not None:
         retention = measure_retention(adapter, experiment.general)
     scored = score_intervals(rows, recipe.task.metrics, recipe.evaluate.bootstrap)
-    return Evaluation(name, scored, rows, retention)
+    data = experiment.data
+    return Evaluation(name, scored, rows, retention, data.test_split, data.test_chose)

@@ -63,6 +63,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "linear probe": {"kind": "linear_probe"},
 }  # fmt: skip
 
+#: Methods that nothing is asked about, and why. With `METHODS` they are all that there are.
+NOT_ASKED: dict[str, str] = {
+    "base": "the model itself, which is what the others are compared with",
+    "full": "all weights of transformers' own model are trained; nothing is added to it",
+    "prefix_lora": "a prefix and a LoRA, each of which is asked about by itself",
+    "prefix_mixture": "prefixes, weighed by the input, where one of them is asked about",
+    "multitask_prompt": "a soft prompt for each task, where one of them is asked about",
+}
+
 
 class Contender(ABC):
     """An adapter on a model, made by some program."""

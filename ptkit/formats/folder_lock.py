@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ptkit.errors import UserError
+from ptkit.errors import FolderError
 from ptkit.formats import atomic
 
 _LOCK, _HOLDER = ".lock", ".lock.json"
@@ -30,7 +30,7 @@ def held(folder: Path) -> Iterator[None]:
     """Within this context no other process, nor another call in this one, works in `folder`, which
     is made if need be. What it made is gone afterwards, unless something was put into it.
 
-    Of the processes of one distributed run, the first one has the lock for all. Raises UserError
+    Of the processes of one distributed run, the first one has the lock for all. Raises FolderError
     that names who works there.
     """
     if int(os.environ.get("RANK", "0")):  # as torchrun and accelerate number them
@@ -55,14 +55,14 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def require_free(folder: Path) -> None:
-    """Raise UserError when a process works in `folder`."""
+    """Raise FolderError when a process works in `folder`."""
     if folder.exists():
         with held(folder):
             pass
 
 
 def _acquired(folder: Path) -> FileLock:
-    """The lock of `folder`, had. Raises UserError when another has it."""
+    """The lock of `folder`, had. Raises FolderError when another has it."""
     for _ in range(_ATTEMPTS):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def _acquired(folder: Path) -> FileLock:
                 raise
             continue  # who had made the folder has just taken it away
         return lock
-    raise UserError(
+    raise FolderError(
         f"{folder} is in use by {_holder(folder)}; wait until it is done, or choose another --out"
     )
 

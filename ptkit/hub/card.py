@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptkit.formats.adapter_files import RECIPE, AdapterFiles
+from ptkit.methods.base_names import hub_name, is_here
 from ptkit.methods.head import labels_of_files
 from ptkit.methods.linear_probe import LINEAR_PROBE
 from ptkit.methods.prefix_lora import PREFIX_LORA
@@ -81,10 +82,37 @@ def named(card: str, repository: str) -> str:
     return card.replace(PLACE, repository)
 
 
+def shown_base(base: str) -> str:
+    """What a card calls the base: its id, or a placeholder for a place on this machine."""
+    name = hub_name(base)
+    if not is_here(name):
+        return name
+    return f"path/to/{name.replace(chr(92), '/').rstrip('/').rpartition('/')[2]}"
+
+
+def with_base(card: str, before: str | None, base: str) -> str:
+    """The card of an adapter whose base, called `before` so far, is `base` on the Hub."""
+    from huggingface_hub import ModelCard
+
+    if before is not None:
+        # An old card has the place itself; where a name may be a word, only as a name is written.
+        for name in dict.fromkeys([before, shown_base(before)]):
+            for left, right in (("`", "`"), ('"', '"'), ("--model ", " ")):
+                card = card.replace(f"{left}{name}{right}", f"{left}{base}{right}")
+    found: Any = ModelCard(card)
+    found.data.base_model, found.data.base_model_relation = base, "adapter"
+    others = [tag for tag in found.data.tags or [] if not tag.startswith("base_model:")]
+    found.data.tags = [*others, f"base_model:adapter:{base}"]
+    return str(found)
+
+
 def _metadata(name: str, files: AdapterFiles, license: str | None, language: str | None) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    info, base, data = files.info, files.base_id, files.info.get("data", {})
+    info, data = files.info, files.info.get("data", {})
+    named = None if files.base_id is None else hub_name(files.base_id)
+    # The Hub takes an id; a place on this machine says nothing there.
+    base = None if named is None or is_here(named) else named
     task = _TASKS.get(info.get("task", {}).get("kind", ""), "text-generation")
     results = [
         EvalResult(
@@ -99,10 +127,11 @@ def _metadata(name: str, files: AdapterFiles, license: str | None, language: str
         )
         for metric, claim in info.get("metrics", {}).items()
     ]
-    tags = ["ptkit", files.peft_type.lower().replace("_", "-"), f"base_model:adapter:{base}"]
+    tags = ["ptkit", files.peft_type.lower().replace("_", "-")]
+    tags += [f"base_model:adapter:{base}"] if base is not None else []
     return ModelCardData(
         base_model=base,
-        base_model_relation="adapter",
+        base_model_relation="adapter" if base is not None else None,
         library_name="peft",
         pipeline_tag=task if labels_of_files(files) else "text-generation",
         license=license,
@@ -117,7 +146,7 @@ def _metadata(name: str, files: AdapterFiles, license: str | None, language: str
 def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: str | None) -> str:
     from jinja2 import Environment, PackageLoader
 
-    info, base = files.info, str(files.base_id)
+    info, base = files.info, "its base" if files.base_id is None else shown_base(files.base_id)
     stored = info.get("method", {})
     method = _METHODS.get(files.peft_type, files.peft_type)
     if files.peft_type == ENCODER_PROMPT:  # of either method

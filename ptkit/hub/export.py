@@ -130,7 +130,10 @@ def _scored(
     lost = {name: before.metrics[name].mean - i.mean for name, i in after.metrics.items()}
     claims = {name: claim(interval) for name, interval in after.metrics.items()}
     retention = after.retention and after.retention.as_dict()
-    measured_info = {"metrics": claims, "n_test": len(after.predictions), "retention": retention}
+    measured_info = {
+        "metrics": claims, "n_test": len(after.predictions), "retention": retention,
+        "test_split": after.test_split, "test_chose": after.test_chose,
+    }  # fmt: skip
     return {**original.info, **measured_info, "int8_lost": lost}, lost
 
 

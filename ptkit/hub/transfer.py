@@ -6,6 +6,7 @@ holds all files: a push that is cut off leaves the repository as it was.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ptkit.formats.adapter_files import (
 )
 from ptkit.formats.hub import HubId, fetch_adapter, hub_errors
 from ptkit.hub.card import card_text, named
+from ptkit.hub.published import public_base, say_places, with_public_base
 from ptkit.hub.verify import Check, check_files
 
 
@@ -52,16 +54,19 @@ def push(
     create_pr: bool = False,
     dry_run: bool = False,
     message: str | None = None,
+    base_model: str | None = None,
 ) -> Pushed:
     """Upload the adapter in `path` to the Hub repository `user/repo`, made if it is not there.
 
     private: of a repository that is made; default: the account's own
     revision: branch to commit to, made if it is not there; create_pr: propose the commit instead
     dry_run: check everything here, ask the Hub nothing
+    base_model: the base's id on the Hub, where the adapter names a place on this machine; what is
+        uploaded then names it, the files here stay
 
     A folder without a card gets one, and the card in it the repository's name. Raises
-    AdapterError for an adapter that is damaged or not what its record says, UserError when the
-    Hub refuses, HubError when it fails.
+    AdapterError for an adapter that is damaged or not what its record says, UserError when its base
+    is a place on this machine or the Hub refuses, HubError when it fails.
     """
     target = HubId.read(repository)
     if target.revision is not None:
@@ -70,10 +75,12 @@ def push(
     faults = [c.detail for c in check_files(folder, str(path)) if c.passed is False]
     if faults:
         raise AdapterError(f"{path} is not pushed: " + "; ".join(faults))
-    texts = read_texts(folder)
+    texts, files = read_texts(folder), read_adapter(folder)
+    base = public_base(files.base_id, base_model, str(path))
+    say_places(texts, files.info, str(path))
     card = texts.get(CARD)
     if card is None:
-        files = replace(read_adapter(folder), texts=texts)
+        files = replace(files, texts=texts)
         weights = weights_path(folder)
         card = card_text(
             target.name,
@@ -84,19 +91,24 @@ def push(
         )
     card = named(card, target.repository)
     present = [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
-    sizes = {p.name: p.stat().st_size for p in present} | {CARD: len(card.encode())}
+    changed = {CARD: card}
+    if base is not None and base != files.base_id:
+        changed = with_public_base(files, {**texts, CARD: card}, base)
+    sizes = {p.name: p.stat().st_size for p in present}
+    sizes |= {name: len(text.encode()) for name, text in changed.items()}
     if dry_run:
         return Pushed(target.repository, revision, sizes, None)
-    if card != texts.get(CARD):
+    if changed.keys() == {CARD} and card != texts.get(CARD):
         atomic.write_text(folder / CARD, card)
-    url = _upload(folder, target, list(sizes), private, revision, create_pr, message)
+    contents: dict[str, Path | bytes] = {name: folder / name for name in sizes}
+    contents |= {name: text.encode() for name, text in changed.items()}
+    url = _upload(contents, target, private, revision, create_pr, message)
     return Pushed(target.repository, revision, sizes, url)
 
 
 def _upload(
-    folder: Path,
+    contents: Mapping[str, Path | bytes],
     target: HubId,
-    names: list[str],
     private: bool | None,
     revision: str | None,
     create_pr: bool,
@@ -111,7 +123,7 @@ def _upload(
             api.create_branch(target.repository, branch=revision, exist_ok=True)
         commit = api.create_commit(
             target.repository,
-            [CommitOperationAdd(name, folder / name) for name in names],
+            [CommitOperationAdd(name, content) for name, content in contents.items()],
             commit_message=message or "Upload adapter with ptkit",
             revision=revision,
             create_pr=create_pr,

@@ -20,6 +20,7 @@ from ptkit.methods.adapter import (
     require_method_fits,
     require_same_base,
     restored,
+    revision_named,
 )
 
 for _module in iter_modules(__path__):
@@ -39,4 +40,5 @@ __all__ = [
     "require_method_fits",
     "require_same_base",
     "restored",
+    "revision_named",
 ]

@@ -6,7 +6,7 @@ import logging
 import random
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptkit.errors import AdapterError, ModelError
-from ptkit.formats.adapter_files import AdapterFiles, base_revision, read_adapter
+from ptkit.formats.adapter_files import AdapterFiles, base_id, base_revision, read_adapter
 from ptkit.formats.fingerprint import is_same_model
 from ptkit.methods.base_names import hub_name, same_name
 from ptkit.methods.gate_files import gate_of, with_gate, without_gate
@@ -421,6 +421,29 @@ def base_of(files: AdapterFiles, model: str | None, where: str) -> Base:
     revision = base_revision(files.config, files.info)
     id = files.base_id if Path(files.base_id).is_dir() else hub_name(files.base_id)
     return load_base(ModelSection(id=id, revision=revision), labels)
+
+
+def revision_named(
+    id: str, adapters: Mapping[str, tuple[dict[str, Any], dict[str, Any]]]
+) -> str | None:
+    """The revision of the base `id` that `adapters` were made on; None where none of them says.
+
+    adapters: what they are called -> their settings and ptkit's record (`read_config`, `read_info`)
+
+    Raises AdapterError where they were made on different ones: one base is loaded for all.
+    """
+    named = {
+        where: base_revision(config, info)
+        for where, (config, info) in adapters.items()
+        if hub_name(base_id(config, info) or "") == id
+    }
+    if len({*named.values()}) > 1:
+        told = ", ".join(f"{where} on {revision or 'main'}" for where, revision in named.items())
+        raise AdapterError(
+            f"these adapters were made on different revisions of `{id}` ({told}); use them one "
+            "at a time"
+        )
+    return next(iter(named.values()), None)
 
 
 def load_adapter(path: Path, base: Base, *, chosen: bool = False) -> Adapter:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from ptkit.errors import AdapterError
 from ptkit.runtime.base_model import Base
+from ptkit.runtime.named_models import PACKAGED, TINY_EN, WHEELS
 
 #: A model in the Hub's cache: `.../models--org--name/snapshots/COMMIT`.
 _CACHED = re.compile(r"(?:^|[\\/])models--(?P<id>[^\\/]+)[\\/]snapshots[\\/][^\\/]+[\\/]?$")
@@ -28,6 +30,14 @@ def is_local_path(name: str) -> bool:
     return name.startswith(("/", ".", "~", "\\")) or "\\" in name or name.count("/") > 1 or (
         re.match(r"[A-Za-z]:", name) is not None
     )  # fmt: skip
+
+
+def is_here(name: str) -> bool:
+    """Whether a base's name is a place on this machine: a path, or a file or folder of that name
+    (which is what would be loaded), and not one of ptkit's own names."""
+    if name == TINY_EN or name in PACKAGED or name in WHEELS:
+        return False
+    return is_local_path(name) or Path(name).exists()
 
 
 def same_name(name: str, base: Base) -> bool:

@@ -358,8 +358,8 @@ class TrainSection(Section):
     """Keep the base's behaviour on general text while learning; null: learn the task alone."""
     together: Annotated[int, Field(gt=0)] = 1
     """Seeds of a prompt method that `ptkit compare` trains in one batch, each with the result it
-    has alone. Faster where a single batch is too small to fill the machine; a cell's time is then
-    its share, its peak memory that of the whole batch."""
+    has alone; for that the base must have no dropout. Faster where a single batch is too small to
+    fill the machine; a cell's time is then its share, its peak memory that of the whole batch."""
     patience: Annotated[int, Field(gt=0)] | None = None
     """Stop after this many validations without improvement; null trains all steps."""
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = []

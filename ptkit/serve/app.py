@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from ptkit.errors import HubError, PtkitError, UserError
+from ptkit.errors import AdapterError, HubError, PtkitError, UserError
 from ptkit.serve.answer import (
     DrainingError,
     InUseError,
@@ -69,6 +69,7 @@ _STATUS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (NoMemoryError, 503, "server_error", "no_memory"),
     (TimedOutError, 504, "server_error", "timeout"),
     (HubError, 502, "server_error", "hub_failed"),
+    (AdapterError, 422, "invalid_request_error", "adapter_refused"),
     (UserError, 400, "invalid_request_error", None),
     (PtkitError, 500, "server_error", None),
 )
@@ -82,8 +83,8 @@ def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 # Events hold what the JSON response does, piece by piece; OpenAPI has no schema for a stream.
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
-_ANSWERING = _STREAM | _documented(400, 401, 404, 408, 409, 413, 429, 500, 503, 504)
-_CHANGING = _documented(400, 401, 403, 404, 408, 409, 413, 500, 502)
+_ANSWERING = _STREAM | _documented(400, 401, 404, 408, 409, 413, 422, 429, 500, 503, 504)
+_CHANGING = _documented(400, 401, 403, 404, 408, 409, 413, 422, 500, 502)
 
 
 def create_app(

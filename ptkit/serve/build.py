@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_app(
-    model: str | Base = TINY_EN,
+    model: str | Base | None = None,
     adapters: Path | None = None,
     *,
     model_name: str | None = None,
@@ -34,27 +34,34 @@ def build_app(
     allow_hub: bool = False,
     read_only: bool = False,
     loopback_only: bool = False,
+    chosen: bool | None = None,
 ) -> FastAPI:
-    """An ASGI application that serves `model` and every adapter directly below `adapters`.
+    """An ASGI application that serves `model` (`tiny-en`) and every adapter directly below
+    `adapters`.
 
     model_name: what requests call the base; default: its id, of a folder its name
     budget: bytes for prefixes on the device; None: no limit
     max_batch, max_queue: answers written at the same time, and waiting
     max_tokens, timeout: of one answer, in tokens and seconds
-    keys, loopback_only: see `create_app`; allow_hub, read_only: see `Library`
+    keys, loopback_only: see `create_app`; allow_hub, read_only, chosen: see `Library` (`chosen`
+        where `model` is given, unless said otherwise)
 
     Adapters that cannot be served are left out with a warning. The engine, which runs from now
     on, is `app.state.library.engine`; it ends with the application.
     """
-    base = model if isinstance(model, Base) else load_base(ModelSection(id=model, device="auto"))
+    chosen = model is not None if chosen is None else chosen
+    base = model
+    if not isinstance(base, Base):
+        base = load_base(ModelSection(id=base or TINY_EN, device="auto"))
     bank = AdapterBank(base, budget=budget)
     metrics = Metrics(bank)
     engine = Engine(bank, max_rows=max_batch, max_waiting=max_queue, observer=metrics)
     metrics.watch(engine)
     name = model_name or (Path(base.id).name if Path(base.id).is_dir() else base.id)
     library = Library(
-        engine, adapters, base_name=name, allow_hub=allow_hub, allow_changes=not read_only
-    )
+        engine, adapters, base_name=name, allow_hub=allow_hub, allow_changes=not read_only,
+        chosen=chosen,
+    )  # fmt: skip
     for fault in library.register_all():
         logger.warning("left out: %s", fault)
     limits = Limits(max_tokens=max_tokens, timeout=timeout)

@@ -24,6 +24,7 @@ from ptkit.formats.hub import HubId, fetch_adapter
 from ptkit.methods import changes_weights
 from ptkit.serve.answer import Voice
 from ptkit.serve.engine import Engine
+from ptkit.training.record import scored_rows
 
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 #: Between the names of adapters that answer together.
@@ -44,7 +45,8 @@ class NotAllowedError(UserError):
 class Card:
     """What is known of an adapter, as the playground shows it.
 
-    score: the first metric its record claims, with its interval; n: rows it was measured on
+    score: the first metric its record claims, with its interval; n: rows it was measured on, which
+    `rows` says what they are
     forgetting: nats per token on general text; template: what its inputs were written in
     fault: why its files on disk cannot be used as they are now
     """
@@ -62,6 +64,7 @@ class Card:
     low: float | None = None
     high: float | None = None
     n: int | None = None
+    rows: str | None = None
     forgetting: float | None = None
     template: str | None = None
     fault: str | None = None
@@ -73,6 +76,9 @@ class Library:
     root: the folder adapters are read from and uploaded to; None: only the base is served
     allow_hub: adapters may also be loaded from the Hub
     allow_changes: adapters may be loaded, swapped, unloaded and uploaded while the server runs
+    chosen: whoever started the server named its base; that is the base of adapters below the root
+        that know theirs by another name only. Those that clients send, or load from the Hub, need
+        the right name.
     """
 
     def __init__(
@@ -83,7 +89,9 @@ class Library:
         base_name: str,
         allow_hub: bool = False,
         allow_changes: bool = True,
+        chosen: bool = False,
     ) -> None:
+        self.chosen = chosen
         self.engine = engine
         self.bank: AdapterBank = engine.bank
         self.base_name = base_name
@@ -99,9 +107,9 @@ class Library:
             try:
                 _require_name(path.name, self.base_name)
                 if changes_weights(read_config(path)["peft_type"]):
-                    self.bank.load(path, path.name)
+                    self.bank.load(path, path.name, chosen=self.chosen)
                 else:
-                    self.bank.register(path, path.name)
+                    self.bank.register(path, path.name, chosen=self.chosen)
             except UserError as error:
                 faults.append(f"{path.name}: {error}")
         return faults
@@ -174,7 +182,7 @@ class Library:
             raise UserError("expected one of `path` (below the adapters' folder) and `hub`")
         folder = self._from_hub(hub) if hub is not None else self._below_root(str(path))
         with self._changing(name, folder):
-            self.bank.load(folder, name)
+            self.bank.load(folder, name, chosen=self.chosen and hub is None)
 
     def unload(self, name: str) -> None:
         """Serve `name` no longer; rows under way finish. Its files stay."""
@@ -281,6 +289,9 @@ def _recorded(info: Mapping[str, Any]) -> dict[str, Any]:
         "low": claim.get("low"),
         "high": claim.get("high"),
         "n": info.get("n_test"),
+        "rows": scored_rows(str(info.get("test_split", "test")), bool(info.get("test_chose")))
+        if info.get("n_test") is not None
+        else None,
         "forgetting": retention.get("forgetting") if isinstance(retention, dict) else None,
         "template": info.get("task", {}).get("input"),
     }

@@ -293,6 +293,7 @@ class AdapterCard(BaseModel):
     low: float | None
     high: float | None
     n: int | None
+    rows: str | None
     forgetting: float | None
     template: str | None
     fault: str | None

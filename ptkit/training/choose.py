@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from ptkit.data.encode import EncodedExample
 from ptkit.data.task import Example
@@ -40,6 +39,7 @@ from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_counts, supervised_losses
 from ptkit.runtime.precision import mixed_precision
 from ptkit.training.loop import fit
+from ptkit.training.processes import processes
 from ptkit.training.trainee import Job
 
 #: Of the rows that a run's steps read, what the starts and the rates may read. A row that is
@@ -217,8 +217,8 @@ def _rate(section: MethodSection, make: Make, folder: Path) -> dict[str, Any]:
             )
             for rate in rates
         ]  # fmt: skip
-        processes = PartialState(cpu=jobs[0].adapter.base.model.device.type == "cpu")
-        if processes.num_processes > 1 or jobs[0].settings.autocast == "fp16":
+        state = processes(jobs[0].adapter.base.model.device)
+        if state.num_processes > 1 or jobs[0].settings.autocast == "fp16":
             raise UserError(
                 "`learning_rate: auto` trains several rates in one batch, which takes one process "
                 "and another `autocast` than `fp16`; give a rate"

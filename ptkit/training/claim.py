@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ptkit.errors import UserError
+from ptkit.errors import FolderError, UserError
 from ptkit.formats import atomic
 from ptkit.formats.folder_lock import require_free
 
 
-def claim(path: Path, identity: dict[str, Any], what: str, *, alone: bool = False) -> None:
-    """Write `identity` to the file `path`, or raise UserError when another one is there.
+def claim(
+    path: Path,
+    identity: dict[str, Any],
+    what: str,
+    *,
+    alone: bool = False,
+    added: Collection[str] = (),
+) -> None:
+    """Write `identity` to the file `path`, or raise FolderError when another one is there.
 
     what: what the folder holds, in words; alone: a folder without the file must be empty
+    added: keys that a file of an earlier version may lack; they say nothing there
     """
     folder = path.parent
     if not path.exists():
         if alone and folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
-            raise UserError(f"{folder} holds something else; choose another --out")
+            raise FolderError(f"{folder} holds something else; choose another --out")
         atomic.write_json(path, identity)
         return
     there = json.loads(path.read_text(encoding="utf-8"))
-    changed = sorted(k for k in identity if there.get(k) != json.loads(json.dumps(identity[k])))
+    told = [key for key in identity if key in there or key not in added]
+    changed = sorted(k for k in told if there.get(k) != json.loads(json.dumps(identity[k])))
     if changed:
-        raise UserError(
+        raise FolderError(
             f"{folder} holds a {what} that differs in {', '.join(f'`{k}`' for k in changed)}; "
             "choose another --out, or pass --fresh to start over"
         )

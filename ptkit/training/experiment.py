@@ -81,6 +81,30 @@ class Experiment:
             digest.update(repr((row.input_ids, row.target_ids)).encode())
         return digest.hexdigest()[:16]
 
+    def test_fingerprint(self) -> str:
+        """16 hex digits over all that the test rows are: inputs, targets, references, labels."""
+        digest = hashlib.sha256()
+        for row in self.data.test:
+            told = (row.input, row.target, row.references, row.label, row.words)
+            digest.update(repr(told).encode())
+        return digest.hexdigest()[:16]
+
+    def retention_fingerprint(self) -> str | None:
+        """16 hex digits over the windows of general text that retention is measured on, as token
+        ids; None when it is not measured."""
+        if self.general is None:
+            return None
+        digest = hashlib.sha256()
+        for name, windows in self.general.windows.items():
+            digest.update(repr((name, windows.tolist())).encode())
+        return digest.hexdigest()[:16]
+
+    def retain_fingerprint(self) -> str | None:
+        """The same over the general text that training reads (`train.retain`)."""
+        if self.retain_windows is None:
+            return None
+        return hashlib.sha256(repr(self.retain_windows.tolist()).encode()).hexdigest()[:16]
+
 
 def _require_same_labels(base: Base, labels: Labels | None) -> None:
     """Raise UserError where `base`, loaded for something else, has not the head a task needs."""

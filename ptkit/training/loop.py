@@ -7,7 +7,8 @@ for every row, and trains one set of parameters at a time.
 
 Several adapters share the base, not a gradient: every row reads its own adapter's prefix, every
 adapter's loss is divided by its own tokens, and each has its own optimiser. The result of each
-is the one it has alone; what is shared is the cost of running a small batch.
+is the one it has alone, but for dropout in the base, whose draws depend on the whole batch; what is
+shared is the cost of running a small batch.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 
 from ptkit.data.encode import EncodedExample, StudiedText, TaskExample
 from ptkit.errors import UserError
@@ -32,6 +34,7 @@ from ptkit.training.checkpoint import Progress
 from ptkit.training.context_cache import ContextCache
 from ptkit.training.memory import PeakMemory, give_back_what_is_freed
 from ptkit.training.objective import Objective
+from ptkit.training.processes import PATIENCE
 from ptkit.training.trainee import Job, Trainee
 
 #: Settings that belong to the step, so that jobs of one loop must agree on them.
@@ -57,6 +60,7 @@ def fit(jobs: Sequence[Job]) -> list[Progress]:
         cpu=device.type == "cpu",
         log_with=settings.report_to or None,
         project_dir=jobs[0].run,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     if settings.report_to:
         tracked = {"learning_rate": jobs[0].learning_rate, **settings.model_dump()}
@@ -255,18 +259,25 @@ class _Loop:
 
     @torch.no_grad()
     def validation_loss(self, index: int) -> float:
-        """Mean loss per target token of a trainee's validation rows, in nats."""
+        """Mean loss per target token of a trainee's validation rows, in nats; every process reads
+        an equal part of the rows, and all have the same result."""
         self.model.eval()
-        trainee = self.trainees[index]
-        objective = self.accelerator.unwrap_model(self.objective)
+        accelerator, trainee = self.accelerator, self.trainees[index]
+        objective = accelerator.unwrap_model(self.objective)
         size = trainee.settings.batch_size * 2
-        total, count = 0.0, 0
-        for start in range(0, len(trainee.validation), size):
-            rows = trainee.validation[start : start + size]
-            with self.accelerator.autocast():
+        # Of rows sorted by their lengths every n-th: parts that take as long as each other.
+        own = trainee.validation[accelerator.process_index :: accelerator.num_processes]
+        total, count = 0.0, 0.0
+        for start in range(0, len(own), size):
+            rows = own[start : start + size]
+            with accelerator.autocast():
                 tensors = self._tensors([index], [rows])
                 total += float(objective([index], [len(rows)], **tensors))
             count += _targets(rows)
+        if accelerator.num_processes > 1:
+            sums = torch.tensor([total, count], dtype=torch.float64, device=accelerator.device)
+            everywhere: Any = accelerator.reduce(sums)
+            total, count = everywhere.tolist()
         return total / count
 
 

@@ -42,6 +42,7 @@ from ptkit.training.claim import start_over as claimed_anew
 from ptkit.training.experiment import Experiment, prepare
 from ptkit.training.loop import fit
 from ptkit.training.provenance import FORMAT, base_info, claim, described_data, versions
+from ptkit.training.record import scored_rows
 from ptkit.training.run import Observer, demonstrations
 from ptkit.training.trainee import Job
 
@@ -51,11 +52,21 @@ CLAIM, WHAT = "multitask.json", "multi-task prompt"
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What the prompt of one task makes of its test rows; the first metric is the score."""
+    """What the prompt of one task makes of its test rows; the first metric is the score.
+
+    test_split, test_chose: what these rows are (see `ptkit.training.record.CellRecord`)
+    """
 
     metrics: dict[str, Interval]
     n_train: int
     n_test: int
+    test_split: str = "test"
+    test_chose: bool = False
+
+    @property
+    def rows_scored(self) -> str:
+        """What the rows are that the scores are on, in words that follow a number."""
+        return scored_rows(self.test_split, self.test_chose)
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,8 @@ class Multitask:
                 {m: Interval(**found) for m, found in task["metrics"].items()},
                 task["n_train"],
                 task["n_test"],
+                task.get("test_split", "test"),
+                task.get("test_chose", False),
             )
             for name, task in values.pop("tasks").items()
         }
@@ -249,8 +262,9 @@ def _claim(
             name: {"task": e.recipe.task.model_dump(), "data": e.data_fingerprint(seed)}
             for name, e in experiments.items()
         },
+        "test_rows": {name: e.test_fingerprint() for name, e in experiments.items()},
     }
-    claim_folder(out / CLAIM, identity, WHAT, alone=True)
+    claim_folder(out / CLAIM, identity, WHAT, alone=True, added=("test_rows",))
 
 
 def _created(
@@ -288,7 +302,10 @@ def _measured(
             own, test, recipe.task, recipe.evaluate.batch_size, observer.predicting
         )
         found = score_intervals(predictions, recipe.task.metrics, recipe.evaluate.bootstrap)
-        scores[name] = TaskScores(found, len(experiment.training(seed).encoded), len(predictions))
+        scores[name] = TaskScores(
+            found, len(experiment.training(seed).encoded), len(predictions),
+            experiment.data.test_split, experiment.data.test_chose,
+        )  # fmt: skip
         lines = [json.dumps(p.as_dict(), ensure_ascii=False) for p in predictions]
         folder = out / "tasks" / name
         atomic.write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
@@ -299,6 +316,8 @@ def _measured(
             "metrics": {name: claim(interval) for name, interval in found.items()},
             "n_train": scores[name].n_train,
             "n_test": scores[name].n_test,
+            "test_split": scores[name].test_split,
+            "test_chose": scores[name].test_chose,
         }
         _write(folder / "adapter", own, adapter, [*experiments], progress, seed, info)
         atomic.remove_leftovers(folder)

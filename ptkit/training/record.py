@@ -17,6 +17,16 @@ def scored_rows(split: str, chose: bool) -> str:
     return "test rows" if split == "test" else f"test rows (the source's split `{split}`)"
 
 
+def written(value: Any) -> str:
+    """A swept value as it is shown."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def titled(family: str, sweep: dict[str, Any]) -> str:
+    """A method, with its swept values where there are any."""
+    return f"{family} {' '.join(f'{key}={written(value)}' for key, value in sweep.items())}".strip()
+
+
 @dataclass(frozen=True)
 class CellRecord:
     """One method with one seed, trained and measured.
@@ -26,6 +36,9 @@ class CellRecord:
     tuned: what a search chose, `{trials, seed, settings}`; None where there was none
     test_split: the source's name of the split the scores are on; test_chose: its rows are the
     validation rows, which have also chosen the checkpoint and the settings of a search
+    test_rows, retention_text, base_fingerprint: fingerprints of what was scored (see
+    `ptkit.training.experiment.Experiment`) and of the base's weights; None in records of versions
+    that kept none, and without retention
     metrics: name -> corpus value; score: the name of the leading one
     train_seconds, eval_seconds: wall clock; peak_memory_bytes: above what was in use before
     curve: `{step, train_loss, validation_loss}` in nats per target token
@@ -71,6 +84,9 @@ class CellRecord:
     adapter_path: str | None
     test_split: str = "test"
     test_chose: bool = False
+    test_rows: str | None = None
+    retention_text: str | None = None
+    base_fingerprint: str | None = None
     gate: dict[str, float] | None = None
     trained_together: int = 1
     chosen: dict[str, Any] | None = None

@@ -6,6 +6,7 @@ Folder of a cell:
     adapter/ or model/  the result (PEFT's layout; transformers' for full fine-tuning)
     predictions.jsonl   one line per test row
     record.json         the measurements; its presence means the cell is finished
+    failed.json         why there is none, until the next try succeeds (`ptkit.training.failure`)
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 
+from ptkit.data.task import Example
 from ptkit.data.templates import Template
 from ptkit.errors import UserError
 from ptkit.evaluation.latency import Latency, measure_latency
-from ptkit.evaluation.predict import predict, require_room
+from ptkit.evaluation.predict import Prediction, predict, require_room
 from ptkit.evaluation.retention import measure_retention, off_probe
 from ptkit.evaluation.score import score_intervals
 from ptkit.evaluation.statistics import Interval
@@ -53,13 +54,16 @@ from ptkit.methods import (
 from ptkit.methods.start import named_adapter
 from ptkit.recipe.schema import ClassificationTask, HeadedTask, MethodSection
 from ptkit.runtime.base_model import no_weights_bar
+from ptkit.runtime.dropout import require_no_dropout
 from ptkit.runtime.gate import Gate
 from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.choose import Choice, choose
 from ptkit.training.claim import claim as claim_folder
 from ptkit.training.experiment import Experiment
+from ptkit.training.failure import FAILED, Failure
 from ptkit.training.gate import fit_gate, require_gate_fits, share_open
 from ptkit.training.loop import fit
+from ptkit.training.processes import processes, shared
 from ptkit.training.provenance import adapter_info, hardware, recipe_of_cell, versions
 from ptkit.training.record import CellRecord
 from ptkit.training.trainee import Job, StepReport
@@ -92,8 +96,18 @@ class Observer:
     def trial_finished(self, cell: str, validation_loss: float) -> None:
         """A trial of a search is over."""
 
+    def trial_failed(self, failure: Failure) -> None:
+        """A trial of a search has no result; the search goes on."""
+
     def cell_finished(self, record: CellRecord, reused: bool) -> None:
         """The cell's record is on disk; `reused` when it was there already."""
+
+    def cell_failed(self, failure: Failure) -> None:
+        """A cell has no result; the others go on."""
+
+
+#: What `cell.json` says of a cell since later versions.
+ADDED = ("test_rows", "retention_text", "retain_text")
 
 
 def cell_name(method: MethodSection, seed: int) -> str:
@@ -142,8 +156,8 @@ def run_cells(
     """Train `cells` in one batch, measure and save each; finished ones are read back, killed
     ones go on where they were.
 
-    Raises UserError when a folder holds a cell of another recipe, seed, base or data, when another
-    process works in it, and when several cells cannot share a batch.
+    Raises FolderError when a folder holds a cell of another recipe, seed, base or data, or another
+    process works in it, UserError when several cells cannot share a batch.
     """
     with ExitStack() as locks:
         for cell in cells:
@@ -214,20 +228,26 @@ def _train_and_measure(
         progresses = [Progress() for _ in cells]
         if trains:
             progresses = _fit(experiment, cells, adapters, observer)
-        processes = _processes(experiment)
-        if not processes.is_main_process:  # the first process measures and writes for all
-            processes.wait_for_everyone()
-            return [CellRecord.read(cell.done) for cell in cells]
+        state = processes(experiment.base.model.device)
         for i, (cell, adapter) in enumerate(zip(cells, adapters, strict=True)):
             if trains:
                 adapter.input_gate = _gate(experiment, cell)
-            record = _measure(experiment, adapter, cell, progresses[i], started, observer)
+            clock = time.perf_counter()
+            predictions = _predicted(experiment, adapter, observer)
+            seconds = time.perf_counter() - clock
+            if not state.is_main_process:  # the first process measures the rest and writes for all
+                continue
+            record = _measure(
+                experiment, adapter, cell, progresses[i], predictions, seconds, started
+            )
             record = record.updated(trained_together=len(cells), chosen=choices[i].record)
             atomic.write_json(cell.done, record.as_dict())
             _tidy(cell.folder)
             observer.cell_finished(record, reused=False)
             records.append(record)
-        processes.wait_for_everyone()
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            records = [CellRecord.read(cell.done) for cell in cells]
     finally:
         for adapter in adapters:
             adapter.close()
@@ -236,29 +256,33 @@ def _train_and_measure(
 
 def _tidy(folder: Path) -> None:
     """Delete what a finished cell no longer needs."""
+    (folder / FAILED).unlink(missing_ok=True)
     remove_checkpoints(folder)
     atomic.remove_leftovers(folder)
 
 
 def claim(experiment: Experiment, cell: Cell) -> None:
-    """Write what `cell` is to its folder, or raise UserError when it already is another."""
+    """Write what `cell` is to its folder, or raise FolderError when it already is another."""
     recipe = experiment.recipe
     identity = {
         "model": recipe.model.model_dump(exclude={"device"}),
         "base_fingerprint": experiment.base.fingerprint,
         "data_fingerprint": experiment.data_fingerprint(cell.seed),
+        "test_rows": experiment.test_fingerprint(),
+        "retention_text": experiment.retention_fingerprint(),
+        "retain_text": experiment.retain_fingerprint(),
         "task": recipe.task.model_dump(),
         "train": recipe.train.model_dump(exclude=recipe.train.NOT_OF_RESULT),
         "retention": recipe.retention and recipe.retention.model_dump(),
         "method": cell.method.model_dump(),
-        "adapters": _named_adapters(cell.method, experiment.folder),
+        "adapters": named_adapters(cell.method, experiment.folder),
         "seed": cell.seed,
         "start_from": str(cell.start_from) if cell.start_from else None,
     }
-    claim_folder(cell.folder / "cell.json", identity, "run")
+    claim_folder(cell.folder / "cell.json", identity, "run", added=ADDED)
 
 
-def _named_adapters(method: MethodSection, folder: Path) -> dict[str, str]:
+def named_adapters(method: MethodSection, folder: Path) -> dict[str, str]:
     """The adapters a method starts from or mixes in, with the SHA-256 of their weights: a run that
     goes on must find those it began with. Raises AdapterError where one is missing."""
     named = [*(getattr(method, "start_adapter", None) or ()), *getattr(method, "adapters", ())]
@@ -268,10 +292,6 @@ def _named_adapters(method: MethodSection, folder: Path) -> dict[str, str]:
         read_config(path)
         found[name] = sha256(weights_path(path))
     return found
-
-
-def _processes(experiment: Experiment) -> PartialState:
-    return PartialState(cpu=experiment.base.model.device.type == "cpu")
 
 
 def _chosen(experiment: Experiment, cell: Cell) -> Choice:
@@ -286,7 +306,7 @@ def _chosen(experiment: Experiment, cell: Cell) -> Choice:
 
     examples = experiment.training(cell.seed).examples
     # The others read what the first process found: rounding may tell two devices different things.
-    with _processes(experiment).main_process_first():
+    with processes(experiment.base.model.device).main_process_first():
         return choose(method, make, experiment.recipe.task, examples, cell.folder)
 
 
@@ -325,6 +345,8 @@ def _fit(
     adapters: Sequence[Adapter],
     observer: Observer,
 ) -> list[Progress]:
+    if len(cells) > 1:
+        require_no_dropout(experiment.base)
     jobs = [new_job(experiment, cell, own) for cell, own in zip(cells, adapters, strict=True)]
     # One bar for all of them: they take their steps together.
     return fit([replace(jobs[0], report=observer.stepped), *jobs[1:]])
@@ -374,20 +396,27 @@ def _openings(experiment: Experiment, adapter: Adapter) -> dict[str, float] | No
     return shares
 
 
+def _predicted(experiment: Experiment, adapter: Adapter, observer: Observer) -> list[Prediction]:
+    """Predictions for the test rows, in every process; each makes an equal part of them."""
+    recipe = experiment.recipe
+
+    def work(rows: Sequence[Example]) -> list[Prediction]:
+        batch_size = recipe.evaluate.batch_size
+        return predict(adapter, rows, recipe.task, batch_size, observer.predicting)
+
+    return shared(experiment.data.test, work, processes(experiment.base.model.device))
+
+
 def _measure(
     experiment: Experiment,
     adapter: Adapter,
     cell: Cell,
     progress: Progress,
+    predictions: Sequence[Prediction],
+    eval_seconds: float,
     started: datetime,
-    observer: Observer,
 ) -> CellRecord:
     recipe, base, method, folder = experiment.recipe, experiment.base, cell.method, cell.folder
-    clock = time.perf_counter()
-    predictions = predict(
-        adapter, experiment.data.test, recipe.task, recipe.evaluate.batch_size, observer.predicting
-    )
-    eval_seconds = time.perf_counter() - clock
     scores = score_intervals(predictions, recipe.task.metrics, recipe.evaluate.bootstrap)
     retention = None
     if experiment.general is not None:
@@ -411,6 +440,9 @@ def _measure(
         n_test=len(predictions),
         test_split=experiment.data.test_split,
         test_chose=experiment.data.test_chose,
+        test_rows=experiment.test_fingerprint(),
+        retention_text=experiment.retention_fingerprint(),
+        base_fingerprint=base.fingerprint,
         metrics={name: interval.mean for name, interval in scores.items()},
         score=recipe.task.metrics[0],
         trainable_parameters=adapter.trainable_parameters,

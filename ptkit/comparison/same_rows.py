@@ -1,0 +1,63 @@
+"""What is compared was scored on the same rows, of the same content, with the same base."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ptkit.errors import UserError
+from ptkit.training.record import CellRecord
+
+logger = logging.getLogger(__name__)
+
+
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """The rows of `predictions.jsonl` in a cell's folder."""
+    path = folder / "predictions.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def require_same_rows(cells: Sequence[tuple[Path, CellRecord]]) -> None:
+    """Raise UserError, which names both, when two of `cells` (folder, record) that stand beside
+    each other were scored on unlike test rows or general texts, or made of unlike bases.
+
+    Cells of one variant of a sweep stand beside each other. What a record says nothing of cannot
+    differ, but rows are compared by what was written of them, too: records of earlier versions
+    have no fingerprints.
+    """
+    seen: dict[tuple[PurePosixPath, str], tuple[Path, Any]] = {}
+    for folder, record in cells:
+        variant = PurePosixPath(record.cell).parent
+        for what, value in _scored(folder, record):
+            other, known = seen.setdefault((variant, what), (folder, value))
+            if value != known:
+                raise UserError(
+                    f"{other} and {folder} are not comparable: the {what} of one is not that of "
+                    "the other; delete the folder of the wrong one, or all with --fresh, and run "
+                    "`ptkit compare` again"
+                )
+
+
+def _scored(folder: Path, record: CellRecord) -> Iterator[tuple[str, Any]]:
+    """What a cell's figures depend on, as far as it is known."""
+    rows = [(r["input"], r["references"], r.get("label")) for r in read_predictions(folder)]
+    yield "content of the test rows", rows
+    fingerprints = {
+        "content of the test rows (by its fingerprint)": record.test_rows,
+        "general text for retention": record.retention_text,
+        "base model": record.base_fingerprint,
+    }
+    yield from ((what, value) for what, value in fingerprints.items() if value is not None)
+
+
+def say_unknown(records: Sequence[CellRecord]) -> None:
+    """Warn in one line where records have no fingerprints."""
+    without = [r for r in records if r.base_fingerprint is None]
+    if without:
+        logger.warning(
+            "%d of %d records are of an earlier version of ptkit, without fingerprints: that their "
+            "base and their text for retention are one is not known", len(without), len(records)
+        )  # fmt: skip

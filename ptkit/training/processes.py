@@ -1,0 +1,37 @@
+"""The processes of one run, as accelerate and torchrun start them, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+#: How long a process waits for the others. One measures and writes for all, or finds a start for
+#: all, which may take longer than the ten minutes that are NCCL's own limit.
+PATIENCE = timedelta(days=1)
+
+Row = TypeVar("Row")
+Result = TypeVar("Result")
+
+
+def processes(device: torch.device) -> PartialState:
+    """This process among those of the run, which the first call joins. device: of the base"""
+    return PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+
+
+def shared(
+    rows: Sequence[Row], work: Callable[[Sequence[Row]], Sequence[Result]], state: PartialState
+) -> list[Result]:
+    """One result for each of `rows`, in their order, in every process; each does an equal part.
+
+    work: from some rows to their results
+    """
+    if state.num_processes == 1:
+        return list(work(rows))
+    own = rows[state.process_index :: state.num_processes]
+    parts: list[list[Result]] = gather_object([list(work(own)) if own else []])
+    return [parts[i % len(parts)][i // len(parts)] for i in range(len(rows))]

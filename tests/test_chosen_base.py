@@ -1,0 +1,135 @@
+"""Which base an adapter is used on: the one it names, or the one the user names for it."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from test_chat import FACTS, SHORT
+from test_cli import ptkit, refused
+
+from ptkit.errors import AdapterError
+from ptkit.formats.adapter_files import CONFIG, WEIGHTS
+from ptkit.recipe.schema import ModelSection
+from ptkit.runtime.base_model import Base, load_base
+from ptkit.runtime.named_models import TINY_EN
+from ptkit.serve.build import build_app
+
+SHIPPED = Path(__file__).resolve().parents[1] / "adapters"
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return load_base(ModelSection(id=TINY_EN, device="cpu"))
+
+
+def plain(source: str, folder: Path, **settings: object) -> Path:
+    """A shipped adapter as plain PEFT leaves it: nothing but a name says what its base is."""
+    shutil.copytree(SHIPPED / source, folder)
+    (folder / "ptkit.json").unlink()
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **settings}))
+    return folder
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> Path:
+    """A folder with one adapter whose base goes by the name of a mirror."""
+    plain("facts-prefix", tmp_path / "all" / "one", base_model_name_or_path="mirror/tiny-copy")
+    return tmp_path / "all"
+
+
+def test_bank_takes_the_named_base_for_adapters_that_know_it_by_another_name(
+    adapters: Path, tmp_path: Path
+) -> None:
+    for command in ("verify", "load"):
+        told = ptkit("bank", command, adapters, cwd=tmp_path, code=2)
+        assert "mirror/tiny-copy" in told.stdout + told.stderr
+        assert "one" in ptkit("bank", command, adapters, "--model", TINY_EN, cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("how", ["--adapters", "--adapter"])
+def test_chat_takes_the_named_base_too(
+    how: str, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = adapters if how == "--adapters" else adapters / "one"
+    lines = ["/adapter one", FACTS] if how == "--adapters" else [FACTS]
+
+    def chat(*options: str, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        done = ptkit("chat", how, place, "--raw", *SHORT, *options, cwd=tmp_path, code=code)
+        return done.stdout + done.stderr
+
+    assert "--model" in chat(code=2)
+    expected = ptkit(
+        "generate", FACTS, "-a", SHIPPED / "facts-prefix", "--raw", *SHORT, cwd=tmp_path
+    )
+    assert expected.stdout.strip() in chat("--model", TINY_EN)
+
+
+def test_a_server_takes_the_named_base_for_its_own_folder_only(
+    adapters: Path, base: Base, caplog: pytest.LogCaptureFixture
+) -> None:
+    apps = {chosen: build_app(base, adapters, chosen=chosen) for chosen in (False, True)}
+    try:
+        refusing, taking = (apps[chosen].state.library for chosen in (False, True))
+        with pytest.raises(AdapterError, match="--model"):
+            refusing.voices("one")
+        with caplog.at_level(logging.WARNING):
+            assert taking.voices("one")[0].name == "one"
+        assert any("mirror/tiny-copy" in r.getMessage() for r in caplog.records)
+        taking.load("again", path="one", hub=None, replace=False)
+        sent = {name: (adapters / "one" / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+        with pytest.raises(AdapterError, match="mirror/tiny-copy"):
+            taking.upload("sent", sent)
+        taking.load("again", path="one", hub=None, replace=True)
+    finally:
+        for app in apps.values():
+            app.state.library.engine.close()
+
+
+def test_a_base_given_in_a_program_is_chosen(adapters: Path, base: Base) -> None:
+    app = build_app(base, adapters)
+    try:
+        assert app.state.library.voices("one")
+    finally:
+        app.state.library.engine.close()
+
+
+def test_generate_loads_the_base_in_the_revision_that_its_adapters_name(
+    tmp_path: Path, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = {"base_model_name_or_path": TINY_EN}
+    first = plain("facts-prefix", tmp_path / "one", **named, revision="v2")
+    main = plain("facts-prompt", tmp_path / "two", **named)
+    other = plain("facts-prompt", tmp_path / "other", **named, revision="v3")
+    asked: list[ModelSection] = []
+
+    def loading(section: ModelSection, labels: object = None) -> Base:
+        asked.append(section)
+        return base
+
+    monkeypatch.setattr("ptkit.runtime.base_model.load_base", loading)
+    for model in ((), ("--model", TINY_EN)):
+        said = ptkit("generate", FACTS, "-a", first, *model, *SHORT, cwd=tmp_path).stderr
+        assert "revision v2" in said
+    ptkit("generate", FACTS, "-a", main, *SHORT, cwd=tmp_path)
+    assert [(s.id, s.revision) for s in asked] == [
+        (TINY_EN, "v2"), (TINY_EN, "v2"), (TINY_EN, None)
+    ]  # fmt: skip
+    for second in (main, other):
+        told = refused("generate", FACTS, "-a", first, "-a", second, *SHORT, cwd=tmp_path)
+        assert "different revisions" in told
+        assert "on v2" in told
+
+
+def test_generate_refuses_an_adapter_of_another_base(adapters: Path, tmp_path: Path) -> None:
+    first = SHIPPED / "facts-prefix"
+    told = refused("generate", FACTS, "-a", first, "-a", adapters / "one", *SHORT, cwd=tmp_path)
+    assert "mirror/tiny-copy" in told
+    assert TINY_EN in told
