@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,12 +30,27 @@ PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 KINDS = [
     pytest.param(
         kind,
-        marks=pytest.mark.skipif(
-            importlib.util.find_spec(package) is None, reason="needs ptkit[quantize]"
-        ),
+        marks=pytest.mark.skipif(find_spec(package) is None, reason="needs ptkit[quantize]"),
     )
     for kind, package in PACKAGES.items()
 ]
+
+
+#: Where `make setup-dev` puts the packages, which the other tests do without.
+APART = Path(sys.prefix) / "quantize"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="these tests run here")
+@pytest.mark.skipif(not APART.is_dir(), reason="`make setup-dev` puts ptkit[quantize] apart")
+def test_quantised_bases_where_the_packages_are() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-rs", __file__],
+        env={**os.environ, "PYTHONPATH": f"{APART}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "needs ptkit[quantize]" not in done.stdout
 
 
 def as_subject(base: Base) -> Subject:

@@ -72,7 +72,7 @@ class PeakMemory:
 
 
 def give_back_what_is_freed() -> None:
-    """Let the C library give every freed tensor of a megabyte or more back to the system at once.
+    """Let the C library give every freed tensor of 128 KB or more back to the system at once.
 
     glibc keeps such memory for later and raises the size from which it does not (mallopt(3),
     `M_MMAP_THRESHOLD`), so that a process takes twice what its tensors do. It is for whoever gives
@@ -81,7 +81,7 @@ def give_back_what_is_freed() -> None:
     """
     try:
         if sys.platform == "linux":
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 17)
     except (OSError, AttributeError):  # another C library
         logger.debug("this C library has no mallopt")
 
