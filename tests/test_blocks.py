@@ -13,16 +13,19 @@ from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 from hypothesis import given
 from hypothesis import strategies as st
+from test_cli import ptkit, refused
 from test_gguf import TOKENS, write
 from torch import nn
 
 from ptkit import ModelSection, load_base
+from ptkit.data.encode import EncodedExample
 from ptkit.errors import AdapterError, ModelError
 from ptkit.families.kinds import used_as
 from ptkit.families.matrix import Status, run_matrix
 from ptkit.families.subject import real_subject
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter, require_same_base
+from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.block_head import block_head_divergences, block_head_losses
 from ptkit.runtime.block_layers import (
@@ -34,7 +37,9 @@ from ptkit.runtime.block_layers import (
     unpacked,
 )
 from ptkit.runtime.fused import head_divergences, head_losses
+from ptkit.training.loop import fit
 from ptkit.training.provenance import base_info
+from ptkit.training.trainee import Job
 
 KINDS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 
@@ -223,3 +228,42 @@ def test_adapters_of_earlier_versions_are_recognised(tmp_path: Path) -> None:
     assert "sketch" not in shipped.info["base"]
     for dtype in ("float32", "float16"):
         require_same_base(shipped, load_base(ModelSection(id="tiny-en", dtype=dtype)), "shipped")
+
+
+def test_a_run_in_blocks_that_was_killed_ends_where_it_would_have(tmp_path: Path) -> None:
+    """At any step, also between two checkpoints."""
+    _, blocks = both(tmp_path / "m.gguf")
+    rows = [EncodedExample([2, 3 + i % 5], [4, 5 + i % 7, 0]) for i in range(24)]
+    settings = TrainSection(
+        steps=6, batch_size=4, eval_every=2, save_every=2, gradient_checkpointing=True
+    )
+
+    def trained(run: Path, stop_after: int | None) -> torch.Tensor:
+        def told(report: Any) -> None:
+            if report.step == stop_after:
+                raise KeyboardInterrupt
+
+        torch.manual_seed(0)
+        adapter = prefix(blocks)
+        job = Job(adapter, rows, rows[:4], settings, 0.1, 0, run, told)
+        try:
+            fit([job])
+            return adapter.flat()
+        except KeyboardInterrupt:
+            return trained(run, None)
+        finally:
+            adapter.close()
+
+    whole = trained(tmp_path / "whole", None)
+    for step in range(1, 6):
+        assert torch.equal(trained(tmp_path / f"killed-{step}", step), whole), step
+
+
+def test_one_adapter_in_several_precisions_is_one_table(tmp_path: Path) -> None:
+    adapter = Path("adapters/routing-prefix").resolve()
+    asked = ["evaluate", "message-routing", "-a", adapter, "--set", "task.data.limits.test=6"]
+    kinds = ["float32", "bfloat16", "float16"]
+    done = ptkit(*asked, *(w for kind in kinds for w in ("--precision", kind)), cwd=tmp_path)
+    assert all(kind in done.stdout for kind in kinds)
+    assert "n=6" in done.stdout
+    assert "no precision `four`" in refused(*asked, "--precision", "four", cwd=tmp_path)

@@ -194,7 +194,7 @@ def test_turns_with_beams_answer_like_a_fresh_reading(family: str, speaker, ends
         if i:  # the prompt of the turn before is not read again: its answer is, and the new words
             assert counts[0] <= 5 + 4
     (alone,) = generate(
-        bank.base.model, [conversation._prompt("w40", conversation.exchanges[:-1])],
+        bank.base.model, [conversation._prompt("w40", conversation.exchanges[:-1], speaker)],
         bank.rows([speaker]), pad_token_id=0, **options,
     )  # fmt: skip
     assert conversation.exchanges[-1].answer_ids == alone

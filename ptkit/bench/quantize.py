@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
@@ -73,6 +73,8 @@ def bench_quantize(trial: Trial, precisions: Sequence[str] = ("float32", "blocks
 
     Raises UserError for fewer than two, and what a process raises.
     """
+    for name in precisions:  # before anything is loaded
+        ModelSection(id=trial.model).in_precision(name)
     if len({*precisions}) < 2:
         raise UserError("a comparison takes two precisions or more, such as float32,blocks")
     runs = _in_turns(trial, list(dict.fromkeys(precisions)))
@@ -164,7 +166,7 @@ def _train(trial: Trial, precision: str, end: Connection) -> None:
     torch.manual_seed(0)
     load_base(ModelSection(id="tiny-en", device=trial.device))  # what loading imports
     import_module("torch._dynamo")  # what optimisers import
-    section = _section(trial, precision)
+    section = ModelSection(id=trial.model, device=trial.device).in_precision(precision)
     memory = PeakMemory(torch.device("cpu" if trial.device == "auto" else trial.device))
     base = load_base(section)
     loaded = memory.bytes()
@@ -198,10 +200,3 @@ def _train(trial: Trial, precision: str, end: Connection) -> None:
         job = Job(adapter, rows, judged, settings, RATE, 0, Path(scratch), taken)
         (progress,) = fit([job])
     end.send((progress.best_loss, loaded, memory.bytes()))
-
-
-def _section(trial: Trial, precision: str) -> ModelSection:
-    plain: Mapping[str, Any] = {"id": trial.model, "device": trial.device}
-    if precision in ("float32", "bfloat16", "float16"):
-        return ModelSection.model_validate({**plain, "dtype": precision})
-    return ModelSection.model_validate({**plain, "quantize": precision})

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from ptkit.cli.options import JsonOutput, Set
 from ptkit.errors import UserError
+
+if TYPE_CHECKING:
+    from ptkit.evaluation.saved import Evaluation
+    from ptkit.recipe import LoadedRecipe
 
 
 def evaluate(
@@ -22,6 +27,13 @@ def evaluate(
         typer.Option("--adapter", "-a", help="Adapter or run folder; repeatable. None: the base."),
     ] = None,
     set_: Set = None,
+    precision: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="float32, bfloat16, float16, blocks, nf4 or int8 in place of the recipe's; "
+            "repeatable: all scores in one table."
+        ),
+    ] = None,
     predictions: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Write the predictions to this JSONL file (one adapter only)."),
@@ -53,7 +65,7 @@ def evaluate(
 ) -> None:
     """Score saved adapters (or the base) on the test rows of a recipe, with 95 % intervals.
 
-    With --harness, on standard tasks (needs `pip install ptkit[harness]`).
+    With --harness, on standard tasks (needs `pip install ptkit\\[harness]`).
     """
     places: list[Path | None] = [*adapter] if adapter else [None]
     if harness is not None:
@@ -64,15 +76,18 @@ def evaluate(
         return
     if recipe is None:
         raise UserError("nothing to evaluate on: give a recipe, or --harness TASKS")
-    if predictions is not None and len(places) > 1:
-        raise UserError("--predictions takes the rows of one adapter; give a single --adapter")
-    _recipe_rows(recipe, set_ or [], places, predictions, json_output)
+    if predictions is not None and len(places) * len(precision or [None]) > 1:
+        raise UserError(
+            "--predictions takes the rows of one adapter in one precision; give a single --adapter"
+        )
+    _recipe_rows(recipe, set_ or [], places, precision or [None], predictions, json_output)
 
 
 def _recipe_rows(
     recipe: str,
     overrides: list[str],
     places: list[Path | None],
+    precisions: list[str] | list[None],
     predictions: Path | None,
     json_output: bool,
 ) -> None:
@@ -80,33 +95,70 @@ def _recipe_rows(
     from ptkit.formats import atomic
     from ptkit.recipe import load_recipe
     from ptkit.training.experiment import prepare
+
+    loaded = load_recipe(recipe, overrides)
+    recipes = [_in_precision(loaded, name) for name in precisions]  # all checked before any runs
+    table: list[tuple[str, Evaluation]] = []
+    for chosen in recipes:
+        experiment = prepare(chosen)
+        head = experiment.base.head
+        if head is not None and head.told and None in places:  # an adapter has a head of its own
+            typer.echo(head.told, err=True)
+        for place in places:
+            result = evaluate_saved(experiment, place)
+            if predictions is not None:
+                rows = [json.dumps(p.as_dict(), ensure_ascii=False) for p in result.predictions]
+                atomic.write_text(predictions, "\n".join(rows) + "\n")
+            found = experiment.base.precision
+            if json_output:
+                typer.echo(json.dumps({**result.as_dict(), "precision": found}))
+            elif len(recipes) > 1:
+                table.append((found, result))
+            else:
+                _show(result)
+    if table:
+        _show_table(table)
+
+
+def _in_precision(loaded: LoadedRecipe, name: str | None) -> LoadedRecipe:
+    if name is None:
+        return loaded
+    model = loaded.recipe.model.in_precision(name)
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"model": model}))
+
+
+def _show(result: Evaluation) -> None:
     from ptkit.training.record import scored_rows
 
-    experiment = prepare(load_recipe(recipe, overrides))
-    head = experiment.base.head
-    if head is not None and head.told and None in places:  # an adapter has a head of its own
-        typer.echo(head.told, err=True)
-    for place in places:
-        result = evaluate_saved(experiment, place)
-        if predictions is not None:
-            rows = [json.dumps(p.as_dict(), ensure_ascii=False) for p in result.predictions]
-            atomic.write_text(predictions, "\n".join(rows) + "\n")
-        if json_output:
-            typer.echo(json.dumps(result.as_dict()))
-            continue
-        scored = scored_rows(result.test_split, result.test_chose)
-        typer.echo(f"{result.name}  (n={len(result.predictions)} {scored})")
-        for name, interval in result.metrics.items():
-            typer.echo(
-                f"  {name:12} {interval.mean:6.2f}  [{interval.low:.2f}, {interval.high:.2f}]"
-            )
-        if result.retention is not None:
-            overall = result.retention.overall
-            typer.echo(
-                f"  {'forgetting':12} {overall['forgetting']:+6.3f}  nats per token, "
-                f"n={overall['tokens']:,} tokens; retention {overall['retention']:.1%}; "
-                f"drift {result.retention.drift:.3f}"
-            )
+    scored = scored_rows(result.test_split, result.test_chose)
+    typer.echo(f"{result.name}  (n={len(result.predictions)} {scored})")
+    for name, interval in result.metrics.items():
+        typer.echo(f"  {name:12} {interval.mean:6.2f}  [{interval.low:.2f}, {interval.high:.2f}]")
+    if result.retention is not None:
+        overall = result.retention.overall
+        typer.echo(
+            f"  {'forgetting':12} {overall['forgetting']:+6.3f}  nats per token, "
+            f"n={overall['tokens']:,} tokens; retention {overall['retention']:.1%}; "
+            f"drift {result.retention.drift:.3f}"
+        )
+
+
+def _show_table(results: list[tuple[str, Evaluation]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ptkit.training.record import scored_rows
+
+    first = results[0][1]
+    table = Table(
+        "precision", "adapter", *first.metrics,
+        caption=f"n={len(first.predictions)} "
+        f"{scored_rows(first.test_split, first.test_chose)}, 95 % intervals",
+    )  # fmt: skip
+    for precision, result in results:
+        scores = [f"{i.mean:.2f} [{i.low:.2f}, {i.high:.2f}]" for i in result.metrics.values()]
+        table.add_row(precision, result.name, *scores)
+    Console().print(table)
 
 
 def _standard_tasks(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -25,7 +25,14 @@ from pydantic import (
     model_validator,
 )
 
-from ptkit.errors import did_you_mean
+from ptkit.errors import UserError, did_you_mean
+
+
+def _literals(annotation: Any) -> list[str]:
+    """The words that a field of this type takes."""
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    return [word for part in get_args(annotation) for word in _literals(part)]
 
 
 class Section(BaseModel):
@@ -56,6 +63,22 @@ class ModelSection(Section):
     less memory and take longer, most of all to generate on a CPU."""
     device: str = "auto"
     """`auto` (CUDA, then MPS, then CPU), `cpu`, `cuda`, `cuda:1`, `mps`."""
+
+    def in_precision(self, name: str) -> ModelSection:
+        """This model with its values in `name`: a `dtype`, or a `quantize` in float32.
+
+        Raises UserError for anything else.
+        """
+        fields = type(self).model_fields
+        known = {
+            value: key
+            for key in ("dtype", "quantize")
+            for value in _literals(fields[key].annotation)
+        }
+        if name not in known:
+            raise UserError(f"no precision `{name}`; {did_you_mean(name, known)}")
+        plain = {"dtype": "float32", "quantize": None}
+        return self.model_copy(update={**plain, known[name]: name})
 
 
 class Splits(Section):
