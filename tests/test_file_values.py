@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptkit.api import train
+from ptkit.cli.options import input_lines
+from ptkit.comparison.same_rows import read_predictions
 from ptkit.data import load_task
-from ptkit.data.read_files import read_files
+from ptkit.data.read_files import READERS, read_files
 from ptkit.data.splits import drawn
 from ptkit.data.summary import data_lines
 from ptkit.data.templates import Template, filled
@@ -436,3 +438,34 @@ def test_json_that_no_text_can_be_made_of_is_refused_with_its_line(
         file.write(line + "\n")
     with pytest.raises(DataError, match=message):
         load_task(task("t.jsonl"), tmp_path)
+
+
+#: What Python's `splitlines` takes for the end of a line, and no file format does.
+NO_ENDS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+
+
+def test_separators_within_a_text_end_no_line_of_a_file(tmp_path: Path) -> None:
+    text = "a".join(NO_ENDS)
+    name = lines(tmp_path / "t.jsonl", {"a": text, "b": text}, {"a": "1", "b": "2"})
+    raw = json.dumps({"a": text, "b": text}, ensure_ascii=False)
+    (tmp_path / name).write_text(f'{raw}\n{{"a": "1", "b": "2"}}\n', encoding="utf-8")
+    assert [e.target for e in load_task(task(name), tmp_path).train] == [text, "2"]
+    row = json.dumps({"input": text, "references": [text]}, ensure_ascii=False)
+    (tmp_path / "predictions.jsonl").write_text(f"{row}\n{row}\n", encoding="utf-8")
+    assert [r["input"] for r in read_predictions(tmp_path)] == [text] * 2
+    (tmp_path / "in.txt").write_text(f"{text}\r\n\ntwo", encoding="utf-8")
+    assert input_lines(None, tmp_path / "in.txt") == [text, "two"]
+
+
+@pytest.mark.parametrize("ending", READERS)
+def test_rows_and_columns_are_not_taken_for_lines_of_input(tmp_path: Path, ending: str) -> None:
+    """A header, or a label beside its text, would be answered as if it were a question."""
+    (tmp_path / f"t{ending}").write_text("text,label\nhello,good\n")
+    with pytest.raises(UserError, match="one input per line"):
+        input_lines(None, tmp_path / f"t{ending}")
+
+
+def test_an_input_file_of_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        input_lines(None, tmp_path / "in.txt")
