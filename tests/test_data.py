@@ -78,7 +78,7 @@ def test_limits_take_the_first_rows_where_asked(tmp_path: Path) -> None:
         ({"train": "good.jsonl"}, {"input": "{aa}"}, "`task.input` names the column `aa`"),
         ({"train": "good.jsonl"}, {"target": "{a.x}"}, r"no row has `{a.x}`.*there is a text"),
         ({"train": "good.jsonl"}, {"references": "c"}, "`task.references` names the column `c`"),
-        ({"train": "good.jsonl"}, {"references": "b"}, "test row 1: `b` should be a non-empty"),
+        ({"train": "good.jsonl"}, {"references": "b"}, "train row 1: `b` should be a non-empty"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, files, changes, message: str) -> None:

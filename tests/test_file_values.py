@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptkit.api import train
+from ptkit.cli.options import input_lines
+from ptkit.comparison.same_rows import read_predictions
 from ptkit.data import load_task
-from ptkit.data.read_files import read_files
+from ptkit.data.read_files import READERS, read_files
 from ptkit.data.splits import drawn
 from ptkit.data.summary import data_lines
 from ptkit.data.templates import Template, filled
@@ -370,9 +372,100 @@ def test_validate_and_a_run_tell_it(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "1 inputs are empty" in found.stdout
     faulty = CliRunner().invoke(app, ["recipes", "validate", str(tmp_path / "bad.yaml")])
     assert "`task.target` names the column `c`" in str(faulty.exception)
+    lines(tmp_path / "zh.jsonl", *({"a": "x", "b": "今天的会议改到下午三点。"} for _ in range(9)))
+    unread = text.replace(name, "zh.jsonl").replace("exact_match", "bleu")
+    (tmp_path / "unread.yaml").write_text(unread)
+    faulty = CliRunner().invoke(app, ["recipes", "validate", str(tmp_path / "unread.yaml")])
+    assert "use `bleu-zh`" in str(faulty.exception)
     for quiet in (False, True):
         display = LiveDisplay(1, quiet=quiet)
         train(tmp_path / "r.yaml", out=tmp_path / f"run{quiet}", observer=display)
         told = capsys.readouterr().err
         assert ("train: 27 rows" in told) != quiet
         assert ("targets fill `max_target_tokens` (1)" in told) != quiet
+
+
+@pytest.mark.parametrize("bad", [3, 17, 40])
+@pytest.mark.parametrize("column", ["b", "l"])
+def test_a_refused_row_is_named_as_it_stands_in_the_file(
+    tmp_path: Path, bad: int, column: str
+) -> None:
+    """Rows are drawn for validation, and by limits: the number is not that of the draw."""
+    name = lines(
+        tmp_path / "t.jsonl",
+        *({"a": f"{i}", "b": "x", "l": "yn"[i % 2]} for i in range(1, bad)),
+        {"a": "bad", "b": None, "l": None},
+        *({"a": f"{i}", "b": "x", "l": "yn"[i % 2]} for i in range(bad + 1, 44)),
+    )
+    data = {"files": {"train": name}}
+    generated = GenerationTask(kind="generation", input="{a}", target="{b}", data=data)
+    labelled = ClassificationTask(
+        kind="classification", data=data, input="{a}", label="l", verbalizer={"y": " y", "n": " n"}
+    )
+    with pytest.raises(DataError, match=f"^train row {bad}: .*missing"):
+        load_task(generated if column == "b" else labelled, tmp_path)
+
+
+def test_drawn_rows_of_drawn_rows_keep_their_places(tmp_path: Path) -> None:
+    table = read_files([tmp_path / lines(tmp_path / "t.jsonl", *({"a": f"{i}"} for i in range(9)))])
+    drawn_twice = table.select([1, 4, 7, 8]).only(["a"]).select([0, 2])
+    assert [(place, row["a"]) for place, row in drawn_twice.placed()] == [(2, "1"), (8, "7")]
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+def test_a_number_of_a_parquet_file_has_the_digits_of_its_type(tmp_path: Path, kind: str) -> None:
+    features = Features({"a": Value(kind), "b": [Value(kind)]})
+    rows = {"a": [0.1, 2.5], "b": [[0.1, 3.0], [0.3]]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "t.parquet")
+    found = load_task(task("t.parquet"), tmp_path).train
+    assert [(e.input, e.target) for e in found] == [("0.1", "0.1\n3.0"), ("2.5", "0.3")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"a": "x \\ud83d", "b": "y"}', r"\.jsonl:2: .*`\\ud83d` is half of a character"),
+        ('{"a": "x", "\\uDE00": "y"}', r"\.jsonl:2: .*half of a character"),
+        ('{"a": "x", "b": ' + "[" * 5000 + "]" * 5000 + "}", r"\.jsonl:2: .*nested too deeply"),
+    ],
+)
+def test_json_that_no_text_can_be_made_of_is_refused_with_its_line(
+    tmp_path: Path, line: str, message: str
+) -> None:
+    (tmp_path / "t.jsonl").write_text('{"a": "\\ud83d\\ude00 \\\\ud83d", "b": "z"}\n')
+    assert load_task(task("t.jsonl"), tmp_path).train[0].input == "\U0001f600 \\ud83d"
+    with (tmp_path / "t.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match=message):
+        load_task(task("t.jsonl"), tmp_path)
+
+
+#: What Python's `splitlines` takes for the end of a line, and no file format does.
+NO_ENDS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+
+
+def test_separators_within_a_text_end_no_line_of_a_file(tmp_path: Path) -> None:
+    text = "a".join(NO_ENDS)
+    name = lines(tmp_path / "t.jsonl", {"a": text, "b": text}, {"a": "1", "b": "2"})
+    raw = json.dumps({"a": text, "b": text}, ensure_ascii=False)
+    (tmp_path / name).write_text(f'{raw}\n{{"a": "1", "b": "2"}}\n', encoding="utf-8")
+    assert [e.target for e in load_task(task(name), tmp_path).train] == [text, "2"]
+    row = json.dumps({"input": text, "references": [text]}, ensure_ascii=False)
+    (tmp_path / "predictions.jsonl").write_text(f"{row}\n{row}\n", encoding="utf-8")
+    assert [r["input"] for r in read_predictions(tmp_path)] == [text] * 2
+    (tmp_path / "in.txt").write_text(f"{text}\r\n\ntwo", encoding="utf-8")
+    assert input_lines(None, tmp_path / "in.txt") == [text, "two"]
+
+
+@pytest.mark.parametrize("ending", READERS)
+def test_rows_and_columns_are_not_taken_for_lines_of_input(tmp_path: Path, ending: str) -> None:
+    """A header, or a label beside its text, would be answered as if it were a question."""
+    (tmp_path / f"t{ending}").write_text("text,label\nhello,good\n")
+    with pytest.raises(UserError, match="one input per line"):
+        input_lines(None, tmp_path / f"t{ending}")
+
+
+def test_an_input_file_of_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        input_lines(None, tmp_path / "in.txt")

@@ -82,7 +82,7 @@ def test_soft_prompt_of_a_base_with_other_layers_is_refused(tmp_path: Path) -> N
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     files = read_adapter(peft_folder(tmp_path / "a", config=config))
     compile_files(files, base_named("org/base"))
-    with pytest.raises(AdapterError, match="`num_layers` is 2, here 3"):
+    with pytest.raises(AdapterError, match=r"`num_layers` is 2, here 3$"):
         compile_files(files, base_named("org/base", llama(layers=3)))
 
 

@@ -90,3 +90,10 @@ def test_rouge_lsum_is_rouge_scores_and_takes_lines_for_sentences() -> None:
     assert metric("rougeLsum")([found], [[reference]]) == pytest.approx(100 * theirs.fmeasure)
     assert metric("rougeLsum")([found], [[reference]]) > metric("rougeL")([found], [[reference]])
     assert "lines" in metric("rougeLsum").signature([[reference]])
+
+
+@pytest.mark.parametrize("text", ["สวัสดีครับ วันนี้อากาศดี", "မင်္ဂလာပါ", *CHINESE])
+def test_no_more_letters_are_lost_than_there_are(text: str) -> None:
+    """Thai and Burmese write vowels as marks, which are no letters."""
+    with pytest.raises(UserError, match=r"none: 100% of the references' letters"):
+        metric("bleu").require([[text]])

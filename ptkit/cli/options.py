@@ -64,10 +64,15 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     Console(markup=False, highlight=False).print(shown)
 
 
+#: Endings of files of rows and columns, which recipes read.
+DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
 def input_lines(prompts: list[str] | None, file: Path | None) -> list[str]:
     """Inputs given as arguments, else the lines of `file` or of standard input that say something.
 
-    Raises UserError when there is none, or two of these are given.
+    Raises UserError when there is none, or two of these are given, and for a file whose lines are
+    no inputs: one of rows and columns, or not UTF-8.
     """
     import sys
 
@@ -80,10 +85,19 @@ def input_lines(prompts: list[str] | None, file: Path | None) -> list[str]:
     if file is not None:
         if not file.is_file():
             raise UserError(f"no such input file: {file}")
-        lines = file.read_text(encoding="utf-8").splitlines()
+        if file.suffix.lower() in DATA_FILES:
+            raise UserError(
+                f"{file} has rows and columns, and --input is a text file with one input per line; "
+                "write the inputs like that, or score the file with `ptkit evaluate RECIPE`"
+            )
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not UTF-8 text (byte {error.start})") from error
     else:
-        lines = sys.stdin.read().splitlines()
-    found = [line for line in lines if line.strip()]
+        text = sys.stdin.read()
+    # Reading has made every line end "\n"; other separators (U+2028) are letters of an input.
+    found = [line for line in text.split("\n") if line.strip()]
     if not found:
         raise UserError("no input: give a prompt, --input FILE, or lines on standard input")
     return found

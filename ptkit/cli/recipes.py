@@ -84,12 +84,13 @@ def validate(
 ) -> None:
     """Check recipes and their data; every fault is named with its place (exit code 2).
 
-    Files and built-in sets are read, and what was decided about them is told; data of the Hub are
-    not fetched.
+    Files and built-in sets are read, what was decided about them is told, and whether the metrics
+    can judge them; data of the Hub are not fetched.
     """
     from ptkit.data import load_task
     from ptkit.data.summary import data_lines
-    from ptkit.errors import DataError, RecipeError
+    from ptkit.errors import RecipeError, UserError
+    from ptkit.evaluation.score import require_metrics
     from ptkit.recipe import load_recipe
 
     faults = []
@@ -104,8 +105,10 @@ def validate(
             told = [f"data: `{task.data.hub}` of the Hub, not read here"]
         else:
             try:
-                told = data_lines(task, load_task(task, loaded.folder))
-            except DataError as error:
+                data = load_task(task, loaded.folder)
+                require_metrics(task.metrics, [example.references for example in data.test])
+                told = data_lines(task, data)
+            except UserError as error:
                 faults.append(f"{recipe}: {error}")
                 continue
         typer.echo(f"{recipe}: valid")

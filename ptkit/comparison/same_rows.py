@@ -16,8 +16,9 @@ logger = logging.getLogger(__name__)
 
 def read_predictions(folder: Path) -> list[dict[str, Any]]:
     """The rows of `predictions.jsonl` in a cell's folder."""
-    path = folder / "predictions.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # By lines of the file: `splitlines` would also end one at a U+2028 or U+0085 within a text.
+    with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def require_same_rows(cells: Sequence[tuple[Path, CellRecord]]) -> None:

@@ -8,6 +8,7 @@ Parquet keeps the types it was written with. A path is a path: `*`, `?` and brac
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from datasets import Dataset
 
 from ptkit.data.table import Table
 from ptkit.errors import DataError
+
+#: Half of a character as JSON may write it: `\\ud83d`. No encoding has a text with one half.
+_HALF = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 def read_files(paths: Sequence[Path]) -> Table:
@@ -106,12 +110,23 @@ def _whole_json(path: Path) -> list[dict[str, Any]]:
 
 def _json(text: str) -> Any:
     # Numbers stay as written: 1 and 2.5 of one column, 3.10, identifiers of twenty digits.
-    return json.loads(
-        text,
-        parse_int=str,
-        parse_float=str,
-        parse_constant=lambda name: None if name == "NaN" else name,
-    )
+    try:
+        value = json.loads(
+            text,
+            parse_int=str,
+            parse_float=str,
+            parse_constant=lambda name: None if name == "NaN" else name,
+        )
+    except RecursionError as error:
+        raise json.JSONDecodeError("lists or objects nested too deeply", text, 0) from error
+    half = _HALF.search(text)
+    if half is not None:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            told = f"`{half[0]}` is half of a character, and its other half is not there"
+            raise json.JSONDecodeError(told, text, half.start()) from error
+    return value
 
 
 def _parquet(paths: Sequence[Path]) -> Table:

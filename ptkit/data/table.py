@@ -13,7 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from datasets import ClassLabel, Dataset
+
+#: Types whose values Python holds with more digits than they have.
+_SHORT = ("float16", "float32")
 
 #: Column or field -> value.
 Row = Mapping[str, Any]
@@ -26,11 +30,13 @@ class Table:
     columns: names of the columns; a row may lack some, which are then missing there
     rows: as read; iterating gives them with plain values (see `plain`)
     features: of typed data (Parquet, the Hub) the type of each column
+    places: where each row stood in what was read, from 1; None: as they stand here
     """
 
     columns: list[str]
     rows: Sequence[Row]
     features: Mapping[str, Any] | None = None
+    places: Sequence[int] | None = None
 
     @classmethod
     def of(cls, dataset: Dataset) -> Table:
@@ -45,19 +51,26 @@ class Table:
         for row in self.rows:
             yield {c: plain(row.get(c), features.get(c)) for c in self.columns}
 
+    def placed(self) -> Iterator[tuple[int, Row]]:
+        """The rows, each with its number where it was read, from 1: what a message names, so that
+        it is found there whatever was drawn from those rows."""
+        places = range(1, len(self) + 1) if self.places is None else self.places
+        yield from zip(places, self, strict=True)
+
     def only(self, columns: Sequence[str]) -> Table:
         """The same rows with these of the columns: others, images say, are not even decoded."""
         kept = [column for column in self.columns if column in columns]
         rows = self.rows
         if isinstance(rows, Dataset) and kept:
             rows = rows.select_columns(kept)
-        return Table(kept, rows, self.features)
+        return Table(kept, rows, self.features, self.places)
 
     def select(self, numbers: Sequence[int]) -> Table:
         """The rows with these numbers, in this order."""
         rows = self.rows
         chosen = rows.select(numbers) if isinstance(rows, Dataset) else [rows[i] for i in numbers]
-        return Table(self.columns, chosen, self.features)
+        places = [i + 1 if self.places is None else self.places[i] for i in numbers]
+        return Table(self.columns, chosen, self.features, places)
 
 
 def plain(value: Any, feature: Any = None) -> Any:
@@ -72,7 +85,11 @@ def plain(value: Any, feature: Any = None) -> Any:
     if isinstance(value, int | decimal.Decimal):
         return str(value)
     if isinstance(value, float):
-        return None if math.isnan(value) else str(value)
+        if math.isnan(value):
+            return None
+        # As many digits as its type tells apart: 0.1 of 32 bits is no 0.10000000149011612.
+        short = getattr(feature, "dtype", None) in _SHORT
+        return str(getattr(np, feature.dtype)(value)) if short else str(value)
     if isinstance(value, datetime.date | datetime.time) and not isinstance(
         value, datetime.datetime
     ):
@@ -96,13 +113,15 @@ def kind_of(value: Any) -> str:
         first = next((entry for entry in value if entry is not None), None)
         if isinstance(first, Mapping):
             return f"a list of mappings ({', '.join(map(str, first))})"
-        return "a list" if first is None or isinstance(first, str) else f"a list of {_type(first)}"
+        if first is None or isinstance(first, str):
+            return "a list"
+        return (
+            "a list of lists" if isinstance(first, list | tuple) else f"a list with {_type(first)}"
+        )
     return "a text" if isinstance(value, str) else _type(value)
 
 
 def _type(value: Any) -> str:
     if isinstance(value, datetime.datetime):
         return "a timestamp, which has no one text"
-    if isinstance(value, list | tuple):
-        return "lists"
-    return f"of type `{type(value).__name__}`"
+    return f"a value of type `{type(value).__name__}`"

@@ -122,12 +122,13 @@ def load_task(task: Task, folder: Path) -> TaskData:
         ("validation", rows.validation),
         ("test", rows.test),
     ):
+        source = rows.origins[split].source  # rows that are held out stand in another split
         if isinstance(task, GenerationTask):
-            read.append(_generation(task, table, split))
+            read.append(_generation(task, table, source, judged=split == "test"))
         elif isinstance(task, TokenClassificationTask):
-            read.append(_tagged(task, table, split, unknown))
+            read.append(_tagged(task, table, source, unknown))
         else:
-            read.append(_labelled(task, table, split, unknown))
+            read.append(_labelled(task, table, source, unknown))
     unknown.require_none()
     if isinstance(task, ClassificationTask):  # their words are known only now
         read = [[_in_words(task, example) for example in part] for part in read]
@@ -140,12 +141,12 @@ def _in_words(task: ClassificationTask, example: Example) -> Example:
     return Example(example.input, task.verbalizer[label], (label,), label)
 
 
-def _generation(task: GenerationTask, rows: Table, split: str) -> list[Example]:
+def _generation(task: GenerationTask, rows: Table, source: str, *, judged: bool) -> list[Example]:
     input_, target = Template(task.input, "task.input"), Template(task.target, "task.target")
     for template in (input_, target):
         template.require(rows)
     # Only the rows that are judged need all acceptable texts; some sets give others none.
-    judged = task.references is not None and split == "test"
+    judged = judged and task.references is not None
     if judged:
         _require_column(rows, str(task.references), "task.references")
     examples = []
@@ -154,8 +155,8 @@ def _generation(task: GenerationTask, rows: Table, split: str) -> list[Example]:
         *target.columns_of(rows),
         *([task.references] if judged else []),
     ]
-    for number, row in enumerate(rows.only([str(c) for c in used]), start=1):
-        where = f"{split} row {number}"
+    for number, row in rows.only([str(c) for c in used]).placed():
+        where = f"{source} row {number}"
         text = target.render(row, where, complete=True)
         references: tuple[str, ...] = (text.strip(),)
         if judged and task.references is not None:
@@ -173,7 +174,7 @@ def _references(value: Any, column: str, where: str) -> tuple[str, ...]:
 def _labelled(
     task: ClassificationTask | SequenceClassificationTask,
     rows: Table,
-    split: str,
+    source: str,
     unknown: _Unknown,
 ) -> list[Example]:
     """Every row's input, with its label as the target."""
@@ -182,8 +183,8 @@ def _labelled(
     _require_column(rows, task.label, "task.label")
     examples = []
     used = [*input_.columns_of(rows), task.label]
-    for number, row in enumerate(rows.only(used), start=1):
-        where = f"{split} row {number}"
+    for number, row in rows.only(used).placed():
+        where = f"{source} row {number}"
         label = _label(row[task.label], task.label, where)
         unknown.add(label, where)
         examples.append(Example(input_.render(row, where), label, (label,), label))
@@ -191,14 +192,14 @@ def _labelled(
 
 
 def _tagged(
-    task: TokenClassificationTask, rows: Table, split: str, unknown: _Unknown
+    task: TokenClassificationTask, rows: Table, source: str, unknown: _Unknown
 ) -> list[Example]:
     _require_column(rows, task.words, "task.words")
     _require_column(rows, task.tags, "task.tags")
     examples = []
-    for number, row in enumerate(rows.only([task.words, task.tags]), start=1):
+    for number, row in rows.only([task.words, task.tags]).placed():
         words, values = row[task.words], row[task.tags]
-        where = f"{split} row {number}"
+        where = f"{source} row {number}"
         if not isinstance(words, list) or not words or not all(isinstance(w, str) for w in words):
             raise DataError(
                 f"{where}: `{task.words}` should be a non-empty list of words, found {words!r}"

@@ -14,7 +14,9 @@ UNREAD = "?"
 #: Share of letters a tokeniser may make nothing of: a name in an English text, not a language.
 MOST_LOST = 0.01
 #: Scripts that put no spaces between words.
-_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
+_UNSPACED = (
+    r"(?=\p{L})[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
+)
 
 
 def require_english_letters(name: str, references: Sequence[Sequence[str]]) -> None:

@@ -60,7 +60,7 @@ def require_shapes(
         heads is as wide as one for 4 layers of 2.
     """
     faults = [
-        f"`{key}` is {config[key]}, here {' or '.join(map(str, sorted(right)))}"
+        f"`{key}` is {config[key]}, here {' or '.join(map(str, sorted({*right})))}"
         for key, right in expected.items()
         if isinstance(config.get(key), int) and config[key] not in right
     ]

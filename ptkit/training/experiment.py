@@ -17,6 +17,7 @@ from ptkit.data.token_cache import encode_cached
 from ptkit.errors import UserError
 from ptkit.evaluation.metrics import metric
 from ptkit.evaluation.retention import GeneralProbe, off_probe, probe_base
+from ptkit.evaluation.score import require_metrics
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.schema import Recipe
 from ptkit.runtime.base_model import Base, Labels, load_base
@@ -134,8 +135,7 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     for name in recipe.task.metrics:  # your own function, say: it should not fail after training
         metric(name)
     data = load_task(recipe.task, loaded.folder)
-    for name in recipe.task.metrics:
-        metric(name).require([example.references for example in data.test])
+    require_metrics(recipe.task.metrics, [example.references for example in data.test])
     texts = general_texts(retention.text, loaded.folder) if retention else None
     base = base or load_base(recipe.model, Labels.of(recipe.task))
     _require_same_labels(base, Labels.of(recipe.task))

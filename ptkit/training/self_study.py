@@ -161,8 +161,9 @@ def study(
             atomic.write_text(
                 path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             )
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        with path.open(encoding="utf-8") as file:  # `splitlines` would end one within a text, too
+            rows = [json.loads(line) for line in file]
+        for row in rows:
             found[row["split"]].append(StudiedText(row["input_ids"], row["target_ids"], chunk))
     return _distinct(found)
 
