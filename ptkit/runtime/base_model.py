@@ -309,7 +309,6 @@ def load_base(section: ModelSection, labels: Labels | None = None) -> Base:
         ) from error
     if section.quantize != "nf4":  # bitsandbytes moves nothing that it has packed
         model = model.to(device)
-    about: dict[str, Any] = {"free_attention": section.attention == "auto"}
     if labels is not None:
         return _with_its_labels(
             model, tokenizer, section, labels, own=_label_names(config), loader=kind, found=found,
@@ -324,7 +323,7 @@ def load_base(section: ModelSection, labels: Labels | None = None) -> Base:
         quantized=section.quantize is not None,
         stored=rounded or (None if file is None else stored_type(Path(source))),
         read=_identity(source, revision),
-        **about,
+        free_attention=section.attention == "auto",
     )
 
 
