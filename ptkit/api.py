@@ -98,10 +98,7 @@ def train(
     Raises RecipeError, DataError, ModelError or UserError, before anything is trained, for what
     cannot be carried out.
     """
-    loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
-    section = one_method(loaded.recipe, method)
-    used_seed = loaded.recipe.seeds[0] if seed is None else seed
-    folder = run_folder(loaded.recipe, section, used_seed, out)
+    loaded, section, used_seed, folder = _chosen(recipe, method, seed, out, overrides)
     if fresh:
         start_over(folder)
     cell = _cell(section, used_seed, folder, start_from)
@@ -112,6 +109,20 @@ def train(
             observer.planned(lambda: forecast(experiment, [cell]))
     (record,) = run_cells(experiment, [cell], observer)
     return Run(folder, record)
+
+
+def _chosen(
+    recipe: str | Path | LoadedRecipe,
+    method: str | None,
+    seed: int | None,
+    out: str | Path | None,
+    overrides: Sequence[str],
+) -> tuple[LoadedRecipe, MethodSection, int, Path]:
+    """The recipe, its method, the seed and the folder that the arguments of `train` ask for."""
+    loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
+    section = one_method(loaded.recipe, method)
+    used_seed = loaded.recipe.seeds[0] if seed is None else seed
+    return loaded, section, used_seed, run_folder(loaded.recipe, section, used_seed, out)
 
 
 def _cell(section: MethodSection, seed: int, folder: Path, start_from: str | Path | None) -> Cell:
@@ -130,10 +141,8 @@ def plan_training(
 ) -> tuple[list[str], Forecast]:
     """What `train` with these arguments would do: what was decided about the data, in lines, and
     what the run would take, measured on a few steps. Nothing is written to its folder."""
-    loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
-    section = one_method(loaded.recipe, method)
-    used_seed = loaded.recipe.seeds[0] if seed is None else seed
-    cell = _cell(section, used_seed, run_folder(loaded.recipe, section, used_seed, out), start_from)
+    loaded, section, used_seed, folder = _chosen(recipe, method, seed, out, overrides)
+    cell = _cell(section, used_seed, folder, start_from)
     experiment = prepare(loaded)
     return experiment.data_lines(), forecast(experiment, [cell])
 

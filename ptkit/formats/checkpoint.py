@@ -54,13 +54,7 @@ def of_model(model: PreTrainedModel, without: Iterable[str] = ()) -> list[Sample
         if place[0] and place in seen:  # tied to another, and saved once
             continue
         seen.add(place)
-        flat = value.detach().reshape(-1)
-        found.append(
-            Sampled(
-                name, tuple(value.shape),
-                flat[sample_places(flat.numel()).to(flat.device)].to(torch.bfloat16).cpu(),
-            )
-        )  # fmt: skip
+        found.append(Sampled(name, tuple(value.shape), sample(value)))
     return sorted(found, key=lambda tensor: tensor.name)
 
 
@@ -83,6 +77,12 @@ def of_files(
             if not _within(tensor.name, without):
                 found.append(tensor)
     return sorted(found, key=lambda tensor: tensor.name)
+
+
+def sample(value: Tensor) -> Tensor:
+    """`SAMPLES` values of a tensor, in bfloat16."""
+    flat = value.detach().reshape(-1)
+    return flat[sample_places(flat.numel()).to(flat.device)].to(torch.bfloat16).cpu()
 
 
 def sample_places(count: int) -> Tensor:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ptkit.formats.checkpoint import Sampled, of_model, sample_places
+from ptkit.formats.checkpoint import Sampled, of_model, sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,10 +91,8 @@ def legacy_fingerprint(model: PreTrainedModel, without: Collection[str] = ()) ->
     for name, value in sorted(model.state_dict().items()):
         if any(name.startswith(f"{module}.") for module in without):
             continue
-        flat = value.detach().reshape(-1)
-        sample = flat[sample_places(flat.numel()).to(flat.device)].to(torch.bfloat16).cpu()
         digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(sample.view(torch.int16).numpy().tobytes())
+        digest.update(sample(value).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
