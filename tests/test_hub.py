@@ -21,7 +21,7 @@ from test_cli import QUICK
 
 from ptkit.data.sources import BUILTIN
 from ptkit.recipe import load_recipe, shipped_recipes
-from ptkit.runtime.named_models import TINY_EN_FOLDER
+from ptkit.runtime.named_models import TINY_EN_FOLDER, WHEELS
 
 SHIPPED = Path(__file__).resolve().parents[1] / "adapters"
 FACTS = "kind[boat], name[Orwick]"
@@ -134,6 +134,33 @@ def test_model_and_adapter_by_hub_id_and_offline_afterwards(client: Client, serv
     revision = output(client("generate", FACTS, "-a", "team/facts@v1.0", *SHORT))
     assert revision == output(client("generate", FACTS, "-a", SHIPPED / "facts-prompt", *SHORT))
     assert revision != local
+
+
+def test_the_original_of_a_named_model_is_fetched_whole_or_not_at_all(
+    client: Client, server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`ptkit models get --hub`; what is there under the original's name is the embedded model."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("PTKIT_CACHE", str(cache))
+    original = WHEELS["smollm2-135m"].hub
+    get = ("models", "get", "smollm2-135m", "--hub")
+    missing = client(*get, code=1)
+    assert f"cannot download {original} from the hub" in missing.stderr
+    assert not [*cache.rglob("config.json")]
+
+    shutil.copytree(TINY_EN_FOLDER, server.hub.root / "models" / original / "main")
+    got = client(*get)
+    assert f"downloading {original}" in got.stderr
+    folder = Path(got.stdout.strip())
+    assert (folder / "model.safetensors").read_bytes() == (
+        TINY_EN_FOLDER / "model.safetensors"
+    ).read_bytes()
+    adapter = ("generate", FACTS, "-a", SHIPPED / "facts-prefix", *SHORT)
+    named = (*adapter, "--model", "smollm2-135m")
+    assert output(client(*named, offline=True)) == output(client(*adapter))
+    asked = len(server.hub.requests)
+    client(*get)
+    assert len(server.hub.requests) == asked
 
 
 def test_a_server_loads_an_adapter_from_the_hub_where_that_is_allowed(
