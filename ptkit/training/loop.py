@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from ptkit.data.encode import EncodedExample, StudiedText, TaskExample
 from ptkit.errors import UserError
@@ -30,7 +30,7 @@ from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.forward import collate
 from ptkit.runtime.fused import fused_activations
 from ptkit.runtime.precision import fastest_attention, mixed_precision, weights_cast_once
-from ptkit.training.checkpoint import Progress
+from ptkit.training.checkpoint import Progress, random_states
 from ptkit.training.context_cache import ContextCache
 from ptkit.training.memory import PeakMemory, give_back_what_is_freed
 from ptkit.training.objective import Objective
@@ -187,8 +187,9 @@ class _Loop:
                 trainee.progress.peak_memory_bytes = (
                     None if None in peaks else max(p for p in peaks if p is not None)
                 )
+                random = gather_object([random_states()])  # each process has its own
                 if self.accelerator.is_main_process:
-                    trainee.save()
+                    trainee.save(random)
             trainee.report(loss)
 
     def _gradients(self, active: list[int]) -> tuple[list[float], list[int]]:
