@@ -83,19 +83,22 @@ class Retention:
     """The base and the adapter on the same texts.
 
     base, adapter: per domain; drift: nats per token over the first drift_tokens
+    lead: tokens before each window of text (see `GeneralProbe`)
     """
 
     base: Mapping[str, LanguageModelling]
     adapter: Mapping[str, LanguageModelling]
     drift: float
     drift_tokens: int
+    lead: int = 0
 
     @property
-    def overall(self) -> dict[str, float]:
+    def overall(self) -> dict[str, Any]:
         """Over all tokens of all domains.
 
         forgetting: nats per token lost with the adapter on, 0 for the base itself; retention:
-        next-token accuracy with the adapter on, relative to the base's.
+        next-token accuracy with the adapter on, relative to the base's; None where the base
+        predicts no token.
         """
         base, adapter = (
             LanguageModelling.pooled(list(side.values())) for side in (self.base, self.adapter)
@@ -103,16 +106,18 @@ class Retention:
         return _compared(base, adapter)
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields of a record's `retention`: overall, drift, and per domain."""
+        """The fields of a record's `retention`: overall, drift, lead, and per domain. Records of
+        versions that put nothing before a window have no lead."""
         return {
             **self.overall,
             "drift": self.drift,
             "drift_tokens": self.drift_tokens,
+            "lead": self.lead,
             "domains": {n: _compared(self.base[n], self.adapter[n]) for n in self.base},
         }
 
 
-def _compared(base: LanguageModelling, adapter: LanguageModelling) -> dict[str, float]:
+def _compared(base: LanguageModelling, adapter: LanguageModelling) -> dict[str, Any]:
     return {
         "tokens": base.tokens,
         "base_nats": base.nats,
@@ -120,7 +125,8 @@ def _compared(base: LanguageModelling, adapter: LanguageModelling) -> dict[str, 
         "forgetting": adapter.nats - base.nats,
         "base_accuracy": base.accuracy,
         "adapter_accuracy": adapter.accuracy,
-        "retention": adapter.accuracy / base.accuracy,
+        # Of nothing, no share is kept.
+        "retention": adapter.accuracy / base.accuracy if base.accuracy else None,
     }
 
 
@@ -302,7 +308,7 @@ def measure_retention(adapter: Adapter, probe: GeneralProbe, share: Share = _alo
     compared = sum(part.compared for part in parts)
     # Rounding may leave a hair below zero where nothing changed.
     divergence = max(0.0, sum(part.divergence for part in parts) / compared)
-    return Retention(probe.untouched, after, divergence, compared)
+    return Retention(probe.untouched, after, divergence, compared, probe.lead)
 
 
 def off_probe(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
