@@ -65,6 +65,7 @@ def _show(anatomy: Anatomy, path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ptkit.formats.sizes import in_bytes
     from ptkit.training.record import scored_rows
 
     console = Console()
@@ -77,8 +78,8 @@ def _show(anatomy: Anatomy, path: Path) -> None:
     )
     console.print(
         f"{anatomy.parameters:,} parameters ({anatomy.share:.3%} of the base), "
-        f"{anatomy.bytes / 1000:.1f} KB on disk, {anatomy.virtual_tokens} virtual tokens, "
-        f"{anatomy.prefix_bytes / 1000:.1f} KB as a KV prefix",
+        f"{in_bytes(anatomy.bytes)} on disk, {anatomy.virtual_tokens} virtual tokens, "
+        f"{in_bytes(anatomy.prefix_bytes)} as a KV prefix",
         highlight=False,
     )
     if info.get("metrics"):
