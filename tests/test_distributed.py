@@ -8,23 +8,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator, PartialState
 from conftest import random_base
 from safetensors.torch import load_file
 from test_compare import recipe_file as recipe_file
 
 from ptkit.comparison.grid import run_grid
+from ptkit.errors import UserError
 from ptkit.evaluation.latency import measure_latency
 from ptkit.evaluation.retention import measure_retention, probe_base
 from ptkit.formats.adapter_files import WEIGHTS
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import method_section
+from ptkit.training.processes import current, require_own
 from ptkit.training.record import CellRecord
 from ptkit.training.run import Observer
 
@@ -267,6 +272,63 @@ def test_every_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.Mon
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         assert own_device("cuda") == device
         assert [own_device(name) for name in ("cpu", "cuda:1")] == ["cpu", "cuda:1"]
+
+
+def test_a_gpu_that_is_named_is_the_one_that_is_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's `cuda` has no number with one process: it means the current GPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert str(PartialState(cpu=True).default_device) == "cuda"
+    entered: list[str] = []
+
+    @contextmanager
+    def device(named: torch.device) -> Iterator[None]:
+        entered.append(str(named))
+        yield
+        entered.append("left")
+
+    monkeypatch.setattr("torch.cuda.device", device)
+    for name in ("cpu", "cuda", "mps", "cuda:1"):
+        with current(torch.device(name)):
+            pass
+    assert entered == ["cuda:1", "left"]
+
+
+def test_training_happens_on_the_device_of_its_base(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[bool] = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        assert device.type == "cpu"
+        inside.append(True)
+        yield
+        inside.append(False)
+
+    def made(*given: Any, **named: Any) -> Accelerator:
+        assert inside == [True]
+        return Accelerator(*given, **named)
+
+    monkeypatch.setattr("ptkit.training.loop.current", on)
+    monkeypatch.setattr("ptkit.training.loop.Accelerator", made)
+    overrides = ["seeds=[0]", "retention=null", "train.steps=1",
+                 "methods=[{kind: prompt_tuning, num_virtual_tokens: 2}]"]  # fmt: skip
+    run_grid(load_recipe(recipe_file, overrides), tmp_path / "out", base=random_base("llama"))
+    assert inside == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("named", "processes", "refused"),
+    [("cuda:1", 2, True), ("cuda:0", 2, False), ("cuda:1", 1, False), ("cpu", 2, False)],
+)
+def test_one_gpu_is_not_given_to_several_processes(
+    named: str, processes: int, refused: bool
+) -> None:
+    own = torch.device("cuda:0") if processes > 1 else torch.device("cuda")
+    state: Any = SimpleNamespace(num_processes=processes, process_index=0, device=own)
+    told = pytest.raises(UserError, match="write `cuda`, which gives each process a GPU")
+    with told if refused else nullcontext():
+        require_own(torch.device(named), state)
 
 
 def saved(folder: Path) -> set[str]:

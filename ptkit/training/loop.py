@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
@@ -34,7 +34,7 @@ from ptkit.training.checkpoint import Progress, random_states
 from ptkit.training.context_cache import ContextCache
 from ptkit.training.memory import PeakMemory, give_back_what_is_freed
 from ptkit.training.objective import Objective
-from ptkit.training.processes import PATIENCE
+from ptkit.training.processes import PATIENCE, current, require_own
 from ptkit.training.trainee import Job, Trainee
 
 #: Settings that belong to the step, so that jobs of one loop must agree on them.
@@ -49,12 +49,17 @@ def fit(jobs: Sequence[Job]) -> list[Progress]:
     same parameters. Raises PtkitError when a loss is not finite, UserError for jobs that cannot
     share a loop.
     """
-    settings = jobs[0].settings
     if len(jobs) > 1:
         _require_shareable(jobs)
     # Accelerate keeps the precision of a process's first run; a later run may use another.
     AcceleratorState._reset_state()
     device = jobs[0].adapter.base.model.device
+    with current(device):
+        return _fit(jobs, device)
+
+
+def _fit(jobs: Sequence[Job], device: torch.device) -> list[Progress]:
+    settings = jobs[0].settings
     accelerator = Accelerator(
         mixed_precision=mixed_precision(settings.autocast, device),
         cpu=device.type == "cpu",
@@ -62,6 +67,7 @@ def fit(jobs: Sequence[Job]) -> list[Progress]:
         project_dir=jobs[0].run,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+    require_own(device, PartialState())
     if settings.report_to:
         tracked = {"learning_rate": jobs[0].learning_rate, **settings.model_dump()}
         # Trackers take plain values only.
