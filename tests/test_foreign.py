@@ -36,7 +36,9 @@ from transformers import (
 from ptkit.api import load_adapter
 from ptkit.bank import AdapterBank
 from ptkit.bank.source import require_files
+from ptkit.cli.inspect import _as_dict, _show
 from ptkit.errors import AdapterError
+from ptkit.evaluation.anatomy import dissect
 from ptkit.evaluation.saved import find_adapter
 from ptkit.formats.adapter_files import CONFIG, WEIGHTS, conversion, read_adapter
 from ptkit.formats.hub import is_on_hub
@@ -276,8 +278,10 @@ def test_adapterhubs_folder_is_named_as_such(tmp_path: Path) -> None:
     theirs = {"config": {"architecture": "prefix_tuning"}, "model_type": "gpt2",
               "version": "adapters.1.3.0"}  # fmt: skip
     (tmp_path / CONFIG).write_text(json.dumps(theirs))
-    with pytest.raises(AdapterError, match="AdapterHub"):
-        read_adapter(tmp_path)
+    (tmp_path / "pytorch_adapter.bin").write_bytes(b"pickled")
+    for look in (read_adapter, require_files, AdapterBank(base_named("b")).register):
+        with pytest.raises(AdapterError, match="is an adapter of AdapterHub's `adapters`"):
+            look(tmp_path)
 
 
 def test_mistyped_path_is_not_looked_for_on_the_hub(
@@ -393,3 +397,15 @@ def test_biases_that_an_adapter_trained_are_given_back(tmp_path: Path) -> None:
 def test_saved_modules_that_are_no_names_are_refused(value: object) -> None:
     with pytest.raises(AdapterError, match="should be a list of modules' names"):
         saved_modules({"modules_to_save": value})
+
+
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_inspect_says_which_revision_of_the_base(
+    revision: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, revision=revision)
+    anatomy = dissect(peft_folder(tmp_path / "a", config=config), base_named("org/base"))
+    assert _as_dict(anatomy)["base"] == {"id": "org/base", "revision": revision}
+    _show(anatomy, Path("a"))
+    said = "base org/base at the revision v2\n" if revision else "base org/base\n"
+    assert said in capsys.readouterr().out

@@ -99,6 +99,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     torch.save({}, adapter / "main" / "training_args.bin")
     shutil.copytree(SHIPPED / "facts-prompt", adapter / "v1.0")
     shutil.copytree(SHIPPED / "facts-prefix", root / "models/team/secret/main")
+    theirs = root / "models/team/theirs/main"
+    theirs.mkdir(parents=True)
+    (theirs / "adapter_config.json").write_text(
+        '{"config": {"architecture": "prefix_tuning"}, "model_type": "gpt2"}'
+    )
+    (theirs / "pytorch_adapter.bin").write_bytes(b"pickled")
     shutil.copytree(TINY_EN_FOLDER, root / "models/team/gated-base/main")
     for revision, rows in (("main", 60), ("small", 30)):
         data = root / "datasets/team/facts-data" / revision / "data"
@@ -209,6 +215,7 @@ def test_what_the_hub_refuses_is_told_with_exit_code_2(client: Client) -> None:
         (with_adapter("team/nothing"), "no such adapter: team/nothing is neither a folder here"),
         (with_adapter("team/facts@v9"), "team/facts has no revision `v9`"),
         (with_adapter("team/secret"), "team/secret is gated"),
+        (with_adapter("team/theirs"), "team/theirs is an adapter of AdapterHub's `adapters`"),
         (with_adapter("team/tiny"), "team/tiny is on the Hub but holds no adapter"),
         (with_data("task.data.hub=team/nothing"), "`team/nothing` cannot be loaded"),
         (

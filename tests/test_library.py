@@ -207,6 +207,20 @@ def test_what_a_client_is_told_names_no_place_on_the_servers_disk(tmp_path: Path
     assert any("made for the base model `gpt2`, not for `b`" in message for message in told)
 
 
+@pytest.mark.parametrize("prompts", [["w1"] * 65, [[1, 2]] * 65])
+def test_too_many_prompts_are_told_as_such(library: Library, prompts: list[object]) -> None:
+    with TestClient(create_app(library, Metrics(library.bank))) as client:
+        refused = client.post("/v1/completions", json={"model": "base", "prompt": prompts})
+        assert refused.status_code == 400
+        told = refused.json()["error"]["message"]
+        assert told.startswith("`prompt` holds 65 prompts, a request takes at most 64")
+        long = client.post("/v1/completions", json={"model": "base", "prompt": [1] * 100})
+        assert long.status_code == 200, "token ids of one prompt"
+        for nothing in ([], [[]]):
+            refused = client.post("/v1/completions", json={"model": "base", "prompt": nothing})
+            assert refused.json()["error"]["message"] == "`prompt` is an empty list"
+
+
 def test_an_adapter_of_the_hubs_cache_is_told_by_its_id(library: Library) -> None:
     place = Path(HF_HUB_CACHE) / "models--team--facts" / "snapshots" / "0a1b" / WEIGHTS
     assert library.public(f"{place} is damaged") == f"team/facts/{WEIGHTS} is damaged"
