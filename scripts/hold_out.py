@@ -18,8 +18,9 @@ from pathlib import Path
 
 def rows_of(files: Iterable[Path]) -> list[dict[str, object]]:
     """The rows of JSON Lines files."""
-    lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
-    return [json.loads(line) for line in lines]
+    # By lines of the file: `splitlines` would also end one at a U+2028 or U+0085 within a text.
+    lines = (line for file in files for line in file.read_text(encoding="utf-8").split("\n"))
+    return [json.loads(line) for line in lines if line]
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -26,7 +27,7 @@ def blocks_of(text: str) -> list[str]:
     blocks: list[str] = []
     lines: list[str] = []
     size = 0
-    for line in text.splitlines(keepends=True):
+    for line in io.StringIO(text):  # `splitlines` would also end one at a U+2028 within a text
         lines.append(line)
         size += len(line.encode())
         if size >= BLOCK_BYTES:
@@ -65,7 +66,7 @@ def mix_lines(train: dict[str, list[str]]) -> list[str]:
         for name, runs in train.items()
         if any(part in name for part in mix.CORPUS_FILES)
         for run in runs
-        for line in run.splitlines()
+        for line in run.split("\n")
     )
 
 

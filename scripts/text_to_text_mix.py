@@ -897,7 +897,7 @@ def read_corpus(directory: Path) -> list[str]:
     lines: list[str] = []
     for path in sorted(directory.glob("*.txt")):
         if any(part in path.name for part in CORPUS_FILES):
-            lines += path.read_text(encoding="utf-8").splitlines()
+            lines += path.read_text(encoding="utf-8").split("\n")
     return usable_lines(lines)
 
 

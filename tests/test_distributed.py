@@ -8,14 +8,28 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator, PartialState
 from conftest import random_base
+from safetensors.torch import load_file
 from test_compare import recipe_file as recipe_file
 
 from ptkit.comparison.grid import run_grid
+from ptkit.errors import UserError
+from ptkit.evaluation.latency import measure_latency
+from ptkit.evaluation.retention import measure_retention, probe_base
+from ptkit.formats.adapter_files import WEIGHTS
+from ptkit.methods import Demonstrations, create_adapter
 from ptkit.recipe import load_recipe
+from ptkit.recipe.schema import method_section
+from ptkit.training.processes import current, require_own
 from ptkit.training.record import CellRecord
 from ptkit.training.run import Observer
 
@@ -78,10 +92,13 @@ def test_two_processes_train_like_one(recipe_with_base: list[str], tmp_path: Pat
 PROGRAM = """
 import json, os, sys
 import torch
+import ptkit.evaluation.retention as retention
 import ptkit.training.run as run
 from ptkit.training.loop import Objective
 
-read = {"predicted": 0, "validated": 0}
+read = {"predicted": 0, "validated": 0, "general": 0}
+retention.MAX_LOGITS = 97 * 40  # one window of general text at a time
+measure = retention._read
 predict, forward = run.predict, Objective.forward
 
 def counted(adapter, examples, *rest):
@@ -92,19 +109,29 @@ def losses(self, active, rows, **tensors):
     read["validated"] += 0 if torch.is_grad_enabled() else sum(rows)
     return forward(self, active, rows, **tensors)
 
+def windows(model, part, *rest):
+    read["general"] += len(part)
+    return measure(model, part, *rest)
+
+def only_adapters(*given):
+    retention._read = windows  # not the base's own, which every process measures
+    return measured(*given)
+
+measured, run.measure_retention = run.measure_retention, only_adapters
 run.predict, Objective.forward = counted, losses
 import ptkit
 recipe, out, *overrides = sys.argv[1:]
 done = ptkit.train(recipe, method="prefix_tuning", out=out, overrides=overrides)
 group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
-read |= {"wait": group.options._timeout.total_seconds(), "metrics": done.record.metrics}
+read |= {"wait": group.options._timeout.total_seconds(), "metrics": done.record.metrics,
+         "forgotten": done.record.retention}
 with open(f"{out}-{os.environ['RANK']}.json", "w") as file:
     json.dump(read, file)
 """
 
 
 def test_processes_share_validation_and_evaluation_and_wait_for_each_other(
-    recipe_with_base: list[str], tmp_path: Path
+    recipe_with_base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From Python, too: each process reads its part of the rows, all get the same result."""
     recipe, *base = recipe_with_base
@@ -122,7 +149,12 @@ def test_processes_share_validation_and_evaluation_and_wait_for_each_other(
     # Five rows, after two steps of four in the recipe and at the end.
     assert (first["validated"], second["validated"]) == (6, 4)
     assert first["metrics"] == second["metrics"]
+    windows = first["forgotten"]["tokens"] // 31  # of 32 tokens, the first of them given
+    assert first["general"] + second["general"] == windows
+    assert abs(first["general"] - second["general"]) <= 1
+    assert first["forgotten"] == second["forgotten"]
     assert min(first["wait"], second["wait"]) > 6 * 3600
+    monkeypatch.setattr("ptkit.evaluation.retention.MAX_LOGITS", 97 * 40)
     alone = run_grid(load_recipe(recipe, [
         *base, "train.gradient_accumulation=2", "seeds=[0]",
         "methods=[{kind: prefix_tuning, num_virtual_tokens: 4}]",
@@ -134,8 +166,99 @@ def test_processes_share_validation_and_evaluation_and_wait_for_each_other(
         for p in ("out", f"alone/cells/{alone.cell}")
     ]
     assert rows[0] == rows[1]
+    assert together.retention is not None
+    assert alone.retention is not None
+    for name in ("forgetting", "drift", "adapter_accuracy"):
+        assert together.retention[name] == pytest.approx(alone.retention[name], abs=1e-5)
     for a, b in zip(together.curve, alone.curve, strict=True):
         assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("patience", "calls"), [(60.0, 12), (0.0, 4)])
+def test_processes_wait_for_one_round_of_a_slow_latency_measurement(
+    patience: float, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round is two texts with the adapter on, and two with it off."""
+    done: list[int] = []
+    monkeypatch.setattr("ptkit.evaluation.latency.SECONDS", patience)
+    monkeypatch.setattr("ptkit.evaluation.latency.generate", lambda *_, **__: done.append(1))
+    section = method_section({"kind": "prompt_tuning", "num_virtual_tokens": 3})
+    adapter = create_adapter(section, random_base("gpt2"), Demonstrations(("w1 w2",), 0))
+    found = measure_latency(adapter, [1, 2, 3])
+    assert len(done) == calls
+    assert found.adapter is not None
+
+
+#: Training that is not stopped, and the same stopped after a checkpoint and begun again.
+STOPPED = """
+import sys
+import torch
+from ptkit.training.trainee import Trainee
+import ptkit
+recipe, *overrides = sys.argv[1:]
+overrides = [*overrides, "retention=null", "methods=[{kind: lora, rank: 2, dropout: 0.4}]"]
+
+def train(out):
+    ptkit.train(recipe, method="lora", out=out, overrides=overrides)
+
+train("whole")
+report = Trainee.report
+
+def stop(self, loss):
+    if self.progress.step == 2:
+        raise KeyboardInterrupt
+
+Trainee.report = stop
+try:
+    train("stopped")
+except KeyboardInterrupt:
+    pass
+Trainee.report = report
+torch.manual_seed(torch.distributed.get_rank())
+train("stopped")
+"""
+
+
+def test_each_process_goes_on_with_its_own_random_numbers(
+    recipe_with_base: list[str], tmp_path: Path
+) -> None:
+    """Dropout of rows of different lengths: after a step no two generators are alike."""
+    recipe, *base = recipe_with_base
+    (tmp_path / "program.py").write_text(STOPPED)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "program.py",
+         recipe, *base],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+             "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    whole, stopped = (
+        load_file(tmp_path / out / "adapter" / WEIGHTS) for out in ("whole", "stopped")
+    )
+    assert whole.keys() == stopped.keys()
+    assert all(torch.equal(stopped[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("domains", [1, 3])
+def test_forgetting_is_the_same_for_any_number_of_processes(
+    domains: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ptkit.evaluation.retention.MAX_LOGITS", 97 * 32 * 2)
+    base = random_base("qwen3")
+    texts = {f"t{n}": " ".join(f"w{(i * (n + 3)) % 90 + 1}" for i in range(300 + 100 * n))
+             for n in range(domains)}  # fmt: skip
+    probe = probe_base(base, texts, 512)
+    section = method_section({"kind": "prompt_tuning", "num_virtual_tokens": 3})
+    adapter = create_adapter(section, base, Demonstrations(("w1 w2 w3",), 0))
+    alone = measure_retention(adapter, probe)
+    for processes in (2, 3, 50):
+
+        def share(units: Sequence[Any], work: Callable[..., Any], n: int = processes) -> list[Any]:
+            done = [work(units[i::n]) for i in range(n)]
+            return [done[i % n][i // n] for i in range(len(units))]
+
+        assert measure_retention(adapter, probe, share) == alone
 
 
 def test_every_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +272,63 @@ def test_every_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.Mon
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         assert own_device("cuda") == device
         assert [own_device(name) for name in ("cpu", "cuda:1")] == ["cpu", "cuda:1"]
+
+
+def test_a_gpu_that_is_named_is_the_one_that_is_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's `cuda` has no number with one process: it means the current GPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert str(PartialState(cpu=True).default_device) == "cuda"
+    entered: list[str] = []
+
+    @contextmanager
+    def device(named: torch.device) -> Iterator[None]:
+        entered.append(str(named))
+        yield
+        entered.append("left")
+
+    monkeypatch.setattr("torch.cuda.device", device)
+    for name in ("cpu", "cuda", "mps", "cuda:1"):
+        with current(torch.device(name)):
+            pass
+    assert entered == ["cuda:1", "left"]
+
+
+def test_training_happens_on_the_device_of_its_base(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[bool] = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        assert device.type == "cpu"
+        inside.append(True)
+        yield
+        inside.append(False)
+
+    def made(*given: Any, **named: Any) -> Accelerator:
+        assert inside == [True]
+        return Accelerator(*given, **named)
+
+    monkeypatch.setattr("ptkit.training.loop.current", on)
+    monkeypatch.setattr("ptkit.training.loop.Accelerator", made)
+    overrides = ["seeds=[0]", "retention=null", "train.steps=1",
+                 "methods=[{kind: prompt_tuning, num_virtual_tokens: 2}]"]  # fmt: skip
+    run_grid(load_recipe(recipe_file, overrides), tmp_path / "out", base=random_base("llama"))
+    assert inside == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("named", "processes", "refused"),
+    [("cuda:1", 2, True), ("cuda:0", 2, False), ("cuda:1", 1, False), ("cpu", 2, False)],
+)
+def test_one_gpu_is_not_given_to_several_processes(
+    named: str, processes: int, refused: bool
+) -> None:
+    own = torch.device("cuda:0") if processes > 1 else torch.device("cuda")
+    state: Any = SimpleNamespace(num_processes=processes, process_index=0, device=own)
+    told = pytest.raises(UserError, match="write `cuda`, which gives each process a GPU")
+    with told if refused else nullcontext():
+        require_own(torch.device(named), state)
 
 
 def saved(folder: Path) -> set[str]:

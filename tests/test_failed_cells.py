@@ -106,7 +106,7 @@ def test_compare_ends_with_1_and_names_the_cells_and_a_report_says_so(
     lines = ptkit("compare", recipe, *words, "--out", "out", "--json", cwd=tmp_path, code=1).stdout
     assert [json.loads(line)["cell"] for line in lines.splitlines()][-1] == "wild-seed0"
     told = ptkit("report", "out", cwd=tmp_path)
-    assert "1 cells are missing (1 failed)" in told.stderr
+    assert "1 cell is missing (1 failed)" in told.stderr
     assert "wild, seed 0" in told.stdout
 
 

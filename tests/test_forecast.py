@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from ptkit.api import plan_comparison, plan_training
@@ -13,9 +15,13 @@ from ptkit.api import train as run_training
 from ptkit.cli import display
 from ptkit.cli.display import LiveDisplay
 from ptkit.cli.main import app
+from ptkit.cli.serve import size
+from ptkit.comparison import figures
+from ptkit.errors import UserError
+from ptkit.formats.sizes import in_bytes, read_bytes
 from ptkit.recipe import load_recipe
 from ptkit.training.experiment import prepare
-from ptkit.training.forecast import forecast, in_bytes, in_time, is_long
+from ptkit.training.forecast import forecast, in_time, is_long
 from ptkit.training.run import Cell
 from ptkit.training.trainee import StepReport
 
@@ -115,4 +121,29 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(
 
 def test_times_and_sizes_are_written_for_people() -> None:
     assert [in_time(s) for s in (0.2, 40, 600, 12_600)] == ["1 s", "40 s", "10 min", "3.5 h"]
-    assert [in_bytes(b) for b in (2_000_000, 1_250_000_000)] == ["2 MB", "1.2 GB"]
+    assert [in_bytes(b) for b in (940, 2_000_000, 999_960, 1_250_000_000)] == [
+        "940 B", "2.0 MB", "1.0 MB", "1.2 GB"
+    ]  # fmt: skip
+
+
+@given(st.integers(1, 10**13))
+def test_a_size_is_read_as_it_is_written(count: int) -> None:
+    """In tables as in forecasts, to three digits."""
+    shown = in_bytes(count)
+    assert figures.size(count) == shown
+    assert read_bytes(shown) == pytest.approx(count, rel=0.055)
+    assert float(shown.split()[0]) < 1000 or shown.endswith("GB")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("750000", 750_000), (" 2gb ", 2 * 10**9), ("1.5 GiB", 1_610_612_736), ("3K", 3000)],
+)
+def test_sizes_are_read_alike_by_every_command(text: str, count: int) -> None:
+    assert read_bytes(text) == size(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-1", "2TB", "1e9", "2 G B"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="is no size; write 500MB"):
+        read_bytes(text)

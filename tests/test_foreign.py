@@ -8,14 +8,21 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, word_tokenizer
+from conftest import VOCABULARY, random_base, word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from safetensors.torch import load_file
+from peft import (
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from safetensors.torch import load_file, save_file
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -27,14 +34,18 @@ from transformers import (
 )
 
 from ptkit.api import load_adapter
+from ptkit.bank import AdapterBank
 from ptkit.bank.source import require_files
+from ptkit.cli.inspect import _as_dict, _show
 from ptkit.errors import AdapterError
+from ptkit.evaluation.anatomy import dissect
 from ptkit.evaluation.saved import find_adapter
 from ptkit.formats.adapter_files import CONFIG, WEIGHTS, conversion, read_adapter
 from ptkit.formats.hub import is_on_hub
 from ptkit.hub.verify import check_files, verify
-from ptkit.methods import base_of, compile_files
+from ptkit.methods import adapter_from_files, base_of, compile_files
 from ptkit.methods.base_names import hub_name, is_local_path
+from ptkit.methods.saved_modules import saved_modules
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.forward import supervised_logits
@@ -267,8 +278,10 @@ def test_adapterhubs_folder_is_named_as_such(tmp_path: Path) -> None:
     theirs = {"config": {"architecture": "prefix_tuning"}, "model_type": "gpt2",
               "version": "adapters.1.3.0"}  # fmt: skip
     (tmp_path / CONFIG).write_text(json.dumps(theirs))
-    with pytest.raises(AdapterError, match="AdapterHub"):
-        read_adapter(tmp_path)
+    (tmp_path / "pytorch_adapter.bin").write_bytes(b"pickled")
+    for look in (read_adapter, require_files, AdapterBank(base_named("b")).register):
+        with pytest.raises(AdapterError, match="is an adapter of AdapterHub's `adapters`"):
+            look(tmp_path)
 
 
 def test_mistyped_path_is_not_looked_for_on_the_hub(
@@ -293,3 +306,106 @@ def test_card_says_of_every_type_of_ptkits_own_why_peft_cannot_read_it() -> None
     assert len(own) >= 7
     assert own == _UNREADABLE.keys()
     assert own - {ENCODER_PROMPT} <= _METHODS.keys()  # that one is named by its own method
+
+
+def lora_folder(path: Path, **settings: object) -> Path:
+    """A LoRA adapter as plain PEFT saves it."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
+    return peft_folder(path, config=config)
+
+
+def edited(
+    folder: Path, config: dict[str, object] | None = None, drop: str = "-", **added: torch.Tensor
+) -> Path:
+    """`folder` with changed settings and tensors."""
+    settings = json.loads((folder / CONFIG).read_text()) | (config or {})
+    (folder / CONFIG).write_text(json.dumps(settings))
+    tensors = {n: t for n, t in load_file(folder / WEIGHTS).items() if drop not in n} | added
+    save_file(tensors, folder / WEIGHTS)
+    return folder
+
+
+def into(base: Base, folder: Path, way: str) -> Any:
+    if way == "bank":
+        return AdapterBank(base).load(folder, "a")
+    return adapter_from_files(read_adapter(folder), base)
+
+
+HEAD = torch.full((VOCABULARY, 32), 0.5)
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_module_that_is_named_as_trained_and_not_there_is_refused(
+    method: str, tmp_path: Path
+) -> None:
+    if method == "lora":
+        folder = edited(lora_folder(tmp_path, modules_to_save=["lm_head"]), drop="lm_head")
+    else:
+        folder = edited(peft_folder(tmp_path), {"modules_to_save": ["lm_head"]})
+    with pytest.raises(AdapterError, match=r"`lm_head` was trained too.*holds no tensor of it"):
+        into(base_named("org/base"), folder, "alone")
+    found = verify(folder, base=base_named("org/base"))
+    assert [c.name for c in found.checks if c.passed is False] == ["shapes"]
+
+
+@pytest.mark.parametrize("way", ["alone", "bank"])
+def test_tensor_of_the_base_that_no_setting_names_is_refused_and_not_written_into_it(
+    way: str, tmp_path: Path
+) -> None:
+    folder = edited(lora_folder(tmp_path), **{"base_model.model.lm_head.weight": HEAD})
+    base = base_named("org/base")
+    before = {name: value.clone() for name, value in base.model.state_dict().items()}
+    with pytest.raises(AdapterError, match=r"base's own `lm_head\.weight`, which no setting names"):
+        into(base, folder, way)
+    after = base.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_module_that_is_named_and_there_is_used_and_given_back(tmp_path: Path) -> None:
+    folder = lora_folder(tmp_path, modules_to_save=["lm_head", "score"])
+    edited(folder, **{"base_model.model.lm_head.weight": HEAD})
+    base = base_named("org/base")
+    own = base.model.lm_head
+    ids = torch.tensor([[3, 4]])
+    adapter = into(base, folder, "alone")
+    logits = base.model(ids).logits[0, 0]
+    assert torch.allclose(logits, logits[:1]), "every row of the head is alike"
+    adapter.close()
+    assert base.model.lm_head is own
+    with pytest.raises(AdapterError, match="cannot differ from row to row"):
+        into(base, folder, "bank")
+
+
+def test_biases_that_an_adapter_trained_are_given_back(tmp_path: Path) -> None:
+    base = random_base("gpt2")
+    before = {name: value.clone() for name, value in base.model.state_dict().items()}
+    config = LoraConfig(r=2, target_modules=["c_attn"], bias="all", task_type="CAUSAL_LM")
+    model = get_peft_model(random_base("gpt2").model, config)
+    for name, value in model.named_parameters():
+        if name.endswith("bias"):
+            value.data.add_(1.0)
+    model.save_pretrained(tmp_path)
+    adapter = into(base, tmp_path, "alone")
+    assert not torch.equal(base.model.transformer.ln_f.bias, before["transformer.ln_f.bias"])
+    adapter.close()
+    after = base.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@given(st.one_of(st.text(min_size=1), st.lists(st.integers(), min_size=1), st.just({"a": 1})))
+def test_saved_modules_that_are_no_names_are_refused(value: object) -> None:
+    with pytest.raises(AdapterError, match="should be a list of modules' names"):
+        saved_modules({"modules_to_save": value})
+
+
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_inspect_says_which_revision_of_the_base(
+    revision: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, revision=revision)
+    anatomy = dissect(peft_folder(tmp_path / "a", config=config), base_named("org/base"))
+    assert _as_dict(anatomy)["base"] == {"id": "org/base", "revision": revision}
+    _show(anatomy, Path("a"))
+    said = "base org/base at the revision v2\n" if revision else "base org/base\n"
+    assert said in capsys.readouterr().out

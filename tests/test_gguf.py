@@ -139,6 +139,39 @@ def test_a_file_is_converted_once_wherever_it_lies(
     assert converted(tmp_path / "elsewhere.gguf") == folder
 
 
+@pytest.mark.parametrize("made", [False, True])
+def test_conversions_of_earlier_versions_are_deleted_and_no_others(
+    made: bool, tmp_path: Path
+) -> None:
+    write(tmp_path / "m.gguf", GGMLQuantizationType.Q8_0)
+    home = tmp_path / "cache"
+    if made:
+        converted(tmp_path / "m.gguf", home / "transformers-12")
+    kept = ("transformers-13", "transformers-next", "other-1", "transformers-x-1")
+    for name in ("transformers-1", "transformers-2", *kept):
+        (home / name).mkdir(parents=True)
+        (home / name / "model.safetensors").write_bytes(b"weights")
+    folder = converted(tmp_path / "m.gguf", home / "transformers-12")
+    found = {p.name for p in home.iterdir() if p.suffix != ".lock"}
+    assert found == {"transformers-12", *kept}
+    assert (folder / "config.json").is_file()
+
+
+def test_an_earlier_conversion_stays_until_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "m.gguf", GGMLQuantizationType.Q8_0)
+    (tmp_path / "out-1").mkdir()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf_model, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        converted(tmp_path / "m.gguf", tmp_path / "out-2")
+    assert {p.name for p in tmp_path.iterdir() if p.suffix != ".lock"} == {"m.gguf", "out-1"}
+
+
 def test_a_conversion_that_is_killed_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +184,7 @@ def test_a_conversion_that_is_killed_leaves_nothing(
         patch.setattr(gguf_model, "save_file", killed)
         with pytest.raises(KeyboardInterrupt):
             converted(tmp_path / "m.gguf", tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == ["m.gguf"]
     assert (converted(tmp_path / "m.gguf", tmp_path / "out") / "config.json").is_file()
 
 

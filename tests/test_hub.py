@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from hub_server import HubServer
 from serving import Serving
 from test_cli import QUICK
 
+from ptkit.data.read_files import read_files
 from ptkit.data.sources import BUILTIN
 from ptkit.recipe import load_recipe, shipped_recipes
 from ptkit.runtime.named_models import TINY_EN_FOLDER, WHEELS
@@ -97,6 +99,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     torch.save({}, adapter / "main" / "training_args.bin")
     shutil.copytree(SHIPPED / "facts-prompt", adapter / "v1.0")
     shutil.copytree(SHIPPED / "facts-prefix", root / "models/team/secret/main")
+    theirs = root / "models/team/theirs/main"
+    theirs.mkdir(parents=True)
+    (theirs / "adapter_config.json").write_text(
+        '{"config": {"architecture": "prefix_tuning"}, "model_type": "gpt2"}'
+    )
+    (theirs / "pytorch_adapter.bin").write_bytes(b"pickled")
     shutil.copytree(TINY_EN_FOLDER, root / "models/team/gated-base/main")
     for revision, rows in (("main", 60), ("small", 30)):
         data = root / "datasets/team/facts-data" / revision / "data"
@@ -234,6 +242,7 @@ def test_what_the_hub_refuses_is_told_with_exit_code_2(client: Client) -> None:
         (with_adapter("team/nothing"), "no such adapter: team/nothing is neither a folder here"),
         (with_adapter("team/facts@v9"), "team/facts has no revision `v9`"),
         (with_adapter("team/secret"), "team/secret is gated"),
+        (with_adapter("team/theirs"), "team/theirs is an adapter of AdapterHub's `adapters`"),
         (with_adapter("team/tiny"), "team/tiny is on the Hub but holds no adapter"),
         (with_data("task.data.hub=team/nothing"), "`team/nothing` cannot be loaded"),
         (
@@ -364,11 +373,17 @@ def test_cells_of_csv_data_on_the_hub_are_learnt_as_they_are_written(
             text = "\n".join(lines) if part == "semi" else "\n".join(lines).replace(";", "\t")
             name = f"{split}.{'csv' if part == 'semi' else 'tsv'}"
             (folder / part / name).write_text(text + "\n")
+    for split in ("train", "test"):
+        packed = folder / "packed" / f"{split}.csv.gz"
+        packed.parent.mkdir(exist_ok=True)
+        packed.write_bytes(gzip.compress("\n".join(lines).encode()))
     names = {"class_label": {"names": {"0": "even", "1": "odd"}}}
     described = {
         "configs": [
             {"config_name": "semi", "sep": ";", "data_files": [
                 {"split": s, "path": f"semi/{s}.csv"} for s in ("train", "test")]},
+            {"config_name": "packed", "sep": ";", "data_files": [
+                {"split": s, "path": f"packed/{s}.csv.gz"} for s in ("train", "test")]},
             {"config_name": "plain", "sep": "\t", "data_files": [
                 {"split": s, "path": f"plain/{s}.tsv"} for s in ("train", "test")]},
         ],
@@ -383,7 +398,7 @@ def test_cells_of_csv_data_on_the_hub_are_learnt_as_they_are_written(
         "from datasets import load_dataset\n"
         "from ptkit.data.sources import load_rows\n"
         "from ptkit.recipe.schema import DataSection\n"
-        "for config in ('plain', 'semi'):\n"
+        "for config in ('plain', 'semi', 'packed'):\n"
         "    if sys.argv[1] == 'first' and config == 'plain':\n"
         "        load_dataset('team/odd', 'plain')\n"
         "    rows = load_rows(DataSection(hub='team/odd', config=config), Path())\n"
@@ -391,14 +406,100 @@ def test_cells_of_csv_data_on_the_hub_are_learnt_as_they_are_written(
     )
     for when in ("first", "again", "offline"):
         done = client.python(code, when, offline=when == "offline")
-        plain, semi = map(json.loads, done.stdout.splitlines()[-2:])
-        for rows in (plain, semi):
+        plain, semi, packed = map(json.loads, done.stdout.splitlines()[-3:])
+        for rows in (plain, semi, packed):
             kept = {row["q"]: row["a"] for row in rows}
             assert kept.items() <= values.items()
             assert len(kept) >= len(values) - 1, when  # a tenth is held out for validation
             assert all(row["note"] is None for row in rows)
         assert {row["label"] for row in plain} == {"0", "1"}
         assert {row["label"] for row in semi} == {"even", "odd"}
+
+
+#: What a reader that gives columns types would change.
+ODD_ROWS = (
+    '{"q": "a", "n": 1, "day": "1996-12-19", "id": 12345678901234567890, "label": 0}',
+    '{"q": "b", "n": 2.50, "day": "NA", "note": null, "label": 1, "tags": [1, 0]}',
+    '{"q": "c", "n": 1e3, "day": "2020-01-02T03:04:05", "note": NaN, "label": -1}',
+    '{"q": "d", "n": true, "turns": [{"role": "user", "content": 2.0}], "label": 1}',
+    '{"q": "e", "n": "x", "turns": [{"role": "tool", "content": {"k": null}}], "label": 0}',
+    '{"q": "f\\u2028g", "n": [], "turns": "none", "label": 0}',
+)
+
+
+def test_json_data_on_the_hub_is_the_same_file_read_here(
+    client: Client, server: HubServer, tmp_path: Path
+) -> None:
+    """Lines, lists, one object, a field and compressed ones: online, again, and without a network
+    where the common cache holds them with types."""
+    folder = server.hub.root / "datasets/team/loose/main"
+    folder.mkdir(parents=True)
+    lines, listed = "\n".join(ODD_ROWS) + "\n", f"[{', '.join(ODD_ROWS)}]"
+    files = {
+        "lines": ("train.jsonl", lines.encode()), "list": ("train.json", listed.encode()),
+        "marked": ("marked.jsonl", b"\xef\xbb\xbf" + lines.encode()),
+        "packed": ("train.jsonl.gz", gzip.compress(lines.encode())),
+        "field": ("field.json", f'{{"version": 1, "data": {listed}}}'.encode()),
+        "one": ("one.json", b'{\n "q": "a",\n "n": 1\n}\n'),
+        "named": ("train.jsonl", lines.encode()),
+    }  # fmt: skip
+    configs: list[dict[str, Any]] = [
+        {"config_name": c,
+         "data_files": [{"split": split, "path": name} for split in ("train", "test")]}
+        for c, (name, _) in files.items()
+    ]  # fmt: skip
+    next(c for c in configs if c["config_name"] == "field")["field"] = "data"
+    for name, content in files.values():
+        (folder / name).write_bytes(content)
+    label = {"class_label": {"names": {"0": "even", "1": "odd"}}}
+    described = {"configs": configs, "dataset_info": [{"config_name": "named", "features": [
+        {"name": "label", "dtype": label}, {"name": "tags", "list": label}]}]}  # fmt: skip
+    (folder / "README.md").write_text(f"---\n{json.dumps(described)}\n---\n")
+    for name, text in (("lines.jsonl", lines), ("one.json", files["one"][1].decode())):
+        (tmp_path / name).write_text(text)
+    wanted = {
+        name: [dict(row) for row in read_files([tmp_path / name])]
+        for name in ("lines.jsonl", "one.json")
+    }
+    code = (
+        "import json, sys\n"
+        "from ptkit.data.hub_rows import hub_rows\n"
+        "from ptkit.recipe.schema import DataSection\n"
+        "for config in sys.argv[1:]:\n"
+        "    rows = hub_rows(DataSection(hub='team/loose', config=config))['test']\n"
+        "    print(json.dumps([dict(row) for row in rows]))\n"
+    )
+    typed = "from datasets import load_dataset\nload_dataset('team/loose', 'one')\n"
+    client.python(typed)
+    for offline in (False, False, True):
+        done = client.python(code, *files, offline=offline)
+        found = dict(zip(files, map(json.loads, done.stdout.splitlines()), strict=True))
+        named = found.pop("named")
+        assert found.pop("one") == wanted["one.json"]
+        for rows in found.values():
+            assert rows == wanted["lines.jsonl"]
+        assert [row["label"] for row in named] == ["even", "odd", None, "odd", "even", "even"]
+        assert named[1]["tags"] == ["odd", "even"]
+        assert named[1]["n"] == "2.50"
+
+
+def test_cells_that_only_the_typed_cache_has_are_refused(client: Client, server: HubServer) -> None:
+    folder = server.hub.root / "datasets/team/seen/main"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text('{"n": 1}\n{"n": 2.5}\n')
+    client.python("from datasets import load_dataset\nload_dataset('team/seen')\n")
+    code = (
+        "from ptkit.data.hub_rows import hub_rows\n"
+        "from ptkit.errors import DataError\n"
+        "from ptkit.recipe.schema import DataSection\n"
+        "try:\n"
+        "    hub_rows(DataSection(hub='team/seen'))\n"
+        "except DataError as error:\n"
+        "    print(error)\n"
+    )
+    told = client.python(code, offline=True).stdout
+    assert "`team/seen` cannot be loaded" in told
+    assert "inferred types alone; read it once with a network" in told
 
 
 def test_a_bad_csv_file_on_the_hub_is_told(client: Client, server: HubServer) -> None:
@@ -411,3 +512,14 @@ def test_a_bad_csv_file_on_the_hub_is_told(client: Client, server: HubServer) ->
     (told,) = client.refusals(["train", "quickstart", *QUICK, *settings])
     assert "`team/ragged` cannot be loaded" in told
     assert "Expected 2 fields in line 3, saw 3" in told
+
+
+def test_a_bad_json_file_on_the_hub_is_told(client: Client, server: HubServer) -> None:
+    folder = server.hub.root / "datasets/team/broken/main"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text('{"a": 1}\n{"a": \n')
+    settings = [
+        p for s in ("task.data.builtin=null", "task.data.hub=team/broken") for p in ("--set", s)
+    ]
+    (told,) = client.refusals(["train", "quickstart", *QUICK, *settings])
+    assert "`team/broken` cannot be loaded: train.jsonl:2: not valid JSON" in told

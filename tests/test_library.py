@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_base
+from huggingface_hub.constants import HF_HUB_CACHE
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save
+from starlette.testclient import TestClient
 from test_composition import save_lora
 from test_engine import Asked
 from test_peft_parity import LEARNT, make_adapter
@@ -17,10 +22,12 @@ from test_peft_parity import LEARNT, make_adapter
 from ptkit.bank import AdapterBank
 from ptkit.errors import AdapterError
 from ptkit.formats import atomic
-from ptkit.formats.adapter_files import WEIGHTS, write_adapter
+from ptkit.formats.adapter_files import CONFIG, INFO, WEIGHTS, write_adapter
 from ptkit.serve.answer import InUseError
+from ptkit.serve.app import create_app
 from ptkit.serve.engine import Engine
 from ptkit.serve.library import Library
+from ptkit.serve.metrics import Metrics
 
 
 @pytest.fixture
@@ -142,3 +149,78 @@ def test_an_upload_is_served_from_its_own_folder_and_read_again_when_that_change
     assert not library.upload("mine", prefix_files(library, tmp_path / "two", 2))
     assert library.bank.status("mine").version == 2
     assert not torch.equal(library.bank.prefix("mine").flat(), first.flat())
+
+
+def spoilt(files: dict[str, bytes]) -> dict[str, dict[str, bytes]]:
+    """Uploads that are refused, each for a reason of its own."""
+    config = json.loads(files[CONFIG])
+    info = {"base": {"id": "gpt2", "fingerprint": "0" * 16}}
+    nan = save({"prompt_embeddings": torch.full((4, 32), float("nan"))})
+    return {
+        "no settings": {WEIGHTS: files[WEIGHTS]},
+        "no weights": {CONFIG: files[CONFIG]},
+        "cut": {**files, WEIGHTS: files[WEIGHTS][:-9]},
+        "zeros": {**files, WEIGHTS: bytes(400)},
+        "no JSON": {**files, CONFIG: b"{"},
+        "a list": {**files, CONFIG: b"[]"},
+        "no method": {**files, CONFIG: b"{}"},
+        "unknown method": {**files, CONFIG: json.dumps({**config, "peft_type": "X"}).encode()},
+        "AdapterHub": {**files, CONFIG: b'{"config": {}, "model_type": "gpt2"}'},
+        "record": {**files, INFO: b'{"base": 1}'},
+        "other base": {**files, INFO: json.dumps(info).encode()},
+        "not finite": {CONFIG: files[CONFIG], WEIGHTS: nan},
+    }  # fmt: skip
+
+
+def test_what_a_client_is_told_names_no_place_on_the_servers_disk(tmp_path: Path) -> None:
+    """Uploads, loads, swaps, cards and answers: every way that a refusal is worded."""
+    served = tmp_path / "served"
+    served.mkdir()
+    base = replace(random_base("gpt2"), id=str(tmp_path))  # as if loaded from a folder
+    library = Library(Engine(AdapterBank(base, check_every=0), max_rows=2), served, base_name="b")
+    good = prefix_files(library, tmp_path / "good", 1, kind="prompt")
+    told: list[str] = []
+    with TestClient(create_app(library, Metrics(library.bank))) as client:
+        library.upload("mine", good)
+        for name, content in spoilt(good).items():
+            sent = [("files", pair) for pair in content.items()]
+            refused = [client.put("/v1/adapters/mine", files=sent)]
+            (served / name).mkdir()
+            for file, data in content.items():
+                (served / name / file).write_bytes(data)
+            refused.append(client.post("/v1/load_adapter", json={"name": "new", "path": name}))
+            refused.append(client.post("/v1/swap_adapter", json={"name": "mine", "path": name}))
+            assert [answer.status_code for answer in refused] == [422] * 3, name
+            told += [answer.json()["error"]["message"] for answer in refused]
+        # Files that go bad while they are served.
+        library.bank.register(served / "cut", "later")
+        (served / "mine" / CONFIG).write_bytes(b"{")
+        library.voices("mine")
+        told.append(str(client.get("/v1/adapters").json()))
+        for stream in (False, True):
+            asked = {"model": "later", "prompt": "w1", "stream": stream}
+            answer = client.post("/v1/completions", json=asked)
+            assert answer.status_code == 422
+            told.append(answer.text)
+    assert not [message for message in told if str(tmp_path) in message or ".tmp" in message]
+    assert any("cut/adapter_model.safetensors is damaged" in message for message in told)
+    assert any("made for the base model `gpt2`, not for `b`" in message for message in told)
+
+
+@pytest.mark.parametrize("prompts", [["w1"] * 65, [[1, 2]] * 65])
+def test_too_many_prompts_are_told_as_such(library: Library, prompts: list[object]) -> None:
+    with TestClient(create_app(library, Metrics(library.bank))) as client:
+        refused = client.post("/v1/completions", json={"model": "base", "prompt": prompts})
+        assert refused.status_code == 400
+        told = refused.json()["error"]["message"]
+        assert told.startswith("`prompt` holds 65 prompts, a request takes at most 64")
+        long = client.post("/v1/completions", json={"model": "base", "prompt": [1] * 100})
+        assert long.status_code == 200, "token ids of one prompt"
+        for nothing in ([], [[]]):
+            refused = client.post("/v1/completions", json={"model": "base", "prompt": nothing})
+            assert refused.json()["error"]["message"] == "`prompt` is an empty list"
+
+
+def test_an_adapter_of_the_hubs_cache_is_told_by_its_id(library: Library) -> None:
+    place = Path(HF_HUB_CACHE) / "models--team--facts" / "snapshots" / "0a1b" / WEIGHTS
+    assert library.public(f"{place} is damaged") == f"team/facts/{WEIGHTS} is damaged"

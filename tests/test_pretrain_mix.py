@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from itertools import islice
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import hold_out
+import pretrain_data
 import text_to_text_mix as mix
 
 LINES = [
@@ -65,3 +68,20 @@ def test_evaluation_formats_and_domains_do_not_occur(sample: list[mix.Document])
     for document in sample:
         assert not mix.forbidden(document.text), document
         assert not banned.search(document.text), document
+
+
+def test_separators_within_a_text_end_no_line(tmp_path: Path) -> None:
+    """U+2028, U+0085 and a vertical tab are letters of a line; `splitlines` would cut there."""
+    rows = [{"text": f"a{mark}b"} for mark in ("\u2028", "\u0085", "\x0b")]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert hold_out.rows_of([tmp_path / "rows.jsonl"]) == rows
+    text = "".join(f"{line}\u2028{line}\n" for line in LINES * 200)
+    blocks = pretrain_data.blocks_of(text)
+    assert len(blocks) > 1
+    assert "".join(blocks) == text
+    assert all(block.endswith("\n") for block in blocks)
+    line = f"{LINES[0]}\u2028and more"
+    assert pretrain_data.mix_lines({f"{mix.CORPUS_FILES[0]}": [f"{line}\n{LINES[1]}\n"]}) == [
+        " ".join(line.split()), LINES[1]
+    ]  # fmt: skip

@@ -15,6 +15,7 @@ from ptkit.comparison.grid import run_grid
 from ptkit.comparison.merge import merge, read_comparison
 from ptkit.comparison.outputs import write_outputs
 from ptkit.errors import FolderError, UserError
+from ptkit.evaluation.retention import LanguageModelling, Retention
 from ptkit.recipe import load_recipe
 from ptkit.training.experiment import prepare
 from ptkit.training.run import Observer
@@ -162,3 +163,42 @@ def test_a_comparison_of_an_earlier_version_goes_on(data: Path, tmp_path: Path) 
     records = run_grid(loaded, tmp_path / "out", base=random_base("llama"))
     assert [r.test_rows is None for r in records] == [True, False, False]
     write_outputs(tmp_path / "out", records, loaded.recipe)
+
+
+@pytest.mark.parametrize("lead", [0, 1])
+def test_forgetting_of_an_earlier_version_is_not_compared_where_its_meaning_changed(
+    parts: Path, tmp_path: Path, lead: int
+) -> None:
+    """Earlier versions put no begin-of-text token before a text, and did not say so."""
+    for name in ("here", "same"):
+        shutil.copytree(parts / name, tmp_path / name)
+        for path in (tmp_path / name).rglob("record.json"):
+            values = json.loads(path.read_text())
+            assert values["retention"].pop("lead") == 0
+            if name == "here":
+                values["retention"]["lead"] = lead
+            path.write_text(json.dumps(values))
+    both = [read_comparison(tmp_path / name) for name in ("here", "same")]
+    if not lead:
+        assert len(merge(both, tmp_path / "out").records) == 3
+        return
+    with pytest.raises(UserError, match=r"meaning of forgetting \(how many begin-of-text tokens"):
+        merge(both, tmp_path / "out")
+
+
+@pytest.mark.parametrize("after", [0.0, 0.25])
+def test_no_share_is_kept_of_a_base_that_predicts_no_token(
+    after: float, tmp_path: Path, parts: Path
+) -> None:
+    base, adapter = (LanguageModelling(4.0, a, 100) for a in (0.0, after))
+    found = Retention({"text": base}, {"text": adapter}, 0.0, 100).as_dict()
+    assert found["retention"] is None
+    assert found["domains"]["text"]["retention"] is None
+    assert found["forgetting"] == 0.0
+    shutil.copytree(parts / "here", tmp_path / "out")
+    for path in (tmp_path / "out").rglob("record.json"):
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps(values | {"retention": found}))
+    whole = read_comparison(tmp_path / "out")
+    write_outputs(tmp_path / "out", list(whole.records), whole.loaded.recipe)
+    assert (tmp_path / "out/report.html").is_file()

@@ -240,5 +240,5 @@ def test_unfinished_comparison_is_reported_as_far_as_it_got(recipe_file, tmp_pat
     run_grid(loaded, tmp_path / "all", base=random_base("llama"))
     (tmp_path / "all/cells/prefix_tuning-seed1/record.json").unlink()
     done = ptkit("report", "all", cwd=tmp_path)
-    assert "1 cells are missing" in done.stderr
+    assert "1 cell is missing" in done.stderr
     assert (tmp_path / "all" / "report.html").is_file()

@@ -10,7 +10,7 @@ import torch
 from conftest import random_base
 
 from ptkit.data.encode import EncodedExample, length_grouped_batches
-from ptkit.errors import AdapterError, PtkitError
+from ptkit.errors import AdapterError, PtkitError, UserError
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import (
     ADAPTERS,
@@ -20,7 +20,13 @@ from ptkit.methods import (
     require_same_base,
 )
 from ptkit.recipe.schema import TrainSection, method_section
-from ptkit.training.checkpoint import Progress, load_checkpoint, save_checkpoint, state_device
+from ptkit.training.checkpoint import (
+    Progress,
+    load_checkpoint,
+    random_states,
+    save_checkpoint,
+    state_device,
+)
 from ptkit.training.loop import fit as fit_jobs
 from ptkit.training.trainee import Job, StepReport, _groups
 
@@ -320,10 +326,31 @@ def test_restored_state_is_no_view_of_the_file(tmp_path: Path) -> None:
     for parameter in adapter.trainable().values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    save_checkpoint(tmp_path, Progress(step=1), adapter, {}, optimizer)
+    save_checkpoint(tmp_path, Progress(step=1), adapter, {}, optimizer, [random_states()])
     again = torch.optim.AdamW(adapter.trainable().values(), fused=True)
     load_checkpoint(tmp_path, adapter, again)
     values = [v for state in again.state.values() for v in state.values()]
     assert len(values) == 3 * len(adapter.trainable())
     assert all(v.untyped_storage().nbytes() == v.nbytes for v in values)
     assert all(v.data_ptr() % 64 == 0 for v in values if v.ndim)
+
+
+def test_checkpoint_of_other_processes_is_refused_and_each_has_its_own_state(
+    tmp_path: Path,
+) -> None:
+    adapter, _ = train("prefix_tuning", tmp_path / "run", steps=1)
+    optimizer = torch.optim.AdamW(adapter.trainable().values(), fused=True)
+    states, drawn = [], []
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        states.append(random_states())
+        drawn.append(torch.rand(3))
+    save_checkpoint(tmp_path, Progress(step=1), adapter, {}, optimizer, states)
+    for process, expected in enumerate(drawn):
+        load_checkpoint(tmp_path, adapter, optimizer, process, 2)
+        assert torch.equal(torch.rand(3), expected)
+    with pytest.raises(UserError, match=r"written by 2 processes, and this run has one process"):
+        load_checkpoint(tmp_path, adapter, optimizer)
+    save_checkpoint(tmp_path, Progress(step=1), adapter, {}, optimizer, states[:1])
+    with pytest.raises(UserError, match=r"written by one process, and this run has 3 processes"):
+        load_checkpoint(tmp_path, adapter, optimizer, 2, 3)

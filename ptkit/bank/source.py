@@ -15,6 +15,7 @@ from ptkit.formats.adapter_files import (
     AdapterFiles,
     adapters_below,
     read_adapter,
+    read_config,
 )
 from ptkit.formats.hub import fetch_adapter, is_on_hub
 from ptkit.methods import require_same_base
@@ -69,13 +70,16 @@ def read_checked(path: Path, base: Base, *, chosen: bool = False) -> Reading:
 
 
 def require_files(path: Path) -> None:
-    """Raise AdapterError unless `path` looks like an adapter folder. Nothing is opened."""
+    """Raise AdapterError unless `path` looks like an adapter folder. Of one that does, nothing is
+    opened."""
     weights, int8, config, _ = stamp(path)
     no_weights = weights is None and int8 is None
     if no_weights or config is None:
         if config is None and (below := adapters_below(path)):
             names = ", ".join(f"`{path / folder}`" for folder in below)
             raise AdapterError(f"{path} holds several adapters, name one: {names}")
+        if config is not None:
+            read_config(path)  # it may say whose folder this is
         missing = path if not path.is_dir() else path / (WEIGHTS if no_weights else CONFIG)
         raise AdapterError(f"{missing} is missing; an adapter folder holds {CONFIG} and {WEIGHTS}")
 

@@ -16,6 +16,7 @@ from ptkit.bench.result import BenchResult, Figure
 from ptkit.bench.subjects import ParityError, bench_base, random_prefixes, random_prompts
 from ptkit.bench.timing import interleaved, ratio
 from ptkit.errors import UserError
+from ptkit.formats.sizes import in_bytes
 from ptkit.prefix import KVLayout
 from ptkit.runtime.generation import generate
 
@@ -133,6 +134,6 @@ def _require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed * 1.05 > free:
         raise UserError(
-            f"the adapters take {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free; "
+            f"the adapters take {in_bytes(needed)}, {folder} has {in_bytes(free)} free; "
             "lower --adapters or give another --folder"
         )

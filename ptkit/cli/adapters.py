@@ -28,6 +28,7 @@ def ls(
 ) -> None:
     """List the adapters: method, base, virtual tokens, size; reads no weights, loads no model."""
     from ptkit.bank.listing import list_adapters
+    from ptkit.formats.sizes import in_bytes
 
     found = list_adapters(folder)
     if format is OutputFormat.json:
@@ -41,7 +42,7 @@ def ls(
     titles = ["adapter", "method", "base", "virtual tokens", "dtype", "bytes", "fault"]
     table(titles if any(a.fault for a in found) else titles[:-1], map(_row, found))
     total = sum(a.bytes for a in found)
-    typer.echo(f"{len(found)} adapters, {total / 1e6:,.2f} MB in {folder}")
+    typer.echo(f"{len(found)} adapters, {in_bytes(total)} in {folder}")
 
 
 def _row(a: Listed) -> list[str]:

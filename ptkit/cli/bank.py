@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,14 +13,13 @@ import typer
 from ptkit.cli import adapters
 from ptkit.cli.options import JsonOutput, ModelOption, OutputFormat, table
 from ptkit.errors import UserError
+from ptkit.formats.sizes import in_bytes, read_bytes
 
 app = typer.Typer(help="List, load and verify a folder of adapters.", no_args_is_help=True)
 
 FolderArgument = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder whose direct subfolders are adapters.")
 ]
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 @app.command()
@@ -42,7 +40,7 @@ def load(
     json_output: JsonOutput = False,
 ) -> None:
     """Load every adapter into a bank: what it takes, how long, and where each one ends up."""
-    limit = None if budget is None else _bytes(budget)
+    limit = None if budget is None else read_bytes(budget)
     from ptkit.bank import AdapterBank
     from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
@@ -73,8 +71,8 @@ def load(
     )  # fmt: skip
     typer.echo(
         f"{len(statuses)} adapters in {seconds * 1e3:,.1f} ms; "
-        f"{bank.resident_bytes / 1e6:,.2f} MB of prefixes on the device"
-        + ("" if limit is None else f", of {limit / 1e6:,.2f} MB")
+        f"{in_bytes(bank.resident_bytes)} of prefixes on the device"
+        + ("" if limit is None else f", of {in_bytes(limit)}")
     )
 
 
@@ -119,11 +117,3 @@ def _adapters(folder: Path) -> list[Path]:
     if not found:
         raise UserError(f"{folder} holds no adapters (folders with an {CONFIG})")
     return found
-
-
-def _bytes(text: str) -> int:
-    """`500MB` as bytes; decimal units, and binary ones with an i. Raises UserError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*((?:[KMG]I?)?)B?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise UserError(f"`{text}` is not a size in bytes; write 500MB, 2GiB or 750000")
-    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import JsonOutput, input_lines
+from ptkit.cli.options import JsonOutput, input_lines, is_data_file
 
 
 def classify(
@@ -25,7 +25,12 @@ def classify(
     ] = None,
     input_file: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--input", "-i", help="Text file with one text per line."),
+        typer.Option(
+            "--input",
+            "-i",
+            help="Text file with one text per line, or CSV, JSONL, JSON or Parquet with the "
+            "columns that the adapter's template names.",
+        ),
     ] = None,
     raw: Annotated[
         bool,
@@ -37,18 +42,28 @@ def classify(
 
     An adapter that labels words splits its sentences at spaces.
     """
+    from ptkit.data.inputs import table_inputs, table_sentences
+    from ptkit.errors import UserError
     from ptkit.evaluation.classify import classifier
+    from ptkit.recipe.schema import TokenClassificationTask
 
-    texts = input_lines(text, input_file)
+    table = input_file if is_data_file(text, input_file) else None
+    if table is not None and raw:
+        raise UserError(f"--raw takes texts as they are, and {table} has rows and columns")
+    texts = [] if table is not None else input_lines(text, input_file)
     with classifier(adapter, model) as loaded:
-        if loaded.of_words:
+        if isinstance(loaded.task, TokenClassificationTask):
             sentences = [line.split() for line in texts]
+            if table is not None:
+                sentences = table_sentences(table, loaded.task.words)
             for words, labels in zip(sentences, loaded.words(sentences), strict=True):
                 if json_output:
                     typer.echo(json.dumps({"words": words, "labels": labels}, ensure_ascii=False))
                 else:
                     typer.echo(" ".join(f"{w}/{t}" for w, t in zip(words, labels, strict=True)))
             return
+        if table is not None:  # in the template, now
+            texts, raw = table_inputs(table, loaded.task.input), True
         for line, shares in zip(texts, loaded.probabilities(texts, raw=raw), strict=True):
             best = max(shares, key=shares.__getitem__)
             if json_output:

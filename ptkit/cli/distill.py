@@ -86,12 +86,13 @@ def distill(
 
 def _show(done: Distilled) -> None:
     from ptkit.cli.options import table
+    from ptkit.formats.sizes import in_bytes
     from ptkit.training.distill import NOTHING
 
     chunks = f" in {done.chunks} chunks" if done.chunks > 1 else ""
     typer.echo(
-        f"text: {done.document_tokens:,} tokens{chunks}, {done.document_bytes / 1000:,.1f} KB of "
-        f"keys and values; prefix: {done.tokens} tokens, {done.bytes / 1000:,.1f} KB, "
+        f"text: {done.document_tokens:,} tokens{chunks}, {in_bytes(done.document_bytes)} of "
+        f"keys and values; prefix: {done.tokens} tokens, {in_bytes(done.bytes)}, "
         f"{done.ratio:.1f} times less"
     )
     rows = []

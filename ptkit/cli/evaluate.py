@@ -136,9 +136,11 @@ def _show(result: Evaluation) -> None:
         typer.echo(f"  {name:12} {interval.mean:6.2f}  [{interval.low:.2f}, {interval.high:.2f}]")
     if result.retention is not None:
         overall = result.retention.overall
+        kept = overall["retention"]
+        share = "none to keep" if kept is None else f"{kept:.1%}"
         typer.echo(
             f"  {'forgetting':12} {overall['forgetting']:+6.3f}  nats per token, "
-            f"n={overall['tokens']:,} tokens; retention {overall['retention']:.1%}; "
+            f"n={overall['tokens']:,} tokens; retention {share}; "
             f"drift {result.retention.drift:.3f}"
         )
 

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import JsonOutput, input_lines
+from ptkit.cli.options import JsonOutput, input_lines, is_data_file
 
 
 class Ensemble(StrEnum):
@@ -38,7 +38,12 @@ def generate(
     ] = None,
     input_file: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--input", "-i", help="Text file with one input per line."),
+        typer.Option(
+            "--input",
+            "-i",
+            help="Text file with one input per line, or CSV, JSONL, JSON or Parquet with the "
+            "columns that the adapter's template names.",
+        ),
     ] = None,
     with_base: Annotated[
         bool, typer.Option("--base", help="Let the plain base answer too, in the same batch.")
@@ -64,10 +69,13 @@ def generate(
     An adapter knows the template it was trained with: give `name[Aurora], ...`, not the template.
     """
     from ptkit.errors import UserError
-    from ptkit.evaluation.saved import fill_template, find_adapter
+    from ptkit.evaluation.saved import fill_template, find_adapter, input_template
     from ptkit.recipe.schema import ModelSection
 
-    inputs = input_lines(prompt, input_file)
+    table = input_file if is_data_file(prompt, input_file) else None
+    if table is not None and raw:
+        raise UserError(f"--raw takes inputs as they are, and {table} has rows and columns")
+    inputs = [] if table is not None else input_lines(prompt, input_file)
     places: list[Path | None] = [find_adapter(path) for path in adapter or []]
     if ensemble and (len(places) < 2 or with_base):
         raise UserError("--ensemble needs at least two --adapter, and no --base")
@@ -79,6 +87,7 @@ def generate(
     import torch
 
     from ptkit.bank import AdapterBank, name_of
+    from ptkit.data.inputs import table_inputs
     from ptkit.formats.adapter_files import read_config, read_info
     from ptkit.methods import revision_named
     from ptkit.runtime.base_model import load_base
@@ -103,21 +112,30 @@ def generate(
         None if place is None else bank.load(place, str(place), chosen=chosen) for place in places
     ]
 
-    def filled(text: str, place: Path | None) -> str:
-        return text if raw else fill_template(text, place or template)
+    # Of a data file each adapter reads the columns that its own template names.
+    rows = {place: table_inputs(table, input_template(place or template)) for place in places
+            } if table is not None else {}  # fmt: skip
+    if rows:
+        inputs = rows[template]
+
+    def filled(number: int, place: Path | None) -> str:
+        if rows:
+            return rows[place][number]
+        return inputs[number] if raw else fill_template(inputs[number], place or template)
 
     if ensemble:
-        texts = [filled(text, template) for text in inputs]
+        texts = [filled(number, template) for number in range(len(inputs))]
         for text, answer in zip(
             inputs, bank.ensemble(texts, names, by=ensemble.value, **options), strict=True
         ):
             _print(text, f"ensemble of {len(places)}", answer, json_output, alone=True)
         return
-    asked = [(text, place) for text in inputs for place in places]
+    asked = [(number, place) for number in range(len(inputs)) for place in places]
     answers = bank.generate(
-        [filled(text, place) for text, place in asked], names * len(inputs), **options
+        [filled(number, place) for number, place in asked], names * len(inputs), **options
     )
-    for (text, place), answer in zip(asked, answers, strict=True):
+    for (number, place), answer in zip(asked, answers, strict=True):
+        text = inputs[number]
         name = None if place is None else name_of(place)
         if place == places[0] and len(places) > 1 and not json_output:
             typer.secho(text, bold=True)

@@ -41,9 +41,15 @@ def inspect(
 
 
 def _as_dict(anatomy: Anatomy) -> dict[str, object]:
+    from ptkit.formats.adapter_files import base_revision
+
     return {
         "peft_type": anatomy.files.peft_type,
-        "base": anatomy.files.info.get("base") or {"id": anatomy.files.base_id},
+        "base": {
+            "id": anatomy.files.base_id,
+            **(anatomy.files.info.get("base") or {}),
+            "revision": base_revision(anatomy.files.config, anatomy.files.info),
+        },
         "parameters": anatomy.parameters,
         "share": anatomy.share,
         "bytes": anatomy.bytes,
@@ -65,20 +71,24 @@ def _show(anatomy: Anatomy, path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ptkit.formats.adapter_files import base_revision
+    from ptkit.formats.sizes import in_bytes
     from ptkit.training.record import scored_rows
 
     console = Console()
     info, files = anatomy.files.info, anatomy.files
     console.print(f"[bold]{path}[/]  {files.peft_type}", highlight=False)
-    base = info.get("base", {})
+    base, revision = info.get("base", {}), base_revision(files.config, info)
     console.print(
-        f"base {files.base_id}" + (f" ({base['fingerprint']})" if base.get("fingerprint") else ""),
+        f"base {files.base_id}"
+        + (f" at the revision {revision}" if revision else "")
+        + (f" ({base['fingerprint']})" if base.get("fingerprint") else ""),
         highlight=False,
     )
     console.print(
         f"{anatomy.parameters:,} parameters ({anatomy.share:.3%} of the base), "
-        f"{anatomy.bytes / 1000:.1f} KB on disk, {anatomy.virtual_tokens} virtual tokens, "
-        f"{anatomy.prefix_bytes / 1000:.1f} KB as a KV prefix",
+        f"{in_bytes(anatomy.bytes)} on disk, {anatomy.virtual_tokens} virtual tokens, "
+        f"{in_bytes(anatomy.prefix_bytes)} as a KV prefix",
         highlight=False,
     )
     if info.get("metrics"):

@@ -68,6 +68,16 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
+def is_data_file(prompts: list[str] | None, file: Path | None) -> bool:
+    """Whether the inputs are the rows of a file of columns. Raises UserError where inputs are given
+    twice."""
+    from ptkit.errors import UserError
+
+    if prompts and file:
+        raise UserError("give inputs either as arguments or with --input, not both")
+    return file is not None and file.suffix.lower() in DATA_FILES
+
+
 def input_lines(prompts: list[str] | None, file: Path | None) -> list[str]:
     """Inputs given as arguments, else the lines of `file` or of standard input that say something.
 

@@ -53,10 +53,10 @@ def report(
     console.print(summary_table(summaries, failed))
     if whole.missing:
         typer.echo(
-            f"{whole.missing} cells are missing"
+            (f"{whole.missing} cells are missing" if whole.missing > 1 else "1 cell is missing")
             + (f" ({len(failed)} failed)" if failed else "")
             + f"; `ptkit compare {whole.folder / 'recipe.yaml'} "
-            f"--out {whole.folder}` runs them",
+            f"--out {whole.folder}` runs {'them' if whole.missing > 1 else 'it'}",
             err=True,
         )
     typer.echo(f"{whole.folder / 'report.html'}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Optional
@@ -11,16 +10,15 @@ import typer
 
 from ptkit.cli.options import ModelOption
 from ptkit.errors import UserError
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+from ptkit.formats.sizes import read_bytes
 
 
 def size(text: str) -> int:
     """Bytes from `2GB`, `500 MB`, `1.5GiB` or a plain number."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if found is None or found[2].upper() not in _UNITS:
-        raise typer.BadParameter(f"`{text}` is no size; write 2GB, 500MB or a number of bytes")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    try:
+        return read_bytes(text)
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def serve(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ptkit.comparison.statistics import Difference
 from ptkit.evaluation.statistics import Interval
+from ptkit.formats.sizes import in_bytes
 
 #: What stands where a figure does not exist (nothing trained, one seed, no "off").
 NONE = "–"
@@ -11,13 +12,7 @@ NONE = "–"
 
 def size(count: float | None) -> str:
     """Bytes in the unit a reader would choose."""
-    if not count:
-        return NONE
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
+    return in_bytes(count) if count else NONE
 
 
 def parameters(count: int, share: float) -> str:

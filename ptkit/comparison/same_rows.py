@@ -52,6 +52,13 @@ def _scored(folder: Path, record: CellRecord) -> Iterator[tuple[str, Any]]:
         "base model": record.base_fingerprint,
     }
     yield from ((what, value) for what, value in fingerprints.items() if value is not None)
+    if record.retention is not None:
+        # Earlier versions put nothing before a window, and their records do not say so.
+        yield (
+            "meaning of forgetting (how many begin-of-text tokens stand before each text, which "
+            "earlier versions of ptkit left out)",
+            record.retention.get("lead", 0),
+        )
 
 
 def say_unknown(records: Sequence[CellRecord]) -> None:

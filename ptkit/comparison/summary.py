@@ -173,7 +173,8 @@ def _summary(
     exact = [r.adapter_off_exact for r in own]
 
     def over_seeds(key: str) -> Interval | None:
-        return seeds_interval([r[key] for r in retained]) if retained else None
+        values = [r[key] for r in retained if r[key] is not None]
+        return seeds_interval(values) if values else None
 
     domains: dict[str, Interval] = {}
     if retained and len(retained[0]["domains"]) > 1:

@@ -7,11 +7,12 @@ Parquet keeps the types it was written with. A path is a path: `*`, `?` and brac
 
 from __future__ import annotations
 
+import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pandas as pd
 import pyarrow as pa
@@ -77,35 +78,65 @@ def _tsv(path: Path) -> list[dict[str, Any]]:
 
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = _json(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not valid JSON ({error.msg})") from error
-            if not isinstance(value, dict):
-                raise DataError(f"{path}:{number}: expected a JSON object per line")
-            rows.append(value)
-    return rows
+        return list(_json_lines(file, str(path)))
 
 
 def _whole_json(path: Path) -> list[dict[str, Any]]:
-    """A list of objects, or one object per line as in a `.jsonl` file."""
+    with path.open(encoding="utf-8-sig") as file:
+        return list(json_rows(file, str(path)))
+
+
+def json_rows(file: TextIO, name: str, field: str | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a file of JSON: a list of objects, one object, or an object per line.
+
+    file: open for reading text, at its beginning
+    name: what messages call it
+    field: of the file's one object, the key whose value is the rows
+
+    Raises DataError naming the line or entry that is malformed or no object.
+    """
+    first = next(filter(str.strip, iter(file.readline, "")), "")
+    file.seek(0)
+    if field is None and _is_object(first):
+        yield from _json_lines(file, name)
+        return
+    text = file.read()
     try:
-        value = _json(path.read_text(encoding="utf-8-sig"))
+        value = _json(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            return _jsonl(path)
-        raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
-    if not isinstance(value, list):
-        value = [value]
-    for number, row in enumerate(value, start=1):
+        if error.msg == "Extra data" and field is None:
+            yield from _json_lines(io.StringIO(text), name)
+            return
+        raise DataError(f"{name}:{error.lineno}: not valid JSON ({error.msg})") from error
+    if field is not None:
+        if not isinstance(value, dict) or field not in value:
+            raise DataError(f"{name} should be one JSON object with the key `{field}`")
+        value = value[field]
+    for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
         if not isinstance(row, dict):
-            raise DataError(f"{path}: entry {number} should be a JSON object")
-    return value
+            raise DataError(f"{name}: entry {number} should be a JSON object")
+        yield row
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(_json(line), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def _json_lines(file: TextIO, name: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = _json(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{name}:{number}: not valid JSON ({error.msg})") from error
+        if not isinstance(value, dict):
+            raise DataError(f"{name}:{number}: expected a JSON object per line")
+        yield value
 
 
 def _json(text: str) -> Any:

@@ -13,6 +13,8 @@ from ptkit.runtime.generation import generate
 #: Tokens generated per measurement, and measurements of each side, taken in turns.
 NEW_TOKENS = 16
 ROUNDS = 3
+#: No round begins later than this; the other processes of a run wait for what one measures.
+SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,10 @@ def measure_latency(adapter: Adapter, prompt: list[int]) -> Latency:
         return 1000 * (seconds(NEW_TOKENS + 1) - seconds(1)) / NEW_TOKENS
 
     on, off = [], []
-    for _ in range(ROUNDS):
+    begun = time.perf_counter()
+    for number in range(ROUNDS):
+        if number and time.perf_counter() - begun > SECONDS:
+            break
         on.append(per_token(True))
         if adapter.has_off:
             with adapter.off():

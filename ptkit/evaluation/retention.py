@@ -13,9 +13,9 @@ its place would look like a gain.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,19 +83,22 @@ class Retention:
     """The base and the adapter on the same texts.
 
     base, adapter: per domain; drift: nats per token over the first drift_tokens
+    lead: tokens before each window of text (see `GeneralProbe`)
     """
 
     base: Mapping[str, LanguageModelling]
     adapter: Mapping[str, LanguageModelling]
     drift: float
     drift_tokens: int
+    lead: int = 0
 
     @property
-    def overall(self) -> dict[str, float]:
+    def overall(self) -> dict[str, Any]:
         """Over all tokens of all domains.
 
         forgetting: nats per token lost with the adapter on, 0 for the base itself; retention:
-        next-token accuracy with the adapter on, relative to the base's.
+        next-token accuracy with the adapter on, relative to the base's; None where the base
+        predicts no token.
         """
         base, adapter = (
             LanguageModelling.pooled(list(side.values())) for side in (self.base, self.adapter)
@@ -103,16 +106,18 @@ class Retention:
         return _compared(base, adapter)
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields of a record's `retention`: overall, drift, and per domain."""
+        """The fields of a record's `retention`: overall, drift, lead, and per domain. Records of
+        versions that put nothing before a window have no lead."""
         return {
             **self.overall,
             "drift": self.drift,
             "drift_tokens": self.drift_tokens,
+            "lead": self.lead,
             "domains": {n: _compared(self.base[n], self.adapter[n]) for n in self.base},
         }
 
 
-def _compared(base: LanguageModelling, adapter: LanguageModelling) -> dict[str, float]:
+def _compared(base: LanguageModelling, adapter: LanguageModelling) -> dict[str, Any]:
     return {
         "tokens": base.tokens,
         "base_nats": base.nats,
@@ -120,7 +125,8 @@ def _compared(base: LanguageModelling, adapter: LanguageModelling) -> dict[str, 
         "forgetting": adapter.nats - base.nats,
         "base_accuracy": base.accuracy,
         "adapter_accuracy": adapter.accuracy,
-        "retention": adapter.accuracy / base.accuracy,
+        # Of nothing, no share is kept.
+        "retention": adapter.accuracy / base.accuracy if base.accuracy else None,
     }
 
 
@@ -182,32 +188,78 @@ def language_modelling(
     windows, `[n, vocabulary]`, float32.
     """
     model.eval()
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    rows = max(1, MAX_LOGITS // (vocabulary * windows.shape[1]))
-    # A causal model predicts all tokens but the first; an encoder-decoder writes what it reads.
-    given = 0 if model.config.is_encoder_decoder else lead + 1
-    predicted = windows.shape[1] - given
+    given, predicted = _given_and_predicted(model, windows, lead)
     wanted = min(keep, len(windows)) * predicted
     nats, right, tokens = 0.0, 0, 0
     kept: list[Tensor] = []
-    for part in windows.to(model.device).split(rows):
-        mask = torch.ones_like(part)
-        labels = part.clone()
-        labels[:, :given] = IGNORED
-        batch = None
-        if compiled is not None:
-            batch = compiled.for_rows(part, input_tokens(model, mask, labels))
-        logits, targets = supervised_logits(model, part, mask, labels, batch)
-        nats += float(token_losses(logits, targets).sum(dtype=torch.float64))
-        right += int((logits.argmax(-1) == targets).sum())
+    for part in windows.split(_windows_at_once(model, windows)):
+        lost, hits, logits = _read(model, part, compiled, given)
+        nats, right = nats + lost, right + hits
         if tokens < wanted:  # so far every token read was kept
             kept.append(logits[: wanted - tokens].float().log_softmax(-1))
-        tokens += len(targets)
+        tokens += len(logits)
     return LanguageModelling(nats / tokens, right / tokens, tokens), torch.cat(kept)
 
 
-def measure_retention(adapter: Adapter, probe: GeneralProbe) -> Retention:
+def _windows_at_once(model: PreTrainedModel, windows: Tensor) -> int:
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    return int(max(1, MAX_LOGITS // (vocabulary * windows.shape[1])))
+
+
+def _given_and_predicted(model: PreTrainedModel, windows: Tensor, lead: int) -> tuple[int, int]:
+    """How many tokens of a window are only read, and how many are predicted: a causal model
+    predicts all but the first; an encoder-decoder writes what it reads."""
+    given = 0 if model.config.is_encoder_decoder else lead + 1
+    return given, windows.shape[1] - given
+
+
+def _read(
+    model: PreTrainedModel, part: Tensor, compiled: Compiled | None, given: int
+) -> tuple[float, int, Tensor]:
+    """Of all predicted tokens of some windows: the sum of their losses in nats, how many were
+    predicted first, and their logits `[n, vocabulary]`, window by window."""
+    part = part.to(model.device)
+    mask = torch.ones_like(part)
+    labels = part.clone()
+    labels[:, :given] = IGNORED
+    batch = None
+    if compiled is not None:
+        batch = compiled.for_rows(part, input_tokens(model, mask, labels))
+    logits, targets = supervised_logits(model, part, mask, labels, batch)
+    nats = float(token_losses(logits, targets).sum(dtype=torch.float64))
+    return nats, int((logits.argmax(-1) == targets).sum()), logits
+
+
+class Part(NamedTuple):
+    """What was read of some windows of a domain: sums over their tokens.
+
+    divergence: over the first `compared` of them
+    """
+
+    nats: float
+    right: int
+    tokens: int
+    divergence: float
+    compared: int
+
+
+#: Does some work on parts of a list, maybe in several processes: one result for each, in order.
+Share = Callable[
+    [Sequence[tuple[str, int]], Callable[[Sequence[tuple[str, int]]], Sequence[Part]]], list[Part]
+]
+
+
+def _alone(
+    units: Sequence[tuple[str, int]], work: Callable[[Sequence[tuple[str, int]]], Sequence[Part]]
+) -> list[Part]:
+    return list(work(units))
+
+
+def measure_retention(adapter: Adapter, probe: GeneralProbe, share: Share = _alone) -> Retention:
     """Compare `adapter` with the base's own results on the same windows.
+
+    share: what divides the work between processes. They take whole batches: what is read together
+        is the same for any number of them, and so is the result, to the bit on one kind of device
 
     Raises ModelError when a window does not fit beside the virtual tokens.
     """
@@ -216,25 +268,47 @@ def measure_retention(adapter: Adapter, probe: GeneralProbe) -> Retention:
         next(iter(probe.windows.values())).shape[1],
         f"`{adapter.section.title}`",
     )
+    model = adapter.model.eval()
     compiled = adapter.compiled()
     compiled = None if compiled is None else compiled.detach()
+    # What the virtual tokens begin with already is not read again.
+    begun = {
+        name: windows.shape[1] - len(adapter.behind(windows[0].tolist()))
+        for name, windows in probe.windows.items()
+    }
+    shown = {name: windows[:, begun[name] :] for name, windows in probe.windows.items()}
+
+    @torch.no_grad()
+    def read(name: str, start: int) -> Part:
+        windows = shown[name]
+        given, predicted = _given_and_predicted(model, windows, probe.lead - begun[name])
+        part = windows[start : start + _windows_at_once(model, windows)]
+        nats, right, logits = _read(model, part, compiled, given)
+        # Of some windows the base's own log-probabilities are kept; `input` is the adapter.
+        compared = max(0, min(len(part), probe.kept - start)) * predicted
+        own = probe.base_log_probs[name][start * predicted :][:compared]
+        divergence = torch.nn.functional.kl_div(
+            logits[:compared].float().log_softmax(-1), own, reduction="sum", log_target=True
+        )
+        return Part(nats, right, len(logits), float(divergence), compared)
+
+    units = [
+        (name, start)
+        for name, windows in shown.items()
+        for start in range(0, len(windows), _windows_at_once(model, windows))
+    ]
+    parts = share(units, lambda some: [read(*unit) for unit in some])
     after = {}
-    divergence, tokens = 0.0, 0
-    for name, windows in probe.windows.items():
-        # What the virtual tokens begin with already is not read again.
-        skipped = windows.shape[1] - len(adapter.behind(windows[0].tolist()))
-        after[name], log_probs = language_modelling(
-            adapter.model, windows[:, skipped:], compiled, probe.kept, lead=probe.lead - skipped
+    for name in probe.windows:
+        own = [part for (of, _), part in zip(units, parts, strict=True) if of == name]
+        tokens = sum(part.tokens for part in own)
+        after[name] = LanguageModelling(
+            sum(part.nats for part in own) / tokens, sum(p.right for p in own) / tokens, tokens
         )
-        # Both sides are log-probabilities: `input` is the adapter, `target` the base.
-        divergence += float(
-            torch.nn.functional.kl_div(
-                log_probs, probe.base_log_probs[name], reduction="sum", log_target=True
-            )
-        )
-        tokens += len(log_probs)
+    compared = sum(part.compared for part in parts)
     # Rounding may leave a hair below zero where nothing changed.
-    return Retention(probe.untouched, after, max(0.0, divergence / tokens), tokens)
+    divergence = max(0.0, sum(part.divergence for part in parts) / compared)
+    return Retention(probe.untouched, after, divergence, compared, probe.lead)
 
 
 def off_probe(model: PreTrainedModel, input_ids: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from ptkit.errors import AdapterError
 from ptkit.evaluation.predict import Prediction, predict
 from ptkit.evaluation.retention import Retention, measure_retention
 from ptkit.evaluation.score import score_intervals
-from ptkit.formats.adapter_files import CONFIG, INFO, adapters_below, read_adapter
+from ptkit.formats.adapter_files import CONFIG, adapters_below, read_adapter, read_info
 from ptkit.formats.hub import fetch_adapter, is_on_hub, missing_here
 from ptkit.methods import (
     ADAPTERS,
@@ -61,9 +60,15 @@ def find_adapter(path: Path, *, whole: bool = False) -> Path:
 
 def fill_template(text: str, adapter: Path | None) -> str:
     """`text` in the input template the adapter was trained with, if that has one column."""
-    if adapter is None or not (adapter / INFO).exists():
-        return text
-    return filled(json.loads((adapter / INFO).read_text()).get("task", {}).get("input"), text)
+    return filled(input_template(adapter), text)
+
+
+def input_template(adapter: Path | None) -> str | None:
+    """The template of the inputs that an adapter was trained with; None where none is known."""
+    if adapter is None:
+        return None
+    found = read_info(adapter).get("task", {}).get("input")
+    return found if isinstance(found, str) else None
 
 
 @dataclass(frozen=True)

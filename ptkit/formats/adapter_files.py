@@ -50,6 +50,11 @@ _PACKED = ("F4", "F6")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 #: PEFT's pickled weights, all that there were up to its version 0.6.
 PICKLED_WEIGHTS = "adapter_model.bin"
+#: What an adapter is said to be that another library made.
+ADAPTERHUBS = (
+    "is an adapter of AdapterHub's `adapters`, which ptkit does not read; train it again with "
+    "ptkit or PEFT"
+)
 #: How pickled weights are called that a library opens without being asked for them by name.
 _OPENED = ("adapter_model", "pytorch_model")
 
@@ -175,13 +180,19 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path / CONFIG} is missing; an adapter folder holds {CONFIG} and {WEIGHTS}"
         )
     if not isinstance(config.get("peft_type"), str):
-        if isinstance(config.get("config"), dict) and "model_type" in config:
-            raise AdapterError(
-                f"{path} is an adapter of AdapterHub's `adapters`, which ptkit does not read; "
-                "train it again with ptkit or PEFT"
-            )
+        if is_adapterhubs(path):
+            raise AdapterError(f"{path} {ADAPTERHUBS}")
         raise AdapterError(f"{path / CONFIG}: `peft_type` is missing; this is not a PEFT adapter")
     return config
+
+
+def is_adapterhubs(path: Path) -> bool:
+    """Whether the folder `path` is an adapter of AdapterHub's `adapters`, whose settings have the
+    name of PEFT's file."""
+    config = _read_json(path / CONFIG) or {}
+    return "peft_type" not in config and isinstance(config.get("config"), dict | str) and (
+        "model_type" in config or "model_class" in config
+    )  # fmt: skip
 
 
 def read_info(path: Path) -> dict[str, Any]:

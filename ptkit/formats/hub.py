@@ -12,12 +12,14 @@ from pathlib import Path
 from ptkit.errors import AdapterError, HubError, UserError, nearest
 from ptkit.formats.adapter_files import (
     ADAPTER_FILES,
+    ADAPTERHUBS,
     CONFIG,
     INFO,
     INT8_WEIGHTS,
     PICKLED_WEIGHTS,
     WEIGHTS,
     conversion,
+    is_adapterhubs,
     is_pickle,
 )
 
@@ -110,6 +112,8 @@ def fetch_adapter(hub_id: str, *, whole: bool = False) -> Path:
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"{hub_id} is on the Hub but holds no adapter ({CONFIG} is missing)")
     if not any((folder / name).is_file() for name in (WEIGHTS, INT8_WEIGHTS)):
+        if is_adapterhubs(folder):
+            raise AdapterError(f"{hub_id} {ADAPTERHUBS}")
         pickles = [name for name in hub_files(source) if is_pickle(name)]
         found = f"only pickled weights ({', '.join(pickles)}), which can run code when read"
         way = "ask its author for safetensors"

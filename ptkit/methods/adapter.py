@@ -24,6 +24,7 @@ from ptkit.formats.fingerprint import is_same_model
 from ptkit.methods.base_names import hub_name, same_name
 from ptkit.methods.gate_files import gate_of, with_gate, without_gate
 from ptkit.methods.head import TASK_TYPES, TrainedHead, labels_of_files, without_head
+from ptkit.methods.saved_modules import require_saved_modules
 from ptkit.prefix import Compiled, KVPrefix
 from ptkit.recipe.schema import MethodSection, ModelSection
 from ptkit.runtime.base_model import Base, load_base
@@ -276,7 +277,7 @@ def restored(
     """The adapter of method `cls` that `files` hold, head and gate included."""
     gate, own = gate_of(files, base), without_gate(files)
     if base.head is not None:
-        own = without_head(own, base.head)
+        own = without_head(own, base)
     adapter = cls.from_files(own, section, base)
     adapter.input_gate = gate
     if adapter.head is not None:
@@ -293,7 +294,7 @@ def compile_files(files: AdapterFiles, base: Base) -> Compiled | None:
     cls, section = _method_of(files, base)
     gate, own = gate_of(files, base), without_gate(files)
     if base.head is not None:
-        own = without_head(own, base.head)
+        own = without_head(own, base)
     compiled = cls.prefix_from_files(own, section, base)
     return compiled if compiled is None or gate is None else Gated(compiled, gate)
 
@@ -318,6 +319,7 @@ def _reader_of(peft_type: str) -> type[Adapter] | None:
 
 
 def _method_of(files: AdapterFiles, base: Base) -> tuple[type[Adapter], MethodSection]:
+    require_saved_modules(files, base)
     task = files.config.get("task_type")
     headed = {name: kind for kind, name in TASK_TYPES.items()}.get(str(task))
     if headed != (None if base.head is None else base.head.kind):

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.methods.saved_modules import KEY, modules_named, saved_modules
 from ptkit.runtime.architecture import HeadKind
-from ptkit.runtime.base_model import Base, Head, Labels
+from ptkit.runtime.base_model import Base, Labels
 
 #: PEFT's names of the tasks.
 TASK_TYPES: dict[HeadKind, str] = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
@@ -64,7 +65,7 @@ class TrainedHead(nn.Module):
         config = {
             **files.config,
             "task_type": TASK_TYPES[base.head.kind],
-            "modules_to_save": [*self.names],
+            KEY: [*self.names],
         }
         return replace(files, config=config, tensors={**files.tensors, **own})
 
@@ -115,12 +116,18 @@ def labels_of_files(files: AdapterFiles) -> Labels | None:
     return Labels(kind, tuple(f"LABEL_{i}" for i in range(outputs[-1])))
 
 
-def without_head(files: AdapterFiles, head: Head) -> AdapterFiles:
+def without_head(files: AdapterFiles, base: Base) -> AdapterFiles:
     """`files` as they would be if the adapter had been made for a language model."""
-    starts = tuple(f"{_prefix(files)}{name}." for name in head.modules)
+    assert base.head is not None
+    inside = tuple(f"{name}." for name in base.head.modules)
+    starts = tuple(f"{_prefix(files)}{start}" for start in inside)
     tensors = {n: t for n, t in files.tensors.items() if not n.startswith(starts)}
-    config = {k: v for k, v in files.config.items() if k != "modules_to_save"}
-    return replace(files, config={**config, "task_type": None}, tensors=tensors)
+    others = [
+        module for module in modules_named(saved_modules(files.config), base)
+        if not f"{module}.".startswith(inside)
+    ]  # fmt: skip
+    config = {**files.config, KEY: others or None, "task_type": None}
+    return replace(files, config=config, tensors=tensors)
 
 
 def _prefix(files: AdapterFiles) -> str:

@@ -22,6 +22,7 @@ from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, peft_config_dict, register
 from ptkit.methods.lora_files import lora_config, lora_task_type
+from ptkit.methods.saved_modules import modules_named
 from ptkit.recipe.schema import MethodSection, register_method
 from ptkit.runtime.base_model import Base
 
@@ -75,6 +76,16 @@ class Lora(Adapter):
     def __init__(self, section: LoraSection, base: Base, config: LoraConfig) -> None:
         super().__init__(section, base)
         training = base.model.training
+        # What PEFT's `unload` would leave as it was trained.
+        self._own_modules = {
+            name: base.model.get_submodule(name)
+            for name in modules_named(list(config.modules_to_save or ()), base)
+        }
+        self._own_biases = {
+            name: bias.detach().clone()
+            for name, bias in base.model.named_parameters()
+            if config.bias != "none" and name.endswith("bias")
+        }
         self.peft_model: PeftModel = get_peft_model(base.model, config)
         self.peft_model.train(training)  # new modules begin in training mode, dropout and all
 
@@ -118,4 +129,8 @@ class Lora(Adapter):
 
     def close(self) -> None:
         self.peft_model.unload()
+        for name, module in self._own_modules.items():
+            self.base.model.set_submodule(name, module)
+        for name, bias in self._own_biases.items():
+            self.base.model.get_parameter(name).data.copy_(bias)
         self.base.model.requires_grad_(False)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.methods.saved_modules import require_no_others, require_saved_modules
 from ptkit.runtime.base_model import Base
 
 #: A LoRA matrix in PEFT's files: the module it belongs to, and which of the two it is.
@@ -71,6 +72,8 @@ def lora_config(files: AdapterFiles, base: Base) -> LoraConfig:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise AdapterError(f"this LoRA's setting `{where}`: {first['msg']}") from error
+    require_saved_modules(files, base)
+    require_no_others(files, base)
     task = lora_task_type(base)
     if fused:  # PEFT stacks the experts' matrices, whose ranks the shapes do not tell
         return LoraConfig(**settings.model_dump(exclude_none=True), task_type=task)

@@ -109,7 +109,8 @@ class DataSection(Section):
     """A set that ships with ptkit: `facts-to-text`, `message-routing`, `captions-en-de`,
     `report-summary`, `persona-reply`, `passage-question`."""
     hub: str | None = None
-    """Id of a dataset on the Hugging Face Hub."""
+    """Id of a dataset on the Hugging Face Hub. Its CSV and JSON files are read as `files` are: a
+    cell is its text."""
     config: str | None = None
     """Configuration (subset) of the hub dataset."""
     revision: str | None = None

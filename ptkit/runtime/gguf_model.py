@@ -7,13 +7,16 @@ wherever it lies. Values are those of the file, bit for bit.
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import struct
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from gguf import GGUFReader
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -109,20 +112,43 @@ def gguf_file(id: str, revision: str | None = None) -> Path:
 def converted(path: Path, folder: Path | None = None) -> Path:
     """The folder that holds the model of the GGUF file `path` in transformers' format.
 
-    folder: where to keep it; default: in the cache, under the SHA-256 of the file
+    folder: where to keep it, its name ending in `-CONVERTER`; default: in the cache, under the
+        SHA-256 of the file
 
-    It is made when it is not there yet, and appears whole or not at all. Raises ModelError for a
+    It is made when it is not there yet, and appears whole or not at all; those that an earlier
+    converter made of the file are then deleted. Raises ModelError for a
     file that is damaged, or of an architecture that transformers does not read.
     """
     _require_readable(path)
     if folder is None:
         folder = cache_home() / "models" / "gguf" / f"{sha256(path)[:32]}-{CONVERTER}"
-    if not (folder / "config.json").is_file():
-        model, tokenizer = _read(path)
-        with atomic.folder(folder, replace=folder.exists()) as scratch:
-            _write(model, tokenizer, scratch)
-            atomic.write_json(scratch / _ABOUT, {"stored": _commonest_type(path)})
+    if not (folder / "config.json").is_file() or _earlier(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Others wait, and find it made. The lock of a process that was killed is free at once.
+        with FileLock(folder.parent / f".{folder.name}.lock"):
+            if not (folder / "config.json").is_file():
+                model, tokenizer = _read(path)
+                with atomic.folder(folder, replace=folder.exists()) as scratch:
+                    _write(model, tokenizer, scratch)
+                    atomic.write_json(scratch / _ABOUT, {"stored": _commonest_type(path)})
+            for other in _earlier(folder):
+                with atomic.scratch(other) as gone:  # moved first: no reader finds a part of it
+                    os.replace(other, gone / "earlier")
     return folder
+
+
+def _earlier(folder: Path) -> list[Path]:
+    """Conversions of the same file by earlier converters, which this version never reads."""
+    stem, _, number = folder.name.rpartition("-")
+    if not number.isdecimal():
+        return []
+    return [
+        other
+        for other in folder.parent.glob(f"{glob.escape(stem)}-*")
+        if (version := other.name.removeprefix(f"{stem}-")).isdecimal()
+        and int(version) < int(number)
+        and other.is_dir()
+    ]
 
 
 def stored_type(folder: Path) -> str:

@@ -172,7 +172,7 @@ async def _answer(body: CompletionRequest | ChatRequest, request: Request) -> An
     exchange = await run_in_threadpool(Exchange, state.library, state.limits, body, loop)
     exchange.submit()
     if body.stream:
-        events = _server_sent(exchange)
+        events = _server_sent(exchange, state.library)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"cache-control": "no-store"}
         )
@@ -196,7 +196,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _server_sent(exchange: Exchange) -> AsyncIterator[bytes]:
+async def _server_sent(exchange: Exchange, library: Library) -> AsyncIterator[bytes]:
     """The events as Server-Sent Events; an error is the last event. However it ends, a client
     that is gone included, the answers are given up."""
     try:
@@ -205,7 +205,7 @@ async def _server_sent(exchange: Exchange) -> AsyncIterator[bytes]:
         yield b"data: [DONE]\n\n"
     except PtkitError as error:
         _, kind, code = _classified(error)
-        yield b"data: " + error_body(str(error), kind, code) + b"\n\n"
+        yield b"data: " + error_body(library.public(str(error)), kind, code) + b"\n\n"
     except Exception as error:  # the status is sent already; a stream that just ends looks whole
         logger.exception("a stream failed")
         message = f"{type(error).__name__}; see the server's log"
@@ -343,7 +343,7 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(PtkitError)
     async def refused(_: Request, error: PtkitError) -> Response:
         status, type, code = _classified(error)
-        return respond(status, str(error), type, code)
+        return respond(status, app.state.library.public(str(error)), type, code)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> Response:

@@ -8,6 +8,7 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from ptkit.bank import AdapterBank
+from ptkit.methods.base_names import is_here
 from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.named_models import TINY_EN
@@ -39,7 +40,7 @@ def build_app(
     """An ASGI application that serves `model` (`tiny-en`) and every adapter directly below
     `adapters`.
 
-    model_name: what requests call the base; default: its id, of a folder its name
+    model_name: what requests call the base; default: its id, of a folder or file its name
     budget: bytes for prefixes on the device; None: no limit
     max_batch, max_queue: answers written at the same time, and waiting
     max_tokens, timeout: of one answer, in tokens and seconds
@@ -57,7 +58,7 @@ def build_app(
     metrics = Metrics(bank)
     engine = Engine(bank, max_rows=max_batch, max_waiting=max_queue, observer=metrics)
     metrics.watch(engine)
-    name = model_name or (Path(base.id).name if Path(base.id).is_dir() else base.id)
+    name = model_name or (Path(base.id).name if is_here(base.id) else base.id)
     library = Library(
         engine, adapters, base_name=name, allow_hub=allow_hub, allow_changes=not read_only,
         chosen=chosen,

@@ -3,12 +3,15 @@ runs."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from ptkit.bank import AdapterBank
 from ptkit.errors import AdapterError, UserError, did_you_mean
@@ -22,6 +25,7 @@ from ptkit.formats.adapter_files import (
 )
 from ptkit.formats.hub import HubId, fetch_adapter
 from ptkit.methods import changes_weights
+from ptkit.methods.base_names import is_local_path
 from ptkit.serve.answer import Voice
 from ptkit.serve.engine import Engine
 from ptkit.training.record import scored_rows
@@ -114,6 +118,19 @@ class Library:
                 faults.append(f"{path.name}: {error}")
         return faults
 
+    def public(self, message: str) -> str:
+        """`message` for a client: places on this machine's disk are called by the names of what
+        lies there, as a client would call them."""
+        if self.root is not None:
+            below = re.escape(f"{self.root}{os.sep}")
+            # An upload is checked beside its place: `.NAME.RANDOM.tmp`.
+            message = re.sub(rf"{below}\.({NAME})\.[A-Za-z0-9_]+\.tmp\b", r"\1", message)
+            message = re.sub(below, "", message).replace(str(self.root), "the adapters' folder")
+        cached = rf"{re.escape(HF_HUB_CACHE)}[\\/]models--([^\\/]+)[\\/]snapshots[\\/]\w+"
+        message = re.sub(cached, lambda found: found[1].replace("--", "/", 1), message)
+        base = self.bank.base.id
+        return message.replace(base, self.base_name) if is_local_path(base) else message
+
     # For requests
 
     def voices(self, model: str) -> tuple[Voice, ...]:
@@ -159,6 +176,7 @@ class Library:
                 size = weights_path(status.path).stat().st_size
             except (AdapterError, OSError) as error:
                 fault = fault or str(error)
+        fault = fault and self.public(fault)
         return Card(
             name, method, status.tier, status.version, tokens, bytes=size, fault=fault,
             **_recorded(info),

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    field_validator,
+    model_validator,
+)
 
 from ptkit.serve.library import NAME
 
@@ -104,6 +112,20 @@ class CompletionRequest(_Choosing):
         default=False,
         description="Put the prompt into the template that the adapter was trained with.",
     )
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _not_too_many(cls, prompt: Any) -> Any:
+        # Else it would be told what each of the other forms of a prompt should be.
+        if isinstance(prompt, list) and len(prompt) > MAX_PROMPTS:
+            if not all(isinstance(entry, int) for entry in prompt):
+                raise ValueError(
+                    f"`prompt` holds {len(prompt):,} prompts, a request takes at most "
+                    f"{MAX_PROMPTS}; send the others in another request"
+                )
+        elif prompt == [] or prompt == [[]]:
+            raise ValueError("`prompt` is an empty list")
+        return prompt
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ptkit.errors import UserError
 from ptkit.formats import atomic
 from ptkit.methods import Adapter
 
+_GENERATORS = ("cpu", "cuda")
 _FOLDER = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -51,14 +53,19 @@ def save_checkpoint(
     adapter: Adapter,
     best: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
+    random: Sequence[Mapping[str, Tensor]],
 ) -> None:
-    """Write `run/checkpoint-STEP` and remove the ones before it."""
+    """Write `run/checkpoint-STEP` and remove the ones before it.
+
+    random: the `random_states` of every process, in their order
+    """
     path = run / f"checkpoint-{progress.step:07d}"
     with atomic.folder(path, replace=True) as scratch:
         save_file(_on_cpu(dict(adapter.trainable())), scratch / "trainable.safetensors")
         save_file(_on_cpu(best), scratch / "best.safetensors")
         save_file(_optimizer_tensors(adapter, optimizer), scratch / "optimizer.safetensors")
-        save_file(_random_states(), scratch / "random.safetensors")
+        states = {_key(i, name): t for i, own in enumerate(random) for name, t in own.items()}
+        save_file(states, scratch / "random.safetensors")
         atomic.write_json(scratch / "progress.json", asdict(progress))
     for other in _checkpoints(run):
         if other != path:
@@ -66,19 +73,34 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    run: Path, adapter: Adapter, optimizer: torch.optim.Optimizer
+    run: Path,
+    adapter: Adapter,
+    optimizer: torch.optim.Optimizer,
+    process: int = 0,
+    processes: int = 1,
 ) -> tuple[Progress, dict[str, Tensor]] | None:
-    """Restore the newest checkpoint of `run` into `adapter`, `optimizer` and torch's generators.
+    """Restore the newest checkpoint of `run` into `adapter`, `optimizer` and the generators of this
+    process.
 
-    Returns the progress and the best parameters so far, or None when there is no checkpoint.
+    Returns the progress and the best parameters so far, or None when there is no checkpoint. Raises
+    UserError when it was written by another number of processes: each has a part of every batch.
     """
     found = _checkpoints(run)
     if not found:
         return None
     path = found[-1]
+    random = load_file(path / "random.safetensors")
+    wrote = len({name.rpartition("/")[0] for name in random})
+    if wrote != processes:
+        raise UserError(
+            f"{path} was written by {_many(wrote)}, and this run has {_many(processes)}, which "
+            f"would learn from other rows; start it on {wrote}, or delete that folder to begin anew"
+        )
     adapter.load_trainable(load_file(path / "trainable.safetensors"))
     _load_optimizer(adapter, optimizer, load_file(path / "optimizer.safetensors"))
-    _restore_random(load_file(path / "random.safetensors"))
+    _restore_random(
+        {n: random[_key(process, n)] for n in _GENERATORS if _key(process, n) in random}
+    )
     progress = Progress(**json.loads((path / "progress.json").read_text()))
     device = adapter.base.model.device
     best = {n: t.clone().to(device) for n, t in load_file(path / "best.safetensors").items()}
@@ -130,14 +152,24 @@ def state_device(value: Tensor, parameter: Tensor, group: Mapping[str, Any]) -> 
     return parameter.device if value.ndim or in_kernel else torch.device("cpu")
 
 
-def _random_states() -> dict[str, Tensor]:
+def random_states() -> dict[str, Tensor]:
+    """The states of this process's generators, by device."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
 
-def _restore_random(states: dict[str, Tensor]) -> None:
+def _key(process: int, generator: str) -> str:
+    """What a state is called in the file: the first process's as it ever was."""
+    return f"{process}/{generator}" if process else generator
+
+
+def _restore_random(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _many(processes: int) -> str:
+    return "one process" if processes == 1 else f"{processes} processes"

@@ -18,6 +18,7 @@ from accelerate.utils import set_seed
 
 from ptkit.data.encode import length_grouped_batches
 from ptkit.evaluation.predict import predict
+from ptkit.formats.sizes import in_bytes
 from ptkit.methods import Adapter
 from ptkit.recipe.schema import MethodSection
 from ptkit.training.choose import is_open
@@ -190,11 +191,6 @@ def in_time(seconds: float) -> str:
     if seconds < 90 * 60:
         return f"{round(seconds / 60)} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def in_bytes(count: int) -> str:
-    """A size for people, in powers of ten."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 #: Steps in all cells together from which a run is long enough to say beforehand what it takes.

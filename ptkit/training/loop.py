@@ -19,9 +19,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from ptkit.data.encode import EncodedExample, StudiedText, TaskExample
 from ptkit.errors import UserError
@@ -30,11 +30,11 @@ from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.forward import collate
 from ptkit.runtime.fused import fused_activations
 from ptkit.runtime.precision import fastest_attention, mixed_precision, weights_cast_once
-from ptkit.training.checkpoint import Progress
+from ptkit.training.checkpoint import Progress, random_states
 from ptkit.training.context_cache import ContextCache
 from ptkit.training.memory import PeakMemory, give_back_what_is_freed
 from ptkit.training.objective import Objective
-from ptkit.training.processes import PATIENCE
+from ptkit.training.processes import PATIENCE, current, require_own
 from ptkit.training.trainee import Job, Trainee
 
 #: Settings that belong to the step, so that jobs of one loop must agree on them.
@@ -49,12 +49,17 @@ def fit(jobs: Sequence[Job]) -> list[Progress]:
     same parameters. Raises PtkitError when a loss is not finite, UserError for jobs that cannot
     share a loop.
     """
-    settings = jobs[0].settings
     if len(jobs) > 1:
         _require_shareable(jobs)
     # Accelerate keeps the precision of a process's first run; a later run may use another.
     AcceleratorState._reset_state()
     device = jobs[0].adapter.base.model.device
+    with current(device):
+        return _fit(jobs, device)
+
+
+def _fit(jobs: Sequence[Job], device: torch.device) -> list[Progress]:
+    settings = jobs[0].settings
     accelerator = Accelerator(
         mixed_precision=mixed_precision(settings.autocast, device),
         cpu=device.type == "cpu",
@@ -62,6 +67,7 @@ def fit(jobs: Sequence[Job]) -> list[Progress]:
         project_dir=jobs[0].run,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+    require_own(device, PartialState())
     if settings.report_to:
         tracked = {"learning_rate": jobs[0].learning_rate, **settings.model_dump()}
         # Trackers take plain values only.
@@ -187,8 +193,9 @@ class _Loop:
                 trainee.progress.peak_memory_bytes = (
                     None if None in peaks else max(p for p in peaks if p is not None)
                 )
+                random = gather_object([random_states()])  # each process has its own
                 if self.accelerator.is_main_process:
-                    trainee.save()
+                    trainee.save(random)
             trainee.report(loss)
 
     def _gradients(self, active: list[int]) -> tuple[list[float], list[int]]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+
+from ptkit.errors import UserError
 
 #: How long a process waits for the others. One measures and writes for all, or finds a start for
 #: all, which may take longer than the ten minutes that are NCCL's own limit.
@@ -19,8 +22,35 @@ Result = TypeVar("Result")
 
 
 def processes(device: torch.device) -> PartialState:
-    """This process among those of the run, which the first call joins. device: of the base"""
-    return PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+    """This process among those of the run, which the first call joins. device: of the base
+
+    Raises UserError where several processes were given one GPU.
+    """
+    state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+    require_own(device, state)
+    return state
+
+
+def require_own(device: torch.device, state: PartialState) -> None:
+    """Raise UserError where `device` is not the one that accelerate gives this process."""
+    if state.num_processes > 1 and device.index is not None and device != state.device:
+        raise UserError(
+            f"`model.device` is `{device}`, and process {state.process_index} of "
+            f"{state.num_processes} works on `{state.device}`; write `cuda`, which gives each "
+            "process a GPU of its own"
+        )
+
+
+def current(device: torch.device) -> AbstractContextManager[None]:
+    """Within this context `device` is what accelerate works on.
+
+    With one process accelerate takes `cuda` without a number, which is the current one: the first
+    GPU, unless it is told otherwise.
+    """
+    if device.type != "cuda" or device.index is None:
+        return nullcontext()
+    chosen: AbstractContextManager[None] = torch.cuda.device(device)
+    return chosen
 
 
 def shared(

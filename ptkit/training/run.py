@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,10 +236,14 @@ def _train_and_measure(
             clock = time.perf_counter()
             predictions = _predicted(experiment, adapter, observer)
             seconds = time.perf_counter() - clock
+            retention = None
+            if experiment.general is not None:
+                share = partial(shared, state=state)
+                retention = measure_retention(adapter, experiment.general, share).as_dict()
             if not state.is_main_process:  # the first process measures the rest and writes for all
                 continue
             record = _measure(
-                experiment, adapter, cell, progresses[i], predictions, seconds, started
+                experiment, adapter, cell, progresses[i], predictions, seconds, retention, started
             )
             record = record.updated(trained_together=len(cells), chosen=choices[i].record)
             atomic.write_json(cell.done, record.as_dict())
@@ -414,13 +419,11 @@ def _measure(
     progress: Progress,
     predictions: Sequence[Prediction],
     eval_seconds: float,
+    retention: dict[str, Any] | None,
     started: datetime,
 ) -> CellRecord:
     recipe, base, method, folder = experiment.recipe, experiment.base, cell.method, cell.folder
     scores = score_intervals(predictions, recipe.task.metrics, recipe.evaluate.bootstrap)
-    retention = None
-    if experiment.general is not None:
-        retention = measure_retention(adapter, experiment.general).as_dict()
     latency = Latency(None, None)
     if base.head is None:
         latency = measure_latency(adapter, experiment.probe_ids[0, :32].tolist())

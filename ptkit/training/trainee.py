@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,7 @@ class Trainee:
 
     def __init__(self, job: Job, process: int, processes: int) -> None:
         self.job, self.adapter, self.settings = job, job.adapter, job.settings
+        self._process, self._processes = process, processes
         self.parameters = list(job.adapter.trainable().values())
         self.plain_optimizer = torch.optim.AdamW(
             _groups(job),
@@ -146,7 +147,9 @@ class Trainee:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
-        loaded = load_checkpoint(self.job.run, self.adapter, self.plain_optimizer)
+        loaded = load_checkpoint(
+            self.job.run, self.adapter, self.plain_optimizer, self._process, self._processes
+        )
         if loaded is None:
             return
         self.progress, self.best = loaded
@@ -246,10 +249,15 @@ class Trainee:
         """Whether the step just taken is one to save after."""
         return self.finished or self.progress.step % self.settings.save_every == 0
 
-    def save(self) -> None:
-        """Write a checkpoint; it appears complete or not at all."""
+    def save(self, random: Sequence[Mapping[str, Tensor]]) -> None:
+        """Write a checkpoint; it appears complete or not at all.
+
+        random: the state of every process's generators
+        """
         self.progress.schedule = self.scheduler.state_dict()
-        save_checkpoint(self.job.run, self.progress, self.adapter, self.best, self.plain_optimizer)
+        save_checkpoint(
+            self.job.run, self.progress, self.adapter, self.best, self.plain_optimizer, random
+        )
 
     def report(self, loss: float) -> None:
         """Tell the job's display, if it has one."""
