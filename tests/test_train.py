@@ -115,6 +115,15 @@ def test_killed_run_resumes_to_the_same_weights_bit_for_bit(name: str, tmp_path:
         assert torch.equal(value, resumed.trainable()[key]), key
 
 
+def test_parts_of_checkpoints_do_not_pile_up_over_many_kills(tmp_path: Path) -> None:
+    for cut_off in ("a", "b"):  # what is left where a process dies while it writes
+        part = tmp_path / f".checkpoint-0000005.{cut_off}.tmp"
+        part.mkdir()
+        (part / "best.safetensors").write_bytes(b"half")
+    assert train("prefix_tuning", tmp_path, kill_at=6) is None
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-0000005"]
+
+
 def test_interrupted_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch) -> None:
     from ptkit.training import checkpoint
 

@@ -55,10 +55,12 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     random: Sequence[Mapping[str, Tensor]],
 ) -> None:
-    """Write `run/checkpoint-STEP` and remove the ones before it.
+    """Write `run/checkpoint-STEP`, and remove the ones before it and those that were cut off.
 
     random: the `random_states` of every process, in their order
     """
+    # A run that is often killed would fill the disk with parts of checkpoints.
+    atomic.remove_leftovers(run)
     path = run / f"checkpoint-{progress.step:07d}"
     with atomic.folder(path, replace=True) as scratch:
         save_file(_on_cpu(dict(adapter.trainable())), scratch / "trainable.safetensors")
