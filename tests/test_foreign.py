@@ -148,10 +148,9 @@ def test_verify_says_that_the_base_was_chosen(tmp_path: Path) -> None:
 
 
 def base_of_tiny() -> Base:
-    from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
 
-    return load_base(ModelSection(id="tiny-en"))
+    return load_base("tiny-en")
 
 
 def test_revision_in_pefts_settings_is_the_one_that_is_loaded(
@@ -161,10 +160,12 @@ def test_revision_in_pefts_settings_is_the_one_that_is_loaded(
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**config, "revision": "v2"}))
     asked = []
-    monkeypatch.setattr("ptkit.methods.adapter.load_base", lambda section, _: asked.append(section))
+    monkeypatch.setattr(
+        "ptkit.methods.of_base.load_base", lambda id, **how: asked.append((id, how.get("revision")))
+    )
     base_of(read_adapter(folder), None, "a")
     base_of(read_adapter(folder), "org/base", "a")
-    assert [(s.id, s.revision) for s in asked] == [("org/base", "v2"), ("org/base", None)]
+    assert asked == [("org/base", "v2"), ("org/base", None)]
 
 
 def test_command_in_the_refusal_of_pickled_weights_converts_them(tmp_path: Path) -> None:

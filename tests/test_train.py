@@ -19,7 +19,8 @@ from ptkit.methods import (
     create_adapter,
     require_same_base,
 )
-from ptkit.recipe.schema import TrainSection, method_section
+from ptkit.methods.catalogue import method_section
+from ptkit.recipe.schema import TrainSection
 from ptkit.training.checkpoint import Progress, load_checkpoint, save_checkpoint, state_device
 from ptkit.training.loop import fit as fit_jobs
 from ptkit.training.trainee import Job, StepReport, _groups

@@ -31,7 +31,7 @@ from ptkit.families.subject import NotApplicable, Row, Subject
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, create_adapter
 from ptkit.methods.soft_prompt import SoftPrompt
-from ptkit.methods.text_prompt import TextPrompt
+from ptkit.methods.text_prompt.adapter import TextPrompt
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.cache import conversation_cache

@@ -12,10 +12,10 @@ from typing import Any
 from ptkit.formats.adapter_files import RECIPE, AdapterFiles
 from ptkit.methods.base_names import hub_name, is_here
 from ptkit.methods.head import labels_of_files
-from ptkit.methods.linear_probe import LINEAR_PROBE
-from ptkit.methods.prefix_lora import PREFIX_LORA
-from ptkit.methods.prefix_mixture import PREFIX_MIXTURE
-from ptkit.methods.prefix_tuning import ENCODER, ENCODER_DECODER, HYBRID, INFIX, UNLIKE
+from ptkit.methods.linear_probe.adapter import LINEAR_PROBE
+from ptkit.methods.prefix_lora.adapter import PREFIX_LORA
+from ptkit.methods.prefix_mixture.adapter import PREFIX_MIXTURE
+from ptkit.methods.prefix_tuning.adapter import ENCODER, ENCODER_DECODER, HYBRID, INFIX, UNLIKE
 from ptkit.methods.soft_prompt import ENCODER_PROMPT
 from ptkit.runtime.named_models import TINY_EN
 from ptkit.training.record import scored_rows

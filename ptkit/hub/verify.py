@@ -35,7 +35,7 @@ from ptkit.methods import (
 )
 from ptkit.methods.base_names import same_name
 from ptkit.methods.head import TrainedHead
-from ptkit.methods.lora_files import lora_config
+from ptkit.methods.lora.files import lora_config
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import prepare

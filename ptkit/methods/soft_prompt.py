@@ -16,9 +16,9 @@ from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, peft_config_dict
 from ptkit.methods.base_names import require_shapes
 from ptkit.methods.peft_tensors import virtual_tokens_of
+from ptkit.methods.prompt_settings import PromptMethodSection
 from ptkit.methods.read_start import compiles_embeddings
 from ptkit.methods.start import (
-    PromptMethodSection,
     start_embeddings,
     start_files,
     start_shares,

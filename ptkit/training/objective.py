@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptkit.methods import Adapter
-from ptkit.methods.multitask_prompt import MultitaskPrompt
+from ptkit.methods.multitask_prompt.adapter import MultitaskPrompt
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.architecture import evaluating
 from ptkit.runtime.forward import (

@@ -7,7 +7,7 @@ PEFT does all of it.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any
 
 from peft import (
     LoraConfig,
@@ -16,43 +16,13 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from pydantic import Field
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, peft_config_dict, register
-from ptkit.methods.lora_files import lora_config, lora_task_type
-from ptkit.recipe.schema import MethodSection, register_method
+from ptkit.methods.lora.files import lora_config, lora_task_type
+from ptkit.methods.lora.settings import LoraSection
 from ptkit.runtime.base_model import Base
-
-
-class LoraSettings(MethodSection):
-    """What says which weights change, and how much they can."""
-
-    rank: int = Field(default=8, ge=1)
-    """Rank of each weight's change."""
-    alpha: int = Field(default=16, ge=1)
-    """Scale of the change is alpha / rank."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout before the low-rank matrices."""
-    target_modules: str | list[str] = "all-linear"
-    """Modules that get one: names, or PEFT's `all-linear`."""
-
-
-@register_method
-class LoraSection(LoraSettings):
-    """LoRA (Hu et al. 2021), through PEFT."""
-
-    kind: Literal["lora"]
-    """`lora`."""
-    learning_rate: float = 2e-3
-    """AdamW's peak learning rate."""
-
-
-def lora_section(settings: LoraSettings) -> LoraSection:
-    """`settings` as those of LoRA by itself."""
-    own = {name: getattr(settings, name) for name in LoraSettings.model_fields if name != "kind"}
-    return LoraSection(kind="lora", **own)
 
 
 def _head_modules(base: Base) -> list[str] | None:

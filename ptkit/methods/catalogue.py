@@ -1,0 +1,41 @@
+"""Which methods there are, and what each can be told; no tensor library is loaded.
+
+A method is a package with two modules: `settings`, with its settings class, and `adapter`, with
+what it does. Those in this folder are found by being there.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+from ptkit.errors import did_you_mean
+from ptkit.section import REGISTERED, MethodSection
+
+
+@cache
+def method_packages() -> tuple[str, ...]:
+    """Dotted names of the packages that are methods."""
+    found = iter_modules([str(Path(__file__).parent)])
+    return tuple(f"ptkit.methods.{module.name}" for module in found if module.ispkg)
+
+
+@cache
+def method_sections() -> dict[str, type[MethodSection]]:
+    """Every method's settings class by its `kind`, in alphabetical order."""
+    for package in method_packages():
+        import_module(f"{package}.settings")
+    # In whatever order they were imported first, which is not the same in every program.
+    return dict(sorted(REGISTERED.items()))
+
+
+def method_section(settings: dict[str, Any]) -> MethodSection:
+    """The settings of one method. Raises ValueError for an unknown `kind`."""
+    known = method_sections()
+    kind = str(settings.get("kind"))
+    if kind not in known:
+        raise ValueError(f"`{kind}` is not a method; {did_you_mean(kind, known)}")
+    return known[kind].model_validate(settings)
