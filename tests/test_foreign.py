@@ -14,7 +14,13 @@ import torch
 from conftest import VOCABULARY, word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    PeftType,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file
 from transformers import (
     BartConfig,
@@ -30,7 +36,7 @@ from ptkit.api import load_adapter
 from ptkit.bank.source import require_files
 from ptkit.errors import AdapterError
 from ptkit.evaluation.saved import find_adapter
-from ptkit.formats.adapter_files import CONFIG, WEIGHTS, conversion, read_adapter
+from ptkit.formats.adapter_files import CONFIG, WEIGHTS, AdapterFiles, conversion, read_adapter
 from ptkit.formats.hub import is_on_hub
 from ptkit.hub.verify import check_files, verify
 from ptkit.methods import base_of, compile_files
@@ -285,12 +291,42 @@ def test_mistyped_path_is_not_looked_for_on_the_hub(
     assert not is_on_hub("adapters/facts")
 
 
-def test_card_says_of_every_type_of_ptkits_own_why_peft_cannot_read_it() -> None:
-    from ptkit.hub.card import _METHODS, _UNREADABLE
-    from ptkit.methods import ADAPTERS
-    from ptkit.methods.soft_prompt import ENCODER_PROMPT
+def test_every_method_says_why_peft_cannot_read_a_type_of_ptkits_own() -> None:
+    from ptkit.methods.catalogue import all_sections
 
-    own = {t for cls in ADAPTERS.values() for t in cls.peft_types if t.startswith("PTKIT_")}
+    own = {
+        name: kind.unreadable
+        for section in all_sections().values()
+        for name, kind in section.file_types.items()
+        if name.startswith("PTKIT_")
+    }
     assert len(own) >= 7
-    assert own == _UNREADABLE.keys()
-    assert own - {ENCODER_PROMPT} <= _METHODS.keys()  # that one is named by its own method
+    assert all(own.values())
+    # What PEFT has a type for it reads.
+    assert not any(
+        kind.unreadable
+        for section in all_sections().values()
+        for name, kind in section.file_types.items()
+        if name in PeftType.__members__
+    )
+
+
+def test_every_method_has_a_name_and_a_search_finds_what_its_cards_say() -> None:
+    from ptkit.hub.card import card_text
+    from ptkit.hub.search import tags_of_methods
+    from ptkit.methods.catalogue import all_sections
+
+    for kind, section in all_sections().items():
+        assert section.display_name, kind
+    tags = tags_of_methods()
+    for kind in tags:
+        for peft_type, said in all_sections()[kind].file_types.items():
+            files = AdapterFiles(
+                {"peft_type": peft_type, "base_model_name_or_path": "org/base"},
+                {"prompt_embeddings": torch.zeros(1, 1)},
+                {"method": {"kind": kind}},
+            )
+            card = card_text("mine", files, 4)
+            name = said.name or all_sections()[kind].display_name
+            assert f"{name[:1].upper()}{name[1:]} for `org/base`" in card
+            assert ("PEFT cannot read this file" in card) == (said.unreadable is not None)

@@ -20,7 +20,7 @@ from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.gate_files import with_gate
 from ptkit.methods.head import TrainedHead
-from ptkit.prefix import Compiled, KVPrefix
+from ptkit.prefix import Compiled, KVPrefix, PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.gate import Gate, Gated
 from ptkit.section import MethodSection
@@ -67,12 +67,14 @@ class Adapter(nn.Module):
 
     #: Settings class, whose `kind` names the method in recipes.
     section_class: ClassVar[type[MethodSection]]
-    #: PEFT types whose files this method reads.
+    #: PEFT types whose files this method reads: those that its settings class states.
     peft_types: ClassVar[tuple[str, ...]] = ()
     #: Whether it works on encoder-decoders, too.
     encoder_decoder: ClassVar[bool] = False
     #: Whether the base's weights are others while it is on: its prefix, if any, is not all of it.
     changes_weights: ClassVar[bool] = False
+    #: Whether PEFT's layers can give each row of a batch an adapter of its own, or none.
+    mixes_in_batch: ClassVar[bool] = False
     #: Whether a row's prefix depends on the row's input, so that there is no one `prefix`.
     depends_on_input: ClassVar[bool] = False
 
@@ -99,6 +101,10 @@ class Adapter(nn.Module):
         """The model to run: the base itself, with the adapter's head if it has one, unless the
         method changes weights."""
         return self.base.model if self.head is None else self.head.view
+
+    @classmethod
+    def require_fits(cls, section: Any, base: Base) -> None:
+        """Raise ModelError or UserError where `create` would, as far as can be told before."""
 
     @classmethod
     @abstractmethod
@@ -189,6 +195,11 @@ class Adapter(nn.Module):
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
 
+    def for_tasks(self, tasks: Sequence[int]) -> PrefixBatch:
+        """Prefixes of a batch whose rows belong to `tasks`. Raises AdapterError where it has no
+        part of its own for each."""
+        raise AdapterError(f"`{self.section.title}` has no part of its own for each task")
+
     def behind(self, ids: list[int]) -> list[int]:
         """`ids`, those of a whole text, as the model reads them behind the virtual tokens."""
         return ids
@@ -217,8 +228,8 @@ REGISTERED: dict[str, type[Adapter]] = {}
 
 def register(cls: type[Adapter]) -> type[Adapter]:
     """Class decorator: make an adapter class known under its section's `kind`."""
-    kind = cls.section_class.model_fields["kind"].annotation.__args__[0]  # type: ignore[union-attr]
-    REGISTERED[kind] = cls
+    cls.peft_types = tuple(cls.section_class.file_types)
+    REGISTERED[cls.section_class.own_kind()] = cls
     return cls
 
 

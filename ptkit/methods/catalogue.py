@@ -13,7 +13,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from ptkit.errors import did_you_mean
-from ptkit.section import REGISTERED, MethodSection
+from ptkit.section import REGISTERED, FileType, MethodSection
 
 
 @cache
@@ -24,12 +24,33 @@ def method_packages() -> tuple[str, ...]:
 
 
 @cache
-def method_sections() -> dict[str, type[MethodSection]]:
+def all_sections() -> dict[str, type[MethodSection]]:
     """Every method's settings class by its `kind`, in alphabetical order."""
     for package in method_packages():
         import_module(f"{package}.settings")
     # In whatever order they were imported first, which is not the same in every program.
     return dict(sorted(REGISTERED.items()))
+
+
+@cache
+def method_sections() -> dict[str, type[MethodSection]]:
+    """As `all_sections`, of those that a recipe may name."""
+    return {kind: section for kind, section in all_sections().items() if section.in_recipes}
+
+
+def method_of_files(peft_type: str, recorded: object = None) -> type[MethodSection] | None:
+    """The settings class of the method whose files have this type; None where no method's have.
+
+    recorded: the `kind` that ptkit's record names; without it the first method that reads them
+    """
+    able = {k: s for k, s in method_sections().items() if peft_type in s.file_types}
+    return able.get(str(recorded)) or next(iter(able.values()), None)
+
+
+def file_type(peft_type: str, recorded: object = None) -> FileType | None:
+    """What the method of such files says of them; None where no method reads them."""
+    section = method_of_files(peft_type, recorded)
+    return None if section is None else section.file_types[peft_type]
 
 
 def method_section(settings: dict[str, Any]) -> MethodSection:

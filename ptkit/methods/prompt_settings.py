@@ -6,12 +6,17 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ptkit.section import MethodSection
+from ptkit.section import FileType, MethodSection
 
 Start = Literal["task", "examples", "text", "labels", "vocabulary", "adapter", "random", "auto"]
 
 #: What a start needs beside its name, and the key that holds it.
 _NEEDS = {"text": "start_text", "adapter": "start_adapter"}
+
+#: In place of PEFT's types, where an encoder reads the prompt: PEFT would let it use up positions,
+#: pool its first token for `[CLS]`, and expect as many rows again for the decoder.
+ENCODER_PROMPT = "PTKIT_ENCODER_PROMPT"
+READ_BY_ENCODER = FileType("its virtual tokens take no positions from the input")
 
 
 class PromptMethodSection(MethodSection):

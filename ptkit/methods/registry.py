@@ -9,7 +9,7 @@ from importlib import import_module
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import REGISTERED, Adapter, Demonstrations
-from ptkit.methods.catalogue import method_packages, method_sections
+from ptkit.methods.catalogue import method_of_files, method_packages, method_sections
 from ptkit.methods.gate_files import gate_of, without_gate
 from ptkit.methods.head import TASK_TYPES, without_head
 from ptkit.prefix import Compiled
@@ -73,6 +73,7 @@ def require_method_fits(section: MethodSection, base: Base) -> None:
             f"{base.id}: nothing its encoder reads can be compiled; write the text into the task's "
             f"`input`, or use {able}"
         )
+    cls.require_fits(section, base)
 
 
 def adapter_from_files(files: AdapterFiles, base: Base) -> Adapter:
@@ -100,7 +101,7 @@ def restored(
 
 def compile_files(files: AdapterFiles, base: Base) -> Compiled | None:
     """The adapter that `files` hold as a KV prefix, or as what makes one for each row, detached;
-    None if it has none (LoRA).
+    None if it has none (LoRA), and the files fit the base.
 
     Raises AdapterError for PEFT types no method of ptkit reads.
     """
@@ -127,8 +128,15 @@ def changes_weights(peft_type: str) -> bool:
     return cls is not None and cls.changes_weights
 
 
+def mixes_in_batch(peft_type: str) -> bool:
+    """Whether rows of one batch may have different adapters of this type in the base's layers."""
+    cls = _reader_of(peft_type)
+    return cls is not None and cls.mixes_in_batch
+
+
 def _reader_of(peft_type: str) -> type[Adapter] | None:
-    return next((cls for cls in ADAPTERS.values() if peft_type in cls.peft_types), None)
+    section = method_of_files(peft_type)
+    return None if section is None else ADAPTERS[section.own_kind()]
 
 
 def _method_of(files: AdapterFiles, base: Base) -> tuple[type[Adapter], MethodSection]:
@@ -138,11 +146,11 @@ def _method_of(files: AdapterFiles, base: Base) -> tuple[type[Adapter], MethodSe
         made = f"for a {headed} classifier" if headed else "for a language model"
         here = "a language model" if base.head is None else f"a {base.head.kind} classifier"
         raise AdapterError(f"the adapter was made {made}, and `{base.id}` is loaded as {here}")
-    own = files.peft_type.startswith("PTKIT_") or files.peft_type == "LORA"
-    if headed and base.encoder and not own:
+    trained_here = files.peft_type.startswith("PTKIT_")
+    if headed and base.encoder and not (trained_here or changes_weights(files.peft_type)):
         raise AdapterError(
             f"PEFT's {files.peft_type} for encoders gives positions of the input to its virtual "
-            "tokens; ptkit reads those it trained itself, and LoRA"
+            "tokens; ptkit reads those it trained itself, and what changes weights, as LoRA"
         )
     if task == "SEQ_2_SEQ_LM" and files.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
         raise AdapterError(
@@ -154,14 +162,10 @@ def _method_of(files: AdapterFiles, base: Base) -> tuple[type[Adapter], MethodSe
             f"the adapter was made for {task}; ptkit reads adapters of language models and of "
             "sequence and token classifiers"
         )
-    for kind, cls in ADAPTERS.items():
-        if files.peft_type in cls.peft_types:
-            # Without ptkit's record of the method, the first one that reads this PEFT type.
-            recorded = files.info.get("method", {}).get("kind", kind)
-            named = ADAPTERS.get(recorded) if isinstance(recorded, str) else None
-            if named is not None and files.peft_type in named.peft_types:
-                kind, cls = recorded, named
-            return cls, cls.section_class(kind=kind)
+    # Without ptkit's record of the method, the first one that reads this PEFT type.
+    own = method_of_files(files.peft_type, files.info.get("method", {}).get("kind"))
+    if own is not None:
+        return ADAPTERS[own.own_kind()], own.of_files(files.peft_type)
     known = {t for cls in ADAPTERS.values() for t in cls.peft_types}
     raise AdapterError(
         f"adapters of PEFT type `{files.peft_type}` cannot be loaded: ptkit reads "

@@ -11,6 +11,8 @@ from ptkit.section import MethodSection, register_method
 class BaseSection(MethodSection):
     """The base model as it is, without any prompt: nothing is trained."""
 
+    display_name: ClassVar[str] = "the base model"
+    not_asked: ClassVar[str | None] = "the model itself, which is what the others are compared with"
     trains: ClassVar[bool] = False
     kind: Literal["base"]
     """`base`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ptkit.section import MethodSection, register_method
 
@@ -11,6 +11,10 @@ from ptkit.section import MethodSection, register_method
 class FullSection(MethodSection):
     """Full fine-tuning: all parameters of the base."""
 
+    display_name: ClassVar[str] = "full fine-tuning"
+    not_asked: ClassVar[str | None] = (
+        "all weights of transformers' own model are trained; nothing is added to it"
+    )
     kind: Literal["full"]
     """`full`."""
     learning_rate: float = 5e-4

@@ -10,11 +10,8 @@ from typing import Any
 
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, register
-from ptkit.methods.linear_probe.settings import LinearProbeSection
+from ptkit.methods.linear_probe.settings import LINEAR_PROBE, LinearProbeSection
 from ptkit.runtime.base_model import Base
-
-#: Not a type of PEFT's: there is nothing but the head.
-LINEAR_PROBE = "PTKIT_LINEAR_PROBE"
 
 
 @register
@@ -22,7 +19,6 @@ class LinearProbe(Adapter):
     """No adapter but the head that every method trains."""
 
     section_class = LinearProbeSection
-    peft_types = (LINEAR_PROBE,)
     needs_head = True
 
     @classmethod

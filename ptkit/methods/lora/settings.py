@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ptkit.section import MethodSection, register_method
+from ptkit.section import FileType, MethodSection, register_method
 
 
 class LoraSettings(MethodSection):
@@ -26,6 +27,9 @@ class LoraSettings(MethodSection):
 class LoraSection(LoraSettings):
     """LoRA (Hu et al. 2021), through PEFT."""
 
+    display_name: ClassVar[str] = "LoRA"
+    tags: ClassVar[tuple[str, ...]] = ("lora",)
+    file_types: ClassVar[Mapping[str, FileType]] = {"LORA": FileType(in_layers=True)}
     kind: Literal["lora"]
     """`lora`."""
     learning_rate: float = 2e-3

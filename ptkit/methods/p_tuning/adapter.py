@@ -15,7 +15,7 @@ from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Demonstrations, OwnRate, register
 from ptkit.methods.p_tuning.settings import PTuningSection
-from ptkit.methods.soft_prompt import ENCODER_PROMPT, SoftPrompt, prompt_learning_shape
+from ptkit.methods.soft_prompt import SoftPrompt, prompt_learning_shape
 from ptkit.methods.start import rms
 from ptkit.runtime.base_model import Base
 
@@ -38,7 +38,6 @@ class PTuning(SoftPrompt):
     """
 
     section_class = PTuningSection
-    peft_types = ("P_TUNING", ENCODER_PROMPT)
     section: PTuningSection
     start: Tensor
     unit: Tensor

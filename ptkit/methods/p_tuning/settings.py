@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ptkit.methods.prompt_settings import PromptMethodSection
-from ptkit.section import register_method
+from ptkit.methods.prompt_settings import (
+    ENCODER_PROMPT,
+    READ_BY_ENCODER,
+    PromptMethodSection,
+)
+from ptkit.section import FileType, register_method
 
 
 @register_method
 class PTuningSection(PromptMethodSection):
     """P-tuning (Liu et al. 2021): an MLP or LSTM makes the input embeddings."""
 
+    display_name: ClassVar[str] = "P-tuning"
+    tags: ClassVar[tuple[str, ...]] = ("p-tuning", "p_tuning")
+    file_types: ClassVar[Mapping[str, FileType]] = {
+        "P_TUNING": FileType(),
+        ENCODER_PROMPT: READ_BY_ENCODER,
+    }
     kind: Literal["p_tuning"]
     """`p_tuning`."""
     num_virtual_tokens: int = 20

@@ -16,14 +16,12 @@ from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, OwnRate, register
 from ptkit.methods.lora.adapter import Lora
 from ptkit.methods.lora.settings import lora_section
-from ptkit.methods.prefix_lora.settings import PrefixLoraSection
+from ptkit.methods.prefix_lora.settings import PREFIX_LORA, PrefixLoraSection
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.methods.prefix_tuning.settings import prefix_section
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base
 
-#: One file with both. PEFT holds either in an adapter; told of one, it would lose the other.
-PREFIX_LORA = "PTKIT_PREFIX_LORA"
 #: Begins the names of PEFT's LoRA matrices; a prefix has none such.
 _MODULES = "base_model.model."
 
@@ -33,7 +31,6 @@ class PrefixLora(Adapter):
     """Keys and values before the input of a base whose linear layers have low-rank changes."""
 
     section_class = PrefixLoraSection
-    peft_types = (PREFIX_LORA,)
     encoder_decoder = True
     changes_weights = True
     section: PrefixLoraSection

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -9,13 +10,24 @@ from pydantic import Field
 from ptkit.methods.lora.settings import LoraSettings
 from ptkit.methods.prefix_tuning.settings import PrefixSettings
 from ptkit.methods.prompt_settings import Start
-from ptkit.section import register_method
+from ptkit.section import FileType, register_method
+
+#: One file with both. PEFT holds either in an adapter; told of one, it would lose the other.
+PREFIX_LORA = "PTKIT_PREFIX_LORA"
 
 
 @register_method
 class PrefixLoraSection(LoraSettings, PrefixSettings):
     """A prefix and LoRA, trained together (He et al. 2022; Mao et al. 2022)."""
 
+    display_name: ClassVar[str] = "a prefix with LoRA"
+    tags: ClassVar[tuple[str, ...]] = ("ptkit-prefix-lora",)
+    file_types: ClassVar[Mapping[str, FileType]] = {
+        PREFIX_LORA: FileType(
+            "it is a prefix and a LoRA; `ptkit export --as parts` writes two that it can read"
+        )
+    }
+    not_asked: ClassVar[str | None] = "a prefix and a LoRA, each of which is asked about by itself"
     shares_batch: ClassVar[bool] = False
     kind: Literal["prefix_lora"]
     """`prefix_lora`."""

@@ -18,15 +18,13 @@ from torch import Tensor, nn
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, OwnRate, register
-from ptkit.methods.prefix_mixture.settings import PrefixMixtureSection
+from ptkit.methods.prefix_mixture.settings import PREFIX_MIXTURE, PrefixMixtureSection
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.methods.prefix_tuning.settings import prefix_section
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.mixture import MixedPrefixes
 
-#: PEFT has no adapter whose prompt depends on the input.
-PREFIX_MIXTURE = "PTKIT_PREFIX_MIXTURE"
 #: What PEFT calls a prefix's matrix.
 _TOKENS = "prompt_embeddings"
 #: Between the seeds with which the fresh prefixes draw their demonstrations.
@@ -38,7 +36,6 @@ class PrefixMixture(Adapter):
     """Prefixes of one length, and a gate `[prefixes, hidden]` on the input's mean embedding."""
 
     section_class = PrefixMixtureSection
-    peft_types = (PREFIX_MIXTURE,)
     encoder_decoder = True
     depends_on_input = True
     section: PrefixMixtureSection

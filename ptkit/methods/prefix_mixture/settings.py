@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from ptkit.methods.prefix_tuning.settings import PrefixSettings
 from ptkit.methods.prompt_settings import Start
-from ptkit.section import register_method
+from ptkit.section import FileType, register_method
+
+#: PEFT has no adapter whose prompt depends on the input.
+PREFIX_MIXTURE = "PTKIT_PREFIX_MIXTURE"
 
 
 @register_method
 class PrefixMixtureSection(PrefixSettings):
     """Several prefixes, weighed by a gate for every input (Wu et al. 2022; Asai et al. 2022)."""
 
+    display_name: ClassVar[str] = "a mixture of prefixes"
+    tags: ClassVar[tuple[str, ...]] = ("ptkit-prefix-mixture",)
+    file_types: ClassVar[Mapping[str, FileType]] = {
+        PREFIX_MIXTURE: FileType("its prefix is made anew from every input")
+    }
+    not_asked: ClassVar[str | None] = (
+        "prefixes, weighed by the input, where one of them is asked about"
+    )
     shares_batch: ClassVar[bool] = False
     alone: ClassVar[str] = "its prefixes are weighed anew for every row"
     kind: Literal["prefix_mixture"]

@@ -27,7 +27,14 @@ from ptkit.methods.adapter import (
 from ptkit.methods.base_names import require_shapes
 from ptkit.methods.gate_files import without_gate
 from ptkit.methods.peft_tensors import virtual_tokens_of
-from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
+from ptkit.methods.prefix_tuning.settings import (
+    ENCODER,
+    ENCODER_DECODER,
+    HYBRID,
+    INFIX,
+    UNLIKE,
+    PrefixTuningSection,
+)
 from ptkit.methods.read_start import EMBEDDING_RATE, ReadStart, compiles_embeddings
 from ptkit.methods.registry import compile_files
 from ptkit.methods.start import start_files, start_shares, start_tokens
@@ -38,29 +45,12 @@ from ptkit.runtime.cache import has_state, shares_keys
 from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.infix import require_infix
 
-#: In place of PEFT's type: PEFT would take the same tensors for a prefix, and be silently wrong.
-INFIX = "PTKIT_INFIX"
-#: A prefix of the attention layers of a model that has others too (states, convolutions): PEFT
-#: numbers layers from the first and would put it into the wrong ones.
-HYBRID = "PTKIT_HYBRID_PREFIX"
-#: A prefix of a base whose widest heads are not where most heads are (Gemma 4 31B): PEFT makes room
-#: for as many heads as the layers with the widest ones have, and leaves the others without.
-UNLIKE = "PTKIT_UNLIKE_PREFIX"
-#: A prefix of the encoder, of the decoder and of what the decoder reads the encoder through (Li &
-#: Liang 2021, section 4.1 and figure 2); PEFT's has the decoder's part only.
-ENCODER_DECODER = "PTKIT_ENCODER_DECODER_PREFIX"
-#: A prefix of an encoder by itself, whose tokens keep their positions; with PEFT's, those of the
-#: virtual tokens are taken from them.
-ENCODER = "PTKIT_ENCODER_PREFIX"
-
 
 @register
 class PrefixTuning(Adapter):
     """A KV prefix, learnt directly or through an MLP on top of its start."""
 
     section_class = PrefixTuningSection
-    # CARTRIDGE differs in how it is trained: its file is the same flat prefix.
-    peft_types = ("PREFIX_TUNING", "CARTRIDGE", INFIX, ENCODER_DECODER, ENCODER, HYBRID, UNLIKE)
     encoder_decoder = True
     section: PrefixTuningSection
     start: Tensor

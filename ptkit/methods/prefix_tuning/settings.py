@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ptkit.methods.prompt_settings import PromptMethodSection
-from ptkit.section import register_method
+from ptkit.section import FileType, register_method
 
 
 class PrefixSettings(PromptMethodSection):
@@ -61,10 +62,48 @@ class PrefixSettings(PromptMethodSection):
         return self
 
 
+#: In place of PEFT's type: PEFT would take the same tensors for a prefix, and be silently wrong.
+INFIX = "PTKIT_INFIX"
+#: A prefix of the attention layers of a model that has others too (states, convolutions): PEFT
+#: numbers layers from the first and would put it into the wrong ones.
+HYBRID = "PTKIT_HYBRID_PREFIX"
+#: A prefix of a base whose widest heads are not where most heads are (Gemma 4 31B): PEFT makes room
+#: for as many heads as the layers with the widest ones have, and leaves the others without.
+UNLIKE = "PTKIT_UNLIKE_PREFIX"
+#: A prefix of the encoder, of the decoder and of what the decoder reads the encoder through (Li &
+#: Liang 2021, section 4.1 and figure 2); PEFT's has the decoder's part only.
+ENCODER_DECODER = "PTKIT_ENCODER_DECODER_PREFIX"
+#: A prefix of an encoder by itself, whose tokens keep their positions; with PEFT's, those of the
+#: virtual tokens are taken from them.
+ENCODER = "PTKIT_ENCODER_PREFIX"
+
+
 @register_method
 class PrefixTuningSection(PrefixSettings):
     """Prefix tuning (Li & Liang 2021), also known as P-tuning v2: learns keys and values."""
 
+    display_name: ClassVar[str] = "prefix tuning"
+    tags: ClassVar[tuple[str, ...]] = (
+        "prefix-tuning", "prefix_tuning", "ptkit-infix", "ptkit-encoder-decoder-prefix",
+        "ptkit-encoder-prefix", "ptkit-hybrid-prefix", "ptkit-unlike-prefix",
+    )  # fmt: skip
+    # CARTRIDGE differs in how it is trained: its file is the same flat prefix.
+    file_types: ClassVar[Mapping[str, FileType]] = {
+        "PREFIX_TUNING": FileType(),
+        "CARTRIDGE": FileType(),
+        INFIX: FileType("an infix", name="infix tuning"),
+        ENCODER_DECODER: FileType(
+            "it has a prefix for the encoder, too",
+            name="prefix tuning (encoder, decoder and cross-attention)",
+        ),
+        ENCODER: FileType("its virtual tokens take no positions from the input"),
+        HYBRID: FileType(
+            "it has layers for those with attention only, and PEFT numbers all layers"
+        ),
+        UNLIKE: FileType(
+            "the base has layers with more heads than its widest, which PEFT leaves out"
+        ),
+    }
     kind: Literal["prefix_tuning"]
     """`prefix_tuning`."""
     learn_embeddings: bool | None = None

@@ -12,9 +12,8 @@ from torch import nn
 
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Demonstrations, register
-from ptkit.methods.peft_tensors import MULTITASK
 from ptkit.methods.prompt_tuning.settings import PromptTuningSection
-from ptkit.methods.soft_prompt import ENCODER_PROMPT, SoftPrompt, prompt_learning_shape
+from ptkit.methods.soft_prompt import SoftPrompt, prompt_learning_shape
 from ptkit.methods.start import rms
 from ptkit.runtime.base_model import Base
 
@@ -26,8 +25,6 @@ class PromptTuning(SoftPrompt):
     section_class = PromptTuningSection
     start: torch.Tensor
     unit: torch.Tensor
-    # CPT's file is the soft prompt it ended with; a multi-task prompt is one per task.
-    peft_types = ("PROMPT_TUNING", "CPT", MULTITASK, ENCODER_PROMPT)
 
     def __init__(
         self, section: PromptTuningSection, base: Base, start: torch.Tensor | None

@@ -13,6 +13,7 @@ from ptkit.section import MethodSection, register_method
 class TextPromptSection(MethodSection):
     """An instruction and training examples, written out as text before the input."""
 
+    display_name: ClassVar[str] = "a text prompt"
     trains: ClassVar[bool] = False
     kind: Literal["text_prompt"]
     """`text_prompt`."""
