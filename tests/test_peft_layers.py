@@ -40,6 +40,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ia3 on GPT-2's fused layers": ("gpt2", {"kind": "ia3"}),
     "ia3 of some modules": ("llama", {"kind": "ia3", "target_modules": ["q_proj", "up_proj"],
                                       "feedforward_modules": ["up_proj"]}),
+    "LLaMA-Adapter": ("llama", {"kind": "adaption_prompt", "num_virtual_tokens": 4}),
+    "LLaMA-Adapter in upper layers of GPT-2": ("gpt2", {"kind": "adaption_prompt", "layers": 2}),
 }  # fmt: skip
 
 #: Settings for the base that ships with ptkit.
@@ -179,6 +181,15 @@ def test_plain_peft_answers_with_the_export_on_tiny_en(
         input_ids=torch.tensor(text), max_new_tokens=12, do_sample=False, eos_token_id=None
     )
     assert answer[0, len(text[0]) :].tolist() == ours
+
+
+def test_llama_adapter_is_refused_where_peft_has_no_place_for_it() -> None:
+    section = method_section({"kind": "adaption_prompt"})
+    with pytest.raises(ModelError, match=r"PEFT has LLaMA-Adapter for llama, .* is a qwen3"):
+        create_adapter(section, random_base("qwen3"), Demonstrations([], 0))
+    deep = method_section({"kind": "adaption_prompt", "layers": 4})
+    with pytest.raises(ModelError, match="`layers` is 4, but random-llama-0 has 3 layers"):
+        create_adapter(deep, random_base("llama"), Demonstrations([], 0))
 
 
 def test_a_comparison_trains_counts_scores_and_exports_them(
