@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import random_base, random_model
-from peft import PeftModel
+from peft import PeftModel, PromptLearningConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from pydantic import ValidationError
 from test_compare import recipe_file  # noqa: F401  (a fixture)
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +20,7 @@ from ptkit.bank import AdapterBank
 from ptkit.comparison.grid import run_grid
 from ptkit.comparison.outputs import write_outputs
 from ptkit.errors import AdapterError, ModelError
-from ptkit.formats.adapter_files import CONFIG, read_adapter, write_adapter
+from ptkit.formats.adapter_files import CONFIG, AdapterFiles, read_adapter, write_adapter
 from ptkit.hub.export import export_run
 from ptkit.methods import (
     Adapter,
@@ -27,6 +30,7 @@ from ptkit.methods import (
     create_adapter,
 )
 from ptkit.methods.catalogue import method_section
+from ptkit.methods.peft.settings import NAMES, REFUSED
 from ptkit.recipe import load_recipe
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.generation import generate
@@ -43,9 +47,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "LLaMA-Adapter": ("llama", {"kind": "adaption_prompt", "num_virtual_tokens": 4}),
     "LLaMA-Adapter in upper layers of GPT-2": ("gpt2", {"kind": "adaption_prompt", "layers": 2}),
 }  # fmt: skip
+#: Methods by PEFT's own keys.
+BY_KEYS: dict[str, dict[str, Any]] = {
+    "VeRA": {"type": "VERA", "config": {"r": 8}},
+    "DoRA": {"type": "LORA", "label": "dora",
+             "config": {"use_dora": True, "r": 4, "target_modules": "all-linear"}},
+    "LoKr": {"type": "LOKR", "config": {"r": 4, "target_modules": ["q_proj", "down_proj"]}},
+    "BOFT": {"type": "BOFT", "config": {"boft_block_size": 4, "target_modules": ["v_proj"]}},
+}  # fmt: skip
+CASES |= {name: ("llama", {"kind": "peft", **settings}) for name, settings in BY_KEYS.items()}
 
 #: Settings for the base that ships with ptkit.
-ON_TINY_EN: dict[str, dict[str, Any]] = {"ia3": {"kind": "ia3"}}
+ON_TINY_EN: dict[str, dict[str, Any]] = {
+    "ia3": {"kind": "ia3"},
+    **{name: {"kind": "peft", **settings} for name, settings in BY_KEYS.items()},
+}
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES)
@@ -66,6 +82,11 @@ def started(base: Base, settings: dict[str, Any]) -> Adapter:
         for parameter in adapter.trainable().values():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return adapter
+
+
+def recorded(adapter: Adapter) -> AdapterFiles:
+    """The adapter's files as a run leaves them, with the method that made them."""
+    return replace(adapter.files(), info={"method": {"kind": adapter.section.kind}})
 
 
 def test_peft_itself_reads_the_export_and_computes_the_same(
@@ -95,7 +116,7 @@ def test_it_comes_off_bit_for_bit_and_back_from_its_files(
     with adapter.off():
         assert torch.equal(logits(base.model), plain)
     assert torch.equal(logits(adapter.model), expected)
-    write_adapter(tmp_path / "a", adapter.files())
+    write_adapter(tmp_path / "a", recorded(adapter))
     adapter.close()
     assert torch.equal(logits(base.model), plain)
     again = adapter_from_files(read_adapter(tmp_path / "a"), base)
@@ -115,7 +136,7 @@ def test_what_does_not_fit_is_refused_and_the_base_is_as_it_was(
     base = random_base(family)
     plain, modules = logits(base.model), [n for n, _ in base.model.named_modules()]
     adapter = started(base, settings)
-    files = adapter.files()
+    files = recorded(adapter)
     adapter.close()
     name, tensor = next(iter(files.tensors.items()))
     wrong = {
@@ -133,7 +154,7 @@ def test_what_does_not_fit_is_refused_and_the_base_is_as_it_was(
     assert [n for n, _ in base.model.named_modules()] == modules
     assert compile_files(files, base) is None
     write_adapter(tmp_path / "a", files)
-    with pytest.raises(AdapterError, match=r"changes the base for every row"):
+    with pytest.raises(AdapterError, match=r"changes the base for every row|uses DoRA"):
         AdapterBank(base).load(tmp_path / "a")
 
 
@@ -190,6 +211,83 @@ def test_llama_adapter_is_refused_where_peft_has_no_place_for_it() -> None:
     deep = method_section({"kind": "adaption_prompt", "layers": 4})
     with pytest.raises(ModelError, match="`layers` is 4, but random-llama-0 has 3 layers"):
         create_adapter(deep, random_base("llama"), Demonstrations([], 0))
+
+
+def test_every_type_that_peft_has_is_taken_or_said_not_to_be() -> None:
+    layers = {k.value for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+              if not issubclass(v, PromptLearningConfig)}  # fmt: skip
+    own = {"IA3", "ADAPTION_PROMPT"}
+    assert {*NAMES} | {*REFUSED} | own == layers
+    assert not {*NAMES} & {*REFUSED}
+
+
+#: What PEFT's defaults are too large for, or say nothing of.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "FOURIERFT": {"n_frequency": 50}, "WAVEFT": {"n_frequency": 50}, "OFT": {"oft_block_size": 4},
+    "BOFT": {"boft_block_size": 4}, "C3A": {"block_size": 16}, "MISS": {"r": 8}, "SHIRA": {"r": 4},
+    "VBLORA": {"vector_length": 16, "num_vectors": 8, "r": 2}, "ROAD": {"group_size": 16},
+    "PSOFT": {"r": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("peft_type", sorted(NAMES))
+def test_every_type_works_comes_off_and_is_read_by_peft(peft_type: str, tmp_path: Path) -> None:
+    base = random_base("llama")
+    plain = logits(base.model)
+    config = dict(SETTINGS.get(peft_type, {}))
+    if peft_type != "LN_TUNING":  # whose own choice it is
+        config["target_modules"] = ["v_proj", "down_proj"]
+    adapter = started(base, {"kind": "peft", "type": peft_type.lower(), "config": config})
+    expected = logits(adapter.model)
+    assert (expected - plain).abs().max() > 1e-5
+    adapter.model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in adapter.trainable().values())
+    with adapter.off():
+        assert torch.equal(logits(base.model), plain)
+    write_adapter(tmp_path / "a", adapter.files())
+    count = adapter.trainable_parameters
+    adapter.close()
+    assert torch.equal(logits(base.model), plain)
+    again = adapter_from_files(read_adapter(tmp_path / "a"), base)
+    assert torch.equal(logits(again.model), expected)
+    again.close()
+    theirs = PeftModel.from_pretrained(random_model("llama"), tmp_path / "a", is_trainable=True)
+    torch.testing.assert_close(logits(theirs.eval()), expected, atol=1e-5, rtol=1e-4)
+    assert theirs.get_nb_trainable_parameters()[0] == count
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"type": "VEAR"}, "PEFT has no `VEAR` for layers; did you mean `VERA`"),
+        ({"type": "xlora"}, "`xlora` is not taken: it mixes adapters"),
+        ({"type": "LORA", "config": {"init_lora_weights": "pissa"}}, "'pissa' changes the base"),
+    ],
+)
+def test_what_a_recipe_may_not_say_of_peft_is_told_with_its_line(
+    settings: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValidationError, match=told):
+        method_section({"kind": "peft", **settings})
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"rr": 8}, "PEFT's VeraConfig has no `rr`; did you mean `r`|known"),
+        ({"target_modules": ["nowhere"]}, "`vera`: PEFT cannot put it into random-llama-0"),
+        ({"layers_pattern": "x"}, "`vera`: PEFT refuses its `config`"),
+    ],
+)
+def test_keys_that_peft_does_not_know_are_told_before_anything_trains(
+    config: dict[str, Any], told: str
+) -> None:
+    section = method_section({"kind": "peft", "type": "VERA", "config": config})
+    base = random_base("llama")
+    plain = logits(base.model)
+    with pytest.raises(ModelError, match=told):
+        create_adapter(section, base, Demonstrations([], 0))
+    assert torch.equal(logits(base.model), plain)
 
 
 def test_a_comparison_trains_counts_scores_and_exports_them(

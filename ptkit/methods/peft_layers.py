@@ -57,7 +57,7 @@ def read_config(kind: type[PeftConfig], files: AdapterFiles, base: Base) -> Peft
 
     Raises AdapterError for what PEFT refuses, and for names that are patterns.
     """
-    own = {f.name for f in dataclasses.fields(kind)} - _OF_FILE
+    own = {f.name for f in dataclasses.fields(kind)} - OF_FILE
     said = {key: value for key, value in files.config.items() if key in own}
     for key, value in said.items():
         if _NAMES.fullmatch(key):
@@ -73,7 +73,7 @@ def read_config(kind: type[PeftConfig], files: AdapterFiles, base: Base) -> Peft
 
 
 #: Settings that say where an adapter comes from, and not what it is.
-_OF_FILE = {"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
+OF_FILE = {"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
             "inference_mode", "peft_version", "runtime_config"}  # fmt: skip
 
 
@@ -158,7 +158,14 @@ class PeftLayers(Adapter):
 
 def _tensors(model: PeftModel) -> dict[str, Tensor]:
     # By itself PEFT asks the Hub whether the base's vocabulary has grown; ptkit never grows it.
-    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+    own = dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+    places: set[int] = set()
+    for name, tensor in own.items():
+        # Layers may share one projection, which files hold once for each, as PEFT writes them.
+        if tensor.data_ptr() in places:
+            own[name] = tensor.clone()
+        places.add(tensor.data_ptr())
+    return own
 
 
 def _unload(model: PeftModel, base: Base) -> None:
