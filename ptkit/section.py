@@ -12,6 +12,8 @@ from typing import ClassVar, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict
 
+from ptkit.errors import UserError
+
 
 class Section(BaseModel):
     """A part of a recipe: unknown keys are refused, values do not change once read."""
@@ -84,7 +86,16 @@ _Settings = TypeVar("_Settings", bound=MethodSection)
 
 
 def register_method(section: type[_Settings]) -> type[_Settings]:
-    """Class decorator: make a method's settings known under its `kind`."""
+    """Class decorator: make a method's settings known under its `kind`.
+
+    Raises UserError where another method has that `kind`.
+    """
+    other = REGISTERED.setdefault(section.own_kind(), section)
+    if (other.__module__, other.__name__) != (section.__module__, section.__name__):
+        raise UserError(
+            f"two methods are called `{section.own_kind()}`: {other.__module__} and "
+            f"{section.__module__}; uninstall the package that brings one of them"
+        )
     REGISTERED[section.own_kind()] = section
     return section
 

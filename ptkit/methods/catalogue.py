@@ -1,7 +1,8 @@
 """Which methods there are, and what each can be told; no tensor library is loaded.
 
 A method is a package with two modules: `settings`, with its settings class, and `adapter`, with
-what it does. Those in this folder are found by being there.
+what it does. Those in this folder are found by being there, those of other packages by their entry
+points (`ptkit.plugins`).
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any
+from typing import Any, Literal
 
 from ptkit.errors import did_you_mean
+from ptkit.plugins import brought, loaded
 from ptkit.section import REGISTERED, FileType, MethodSection
 
 
@@ -20,14 +22,27 @@ from ptkit.section import REGISTERED, FileType, MethodSection
 def method_packages() -> tuple[str, ...]:
     """Dotted names of the packages that are methods."""
     found = iter_modules([str(Path(__file__).parent)])
-    return tuple(f"ptkit.methods.{module.name}" for module in found if module.ispkg)
+    own = [f"ptkit.methods.{module.name}" for module in found if module.ispkg]
+    return (*own, *(entry.value for entry in brought("ptkit.methods").values()))
+
+
+def import_part(package: str, part: Literal["settings", "adapter"]) -> None:
+    """Import a part of the method `package`, which registers it.
+
+    Raises UserError naming the distribution that brings a method that cannot be imported.
+    """
+    for entry in brought("ptkit.methods").values():
+        if entry.value == package:
+            loaded(entry, part)
+            return
+    import_module(f"{package}.{part}")
 
 
 @cache
 def all_sections() -> dict[str, type[MethodSection]]:
     """Every method's settings class by its `kind`, in alphabetical order."""
     for package in method_packages():
-        import_module(f"{package}.settings")
+        import_part(package, "settings")
     # In whatever order they were imported first, which is not the same in every program.
     return dict(sorted(REGISTERED.items()))
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cache
-from importlib import import_module
 
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import REGISTERED, Adapter, Demonstrations
-from ptkit.methods.catalogue import method_of_files, method_packages, method_sections
+from ptkit.methods.catalogue import import_part, method_of_files, method_packages, method_sections
 from ptkit.methods.gate_files import gate_of, without_gate
 from ptkit.methods.head import TASK_TYPES, without_head
 from ptkit.prefix import Compiled
@@ -22,7 +21,7 @@ from ptkit.section import MethodSection
 def _classes() -> dict[str, type[Adapter]]:
     """Imported by name, and late: a method may itself start from adapters of any other."""
     for package in method_packages():
-        import_module(f"{package}.adapter")
+        import_part(package, "adapter")
     return {kind: REGISTERED[kind] for kind in method_sections()}
 
 

@@ -22,6 +22,7 @@ from pydantic import (
 from ptkit.errors import UserError, did_you_mean
 from ptkit.methods.catalogue import method_section
 from ptkit.options import Attention, Dtype, Quantize
+from ptkit.plugins import brought
 from ptkit.recipe.expansion import check_budget, check_sweep
 from ptkit.recipe.values import Values
 from ptkit.section import MethodSection, Section
@@ -149,15 +150,16 @@ class DataSection(Section):
 #: Tokenisers of sacrebleu's that a metric may be told to use, as in `bleu-zh`; the metrics.
 TOKENIZERS = ("zh", "char", "intl", "ja-mecab", "ko-mecab", "flores200")
 TOKENIZED = ("bleu", "rouge1", "rouge2", "rougeL", "rougeLsum")
-#: A metric's name, or `module:function`.
+#: A metric's name, of ptkit's own or brought by another package, or `module:function`.
 MetricName = Annotated[str, Field(min_length=1)]
 
 
 def _require_metrics(cls: Any, names: list[str]) -> list[str]:
     """Raise ValueError for a metric the task does not have, or one named twice."""
+    known = (*cls._known_metrics, *brought("ptkit.metrics"))
     for name in names:
-        if ":" not in name and name not in cls._known_metrics:
-            raise ValueError(f"no metric `{name}`; {did_you_mean(name, cls._known_metrics)}")
+        if ":" not in name and name not in known:
+            raise ValueError(f"no metric `{name}`; {did_you_mean(name, known)}")
     if len(set(names)) < len(names):
         raise ValueError("a metric is named twice")
     return names
