@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_base, random_model
-from peft import PeftModel, PromptLearningConfig
+from peft import LoraConfig, PeftModel, PromptLearningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import ValidationError
 from test_compare import recipe_file  # noqa: F401  (a fixture)
@@ -156,6 +156,25 @@ def test_what_does_not_fit_is_refused_and_the_base_is_as_it_was(
     write_adapter(tmp_path / "a", files)
     with pytest.raises(AdapterError, match=r"changes the base for every row|uses DoRA"):
         AdapterBank(base).load(tmp_path / "a")
+
+
+def test_modules_that_peft_saves_whole_leave_the_base_its_own(tmp_path: Path) -> None:
+    base = random_base("llama")
+    plain, head = logits(base.model), base.model.lm_head
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]
+    )
+    theirs = get_peft_model(random_model("llama"), config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    adapter = adapter_from_files(read_adapter(tmp_path / "a"), base)
+    torch.testing.assert_close(logits(adapter.model), logits(theirs), atol=1e-5, rtol=1e-4)
+    adapter.close()
+    assert base.model.lm_head is head
+    assert torch.equal(logits(base.model), plain)
 
 
 def test_patterns_in_a_strangers_settings_are_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from peft import (
 )
 from peft.tuners.adaption_prompt import AdaptionPromptModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import AdapterFiles
@@ -97,6 +97,8 @@ class PeftLayers(Adapter):
         """Raises what PEFT raises on a base it has no place in; the base is then as it was."""
         super().__init__(section, base)
         training = base.model.training
+        # In a tuple, so that the frozen base's modules are no children of the adapter.
+        self._own = (_own_modules(base),)
         try:
             self.peft_model: PeftModel = get_peft_model(base.model, config)
         except BaseException:
@@ -153,7 +155,7 @@ class PeftLayers(Adapter):
         return self.peft_model.disable_adapter()
 
     def close(self) -> None:
-        _unload(self.peft_model, self.base)
+        _unload(self.peft_model, self.base, self._own[0])
 
 
 def _tensors(model: PeftModel) -> dict[str, Tensor]:
@@ -168,13 +170,26 @@ def _tensors(model: PeftModel) -> dict[str, Tensor]:
     return own
 
 
-def _unload(model: PeftModel, base: Base) -> None:
-    """Take PEFT's layers out. LLaMA-Adapter's are no tuner layers, and have a word of their own."""
+def _own_modules(base: Base) -> dict[str, nn.Module]:
+    """The base's modules by name, those of an adapter's layers left out."""
+    named = base.model.named_modules(remove_duplicate=False)
+    return {n: m for n, m in named if n and not isinstance(m, BaseTunerLayer)}
+
+
+def _unload(model: PeftModel, base: Base, own: dict[str, nn.Module]) -> None:
+    """Take PEFT's layers out. LLaMA-Adapter's are no tuner layers, and have a word of their own.
+
+    own: the base's modules; PEFT leaves copies of some in their place (`modules_to_save`)
+    """
     inner: Any = model.base_model
     if isinstance(inner, AdaptionPromptModel):
         inner.delete_adapter("default")
     else:
         model.unload()
+    now = dict(base.model.named_modules(remove_duplicate=False))
+    for name, module in own.items():
+        if name in now and now[name] is not module:
+            base.model.set_submodule(name, module)
     base.model.requires_grad_(False)
 
 
@@ -183,6 +198,7 @@ def _require_room(config: PeftConfig, files: AdapterFiles, base: Base) -> None:
 
     Nothing is allocated for it: the sizes are a stranger's.
     """
+    modules = _own_modules(base)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
@@ -193,7 +209,7 @@ def _require_room(config: PeftConfig, files: AdapterFiles, base: Base) -> None:
     try:
         own = _tensors(tried)
     finally:
-        _unload(tried, base)
+        _unload(tried, base, modules)
     given = files.tensors
     faults = [f"no place for `{name}`" for name in given.keys() - own.keys()]
     faults += [f"`{name}` is missing" for name in own.keys() - given.keys()]
