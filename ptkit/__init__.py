@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ptkit.hub.verify import verify
     from ptkit.prefix import KVPrefix
     from ptkit.recipe import load_recipe
-    from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
     from ptkit.training.distill import distill
     from ptkit.training.multitask import multitask
@@ -28,7 +27,6 @@ __all__ = [
     "Conversation",
     "KVPrefix",
     "LoadedAdapter",
-    "ModelSection",
     "Run",
     "classifier",
     "compare",
@@ -61,7 +59,6 @@ _HOMES = {
     "AdapterBank": "ptkit.bank",
     "Conversation": "ptkit.bank",
     "KVPrefix": "ptkit.prefix",
-    "ModelSection": "ptkit.recipe.schema",
     "load_base": "ptkit.runtime.base_model",
     "load_recipe": "ptkit.recipe",
 }

@@ -28,11 +28,12 @@ from ptkit.methods import base_of, compile_files, require_same_base
 from ptkit.methods.head import labels_of_files
 from ptkit.prefix import Compiled
 from ptkit.recipe import LoadedRecipe, load_recipe
-from ptkit.recipe.schema import MethodSection, Recipe
+from ptkit.recipe.schema import Recipe
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.cache import ReservedCache, prefilled_cache, sees_everything
 from ptkit.runtime.forward import rows_for
 from ptkit.runtime.generation import generate
+from ptkit.section import MethodSection
 from ptkit.training.experiment import prepare
 from ptkit.training.failure import Failure, failed_cells
 from ptkit.training.forecast import Forecast, forecast, is_long

@@ -11,7 +11,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from ptkit.methods.catalogue import method_sections
 from ptkit.recipe import schema
+from ptkit.recipe.values import Range
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
 HEAD = """# Recipes
@@ -34,7 +36,7 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`evaluate`", schema.EvaluateSection),
     ("`retention`", schema.RetentionSection),
     ("`budget`", schema.BudgetSection),
-    ("A range, in `sweep` and `budget.search`", schema.Range),
+    ("A range, in `sweep` and `budget.search`", Range),
 ]
 
 
@@ -67,8 +69,7 @@ def reference() -> str:
     """The whole page."""
     parts = [HEAD]
     methods = [
-        (f"`methods` with `kind: {kind}`", section)
-        for kind, section in schema.method_sections().items()
+        (f"`methods` with `kind: {kind}`", section) for kind, section in method_sections().items()
     ]
     for title, section in [*SECTIONS[:7], *methods, *SECTIONS[7:]]:
         summary = (section.__doc__ or "").strip().splitlines()[0]

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import time
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import ptkit
 
 PACKAGE = Path(ptkit.__file__).parent
 
-#: Upper layers first; a module may import from its own layer and from those below.
+#: Upper layers first; a module may import from its own layer and from those below. A name stands
+#: for everything in it that no longer name stands for; `*` is any one part of a name.
 LAYERS = [
     {"cli"},
     {"api"},
@@ -29,44 +31,170 @@ LAYERS = [
     {"prefix"},
     {"data"},
     {"recipe", "formats"},
+    {"methods.catalogue"},
+    {"methods.*.settings", "methods.prompt_settings"},
+    {"section", "options", "plugins"},
     {"errors"},
 ]
-RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+#: Free of every layer: the package's own doors, which load what is asked of them.
+DOORS = {"ptkit", "ptkit.__main__"}
+
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
 
 
-def runtime_imports(tree: ast.Module) -> set[str]:
-    """Modules a file imports when it runs: those under `if TYPE_CHECKING` do not count."""
+def rank(module: str) -> int:
+    """The layer of a module, the uppermost being 0."""
+    parts = module.split(".")[1:]
+    fitting = [
+        (name.count("."), layer)
+        for layer, names in enumerate(LAYERS)
+        for name in names
+        if all(n in ("*", p) for n, p in zip(name.split("."), parts, strict=False))
+        and name.count(".") < len(parts)
+    ]
+    return max(fitting)[1]
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Names that a file imports when it runs, within functions and by `import_module` too; those
+    under `if TYPE_CHECKING` do not count."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             return
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args:
+            called = ast.unparse(node.func).split(".")[-1]
+            name = node.args[0]
+            if called in ("import_module", "__import__") and isinstance(name, ast.Constant):
+                found.add(str(name.value))
         for child in ast.iter_child_nodes(node):
             visit(child)
 
     visit(tree)
-    return found
+    return {name for name in found if name.split(".")[0] == "ptkit"}
+
+
+def homes(module: str) -> dict[str, str]:
+    """What a package's `__init__` loads when it is asked for: name -> module."""
+    for node in ast.parse(MODULES[module].read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOMES":
+            return dict(ast.literal_eval(node.value))
+    return {}
+
+
+def module_of(name: str) -> str:
+    """The module that `name`, a module or something in one, comes from."""
+    if name in MODULES:
+        return name
+    module, _, own = name.rpartition(".")
+    assert module in MODULES, f"{name} is nowhere"
+    return homes(module).get(own, module)
+
+
+def uses(module: str, tree: ast.Module) -> set[str]:
+    """The modules that `module` needs loaded, with the packages that those lie in."""
+    needed = {module_of(name) for name in imported(tree)}
+    for name in [*needed]:
+        parts = name.split(".")
+        packages = {".".join(parts[:i]) for i in range(1, len(parts))}
+        needed |= {p for p in packages if not f"{module}.".startswith(f"{p}.")}
+    return needed - {module}
 
 
 def test_imports_point_downwards() -> None:
     checked, wrong = 0, []
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        if len(parts) == 1 and parts[0].startswith("__"):
-            continue  # the package's own doors, open to every layer
-        for module in runtime_imports(ast.parse(path.read_text())):
-            names = module.split(".")
-            if names[0] != "ptkit" or len(names) < 2:
+    for module, path in MODULES.items():
+        if module in DOORS:
+            continue
+        for name in imported(ast.parse(path.read_text())):
+            needed = module_of(name)
+            if needed in DOORS:
                 continue
             checked += 1
-            if RANK[names[1]] < RANK[parts[0]]:
-                wrong.append(f"{'.'.join(parts)} imports {module}")
-    assert checked > 50
+            if rank(needed) < rank(module):
+                wrong.append(f"{module} imports {needed}")
+    assert checked > 500
     assert not wrong
+
+
+def test_no_module_needs_itself_by_way_of_others() -> None:
+    needs = {m: uses(m, ast.parse(path.read_text())) - DOORS for m, path in MODULES.items()}
+    sorter = TopologicalSorter(needs)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+def test_imports_within_functions_and_by_name_are_seen() -> None:
+    source = """
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from ptkit.cli import main
+def late():
+    import importlib
+    from ptkit.bank import AdapterBank
+    importlib.import_module("ptkit.methods.registry")
+    importlib.import_module("numpy")
+"""
+    found = imported(ast.parse(source))
+    assert {module_of(name) for name in found} == {"ptkit.bank", "ptkit.methods.registry"}
+    assert module_of("ptkit.methods.ADAPTERS") == "ptkit.methods.registry"
+    assert rank("ptkit.methods.lora.settings") > rank("ptkit.recipe.schema")
+    assert rank("ptkit.recipe.schema") > rank("ptkit.methods.lora.adapter")
+
+
+#: What no recipe needs.
+TENSOR_LIBRARIES = {
+    "torch", "transformers", "peft", "datasets", "accelerate", "numpy", "pandas", "pyarrow",
+    "scipy", "sklearn", "safetensors", "huggingface_hub",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from ptkit.recipe import load_recipe, shipped_recipes\n"
+        "for path in shipped_recipes().values(): load_recipe(path)",
+        "from ptkit.recipe.json_schema import recipe_json_schema\nrecipe_json_schema()",
+        "run('recipes', 'list')",
+        "run('recipes', 'show', 'quickstart')",
+        "run('recipes', 'copy', 'quickstart', '{tmp}/recipe.yaml')",
+        "run('recipes', 'schema')",
+        "run('--help')",
+    ],
+)
+def test_recipes_are_read_without_a_tensor_library(code: str, tmp_path: Path) -> None:
+    harness = (
+        "import sys\n"
+        "def run(*words):\n"
+        "    from typer.testing import CliRunner\n"
+        "    from ptkit.cli.main import app\n"
+        "    assert CliRunner().invoke(app, words).exit_code == 0, words\n"
+        f"{code.format(tmp=tmp_path)}\n"
+        f"heavy = {TENSOR_LIBRARIES} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", harness], check=True)
+
+
+def test_settings_of_a_method_are_read_without_its_adapter() -> None:
+    code = (
+        "import sys\n"
+        "from ptkit.methods.catalogue import method_sections\n"
+        "assert 'lora' in method_sections()\n"
+        "sys.exit(str([m for m in sys.modules if m.endswith('.adapter')] or ''))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not told.stderr.strip()
 
 
 def test_command_line_help_loads_nothing_heavy() -> None:

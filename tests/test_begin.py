@@ -36,14 +36,13 @@ from ptkit.evaluation.predict import predict
 from ptkit.evaluation.retention import measure_retention, probe_base
 from ptkit.formats.adapter_files import write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
-from ptkit.methods.prefix_tuning import PrefixTuning
+from ptkit.methods.catalogue import method_section
+from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.prefix import PrefixBatch
 from ptkit.recipe.schema import (
     GenerationTask,
-    ModelSection,
     RetainSection,
     SequenceClassificationTask,
-    method_section,
 )
 from ptkit.runtime.base_model import Base, frozen_base, load_base
 from ptkit.runtime.compile import compile_tokens
@@ -129,7 +128,7 @@ def test_a_tokenizer_that_makes_nothing_of_a_letter_has_its_lead_found() -> None
 
 
 def test_a_base_without_a_lead_is_read_as_ever() -> None:
-    base = load_base(ModelSection(id=TINY_EN, device="cpu"))
+    base = load_base(TINY_EN, device="cpu")
     texts = ["The committee met", "", "kind[robot]\n"]
     assert base.lead == []
     assert base.encode(texts) == base.tokenizer(texts)["input_ids"]
@@ -197,7 +196,7 @@ def test_python_and_the_command_line_give_one_answer(tmp_path: Path) -> None:
     base = beginning_base("llama")
     base.model.save_pretrained(tmp_path / "base")
     base.tokenizer.save_pretrained(tmp_path / "base")
-    base = load_base(ModelSection(id=str(tmp_path / "base"), device="cpu"))
+    base = load_base(str(tmp_path / "base"), device="cpu")
     adapter = saved(base, tmp_path / "adapter")
     texts = ["w11 w12", "w3", "w40 w41 w42"]
     done = ptkit("generate", *texts, "-a", adapter, "--model", tmp_path / "base",

@@ -33,7 +33,6 @@ from ptkit.bench.result import BenchResult, Figure
 from ptkit.bench.subjects import ParityError
 from ptkit.bench.timing import Timing, interleaved, ratio
 from ptkit.errors import PtkitError, UserError
-from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import load_base
 from ptkit.runtime.named_models import TINY_EN
 
@@ -224,7 +223,7 @@ def stub(folder: Path, answers: dict[str, object]) -> Path:
 def small_base(family: str, folder: Path) -> str:
     """A base of few weights in `folder`: of GPT-2's shape, or of Llama's with fewer key heads than
     heads, a head of its own and another rotary base than the default."""
-    tokenizer = load_base(ModelSection(id=TINY_EN, device="cpu")).tokenizer
+    tokenizer = load_base(TINY_EN, device="cpu").tokenizer
     words = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": None}
     if family == "gpt2":
         shape = GPT2Config(n_layer=2, n_head=4, n_embd=64, n_positions=512, **words)

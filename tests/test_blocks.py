@@ -17,7 +17,7 @@ from test_cli import ptkit, refused
 from test_gguf import TOKENS, write
 from torch import nn
 
-from ptkit import ModelSection, load_base
+from ptkit import load_base
 from ptkit.data.encode import EncodedExample
 from ptkit.errors import AdapterError, ModelError
 from ptkit.families.kinds import used_as
@@ -46,7 +46,7 @@ KINDS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 
 def both(path: Path, kind: str = "Q4_1", **options: Any) -> tuple[Base, Base]:
     write(path, GGMLQuantizationType[kind], **options)
-    return tuple(load_base(ModelSection(id=str(path), quantize=q)) for q in (None, "blocks"))
+    return tuple(load_base(str(path), quantize=q) for q in (None, "blocks"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,9 +148,9 @@ def test_every_property_of_prompts_and_lora_holds_on_it(tmp_path: Path) -> None:
 def test_what_cannot_be_kept_or_trained_says_so(tmp_path: Path) -> None:
     write(tmp_path / "half.gguf", GGMLQuantizationType.F16)
     with pytest.raises(ModelError, match=r"keeps no weight of .*half\.gguf"):
-        load_base(ModelSection(id=str(tmp_path / "half.gguf"), quantize="blocks"))
+        load_base(str(tmp_path / "half.gguf"), quantize="blocks")
     with pytest.raises(ModelError, match=r"`tiny-en` is none; use nf4 or int8"):
-        load_base(ModelSection(id="tiny-en", quantize="blocks"))
+        load_base("tiny-en", quantize="blocks")
     _, blocks = both(tmp_path / "m.gguf")
     with pytest.raises(ModelError, match=r"leave `model.quantize` out"):
         create_adapter(ADAPTERS["full"].section_class(kind="full"), blocks, Demonstrations([], 0))
@@ -180,16 +180,16 @@ def test_another_precision_of_the_same_model_is_named_and_another_model_refused(
     assert not recwarn.list
     # The model that the file was rounded from, and it in half precision: other values, other files.
     write(tmp_path / "original.gguf", GGMLQuantizationType.F32)
-    original = load_base(ModelSection(id=str(tmp_path / "original.gguf")))
+    original = load_base(str(tmp_path / "original.gguf"))
     assert original.fingerprint != blocks.fingerprint
     with pytest.warns(UserWarning, match="in Q4_1, used on .* in F32: the same model"):
         require_same_base(files, original, "a")
-    half = load_base(ModelSection(id=str(tmp_path / "m.gguf"), dtype="float16"))
+    half = load_base(str(tmp_path / "m.gguf"), dtype="float16")
     assert half.fingerprint == blocks.fingerprint
     with pytest.warns(UserWarning, match="in Q4_1, used on .* in float16"):
         require_same_base(files, half, "a")
     write(tmp_path / "other.gguf", GGMLQuantizationType.Q8_0, seed=1)
-    other = load_base(ModelSection(id=str(tmp_path / "other.gguf")))
+    other = load_base(str(tmp_path / "other.gguf"))
     with pytest.raises(AdapterError, match="was made for the base model"):
         require_same_base(files, other, "a")
 
@@ -197,7 +197,7 @@ def test_another_precision_of_the_same_model_is_named_and_another_model_refused(
 @pytest.mark.parametrize("trained_by", [0.01, 0.05])
 def test_a_finetuned_model_is_another_one(trained_by: float, tmp_path: Path) -> None:
     """Of the same precision, however close; of another, once its norms have moved."""
-    base = load_base(ModelSection(id="tiny-en"))
+    base = load_base("tiny-en")
     files = made_on(base, tmp_path / "a")
     torch.manual_seed(0)
     model = copy.deepcopy(base.model)
@@ -206,17 +206,17 @@ def test_a_finetuned_model_is_another_one(trained_by: float, tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "tuned")
     base.tokenizer.save_pretrained(tmp_path / "tuned")
     for dtype in ("float32", "bfloat16", "float16"):
-        tuned = load_base(ModelSection(id=str(tmp_path / "tuned"), dtype=dtype))
+        tuned = load_base(str(tmp_path / "tuned"), dtype=dtype)
         with pytest.raises(AdapterError, match="was made for the base model"):
             require_same_base(files, tuned, "a")
 
 
 def test_a_checkpoint_has_one_fingerprint_in_every_type_and_shard(tmp_path: Path) -> None:
-    base = load_base(ModelSection(id="tiny-en"))
+    base = load_base("tiny-en")
     base.model.save_pretrained(tmp_path / "m", max_shard_size="2MB")
     base.tokenizer.save_pretrained(tmp_path / "m")
     assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
-    made = [load_base(ModelSection(id=str(tmp_path / "m"), dtype=d))
+    made = [load_base(str(tmp_path / "m"), dtype=d)
             for d in ("float32", "bfloat16", "float16")]  # fmt: skip
     assert {b.fingerprint for b in made} == {base.fingerprint}
     assert {b.legacy_fingerprint for b in made} == {base.legacy_fingerprint}
@@ -227,7 +227,7 @@ def test_adapters_of_earlier_versions_are_recognised(tmp_path: Path) -> None:
     shipped = read_adapter(next(p.parent for p in Path("adapters").rglob("adapter_config.json")))
     assert "sketch" not in shipped.info["base"]
     for dtype in ("float32", "float16"):
-        require_same_base(shipped, load_base(ModelSection(id="tiny-en", dtype=dtype)), "shipped")
+        require_same_base(shipped, load_base("tiny-en", dtype=dtype), "shipped")
 
 
 def test_a_run_in_blocks_that_was_killed_ends_where_it_would_have(tmp_path: Path) -> None:

@@ -21,18 +21,14 @@ from ptkit.data.encode import EncodedExample
 from ptkit.data.task import Example
 from ptkit.errors import PtkitError, UserError
 from ptkit.methods import Demonstrations, create_adapter
+from ptkit.methods.catalogue import method_section
 from ptkit.prefix import PrefixBatch
 from ptkit.recipe import load_recipe
-from ptkit.recipe.schema import (
-    ClassificationTask,
-    MethodSection,
-    SequenceClassificationTask,
-    TrainSection,
-    method_section,
-)
+from ptkit.recipe.schema import ClassificationTask, SequenceClassificationTask, TrainSection
 from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_losses
+from ptkit.section import MethodSection
 from ptkit.training import choose as choosing
 from ptkit.training.checkpoint import Progress
 from ptkit.training.choose import Choice, choose

@@ -13,11 +13,11 @@ import pytest
 from test_chat import FACTS, SHORT
 from test_cli import ptkit, refused
 
-from ptkit.errors import AdapterError
+from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import CONFIG, WEIGHTS
 from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import Base, load_base
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.named_models import TINY_EN, TINY_EN_FOLDER
 from ptkit.serve.build import build_app
 
 SHIPPED = Path(__file__).resolve().parents[1] / "adapters"
@@ -25,7 +25,7 @@ SHIPPED = Path(__file__).resolve().parents[1] / "adapters"
 
 @pytest.fixture(scope="module")
 def base() -> Base:
-    return load_base(ModelSection(id=TINY_EN, device="cpu"))
+    return load_base(TINY_EN, device="cpu")
 
 
 def plain(source: str, folder: Path, **settings: object) -> Path:
@@ -108,10 +108,10 @@ def test_generate_loads_the_base_in_the_revision_that_its_adapters_name(
     first = plain("facts-prefix", tmp_path / "one", **named, revision="v2")
     main = plain("facts-prompt", tmp_path / "two", **named)
     other = plain("facts-prompt", tmp_path / "other", **named, revision="v3")
-    asked: list[ModelSection] = []
+    asked: list[tuple[str, str | None]] = []
 
-    def loading(section: ModelSection, labels: object = None) -> Base:
-        asked.append(section)
+    def loading(id: str, *, revision: str | None = None, labels: object = None) -> Base:
+        asked.append((id, revision))
         return base
 
     monkeypatch.setattr("ptkit.runtime.base_model.load_base", loading)
@@ -119,7 +119,7 @@ def test_generate_loads_the_base_in_the_revision_that_its_adapters_name(
         said = ptkit("generate", FACTS, "-a", first, *model, *SHORT, cwd=tmp_path).stderr
         assert "revision v2" in said
     ptkit("generate", FACTS, "-a", main, *SHORT, cwd=tmp_path)
-    assert [(s.id, s.revision) for s in asked] == [
+    assert asked == [
         (TINY_EN, "v2"), (TINY_EN, "v2"), (TINY_EN, None)
     ]  # fmt: skip
     for second in (main, other):
@@ -133,3 +133,26 @@ def test_generate_refuses_an_adapter_of_another_base(adapters: Path, tmp_path: P
     told = refused("generate", FACTS, "-a", first, "-a", adapters / "one", *SHORT, cwd=tmp_path)
     assert "mirror/tiny-copy" in told
     assert TINY_EN in told
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"dtype": "flaot32"}, "no `dtype` 'flaot32'; did you mean `float32`"),
+        ({"attention": "flash"}, "no `attention` 'flash'; known: auto, eager, sdpa"),
+        ({"quantize": "nf8"}, "no `quantize` 'nf8'; did you mean `nf4`"),
+        ({"device": "gpu0"}, "device `gpu0` is not available here"),
+    ],
+)
+def test_a_word_load_base_does_not_know_is_told_with_those_it_does(
+    said: dict[str, str], told: str
+) -> None:
+    with pytest.raises(ModelError, match=told):
+        load_base(TINY_EN, **said)
+
+
+def test_load_base_takes_what_a_recipe_says_of_its_model(base: Base) -> None:
+    section = ModelSection(id=TINY_EN, device="cpu", dtype="bfloat16")
+    loaded = load_base(**section.model_dump())
+    assert (loaded.id, loaded.precision) == (TINY_EN, "bfloat16")
+    assert load_base(TINY_EN_FOLDER, device="cpu").fingerprint == base.fingerprint

@@ -94,7 +94,7 @@ def test_answers_through_transformers_own_generate_are_the_banks() -> None:
     names: dict[str, object] = {}
     with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()):
         exec(block, names)
-    bank = ptkit.AdapterBank(ptkit.load_base(ptkit.ModelSection(id="tiny-en")))
+    bank = ptkit.AdapterBank(ptkit.load_base("tiny-en"))
     bank.load(ROOT / "adapters/facts-prefix")
     prompts = ["kind[robot]\n", "kind[boat], name[Orwick]\n"]
     expected = bank.generate(prompts, ["facts-prefix"] * 2, max_new_tokens=24)

@@ -333,7 +333,6 @@ def test_heads_are_trained_in_float32_on_a_backbone_in_bfloat16(encoder: str, me
 def test_heads_start_anew_with_every_seed_unless_the_checkpoint_has_one(
     encoder: str, tmp_path: Path
 ) -> None:
-    from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import Labels, load_base
 
     source = random_classifier(encoder)
@@ -342,8 +341,8 @@ def test_heads_start_anew_with_every_seed_unless_the_checkpoint_has_one(
     source.model.save_pretrained(tmp_path / "classifier")
     source.tokenizer.save_pretrained(tmp_path / "classifier")
     labels = Labels("sequence", LABELS)
-    new = load_base(ModelSection(id=str(tmp_path / "backbone"), attention="eager"), labels)
-    again = load_base(ModelSection(id=str(tmp_path / "backbone"), attention="eager"), labels)
+    new = load_base(str(tmp_path / "backbone"), attention="eager", labels=labels)
+    again = load_base(str(tmp_path / "backbone"), attention="eager", labels=labels)
     assert new.head.fresh
     assert new.fingerprint == again.fingerprint
     inside = [n for n in new.head.modules if n.startswith(new.model.base_model_prefix + ".")]
@@ -354,7 +353,7 @@ def test_heads_start_anew_with_every_seed_unless_the_checkpoint_has_one(
 
     assert all(torch.equal(a, b) for a, b in zip(head_of(new, 1), head_of(again, 1), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(head_of(new, 1), head_of(new, 2), strict=True))
-    trained = load_base(ModelSection(id=str(tmp_path / "classifier"), attention="eager"), labels)
+    trained = load_base(str(tmp_path / "classifier"), attention="eager", labels=labels)
     assert not trained.head.fresh
     state = trained.model.state_dict()
     for name, value in source.model.state_dict().items():
@@ -362,10 +361,8 @@ def test_heads_start_anew_with_every_seed_unless_the_checkpoint_has_one(
     assert all(
         torch.equal(a, b) for a, b in zip(head_of(trained, 1), head_of(trained, 2), strict=True)
     )
-    other = load_base(
-        ModelSection(id=str(tmp_path / "classifier"), attention="eager"),
-        Labels("sequence", ("a", "b")),
-    )
+    two = Labels("sequence", ("a", "b"))
+    other = load_base(str(tmp_path / "classifier"), attention="eager", labels=two)
     assert other.head.fresh, "two labels instead of three: the head is a new one"
 
 

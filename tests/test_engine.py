@@ -18,7 +18,6 @@ from test_running import random_prefix
 
 from ptkit.bank import AdapterBank
 from ptkit.errors import PtkitError, UserError
-from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import load_base
 from ptkit.runtime.named_models import TINY_EN
 from ptkit.serve.answer import (
@@ -481,7 +480,7 @@ def test_a_loop_that_ends_by_whatever_leaves_nobody_waiting(
 
 @pytest.fixture(scope="module")
 def tokenizer() -> object:
-    return load_base(ModelSection(id=TINY_EN, device="cpu")).tokenizer
+    return load_base(TINY_EN, device="cpu").tokenizer
 
 
 @settings(max_examples=150, deadline=None)

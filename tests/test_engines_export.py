@@ -31,7 +31,6 @@ from transformers import (
 from ptkit.bank import AdapterBank
 from ptkit.formats.adapter_files import AdapterFiles, write_adapter
 from ptkit.hub.engines import export_prompt_embeds, export_tokens
-from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import Base, frozen_base, load_base
 from ptkit.runtime.generation import generate
 from ptkit.runtime.named_models import TINY_EN, TINY_EN_FOLDER
@@ -43,7 +42,7 @@ TEXTS = ["kind[boat], name[Ashmere], colour[green]\n", "My parcel is late", "The
 
 @pytest.fixture(scope="module")
 def bank() -> AdapterBank:
-    bank = AdapterBank(load_base(ModelSection(id=TINY_EN, device="cpu")))
+    bank = AdapterBank(load_base(TINY_EN, device="cpu"))
     bank.register_all(ROOT / "adapters")
     return bank
 

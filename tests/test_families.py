@@ -16,7 +16,7 @@ from test_cli import ptkit, refused
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from ptkit import AdapterBank, ModelSection, load_base
+from ptkit import AdapterBank, load_base
 from ptkit.bank.conversation import Conversation
 from ptkit.data.encode import EncodedExample
 from ptkit.errors import AdapterError, ModelError
@@ -38,8 +38,8 @@ from ptkit.families.shapes import FAMILIES, WINDOW, small
 from ptkit.families.subject import Row, Subject, small_subject
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, adapter_from_files, create_adapter
-from ptkit.methods.multitask_prompt import MultitaskSection
-from ptkit.methods.prefix_tuning import PrefixTuningSection
+from ptkit.methods.catalogue import all_sections
+from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.prefix import PrefixBatch
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base
@@ -108,7 +108,7 @@ def test_every_method_is_asked_about_or_said_not_to_be() -> None:
     asked = {METHODS[name]["kind"] for kind in KINDS for name in kind.methods}
     assert {name for kind in KINDS for name in kind.methods} == {*METHODS}
     assert asked.isdisjoint(NOT_ASKED)
-    assert asked | {*NOT_ASKED} == {*ADAPTERS, MultitaskSection.model_fields["kind"].default}
+    assert asked | {*NOT_ASKED} == {*all_sections()} > {*ADAPTERS}
     page = (ROOT / "docs/models.md").read_text()
     assert "all methods" not in page
     assert "every method" not in page
@@ -521,10 +521,10 @@ def test_attention_is_the_models_choice_unless_asked_for(tmp_path: Path) -> None
     base = subject_of("gemma2").base()
     base.model.save_pretrained(tmp_path)
     base.tokenizer.save_pretrained(tmp_path)
-    loaded = load_base(ModelSection(id=str(tmp_path)))
+    loaded = load_base(str(tmp_path))
     assert loaded.model.config._attn_implementation == "eager"
     with pytest.raises(ModelError, match=r"has no `sdpa` attention; set `model.attention: auto`"):
-        load_base(ModelSection(id=str(tmp_path), attention="sdpa"))
+        load_base(str(tmp_path), attention="sdpa")
 
 
 def test_every_kind_has_families() -> None:

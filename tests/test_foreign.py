@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import (
     LoraConfig,
+    PeftType,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -40,7 +41,7 @@ from ptkit.cli.inspect import _as_dict, _show
 from ptkit.errors import AdapterError
 from ptkit.evaluation.anatomy import dissect
 from ptkit.evaluation.saved import find_adapter
-from ptkit.formats.adapter_files import CONFIG, WEIGHTS, conversion, read_adapter
+from ptkit.formats.adapter_files import CONFIG, WEIGHTS, AdapterFiles, conversion, read_adapter
 from ptkit.formats.hub import is_on_hub
 from ptkit.hub.verify import check_files, verify
 from ptkit.methods import adapter_from_files, base_of, compile_files
@@ -159,10 +160,9 @@ def test_verify_says_that_the_base_was_chosen(tmp_path: Path) -> None:
 
 
 def base_of_tiny() -> Base:
-    from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
 
-    return load_base(ModelSection(id="tiny-en"))
+    return load_base("tiny-en")
 
 
 def test_revision_in_pefts_settings_is_the_one_that_is_loaded(
@@ -172,10 +172,12 @@ def test_revision_in_pefts_settings_is_the_one_that_is_loaded(
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**config, "revision": "v2"}))
     asked = []
-    monkeypatch.setattr("ptkit.methods.adapter.load_base", lambda section, _: asked.append(section))
+    monkeypatch.setattr(
+        "ptkit.methods.of_base.load_base", lambda id, **how: asked.append((id, how.get("revision")))
+    )
     base_of(read_adapter(folder), None, "a")
     base_of(read_adapter(folder), "org/base", "a")
-    assert [(s.id, s.revision) for s in asked] == [("org/base", "v2"), ("org/base", None)]
+    assert asked == [("org/base", "v2"), ("org/base", None)]
 
 
 def test_command_in_the_refusal_of_pickled_weights_converts_them(tmp_path: Path) -> None:
@@ -297,15 +299,45 @@ def test_mistyped_path_is_not_looked_for_on_the_hub(
     assert not is_on_hub("adapters/facts")
 
 
-def test_card_says_of_every_type_of_ptkits_own_why_peft_cannot_read_it() -> None:
-    from ptkit.hub.card import _METHODS, _UNREADABLE
-    from ptkit.methods import ADAPTERS
-    from ptkit.methods.soft_prompt import ENCODER_PROMPT
+def test_every_method_says_why_peft_cannot_read_a_type_of_ptkits_own() -> None:
+    from ptkit.methods.catalogue import all_sections
 
-    own = {t for cls in ADAPTERS.values() for t in cls.peft_types if t.startswith("PTKIT_")}
+    own = {
+        name: kind.unreadable
+        for section in all_sections().values()
+        for name, kind in section.file_types.items()
+        if name.startswith("PTKIT_")
+    }
     assert len(own) >= 7
-    assert own == _UNREADABLE.keys()
-    assert own - {ENCODER_PROMPT} <= _METHODS.keys()  # that one is named by its own method
+    assert all(own.values())
+    # What PEFT has a type for it reads.
+    assert not any(
+        kind.unreadable
+        for section in all_sections().values()
+        for name, kind in section.file_types.items()
+        if name in PeftType.__members__
+    )
+
+
+def test_every_method_has_a_name_and_a_search_finds_what_its_cards_say() -> None:
+    from ptkit.hub.card import card_text
+    from ptkit.hub.search import tags_of_methods
+    from ptkit.methods.catalogue import all_sections
+
+    for kind, section in all_sections().items():
+        assert section.display_name, kind
+    tags = tags_of_methods()
+    for kind in tags:
+        for peft_type, said in all_sections()[kind].file_types.items():
+            files = AdapterFiles(
+                {"peft_type": peft_type, "base_model_name_or_path": "org/base"},
+                {"prompt_embeddings": torch.zeros(1, 1)},
+                {"method": {"kind": kind}},
+            )
+            card = card_text("mine", files, 4)
+            name = said.name or all_sections()[kind].display_name
+            assert f"{name[:1].upper()}{name[1:]} for `org/base`" in card
+            assert ("PEFT cannot read this file" in card) == (said.unreadable is not None)
 
 
 def lora_folder(path: Path, **settings: object) -> Path:

@@ -26,7 +26,7 @@ from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.hub.convert import as_prefix, as_prompt
 from ptkit.methods import Adapter, adapter_from_files, compile_files
 from ptkit.methods.gate_files import without_gate
-from ptkit.recipe.schema import ModelSection, RetainSection
+from ptkit.recipe.schema import RetainSection
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits, rows_for
 from ptkit.runtime.gate import Gate, Gated, gate_features
@@ -266,7 +266,7 @@ def test_transformers_own_generate_takes_it(tmp_path: Path) -> None:
 
 
 def test_forgetting_is_none_where_it_is_shut() -> None:
-    base = load_base(ModelSection())
+    base = load_base()
     adapter = made(base)
     probe = probe_base(base, {"text": "The old harbour was quiet in the morning. " * 80}, 600)
     on = measure_retention(adapter, probe).as_dict()

@@ -13,7 +13,6 @@ from gguf.quants import dequantize, quantize
 from transformers import AutoModelForCausalLM
 
 from ptkit.errors import ModelError
-from ptkit.recipe.schema import ModelSection
 from ptkit.runtime import gguf_model, named_models
 from ptkit.runtime.base_model import load_base
 from ptkit.runtime.gguf_model import converted, known_architectures
@@ -88,7 +87,7 @@ def write(path: Path, kind: GGMLQuantizationType, *, pre: str = "smollm", arch: 
 
 
 def base_at(path: Path) -> Any:
-    return load_base(ModelSection(id=str(path)))
+    return load_base(str(path))
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])
@@ -213,7 +212,7 @@ def test_a_known_model_that_is_not_here_names_the_line_that_fetches_it(
 ) -> None:
     monkeypatch.setenv("PTKIT_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match="ptkit models get smollm2-135m"):
-        load_base(ModelSection(id="smollm2-135m"))
+        load_base("smollm2-135m")
     with pytest.raises(ModelError, match="needs no download"):
         named_models.fetch("tiny-en")
     with pytest.raises(ModelError, match=r"did you mean .?smollm2-135m"):
@@ -222,7 +221,7 @@ def test_a_known_model_that_is_not_here_names_the_line_that_fetches_it(
 
 def test_smollm2_is_the_model_its_makers_describe(smollm2: Path) -> None:
     """Facts of the original's config and tokenizer files, which are on the Hub."""
-    base = load_base(ModelSection(id="smollm2-135m"))
+    base = load_base("smollm2-135m")
     config = base.model.config
     assert base.parameters == 134_515_008
     assert config.rope_parameters["rope_theta"] == 100_000

@@ -23,7 +23,7 @@ from ptkit.errors import DataError
 from ptkit.evaluation.harness import AdapterLM, evaluate_tasks
 from ptkit.formats.adapter_files import write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter, load_adapter
-from ptkit.recipe.schema import ModelSection, method_section
+from ptkit.methods.catalogue import method_section
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.named_models import TINY_EN_FOLDER
 
@@ -77,14 +77,14 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base() -> Base:
-    return load_base(ModelSection(id="tiny-en"))
+    return load_base("tiny-en")
 
 
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_figures_are_those_of_the_harness_own_model(
     base: Base, tasks: Path, with_adapter: bool
 ) -> None:
-    model = load_base(ModelSection(id="tiny-en")).model
+    model = load_base("tiny-en").model
     if with_adapter:
         adapter = load_adapter(SHIPPED / "facts-prefix", base)
         model = PeftModel.from_pretrained(model, str(SHIPPED / "facts-prefix")).eval()
@@ -177,7 +177,7 @@ def test_a_base_with_a_begin_of_text_token_is_scored_as_the_harness_own_model_do
 
 
 def test_what_is_written_after_a_begin_of_text_token_is_what_the_harness_own_model_writes() -> None:
-    begun = load_base(ModelSection(id="tiny-en", device="cpu"))
+    begun = load_base("tiny-en", device="cpu")
     first = str(begun.tokenizer.bos_token)
     begun.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{first} $A", special_tokens=[(first, int(begun.tokenizer.bos_token_id))]

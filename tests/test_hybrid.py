@@ -32,10 +32,11 @@ from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.hub.convert import as_prefix, as_prompt
 from ptkit.hub.parts import export_parts
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, parts_of
-from ptkit.methods.prefix_lora import PREFIX_LORA
+from ptkit.methods.catalogue import method_section
+from ptkit.methods.prefix_lora.adapter import PREFIX_LORA
 from ptkit.prefix import PrefixBatch
 from ptkit.recipe import load_recipe
-from ptkit.recipe.schema import TrainSection, method_section
+from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits, collate, supervised_losses
 from ptkit.runtime.generation import generate

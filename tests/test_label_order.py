@@ -15,9 +15,8 @@ from transformers import pipeline
 
 from ptkit.data.encode import EncodedExample
 from ptkit.methods import Demonstrations, create_adapter
-from ptkit.methods.linear_probe import LinearProbeSection
+from ptkit.methods.linear_probe.settings import LinearProbeSection
 from ptkit.recipe import load_recipe
-from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import Base, Labels, load_base
 from ptkit.runtime.forward import collate, head_logits
 from ptkit.runtime.label_order import order_of
@@ -36,7 +35,7 @@ def checkpoint(folder: Path, family: str, names: list[str], kind: str = "sequenc
 
 
 def loaded(folder: Path, names: list[str], kind: str = "sequence") -> Base:
-    return load_base(ModelSection(id=str(folder), device="cpu"), Labels(kind, tuple(names)))
+    return load_base(str(folder), device="cpu", labels=Labels(kind, tuple(names)))
 
 
 def scores(base: Base, model=None) -> dict[str, float]:

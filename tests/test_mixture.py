@@ -43,10 +43,11 @@ from ptkit.methods import (
     compile_files,
     create_adapter,
 )
-from ptkit.methods.prefix_mixture import PREFIX_MIXTURE
+from ptkit.methods.catalogue import method_section
+from ptkit.methods.prefix_mixture.adapter import PREFIX_MIXTURE
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import load_recipe
-from ptkit.recipe.schema import ClassificationTask, GenerationTask, TrainSection, method_section
+from ptkit.recipe.schema import ClassificationTask, GenerationTask, TrainSection
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits, collate, head_logits, rows_for, supervised_losses
 from ptkit.runtime.generation import generate

@@ -18,11 +18,11 @@ from ptkit.data.encode import IGNORED, EncodedExample
 from ptkit.errors import AdapterError, ModelError, UserError
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import Demonstrations, adapter_from_files, create_adapter
-from ptkit.methods.multitask_prompt import MultitaskPrompt, MultitaskSection
-from ptkit.methods.prompt_tuning import PromptTuningSection
+from ptkit.methods.multitask_prompt.adapter import MultitaskPrompt
+from ptkit.methods.multitask_prompt.settings import MultitaskSection
+from ptkit.methods.prompt_tuning.settings import PromptTuningSection
 from ptkit.methods.start import start_embeddings
 from ptkit.recipe import LoadedRecipe, load_recipe
-from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits, collate, supervised_losses
 from ptkit.training.multitask import Multitask, multitask, of_tasks
@@ -56,7 +56,7 @@ def loaded(*changes: str) -> list[LoadedRecipe]:
 
 
 def tiny() -> Base:
-    return load_base(ModelSection(id="tiny-en", device="cpu"))
+    return load_base("tiny-en", device="cpu")
 
 
 def random_prompt(base: Base, rank: int = 2, tasks: int = 3) -> MultitaskPrompt:

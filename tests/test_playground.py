@@ -12,7 +12,6 @@ from serving import Serving
 from test_browser import WIDTHS
 
 from ptkit.bank import AdapterBank
-from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import load_base
 from ptkit.runtime.named_models import TINY_EN
 
@@ -74,7 +73,7 @@ def test_three_adapters_and_the_base_answer_side_by_side(
         article.get_attribute("data-model"): article.query_selector(".text").inner_text()
         for article in page.query_selector_all("article")
     }
-    bank = AdapterBank(load_base(ModelSection(id=TINY_EN, device="cpu")))
+    bank = AdapterBank(load_base(TINY_EN, device="cpu"))
     bank.register_all(ROOT / "adapters")
     for name in (TINY_EN, "facts-prefix", "facts-prompt"):
         row = None if name == TINY_EN else name

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from ptkit.errors import ModelError
 from ptkit.methods import Demonstrations
-from ptkit.methods.prefix_tuning import PrefixTuning, PrefixTuningSection
+from ptkit.methods.prefix_tuning.adapter import PrefixTuning
+from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.forward import supervised_logits, token_losses
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptkit import ModelSection, load_base
+from ptkit import load_base
 from ptkit.errors import ModelError
 from ptkit.families.kinds import used_as
 from ptkit.families.matrix import Status, run_matrix, subject_of
@@ -61,7 +61,7 @@ def rounded(family: str, kind: str, folder: Path) -> Base:
     plain = subject_of(family).base()
     plain.model.save_pretrained(folder / family)
     plain.tokenizer.save_pretrained(folder / family)
-    return load_base(ModelSection(id=str(folder / family), quantize=kind, device="cpu"))
+    return load_base(str(folder / family), quantize=kind, device="cpu")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,7 +120,7 @@ def test_without_the_package_the_way_to_it_is_named(
 ) -> None:
     monkeypatch.setattr("ptkit.runtime.quantize.find_spec", lambda _: None)
     with pytest.raises(ModelError, match=rf"{package}: pip install 'ptkit\[quantize\]'"):
-        load_base(ModelSection(id="tiny-en", quantize=kind))
+        load_base("tiny-en", quantize=kind)
 
 
 def _prefix(base: Base):

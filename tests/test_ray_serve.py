@@ -12,7 +12,6 @@ import pytest
 from serving import free_port
 
 from ptkit.bank import AdapterBank
-from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import load_base
 from ptkit.runtime.named_models import TINY_EN
 
@@ -57,7 +56,7 @@ def test_two_replicas_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(ask, range(28)))
-        bank = AdapterBank(load_base(ModelSection(id=TINY_EN, device="cpu")))
+        bank = AdapterBank(load_base(TINY_EN, device="cpu"))
         bank.register_all(ROOT / "adapters")
         expected = [
             bank.generate(

@@ -12,7 +12,7 @@ from test_cli import ptkit, refused
 from test_train import TRAINED, Killed, fresh, rows
 
 from ptkit.errors import UserError
-from ptkit.recipe.schema import ModelSection, RetainSection, RetentionSection, TrainSection
+from ptkit.recipe.schema import RetainSection, RetentionSection, TrainSection
 from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits
@@ -131,7 +131,7 @@ def test_training_with_it_stays_nearer_and_resumes_bit_for_bit(name: str, tmp_pa
 
 
 def test_the_base_writes_its_own_text_and_leaves_the_generator_alone() -> None:
-    base = load_base(ModelSection(id=TINY_EN, device="cpu"))
+    base = load_base(TINY_EN, device="cpu")
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)

@@ -14,7 +14,6 @@ from test_multitask import NAMES, QUICK
 
 from ptkit.bank import AdapterBank
 from ptkit.formats.adapter_files import INFO
-from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import load_base
 from ptkit.runtime.named_models import TINY_EN
 from ptkit.serve.engine import Engine
@@ -43,7 +42,7 @@ def test_inspect_says_which_rows(chosen_on: Path, tmp_path: Path) -> None:
 
 
 def test_the_playground_is_told_which_rows(chosen_on: Path) -> None:
-    bank = AdapterBank(load_base(ModelSection(id=TINY_EN, device="cpu")))
+    bank = AdapterBank(load_base(TINY_EN, device="cpu"))
     engine = Engine(bank, max_rows=1)
     try:
         library = Library(engine, chosen_on.parent, base_name=TINY_EN)

@@ -24,7 +24,6 @@ from test_cli import refused
 
 from ptkit.bank import AdapterBank
 from ptkit.bench.subjects import random_prefixes
-from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.named_models import TINY_EN
 
@@ -36,7 +35,7 @@ PROMPTS = ["The boat", "A lake in winter is", "kind[robot], name[Al]\n", "Once u
 
 @pytest.fixture(scope="module")
 def base() -> Base:
-    return load_base(ModelSection(id=TINY_EN, device="cpu"))
+    return load_base(TINY_EN, device="cpu")
 
 
 @pytest.fixture(scope="module")

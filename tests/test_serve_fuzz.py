@@ -19,7 +19,6 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from ptkit.bank import AdapterBank
-from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import load_base
 from ptkit.runtime.named_models import TINY_EN
 from ptkit.serve.answers import Limits
@@ -35,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def document(tmp_path_factory: pytest.TempPathFactory) -> schemathesis.BaseSchema:
     folder = tmp_path_factory.mktemp("served") / "adapters"
     shutil.copytree(ROOT / "adapters", folder)
-    bank = AdapterBank(load_base(ModelSection(id=TINY_EN, device="cpu")))
+    bank = AdapterBank(load_base(TINY_EN, device="cpu"))
     metrics = Metrics(bank)
     engine = Engine(bank, max_rows=4, observer=metrics)
     metrics.watch(engine)

@@ -16,7 +16,6 @@ from ptkit.bank import AdapterBank
 from ptkit.formats.adapter_files import WEIGHTS, read_adapter
 from ptkit.methods import adapter_from_files, require_same_base
 from ptkit.prefix import PrefixBatch
-from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits
 from ptkit.runtime.named_models import TINY_EN_FOLDER
@@ -28,7 +27,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 @pytest.fixture(scope="module")
 def tiny() -> Base:
-    return load_base(ModelSection(id="tiny-en"))
+    return load_base("tiny-en")
 
 
 def test_embedded_base_is_small_bfloat16_safetensors() -> None:

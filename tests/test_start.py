@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from ptkit.errors import AdapterError, UserError
 from ptkit.formats.adapter_files import AdapterFiles, write_adapter
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, create_adapter
-from ptkit.methods.p_tuning import PTuning
-from ptkit.methods.prefix_tuning import PrefixTuning
+from ptkit.methods.catalogue import method_section
+from ptkit.methods.p_tuning.adapter import PTuning
+from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import load_recipe
-from ptkit.recipe.schema import ModelSection, method_section
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.compile import compile_embeddings, compile_tokens
 from ptkit.training.experiment import prepare
@@ -70,7 +70,7 @@ def test_labels_need_a_task_with_labels() -> None:
 
 
 def test_a_run_goes_on_only_with_the_adapters_it_began_with(tmp_path: Path) -> None:
-    base = load_base(ModelSection())
+    base = load_base()
     for folder in ("first", "second"):
         torch.manual_seed(len(folder))
         tokens = torch.randn(4, base.embedding.embedding_dim)
@@ -181,7 +181,7 @@ def test_one_rate_fits_bases_of_any_scale(kind: str) -> None:
 
 def test_layers_of_the_embedded_base_differ_in_size() -> None:
     """What the docs say of it, and why a prefix is learnt in units of its own size."""
-    base = load_base(ModelSection(id="tiny-en"))
+    base = load_base("tiny-en")
     text = "The committee published its report on Monday, and nobody was surprised by it."
     prefix = compile_tokens(base.model, torch.tensor(base.tokenizer(text)["input_ids"]))
     sizes = [float(values.square().mean().sqrt()) for values in prefix.values]

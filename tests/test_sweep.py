@@ -17,7 +17,7 @@ from ptkit.comparison.search import _optuna, _random
 from ptkit.errors import RecipeError, UserError
 from ptkit.recipe import load_recipe
 from ptkit.recipe.expansion import expand, values_of
-from ptkit.recipe.schema import Range
+from ptkit.recipe.values import Range
 from ptkit.training.run import Observer
 
 PREFIX = "methods=[{kind: base}, {kind: prefix_tuning, num_virtual_tokens: 4}]"

@@ -19,7 +19,8 @@ from ptkit.methods import (
     create_adapter,
     require_same_base,
 )
-from ptkit.recipe.schema import TrainSection, method_section
+from ptkit.methods.catalogue import method_section
+from ptkit.recipe.schema import TrainSection
 from ptkit.training.checkpoint import (
     Progress,
     load_checkpoint,

@@ -17,7 +17,6 @@ from ptkit.formats.adapter_files import read_adapter
 from ptkit.methods import compile_files
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import load_recipe
-from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import load_base
 from ptkit.runtime.compile import compile_tokens
 from ptkit.training.run import Observer
@@ -47,7 +46,7 @@ class Killer(Observer):
 
 
 def test_map_of_two_tasks_goes_on_after_a_kill(tmp_path: Path) -> None:
-    base = load_base(ModelSection(id="tiny-en", device="cpu"))
+    base = load_base("tiny-en", device="cpu")
     tokens = "methods.4.num_virtual_tokens=4"
     loaded = [load_recipe(name, [*QUICK, tokens]) for name in NAMES]
     planned = plan(loaded, loaded, "prefix_tuning")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
-from ptkit.methods.lora_files import lora_config
+from ptkit.methods.lora.files import lora_config
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.row_adapters import row_adapters, rows_run_with
 from ptkit.runtime.turns import turn

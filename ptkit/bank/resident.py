@@ -13,7 +13,7 @@ from ptkit.bank.source import locate, name_of, read_checked, require_files
 from ptkit.bank.store import AdapterStatus, BankCounts, PrefixStore
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import adapter_folders
-from ptkit.methods import Adapter, compile_files, parts_of
+from ptkit.methods import Adapter, compile_files, mixes_in_batch, parts_of
 from ptkit.prefix import Compiled, KVPrefix, PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.turns import turn
@@ -112,16 +112,23 @@ class ResidentAdapters:
         read = read_checked(path, self.base, chosen=chosen)
         method = read.files.peft_type.lower()
         parts = {part.peft_type: part for part in parts_of(read.files)}
-        lora = parts.pop("LORA", None)
+        lora = next((p for name, p in parts.items() if mixes_in_batch(name)), None)
         prefix = None
-        for part in parts.values():  # at most one
-            prefix = compile_files(part, self.base)
+        for part in parts.values():
+            if part is not lora:  # at most one
+                prefix = compile_files(part, self.base)
+        if prefix is None and lora is None:
+            raise AdapterError(
+                f"{path} is a {read.files.peft_type} adapter, which changes the base for every row "
+                "of a batch at once; a bank takes what makes a prefix, and LoRA. "
+                "`ptkit.methods.load_adapter` puts it into the base"
+            )
         self._require_kind(name, prefix=prefix is not None, lora=lora is not None)
         if prefix is not None:
             self._store.require_room(name, prefix)
             prefix = self._store.on_device(prefix)
         if lora is None:
-            assert prefix is not None  # only LoRA, and heads alone, make no prefix
+            assert prefix is not None
             place = path if publish is None else publish()
             self._store.put(name, prefix, method, place, read)
             return name

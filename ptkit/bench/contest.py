@@ -40,7 +40,7 @@ class Contest:
         supervised: positions with a label per row. The aims are for two shapes; a LoRA's or full
         fine-tuning's memory is that of its gradients.
         """
-        prompt_method = self.kind not in ("lora", "full")
+        prompt_method = not ADAPTERS[self.kind].changes_weights
         if model == GPT2_SMALL:
             return self.at_least, 0.6 if prompt_method else None
         if model == LARGE_VOCABULARY and self.kind == "prefix_tuning":

@@ -11,7 +11,8 @@ from ptkit.bench.subjects import GPT2_SMALL, ParityError, bench_base, random_pro
 from ptkit.bench.timing import interleaved, ratio
 from ptkit.data.encode import EncodedExample
 from ptkit.methods import Adapter, Demonstrations
-from ptkit.methods.prefix_tuning import PrefixTuning, PrefixTuningSection
+from ptkit.methods.prefix_tuning.adapter import PrefixTuning
+from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate

@@ -18,6 +18,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ptkit.bench.contest import Clock, Contest, Round, Trained
+from ptkit.methods.full.adapter import Full
+from ptkit.methods.peft_layers import PeftLayers
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate
 from ptkit.training.memory import PeakMemory
@@ -91,21 +93,19 @@ def arguments_of(turn: Round, folder: str, **own: Any) -> TrainingArguments:
 def model_of(turn: Round) -> Any:
     """PEFT's model of the same method with the same values to start from, on a base of its own."""
     adapter: Any = turn.started()
-    kind = turn.contest.kind
     try:
-        if kind == "full":
+        if isinstance(adapter, Full):
             return adapter.model
-        config = (
-            copy.deepcopy(adapter.peft_model.peft_config["default"]) if kind == "lora" else None
-        )
-        state = dict(get_peft_model_state_dict(adapter.peft_model)) if kind == "lora" else {}
+        in_layers = isinstance(adapter, PeftLayers)
+        config = copy.deepcopy(adapter.peft_model.peft_config["default"]) if in_layers else None
+        state = dict(get_peft_model_state_dict(adapter.peft_model)) if in_layers else {}
     finally:
         adapter.close()
     own: Any = copy.deepcopy(turn.base.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about GPT-2's Conv1D
         model: Any = get_peft_model(own, config or copy.deepcopy(adapter.config))
-    if kind == "lora":
+    if in_layers:
         set_peft_model_state_dict(model, state)
     else:
         model.prompt_encoder["default"].load_state_dict(adapter.encoder.state_dict())

@@ -26,7 +26,7 @@ from ptkit.data import load_task
 from ptkit.data.encode import encode_examples
 from ptkit.errors import PtkitError, UserError
 from ptkit.methods import Demonstrations, create_adapter
-from ptkit.methods.prefix_tuning import PrefixTuningSection
+from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import ModelSection, TrainSection
 from ptkit.runtime.base_model import load_base
@@ -164,11 +164,11 @@ def _worker(trial: Trial, precision: str, end: Connection) -> None:
 
 def _train(trial: Trial, precision: str, end: Connection) -> None:
     torch.manual_seed(0)
-    load_base(ModelSection(id="tiny-en", device=trial.device))  # what loading imports
+    load_base("tiny-en", device=trial.device)  # what loading imports
     import_module("torch._dynamo")  # what optimisers import
     section = ModelSection(id=trial.model, device=trial.device).in_precision(precision)
     memory = PeakMemory(torch.device("cpu" if trial.device == "auto" else trial.device))
-    base = load_base(section)
+    base = load_base(**section.model_dump())
     loaded = memory.bytes()
     recipe = load_recipe(trial.recipe)
     data = load_task(recipe.recipe.task, recipe.folder)

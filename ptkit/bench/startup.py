@@ -13,7 +13,6 @@ import torch
 from ptkit.bench.result import BenchResult, Figure
 from ptkit.bench.subjects import ParityError, random_prefixes
 from ptkit.bench.timing import Timing, interleaved, ratio
-from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import load_base
 from ptkit.runtime.named_models import TINY_EN, TINY_EN_FOLDER
 
@@ -36,7 +35,7 @@ TEXT = "kind[boat], name[Orwick]"
 def bench_startup(*, rounds: int = 5) -> BenchResult:
     """Seconds of whole processes, started in turn, on the embedded base."""
     with tempfile.TemporaryDirectory() as scratch:
-        base = load_base(ModelSection(id=TINY_EN, device="cpu"))
+        base = load_base(TINY_EN, device="cpu")
         (adapter,) = random_prefixes(base, Path(scratch), 1, 4, torch.float32)
 
         def process(*words: str) -> Callable[[], str]:

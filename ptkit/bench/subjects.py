@@ -14,8 +14,8 @@ from ptkit.bank import AdapterBank
 from ptkit.errors import PtkitError
 from ptkit.formats.adapter_files import AdapterFiles, write_adapter
 from ptkit.methods import Demonstrations
-from ptkit.methods.prefix_tuning import PrefixTuning, PrefixTuningSection
-from ptkit.recipe.schema import ModelSection
+from ptkit.methods.prefix_tuning.adapter import PrefixTuning
+from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.runtime.base_model import Base, frozen_base, load_base, resolve_device
 from ptkit.runtime.named_models import TINY_EN
 
@@ -29,12 +29,12 @@ def bench_base(model: str) -> Base:
     """The base `gpt2-small` or `large-vocabulary` (random weights, nothing to download),
     `tiny-en`, or any other id."""
     if model not in _RANDOM:
-        return load_base(ModelSection(id=model, device="auto"))
+        return load_base(model, device="auto")
     torch.manual_seed(0)
     random_weights = _RANDOM[model]()
     random_weights.to(resolve_device("auto"))
     # Its ids are a part of the model's vocabulary; no text is read.
-    tokenizer = load_base(ModelSection(id=TINY_EN, device="cpu")).tokenizer
+    tokenizer = load_base(TINY_EN, device="cpu").tokenizer
     base = frozen_base(random_weights, tokenizer, model)
     base.model.generation_config.eos_token_id = None  # every answer has the length asked for
     return base

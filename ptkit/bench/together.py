@@ -13,7 +13,8 @@ from ptkit.bench.subjects import ParityError, bench_base, random_prompts
 from ptkit.bench.timing import Timing, interleaved, ratio
 from ptkit.data.encode import EncodedExample
 from ptkit.methods import Demonstrations
-from ptkit.methods.prefix_tuning import PrefixTuning, PrefixTuningSection
+from ptkit.methods.prefix_tuning.adapter import PrefixTuning
+from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base
 from ptkit.training.loop import fit

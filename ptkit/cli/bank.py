@@ -42,12 +42,11 @@ def load(
     """Load every adapter into a bank: what it takes, how long, and where each one ends up."""
     limit = None if budget is None else read_bytes(budget)
     from ptkit.bank import AdapterBank
-    from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
     from ptkit.runtime.named_models import TINY_EN
 
     paths = _adapters(folder)
-    base = load_base(ModelSection(id=model or TINY_EN))
+    base = load_base(model or TINY_EN)
     base.remember()  # its time is no adapter's
     bank = AdapterBank(base, budget=limit)
     started = time.perf_counter()
@@ -86,12 +85,11 @@ def verify(
     """
     from ptkit.bank import AdapterBank
     from ptkit.errors import AdapterError
-    from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
     from ptkit.runtime.named_models import TINY_EN
 
     paths = _adapters(folder)
-    bank = AdapterBank(load_base(ModelSection(id=model or TINY_EN)))
+    bank = AdapterBank(load_base(model or TINY_EN))
     refused = 0
     for path in paths:
         fault = None

@@ -59,7 +59,6 @@ def chat(
 
     from ptkit.bank import AdapterBank
     from ptkit.bank.conversation import Conversation
-    from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
     from ptkit.runtime.named_models import TINY_EN
 
@@ -69,7 +68,7 @@ def chat(
         "do_sample": sample,
         **({"temperature": temperature, "top_p": top_p} if sample else {}),
     }
-    bank, chosen = AdapterBank(load_base(ModelSection(id=model or TINY_EN))), model is not None
+    bank, chosen = AdapterBank(load_base(model or TINY_EN)), model is not None
     if adapters is not None:
         bank.register_all(adapters, chosen=chosen)
     talk = _Chat(Conversation(bank, system=system), options, raw, chosen)

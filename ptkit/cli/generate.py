@@ -70,7 +70,6 @@ def generate(
     """
     from ptkit.errors import UserError
     from ptkit.evaluation.saved import fill_template, find_adapter, input_template
-    from ptkit.recipe.schema import ModelSection
 
     table = input_file if is_data_file(prompt, input_file) else None
     if table is not None and raw:
@@ -106,7 +105,7 @@ def generate(
     revision = revision_named(id, made_for)
     if revision is not None:
         typer.secho(f"{id} at the revision {revision}, which the adapters name", err=True, dim=True)
-    bank = AdapterBank(load_base(ModelSection(id=id, revision=revision)))
+    bank = AdapterBank(load_base(id, revision=revision))
     chosen = model is not None
     names = [
         None if place is None else bank.load(place, str(place), chosen=chosen) for place in places

@@ -18,7 +18,7 @@ def search(
     ] = None,
     method: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--method", "-m", help="prefix_tuning, prompt_tuning, p_tuning or lora."),
+        typer.Option("--method", "-m", help="As in a recipe: prefix_tuning, lora, ..."),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
     format: FormatOption = OutputFormat.human,

@@ -107,8 +107,8 @@ def serve(
     # Every request of the Hub's client is not what an operator wants to read.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     app = build_app(
-        load_base(section), adapters, model_name=model_name, budget=budget, max_batch=max_batch,
-        max_queue=max_queue, max_tokens=max_tokens, timeout=timeout, keys=keys,
+        load_base(**section.model_dump()), adapters, model_name=model_name, budget=budget,
+        max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens, timeout=timeout, keys=keys,
         allow_hub=allow_hub, read_only=read_only, loopback_only=local, chosen=model is not None,
     )  # fmt: skip
     library = app.state.library

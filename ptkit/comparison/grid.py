@@ -11,8 +11,9 @@ from ptkit.errors import FolderError, UserError
 from ptkit.formats import atomic
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.expansion import Entry, Variant, expand
-from ptkit.recipe.schema import MethodSection, ModelSection, Recipe
+from ptkit.recipe.schema import ModelSection, Recipe
 from ptkit.runtime.base_model import Base
+from ptkit.section import MethodSection
 from ptkit.training.experiment import Experiment, prepare
 from ptkit.training.failure import FAILED, Failure, attempted
 from ptkit.training.forecast import Forecast, forecast, is_long

@@ -14,7 +14,9 @@ import numpy as np
 
 from ptkit.errors import PtkitError, UserError
 from ptkit.recipe.expansion import Settings, changed, values_of
-from ptkit.recipe.schema import BudgetSection, MethodSection, Range, Values
+from ptkit.recipe.schema import BudgetSection
+from ptkit.recipe.values import Range, Values
+from ptkit.section import MethodSection
 from ptkit.training.experiment import Experiment
 from ptkit.training.failure import FAILED, Failure, attempted
 from ptkit.training.run import Cell, Observer, claim, folder_name, run_trial

@@ -33,8 +33,8 @@ from ptkit.formats.adapter_files import read_adapter
 from ptkit.formats.folder_lock import held
 from ptkit.methods import compile_files
 from ptkit.methods.gate_files import without_gate
-from ptkit.methods.prefix_tuning import PrefixTuningSection
-from ptkit.methods.start import PromptMethodSection
+from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
+from ptkit.methods.prompt_settings import PromptMethodSection
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.expansion import changed
@@ -221,7 +221,7 @@ def run_transfer(
                 return base
             key = loaded.recipe.model.model_dump_json()
             if key not in loaded_bases:
-                loaded_bases[key] = load_base(loaded.recipe.model)
+                loaded_bases[key] = load_base(**loaded.recipe.model.model_dump())
             return loaded_bases[key]
 
         names = tuple(source.recipe.name for source in planned.sources)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ptkit.data.sources import BUILTIN
 from ptkit.errors import DataError
-from ptkit.recipe.schema import resolve_path
+from ptkit.section import resolve_path
 
 #: Name of the text that ships with ptkit.
 GENERAL_EN = "general-en"

@@ -12,7 +12,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import EntryPoint, version
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,6 +26,7 @@ from ptkit.evaluation.scope import (
     require_english_letters,
     require_words_at_spaces,
 )
+from ptkit.plugins import brought, loaded, origin
 from ptkit.recipe.schema import TOKENIZED, TOKENIZERS
 
 Statistics = npt.NDArray[np.float64]
@@ -288,6 +289,17 @@ class OwnMetric(MeanOverExamples):
         return f"mean of {self.name}"
 
 
+class BroughtMetric(OwnMetric):
+    """Such a function that another package brings under a name (see `ptkit.plugins`)."""
+
+    def __init__(self, name: str, entry: EntryPoint) -> None:
+        MeanOverExamples.__init__(self, name)
+        self._function, self._origin = loaded(entry), origin(entry)
+
+    def signature(self, references: Sequence[Sequence[str]]) -> str:
+        return f"mean of {self.name}, {self._origin}"
+
+
 class LabelMetric(Metric):
     """Accuracy, and macro-averaged F1, precision and recall of labels, as scikit-learn has them."""
 
@@ -476,9 +488,13 @@ METRICS |= {f"{name}-{tokenizer}": METRICS[name] for name in TOKENIZED for token
 
 
 def metric(name: str) -> Metric:
-    """The metric called `name`, or your own, `module:function`. Raises UserError for neither."""
+    """The metric called `name`, of ptkit's own or brought by another package, or your own,
+    `module:function`. Raises UserError for none of them."""
     if ":" in name:
         return OwnMetric(name)
-    if name not in METRICS:
-        raise UserError(f"no metric `{name}`; {did_you_mean(name, METRICS)}")
-    return METRICS[name](name)
+    if name in METRICS:
+        return METRICS[name](name)
+    others = brought("ptkit.metrics")
+    if name not in others:
+        raise UserError(f"no metric `{name}`; {did_you_mean(name, (*METRICS, *others))}")
+    return BroughtMetric(name, others[name])

@@ -24,7 +24,6 @@ from ptkit.methods import (
     load_adapter,
 )
 from ptkit.methods.head import labels_of_files
-from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.named_models import TINY_EN
 
@@ -114,7 +113,7 @@ def adapter_at(place: Path | None, model: str | None, base: Base | None) -> Iter
     labels = labels_of_files(files) if files else None
     if base is None or base.id != named or (base.head is None) != (labels is None):
         if files is None or files.base_id is None:
-            base = load_base(ModelSection(id=named), labels)
+            base = load_base(named, labels=labels)
         else:
             base = base_of(files, model, str(place))
     adapter = _on_base(path, base, chosen=model is not None)

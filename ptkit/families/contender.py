@@ -30,8 +30,9 @@ from ptkit.families.prefix_oracle import prefix_oracle
 from ptkit.families.subject import NotApplicable, Row, Subject
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, create_adapter
+from ptkit.methods.catalogue import all_sections
 from ptkit.methods.soft_prompt import SoftPrompt
-from ptkit.methods.text_prompt import TextPrompt
+from ptkit.methods.text_prompt.adapter import TextPrompt
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.cache import conversation_cache
@@ -65,11 +66,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 #: Methods that nothing is asked about, and why. With `METHODS` they are all that there are.
 NOT_ASKED: dict[str, str] = {
-    "base": "the model itself, which is what the others are compared with",
-    "full": "all weights of transformers' own model are trained; nothing is added to it",
-    "prefix_lora": "a prefix and a LoRA, each of which is asked about by itself",
-    "prefix_mixture": "prefixes, weighed by the input, where one of them is asked about",
-    "multitask_prompt": "a soft prompt for each task, where one of them is asked about",
+    kind: section.not_asked
+    for kind, section in all_sections().items()
+    if section.not_asked is not None
 }
 
 

@@ -20,7 +20,6 @@ from ptkit.families.oracle import Merged
 from ptkit.families.properties import PROPERTIES, Mismatch, Trial
 from ptkit.families.shapes import FAMILIES, small
 from ptkit.families.subject import NotApplicable, Subject, real_subject, small_subject
-from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import Labels, load_base
 from ptkit.runtime.named_models import source_of
 
@@ -105,7 +104,7 @@ def _real(model: str) -> Subject:
     labels = None
     if head is not None:
         labels = Labels(head, tuple(config.id2label[i] for i in sorted(config.id2label)))
-    base = load_base(ModelSection(id=model), labels)
+    base = load_base(model, labels=labels)
     return real_subject(base, used_as(base))
 
 

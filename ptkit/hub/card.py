@@ -11,44 +11,14 @@ from typing import Any
 
 from ptkit.formats.adapter_files import RECIPE, AdapterFiles
 from ptkit.methods.base_names import hub_name, is_here
+from ptkit.methods.catalogue import file_type, method_of_files
 from ptkit.methods.head import labels_of_files
-from ptkit.methods.linear_probe import LINEAR_PROBE
-from ptkit.methods.prefix_lora import PREFIX_LORA
-from ptkit.methods.prefix_mixture import PREFIX_MIXTURE
-from ptkit.methods.prefix_tuning import ENCODER, ENCODER_DECODER, HYBRID, INFIX, UNLIKE
-from ptkit.methods.soft_prompt import ENCODER_PROMPT
 from ptkit.runtime.named_models import TINY_EN
 from ptkit.training.record import scored_rows
 
 #: Stands in a card for the repository it will be in; `ptkit push` puts the name in.
 PLACE = "USER/REPO"
 
-_METHODS = {
-    "PREFIX_TUNING": "prefix tuning",
-    "PROMPT_TUNING": "prompt tuning",
-    "P_TUNING": "P-tuning",
-    "LORA": "LoRA",
-    INFIX: "infix tuning",
-    ENCODER_DECODER: "prefix tuning (encoder, decoder and cross-attention)",
-    ENCODER: "prefix tuning",
-    HYBRID: "prefix tuning",
-    UNLIKE: "prefix tuning",
-    LINEAR_PROBE: "a linear probe",
-    PREFIX_LORA: "a prefix with LoRA",
-    PREFIX_MIXTURE: "a mixture of prefixes",
-}
-#: Why PEFT cannot read a type.
-_UNREADABLE = {
-    INFIX: "an infix",
-    ENCODER_DECODER: "it has a prefix for the encoder, too",
-    ENCODER: "its virtual tokens take no positions from the input",
-    UNLIKE: "the base has layers with more heads than its widest, which PEFT leaves out",
-    HYBRID: "it has layers for those with attention only, and PEFT numbers all layers",
-    ENCODER_PROMPT: "its virtual tokens take no positions from the input",
-    LINEAR_PROBE: "it is a head alone",
-    PREFIX_LORA: "it is a prefix and a LoRA; `ptkit export --as parts` writes two that it can read",
-    PREFIX_MIXTURE: "its prefix is made anew from every input",
-}
 _TASKS = {
     "generation": "text-generation",
     "classification": "text-classification",
@@ -148,9 +118,11 @@ def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: 
 
     info, base = files.info, "its base" if files.base_id is None else shown_base(files.base_id)
     stored = info.get("method", {})
-    method = _METHODS.get(files.peft_type, files.peft_type)
-    if files.peft_type == ENCODER_PROMPT:  # of either method
-        method = str(stored.get("kind", "a soft prompt")).replace("_", " ")
+    section = method_of_files(files.peft_type, stored.get("kind"))
+    kind = file_type(files.peft_type, stored.get("kind"))
+    method = files.peft_type
+    if section is not None and kind is not None:
+        method = kind.name or section.display_name
     labels = labels_of_files(files)
     if stored.get("reparameterize"):
         method += " (made by an MLP, folded in)"
@@ -181,7 +153,7 @@ def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: 
         retention=info.get("retention"),
         gate=info.get("gate"),
         distilled=info.get("distilled"),
-        unreadable="8-bit integers" if int8 else _UNREADABLE.get(files.peft_type),
+        unreadable="8-bit integers" if int8 else kind and kind.unreadable,
         template=task.get("input", "").encode("unicode_escape").decode(),
         example=repr(task.get("input") or "..."),
         labels=", ".join(f"`{word.strip()}`" for word in task.get("verbalizer", {}).values())

@@ -28,7 +28,7 @@ from ptkit.hub.card import card_text
 from ptkit.methods import ADAPTERS, Adapter, adapter_from_files, base_of, require_same_base
 from ptkit.methods.gate_files import with_gate
 from ptkit.methods.peft_tensors import MULTITASK, task_of
-from ptkit.methods.prefix_tuning import PrefixTuning
+from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.methods.soft_prompt import SoftPrompt
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ptkit.formats.hub import HubId, hub_errors
+from ptkit.methods.catalogue import method_sections
 
 
 @dataclass(frozen=True)
@@ -19,15 +20,9 @@ class Found:
     by_ptkit: bool
 
 
-#: Tags that name a method, as cards of ptkit and of others write them.
-METHODS = {
-    "prefix_tuning": ("prefix-tuning", "prefix_tuning"),
-    "prompt_tuning": ("prompt-tuning", "prompt_tuning"),
-    "p_tuning": ("p-tuning", "p_tuning"),
-    "lora": ("lora",),
-    "prefix_lora": ("ptkit-prefix-lora",),
-    "prefix_mixture": ("ptkit-prefix-mixture",),
-}
+def tags_of_methods() -> dict[str, tuple[str, ...]]:
+    """Method -> the tags that name it, as cards of ptkit and of others write them."""
+    return {kind: section.tags for kind, section in method_sections().items() if section.tags}
 
 
 def search(
@@ -35,7 +30,7 @@ def search(
 ) -> list[Found]:
     """Adapters on the Hub whose card names the base model `base`, most downloaded first.
 
-    method: one of `METHODS`; text: words in the repository's name
+    method: one of `tags_of_methods`; text: words in the repository's name
 
     Raises UserError for an unknown method or an id that is none, HubError when the Hub fails.
     """
@@ -43,8 +38,9 @@ def search(
 
     from ptkit.errors import UserError, did_you_mean
 
-    if method is not None and method not in METHODS:
-        raise UserError(f"no method `{method}`; {did_you_mean(method, METHODS)}")
+    methods = tags_of_methods()
+    if method is not None and method not in methods:
+        raise UserError(f"no method `{method}`; {did_you_mean(method, methods)}")
     found = []
     with hub_errors(HubId(base)):
         listed = HfApi().list_models(
@@ -53,7 +49,7 @@ def search(
         )  # fmt: skip
         for model in listed:
             tags = set(model.tags or ())
-            kind = next((k for k, names in METHODS.items() if tags & set(names)), None)
+            kind = next((k for k, names in methods.items() if tags & set(names)), None)
             if method is not None and kind != method:
                 continue
             updated = model.last_modified.date().isoformat() if model.last_modified else ""

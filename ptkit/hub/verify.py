@@ -35,7 +35,6 @@ from ptkit.methods import (
 )
 from ptkit.methods.base_names import same_name
 from ptkit.methods.head import TrainedHead
-from ptkit.methods.lora_files import lora_config
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import prepare
@@ -225,8 +224,6 @@ def _fit(files: AdapterFiles, base: Base) -> str:
         adapter.close()
         return f"{adapter.virtual_tokens} virtual tokens, matrices fit the base's modules"
     compiled = compile_files(files, base)
-    if files.peft_type == "LORA":
-        lora_config(files, base)
     if compiled is None:
         return "matrices fit the base's modules"
     return f"{compiled.virtual_tokens} virtual tokens in {len(compiled.layout)} layers"

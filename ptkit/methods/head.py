@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.methods.catalogue import file_type
 from ptkit.methods.saved_modules import KEY, modules_named, saved_modules
 from ptkit.runtime.architecture import HeadKind
 from ptkit.runtime.base_model import Base, Labels
@@ -131,8 +132,9 @@ def without_head(files: AdapterFiles, base: Base) -> AdapterFiles:
 
 
 def _prefix(files: AdapterFiles) -> str:
-    """What PEFT puts before a module's name: its wrapper, for LoRA a second one."""
-    return "base_model.model." if files.peft_type == "LORA" else "base_model."
+    """What PEFT puts before a module's name: its wrapper, and for layers as LoRA's a second."""
+    kind = file_type(files.peft_type)
+    return "base_model.model." if kind is not None and kind.in_layers else "base_model."
 
 
 def _with_modules(model: PreTrainedModel, modules: dict[str, nn.Module]) -> PreTrainedModel:

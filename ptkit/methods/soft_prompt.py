@@ -16,9 +16,9 @@ from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, peft_config_dict
 from ptkit.methods.base_names import require_shapes
 from ptkit.methods.peft_tensors import virtual_tokens_of
+from ptkit.methods.prompt_settings import ENCODER_PROMPT, PromptMethodSection
 from ptkit.methods.read_start import compiles_embeddings
 from ptkit.methods.start import (
-    PromptMethodSection,
     start_embeddings,
     start_files,
     start_shares,
@@ -39,11 +39,6 @@ def prompt_learning_shape(base: Base) -> dict[str, Any]:
         "token_dim": base.embedding.embedding_dim,
         "num_transformer_submodules": 1,
     }
-
-
-#: In place of PEFT's types, where an encoder reads the prompt: PEFT would let it use up positions,
-#: pool its first token for `[CLS]`, and expect as many rows again for the decoder.
-ENCODER_PROMPT = "PTKIT_ENCODER_PROMPT"
 
 
 def soft_prefix(base: Base, embeddings: Tensor) -> KVPrefix:

@@ -6,13 +6,17 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from ptkit.errors import did_you_mean
-from ptkit.recipe.schema import MethodSection, Range, Recipe, Values, method_section
+from ptkit.methods.catalogue import method_section
+from ptkit.recipe.values import Range, Values
+from ptkit.section import MethodSection
+
+if TYPE_CHECKING:
+    from ptkit.recipe.schema import Recipe
 
 #: Swept key, as it is shown -> value.
 Settings = dict[str, Any]
@@ -55,7 +59,7 @@ def expand(recipe: Recipe) -> list[Variant]:
         # These two name the methods as the recipe does, not as the entries made of them.
         data |= {"budget": None, "evaluate": {**data["evaluate"], "baseline": None}}
         try:
-            varied = Recipe.model_validate(data)
+            varied = type(recipe).model_validate(data)
         except ValidationError as error:
             raise ValueError(f"{_told(settings)}: {_reason(error)}") from error
         evaluate = varied.evaluate.model_copy(update={"baseline": recipe.evaluate.baseline})
@@ -78,7 +82,7 @@ def check_sweep(recipe: Recipe) -> None:
         if not any(_has(method, title, name) for method in recipe.methods):
             known = {k for m in recipe.methods if title in ("*", m.title) for k in m.model_dump()}
             raise ValueError(f"`{key}`: no key `{name}`; {did_you_mean(name, known)}")
-    defaults = Recipe.model_construct(**{**recipe.__dict__, "budget": None})
+    defaults = type(recipe).model_construct(**{**recipe.__dict__, "budget": None})
     expand(defaults)
 
 
@@ -117,12 +121,21 @@ def values_of(values: Values) -> list[Any]:
     """The values a sweep takes. A range of whole numbers gives whole numbers."""
     if not isinstance(values, Range):
         return values
-    assert values.steps is not None
-    space = np.geomspace if values.log else np.linspace
-    found = [float(f"{v:.6g}") for v in space(values.low, values.high, values.steps)]
+    found = [float(f"{v:.6g}") for v in _spaced(values)]
     if float(values.low).is_integer() and float(values.high).is_integer():
         return list(dict.fromkeys(round(v) for v in found))
     return found
+
+
+def _spaced(values: Range) -> Iterator[float]:
+    """`values.steps` numbers from `low` to `high`, both included."""
+    assert values.steps is not None
+    for step in range(values.steps):
+        share = step / (values.steps - 1)
+        if values.log:
+            yield values.low ** (1 - share) * values.high**share
+        else:
+            yield values.low * (1 - share) + values.high * share
 
 
 def _entries(method: MethodSection, recipe: Recipe) -> Iterator[Entry]:

@@ -8,13 +8,10 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from ptkit.errors import did_you_mean, nearest
-from ptkit.recipe.schema import (
-    MethodSection,
-    Recipe,
-    Task,
-    method_sections,
-)
+from ptkit.methods.catalogue import method_sections
+from ptkit.recipe.schema import Recipe, Task
 from ptkit.recipe.yaml_source import KeyPath, YamlSource
+from ptkit.section import MethodSection
 
 TASKS: dict[str, type[BaseModel]] = {
     get_args(task.model_fields["kind"].annotation)[0]: task for task in get_args(Task)

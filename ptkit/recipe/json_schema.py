@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ptkit.recipe.schema import Recipe, method_sections
+from ptkit.methods.catalogue import method_sections
+from ptkit.recipe.schema import Recipe
 
 
 def recipe_json_schema() -> dict[str, Any]:

@@ -2,20 +2,14 @@
 
 Every field's description is the source of the command line's help, the JSON schema, the
 reference documentation and the comments of the shipped recipes. The settings of each
-method are defined beside its code in `ptkit.methods` and registered here by name, so that
-adding a method touches one file.
+method lie in the method's own folder, and are found there: adding a method changes nothing here.
 """
 
 from __future__ import annotations
 
-import importlib
-from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
@@ -26,6 +20,12 @@ from pydantic import (
 )
 
 from ptkit.errors import UserError, did_you_mean
+from ptkit.methods.catalogue import method_section
+from ptkit.options import Attention, Dtype, Quantize
+from ptkit.plugins import brought
+from ptkit.recipe.expansion import check_budget, check_sweep
+from ptkit.recipe.values import Values
+from ptkit.section import MethodSection, Section
 
 
 def _literals(annotation: Any) -> list[str]:
@@ -33,12 +33,6 @@ def _literals(annotation: Any) -> list[str]:
     if get_origin(annotation) is Literal:
         return [str(value) for value in get_args(annotation)]
     return [word for part in get_args(annotation) for word in _literals(part)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused, values do not change once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class ModelSection(Section):
@@ -50,12 +44,12 @@ class ModelSection(Section):
     `smollm2-135m` (`ptkit models get smollm2-135m`), `minilm-l6`."""
     revision: str | None = None
     """Hub branch, tag or commit."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """Data type the base is loaded in. Trained parameters are always float32."""
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    attention: Attention = "auto"
     """Attention implementation. `auto` is `sdpa` where the model has it; short texts that are
     trained in bf16 on a CPU use `eager`, which is faster there."""
-    quantize: Literal["int8", "nf4", "blocks"] | None = None
+    quantize: Quantize | None = None
     """Keeps the frozen weights in fewer bits, from the moment they are read; adapters are trained
     through them in float32. `int8` (torchao) and `nf4` (bitsandbytes, four bits, QLoRA's) round the
     linear layers of any checkpoint (`pip install 'ptkit[quantize]'`): the base answers a little
@@ -157,15 +151,16 @@ class DataSection(Section):
 #: Tokenisers of sacrebleu's that a metric may be told to use, as in `bleu-zh`; the metrics.
 TOKENIZERS = ("zh", "char", "intl", "ja-mecab", "ko-mecab", "flores200")
 TOKENIZED = ("bleu", "rouge1", "rouge2", "rougeL", "rougeLsum")
-#: A metric's name, or `module:function`.
+#: A metric's name, of ptkit's own or brought by another package, or `module:function`.
 MetricName = Annotated[str, Field(min_length=1)]
 
 
 def _require_metrics(cls: Any, names: list[str]) -> list[str]:
     """Raise ValueError for a metric the task does not have, or one named twice."""
+    known = (*cls._known_metrics, *brought("ptkit.metrics"))
     for name in names:
-        if ":" not in name and name not in cls._known_metrics:
-            raise ValueError(f"no metric `{name}`; {did_you_mean(name, cls._known_metrics)}")
+        if ":" not in name and name not in known:
+            raise ValueError(f"no metric `{name}`; {did_you_mean(name, known)}")
     if len(set(names)) < len(names):
         raise ValueError("a metric is named twice")
     return names
@@ -386,7 +381,7 @@ class TrainSection(Section):
     fill the machine; a cell's time is then its share, its peak memory that of the whole batch."""
     patience: Annotated[int, Field(gt=0)] | None = None
     """Stop after this many validations without improvement; null trains all steps."""
-    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = []
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(default=[])
     """Trackers to log to (through accelerate); each must be installed."""
 
     @model_validator(mode="after")
@@ -419,30 +414,6 @@ class RetentionSection(Section):
     """Use only this many tokens of each."""
 
 
-class Range(Section):
-    """Values from `low` to `high`."""
-
-    low: float
-    """Smallest value."""
-    high: float
-    """Largest value."""
-    steps: Annotated[int, Field(ge=2)] | None = None
-    """How many values, evenly spaced; a sweep needs it, a search draws from the whole range."""
-    log: bool = False
-    """Space them evenly on a logarithmic scale."""
-
-    @model_validator(mode="after")
-    def _rises(self) -> Range:
-        if self.low >= self.high:
-            raise ValueError(f"`low` must be below `high`, found {self.low} and {self.high}")
-        if self.log and self.low <= 0:
-            raise ValueError(f"a logarithmic range starts above zero, found {self.low}")
-        return self
-
-
-Values = Annotated[list[Any], Field(min_length=1)] | Range
-
-
 class BudgetSection(Section):
     """The same tuning effort for every method, before its seeds are run."""
 
@@ -456,42 +427,6 @@ class BudgetSection(Section):
     search: dict[str, dict[str, Values]] = Field(min_length=1)
     """Method (its label or name) -> its keys -> the values to try, a list or
     `{low: 1e-3, high: 1.0, log: true}`."""
-
-
-class MethodSection(Section):
-    """What every method's settings share; each method's own are defined in its module."""
-
-    trains: ClassVar[bool] = True
-    """False for baselines that learn nothing (they run once, whatever the seeds)."""
-    shares_batch: ClassVar[bool] = False
-    """Whether adapters of this method can be trained in one batch, row by row."""
-    alone: ClassVar[str] = "it changes the base's weights"
-    """Why they cannot."""
-
-    kind: str
-    """The method."""
-    label: str | None = None
-    """Name in tables; must be unique within the recipe. Default: the method's name."""
-
-    @property
-    def title(self) -> str:
-        """The name under which results of this entry are stored and shown."""
-        return self.label or self.kind
-
-
-#: kind -> settings class, filled by `register_method` when `ptkit.methods` is imported.
-METHOD_SECTIONS: dict[str, type[MethodSection]] = {}
-
-
-@cache
-def method_sections() -> dict[str, type[MethodSection]]:
-    """Every method's settings class by name.
-
-    The methods layer lies above this one; importing it here by name, once and late, is
-    what lets a new method be a single new file.
-    """
-    importlib.import_module("ptkit.methods")
-    return METHOD_SECTIONS
 
 
 def _retention_by_task(read: dict[str, Any]) -> RetentionSection | None:
@@ -523,7 +458,7 @@ class Recipe(Section):
     head writes no text: there it is null."""
     budget: BudgetSection | None = None
     """Search for each method's settings before its seeds are run (`ptkit compare`)."""
-    sweep: dict[str, Values] = {}
+    sweep: dict[str, Values] = Field(default={})
     """Keys of the recipe -> the values they take; every combination is run (`ptkit compare`).
     `methods.prefix_tuning.num_virtual_tokens: [1, 5, 10]` varies one method, `methods.*.KEY` all
     that have the key, `task.data.limits.train: [50, 100]` everything."""
@@ -582,9 +517,9 @@ class Recipe(Section):
         """
         rest = {k: v for k, v in info.data.items() if k != "budget"}
         if value and {"name", "task", "methods"} <= rest.keys():
-            expansion = importlib.import_module("ptkit.recipe.expansion")
             without: Any = {**rest, info.field_name: value}
-            getattr(expansion, f"check_{info.field_name}")(cls.model_construct(**without))
+            check = check_budget if info.field_name == "budget" else check_sweep
+            check(cls.model_construct(**without))
         return value
 
     def method(self, title: str) -> MethodSection:
@@ -595,24 +530,3 @@ class Recipe(Section):
         raise KeyError(
             f"no method `{title}`; {did_you_mean(title, [m.title for m in self.methods])}"
         )
-
-
-def method_section(settings: dict[str, Any]) -> MethodSection:
-    """The settings of one method. Raises ValueError for an unknown `kind`."""
-    known = method_sections()
-    kind = str(settings.get("kind"))
-    if kind not in known:
-        raise ValueError(f"`{kind}` is not a method; {did_you_mean(kind, known)}")
-    return known[kind].model_validate(settings)
-
-
-def register_method(section: type[MethodSection]) -> type[MethodSection]:
-    """Class decorator: make a method's settings known under its `kind`."""
-    kind = section.model_fields["kind"].annotation.__args__[0]  # type: ignore[union-attr]
-    METHOD_SECTIONS[kind] = section
-    return section
-
-
-def resolve_path(path: str, folder: Path) -> Path:
-    """`path` as written in a recipe that lies in `folder`."""
-    return (folder / Path(path).expanduser()).resolve()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ptkit.errors import ModelError
+from ptkit.errors import ModelError, did_you_mean
 from ptkit.formats import checkpoint
 from ptkit.formats.fingerprint import (
     Identity,
@@ -32,15 +32,15 @@ from ptkit.formats.fingerprint import (
     of_loaded,
     tokenizer_fingerprint,
 )
+from ptkit.options import Attention, Dtype, Quantize
 from ptkit.prefix import KVLayout
-from ptkit.recipe.schema import HeadedTask, ModelSection, Task, TokenClassificationTask
 from ptkit.runtime.architecture import HeadKind, first_position, head_kind, is_encoder
 from ptkit.runtime.block_layers import BlockEmbedding, unpacked
 from ptkit.runtime.compile import kv_layout
 from ptkit.runtime.gguf_blocks import in_blocks
 from ptkit.runtime.gguf_model import is_gguf, stored_type
 from ptkit.runtime.label_order import order_of, reorder, told
-from ptkit.runtime.named_models import gguf_behind, source_of
+from ptkit.runtime.named_models import TINY_EN, gguf_behind, source_of
 from ptkit.runtime.quantize import logical_size, quantization_config, require_quantized
 from ptkit.runtime.texts import Texts, embedded_tokens, own_ends
 
@@ -50,14 +50,6 @@ class Labels(NamedTuple):
 
     kind: HeadKind
     names: tuple[str, ...]
-
-    @classmethod
-    def of(cls, task: Task) -> Labels | None:
-        """Those of `task`; None for one that is solved in words."""
-        if not isinstance(task, HeadedTask):
-            return None
-        kind: HeadKind = "token" if isinstance(task, TokenClassificationTask) else "sequence"
-        return cls(kind, tuple(task.labels))
 
 
 @dataclass(frozen=True)
@@ -122,8 +114,8 @@ class Base(Texts):
             return legacy_fingerprint(self.model, without)
         # It was taken of floating-point weights, before any were rounded.
         labels = None if self.head is None else Labels(self.head.kind, self.head.labels)
-        plain = ModelSection(id=self.id, revision=self.revision, device="cpu")
-        return load_base(plain, labels).legacy_fingerprint
+        plain = load_base(self.id, revision=self.revision, device="cpu", labels=labels)
+        return plain.legacy_fingerprint
 
     def remember(self) -> None:
         """Read what is told by the names of the model's modules, before an adapter changes them."""
@@ -247,51 +239,66 @@ def no_weights_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_base(section: ModelSection, labels: Labels | None = None) -> Base:
-    """Load the base a recipe names, frozen and in evaluation mode.
+def load_base(
+    id: str | os.PathLike[str] = TINY_EN,
+    *,
+    revision: str | None = None,
+    dtype: Dtype = "float32",
+    attention: Attention = "auto",
+    quantize: Quantize | None = None,
+    device: str = "auto",
+    labels: Labels | None = None,
+) -> Base:
+    """Load a base model, frozen and in evaluation mode.
 
+    id: as `model.id` of a recipe: of the Hub, a folder, a GGUF file or a name that ptkit knows
+    revision, dtype, attention, quantize, device: as the keys of `model` in a recipe
     labels: of its classification head, a new one where the checkpoint has none of as many; None
         for a language model. Outputs of the checkpoint's head go to the labels of the same name
 
     Raises ModelError when it cannot be found or is not such a model. Never runs code from a
     repository and reads safetensors only.
     """
-    source = source_of(section.id, section.revision)
+    id = str(id)
+    _require_words(dtype=(dtype, Dtype), attention=(attention, Attention))
+    if quantize is not None:
+        _require_words(quantize=(quantize, Quantize))
+    source = source_of(id, revision)
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-        raise ModelError(f"cannot load the base model `{section.id}`: no such folder")
-    device = resolve_device(section.device)
-    if section.quantize is not None and labels is not None:
+        raise ModelError(f"cannot load the base model `{id}`: no such folder")
+    place = resolve_device(device)
+    if quantize is not None and labels is not None:
         raise ModelError("`model.quantize` is for language models; leave it out for classifiers")
-    file = gguf_behind(section.id, section.revision)
+    file = gguf_behind(id, revision)
     weights = source
-    if section.quantize == "blocks":
+    if quantize == "blocks":
         if file is None:
             raise ModelError(
-                f"`model.quantize: blocks` keeps the blocks of a GGUF file, and `{section.id}` is "
+                f"`model.quantize: blocks` keeps the blocks of a GGUF file, and `{id}` is "
                 "none; use nf4 or int8, which round any checkpoint (pip install 'ptkit[quantize]')"
             )
         weights = str(in_blocks(file, Path(source)))
-    dtype = getattr(torch, section.dtype)
-    revision = None if is_gguf(section.id) else section.revision
-    options = {"revision": revision, "trust_remote_code": False}
+    values = getattr(torch, dtype)
+    of_hub = None if is_gguf(id) else revision
+    options = {"revision": of_hub, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"cannot load the base model `{section.id}`: {_first_line(error)} "
+            f"cannot load the base model `{id}`: {_first_line(error)} "
             "(a hub id needs network and, for gated models, `hf auth login`)"
         ) from error
     try:
         with no_weights_bar():
             kind, extra = _class_for(config, labels)
-            rounding = quantization_config(section.quantize, dtype)
+            rounding = quantization_config(quantize, values)
             if rounding is not None:
-                extra |= {"quantization_config": rounding, "device_map": {"": device}}
+                extra |= {"quantization_config": rounding, "device_map": {"": place}}
             model, found = kind.from_pretrained(
                 weights,
-                dtype=dtype,
-                attn_implementation=None if section.attention == "auto" else section.attention,
+                dtype=values,
+                attn_implementation=None if attention == "auto" else attention,
                 use_safetensors=True,
                 output_loading_info=True,
                 **extra,
@@ -300,31 +307,37 @@ def load_base(section: ModelSection, labels: Labels | None = None) -> Base:
     except (OSError, ValueError, KeyError) as error:
         if "attention implementation" in str(error):
             raise ModelError(
-                f"`{section.id}` has no `{section.attention}` attention; "
-                "set `model.attention: auto`"
+                f"`{id}` has no `{attention}` attention; set `model.attention: auto`"
             ) from error
         raise ModelError(
-            f"cannot load the weights of `{section.id}`: {_first_line(error)} "
+            f"cannot load the weights of `{id}`: {_first_line(error)} "
             "(only safetensors are read, never pickles such as pytorch_model.bin)"
         ) from error
-    if section.quantize != "nf4":  # bitsandbytes moves nothing that it has packed
-        model = model.to(device)
+    if quantize != "nf4":  # bitsandbytes moves nothing that it has packed
+        model = model.to(place)
     if labels is not None:
         return _with_its_labels(
-            model, tokenizer, section, labels, own=_label_names(config), loader=kind, found=found,
-            source=source,
+            model, tokenizer, id, revision, labels, free_attention=attention == "auto",
+            own=_label_names(config), loader=kind, found=found, source=source,
         )  # fmt: skip
-    base = frozen_base(model, tokenizer, section.id, section.revision)
-    if section.quantize is not None:
-        require_quantized(model, section.quantize, section.id)
-    rounded = section.quantize if section.quantize != "blocks" else None
+    base = frozen_base(model, tokenizer, id, revision)
+    if quantize is not None:
+        require_quantized(model, quantize, id)
+    rounded = quantize if quantize != "blocks" else None
     return replace(
         base,
-        quantized=section.quantize is not None,
+        quantized=quantize is not None,
         stored=rounded or (None if file is None else stored_type(Path(source))),
-        read=_identity(source, revision),
-        free_attention=section.attention == "auto",
+        read=_identity(source, of_hub),
+        free_attention=attention == "auto",
     )
+
+
+def _require_words(**given: tuple[object, Any]) -> None:
+    """Raise ModelError for a word that is none of its type's: argument -> the word and the type."""
+    for name, (word, known) in given.items():
+        if word not in get_args(known):
+            raise ModelError(f"no `{name}` {word!r}; {did_you_mean(str(word), get_args(known))}")
 
 
 def _identity(source: str, revision: str | None, without: Collection[str] = ()) -> Identity | None:
@@ -341,9 +354,11 @@ def _label_names(config: Any) -> list[str]:
 def _with_its_labels(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    section: ModelSection,
+    id: str,
+    revision: str | None,
     labels: Labels,
     *,
+    free_attention: bool,
     own: list[str],
     loader: Any,
     found: dict[str, Any],
@@ -356,20 +371,18 @@ def _with_its_labels(
     """
     mismatched = {entry[0] for entry in found["mismatched_keys"]}
     fresh = {*found["missing_keys"], *mismatched}
-    base = headed_base(
-        model, tokenizer, section.id, labels.names, fresh=fresh, revision=section.revision
-    )
+    base = headed_base(model, tokenizer, id, labels.names, fresh=fresh, revision=revision)
     assert base.head is not None
     backbone = f"{model.base_model_prefix}."
     replaced = any(not name.startswith(backbone) for name in mismatched)
     kept = len(own) == len(labels.names) and all(name.startswith(backbone) for name in fresh)
     # A checkpoint without a head says nothing that had to be decided.
-    said = told(section.id, own, labels.names, anew=replaced) if replaced or kept else ""
+    said = told(id, own, labels.names, anew=replaced) if replaced or kept else ""
     base = replace(
         base,
         head=replace(base.head, told=said),
-        free_attention=section.attention == "auto",
-        read=_identity(source, section.revision, base.head.fresh),
+        free_attention=free_attention,
+        read=_identity(source, revision, base.head.fresh),
     )
     order = order_of(own, labels.names) if kept else []
     if order != [*range(len(order))]:

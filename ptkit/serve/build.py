@@ -9,7 +9,6 @@ from fastapi import FastAPI
 
 from ptkit.bank import AdapterBank
 from ptkit.methods.base_names import is_here
-from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.named_models import TINY_EN
 from ptkit.serve.answers import Limits
@@ -53,7 +52,7 @@ def build_app(
     chosen = model is not None if chosen is None else chosen
     base = model
     if not isinstance(base, Base):
-        base = load_base(ModelSection(id=base or TINY_EN, device="auto"))
+        base = load_base(base or TINY_EN, device="auto")
     bank = AdapterBank(base, budget=budget)
     metrics = Metrics(bank)
     engine = Engine(bank, max_rows=max_batch, max_waiting=max_queue, observer=metrics)

@@ -26,18 +26,12 @@ from ptkit.errors import PtkitError, UserError
 from ptkit.formats import atomic
 from ptkit.methods import Adapter
 from ptkit.prefix import PrefixBatch
-from ptkit.recipe.schema import (
-    ClassificationTask,
-    GenerationTask,
-    HeadedTask,
-    MethodSection,
-    Task,
-    TrainSection,
-)
+from ptkit.recipe.schema import ClassificationTask, GenerationTask, HeadedTask, Task, TrainSection
 from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_counts, supervised_losses
 from ptkit.runtime.precision import mixed_precision
+from ptkit.section import MethodSection
 from ptkit.training.loop import fit
 from ptkit.training.processes import processes
 from ptkit.training.trainee import Job

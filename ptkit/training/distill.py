@@ -33,15 +33,15 @@ from ptkit.evaluation.statistics import Interval
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import write_adapter
 from ptkit.formats.folder_lock import held
-from ptkit.methods.prefix_tuning import PrefixTuning, PrefixTuningSection
+from ptkit.methods.prefix_tuning.adapter import PrefixTuning
+from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import LoadedRecipe
-from ptkit.recipe.schema import HeadedTask, ModelSection, Task, TrainSection
+from ptkit.recipe.schema import HeadedTask, Task, TrainSection
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.cache import has_state
 from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.forward import require_embedded
-from ptkit.runtime.named_models import TINY_EN
 from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.claim import claim as claim_folder
 from ptkit.training.claim import start_over as claimed_anew
@@ -159,8 +159,8 @@ def distill(
             "the texts begin either with inputs (--inputs) or with those of a recipe (--recipe)"
         )
     if base is None:
-        named = ModelSection(id=model) if model else recipe.recipe.model if recipe else None
-        base = load_base(named or ModelSection(id=TINY_EN))
+        named = {"id": model} if model else recipe.recipe.model.model_dump() if recipe else {}
+        base = load_base(**named)
     _require_causal(base)
     beginnings = None
     if recipe is not None:

@@ -19,7 +19,8 @@ from ptkit.evaluation.metrics import metric
 from ptkit.evaluation.retention import GeneralProbe, off_probe, probe_base
 from ptkit.evaluation.score import require_metrics
 from ptkit.recipe import LoadedRecipe
-from ptkit.recipe.schema import Recipe
+from ptkit.recipe.schema import HeadedTask, Recipe, Task, TokenClassificationTask
+from ptkit.runtime.architecture import HeadKind
 from ptkit.runtime.base_model import Base, Labels, load_base
 from ptkit.runtime.forward import require_embedded
 from ptkit.training.retain import general_windows
@@ -120,6 +121,14 @@ def _require_same_labels(base: Base, labels: Labels | None) -> None:
         raise UserError(f"{base.id} is loaded as {told(here)}, the recipe needs {told(labels)}")
 
 
+def _labels(task: Task) -> Labels | None:
+    """What a classification head is asked for in `task`; None for one that is solved in words."""
+    if not isinstance(task, HeadedTask):
+        return None
+    kind: HeadKind = "token" if isinstance(task, TokenClassificationTask) else "sequence"
+    return Labels(kind, tuple(task.labels))
+
+
 def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     """Load the data, then the base (or use the given one), and measure the base on its own.
 
@@ -137,8 +146,9 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     data = load_task(recipe.task, loaded.folder)
     require_metrics(recipe.task.metrics, [example.references for example in data.test])
     texts = general_texts(retention.text, loaded.folder) if retention else None
-    base = base or load_base(recipe.model, Labels.of(recipe.task))
-    _require_same_labels(base, Labels.of(recipe.task))
+    labels = _labels(recipe.task)
+    base = base or load_base(**recipe.model.model_dump(), labels=labels)
+    _require_same_labels(base, labels)
     general = None
     if texts is not None and retention is not None:
         general = probe_base(base, texts, retention.max_tokens)

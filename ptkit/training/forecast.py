@@ -20,7 +20,7 @@ from ptkit.data.encode import length_grouped_batches
 from ptkit.evaluation.predict import predict
 from ptkit.formats.sizes import in_bytes
 from ptkit.methods import Adapter
-from ptkit.recipe.schema import MethodSection
+from ptkit.section import MethodSection
 from ptkit.training.choose import is_open
 from ptkit.training.experiment import Experiment
 from ptkit.training.loop import fit

@@ -30,8 +30,9 @@ from ptkit.formats import atomic
 from ptkit.formats.adapter_files import write_adapter
 from ptkit.formats.folder_lock import held
 from ptkit.methods import Adapter
-from ptkit.methods.multitask_prompt import MultitaskPrompt, MultitaskSection
-from ptkit.methods.prompt_tuning import PromptTuningSection
+from ptkit.methods.multitask_prompt.adapter import MultitaskPrompt
+from ptkit.methods.multitask_prompt.settings import MultitaskSection
+from ptkit.methods.prompt_tuning.settings import PromptTuningSection
 from ptkit.methods.start import start_embeddings, start_tokens
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.schema import HeadedTask
@@ -141,7 +142,7 @@ def multitask(
     observer, out = observer or Observer(), Path(out)
     section, seed = _common(recipes, rank, task_learning_rate)
     first = recipes[0].recipe
-    base = base or load_base(first.model)
+    base = base or load_base(**first.model.model_dump())
     if base.encoder_decoder:
         raise ModelError(
             f"{base.id} is an encoder-decoder; a multi-task prompt is trained on causal language "

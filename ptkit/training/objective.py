@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ptkit.methods import Adapter
-from ptkit.methods.multitask_prompt import MultitaskPrompt
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.architecture import evaluating
 from ptkit.runtime.forward import (
@@ -63,7 +62,6 @@ class Objective(nn.Module):
             owner = [prefix for prefix, n in zip(prefixes, rows, strict=True) for _ in range(n)]
             batch = PrefixBatch.gathered(owner, adapters[0].base.layout)
         elif tasks is not None:
-            assert isinstance(adapters[0], MultitaskPrompt)
             batch = adapters[0].for_tasks(tasks)
         elif (compiled := adapters[0].compiled()) is not None:
             read = input_tokens(adapters[0].model, attention_mask, labels)

@@ -53,10 +53,11 @@ from ptkit.methods import (
     restored,
 )
 from ptkit.methods.start import named_adapter
-from ptkit.recipe.schema import ClassificationTask, HeadedTask, MethodSection
+from ptkit.recipe.schema import ClassificationTask, HeadedTask
 from ptkit.runtime.base_model import no_weights_bar
 from ptkit.runtime.dropout import require_no_dropout
 from ptkit.runtime.gate import Gate
+from ptkit.section import MethodSection
 from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.choose import Choice, choose
 from ptkit.training.claim import claim as claim_folder

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.methods.peft_layers import task_type
 from ptkit.methods.saved_modules import require_no_others, require_saved_modules
 from ptkit.runtime.base_model import Base
 
@@ -53,13 +54,6 @@ class _FusedSettings(_Settings):
     rank_pattern: dict[_Pattern, _Rank] = {}
 
 
-def lora_task_type(base: Base) -> str | None:
-    """PEFT's name of the task: with one for classifiers it would train a head of its own."""
-    if base.head is not None:
-        return None
-    return "SEQ_2_SEQ_LM" if base.encoder_decoder else "CAUSAL_LM"
-
-
 def lora_config(files: AdapterFiles, base: Base) -> LoraConfig:
     """PEFT's settings of the LoRA adapter `files`, with ranks and modules read from its matrices.
 
@@ -74,7 +68,7 @@ def lora_config(files: AdapterFiles, base: Base) -> LoraConfig:
         raise AdapterError(f"this LoRA's setting `{where}`: {first['msg']}") from error
     require_saved_modules(files, base)
     require_no_others(files, base)
-    task = lora_task_type(base)
+    task = task_type(base)
     if fused:  # PEFT stacks the experts' matrices, whose ranks the shapes do not tell
         return LoraConfig(**settings.model_dump(exclude_none=True), task_type=task)
     ranks = _ranks(files, base)

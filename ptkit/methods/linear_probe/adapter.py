@@ -6,25 +6,12 @@ intermediate layers using linear classifier probes", section 3).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, register
-from ptkit.recipe.schema import MethodSection, register_method
+from ptkit.methods.linear_probe.settings import LINEAR_PROBE, LinearProbeSection
 from ptkit.runtime.base_model import Base
-
-#: Not a type of PEFT's: there is nothing but the head.
-LINEAR_PROBE = "PTKIT_LINEAR_PROBE"
-
-
-@register_method
-class LinearProbeSection(MethodSection):
-    """The classification head alone, on the frozen model."""
-
-    kind: Literal["linear_probe"]
-    """`linear_probe`."""
-    learning_rate: float = 1e-2
-    """AdamW's peak learning rate."""
 
 
 @register
@@ -32,7 +19,6 @@ class LinearProbe(Adapter):
     """No adapter but the head that every method trains."""
 
     section_class = LinearProbeSection
-    peft_types = (LINEAR_PROBE,)
     needs_head = True
 
     @classmethod

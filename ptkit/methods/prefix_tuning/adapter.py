@@ -9,12 +9,10 @@ base can read a soft prompt, the embeddings that it makes the start of learn, to
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
 
 import torch
 from peft import PrefixTuningConfig
 from peft.tuners.prefix_tuning import PrefixEncoder
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from ptkit.errors import AdapterError, ModelError
@@ -23,17 +21,24 @@ from ptkit.methods.adapter import (
     Adapter,
     Demonstrations,
     OwnRate,
-    compile_files,
     peft_config_dict,
     register,
 )
 from ptkit.methods.base_names import require_shapes
 from ptkit.methods.gate_files import without_gate
 from ptkit.methods.peft_tensors import virtual_tokens_of
+from ptkit.methods.prefix_tuning.settings import (
+    ENCODER,
+    ENCODER_DECODER,
+    HYBRID,
+    INFIX,
+    UNLIKE,
+    PrefixTuningSection,
+)
 from ptkit.methods.read_start import EMBEDDING_RATE, ReadStart, compiles_embeddings
-from ptkit.methods.start import PromptMethodSection, start_files, start_shares, start_tokens
+from ptkit.methods.registry import compile_files
+from ptkit.methods.start import start_files, start_shares, start_tokens
 from ptkit.prefix import KVPrefix
-from ptkit.recipe.schema import register_method
 from ptkit.runtime.architecture import reads_ids
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.cache import has_state, shares_keys
@@ -41,122 +46,11 @@ from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.infix import require_infix
 
 
-class PrefixSettings(PromptMethodSection):
-    """How a prefix is made, whether it is learnt by itself or with something beside it."""
-
-    reparameterize: bool = False
-    """Train an MLP whose output is added to the start (scaled as all learnt values are); its last
-    layer begins at zero, so training departs from the start exactly. Folded at export."""
-    encoder_hidden_size: int = Field(default=128, ge=1)
-    """Width of that MLP."""
-    trained_layers: int | None = Field(default=None, ge=1)
-    """Upper layers whose keys and values are trained (Liu et al. 2022, P-tuning v2, section 4.3);
-    those below stay what they were at the start, the real ones of its tokens. null: all."""
-    sink: bool = False
-    """Keep the first virtual token frozen, at the base's reading of its begin-of-text token: many
-    bases rest their attention there (Xiao et al. 2024), and a trained token in its place disturbs
-    all they read. It counts among `num_virtual_tokens`."""
-    gates: Literal["values", "keys_and_values"] | None = None
-    """Learn one factor per layer on the virtual tokens' values, or one on the keys and one on the
-    values; they begin at 1 and are folded into the exported prefix exactly."""
-    position: Literal["prefix", "infix"] = "prefix"
-    """Where the virtual tokens stand: before the input, or (Li & Liang 2021, section 7.2) before
-    its last token. PEFT knows no infix, so such an adapter is for ptkit only."""
-    learning_rate: float | Literal["auto"] = 0.1
-    """AdamW's peak learning rate, in units of the size (RMS) that keys and values have at the start
-    in their layer, so that one rate fits all layers and bases; the MLP wants about 3e-3. `auto`: of
-    four, the one nearest the default that learns enough in a short test before the run."""
-
-    @field_validator("gates", mode="before")
-    @classmethod
-    def _gates_fold(cls, value: object) -> object:
-        if value == "attention":
-            raise ValueError(
-                "a gate on attention weights cannot be folded into keys and values: it changes "
-                "what each query's softmax sums to; use `values` or `keys_and_values`"
-            )
-        return value
-
-    @model_validator(mode="after")
-    def _start_is_real(self) -> PrefixSettings:
-        if self.start == "random" and self.trained_layers is not None:
-            raise ValueError(
-                "`trained_layers` leaves layers at their start, which `start: random` has none of"
-            )
-        if self.sink and self.start == "random":
-            raise ValueError("`sink` keeps a token of the start, which `start: random` has none of")
-        if self.sink and self.num_virtual_tokens < 2:
-            raise ValueError("`sink` takes one virtual token and leaves none to train; use 2")
-        if self.sink and self.position == "infix":
-            raise ValueError("an infix does not stand first, so there is no `sink` to keep")
-        return self
-
-
-@register_method
-class PrefixTuningSection(PrefixSettings):
-    """Prefix tuning (Li & Liang 2021), also known as P-tuning v2: learns keys and values."""
-
-    kind: Literal["prefix_tuning"]
-    """`prefix_tuning`."""
-    learn_embeddings: bool | None = None
-    """Train the embeddings of the start's tokens as well: the prefix is what the base makes of
-    them, as in prompt tuning, plus what is learnt at every layer. Folded at export. null: where it
-    can be, with a start of tokens, no `trained_layers` and no MLP, on a decoder without states."""
-
-    @model_validator(mode="after")
-    def _embeddings_are_read(self) -> PrefixTuningSection:
-        if self.learn_embeddings and not self._embeddings_matter():
-            raise ValueError(
-                "`learn_embeddings` needs a `start` of tokens (neither `random` nor `adapter`), no "
-                "`trained_layers` (those below would change, too) and no `reparameterize`"
-            )
-        return self
-
-    def _embeddings_matter(self) -> bool:
-        tokens = self.start not in ("random", "adapter")
-        return tokens and self.trained_layers is None and not self.reparameterize
-
-    def learns_embeddings(self, base: Base) -> bool:
-        """Whether the start learns on `base`. Raises ModelError where it is told to, and cannot."""
-        able = compiles_embeddings(base) and not reads_ids(base.model)
-        if self.learn_embeddings and not able:
-            raise ModelError(
-                f"{base.id} cannot make a prefix of embeddings (it has an encoder, or layers that "
-                "keep a state or look up token ids); leave `learn_embeddings` out"
-            )
-        return able and self.learn_embeddings is not False and self._embeddings_matter()
-
-
-def prefix_section(settings: PrefixSettings, **changes: Any) -> PrefixTuningSection:
-    """`settings` as those of a prefix that learns beside something else, with `changes`."""
-    own = {name: getattr(settings, name) for name in PrefixSettings.model_fields if name != "kind"}
-    own["learn_embeddings"] = False
-    return PrefixTuningSection(kind="prefix_tuning", **{**own, **changes})
-
-
-#: In place of PEFT's type: PEFT would take the same tensors for a prefix, and be silently wrong.
-INFIX = "PTKIT_INFIX"
-#: A prefix of the attention layers of a model that has others too (states, convolutions): PEFT
-#: numbers layers from the first and would put it into the wrong ones.
-HYBRID = "PTKIT_HYBRID_PREFIX"
-#: A prefix of a base whose widest heads are not where most heads are (Gemma 4 31B): PEFT makes room
-#: for as many heads as the layers with the widest ones have, and leaves the others without.
-UNLIKE = "PTKIT_UNLIKE_PREFIX"
-#: A prefix of the encoder, of the decoder and of what the decoder reads the encoder through (Li &
-#: Liang 2021, section 4.1 and figure 2); PEFT's has the decoder's part only.
-ENCODER_DECODER = "PTKIT_ENCODER_DECODER_PREFIX"
-#: A prefix of an encoder by itself, whose tokens keep their positions; with PEFT's, those of the
-#: virtual tokens are taken from them.
-ENCODER = "PTKIT_ENCODER_PREFIX"
-
-
 @register
 class PrefixTuning(Adapter):
     """A KV prefix, learnt directly or through an MLP on top of its start."""
 
     section_class = PrefixTuningSection
-    # CARTRIDGE differs in how it is trained: its file is the same flat prefix.
-    peft_types = ("PREFIX_TUNING", "CARTRIDGE", INFIX, ENCODER_DECODER, ENCODER, HYBRID, UNLIKE)
     encoder_decoder = True
     section: PrefixTuningSection
     start: Tensor
@@ -252,7 +146,7 @@ class PrefixTuning(Adapter):
             if section.sink:
                 tokens = torch.tensor([base.first_token_id, *tokens[:-1].tolist()])
             prefix = compile_tokens(base.model, tokens)
-            if section.learns_embeddings(base):
+            if _learns_embeddings(section, base):
                 read = ReadStart(base, tokens, frozen=int(section.sink))
                 return cls(section, base, prefix.flat().float(), read)
         return cls(section, base, prefix.flat().float())
@@ -371,6 +265,17 @@ class PrefixTuning(Adapter):
         if self.base.encoder:
             config["peft_type"] = ENCODER
         return AdapterFiles(config, {"prompt_embeddings": self.flat().detach()})
+
+
+def _learns_embeddings(section: PrefixTuningSection, base: Base) -> bool:
+    """Whether the start learns on `base`. Raises ModelError where it is told to, and cannot."""
+    able = compiles_embeddings(base) and not reads_ids(base.model)
+    if section.learn_embeddings and not able:
+        raise ModelError(
+            f"{base.id} cannot make a prefix of embeddings (it has an encoder, or layers that "
+            "keep a state or look up token ids); leave `learn_embeddings` out"
+        )
+    return able and section.learn_embeddings is not False and section.embeddings_matter()
 
 
 def _flat_of(files: AdapterFiles, base: Base) -> Tensor:

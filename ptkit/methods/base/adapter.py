@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, register
-from ptkit.recipe.schema import MethodSection, register_method
+from ptkit.methods.base.settings import BaseSection
 from ptkit.runtime.base_model import Base
-
-
-@register_method
-class BaseSection(MethodSection):
-    """The base model as it is, without any prompt: nothing is trained."""
-
-    trains: ClassVar[bool] = False
-    kind: Literal["base"]
-    """`base`."""
 
 
 @register

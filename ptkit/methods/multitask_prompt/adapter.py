@@ -8,40 +8,26 @@ prompt like any other, and is used as one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from peft import MultitaskPromptTuningConfig
-from pydantic import Field
 from torch import Tensor, nn
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, OwnRate, peft_config_dict
+from ptkit.methods.multitask_prompt.settings import MultitaskSection
 from ptkit.methods.peft_tensors import multitask_tensors
-from ptkit.methods.prompt_tuning import PromptTuning, PromptTuningSection
+from ptkit.methods.prompt_tuning.adapter import PromptTuning
+from ptkit.methods.prompt_tuning.settings import PromptTuningSection
 from ptkit.methods.soft_prompt import prompt_learning_shape, soft_prefix
-from ptkit.methods.start import Start, rms
+from ptkit.methods.start import rms
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.base_model import Base
 
 #: Values of a task's further columns before training, where its rank is above 1.
 _COLUMN_NOISE = 0.02
-
-
-class MultitaskSection(PromptTuningSection):
-    """Prompt tuning's settings, and those of the tasks' own part. A recipe has one task, so this is
-    no method of recipes."""
-
-    shares_batch: ClassVar[bool] = False
-    alone: ClassVar[str] = "it is a prompt of several tasks already"
-    kind: Literal["multitask_prompt"] = "multitask_prompt"  # type: ignore[assignment]
-    start: Start = "task"
-    """Values before training. No `auto`: no run looks for the start of a multi-task prompt."""
-    rank: int = Field(default=1, ge=1, le=64)
-    """Rank of each task's matrix (the paper: 1)."""
-    task_learning_rate: float = Field(default=0.1, gt=0)
-    """AdamW's peak learning rate of the tasks' matrices, whose product is 1 at the start."""
 
 
 class MultitaskPrompt(Adapter):

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from peft import PromptTuningConfig
 from peft.tuners.prompt_tuning import PromptEmbedding
@@ -14,25 +12,10 @@ from torch import nn
 
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Demonstrations, register
-from ptkit.methods.peft_tensors import MULTITASK
-from ptkit.methods.soft_prompt import ENCODER_PROMPT, SoftPrompt, prompt_learning_shape
-from ptkit.methods.start import PromptMethodSection, rms
-from ptkit.recipe.schema import register_method
+from ptkit.methods.prompt_tuning.settings import PromptTuningSection
+from ptkit.methods.soft_prompt import SoftPrompt, prompt_learning_shape
+from ptkit.methods.start import rms
 from ptkit.runtime.base_model import Base
-
-
-@register_method
-class PromptTuningSection(PromptMethodSection):
-    """Prompt tuning (Lester et al. 2021): learns `num_virtual_tokens` input embeddings."""
-
-    kind: Literal["prompt_tuning"]
-    """`prompt_tuning`."""
-    num_virtual_tokens: int = 20
-    """Virtual tokens: learnt positions before the input (the paper uses 20 to 100)."""
-    learning_rate: float | Literal["auto"] = 6.0
-    """AdamW's peak learning rate, in units of the size (RMS) of the start's embeddings, so that one
-    rate fits bases of any scale. Soft prompts want rates far above those of weights. `auto`: of
-    four, the one nearest the default that learns enough in a short test before the run."""
 
 
 @register
@@ -42,8 +25,6 @@ class PromptTuning(SoftPrompt):
     section_class = PromptTuningSection
     start: torch.Tensor
     unit: torch.Tensor
-    # CPT's file is the soft prompt it ended with; a multi-task prompt is one per task.
-    peft_types = ("PROMPT_TUNING", "CPT", MULTITASK, ENCODER_PROMPT)
 
     def __init__(
         self, section: PromptTuningSection, base: Base, start: torch.Tensor | None

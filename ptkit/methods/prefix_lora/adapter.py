@@ -9,41 +9,21 @@ them together.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal
-
-from pydantic import Field
+from typing import Any
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, OwnRate, register
-from ptkit.methods.lora import Lora, LoraSettings, lora_section
-from ptkit.methods.prefix_tuning import PrefixSettings, PrefixTuning, prefix_section
-from ptkit.methods.start import Start
+from ptkit.methods.lora.adapter import Lora
+from ptkit.methods.lora.settings import lora_section
+from ptkit.methods.prefix_lora.settings import PREFIX_LORA, PrefixLoraSection
+from ptkit.methods.prefix_tuning.adapter import PrefixTuning
+from ptkit.methods.prefix_tuning.settings import prefix_section
 from ptkit.prefix import KVPrefix
-from ptkit.recipe.schema import register_method
 from ptkit.runtime.base_model import Base
 
-#: One file with both. PEFT holds either in an adapter; told of one, it would lose the other.
-PREFIX_LORA = "PTKIT_PREFIX_LORA"
 #: Begins the names of PEFT's LoRA matrices; a prefix has none such.
 _MODULES = "base_model.model."
-
-
-@register_method
-class PrefixLoraSection(LoraSettings, PrefixSettings):
-    """A prefix and LoRA, trained together (He et al. 2022; Mao et al. 2022)."""
-
-    shares_batch: ClassVar[bool] = False
-    kind: Literal["prefix_lora"]
-    """`prefix_lora`."""
-    start: Start = "task"
-    """Values of the prefix before training, as in prefix tuning. No `auto`: it tries several in one
-    batch."""
-    learning_rate: float | Literal["auto"] = 0.1
-    """AdamW's peak learning rate of the prefix, in units of the size (RMS) that keys and values
-    have at the start in their layer. No `auto`: it tries several in one batch."""
-    lora_learning_rate: float = Field(default=2e-3, gt=0)
-    """AdamW's peak learning rate of the low-rank matrices."""
 
 
 @register
@@ -51,7 +31,6 @@ class PrefixLora(Adapter):
     """Keys and values before the input of a base whose linear layers have low-rank changes."""
 
     section_class = PrefixLoraSection
-    peft_types = (PREFIX_LORA,)
     encoder_decoder = True
     changes_weights = True
     section: PrefixLoraSection

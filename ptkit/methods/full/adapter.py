@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
 
 from transformers import PreTrainedModel
 
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, register
-from ptkit.recipe.schema import MethodSection, register_method
+from ptkit.methods.full.settings import FullSection
 from ptkit.runtime.base_model import Base
-
-
-@register_method
-class FullSection(MethodSection):
-    """Full fine-tuning: all parameters of the base."""
-
-    kind: Literal["full"]
-    """`full`."""
-    learning_rate: float = 5e-4
-    """AdamW's peak learning rate."""
 
 
 @register

@@ -10,10 +10,8 @@ stands before the prompt, and not again before the input.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 
 from ptkit.data.tokens import without_lead
 from ptkit.errors import AdapterError, UserError
@@ -21,26 +19,11 @@ from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, register
 from ptkit.methods.soft_prompt import soft_prefix
 from ptkit.methods.start import start_embeddings
+from ptkit.methods.text_prompt.settings import TextPromptSection
 from ptkit.prefix import KVPrefix
-from ptkit.recipe.schema import MethodSection, register_method
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.cache import has_state
 from ptkit.runtime.compile import compile_tokens
-
-
-@register_method
-class TextPromptSection(MethodSection):
-    """An instruction and training examples, written out as text before the input."""
-
-    trains: ClassVar[bool] = False
-    kind: Literal["text_prompt"]
-    """`text_prompt`."""
-    instruction: str = ""
-    """Text before the demonstrations."""
-    examples: int = Field(default=3, ge=0)
-    """Demonstrations: training rows, chosen by the seed."""
-    separator: str = "\n\n"
-    """Text after the instruction and after each demonstration."""
 
 
 @register

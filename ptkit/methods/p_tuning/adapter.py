@@ -7,19 +7,16 @@ Tuning", https://arxiv.org/abs/2305.03937).
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from peft import PromptEncoder, PromptEncoderConfig
-from pydantic import Field
 from torch import Tensor, nn
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Demonstrations, OwnRate, register
-from ptkit.methods.soft_prompt import ENCODER_PROMPT, SoftPrompt, prompt_learning_shape
-from ptkit.methods.start import PromptMethodSection, rms
-from ptkit.recipe.schema import register_method
+from ptkit.methods.p_tuning.settings import PTuningSection
+from ptkit.methods.soft_prompt import SoftPrompt, prompt_learning_shape
+from ptkit.methods.start import rms
 from ptkit.runtime.base_model import Base
 
 #: The encoder's output counts this many times the start's size. AdamW moves all weights by the same
@@ -28,26 +25,6 @@ from ptkit.runtime.base_model import Base
 OUTPUT_SCALE = 20.0
 #: Times the encoder's rate, for the embeddings it adds to: as fast as prompt tuning's.
 EMBEDDING_RATE = 200.0
-
-
-@register_method
-class PTuningSection(PromptMethodSection):
-    """P-tuning (Liu et al. 2021): an MLP or LSTM makes the input embeddings."""
-
-    kind: Literal["p_tuning"]
-    """`p_tuning`."""
-    num_virtual_tokens: int = 20
-    """Virtual tokens: learnt positions before the input."""
-    encoder: Literal["mlp", "lstm"] = "mlp"
-    """Reparameterisation of the embeddings; dropped at export."""
-    encoder_hidden_size: int = Field(default=128, ge=1)
-    """Width of the encoder."""
-    learning_rate: float | Literal["auto"] = 0.03
-    """AdamW's peak learning rate (for the encoder's weights; its output is in units of twenty times
-    the size of the start's embeddings). `auto`: of four, the one nearest the default that
-    learns enough in a short test before the run."""
-    learn_embeddings: bool = True
-    """Train the embeddings that the encoder's output is added to, too. `start: random` has none."""
 
 
 @register
@@ -61,7 +38,6 @@ class PTuning(SoftPrompt):
     """
 
     section_class = PTuningSection
-    peft_types = ("P_TUNING", ENCODER_PROMPT)
     section: PTuningSection
     start: Tensor
     unit: Tensor

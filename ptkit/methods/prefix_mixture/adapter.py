@@ -11,70 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import Adapter, Demonstrations, OwnRate, register
-from ptkit.methods.prefix_tuning import PrefixSettings, PrefixTuning, prefix_section
-from ptkit.methods.start import Start
+from ptkit.methods.prefix_mixture.settings import PREFIX_MIXTURE, PrefixMixtureSection
+from ptkit.methods.prefix_tuning.adapter import PrefixTuning
+from ptkit.methods.prefix_tuning.settings import prefix_section
 from ptkit.prefix import KVPrefix
-from ptkit.recipe.schema import register_method
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.mixture import MixedPrefixes
 
-#: PEFT has no adapter whose prompt depends on the input.
-PREFIX_MIXTURE = "PTKIT_PREFIX_MIXTURE"
 #: What PEFT calls a prefix's matrix.
 _TOKENS = "prompt_embeddings"
 #: Between the seeds with which the fresh prefixes draw their demonstrations.
 _APART = 1000
-
-
-@register_method
-class PrefixMixtureSection(PrefixSettings):
-    """Several prefixes, weighed by a gate for every input (Wu et al. 2022; Asai et al. 2022)."""
-
-    shares_batch: ClassVar[bool] = False
-    alone: ClassVar[str] = "its prefixes are weighed anew for every row"
-    kind: Literal["prefix_mixture"]
-    """`prefix_mixture`."""
-    prefixes: int = Field(default=4, ge=0, le=256)
-    """Prefixes to train, each started as `start` says (with training rows of its own)."""
-    adapters: list[str] = Field(default=[])
-    """Adapter folders mixed in beside them, of the same base and length, whatever their method.
-    Relative paths start at the recipe's folder."""
-    train_adapters: bool = False
-    """Train those of `adapters` too; otherwise they stay as they are (ATTEMPT)."""
-    top: int | None = Field(default=None, ge=1)
-    """A row gets the mean of so many prefixes, the likeliest for it; 1 chooses one. null: all."""
-    start: Start = "task"
-    """Values of the prefixes before training, as in prefix tuning. No `auto`: it tries several in
-    one batch."""
-    learning_rate: float | Literal["auto"] = 0.1
-    """AdamW's peak learning rate of the prefixes, in units of the size (RMS) that keys and values
-    have at the start in their layer. No `auto`: it tries several in one batch."""
-    gate_learning_rate: float = Field(default=1e-2, gt=0)
-    """AdamW's peak learning rate of the gate, a linear layer on the mean embedding of the input."""
-
-    @model_validator(mode="after")
-    def _something_is_learnt(self) -> PrefixMixtureSection:
-        total = self.prefixes + len(self.adapters)
-        if not total:
-            raise ValueError("`prefixes: 0` leaves nothing to mix; name some `adapters`")
-        if self.top is not None and self.top > total:
-            raise ValueError(f"`top` is {self.top}, but there are {total} prefixes")
-        if self.train_adapters and not self.adapters:
-            raise ValueError("`train_adapters` needs `adapters`")
-        if total == 1 and not self.prefixes and not self.train_adapters:
-            raise ValueError(
-                "one of `adapters` by itself always counts 1, so nothing is learnt; name another, "
-                "or set `prefixes` or `train_adapters`"
-            )
-        return self
 
 
 @register
@@ -82,7 +36,6 @@ class PrefixMixture(Adapter):
     """Prefixes of one length, and a gate `[prefixes, hidden]` on the input's mean embedding."""
 
     section_class = PrefixMixtureSection
-    peft_types = (PREFIX_MIXTURE,)
     encoder_decoder = True
     depends_on_input = True
     section: PrefixMixtureSection

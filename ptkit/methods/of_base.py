@@ -1,0 +1,121 @@
+"""Whether an adapter was made for a base, and the base that it was made for."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ptkit.errors import AdapterError
+from ptkit.formats.adapter_files import AdapterFiles, base_id, base_revision, read_adapter
+from ptkit.formats.fingerprint import is_same_model
+from ptkit.methods.adapter import Adapter
+from ptkit.methods.base_names import hub_name, same_name
+from ptkit.methods.head import labels_of_files
+from ptkit.methods.registry import adapter_from_files
+from ptkit.runtime.base_model import Base, load_base
+
+logger = logging.getLogger(__name__)
+
+
+def require_same_base(files: AdapterFiles, base: Base, where: str, *, chosen: bool = False) -> None:
+    """Raise AdapterError when `files` were made for another base than `base`.
+
+    chosen: the user named this base for this adapter; that settles it where the adapter has no
+        fingerprint, and a warning names both
+
+    ptkit's own files carry a fingerprint of the weights; for files of plain PEFT the name of
+    the base is all there is (its last part is compared: `gpt2` is `openai-community/gpt2`). The
+    same model in another precision is warned of, once.
+    """
+    made_for = files.info.get("base", {})
+    name = files.base_id
+    if made_for.get("fingerprint"):
+        if not _is_made_for(made_for, base):
+            detail = f" (weights {made_for['fingerprint']}, here {base.fingerprint})"
+            raise AdapterError(
+                f"{where} was made for the base model `{name}`, not for `{base.id}`{detail}; "
+                f"load it on `{name}`"
+            )
+        trained_in = made_for.get("precision", base.precision)
+        if trained_in != base.precision:
+            warnings.warn(
+                f"trained on `{name}` in {trained_in}, used on `{base.id}` in {base.precision}: "
+                "the same model, whose answers differ a little",
+                stacklevel=2,
+            )
+        return
+    if not name or same_name(name, base):
+        return
+    if not chosen:
+        raise AdapterError(
+            f"{where} was made for the base model `{name}`, not for `{base.id}`; load it on "
+            f"`{hub_name(name)}`, or choose the base for it with --model where that is the same "
+            "model by another name"
+        )
+    logger.warning(
+        "%s names the base model `%s`; it is used on `%s`, as chosen: it has no fingerprint to "
+        "tell whether they are the same", where, name, base.id
+    )  # fmt: skip
+
+
+def _is_made_for(made_for: dict[str, Any], base: Base) -> bool:
+    """Whether an adapter's record of its base is of the model `base` is, in whatever precision."""
+    if made_for["fingerprint"] == base.fingerprint:
+        return True
+    if "sketch" not in made_for:  # an earlier version's
+        return bool(made_for["fingerprint"] == base.legacy_fingerprint)
+    return is_same_model(
+        str(made_for["sketch"]), str(made_for.get("precision", "")),
+        base.identity.sketch, base.precision,
+    )  # fmt: skip
+
+
+def base_of(files: AdapterFiles, model: str | None, where: str) -> Base:
+    """Load the base `model`, or the one `files` name, in the revision they were made on.
+
+    where: what the files are called. Raises AdapterError when neither names one.
+    """
+    labels = labels_of_files(files)
+    if model is not None:
+        return load_base(model, labels=labels)
+    if files.base_id is None:
+        raise AdapterError(f"{where} names no base model; give it (--model)")
+    revision = base_revision(files.config, files.info)
+    id = files.base_id if Path(files.base_id).is_dir() else hub_name(files.base_id)
+    return load_base(id, revision=revision, labels=labels)
+
+
+def revision_named(
+    id: str, adapters: Mapping[str, tuple[dict[str, Any], dict[str, Any]]]
+) -> str | None:
+    """The revision of the base `id` that `adapters` were made on; None where none of them says.
+
+    adapters: what they are called -> their settings and ptkit's record (`read_config`, `read_info`)
+
+    Raises AdapterError where they were made on different ones: one base is loaded for all.
+    """
+    named = {
+        where: base_revision(config, info)
+        for where, (config, info) in adapters.items()
+        if hub_name(base_id(config, info) or "") == id
+    }
+    if len({*named.values()}) > 1:
+        told = ", ".join(f"{where} on {revision or 'main'}" for where, revision in named.items())
+        raise AdapterError(
+            f"these adapters were made on different revisions of `{id}` ({told}); use them one "
+            "at a time"
+        )
+    return next(iter(named.values()), None)
+
+
+def load_adapter(path: Path, base: Base, *, chosen: bool = False) -> Adapter:
+    """The adapter in the folder `path`, checked against `base` (chosen: see `require_same_base`).
+
+    Raises AdapterError when it is damaged, unsafe, of an unknown type or for another base.
+    """
+    files = read_adapter(path)
+    require_same_base(files, base, str(path), chosen=chosen)
+    return adapter_from_files(files, base)
