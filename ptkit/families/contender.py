@@ -33,7 +33,6 @@ from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files,
 from ptkit.methods.soft_prompt import SoftPrompt
 from ptkit.methods.text_prompt import TextPrompt
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.cache import conversation_cache
 from ptkit.runtime.forward import (
     IGNORED,
@@ -278,11 +277,7 @@ class Ours(Contender):
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         try:
-            if self._batch(1) is None:
-                yield
-            else:
-                with prefix_attention(model):
-                    yield
+            yield
         finally:
             model.gradient_checkpointing_disable()
             model.eval()
