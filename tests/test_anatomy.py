@@ -8,6 +8,7 @@ from conftest import random_base
 from test_peft_parity import LEARNT, make_adapter
 
 from ptkit.evaluation.anatomy import attention_shares
+from ptkit.runtime.attention import attention_of
 from ptkit.runtime.compile import compile_tokens
 
 TEXT = "w1 w2 w3 w4 w5"
@@ -36,7 +37,7 @@ def test_the_base_is_left_as_it_was(method: str) -> None:
         before = base.model(ids).logits
         shares = attention_shares(make_adapter(base, LEARNT[method]).prefix().detach(), base, TEXT)
         assert torch.equal(base.model(ids).logits, before)
-    assert base.model.config._attn_implementation == "sdpa"
+    assert attention_of(base.model) == "sdpa"
     assert len(shares) == 5
     assert all(0 <= share <= 1 for share in shares)
 

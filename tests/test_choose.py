@@ -25,7 +25,6 @@ from ptkit.methods.catalogue import method_section
 from ptkit.prefix import PrefixBatch
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import ClassificationTask, SequenceClassificationTask, TrainSection
-from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_losses
 from ptkit.section import MethodSection
@@ -123,7 +122,7 @@ def test_whatever_shape_a_prefix_has_its_starts_are_scored_as_each_is_alone(
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0)).tolist()
     drawn = [rows(30, 1)[i] for i in order[: choice.record["start_rows"]]]
     for start, job in zip(tried, made[1:], strict=True):
-        with torch.no_grad(), prefix_attention(base.model):
+        with torch.no_grad():
             batch = PrefixBatch.shared(job.adapter.prefix(), len(drawn))
             alone = supervised_losses(base.model, **collate(drawn, base), batch=batch)
         assert start["loss"] == pytest.approx(float(alone.mean()), abs=1e-4)

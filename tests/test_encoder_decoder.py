@@ -33,7 +33,6 @@ from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, adapter_from_files, create_adapter
 from ptkit.prefix import KVPrefix, PrefixBatch
-from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.attention_sites import attention_modules
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.forward import collate, supervised_logits, token_losses
@@ -226,11 +225,10 @@ def test_gradients_reach_every_site_and_survive_checkpointing(family: str) -> No
             base.model.gradient_checkpointing_enable({"use_reentrant": False})
             base.model.train()
         rows = examples([6, 4], [5, 3])
-        with prefix_attention(base.model):
-            batch = PrefixBatch.shared(adapter.prefix(), 2)
-            token_losses(
-                *supervised_logits(base.model, **collate(rows, base), batch=batch)
-            ).mean().backward()
+        batch = PrefixBatch.shared(adapter.prefix(), 2)
+        token_losses(
+            *supervised_logits(base.model, **collate(rows, base), batch=batch)
+        ).mean().backward()
         assert all(p.grad is None for p in base.model.parameters())
         return adapter.encoder.embedding.weight.grad
 
@@ -331,11 +329,10 @@ def test_soft_prompts_train_checkpointed_and_are_saved(
             base.model.gradient_checkpointing_enable({"use_reentrant": False})
             base.model.train()
         rows = examples([6, 4], [5, 3])
-        with prefix_attention(base.model):
-            batch = PrefixBatch.shared(adapter.prefix(), 2)
-            token_losses(
-                *supervised_logits(base.model, **collate(rows, base), batch=batch)
-            ).mean().backward()
+        batch = PrefixBatch.shared(adapter.prefix(), 2)
+        token_losses(
+            *supervised_logits(base.model, **collate(rows, base), batch=batch)
+        ).mean().backward()
         assert all(p.grad is None for p in base.model.parameters())
         if not checkpointed:
             write_adapter(tmp_path / "a", adapter.files())

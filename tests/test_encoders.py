@@ -28,10 +28,12 @@ from ptkit.evaluation.metrics import metric
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, create_adapter
 from ptkit.prefix import KVPrefix, PrefixBatch
-from ptkit.runtime.attention import prefix_attention
+from ptkit.runtime.attention import Call, Repeats
 from ptkit.runtime.attention_sites import attention_modules
+from ptkit.runtime.backends import backend_of
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.forward import collate, head_logits, supervised_losses
+from ptkit.runtime.views import viewed
 
 METHODS = ("prefix_tuning", "prompt_tuning", "p_tuning", "lora", "full", "linear_probe")
 FAMILIES = [*ENCODERS, *DECODERS]
@@ -106,11 +108,10 @@ def test_padded_is_unpadded_and_a_step_trains_what_it_should(
         alone = [logits_of(adapter, [row])[0] for row in rows]
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-    with prefix_attention(base.model):
-        loss = supervised_losses(
-            adapter.model, **collate(rows, base), batch=batch_of(adapter, 3)
-        ).mean()
-        loss.backward()
+    loss = supervised_losses(
+        adapter.model, **collate(rows, base), batch=batch_of(adapter, 3)
+    ).mean()
+    loss.backward()
     assert all(p.grad is not None for p in adapter.trainable().values())
     assert any(p.grad.abs().max() > 0 for p in adapter.trainable().values())
     torch.optim.SGD(adapter.trainable().values(), lr=0.1).step()
@@ -167,8 +168,11 @@ def test_disentangled_attention_with_a_prefix() -> None:
     rows = collate(examples([7, 3], "token"), base)
     ids, mask = rows["input_ids"], rows["attention_mask"]
     own = base.model(input_ids=ids, attention_mask=mask).logits
-    with prefix_attention(base.model):
-        torch.testing.assert_close(base.model(input_ids=ids, attention_mask=mask).logits, own)
+    call = Call({"input_ids": ids, "attention_mask": mask})
+    backend_of(base.model).put(base.model, None, call)
+    assert call.replaced
+    written_out = viewed(base.model, call.replaced)(**call.arguments).logits
+    torch.testing.assert_close(written_out, own)
     assert torch.equal(base.model(input_ids=ids, attention_mask=mask).logits, own)
 
     module = attention_modules(base.model)[0]
@@ -180,9 +184,10 @@ def test_disentangled_attention_with_a_prefix() -> None:
     arguments = {"relative_pos": distances, "rel_embeddings": table, "output_attentions": True}
     context, shares = module(hidden, seen, **arguments)
     prefix = adapter_on(base, "prefix_tuning").prefix().detach().map(lambda t: t * 3)
-    with prefix_attention(base.model) as injection:
-        injection.batch = PrefixBatch.shared(prefix, 1)
-        found, _ = module(hidden, seen, **arguments)
+    backend_of(base.model).put(base.model, Repeats(PrefixBatch.shared(prefix, 1)), call)
+    found, _ = viewed(base.model, call.replaced).get_submodule(
+        next(name for name, part in base.model.named_modules() if part is module)
+    )(hidden, seen, **arguments)
 
     def split(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.view(1, 6, 4, size).transpose(1, 2)
@@ -262,10 +267,9 @@ def test_checkpointing_changes_nothing(family: str, method: str) -> None:
             base.model.gradient_checkpointing_enable({"use_reentrant": False})
             adapter.model.train()
         rows = examples([6, 4], "sequence")
-        with prefix_attention(base.model):
-            supervised_losses(
-                adapter.model, **collate(rows, base), batch=batch_of(adapter, 2)
-            ).mean().backward()
+        supervised_losses(
+            adapter.model, **collate(rows, base), batch=batch_of(adapter, 2)
+        ).mean().backward()
         return [p.grad for p in adapter.trainable().values()]
 
     for plain, checkpointed in zip(gradient(False), gradient(True), strict=True):

@@ -42,6 +42,7 @@ from ptkit.methods.catalogue import all_sections
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.prefix import PrefixBatch
 from ptkit.recipe.schema import TrainSection
+from ptkit.runtime.attention import attention_of
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits, collate, supervised_losses
 from ptkit.runtime.running import longest_row
@@ -522,7 +523,7 @@ def test_attention_is_the_models_choice_unless_asked_for(tmp_path: Path) -> None
     base.model.save_pretrained(tmp_path)
     base.tokenizer.save_pretrained(tmp_path)
     loaded = load_base(str(tmp_path))
-    assert loaded.model.config._attn_implementation == "eager"
+    assert attention_of(loaded.model) == "eager"
     with pytest.raises(ModelError, match=r"has no `sdpa` attention; set `model.attention: auto`"):
         load_base(str(tmp_path), attention="sdpa")
 

@@ -14,7 +14,6 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from transformers.activations import NewGELUActivation
 
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import (
     IGNORED,
@@ -42,15 +41,14 @@ def test_losses_and_gradients_are_those_of_the_whole_logits(family: str, method:
     found = []
     for fused in (False, True):
         adapter.zero_grad()
-        with prefix_attention(base.model):
-            batch = PrefixBatch.shared(adapter.prefix(), len(ids))
-            if fused:
-                assert has_plain_head(base.model)
-                with fused_activations(base.model):
-                    losses = supervised_losses(base.model, ids, mask, labels, batch)
-            else:
-                losses = token_losses(*supervised_logits(base.model, ids, mask, labels, batch))
-            (losses * torch.linspace(0.5, 2, len(losses))).sum().backward()
+        batch = PrefixBatch.shared(adapter.prefix(), len(ids))
+        if fused:
+            assert has_plain_head(base.model)
+            with fused_activations(base.model):
+                losses = supervised_losses(base.model, ids, mask, labels, batch)
+        else:
+            losses = token_losses(*supervised_logits(base.model, ids, mask, labels, batch))
+        (losses * torch.linspace(0.5, 2, len(losses))).sum().backward()
         found.append((losses.detach(), [p.grad.clone() for p in adapter.trainable().values()]))
     (plain, wanted), (ours, got) = found
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)

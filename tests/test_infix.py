@@ -22,7 +22,6 @@ from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import adapter_from_files, compile_files
 from ptkit.prefix import KVPrefix, PrefixBatch
-from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.forward import (
@@ -166,11 +165,10 @@ def test_gradients_reach_the_infix_alone_and_survive_checkpointing(family: str) 
         labels = ids.clone()
         labels[:, :4] = IGNORED
         batch = PrefixBatch.shared(adapter.prefix(), 2)
-        with prefix_attention(base.model):  # a checkpointed backward reads the prefix again
-            loss = token_losses(
-                *supervised_logits(base.model, ids, torch.ones_like(ids), labels, batch)
-            ).mean()
-            loss.backward()
+        loss = token_losses(
+            *supervised_logits(base.model, ids, torch.ones_like(ids), labels, batch)
+        ).mean()
+        loss.backward()
         assert all(p.grad is None for p in base.model.parameters())
         return adapter.encoder.embedding.weight.grad
 

@@ -17,10 +17,9 @@ from ptkit.families.kinds import DECODER
 from ptkit.families.shapes import FAMILIES, small
 from ptkit.families.subject import small_subject
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import IGNORED, supervised_logits, supervised_losses, token_losses
-from ptkit.runtime.last_layer import _last_block, last_block_on
+from ptkit.runtime.last_layer import last_block
 
 #: Decoders whose last layer has no module for its feed-forward block, one that says more than its
 #: hidden states (gpt_oss: where it sent tokens), or no attention.
@@ -33,7 +32,7 @@ DECODERS = [name for name, family in FAMILIES.items() if family.model_type in (
 
 def rows_read(base: Base, run) -> list[int]:
     """How many positions the last feed-forward block sees in each of `run`'s forwards."""
-    block = _last_block(base.model)
+    block = last_block(base.model)
     assert block is not None
     seen: list[int] = []
     # As a block of Bloom's is given two tensors, any of them will do.
@@ -48,7 +47,7 @@ def rows_read(base: Base, run) -> list[int]:
 @pytest.mark.parametrize("name", DECODERS)
 def test_losses_and_gradients_of_every_family_stay(name: str) -> None:
     base = small_subject(name, small(FAMILIES[name].config), DECODER).base()
-    assert (_last_block(base.model) is None) == (name in WHOLE)
+    assert (last_block(base.model) is None) == (name in WHOLE)
     ids, mask, labels = batch_of([9, 12, 5])
     found = []
     for whole in (True, False):
@@ -86,14 +85,13 @@ def test_any_rows_and_any_positions(lengths: list[int], read: int, method: str) 
     labels = labels.masked_fill(drawn, IGNORED)
     labels[0, 2] = ids[0, 2]  # at least one
     found = []
-    with prefix_attention(base.model):
-        batch = PrefixBatch.shared(adapter.prefix(), len(ids))
-        found.append(token_losses(*supervised_logits(base.model, ids, mask, labels, batch)))
-        seen = rows_read(
-            base, lambda: found.append(supervised_losses(base.model, ids, mask, labels, batch))
-        )
-        parameters = list(adapter.trainable().values())
-        wanted, ours = (torch.autograd.grad(f.sum(), parameters, retain_graph=True) for f in found)
+    batch = PrefixBatch.shared(adapter.prefix(), len(ids))
+    found.append(token_losses(*supervised_logits(base.model, ids, mask, labels, batch)))
+    seen = rows_read(
+        base, lambda: found.append(supervised_losses(base.model, ids, mask, labels, batch))
+    )
+    parameters = list(adapter.trainable().values())
+    wanted, ours = (torch.autograd.grad(f.sum(), parameters, retain_graph=True) for f in found)
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
     # The block's own hook runs before ours puts its rows back into their places.
     assert seen[-1] == (labels[:, 1:] != IGNORED).sum()
@@ -118,7 +116,7 @@ def test_soft_prompts_read_with_the_input_are_left_whole() -> None:
     base = small_subject("qwen3_next", small(FAMILIES["qwen3_next"].config), DECODER).base()
     adapter = make_adapter(base, LEARNT["prompt"])
     ids, mask, labels = batch_of([9, 12, 5])
-    with prefix_attention(base.model), torch.no_grad():
+    with torch.no_grad():
         batch = PrefixBatch.shared(adapter.prefix(), len(ids))
         losses = supervised_losses(base.model, ids, mask, labels, batch)
         wanted = token_losses(*supervised_logits(base.model, ids, mask, labels, batch))
@@ -126,18 +124,36 @@ def test_soft_prompts_read_with_the_input_are_left_whole() -> None:
 
 
 def test_other_threads_read_everything() -> None:
+    """A pass that leaves positions out is stopped in its last block, while others read."""
     base = random_base("gpt2")
-    ids, mask, _ = batch_of([9, 12, 5])
+    ids, mask, labels = batch_of([9, 12, 5])
     wanted = base.model(input_ids=ids, attention_mask=mask).logits
-    elsewhere: list[Tensor] = []
+    lean, reached, go_on = threading.Event(), threading.Event(), threading.Event()
+    narrow: list[int] = []
+
+    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if threading.current_thread() is thread:
+            narrow.append(args[0][..., 0].numel())
+            reached.set()
+            go_on.wait(30)
 
     def read() -> None:
-        elsewhere.append(base.model(input_ids=ids, attention_mask=mask).logits)
+        lean.wait(30)
+        supervised_losses(base.model, ids, mask, labels, None)
 
-    some = torch.zeros_like(mask, dtype=torch.bool)
-    some[:, 0] = True
-    with last_block_on(base.model, some):
-        thread = threading.Thread(target=read)
-        thread.start()
-        thread.join()
-    assert torch.equal(elsewhere[0], wanted)
+    supervised_losses(base.model, ids, mask, labels, None)  # what is asked of a model once
+    block = last_block(base.model)
+    assert block is not None
+    thread = threading.Thread(target=read)
+    hook = block.register_forward_pre_hook(stop)
+    thread.start()
+    lean.set()
+    assert reached.wait(30)
+    try:
+        here = base.model(input_ids=ids, attention_mask=mask).logits
+    finally:
+        go_on.set()
+        thread.join(30)
+        hook.remove()
+    assert narrow == [(labels[:, 1:] != IGNORED).sum()]
+    assert torch.equal(here, wanted)

@@ -14,7 +14,6 @@ from peft import get_peft_model
 
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import IGNORED, all_logits, supervised_logits, token_losses
 from ptkit.runtime.generation import generate
@@ -152,11 +151,10 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradient(family: str, m
 
     def step() -> tuple[torch.Tensor, list[torch.Tensor]]:
         adapter.zero_grad()
-        with prefix_attention(base.model):
-            batch = PrefixBatch.shared(adapter.prefix(), 2)
-            logits, targets = supervised_logits(base.model, ids, mask, ids, batch)
-            loss = token_losses(logits, targets).mean()
-            loss.backward()
+        batch = PrefixBatch.shared(adapter.prefix(), 2)
+        logits, targets = supervised_logits(base.model, ids, mask, ids, batch)
+        loss = token_losses(logits, targets).mean()
+        loss.backward()
         return loss.detach(), [p.grad.clone() for p in adapter.trainable().values()]
 
     base.model.train()

@@ -16,6 +16,7 @@ from ptkit.data.encode import EncodedExample
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, create_adapter
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import TrainSection
+from ptkit.runtime.attention import attention_of
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.precision import fastest_attention, weights_cast_once
 from ptkit.training import loop
@@ -115,11 +116,11 @@ def test_what_learns_and_what_is_no_float32_is_left_alone() -> None:
 
 def test_attention_left_to_ptkit_is_eager_for_short_rows_in_bf16_on_a_cpu() -> None:
     model = random_base("llama").model
-    assert model.config._attn_implementation == "sdpa"
+    assert attention_of(model) == "sdpa"
     for kind, longest, wanted in [("bf16", 64, "eager"), ("bf16", 600, "sdpa"), ("no", 64, "sdpa")]:
         with fastest_attention(model, kind, longest):
-            assert model.config._attn_implementation == wanted
-        assert model.config._attn_implementation == "sdpa"
+            assert attention_of(model) == wanted
+        assert attention_of(model) == "sdpa"
 
 
 @pytest.mark.filterwarnings("ignore:.*without bfloat16 instructions.*")

@@ -13,7 +13,6 @@ from test_train import TRAINED, Killed, fresh, rows
 
 from ptkit.errors import UserError
 from ptkit.recipe.schema import RetainSection, RetentionSection, TrainSection
-from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits
 from ptkit.runtime.named_models import TINY_EN
@@ -47,22 +46,21 @@ def test_divergence_is_kl_to_the_base_with_its_gradient(name: str) -> None:
     section = RetainSection(weight=1.0, tokens=128)
     retainer = Retainer(adapter, section, windows, seed=3)
     adapter.model.train()
-    with prefix_attention(base.model):
-        ours = retainer.divergence(step=4)
-        ours.backward()
-        gradients = [p.grad.clone() for p in adapter.trainable().values()]
-        adapter.zero_grad()
-        order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
-        ids = windows[order][[8, 9]]  # two pieces a step, the fifth step
-        adapter.model.eval()
-        mask = torch.ones_like(ids)
-        compiled = adapter.compiled()
-        batch = None if compiled is None else compiled.for_rows(ids, mask)
-        adapted = torch.distributions.Categorical(logits=all_logits(base.model, ids, mask, batch))
-        with torch.no_grad(), adapter.off():
-            plain = torch.distributions.Categorical(logits=all_logits(base.model, ids, mask, None))
-        wanted = torch.distributions.kl_divergence(plain, adapted).mean()
-        wanted.backward()
+    ours = retainer.divergence(step=4)
+    ours.backward()
+    gradients = [p.grad.clone() for p in adapter.trainable().values()]
+    adapter.zero_grad()
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    ids = windows[order][[8, 9]]  # two pieces a step, the fifth step
+    adapter.model.eval()
+    mask = torch.ones_like(ids)
+    compiled = adapter.compiled()
+    batch = None if compiled is None else compiled.for_rows(ids, mask)
+    adapted = torch.distributions.Categorical(logits=all_logits(base.model, ids, mask, batch))
+    with torch.no_grad(), adapter.off():
+        plain = torch.distributions.Categorical(logits=all_logits(base.model, ids, mask, None))
+    wanted = torch.distributions.kl_divergence(plain, adapted).mean()
+    wanted.backward()
     assert float(ours.detach()) > 1e-4
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
     for mine, parameter in zip(gradients, adapter.trainable().values(), strict=True):

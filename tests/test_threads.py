@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
+import inspect
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,19 +19,28 @@ from test_composition import save_lora
 from test_encoder_decoder import learnt, random_pair
 from test_peft_parity import LEARNT, make_adapter, rows_of
 from test_running import random_prefix
+from torch import nn
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
 )
 
 from ptkit import AdapterBank
 from ptkit.api import LoadedAdapter
+from ptkit.families.kinds import DECODER, ENCODER_DECODER, SEQUENCE_ENCODER
+from ptkit.families.shapes import FAMILIES, small
+from ptkit.families.subject import small_subject
 from ptkit.formats.adapter_files import write_adapter
+from ptkit.prefix import KVPrefix, PrefixBatch
 from ptkit.runtime.base_model import Base, frozen_base
-from ptkit.runtime.forward import all_logits
+from ptkit.runtime.forward import all_logits, head_logits, pad_rows, supervised_losses
+from ptkit.runtime.generation import generate
+from ptkit.runtime.scoring import continuation_scores
 from ptkit.runtime.turns import Turn, turn
 
 SHAPE = {
@@ -209,6 +222,167 @@ def test_plain_rows_are_classified_beside_a_lora_on_a_base_with_windows(
     assert bank.classify(texts, labels, ["lora"]) == merged.classify(texts, labels, [None])
     mixed = bank.classify(texts, labels, [None, "p", "lora"], by="average")
     assert len(mixed) == len(texts)
+
+
+ENCODERS = {"bert", "roberta", "electra", "distilbert", "modernbert", "deberta-v2"}
+THREADS, ANSWERS = 4, 7
+
+
+def asked_of(name: str) -> Callable[[int], object]:
+    """What a tiny model of a family answers behind prefix number `n`, 0 being the plain base."""
+    config = small(FAMILIES[name].config)
+    encoder = config.model_type in ENCODERS
+    kind = (
+        SEQUENCE_ENCODER if encoder else ENCODER_DECODER if config.is_encoder_decoder else DECODER
+    )
+    base = small_subject(name, config, kind).base()
+    model, layout = base.model, base.layout
+    draw = torch.Generator().manual_seed(4)
+
+    def drawn(length: int) -> KVPrefix:
+        def tensors(widths: list[int]) -> tuple[torch.Tensor, ...]:
+            return tuple(
+                torch.randn(shape.kv_heads, length, width, generator=draw)
+                for shape, width in zip(layout, widths, strict=True)
+            )
+
+        return KVPrefix(
+            tensors([s.key_dim for s in layout]), tensors([s.value_dim for s in layout])
+        )
+
+    prefixes = [None, drawn(3), drawn(5), replace(drawn(4), as_text=True)]
+    if encoder or config.is_encoder_decoder:  # the input is read with a soft prompt before it
+        width = base.embedding.weight.shape[1]
+        prefixes[3] = KVPrefix.of_embeddings(torch.randn(4, width, generator=draw), layout)
+    prompts = [[i % 80 + 3 for i in row] for row in rows_of([5, 11])]
+
+    def asked(number: int) -> object:
+        prefix = prefixes[number % len(prefixes)]
+        batch = None if prefix is None else PrefixBatch.shared(prefix, 2)
+        if not encoder:
+            pad = {"pad_token_id": base.pad_token_id}
+            scores = continuation_scores(model, prompts, [[7], [9, 4]], batch, **pad)
+            return scores.tolist(), generate(
+                model, prompts, batch, **pad, do_sample=False, max_new_tokens=3, eos_token_id=None
+            )
+        ids, mask = pad_rows(prompts, base.pad_token_id, left=False)
+        with torch.no_grad():
+            return head_logits(model, ids, mask, batch).tolist()
+
+    return asked
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_thousand_answers_of_all_families_in_threads_are_those_one_gets_alone(name: str) -> None:
+    assert len(FAMILIES) * THREADS * ANSWERS >= 1000
+    asked = asked_of(name)
+    alone = [asked(number) for number in range(4)]
+    assert any(answer != alone[0] for answer in alone)
+
+    def work(thread: int) -> list[int]:
+        return [n for i in range(ANSWERS) if asked(n := thread + i) != alone[n % 4]]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        assert [wrong for found in pool.map(work, range(THREADS)) for wrong in found] == []
+
+
+@pytest.mark.parametrize("name", ["mistral", "bloom", "bart", "deberta_v2"])
+def test_passes_of_two_threads_run_at_the_same_time_and_leave_no_trace(name: str) -> None:
+    """Each waits in the model's last module until the other one is there, too."""
+    asked = asked_of(name)
+    alone = [asked(number) for number in range(4)]
+    model = known_model(asked)
+    before = {part: {*module.__dict__} for part, module in model.named_modules()}
+    met, traces = threading.Barrier(2, timeout=60), []
+
+    def meet(*_: object) -> None:
+        met.wait()
+        traces.append({part: {*module.__dict__} for part, module in model.named_modules()})
+
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    hook = last.register_forward_hook(meet)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = [*pool.map(asked, (1, 3))]
+    finally:
+        hook.remove()
+    assert found == [alone[1], alone[3]]
+    assert traces
+    assert all(trace == before for trace in traces)
+
+
+def known_model(asked: Callable[[int], object]) -> PreTrainedModel:
+    return inspect.getclosurevars(asked).nonlocals["model"]
+
+
+def test_frequencies_that_follow_the_longest_text_are_those_of_each_threads_own() -> None:
+    """transformers keeps them in the model, so such a model reads for one thread at a time."""
+    config = Phi3Config(
+        **{**SHAPE, "num_key_value_heads": 4, "sliding_window": None},
+        original_max_position_embeddings=16,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+            "long_factor": [8.0] * 4, "original_max_position_embeddings": 16,
+        },
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = frozen_base(Phi3ForCausalLM(config).eval(), word_tokenizer(), "long")
+
+    @torch.no_grad()
+    def read(tokens: int) -> torch.Tensor:
+        ids = torch.tensor(rows_of([tokens]))
+        return all_logits(base.model, ids, torch.ones_like(ids), None)
+
+    alone = {tokens: read(tokens) for tokens in (9, 40)}
+
+    def work(thread: int) -> list[int]:
+        asked = [(9, 40)[(thread + i) % 2] for i in range(20)]
+        return [tokens for tokens in asked if not torch.equal(read(tokens), alone[tokens])]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [wrong for found in pool.map(work, range(4)) for wrong in found] == []
+
+
+def test_a_model_that_was_asked_is_freed_when_nobody_has_it() -> None:
+    base = random_base("gpt2")
+    ids, mask = pad_rows(rows_of([5, 7]), 0, left=False)
+    batch = PrefixBatch.shared(random_prefix(base, 3, 1), 2)
+    supervised_losses(base.model, ids, mask, ids, batch)
+    generate(base.model, rows_of([5]), None, pad_token_id=0, max_new_tokens=1)
+    gone = weakref.ref(base.model)
+    del base, batch
+    gc.collect()
+    assert gone() is None
+
+
+def test_who_changes_a_model_waits_for_all_who_read_and_they_for_it() -> None:
+    lock, seen = Turn(), []
+    reading, leave = threading.Barrier(3, timeout=30), threading.Event()
+
+    def read() -> None:
+        with lock.shared(), lock.shared():
+            assert lock.mine
+            reading.wait()
+            leave.wait(30)
+            seen.append("read")
+
+    def change() -> None:
+        with lock, lock.shared():
+            seen.append("changed")
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for thread in readers:
+        thread.start()
+    reading.wait()
+    changing = threading.Thread(target=change)
+    changing.start()
+    leave.set()
+    for thread in [*readers, changing]:
+        thread.join(30)
+    assert seen == ["read", "read", "changed"]
+    assert not lock.mine
+    with lock.shared(), pytest.raises(RuntimeError, match="cannot change a model while it reads"):
+        lock.__enter__()
 
 
 def test_a_turn_is_re_entrant_and_goes_to_who_asked_first() -> None:

@@ -29,9 +29,10 @@ class AdapterBank(ResidentAdapters):
     budget, host_budget: bytes, None for no limit. On a CPU both are the same memory, so there
         the second tier is off unless asked for.
 
-    Safe to use from several threads, which take turns with the base model: one batch is under way
-    at a time, in all banks of the base together. A `PrefixBatch` holds the prefixes it was made
-    of: rows under way finish with the version they started with, whatever is swapped or unloaded.
+    Safe to use from several threads, whose batches run at the same time, in all banks of the base
+    together; only LoRA adapters come and go while none is under way. A `PrefixBatch` holds the
+    prefixes it was made of: rows under way finish with the version they started with, whatever is
+    swapped or unloaded.
     """
 
     def behind(self, row: RowNames, ids: Sequence[int]) -> list[int]:

@@ -23,7 +23,7 @@ from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.lora.files import lora_config
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.row_adapters import row_adapters, rows_run_with
-from ptkit.runtime.turns import turn
+from ptkit.runtime.turns import running, turn
 
 #: PEFT's word for a row without any adapter.
 _PLAIN = "__base__"
@@ -154,9 +154,9 @@ class LoraRows:
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Within this context row i of a batch of this thread's runs with `names[i]`. It has the
-        model's turn: other threads' batches wait."""
-        with turn(self.base.model):
+        """Within this context row i of a batch of this thread's runs with `names[i]`. No LoRA
+        comes or goes meanwhile."""
+        with running(self.base.model):
             internal = [_PLAIN if name is None else self._loaded[name].internal for name in names]
             with rows_run_with(tuple(internal)):
                 yield

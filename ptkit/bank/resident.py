@@ -16,7 +16,7 @@ from ptkit.formats.adapter_files import adapter_folders
 from ptkit.methods import Adapter, compile_files, mixes_in_batch, parts_of
 from ptkit.prefix import Compiled, KVPrefix, PrefixBatch
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.turns import turn
+from ptkit.runtime.turns import running
 
 #: What one row of a batch uses: an adapter, several at once, or None for the plain base.
 RowNames = str | Sequence[str] | None
@@ -236,10 +236,10 @@ class ResidentAdapters:
     def weights(self, names: Sequence[RowNames]) -> Iterator[None]:
         """Within this context, row i of a batch runs with the LoRA adapter among `names[i]`.
 
-        Other threads wait for the base model until it ends.
+        Other threads' batches run beside it; LoRA adapters come and go when it has ended.
         """
-        # Names are looked up in the model's turn, in which no LoRA adapter comes or goes.
-        with turn(self.base.model), self._lora.rows([self._lora_of(row) for row in names]):
+        # Names are looked up while no LoRA adapter comes or goes.
+        with running(self.base.model), self._lora.rows([self._lora_of(row) for row in names]):
             yield
 
     def versions(self, row: RowNames) -> tuple[object, ...]:

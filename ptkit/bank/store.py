@@ -201,8 +201,8 @@ class PrefixStore:
                 if prefix is not None:
                     self.counts.hits += 1
                     return prefix
-        # One thread reads, the others wait for it. Not one that has the model's turn: the reader
-        # may be waiting for it, to compile. Reading twice gives the same.
+        # One thread reads, the others wait for it. Not one that runs the model: the reader may be
+        # waiting to compile, for who waits to change the model. Reading twice gives the same.
         waits = not turn(self.base.model).mine
         reads_alone = entry.reading.acquire(blocking=waits)
         try:

@@ -16,7 +16,6 @@ from ptkit.bench.subjects import ParityError, bench_base, random_prompts
 from ptkit.bench.timing import interleaved, ratio
 from ptkit.data.encode import EncodedExample
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
-from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate
 from ptkit.runtime.fused import fused_activations
@@ -100,7 +99,7 @@ def _measured(base: Base, method: str, axis: Axis, at: dict[Axis, int], rounds: 
     tokens = at["rows"] * TARGET_TOKENS
 
     def ours() -> float:
-        with prefix_attention(base.model), fused_activations(base.model):
+        with fused_activations(base.model):
             loss = objective([0], [len(rows)], **tensors).sum() / tokens
             loss.backward()
         return _cleared(loss, adapter.trainable().values())

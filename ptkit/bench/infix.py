@@ -13,7 +13,6 @@ from ptkit.data.encode import EncodedExample
 from ptkit.methods import Adapter, Demonstrations
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
-from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate
 from ptkit.training.context_cache import ContextCache
@@ -49,14 +48,13 @@ def bench_infix(
     def with_prefix() -> float:
         return _step(prefix, lambda o: o([0], [rows], **collate(examples, base)))
 
-    with prefix_attention(base.model):
-        first, whole = kept(), read_again()
-        if abs(first - whole) > 1e-4 * abs(whole):
-            raise ParityError(f"the loss is {first} with kept contexts, {whole} without")
-        timings = interleaved(
-            {"prefix": with_prefix, "infix": kept, "infix, inputs read": read_again},
-            rounds=rounds,
-        )
+    first, whole = kept(), read_again()
+    if abs(first - whole) > 1e-4 * abs(whole):
+        raise ParityError(f"the loss is {first} with kept contexts, {whole} without")
+    timings = interleaved(
+        {"prefix": with_prefix, "infix": kept, "infix, inputs read": read_again},
+        rounds=rounds,
+    )
     faster = ratio(timings["prefix"], timings["infix"])
     aimed = model == GPT2_SMALL and (input_tokens, target_tokens) == (400, 30)
     return BenchResult(

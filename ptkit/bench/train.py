@@ -24,7 +24,6 @@ from ptkit.data.encode import EncodedExample, encode_examples
 from ptkit.errors import UserError, did_you_mean
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import TrainSection
-from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate
 from ptkit.runtime.fused import fused_activations
@@ -187,7 +186,6 @@ def _share_of_peak(
         objective = Objective([adapter])
         tensors = collate(rows, base)
         with (
-            prefix_attention(base.model),
             fused_activations(base.model),
             torch.autocast(device, precision, enabled=autocast != "no"),
             FlopCounterMode(display=False) as counter,

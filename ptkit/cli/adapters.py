@@ -42,7 +42,8 @@ def ls(
     titles = ["adapter", "method", "base", "virtual tokens", "dtype", "bytes", "fault"]
     table(titles if any(a.fault for a in found) else titles[:-1], map(_row, found))
     total = sum(a.bytes for a in found)
-    typer.echo(f"{len(found)} adapters, {in_bytes(total)} in {folder}")
+    count = "1 adapter" if len(found) == 1 else f"{len(found)} adapters"
+    typer.echo(f"{count}, {in_bytes(total)} in {folder}")
 
 
 def _row(a: Listed) -> list[str]:

@@ -68,8 +68,9 @@ def load(
         [[s.name, str(s.method), str(s.virtual_tokens), f"{s.nbytes or 0:,}", s.tier]
          for s in statuses],
     )  # fmt: skip
+    count = "1 adapter" if len(statuses) == 1 else f"{len(statuses)} adapters"
     typer.echo(
-        f"{len(statuses)} adapters in {seconds * 1e3:,.1f} ms; "
+        f"{count} in {seconds * 1e3:,.1f} ms; "
         f"{in_bytes(bank.resident_bytes)} of prefixes on the device"
         + ("" if limit is None else f", of {in_bytes(limit)}")
     )

@@ -12,10 +12,9 @@ from ptkit.formats.adapter_files import AdapterFiles, read_adapter, weights_path
 from ptkit.methods import adapter_from_files, require_same_base
 from ptkit.methods.soft_prompt import SoftPrompt
 from ptkit.prefix import KVPrefix, PrefixBatch
-from ptkit.runtime.attention import prefix_attention, prefixed_positions
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.compile import compile_tokens
-from ptkit.runtime.infix import placed_before_last
+from ptkit.runtime.runner import ModelRunner, Tokens
 
 
 @dataclass(frozen=True)
@@ -101,24 +100,11 @@ def attention_shares(prefix: KVPrefix, base: Base, text: str = SENTENCE) -> list
     the attention weights over layers, heads and the tokens of the text."""
     model = base.model
     ids = torch.tensor([text_ids(base.tokenizer, text)]).to(model.device)
-    mask = torch.ones_like(ids)
-    batch = PrefixBatch.shared(prefix, 1)
-    if prefix.infix:
-        batch = placed_before_last(model, batch, mask, torch.tensor([ids.shape[1] - 1]))
-    own = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # the others do not return their weights
-    try:
-        with prefix_attention(model) as injection:
-            injection.batch = batch
-            weights = model.base_model(
-                input_ids=ids,
-                attention_mask=mask,
-                use_cache=False,
-                output_attentions=True,
-                position_ids=prefixed_positions(batch, mask),
-            ).attentions  # per layer [1, heads, tokens, virtual tokens + tokens]
-    finally:
-        model.set_attn_implementation(own)
+    last = torch.tensor([ids.shape[1] - 1], device=ids.device)
+    # per layer [1, heads, tokens, virtual tokens + tokens]
+    weights = ModelRunner(model).attention_weights(
+        Tokens(ids, torch.ones_like(ids), last=last), PrefixBatch.shared(prefix, 1)
+    )
     shares = torch.stack([w[..., : prefix.virtual_tokens].float().mean((0, 1, 2)) for w in weights])
     return shares.mean(0).tolist()
 

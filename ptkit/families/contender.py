@@ -34,7 +34,6 @@ from ptkit.methods.catalogue import all_sections
 from ptkit.methods.soft_prompt import SoftPrompt
 from ptkit.methods.text_prompt.adapter import TextPrompt
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.cache import conversation_cache
 from ptkit.runtime.forward import (
     IGNORED,
@@ -277,11 +276,7 @@ class Ours(Contender):
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         try:
-            if self._batch(1) is None:
-                yield
-            else:
-                with prefix_attention(model):
-                    yield
+            yield
         finally:
             model.gradient_checkpointing_disable()
             model.eval()

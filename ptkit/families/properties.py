@@ -18,6 +18,7 @@ from torch import Tensor
 from ptkit.families.contender import Contender
 from ptkit.families.oracle import Merged
 from ptkit.families.subject import NotApplicable, Row, Subject
+from ptkit.runtime.attention import attention_of
 
 #: Largest difference of two logits in float32, of the largest logit.
 TOLERANCE = 2e-4
@@ -321,7 +322,7 @@ def _four_words(model: Any, row: Row) -> list[int]:
 @_property("other attention")
 def other_attention(trial: Trial) -> None:
     """Eager attention gives the same (or sdpa, for a model whose own is eager)."""
-    own = trial.subject.base().model.config._attn_implementation
+    own = attention_of(trial.subject.base().model)
     other = trial.subject.attending("sdpa" if own == "eager" else "eager")
     contender = trial.make(other)
     _check_logits(contender, other.rows(*LENGTHS), left=False, what="other attention")

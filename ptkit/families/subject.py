@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from ptkit.families.kinds import Kind
 from ptkit.families.shapes import FIRST_WORD, VOCABULARY
+from ptkit.runtime.attention import attention_of
 from ptkit.runtime.base_model import Base, frozen_base, headed_base
 
 #: Of the classification heads of small models.
@@ -82,7 +83,7 @@ class Subject:
         """The same with another attention. Raises NotApplicable where transformers has none."""
         own = self.base().model
         has = {"eager": True, "sdpa": own._supports_sdpa}[implementation]
-        if own.config._attn_implementation == implementation or not has:
+        if attention_of(own) == implementation or not has:
             raise NotApplicable(f"{type(own).__name__} has no {implementation} attention to change")
         return replace(self, attention=implementation)
 

@@ -22,6 +22,7 @@ from ptkit.formats.adapter_files import (
     is_adapterhubs,
     is_pickle,
 )
+from ptkit.formats.sizes import in_bytes
 
 #: The most that one adapter's files may be, in megabytes, unless `DOWNLOAD_LIMIT` says otherwise.
 MAX_DOWNLOAD_MB = 4000
@@ -142,8 +143,8 @@ def _require_small(source: HubId, wanted: list[str]) -> None:
     size = sum(file.file_size or 0 for file in planned if file.will_download)
     if size > limit:
         raise AdapterError(
-            f"{source} holds {size / 1e6:,.0f} MB of an adapter's files, more than the limit of "
-            f"{limit / 1e6:,.0f} MB; to load it all the same, set {DOWNLOAD_LIMIT}="
+            f"{source} holds {in_bytes(size)} of an adapter's files, more than the limit of "
+            f"{in_bytes(limit)}; to load it all the same, set {DOWNLOAD_LIMIT}="
             f"{-(-size // 1_000_000)}"
         )
 

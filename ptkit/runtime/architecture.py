@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from ptkit.runtime.facts import known
 from ptkit.runtime.row_adapters import rows_run_with
-from ptkit.runtime.turns import turn
+from ptkit.runtime.turns import running
 
 #: What a classification head labels: the whole input, or each of its tokens.
 HeadKind = Literal["sequence", "token"]
@@ -22,8 +22,6 @@ _HEADS: dict[HeadKind, set[str]] = {
     "sequence": {*modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()},
     "token": {*modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values()},
 }
-#: Backbone -> the answer, found once. Views of a model with heads of their own share a backbone.
-_BIDIRECTIONAL: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def head_kind(model: PreTrainedModel) -> HeadKind | None:
@@ -40,11 +38,7 @@ def is_encoder(model: PreTrainedModel) -> bool:
     """
     if model.config.is_encoder_decoder:
         return False
-    backbone: Any = model.base_model
-    if backbone not in _BIDIRECTIONAL:
-        with turn(model), rows_run_with(()):
-            _BIDIRECTIONAL[backbone] = _first_sees_last(backbone)
-    return _BIDIRECTIONAL[backbone]
+    return known(model.base_model, _first_sees_last)
 
 
 def reads_ids(model: PreTrainedModel) -> bool:
@@ -69,7 +63,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def _first_sees_last(backbone: Any) -> bool:
     ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=backbone.device)
-    with evaluating(backbone):
+    with running(backbone), rows_run_with(()), evaluating(backbone):
         first = backbone(input_ids=ids, attention_mask=torch.ones_like(ids))[0][:, 0]
     return not torch.equal(first[0], first[1])
 

@@ -1,101 +1,155 @@
-"""Injecting a KV prefix into a model's attention: for training and scoring, and for generation
-where a prefix cannot be part of the cache.
+"""How the prefixes of a forward pass reach a model's attention: they are handed over with the call.
 
-The model is switched to a registered attention function that puts the layer's prefix before
-its keys and values. Nothing is cached, so gradient checkpointing recomputes the right thing
-(a cache would be appended to a second time). Off, the model's own attention is back, and its
-outputs are bit-identical to those of a model never touched.
+transformers gives keyword arguments of a model's forward to its attention function, so a registered
+function finds the prefixes among its own arguments and puts them before the layer's keys and
+values. Nothing is cached and nothing is written into the model: gradient checkpointing recomputes
+with the same arguments, and passes of other threads have theirs. Without a prefix the function is
+the model's own, bit for bit.
+
+Families off transformers' `AttentionInterface` have a back end of their own (`backend_of`).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.attention_sites import layers_of, require_attention
-from ptkit.runtime.disentangled import disentangled_attention, is_disentangled
-from ptkit.runtime.turns import turn
+from ptkit.runtime.attention_sites import layer_table, require_attention
+from ptkit.runtime.facts import known
+
+#: The argument of a model's forward that holds a `Placed`.
+KEYWORD = "ptkit_prefix"
+_OURS = "ptkit_"
+#: Layer -> the keys and values it computed.
+Noted = dict[int, tuple[Tensor, Tensor]] | None
 
 
-class Injection:
-    """What the attention modules of one model read: the prefix of the batch in flight.
+@dataclass
+class Call:
+    """A forward pass about to be made.
 
-    batch: set before each forward; None (or an empty batch) is the plain base.
+    arguments: of the model's forward
+    replaced: modules that run in this pass in place of the model's own, by their dotted names
+    after: what is done to the pass's output
     """
 
-    def __init__(self) -> None:
-        self._batch: PrefixBatch | None = None
-        #: Mask -> a batch, and the mask with that batch's prefix region, while somebody has it.
-        self._extended: Any = WeakTensorKeyDictionary()
-        self._repeated: dict[int, PrefixBatch] = {}
-        #: Tokens that were in the cache before the forward pass under way.
-        self.cached: int | Tensor = 0
-        #: Position ids of the forward pass under way, `[rows, tokens]`, where it was given some.
-        self.positions: Tensor | None = None
-        #: Layer -> keys and values it computed in the last forward pass, while this is not None.
-        self.read: dict[int, tuple[Tensor, Tensor]] | None = None
+    arguments: dict[str, Any]
+    replaced: dict[str, nn.Module] = field(default_factory=dict)
+    after: Callable[[Any], Any] = lambda output: output
 
-    @property
-    def batch(self) -> PrefixBatch | None:
-        """The prefixes in place, or None."""
-        return self._batch
 
-    @batch.setter
-    def batch(self, batch: PrefixBatch | None) -> None:
-        self._batch = batch if batch is not None and batch.longest else None
-        if not torch.compiler.is_compiling():  # what it compiles keeps no masks
-            self._extended.clear()
-        self._repeated.clear()
+class Repeats:
+    """A batch with every row several times in a row, as beams are; each made once."""
 
-    def repeated(self, batch: PrefixBatch, times: int) -> PrefixBatch:
-        """`batch` with every row `times` in a row; made once per batch."""
-        if times not in self._repeated:
-            self._repeated[times] = batch.repeated(times)
-        return self._repeated[times]
+    def __init__(self, batch: PrefixBatch) -> None:
+        self.batch = batch
+        self._made = {1: batch}
 
-    def begin(
-        self, _: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Note where a forward pass of the model begins (a hook before it)."""
-        cache = kw.get("past_key_values")
-        self.cached = 0 if cache is None else cache.get_seq_length()
-        self.positions = kw.get("position_ids")
-        whole = cache is None and kw.get("attention_mask") is None
-        if self._batch is None or self.positions is None or not whole:
-            return None
-        # Without a mask, transformers takes positions with a gap (an infix) for several texts.
-        return args, {**kw, "attention_mask": torch.ones_like(self.positions)}
+    def times(self, times: int) -> PrefixBatch:
+        """The batch with every row `times` in a row."""
+        if times not in self._made:
+            self._made[times] = self.batch.repeated(times)
+        return self._made[times]
 
-    def extended(self, batch: PrefixBatch, mask: Tensor, window: int | None) -> Tensor:
-        """`mask` `[rows|1, 1, queries, keys]` with the prefix region before its keys.
 
-        window: of the layer, which hides from a token what is so far behind it
+class Placed:
+    """The prefixes of one forward pass, as its attention modules take them.
 
-        The layers of a model share a mask object, so the work is done once per distinct mask. It
-        goes with the mask: that of a token goes when the token is written, that of a checkpointed
-        layer when the backward pass has been there.
+    batch: None: nothing is put before anything
+    layers: attention module -> the entry of the layout that it reads
+    cached: tokens that were in the cache before the pass
+    positions: position ids of the pass, `[rows, tokens]`, where it was given some
+    noted: where to leave the keys and values that each layer computes in the pass, if anywhere
+    """
+
+    def __init__(
+        self,
+        batch: PrefixBatch | Repeats | None,
+        layers: Mapping[nn.Module, int],
+        *,
+        cached: int | Tensor = 0,
+        positions: Tensor | None = None,
+        noted: Noted = None,
+    ) -> None:
+        self.repeats = Repeats(batch) if isinstance(batch, PrefixBatch) else batch
+        self.layers, self.cached, self.positions, self.noted = layers, cached, positions, noted
+        #: Layers of a pass share a mask: the mask itself, and with the prefix region before it.
+        self._extended: dict[object, tuple[Tensor | None, Tensor]] = {}
+
+    def before(
+        self,
+        module: nn.Module,
+        queries: int,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`key` and `value` with the layer's prefix before them, and `mask` widened to match.
+
+        queries: number of tokens that attend
+        mask: None says "all", or "causal" where the module is
+        options: of the attention function; a relative position bias in it is widened too, by
+            zeros: virtual tokens have no distance
         """
+        layer = self.layers[module]
+        if self.noted is not None:
+            self.noted[layer] = key, value
+        if self.repeats is None:
+            return key, value, mask
+        # Beams, of a decoder whose encoder reads every row once.
+        batch = self.repeats.times(len(key) // self.repeats.batch.rows)
+        extended = self._with_region(batch, mask, (module, queries, key.shape[2]), options)
+        key = torch.cat([batch.keys[layer].to(key.dtype), key], dim=2)
+        value = torch.cat([batch.values[layer].to(value.dtype), value], dim=2)
+        if options.get("position_bias") is not None:
+            bias = options["position_bias"]
+            options["position_bias"] = nn.functional.pad(bias, (batch.longest, 0))
+        return key, value, extended
+
+    def _with_region(
+        self,
+        batch: PrefixBatch,
+        mask: Tensor | None,
+        asked: tuple[nn.Module, int, int],
+        options: dict[str, Any],
+    ) -> Tensor:
+        """`mask` `[rows|1, 1, queries, keys]` with the prefix region before its keys; the work is
+        done once for each distinct mask of a pass.
+
+        asked: the module, and the numbers of its queries and of its keys
+        """
+        module, queries, keys = asked
+        causal = options.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        window = options.get("sliding_window")
         if torch.compiler.is_compiling():  # the compiler shares equal work by itself
-            return self._joined(batch, mask, window)
-        made_for, found = self._extended.get(mask, (None, None))
-        if made_for is not batch:
-            found = self._joined(batch, mask, window)
-            self._extended[mask] = batch, found
-        return found
+            own = _written_out(queries, keys, causal, batch) if mask is None else mask
+            return self._joined(batch, own, window)
+        name = (id(mask), len(batch.visible), window) if mask is not None else (
+            queries, keys, causal, len(batch.visible), window
+        )  # fmt: skip
+        if name not in self._extended:
+            own = _written_out(queries, keys, causal, batch) if mask is None else mask
+            # The mask is held, so that no other one gets its id.
+            self._extended[name] = mask, self._joined(batch, own, window)
+        return self._extended[name][1]
 
     def _joined(self, batch: PrefixBatch, mask: Tensor, window: int | None) -> Tensor:
-        """Columns for the prefix region, then those of `mask`."""
+        """Columns for the prefix region, then those of `mask`.
+
+        window: of the layer, which hides from a token what is so far behind it
+        """
         rows, heads, queries = batch.rows, mask.shape[1], mask.shape[-2]
         visible = batch.visible[:, None, None, :]
         # Some layers are asked about the last tokens of a pass only (Gemma 4's that share keys).
@@ -111,6 +165,13 @@ class Injection:
         return _with_columns(visible, mask, (rows, heads, queries, batch.longest))
 
 
+def _written_out(queries: int, keys: int, causal: bool, batch: PrefixBatch) -> Tensor:
+    """The mask that transformers leaves out where it is plain, `[1, 1, queries, keys]`."""
+    whole = torch.ones(queries, keys, dtype=torch.bool, device=batch.visible.device)
+    # One token alone sees everything before it.
+    return (whole.tril() if causal and queries > 1 else whole)[None, None]
+
+
 def _with_columns(visible: Tensor, mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """`visible`, expanded to `shape`, in the form of `mask`, and `mask` after it."""
     rows, heads, queries, _ = shape
@@ -121,240 +182,116 @@ def _with_columns(visible: Tensor, mask: Tensor, shape: tuple[int, int, int, int
     return torch.cat([columns, mask.expand(rows, heads, queries, mask.shape[-1])], dim=-1)
 
 
-def _with_prefix(
-    module: nn.Module, key: Tensor, value: Tensor, mask: Tensor, kw: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Put this layer's prefix (if any) before `key` and `value`, and widen `mask` to match.
-
-    kw: of the attention function; a relative position bias in it is widened too, by zeros: virtual
-    tokens have no distance
-    """
-    injection: Injection = module.__dict__["ptkit_injection"]
-    layer: int = module.__dict__["ptkit_layer"]
-    if injection.read is not None:
-        injection.read[layer] = key, value
-    batch = injection.batch
-    if batch is None:
-        return key, value, mask
-    if len(key) != batch.rows:  # beams, of a decoder whose encoder reads every row once
-        batch = injection.repeated(batch, len(key) // batch.rows)
-    key = torch.cat([batch.keys[layer].to(key.dtype), key], dim=2)
-    value = torch.cat([batch.values[layer].to(value.dtype), value], dim=2)
-    if kw.get("position_bias") is not None:
-        kw["position_bias"] = nn.functional.pad(kw["position_bias"], (batch.longest, 0))
-    return key, value, injection.extended(batch, mask, kw.get("sliding_window"))
-
-
 def _prefix_sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kw: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kw: Any,
 ) -> tuple[Tensor, None]:
-    key, value, mask = _with_prefix(module, key, value, attention_mask, kw)
-    return sdpa_attention_forward(module, query, key, value, mask, **kw)
+    placed: Placed | None = kw.pop(KEYWORD, None)
+    if placed is not None:
+        key, value, attention_mask = placed.before(
+            module, query.shape[2], key, value, attention_mask, kw
+        )
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kw)
 
 
 def _prefix_eager(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kw: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kw: Any,
 ) -> tuple[Tensor, Tensor]:
-    key, value, mask = _with_prefix(module, key, value, attention_mask, kw)
+    placed: Placed | None = kw.pop(KEYWORD, None)
+    if placed is not None:
+        key, value, attention_mask = placed.before(
+            module, query.shape[2], key, value, attention_mask, kw
+        )
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            least = torch.finfo(query.dtype).min
+            attention_mask = query.new_zeros(attention_mask.shape).masked_fill(
+                ~attention_mask, least
+            )
     # Every family keeps its own eager attention (scaling, soft caps, sinks) in its module.
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    return eager(module, query, key, value, mask, **kw)
+    return eager(module, query, key, value, attention_mask, **kw)
 
 
-#: Shortcuts in which a mask of None says "all", or "causal": neither can say "and the prefix".
-_WHOLE = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+AttentionInterface.register(f"{_OURS}sdpa", _prefix_sdpa)
+AttentionMaskInterface.register(f"{_OURS}sdpa", sdpa_mask)
+AttentionInterface.register(f"{_OURS}eager", _prefix_eager)
+AttentionMaskInterface.register(f"{_OURS}eager", eager_mask)
 
 
-def _prefix_sdpa_mask(*args: Any, **kw: Any) -> Tensor:
-    mask = sdpa_mask(*args, **{**kw, **_WHOLE})
-    assert mask is not None
-    return mask
+def attention_of(model: PreTrainedModel) -> str:
+    """The attention that `model` computes with, as transformers calls it: `sdpa`, `eager`, ..."""
+    return str(model.config._attn_implementation).removeprefix(_OURS)
 
 
-def _prefix_eager_mask(*args: Any, **kw: Any) -> Tensor:
-    return eager_mask(*args, **{**kw, **_WHOLE})
+def take_prefixes(model: PreTrainedModel) -> None:
+    """Let the attention functions of `model` look for prefixes among their arguments.
 
-
-AttentionInterface.register("ptkit_sdpa", _prefix_sdpa)
-AttentionMaskInterface.register("ptkit_sdpa", _prefix_sdpa_mask)
-AttentionInterface.register("ptkit_eager", _prefix_eager)
-AttentionMaskInterface.register("ptkit_eager", _prefix_eager_mask)
-
-
-class _PrefixThenOwn(Cache):
-    """What an attention module takes for its cache: the prefix before its own keys and values.
-
-    Nothing is stored, so reading twice (as gradient checkpointing does) gives the same. `inner` is
-    the cache of the tokens themselves, if there is one.
+    Done once; without a prefix they stay what they were. Models with an attention of their own,
+    and those that use another implementation than sdpa and eager, are left alone.
     """
-
-    def __init__(self, batch: PrefixBatch, inner: Cache | None) -> None:
-        super().__init__(layers=[])
-        self.batch, self.inner = batch, inner
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kw: Any
-    ) -> tuple[Tensor, Tensor]:
-        if self.inner is not None:
-            key_states, value_states = self.inner.update(key_states, value_states, layer_idx)
-        times = len(key_states) // self.batch.rows
-        keys, values = (
-            t[layer_idx].to(key_states.dtype).repeat_interleave(times, dim=0)
-            for t in (self.batch.keys, self.batch.values)
-        )
-        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        read = 0 if self.inner is None else self.inner.get_seq_length(layer_idx)
-        return self.batch.longest + read
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.get_seq_length(layer_idx) + query_length, 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.get_seq_length(layer_idx)
-
-
-@contextmanager
-def handed_a_cache(
-    model: PreTrainedModel, modules: list[nn.Module], injection: Injection
-) -> Iterator[None]:
-    """Within this context the backbone of `model` takes the prefix for something it has cached.
-
-    For families off the AttentionInterface (bloom, falcon, gptj): mask, positions and ALiBi's
-    distances are then the model's own. A checkpointed layer drops its cache, so that it is handed
-    to the attention itself once more. No infix: all tokens see what is in a cache
-    (`ptkit.runtime.infix` refuses it).
-    """
-    taken: list[_PrefixThenOwn] = []
-
-    def before_backbone(
-        _: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        batch = injection.batch
-        taken.clear()
-        if batch is None:
-            return None
-        given = (*args[:1], kw.get("input_ids"), kw.get("inputs_embeds"))
-        read = next(tensor for tensor in given if tensor is not None)
-        inner = kw.get("past_key_values")
-        mask = kw.get("attention_mask")
-        if mask is None:
-            cached = 0 if inner is None else inner.get_seq_length()
-            mask = batch.visible.new_ones((len(read), cached + read.shape[1]), dtype=torch.long)
-        times = len(mask) // batch.rows
-        visible = batch.visible.to(mask).repeat_interleave(times, dim=0)
-        taken.append(_PrefixThenOwn(batch, inner))
-        changed = {
-            "attention_mask": torch.cat([visible, mask], dim=1), "past_key_values": taken[0],
-        }  # fmt: skip
-        return args, {**kw, **changed}
-
-    def before_attention(
-        _: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        return (args, {**kw, "layer_past": taken[0]}) if taken else None
-
-    def after_backbone(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if taken:
-            output.past_key_values = taken[0].inner
-        return output
-
-    backbone = model.base_model
-    hooks = [
-        backbone.register_forward_pre_hook(before_backbone, with_kwargs=True),
-        backbone.register_forward_hook(after_backbone),
-        *(m.register_forward_pre_hook(before_attention, with_kwargs=True) for m in modules),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def prefix_attention(model: PreTrainedModel) -> Iterator[Injection]:
-    """Within this context `model` attends to whatever prefixes the yielded injection holds.
-
-    Entering again while active is free and yields the same injection, so a training loop can
-    hold the context around all its steps. With gradient checkpointing the backward pass must
-    run inside, with the batch unchanged: it recomputes the forward. Other threads that read with
-    the model wait until the context ends. Raises ModelError for models whose attention can neither
-    be replaced nor be handed a cache, or that use an implementation other than sdpa and eager.
-    """
-    # The compiler traces no locks: who runs what it compiled has the model already.
-    alone: Any = nullcontext() if torch.compiler.is_compiling() else turn(model)
-    with alone, _injected(model) as injection:
-        yield injection
-
-
-@contextmanager
-def _injected(model: PreTrainedModel) -> Iterator[Injection]:
-    """`prefix_attention` of the thread that has the model's turn."""
-    active: Injection | None = model.base_model.__dict__.get("ptkit_injection")
-    if active is not None:
-        yield active
-        return
     own = model.config._attn_implementation
-    if own not in ("sdpa", "eager"):
-        raise ModelError(
-            f"a prefix can be trained with `sdpa` or `eager` attention, this model uses `{own}`; "
-            'load it with attn_implementation="sdpa"'
-        )
-    modules = require_attention(model)
-    injection = Injection()
-    replaced = _replaced_attention(model, modules, own, injection)
-    # On the backbone: models that differ in their heads share it.
-    model.base_model.__dict__["ptkit_injection"] = injection
-    for layer, module in zip(layers_of(modules), modules, strict=True):
-        # Not module attributes: they must not appear among children, parameters or state.
-        module.__dict__ |= {"ptkit_injection": injection, "ptkit_layer": layer}
-    try:
-        with replaced:
-            yield injection
-    finally:
-        for holder in (model.base_model, *modules):
-            holder.__dict__.pop("ptkit_injection", None)
-            holder.__dict__.pop("ptkit_layer", None)
+    if own in ("sdpa", "eager") and model._can_set_attn_implementation():
+        model.set_attn_implementation(f"{_OURS}{own}")
 
 
-def _replaced_attention(
-    model: PreTrainedModel, modules: list[nn.Module], own: str, injection: Injection
-) -> AbstractContextManager[None]:
-    """A context within which `modules` attend to what `injection` holds."""
-    if is_disentangled(modules):
-        return disentangled_attention(modules, _with_prefix)
-    if not model._can_set_attn_implementation():
-        return handed_a_cache(model, modules, injection)
-    return _interface_attention(model, own, injection)
+class Backend(Protocol):
+    """A way of putting prefixes into the attention of one model."""
+
+    def put(
+        self, model: PreTrainedModel, prefixes: Repeats | None, call: Call, noted: Noted = None
+    ) -> None:
+        """Change `call`, a forward pass of `model`, so that its rows attend to `prefixes`.
+
+        noted: see `Placed`
+        """
 
 
-@contextmanager
-def _interface_attention(model: PreTrainedModel, own: str, injection: Injection) -> Iterator[None]:
-    """Within this context `model` uses our attention in place of `own`."""
-    model.set_attn_implementation(f"ptkit_{own}")
-    hook = model.register_forward_pre_hook(injection.begin, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-        model.set_attn_implementation(own)
+def in_place(
+    model: PreTrainedModel, prefixes: Repeats | None, call: Call, noted: Noted = None
+) -> Placed:
+    """What the attention modules of `model` take in `call`."""
+    cache = call.arguments.get("past_key_values")
+    return Placed(
+        prefixes, layers_read(model), cached=0 if cache is None else cache.get_seq_length(),
+        positions=call.arguments.get("position_ids"), noted=noted,
+    )  # fmt: skip
 
 
-@contextmanager
-def prefix_removed(model: PreTrainedModel) -> Iterator[None]:
-    """Within this context the model reads without any prefix, whether or not one is in place."""
-    with turn(model):
-        injection: Injection | None = model.base_model.__dict__.get("ptkit_injection")
-        if injection is None:
-            yield
-            return
-        held, injection.batch = injection.batch, None
-        try:
-            yield
-        finally:
-            injection.batch = held
+class WithTheCall:
+    """Of models on transformers' `AttentionInterface`: an argument of the call."""
+
+    def put(
+        self, model: PreTrainedModel, prefixes: Repeats | None, call: Call, noted: Noted = None
+    ) -> None:
+        take_prefixes(model)
+        own = attention_of(model)
+        if own not in ("sdpa", "eager"):
+            raise ModelError(
+                f"a prefix can be read with `sdpa` or `eager` attention, this model uses `{own}`; "
+                'load it with attn_implementation="sdpa"'
+            )
+        call.arguments[KEYWORD] = in_place(model, prefixes, call, noted)
+
+
+def layers_read(model: PreTrainedModel) -> Mapping[nn.Module, int]:
+    """Attention module of `model` -> the entry of the layout that it reads.
+
+    Raises ModelError where no prefix can be put into them.
+    """
+    return known(model, _layers_read)
+
+
+def _layers_read(model: PreTrainedModel) -> Mapping[nn.Module, int]:
+    return layer_table(require_attention(model))
 
 
 def prefixed_positions(batch: PrefixBatch, attention_mask: Tensor) -> Tensor:

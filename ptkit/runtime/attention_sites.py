@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 
 from ptkit.errors import ModelError
 from ptkit.runtime.architecture import is_encoder
-from ptkit.runtime.disentangled import is_disentangled
 
 #: What families call the layer that makes keys.
 _KEY_PROJECTIONS = {"k_proj", "k", "key", "k_lin", "key_proj", "Wqkv"}
@@ -22,7 +23,7 @@ def takes_positions(model: PreTrainedModel) -> bool:
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention modules of `model`, one per entry of its layout (see `layers_of`).
+    """The attention modules of `model`, one per entry of its layout (see `layer_table`).
 
     In an encoder-decoder: those of the encoder, then the decoder's own, then those through which
     the decoder reads the encoder, each from the first layer up.
@@ -48,20 +49,25 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     return [module for _, module in sorted(found, key=site)]
 
 
-def layers_of(modules: list[nn.Module]) -> list[int]:
-    """For each attention module, which entry of its model's layout it reads.
+def is_disentangled(modules: Sequence[nn.Module]) -> bool:
+    """Whether these attention modules are DeBERTa's."""
+    return bool(modules) and all(isinstance(m, DisentangledSelfAttention) for m in modules)
+
+
+def layer_table(modules: Sequence[nn.Module]) -> dict[nn.Module, int]:
+    """Attention module -> which entry of its model's layout it reads.
 
     One that shares keys and values reads those of the last module of its kind that has its own.
     """
-    layers: list[int] = []
+    layers: dict[nn.Module, int] = {}
     latest: dict[Any, int] = {}
     own = 0
     for module in modules:
         kind = getattr(module, "layer_type", None)
         if getattr(module, "is_kv_shared_layer", False):
-            layers.append(latest[kind])
+            layers[module] = latest[kind]
             continue
-        layers.append(own)
+        layers[module] = own
         latest[kind] = own
         own += 1
     return layers

@@ -42,6 +42,7 @@ from ptkit.runtime.gguf_model import is_gguf, stored_type
 from ptkit.runtime.label_order import order_of, reorder, told
 from ptkit.runtime.named_models import TINY_EN, gguf_behind, source_of
 from ptkit.runtime.quantize import logical_size, quantization_config, require_quantized
+from ptkit.runtime.runner import ModelRunner
 from ptkit.runtime.texts import Texts, embedded_tokens, own_ends
 
 
@@ -135,6 +136,11 @@ class Base(Texts):
     def tokenizer_fingerprint(self) -> str:
         """Identity of the vocabulary."""
         return tokenizer_fingerprint(self.tokenizer)
+
+    @property
+    def runner(self) -> ModelRunner:
+        """What runs its model."""
+        return ModelRunner(self.model)
 
     @property
     def encoder_decoder(self) -> bool:
@@ -466,6 +472,7 @@ def headed_base(
 def _freeze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id: str) -> None:
     model.requires_grad_(False)
     model.eval()
+    ModelRunner(model).prepare()
     pad, known = tokenizer.pad_token_id, embedded_tokens(model)
     # Padding is not read, but looked up: a token that was added for it may have no embedding.
     if pad is None or (known is not None and pad >= known):

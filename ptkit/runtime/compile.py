@@ -13,19 +13,22 @@ from transformers import DynamicCache, PreTrainedModel
 from ptkit.errors import ModelError
 from ptkit.prefix import KVLayout, KVPrefix, LayerShape
 from ptkit.runtime.architecture import evaluating, is_encoder, reads_ids
-from ptkit.runtime.attention import prefix_attention, prefix_removed
+from ptkit.runtime.attention import Call
+from ptkit.runtime.backends import backend_of
 from ptkit.runtime.cache import layers_with_keys, require_no_state, whole_cache
 from ptkit.runtime.row_adapters import rows_run_with
+from ptkit.runtime.turns import running
+from ptkit.runtime.views import viewed
 
 
 @contextmanager
 def reading(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode while a prompt is read, by the base alone and by this thread alone.
+    """Evaluation mode while a prompt is read, by the base alone.
 
     Dropout would make a compiled prefix random, and gradient checkpointing (active in training
     mode only) would switch off the cache the prefix is taken from.
     """
-    with prefix_removed(model), evaluating(model), rows_run_with(()):
+    with running(model), evaluating(model), rows_run_with(()):
         yield
 
 
@@ -86,17 +89,14 @@ def _read_by_all(model: PreTrainedModel, input_ids: Tensor) -> KVPrefix:
     """What every attention makes of the tokens where nothing is cached: in an encoder-decoder the
     encoder reads them, and the decoder writes them, looking at what the encoder read."""
     ids = input_ids[None].to(model.device)
-    written = {"decoder_input_ids": ids, "use_cache": False}
-    with reading(model), prefix_attention(model) as injection:
-        injection.read = {}
-        try:
-            model.base_model(
-                input_ids=ids, attention_mask=torch.ones_like(ids),
-                **(written if model.config.is_encoder_decoder else {}),
-            )  # fmt: skip
-            read = [injection.read[layer] for layer in sorted(injection.read)]
-        finally:
-            injection.read = None
+    call = Call({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    if model.config.is_encoder_decoder:
+        call.arguments |= {"decoder_input_ids": ids, "use_cache": False}
+    noted: dict[int, tuple[Tensor, Tensor]] = {}
+    with reading(model):
+        backend_of(model).put(model, None, call, noted)
+        viewed(model, call.replaced).base_model(**call.arguments)
+    read = [noted[layer] for layer in sorted(noted)]
     return KVPrefix(tuple(k[0].clone() for k, _ in read), tuple(v[0].clone() for _, v in read))
 
 

@@ -6,41 +6,42 @@ those of contents plus what distances add; a virtual token has a content and no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
+from transformers import PreTrainedModel
 
-#: (module, key, value, mask, options) -> key, value and mask with the prefix before them.
-WithPrefix = Callable[
-    [nn.Module, Tensor, Tensor, Tensor, dict[str, Any]], tuple[Tensor, Tensor, Tensor]
-]
+from ptkit.runtime.attention import Call, Noted, Placed, Repeats, in_place
+from ptkit.runtime.views import Stand, name_of
 
 
-def is_disentangled(modules: Sequence[nn.Module]) -> bool:
-    """Whether these attention modules are DeBERTa's."""
-    return bool(modules) and all(isinstance(m, DisentangledSelfAttention) for m in modules)
+class Disentangled:
+    """The back end of DeBERTa."""
+
+    def put(
+        self, model: PreTrainedModel, prefixes: Repeats | None, call: Call, noted: Noted = None
+    ) -> None:
+        placed = in_place(model, prefixes, call, noted)
+        call.replaced |= {
+            name_of(model, module): Attending(module, placed) for module in placed.layers
+        }
 
 
-@contextmanager
-def disentangled_attention(modules: Sequence[nn.Module], with_prefix: WithPrefix) -> Iterator[None]:
-    """Within this context `modules`, DeBERTa's, attend to their prefixes."""
-    for module in modules:
-        module.__dict__["forward"] = partial(_attend, module, with_prefix)
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.__dict__.pop("forward", None)
+class Attending(Stand):
+    """An attention module of DeBERTa's with the prefixes of one forward pass."""
+
+    def __init__(self, inner: nn.Module, placed: Placed) -> None:
+        super().__init__(inner)
+        self.placed = placed
+
+    def forward(self, *args: Any, **kw: Any) -> tuple[Tensor, Tensor | None]:
+        return _attend(self.inner, self.placed, *args, **kw)
 
 
 def _attend(
     module: Any,
-    with_prefix: WithPrefix,
+    placed: Placed,
     hidden_states: Tensor,
     attention_mask: Tensor,
     output_attentions: bool = False,
@@ -66,9 +67,10 @@ def _attend(
         )
         if isinstance(distances, Tensor):
             added["position_bias"] = by_head(distances)
-    keys, values, mask = with_prefix(
-        module, by_head(key), by_head(value), attention_mask.bool(), added
+    keys, values, mask = placed.before(
+        module, query.shape[1], by_head(key), by_head(value), attention_mask.bool(), added
     )
+    assert mask is not None
     scores = by_head(query) @ keys.transpose(-1, -2) / (query.shape[-1] * kinds) ** 0.5
     scores = scores + added.get("position_bias", 0)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

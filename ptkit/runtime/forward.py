@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,69 +13,9 @@ from ptkit.data.encode import IGNORED, EncodedExample
 from ptkit.prefix import Compiled, PrefixBatch
 from ptkit.recipe.schema import HeadedTask, Task
 from ptkit.runtime.architecture import head_kind, is_encoder
-from ptkit.runtime.attention import prefix_attention, prefix_removed, prefixed_positions
-from ptkit.runtime.attention_sites import takes_positions
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.fused import has_plain_head, head_divergences, head_losses
-from ptkit.runtime.infix import placed_before_last
-from ptkit.runtime.last_layer import last_block_on
-from ptkit.runtime.soft_prompts import soft_prompts_read, with_embeddings
-from ptkit.runtime.turns import turn
-
-
-@contextmanager
-def head_on(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
-    """Let the LM head read only `positions` (`[rows, tokens]` bool); logits become `[n, vocab]`.
-
-    A hook rather than a rewritten forward: whatever the family does after its head (soft caps,
-    scaling) is element-wise and stays as it is.
-    """
-    with _before_head(model, lambda hidden: hidden[positions]):
-        yield
-
-
-@contextmanager
-def _before_head(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let the LM head read `change` of what it is given. Other threads' forwards are left alone."""
-    thread = threading.get_ident()
-
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if threading.get_ident() != thread:
-            return None
-        hidden, *rest = args
-        return (change(hidden), *rest)
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _placed(
-    model: PreTrainedModel, batch: PrefixBatch | None, attention_mask: Tensor, last: Tensor | None
-) -> Iterator[dict[str, Tensor]]:
-    """Put `batch` in place and yield the extra arguments the model's forward needs for it.
-
-    last: `[rows]`, index of the last token of each row's input (an infix stands before it); None
-        where virtual tokens have no positions: in encoders and encoder-decoders
-    """
-    if batch is None or not batch.longest:
-        with prefix_removed(model), soft_prompts_read(model, batch):
-            # Not told, a model takes padding at the left for words.
-            none = PrefixBatch((), (), attention_mask.new_zeros(len(attention_mask), 0).bool())
-            told = last is not None and takes_positions(model)
-            yield {"position_ids": prefixed_positions(none, attention_mask)} if told else {}
-        return
-    if last is not None:
-        batch = placed_before_last(model, batch, attention_mask, last)
-    with prefix_attention(model) as injection:
-        # Left in place afterwards: a checkpointed backward pass reads it again.
-        injection.batch = batch
-        with soft_prompts_read(model, batch):
-            told = last is not None and takes_positions(model)
-            yield {"position_ids": prefixed_positions(batch, attention_mask)} if told else {}
+from ptkit.runtime.fused import has_plain_head, head_divergences
+from ptkit.runtime.runner import ModelRunner, Tokens, Want, token_losses
 
 
 def supervised_logits(
@@ -98,35 +36,23 @@ def supervised_logits(
     In an encoder-decoder the encoder reads `input_ids`, and `labels` `[rows, target tokens]` are
     all that the decoder writes.
     """
+    tokens, at, targets = _supervised(model, input_ids, attention_mask, labels)
+    return ModelRunner(model).forward(tokens, batch, want=Want("logits", at)), targets
+
+
+def _supervised(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+) -> tuple[Tokens, Tensor, Tensor]:
+    """What is read, the positions that predict something, and what they should predict."""
     if model.config.is_encoder_decoder:
-        return _written_logits(model, input_ids, attention_mask, labels, batch)
+        writer: Any = model
+        written = writer.prepare_decoder_input_ids_from_labels(labels=labels)
+        at = labels != IGNORED
+        return Tokens(input_ids, attention_mask, written=written), at, labels[at]
     targets = labels[:, 1:]
-    positions, last = _predicting(labels)
-    positions = positions[:, : input_ids.shape[1]]
-    with _placed(model, batch, attention_mask, last) as extra, head_on(model, positions):
-        logits = model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra
-        ).logits
-    return logits, targets[targets != IGNORED]
-
-
-def _written_logits(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    labels: Tensor,
-    batch: PrefixBatch | None,
-) -> tuple[Tensor, Tensor]:
-    """`supervised_logits` of an encoder-decoder."""
-    writer: Any = model
-    positions = labels != IGNORED
-    with _placed(model, batch, attention_mask, None), head_on(model, positions):
-        logits = writer(
-            **with_embeddings(model, input_ids, attention_mask, batch),
-            decoder_input_ids=writer.prepare_decoder_input_ids_from_labels(labels=labels),
-            use_cache=False,
-        ).logits
-    return logits, labels[positions]
+    at, last = _predicting(labels)
+    tokens = Tokens(input_ids, attention_mask, last=last)
+    return tokens, at[:, : input_ids.shape[1]], targets[targets != IGNORED]
 
 
 def head_logits(
@@ -138,9 +64,7 @@ def head_logits(
     The head sees what it sees without an adapter: `[CLS]`, or the last token, stays where it is.
     """
     last = None if is_encoder(model) else attention_mask.sum(-1) - 1
-    options: dict[str, Any] = {} if last is None else {"use_cache": False}
-    with _placed(model, batch, attention_mask, last) as extra:
-        return model(input_ids=input_ids, attention_mask=attention_mask, **options, **extra).logits
+    return ModelRunner(model).forward(Tokens(input_ids, attention_mask, last=last), batch)
 
 
 def supervised_counts(model: PreTrainedModel, labels: Tensor) -> Tensor:
@@ -185,13 +109,13 @@ def supervised_losses(
         logits = head_logits(model, input_ids, attention_mask, batch)
         learnt = labels != IGNORED
         return token_losses(logits.view(*labels.shape, -1)[learnt], labels[learnt])
+    tokens, at, targets = _supervised(model, input_ids, attention_mask, labels)
     if model.config.is_encoder_decoder:
-        return token_losses(*supervised_logits(model, input_ids, attention_mask, labels, batch))
-    if not has_plain_head(model):
-        return token_losses(*_logits_and_no_more(model, input_ids, attention_mask, labels, batch))
-    head: Any = model.get_output_embeddings()
-    hidden = _before_plain_head(model, input_ids, attention_mask, labels, batch)
-    return head_losses(head, hidden, labels[:, 1:][labels[:, 1:] != IGNORED])
+        return token_losses(
+            ModelRunner(model).forward(tokens, batch, want=Want("logits", at)), targets
+        )
+    want = Want("losses", at, targets, nothing_else=True)
+    return ModelRunner(model).forward(tokens, batch, want=want)
 
 
 def teacher_outputs(
@@ -204,9 +128,10 @@ def teacher_outputs(
     """What `supervised_divergences` compares a student with, `[n, width]`: what the output head of
     a causal model reads at each supervised token, or its logits where it takes more to make them;
     parameters as for `supervised_logits`."""
-    if has_plain_head(model):
-        return _before_plain_head(model, input_ids, attention_mask, labels, batch)
-    return _logits_and_no_more(model, input_ids, attention_mask, labels, batch)[0]
+    tokens, at, _ = _supervised(model, input_ids, attention_mask, labels)
+    what: Any = "hidden" if has_plain_head(model) else "logits"
+    want = Want(what, at, nothing_else=True)
+    return ModelRunner(model).forward(tokens, batch, want=want)
 
 
 def supervised_divergences(
@@ -231,53 +156,11 @@ def supervised_divergences(
     return nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
 
 
-def _before_plain_head(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    labels: Tensor,
-    batch: PrefixBatch | None,
-) -> Tensor:
-    """What the output head would read to predict the labels, `[n, hidden]`; it is left out."""
-    positions, last = _predicting(labels)
-    seen: list[Tensor] = []
-
-    def one_position(hidden: Tensor) -> Tensor:
-        seen.append(hidden)
-        return hidden[:1, :1].detach()
-
-    with (
-        turn(model),
-        last_block_on(model, positions),
-        _placed(model, batch, attention_mask, last) as extra,
-        _before_head(model, one_position),
-    ):
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
-    return seen[0][positions]
-
-
-def _logits_and_no_more(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    labels: Tensor,
-    batch: PrefixBatch | None,
-) -> tuple[Tensor, Tensor]:
-    """`supervised_logits`, the last layer leaving out what they do not depend on."""
-    with turn(model), last_block_on(model, _predicting(labels)[0]):
-        return supervised_logits(model, input_ids, attention_mask, labels, batch)
-
-
 def _predicting(labels: Tensor) -> tuple[Tensor, Tensor]:
     """The positions that predict a labelled token, `[rows, tokens]` bool, and the index of the
     last token of each row's input, `[rows]`: it predicts the first."""
     positions = nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)
     return positions, positions.long().argmax(-1)
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats of each supervised token, `[n]`, computed in float32."""
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def all_logits(
@@ -292,10 +175,7 @@ def all_logits(
     """
     index = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = (attention_mask * index).argmax(-1)
-    with _placed(model, batch, attention_mask, last) as extra:
-        return model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra
-        ).logits
+    return ModelRunner(model).forward(Tokens(input_ids, attention_mask, last=last), batch)
 
 
 def pad_rows(rows: list[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ from transformers.activations import NewGELUActivation
 from ptkit.runtime.block_head import block_head_divergences, block_head_losses
 from ptkit.runtime.block_layers import BlockLinear
 from ptkit.runtime.compile import reading
+from ptkit.runtime.facts import known
+from ptkit.runtime.views import Stand, name_of, viewed
 
 #: Positions whose logits exist at the same time. Fewer would read the head's matrix too often.
 CHUNK = 128
@@ -56,20 +58,31 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         p.requires_grad for p in head.parameters()
     ):
         return False
-    known = model.__dict__.get("ptkit_plain_head")
-    if known is None:
-        seen: list[Tensor] = []
-        word = int(model.config.get_text_config().vocab_size) // 2
-        ids = torch.full((1, 2), word, dtype=torch.long, device=model.device)
-        with torch.no_grad(), reading(model):
-            hook = head.register_forward_hook(lambda _, __, output: seen.append(output))
-            try:
-                logits = model(input_ids=ids, use_cache=False).logits
-            finally:
-                hook.remove()
-        known = len(seen) == 1 and torch.equal(seen[0], logits)
-        model.__dict__["ptkit_plain_head"] = known
-    return known
+    return known(model, _gives_what_its_head_gives)
+
+
+@torch.no_grad()
+def _gives_what_its_head_gives(model: PreTrainedModel) -> bool:
+    word = int(model.config.get_text_config().vocab_size) // 2
+    ids = torch.full((1, 2), word, dtype=torch.long, device=model.device)
+    head = _Heard(model.get_output_embeddings())
+    with reading(model):
+        logits = viewed(model, {name_of(model, head.inner): head})(
+            input_ids=ids, use_cache=False
+        ).logits
+    return len(head.said) == 1 and torch.equal(head.said[0], logits)
+
+
+class _Heard(Stand):
+    """An output head, and what it gave."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.said: list[Tensor] = []
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.said.append(self.inner(hidden))
+        return self.said[-1]
 
 
 def head_losses(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:

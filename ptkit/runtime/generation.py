@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +13,16 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, Sta
 from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.architecture import evaluating
-from ptkit.runtime.attention import prefix_attention, prefixed_positions
+from ptkit.runtime.attention import Repeats, prefixed_positions
 from ptkit.runtime.attention_sites import require_attention, takes_positions
 from ptkit.runtime.cache import cache_for, prefilled_cache, sees_everything
 from ptkit.runtime.forward import pad_rows
 from ptkit.runtime.infix import placed_before_last, read_before_last
 from ptkit.runtime.processors import DRAFTED, processors_read_text, setting
-from ptkit.runtime.soft_prompts import soft_prompts_read, with_embeddings
-from ptkit.runtime.turns import turn
+from ptkit.runtime.runner import ModelRunner
+from ptkit.runtime.soft_prompts import with_embeddings
+from ptkit.runtime.turns import running
+from ptkit.runtime.views import twin
 
 
 @torch.no_grad()
@@ -44,38 +48,46 @@ def generate(
 
     A row of several gets the same greedy tokens as alone: every row has its own position ids
     (derived from its own mask), and reads no other row's prefix. Logits processors and stopping
-    criteria read the rows' own tokens, no padding and no placeholder. Threads take turns.
+    criteria read the rows' own tokens, no padding and no placeholder.
     """
-    with turn(model):
-        return _generated(
-            model, prompts, batch, pad_token_id, static_positions, read, generate_options
-        )
+    asked = _Asked(model, prompts, batch, pad_token_id, generate_options)
+    with running(model), evaluating(model):
+        return _generated(asked, static_positions, read)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of `generate`; its parameters."""
+
+    model: PreTrainedModel
+    prompts: list[list[int]]
+    batch: PrefixBatch | None
+    pad_token_id: int
+    options: dict[str, Any]
+
+    def padded(self, *, left: bool) -> tuple[Tensor, Tensor]:
+        """The prompts' ids and mask, `[rows, longest]`, on the model's device."""
+        ids, mask = pad_rows(self.prompts, self.pad_token_id, left=left)
+        return ids.to(self.model.device), mask.to(self.model.device)
 
 
 def _generated(
-    model: PreTrainedModel,
-    prompts: list[list[int]],
-    batch: PrefixBatch | None,
-    pad_token_id: int,
-    static_positions: int | None,
-    read: DynamicCache | None,
-    generate_options: dict[str, Any],
+    asked: _Asked, static_positions: int | None, read: DynamicCache | None
 ) -> list[list[int]]:
+    model, batch, generate_options = asked.model, asked.batch, asked.options
     if model.config.is_encoder_decoder:
-        return _written(model, prompts, batch, pad_token_id, generate_options)
+        return _of_pair(asked)
     repeats = _repeats(model, generate_options)
     if static_positions is not None and (setting(model, generate_options, "num_beams") or 1) > 1:
         raise ModelError("a static cache cannot be reordered: use num_beams=1 with it")
     if batch is not None and batch.embeddings is not None:
         _require_read_once(model, static_positions, read, generate_options)
-        return _attending(model, prompts, batch, pad_token_id, None, None, generate_options)
+        return _attending(asked, batch, None, None)
     if batch is not None and batch.longest:
         require_attention(model)
         if not _kept_in_cache(model, generate_options):
-            return _attending(
-                model, prompts, batch, pad_token_id, static_positions, read, generate_options
-            )
-    input_ids, attention_mask = pad_rows(prompts, pad_token_id, left=True)
+            return _attending(asked, batch, static_positions, read)
+    input_ids, attention_mask = asked.padded(left=True)
     positions = input_ids.shape[1] + int(generate_options.get("max_new_tokens") or 0)
     cache: Any
     if static_positions is not None:
@@ -93,32 +105,16 @@ def _generated(
         if batch.infix is not None and read is not None:
             raise ModelError("a conversation cannot go on with an infix: it belongs to one input")
         if batch.infix is not None:
-            device = model.device
-            read_before_last(model, input_ids.to(device), attention_mask.to(device), batch, cache)
+            read_before_last(model, input_ids, attention_mask, batch, cache)
         elif read is None:
             prefilled_cache(batch, cache)
-        dummy = torch.full((len(prompts), batch.longest), pad_token_id, dtype=torch.long)
+        dummy = input_ids.new_full((len(input_ids), batch.longest), asked.pad_token_id)
         input_ids = torch.cat([dummy, input_ids], dim=1)
-        attention_mask = torch.cat([batch.visible.long().cpu(), attention_mask], dim=1)
+        attention_mask = torch.cat([batch.visible.to(attention_mask), attention_mask], dim=1)
         skipped += batch.longest
     _repeat(cache, repeats)
-    generator: Any = model  # transformers' stubs do not know `generate` on every model class
-    was_training = model.training
-    model.eval()
-    try:
-        with processors_read_text(model, prompts, skipped, generate_options) as reading:
-            output = generator.generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
-                pad_token_id=pad_token_id,
-                **_cached(cache),
-                **reading.options,
-            )
-    finally:
-        model.train(was_training)
-    ends = end_ids(model, **generate_options)
-    written = reading.cut(output[:, skipped:].tolist(), pad_token_id)
-    return [_until_end(row, ends) for row in written]
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    return _written(asked, None, inputs, cache, skipped)
 
 
 def _cached(cache: Any) -> dict[str, Any]:
@@ -163,17 +159,12 @@ def _require_read_once(
 
 
 def _attending(
-    model: PreTrainedModel,
-    prompts: list[list[int]],
-    batch: PrefixBatch,
-    pad_token_id: int,
-    static_positions: int | None,
-    read: DynamicCache | None,
-    options: dict[str, Any],
+    asked: _Asked, batch: PrefixBatch, static_positions: int | None, read: DynamicCache | None
 ) -> list[list[int]]:
     """`generate` with the prefixes in the attention, as in training: the cache, if there is one,
     holds the text only."""
-    ids, mask = (t.to(model.device) for t in pad_rows(prompts, pad_token_id, left=True))
+    model, options = asked.model, asked.options
+    ids, mask = asked.padded(left=True)
     if batch.infix is not None and read is not None:
         raise ModelError("a conversation cannot go on with an infix: it belongs to one input")
     last = torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
@@ -186,66 +177,72 @@ def _attending(
     _repeat(cache, _repeats(model, options))
     positions = {"position_ids": prefixed_positions(batch, mask)} if takes_positions(model) else {}
     inputs = with_embeddings(model, ids, mask, batch)
-    skipped = width = ids.shape[1]
+    skipped = ids.shape[1]
     if "inputs_embeds" in inputs:  # transformers then returns what is new only
-        skipped, width = 0, inputs["inputs_embeds"].shape[1]
+        skipped = 0
         positions = {"position_ids": prefixed_positions(batch, inputs["attention_mask"])}
-    generator: Any = model
-    with (
-        evaluating(model), prefix_attention(model) as injection,
-        processors_read_text(model, prompts, width, options) as reading,
-    ):  # fmt: skip
-        held, injection.batch = injection.batch, batch
-        try:
-            output = generator.generate(
-                **inputs, pad_token_id=pad_token_id, **_cached(cache), **positions,
-                **reading.options,
-            )  # fmt: skip
-        finally:
-            injection.batch = held
-    ends = end_ids(model, **options)
-    written = reading.cut(output[:, skipped:].tolist(), pad_token_id)
-    return [_until_end(row, ends) for row in written]
+    return _written(asked, batch, inputs | positions, cache, skipped)
+
+
+def _of_pair(asked: _Asked) -> list[list[int]]:
+    """`generate` of an encoder-decoder: the encoder reads each input once, beams share it."""
+    model, batch, options = asked.model, asked.batch, asked.options
+    ids, mask = asked.padded(left=False)
+    inputs: dict[str, Any] = with_embeddings(model, ids, mask, batch)
+    inputs["encoder_outputs"] = ModelRunner(model).encode(ids, mask, batch).outputs
+    # The cache transformers makes by itself is as deep as the encoder.
+    cached = options.get("use_cache") is not False
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if cached else None
+    # The first token is the decoder's start, the next one may be forced (a language's name).
+    # Words that only frame a text are not the answer.
+    forced = options.get("forced_bos_token_id", model.generation_config.forced_bos_token_id)
+    return _written(asked, batch, inputs, cache, 1, forced)
 
 
 def _written(
-    model: PreTrainedModel,
-    inputs: list[list[int]],
+    asked: _Asked,
     batch: PrefixBatch | None,
-    pad_token_id: int,
-    options: dict[str, Any],
+    inputs: dict[str, Any],
+    cache: Any,
+    skipped: int,
+    forced: int | None = None,
 ) -> list[list[int]]:
-    """`generate` of an encoder-decoder: the encoder reads each input once, beams share it."""
-    ids, mask = (t.to(model.device) for t in pad_rows(inputs, pad_token_id, left=False))
-    generator: Any = model
-    was_training = model.training
-    model.eval()
-    try:
-        read = with_embeddings(model, ids, mask, batch)
-        width = read["attention_mask"].shape[1]
-        with (
-            prefix_attention(model) as injection, soft_prompts_read(model, batch),
-            processors_read_text(model, inputs, width, options) as reading,
-        ):  # fmt: skip
-            held, injection.batch = injection.batch, batch
-            try:
-                # The cache transformers makes by itself is as deep as the encoder.
-                cached = options.get("use_cache") is not False
-                cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if cached else None
-                output = generator.generate(
-                    **read, pad_token_id=pad_token_id, **_cached(cache), **reading.options
-                )  # fmt: skip
-            finally:
-                injection.batch = held
-    finally:
-        model.train(was_training)
-    # The first token is the decoder's start, the next one may be forced (a language's name).
-    # Words that only frame a text are not the answer.
-    frame = end_ids(model, **options)
-    forced = options.get("forced_bos_token_id", model.generation_config.forced_bos_token_id)
-    rows = reading.cut(output[:, 1:].tolist(), pad_token_id)
-    written = [row[1:] if row[:1] == [forced] else row for row in rows]
-    return [_until_end(row, frame) for row in written]
+    """What transformers' `generate` writes, the rows attending to the prefixes of `batch`.
+
+    batch: None where there are none, or `cache` holds them
+    inputs: what is read, as arguments of `generate`
+    skipped: columns of the output before the first new token
+    forced: token that begins an answer and is not a part of it
+    """
+    view: Any = _generating(asked.model, batch)
+    width = inputs["attention_mask"].shape[1]
+    reading = processors_read_text(view, asked.prompts, width, asked.options)
+    output = view.generate(
+        **inputs, pad_token_id=asked.pad_token_id, **_cached(cache), **reading.options
+    )
+    ends = end_ids(asked.model, **asked.options)
+    rows = reading.cut(output[:, skipped:].tolist(), asked.pad_token_id)
+    if forced is not None:
+        rows = [row[1:] if row[:1] == [forced] else row for row in rows]
+    return [_until_end(row, ends) for row in rows]
+
+
+def _generating(model: PreTrainedModel, batch: PrefixBatch | None) -> PreTrainedModel:
+    """A view of `model` for one call of its `generate`, whose forward passes attend to `batch`.
+
+    What `generate` keeps in a model, and what is replaced in it, is of this call alone.
+    """
+    view = twin(model)
+    if batch is None or not batch.longest:
+        return view
+    runner, prefixes = ModelRunner(model), Repeats(batch)
+
+    @functools.wraps(model.forward)  # `generate` looks at its parameters
+    def forward(**arguments: Any) -> Any:
+        return runner.step(arguments, prefixes)
+
+    view.__dict__["forward"] = forward
+    return view
 
 
 def end_ids(model: PreTrainedModel, **options: Any) -> set[int]:

@@ -19,9 +19,10 @@ from transformers import Cache, PreTrainedModel
 
 from ptkit.errors import ModelError
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.attention import prefix_removed
 from ptkit.runtime.cache import layers_with_keys, whole_cache
 from ptkit.runtime.compile import reading
+from ptkit.runtime.facts import known
+from ptkit.runtime.turns import running
 
 #: How far a key read at another position may be from the turned one, relative to its length.
 _TOLERANCE = 2e-2
@@ -82,7 +83,7 @@ def read_before_last(
     seen = (batch.visible & ~batch.infix[:, None]).to(mask.dtype)
     whole = torch.cat([seen, mask], dim=1)
     positions = (whole.cumsum(-1) - 1).clamp(min=0)[:, -mask.shape[1] :]
-    with prefix_removed(model):
+    with running(model):
         model.base_model(
             input_ids=input_ids[:, :-1], attention_mask=whole, position_ids=positions,
             past_key_values=cache, use_cache=True,
@@ -125,10 +126,7 @@ def _frequencies(model: PreTrainedModel) -> list[Tensor | None]:
     has other frequencies where there is a window, SmolLM 3 none in every fourth layer). Raises
     ModelError where keys are turned in another way.
     """
-    known = model.__dict__.get("ptkit_frequencies")
-    if known is None:
-        known = model.__dict__["ptkit_frequencies"] = _found_frequencies(model)
-    return known
+    return known(model, _found_frequencies)
 
 
 def require_infix(model: PreTrainedModel) -> None:

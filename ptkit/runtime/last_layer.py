@@ -7,11 +7,7 @@ by one, so the others can be left out: two thirds of the layer's products there.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,65 +15,54 @@ from transformers import PreTrainedModel
 
 from ptkit.runtime.attention_sites import attention_modules
 from ptkit.runtime.compile import reading
+from ptkit.runtime.facts import known
 from ptkit.runtime.row_adapters import row_adapters
-
-#: Backbone -> its last feed-forward block, or None where it cannot be left out; found once.
-_BLOCKS: WeakKeyDictionary[nn.Module, nn.Module | None] = WeakKeyDictionary()
+from ptkit.runtime.views import Stand, name_of, viewed
 
 
-@contextmanager
-def last_block_on(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
-    """Within this context the hidden states `model` ends with are right at `positions` only.
+def last_block_on(model: PreTrainedModel, positions: Tensor) -> dict[str, nn.Module]:
+    """What a forward pass of `model` runs in place of its own modules, by name, so that the hidden
+    states it ends with are right at `positions` only.
 
-    positions: `[rows, tokens]` bool. Other threads' forwards are left alone, and so are models
-    whose last block cannot be told apart or that recompute layers in the backward pass, where the
-    context is over, and batches whose rows run with weights of their own: a block that reads
-    single positions could not tell whose they are.
+    positions: `[rows, tokens]` bool. Nothing is replaced in models whose last block cannot be told
+    apart or that recompute layers in the backward pass, and in batches whose rows run with weights
+    of their own: a block that reads single positions could not tell whose they are.
     """
-    block = None
-    if not (model.is_activation_checkpointing or row_adapters()):
-        block = _last_block(model)
-    if block is None:
-        yield
-        return
-    with _only_on(block, positions):
-        yield
+    if model.is_activation_checkpointing or row_adapters():
+        return {}
+    block = last_block(model)
+    return {} if block is None else {name_of(model, block): _OnlyAt(block, positions)}
 
 
-@contextmanager
-def _only_on(block: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Let `block` read and write the rows of `positions` only; elsewhere it writes zeros.
+class _OnlyAt(Stand):
+    """`inner` reading and writing the rows of `positions` only; elsewhere it writes zeros.
 
     Hidden states of another length, among which a soft prompt is read, are left as they are.
     """
-    thread = threading.get_ident()
-    kept = positions.flatten().nonzero()[:, 0]
 
-    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if threading.get_ident() != thread or args[0].shape[:2] != positions.shape:
-            return None
-        return tuple(a.flatten(0, 1).index_select(0, kept)[None] for a in args)
+    def __init__(self, inner: nn.Module, positions: Tensor) -> None:
+        super().__init__(inner)
+        self.positions = positions
 
-    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if threading.get_ident() != thread or output.shape[:2] != (1, len(kept)):
-            return None
+    def forward(self, *args: Any, **kw: Any) -> Any:
+        positions = self.positions
+        if args[0].shape[:2] != positions.shape:
+            return self.inner(*args, **kw)
+        kept = positions.flatten().nonzero()[:, 0]
+        read = (a.flatten(0, 1).index_select(0, kept)[None] for a in args)
+        output = self.inner(*read, **kw)
         full = output.new_zeros(positions.numel(), output.shape[-1])
         return full.index_copy(0, kept, output[0]).view(*positions.shape, -1)
 
-    hooks = block.register_forward_pre_hook(before), block.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+def last_block(model: PreTrainedModel) -> nn.Module | None:
+    """The last feed-forward block of `model`, or None where it cannot be left out."""
+    return known(model, _found_block)
 
 
-def _last_block(model: PreTrainedModel) -> nn.Module | None:
-    backbone = model.base_model
-    if backbone not in _BLOCKS:
-        block = _beside_last_attention(model)
-        _BLOCKS[backbone] = block if block is not None and _is_by_position(model, block) else None
-    return _BLOCKS[backbone]
+def _found_block(model: PreTrainedModel) -> nn.Module | None:
+    block = _beside_last_attention(model)
+    return block if block is not None and _is_by_position(model, block) else None
 
 
 def _beside_last_attention(model: PreTrainedModel) -> nn.Module | None:
@@ -102,20 +87,27 @@ def _is_by_position(model: PreTrainedModel, block: nn.Module) -> bool:
     ids = torch.arange(1, 9, device=model.device)[None]
     some = torch.zeros_like(ids, dtype=torch.bool)
     some[0, [3, 7]] = True
-    shapes: list[bool] = []
-
-    def plain(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        tensors = all(isinstance(t, Tensor) and t.shape[:2] == ids.shape for t in (*args, output))
-        shapes.append(bool(args) and tensors)
-
+    noting = _Noting(block, ids.shape)
     with reading(model):
-        hook = block.register_forward_hook(plain)
-        try:
-            wanted = model(input_ids=ids, use_cache=False).logits[some].float()
-        finally:
-            hook.remove()
-        if shapes != [True]:
+        view = viewed(model, {name_of(model, block): noting})
+        wanted = view(input_ids=ids, use_cache=False).logits[some].float()
+        if noting.plain != [True]:
             return False
-        with _only_on(block, some):
-            found = model(input_ids=ids, use_cache=False).logits[some].float()
+        view = viewed(model, {name_of(model, block): _OnlyAt(block, some)})
+        found = view(input_ids=ids, use_cache=False).logits[some].float()
     return bool((found - wanted).norm() <= 1e-3 * wanted.norm())
+
+
+class _Noting(Stand):
+    """A block, and whether it was given tensors of single positions and gave one back."""
+
+    def __init__(self, inner: nn.Module, shape: torch.Size) -> None:
+        super().__init__(inner)
+        self.shape = shape
+        self.plain: list[bool] = []
+
+    def forward(self, *args: Any, **kw: Any) -> Any:
+        output = self.inner(*args, **kw)
+        alike = all(isinstance(t, Tensor) and t.shape[:2] == self.shape for t in (*args, output))
+        self.plain.append(bool(args) and not kw and alike)
+        return output

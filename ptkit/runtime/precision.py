@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ptkit.errors import ModelError
+from ptkit.runtime.attention import attention_of
+from ptkit.runtime.turns import turn
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -64,16 +66,19 @@ def fastest_attention(model: PreTrainedModel, precision: str, longest: int) -> I
     model was loaded with everywhere else. In float32 the two differ by less than 5 % on rows of 48
     to 128 tokens, and sdpa is 1.6 times as fast on 384.
     """
-    own = model.config._attn_implementation
+    own = attention_of(model)
     short = precision == "bf16" and model.device.type == "cpu" and longest <= SHORT_ROWS
     if own != "sdpa" or not short or not model._can_set_attn_implementation():
         yield
         return
-    model.set_attn_implementation("eager")
+    held = model.config._attn_implementation
+    with turn(model):  # not in the middle of a pass of another thread
+        model.set_attn_implementation("eager")
     try:
         yield
     finally:
-        model.set_attn_implementation(own)
+        with turn(model):
+            model.set_attn_implementation(held)
 
 
 @contextmanager

@@ -9,8 +9,7 @@ prefix. Rows with prompts of one length are handed over together.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -150,12 +149,12 @@ class _Criteria(StoppingCriteriaList):
         return done
 
 
-@contextmanager
 def processors_read_text(
-    model: PreTrainedModel, prompts: Sequence[list[int]], width: int, options: dict[str, Any]
-) -> Iterator[Reading]:
-    """Within this context `model.generate` lets processors and criteria read the rows' text.
+    view: PreTrainedModel, prompts: Sequence[list[int]], width: int, options: dict[str, Any]
+) -> Reading:
+    """Let processors and criteria of `view.generate` read the rows' text.
 
+    view: a view of a model, of this call alone (see `ptkit.runtime.views`)
     prompts: the token ids of each row's own prompt (an encoder-decoder: of its input)
     width: columns that `generate` is given, padding and placeholders included
 
@@ -163,26 +162,25 @@ def processors_read_text(
     called once per length of prompts. Raises ModelError for `guidance_scale` on prompts of
     different lengths, and for a prompt beyond `max_length`.
     """
-    inputs = bool(model.config.is_encoder_decoder)
+    inputs = bool(view.config.is_encoder_decoder)
     texts = _Texts([*prompts], None if inputs else width)
     if any(options.get(name) for name in DRAFTED):  # one row, and calls of `generate` within
-        yield Reading(options)
-        return
-    if setting(model, options, "guidance_scale") not in (None, 1) and len(texts.lengths) > 1:
+        return Reading(options)
+    if setting(view, options, "guidance_scale") not in (None, 1) and len(texts.lengths) > 1:
         raise ModelError(
             "`guidance_scale` reads with the model itself, so all prompts of a batch must have one "
             "length; give them one by one"
         )
-    most = None if inputs else _most(model, options, texts.lengths[-1])
+    most = None if inputs else _most(view, options, texts.lengths[-1])
     if most is not None:
         options = {**options, "max_length": most + width - texts.lengths[0]}
     reading = Reading(options)
     whole = texts.lengths == [width]
-    counted = not inputs or any(setting(model, options, name) for name in _OF_INPUTS)
-    least = setting(model, options, "min_length")
-    generator: Any = model  # transformers' stubs know no `generate`
-    own = generator.generate.__self__
-    build_processors, build_criteria = own._get_logits_processor, own._get_stopping_criteria
+    counted = not inputs or any(setting(view, options, name) for name in _OF_INPUTS)
+    least = setting(view, options, "min_length")
+    generator: Any = view  # transformers' stubs know no `generate`
+    build_processors = generator._get_logits_processor
+    build_criteria = generator._get_stopping_criteria
     #: What `generate` begins with: no column at all, with embeddings in place of ids.
     columns = width
 
@@ -224,12 +222,8 @@ def processors_read_text(
         beams = (kw["generation_config"].num_beams or 1) > 1
         return _Criteria(found, columns, None if beams else reading.ends)
 
-    own.__dict__ |= {"_get_logits_processor": processors, "_get_stopping_criteria": criteria}
-    try:
-        yield reading
-    finally:
-        for name in ("_get_logits_processor", "_get_stopping_criteria"):
-            own.__dict__.pop(name, None)
+    generator.__dict__ |= {"_get_logits_processor": processors, "_get_stopping_criteria": criteria}
+    return reading
 
 
 def _without_filling(row: list[int], pad_token_id: int) -> list[int]:

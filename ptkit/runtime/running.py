@@ -19,11 +19,10 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from ptkit.errors import ModelError
 from ptkit.prefix import KVLayout, KVPrefix, PrefixBatch
-from ptkit.runtime.attention_sites import takes_positions
 from ptkit.runtime.cache import ReservedCache, prefilled_cache, shares_keys
-from ptkit.runtime.forward import head_on, pad_rows
+from ptkit.runtime.forward import pad_rows
 from ptkit.runtime.infix import read_before_last
-from ptkit.runtime.turns import turn
+from ptkit.runtime.runner import ModelRunner, Tokens, Want
 
 #: Buffers grow by at least this many positions, so that not every token moves them.
 _GROWTH = 64
@@ -80,7 +79,6 @@ class Reading:
         self, model: PreTrainedModel, inputs: Sequence[RowInput], layout: KVLayout, pad_id: int
     ) -> None:
         self._model = model
-        self._takes_positions = takes_positions(model)
         ids, mask = pad_rows([row.prompt for row in inputs], pad_id, left=False)
         device = model.device
         self._ids = ids.to(device)
@@ -115,25 +113,18 @@ class Reading:
 
     @torch.no_grad()
     def advance(self, tokens: int) -> None:
-        """Read the next `tokens` columns of the inputs, in a turn of the model's."""
-        with turn(self._model):
-            self._advance(tokens)
-
-    def _advance(self, tokens: int) -> None:
+        """Read the next `tokens` columns of the inputs."""
         end = min(self._read + tokens, self._ids.shape[1])
         if not self._read:
             end = self._begin(end)
         start = self._read
         here = torch.arange(start, end, device=self._ids.device) == self._last[:, None]
-        extra = {"position_ids": self._positions[:, start:end]} if self._takes_positions else {}
-        with head_on(self._model, here):
-            found = self._model(
-                input_ids=self._ids[:, start:end],
-                attention_mask=self.visible[:, : self._batch.longest + end].long(),
-                past_key_values=self.cache,
-                use_cache=True,
-                **extra,
-            ).logits
+        piece = Tokens(
+            self._ids[:, start:end], self.visible[:, : self._batch.longest + end].long(),
+            self._positions[:, start:end],
+        )  # fmt: skip
+        # The prefixes are in the cache.
+        found = ModelRunner(self._model).forward(piece, kv=self.cache, want=Want("logits", here))
         if self._found is None:
             self._found = found.new_empty(self.rows, found.shape[-1])
         self._found[here.any(-1)] = found
@@ -160,7 +151,6 @@ class RunningBatch:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._takes_positions = takes_positions(model)
         self._cache = _RowsCache()
 
     def __len__(self) -> int:
@@ -184,23 +174,17 @@ class RunningBatch:
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Logits `[rows, vocabulary]` after one more token in every row.
 
-        Threads take turns. When it fails, the rows are as they were, so it may be tried again.
+        When it fails, the rows are as they were, so it may be tried again.
         """
-        with turn(self._model):
-            return self._step(tokens)
-
-    def _step(self, tokens: Sequence[int]) -> Tensor:
         device = self._model.device
         lengths = self._cache.begin(device)
         column = torch.arange(self._cache.width, device=device)
-        extra = {"position_ids": lengths[:, None]} if self._takes_positions else {}
-        logits = self._model(
-            input_ids=torch.tensor(tokens, device=device)[:, None],
-            attention_mask=(column <= lengths[:, None]).long(),
-            past_key_values=self._cache,
-            use_cache=True,
-            **extra,
-        ).logits
+        read = Tokens(
+            torch.tensor(tokens, device=device)[:, None],
+            (column <= lengths[:, None]).long(),
+            lengths[:, None],
+        )
+        logits = ModelRunner(self._model).forward(read, kv=self._cache)
         self._cache.end()
         return logits[:, -1]
 

@@ -9,12 +9,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.attention import prefix_attention, prefix_removed
 from ptkit.runtime.cache import prefilled_cache, sees_everything
 from ptkit.runtime.forward import IGNORED, pad_rows, supervised_losses
 from ptkit.runtime.infix import read_before_last
-from ptkit.runtime.soft_prompts import soft_prompts_read, with_embeddings
-from ptkit.runtime.turns import turn
+from ptkit.runtime.runner import ModelRunner, Tokens, Want
+from ptkit.runtime.turns import running
 
 
 @torch.no_grad()
@@ -36,7 +35,7 @@ def continuation_scores(
         scores = _written_scores
     elif not sees_everything(model):
         scores = _scores_of_whole_rows
-    with turn(model):  # threads take turns
+    with running(model):
         return scores(model, contexts, continuations, batch, pad_token_id)
 
 
@@ -58,22 +57,23 @@ def _read_once_scores(
             prefilled_cache(batch, cache)
         mask = torch.cat([batch.visible.long().to(mask.device), mask], dim=1)
     positions = mask.cumsum(-1).sub(1).clamp(min=0)
-    with prefix_removed(model):  # the prefix is in the cache, not in the attention
-        first = _log_probs(
-            model, ids, mask, positions[:, -ids.shape[1] :], cache, logits_to_keep=1
-        )[:, -1]
-        longest = max(map(len, continuations))
-        scores = torch.stack([first[:, c[0]] for c in continuations], dim=1)
-        if longest == 1:
-            return scores
-        count = len(continuations)
-        cache.batch_repeat_interleave(count)
-        tails, tail_mask = pad_rows([c[:-1] for c in continuations], pad_token_id, left=False)
-        tails = tails.repeat(len(contexts), 1).to(model.device)
-        tail_mask = tail_mask.repeat(len(contexts), 1).to(model.device)
-        mask = torch.cat([mask.repeat_interleave(count, 0), tail_mask], dim=1)
-        positions = mask.cumsum(-1).sub(1).clamp(min=0)[:, -tails.shape[1] :]
-        log_probs = _log_probs(model, tails, mask, positions, cache)
+    runner = ModelRunner(model)
+    end = torch.zeros_like(ids, dtype=torch.bool)
+    end[:, -1] = True
+    tokens = Tokens(ids, mask, positions[:, -ids.shape[1] :])
+    first = _log_probs(runner.forward(tokens, kv=cache, want=Want("logits", end)))
+    longest = max(map(len, continuations))
+    scores = torch.stack([first[:, c[0]] for c in continuations], dim=1)
+    if longest == 1:
+        return scores
+    count = len(continuations)
+    cache.batch_repeat_interleave(count)
+    tails, tail_mask = pad_rows([c[:-1] for c in continuations], pad_token_id, left=False)
+    tails = tails.repeat(len(contexts), 1).to(model.device)
+    tail_mask = tail_mask.repeat(len(contexts), 1).to(model.device)
+    mask = torch.cat([mask.repeat_interleave(count, 0), tail_mask], dim=1)
+    positions = mask.cumsum(-1).sub(1).clamp(min=0)[:, -tails.shape[1] :]
+    log_probs = _log_probs(runner.forward(Tokens(tails, mask, positions), kv=cache))
     following = log_probs.view(len(contexts), count, tails.shape[1], -1)
     for i, continuation in enumerate(continuations):
         for at, token in enumerate(continuation[1:]):
@@ -112,40 +112,17 @@ def _written_scores(
     """`continuation_scores` of an encoder-decoder: the encoder reads every context once."""
     writer: Any = model
     ids, mask = (t.to(model.device) for t in pad_rows(contexts, pad_token_id, left=False))
-    inputs = with_embeddings(model, ids, mask, batch)
-    mask = inputs["attention_mask"]
-    with prefix_attention(model) as injection, soft_prompts_read(model, batch):
-        held, injection.batch = injection.batch, batch
-        try:
-            read = writer.get_encoder()(**inputs)
-            scores = []
-            for continuation in continuations:
-                labels = torch.tensor([continuation] * len(contexts), device=model.device)
-                logits = writer(
-                    encoder_outputs=read, attention_mask=mask, use_cache=False,
-                    decoder_input_ids=writer.prepare_decoder_input_ids_from_labels(labels=labels),
-                ).logits  # fmt: skip
-                written = logits.float().log_softmax(-1).gather(-1, labels[..., None])
-                scores.append(written.sum(dim=(1, 2)))
-        finally:
-            injection.batch = held
+    runner = ModelRunner(model)
+    encoded = runner.encode(ids, mask, batch)
+    scores = []
+    for continuation in continuations:
+        labels = torch.tensor([continuation] * len(contexts), device=model.device)
+        written = writer.prepare_decoder_input_ids_from_labels(labels=labels)
+        logits = runner.forward(Tokens(ids, mask, written=written, encoded=encoded), batch)
+        said = _log_probs(logits).gather(-1, labels[..., None])
+        scores.append(said.sum(dim=(1, 2)))
     return torch.stack(scores, dim=1)
 
 
-def _log_probs(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    position_ids: Tensor,
-    cache: DynamicCache,
-    **options: Any,
-) -> Tensor:
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
-        **options,
-    )
-    return output.logits.float().log_softmax(-1)
+def _log_probs(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1)

@@ -14,8 +14,6 @@ fades over padding in between.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +22,8 @@ from transformers import PreTrainedModel
 
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.architecture import first_position, is_encoder
+from ptkit.runtime.attention import Call
+from ptkit.runtime.views import Stand, name_of, viewed
 
 
 def with_embeddings(
@@ -62,24 +62,24 @@ def _padding_first(mask: Tensor) -> Tensor:
     return torch.argsort((~ahead).to(torch.uint8), dim=1, stable=True)
 
 
-@contextmanager
-def soft_prompts_read(model: PreTrainedModel, batch: PrefixBatch | None) -> Iterator[None]:
-    """Within this context `model` takes soft prompts as they should be taken.
+def put_soft_prompts(model: PreTrainedModel, batch: PrefixBatch, call: Call) -> None:
+    """Change `call`, a forward pass of `model`, so that it reads the soft prompts of `batch`.
 
-    It is still called with `input_ids`: the prompts of `batch` are put in behind the caller's
-    back, and their outputs taken out again. Only an encoder-decoder is called with
-    `with_embeddings`.
+    An encoder or a decoder is still called with `input_ids`: the prompts are put in where its
+    backbone begins, and their outputs taken out where its layers end. An encoder-decoder is called
+    with `with_embeddings`.
     """
-    if batch is None or batch.embeddings is None:
-        yield
-        return
+    assert batch.embeddings is not None
     longest = batch.embeddings.shape[1]
-    with ExitStack() as hooks:
-        if model.config.is_encoder_decoder:
-            _skip_positions(model.get_encoder(), longest, hooks)
-        else:
-            _read_along(model, batch, longest, hooks)
-        yield
+    if model.config.is_encoder_decoder:
+        encoder = model.get_encoder()
+        name = name_of(model, encoder)
+        call.replaced |= {
+            f"{name}.{part}": other for part, other in skipped_positions(encoder, longest).items()
+        }
+        return
+    backbone = model.base_model
+    call.replaced[name_of(model, backbone)] = _ReadingAlong(model, backbone, batch)
 
 
 def has_positions(encoder: Any) -> bool:
@@ -88,37 +88,47 @@ def has_positions(encoder: Any) -> bool:
     return getattr(encoder, "embed_positions", None) is not None
 
 
-def _skip_positions(encoder: Any, longest: int, hooks: ExitStack) -> None:
-    """Let the first real token have the first absolute position, and virtual tokens none."""
+def skipped_positions(encoder: Any, longest: int) -> dict[str, nn.Module]:
+    """What `encoder` runs in place of its own modules, so that the first real token has the first
+    absolute position, and `longest` virtual tokens none."""
     if not has_positions(encoder):
-        return
-    positions = encoder.embed_positions
-
-    def shorter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        asked, *rest = args  # a tensor, or the shape of one: `[rows, tokens]`
-        real = asked[:, longest:] if isinstance(asked, Tensor) else (asked[0], asked[1] - longest)
-        return (real if isinstance(asked, Tensor) else torch.Size(real), *rest)
-
-    def padded(_: nn.Module, __: Any, found: Tensor) -> Tensor:
-        return nn.functional.pad(found, (0, 0, longest, 0))
-
-    hooks.callback(positions.register_forward_pre_hook(shorter).remove)
-    hooks.callback(positions.register_forward_hook(padded).remove)
+        return {}
+    return {"embed_positions": _PositionsOfWords(encoder.embed_positions, longest)}
 
 
-def _read_along(model: PreTrainedModel, batch: PrefixBatch, longest: int, hooks: ExitStack) -> None:
-    """Put the prompts before the rows where the backbone begins, and take their outputs away
-    where its layers end."""
-    order: list[Tensor] = []
+class _PositionsOfWords(Stand):
+    """A table of positions that `longest` virtual tokens take none of."""
 
-    def enter(
-        _: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]
-    ) -> tuple[tuple[()], dict[str, Any]]:
+    def __init__(self, inner: nn.Module, longest: int) -> None:
+        super().__init__(inner)
+        self.longest = longest
+
+    def forward(self, asked: Any, *args: Any, **kw: Any) -> Tensor:
+        # A tensor, or the shape of one: `[rows, tokens]`.
+        real = (
+            asked[:, self.longest :] if isinstance(asked, Tensor)
+            else torch.Size((asked[0], asked[1] - self.longest))
+        )  # fmt: skip
+        return nn.functional.pad(self.inner(real, *args, **kw), (0, 0, self.longest, 0))
+
+
+class _ReadingAlong(Stand):
+    """A backbone that reads the prompts of `batch` before its rows, and gives back the rows."""
+
+    def __init__(self, model: PreTrainedModel, inner: nn.Module, batch: PrefixBatch) -> None:
+        super().__init__(inner)
+        # In a tuple: neither is a part of this module.
+        self.held = (model, batch)
+
+    def forward(self, *args: Any, **kw: Any) -> Any:
+        model, batch = self.held
         names = ("input_ids", "attention_mask")
         kw = {**dict(zip(names, args, strict=False)), **kw}
         mask = kw.pop("attention_mask")
+        assert batch.embeddings is not None
         assert batch.embedded is not None
-        order.append(_padding_first(torch.cat([batch.embedded.to(mask), mask], dim=1)))
+        longest = batch.embeddings.shape[1]
+        order = _padding_first(torch.cat([batch.embedded.to(mask), mask], dim=1))
         kw |= with_embeddings(model, kw.pop("input_ids"), mask, batch)
         if is_encoder(model):
             own = _positions(model, mask)
@@ -130,22 +140,34 @@ def _read_along(model: PreTrainedModel, batch: PrefixBatch, longest: int, hooks:
             kw["position_ids"] = (whole.cumsum(-1) - 1 + begin[:, None]).clamp(min=0)
         if kw.get("token_type_ids") is not None:
             kw["token_type_ids"] = nn.functional.pad(kw["token_type_ids"], (longest, 0))
-        return (), kw
+        # Where each token of the input goes to, `[rows, tokens, 1]`.
+        at = order.argsort(dim=1)[:, longest:, None]
+        stack = _stack(model)
+        if stack is model.base_model:
+            return _only_words(self.inner(**kw), at)
+        replaced = {name_of(model.base_model, stack): _GivingWords(stack, at)}
+        return viewed(self.inner, replaced)(**kw)
 
-    def leave(_: nn.Module, __: Any, output: Any) -> Any:
-        # Where each token of the input went to, `[rows, tokens, 1]`.
-        at = order.pop().argsort(dim=1)[:, longest:, None]
 
-        def own(states: Tensor) -> Tensor:
-            return states.gather(1, at.expand(-1, -1, states.shape[-1]))
+class _GivingWords(Stand):
+    """The layers of a backbone, whose outputs are those `at` the words alone."""
 
-        output.last_hidden_state = own(output.last_hidden_state)
-        if output.get("hidden_states") is not None:
-            output.hidden_states = tuple(map(own, output.hidden_states))
-        return output
+    def __init__(self, inner: nn.Module, at: Tensor) -> None:
+        super().__init__(inner)
+        self.at = at
 
-    hooks.callback(model.base_model.register_forward_pre_hook(enter, with_kwargs=True).remove)
-    hooks.callback(_stack(model).register_forward_hook(leave).remove)
+    def forward(self, *args: Any, **kw: Any) -> Any:
+        return _only_words(self.inner(*args, **kw), self.at)
+
+
+def _only_words(output: Any, at: Tensor) -> Any:
+    def own(states: Tensor) -> Tensor:
+        return states.gather(1, at.expand(-1, -1, states.shape[-1]))
+
+    output.last_hidden_state = own(output.last_hidden_state)
+    if output.get("hidden_states") is not None:
+        output.hidden_states = tuple(map(own, output.hidden_states))
+    return output
 
 
 def _positions(model: PreTrainedModel, mask: Tensor) -> Tensor:

@@ -1,74 +1,123 @@
-"""One thread at a time in a model.
+"""When a thread may read with a model, and when it may change it.
 
-A prefix that cannot be part of a cache is put into the model's attention for the time of a call
-(`ptkit.runtime.attention`), and so are hooks and LoRA rows. All threads share the one model, so
-whoever reads with it has it alone until the call is done.
+What a forward pass computes depends on its arguments alone, so any number of threads read with one
+model at the same time. Putting a LoRA into it or taking it out replaces its modules: whoever does
+that has the model alone.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-_KEY = "ptkit_turn"
+from ptkit.runtime.facts import known
 
 
 class Turn:
-    """A lock: re-entrant, and handed over in the order in which threads asked for it.
+    """A lock for one changing thread or many reading ones. It is re-entrant, and handed over in
+    the order in which threads asked for it.
 
-    A loop that takes it again at once, as a server's does, would otherwise keep all others out.
-    Use it as a context.
+    Use it as a context to change, and `shared` as one to read. A thread that reads cannot begin to
+    change: it would wait for itself.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition(threading.Lock())
         self._queue: deque[object] = deque()
         self._owner: int | None = None
-        self._depth = 0
+        #: Thread -> how many times it has entered.
+        self._inside: dict[int, int] = {}
 
     @property
     def mine(self) -> bool:
-        """Whether this thread has it."""
-        return self._owner == threading.get_ident()
+        """Whether this thread has it, to read or to change."""
+        return threading.get_ident() in self._inside
 
     def __enter__(self) -> Self:
-        if self.mine:
-            self._depth += 1
-            return self
+        me = threading.get_ident()
+        if self.mine and self._owner != me:
+            raise RuntimeError("a thread cannot change a model while it reads with it")
+        self._enter(alone=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Within this context nobody changes the model; others may read, too."""
+        self._enter(alone=False)
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _enter(self, *, alone: bool) -> None:
+        me = threading.get_ident()
+        if me in self._inside:
+            self._inside[me] += 1
+            return
         ticket = object()
         with self._changed:
             self._queue.append(ticket)
             try:
-                self._changed.wait_for(lambda: self._owner is None and self._queue[0] is ticket)
-                self._owner, self._depth = threading.get_ident(), 1
+                self._changed.wait_for(
+                    lambda: (
+                        self._queue[0] is ticket
+                        and self._owner is None
+                        and not (alone and self._inside)
+                    )
+                )
+                self._inside[me] = 1
+                self._owner = me if alone else None
             finally:  # an interruption gives the place in the queue up
                 self._queue.remove(ticket)
                 self._changed.notify_all()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        if self._depth:
+    def _leave(self) -> None:
+        me = threading.get_ident()
+        self._inside[me] -= 1
+        if self._inside[me]:
             return
         with self._changed:
-            self._owner = None
+            del self._inside[me]
+            if self._owner == me:
+                self._owner = None
             self._changed.notify_all()
-
-    # A copy of a model is a model of its own.
-    def __deepcopy__(self, _: dict[int, Any]) -> Turn:
-        return Turn()
-
-    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
-        return Turn, ()
 
 
 def turn(model: PreTrainedModel) -> Turn:
     """The one lock of `model`, whoever uses it: several banks, a `LoadedAdapter`, a server.
 
-    It is on the backbone, which models that differ in their heads share.
+    It is of the backbone, which models that differ in their heads share.
     """
-    found: Turn = model.base_model.__dict__.setdefault(_KEY, Turn())
-    return found
+    return known(model.base_model, _new_turn)
+
+
+def _new_turn(_: nn.Module) -> Turn:
+    return Turn()
+
+
+def running(model: PreTrainedModel) -> AbstractContextManager[Any]:
+    """A context to read with `model` in: other threads read, too, and nobody changes it.
+
+    In a model whose rotary frequencies follow the longest text read (`longrope`, `dynamic`),
+    transformers keeps them in the model, so there one thread reads at a time.
+    """
+    if torch.compiler.is_compiling():  # the compiler traces no locks: who runs what it made has it
+        return nullcontext()
+    lock = turn(model)
+    return lock if known(model.base_model, _reads_alone) else lock.shared()
+
+
+def _reads_alone(backbone: nn.Module) -> bool:
+    kinds = (getattr(module, "rope_type", None) for module in backbone.modules())
+    named = (kind.values() if isinstance(kind, dict) else [kind] for kind in kinds)
+    return any(name in ("longrope", "dynamic") for names in named for name in names)

@@ -27,7 +27,6 @@ from ptkit.formats import atomic
 from ptkit.methods import Adapter
 from ptkit.prefix import PrefixBatch
 from ptkit.recipe.schema import ClassificationTask, GenerationTask, HeadedTask, Task, TrainSection
-from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_counts, supervised_losses
 from ptkit.runtime.precision import mixed_precision
@@ -182,7 +181,7 @@ def _losses(
     precision = mixed_precision(settings.autocast, model.device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     totals = torch.zeros(len(prefixes), dtype=torch.float64)
-    with prefix_attention(model), torch.autocast(model.device.type, dtype, dtype is not None):
+    with torch.autocast(model.device.type, dtype, dtype is not None):
         for at in range(0, len(pairs), size):
             owners, part = zip(*pairs[at : at + size], strict=True)
             batch = PrefixBatch.gathered([prefixes[i] for i in owners], base.layout)

@@ -17,8 +17,8 @@ from transformers import DynamicCache
 
 from ptkit.data.encode import EncodedExample
 from ptkit.prefix import PrefixBatch
-from ptkit.runtime.attention import prefix_removed
 from ptkit.runtime.base_model import Base
+from ptkit.runtime.turns import running
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class ContextCache:
         training = model.training
         model.eval()  # dropout would be kept for good; checkpointing would switch the cache off
         try:
-            with prefix_removed(model):
+            with running(model):
                 model.base_model(
                     input_ids=torch.tensor([ids], device=model.device),
                     past_key_values=cache,

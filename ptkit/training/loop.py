@@ -25,7 +25,6 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from ptkit.data.encode import EncodedExample, StudiedText, TaskExample
 from ptkit.errors import UserError
-from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.forward import collate
 from ptkit.runtime.fused import fused_activations
@@ -138,10 +137,8 @@ class _Loop:
         if self.settings.gradient_checkpointing:
             give_back_what_is_freed()
             self.model.activation_checkpointing_enable({"use_reentrant": False})
-        prompts = any(t.adapter.virtual_tokens for t in self.trainees)
-        attention: Any = prefix_attention(self.model) if prompts else nullcontext()
         try:
-            with self._attention(), attention, fused_activations(self.model), self._weights():
+            with self._attention(), fused_activations(self.model), self._weights():
                 with self.accelerator.autocast():
                     for trainee in self.trainees:
                         trainee.study()

@@ -18,7 +18,6 @@ from ptkit.data.encode import EncodedExample
 from ptkit.data.tokens import part_ids, without_lead
 from ptkit.errors import ModelError, UserError
 from ptkit.prefix import KVPrefix, PrefixBatch
-from ptkit.runtime.attention import prefix_attention
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.compile import compile_embeddings, compile_tokens
 from ptkit.runtime.forward import collate, supervised_counts, supervised_losses
@@ -126,7 +125,7 @@ def _gradient(base: Base, ids: list[int], rows: Sequence[EncodedExample]) -> Ten
     """The gradient of the loss at the prompt's embeddings, `[tokens, hidden]`."""
     lead = base.lead
     embeddings = base.embedding(torch.tensor([*lead, *ids], device=base.model.device)).detach()
-    with torch.enable_grad(), prefix_attention(base.model):
+    with torch.enable_grad():
         embeddings = embeddings.float().requires_grad_(True)
         batch = PrefixBatch.shared(compile_embeddings(base.model, embeddings), len(rows))
         loss = supervised_losses(base.model, **collate(rows, base), batch=batch).mean()
@@ -141,14 +140,13 @@ def _losses(
     """Cross-entropy per target token of `rows` behind each of `prefixes`, in mixed batches."""
     pairs = [(i, row) for i in range(len(prefixes)) for row in rows]
     total = [0.0] * len(prefixes)
-    with prefix_attention(base.model):
-        for start in range(0, len(pairs), BATCH):
-            part = pairs[start : start + BATCH]
-            together = collate([row for _, row in part], base)
-            batch = PrefixBatch.gathered([prefixes[i] for i, _ in part], base.layout)
-            losses = supervised_losses(base.model, **together, batch=batch)
-            counts = supervised_counts(base.model, together["labels"]).tolist()
-            for (i, _), own in zip(part, losses.split(counts), strict=True):
-                total[i] += float(own.sum())
+    for start in range(0, len(pairs), BATCH):
+        part = pairs[start : start + BATCH]
+        together = collate([row for _, row in part], base)
+        batch = PrefixBatch.gathered([prefixes[i] for i, _ in part], base.layout)
+        losses = supervised_losses(base.model, **together, batch=batch)
+        counts = supervised_counts(base.model, together["labels"]).tolist()
+        for (i, _), own in zip(part, losses.split(counts), strict=True):
+            total[i] += float(own.sum())
     tokens = sum(len(row.target_ids) for row in rows)
     return [value / tokens for value in total]

@@ -1,0 +1,34 @@
+"""What is found out about a model by asking it, each thing once.
+
+A fact belongs to the module it was asked of, and goes when the module goes. A copy of a model is a
+model of its own, so it is asked again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+Fact = TypeVar("Fact")
+Asked = TypeVar("Asked", bound=nn.Module)
+
+_FACTS: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
+_ADDING = threading.Lock()
+
+
+def known(module: Asked, find: Callable[[Asked], Fact]) -> Fact:
+    """What `find` says of `module`, asked the first time only.
+
+    The answer must not hold `module`, which would then never be freed. All threads get the same
+    object, even where several asked at the same time.
+    """
+    facts = _FACTS.get(module)
+    if facts is not None and find in facts:
+        return facts[find]
+    found = find(module)
+    with _ADDING:
+        return _FACTS.setdefault(module, {}).setdefault(find, found)

@@ -1,0 +1,88 @@
+"""Views of a model: a few of its modules replaced, for one forward pass.
+
+What a pass does otherwise than the model (its head reads some positions only, an encoder reads a
+soft prompt) is in a view of the model. The model itself stays as it is, so passes of other threads
+never see it, and a checkpointed layer is recomputed as it was computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ptkit.errors import ModelError
+
+Viewed = TypeVar("Viewed", bound=nn.Module)
+
+
+class Stand(nn.Module):
+    """A module that runs in place of `inner`; what else is asked of it is asked of `inner`."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+def viewed(module: Viewed, replaced: Mapping[str, nn.Module]) -> Viewed:
+    """`module` with the modules of these dotted names replaced; itself where there are none.
+
+    Everything else is shared. Raises ModelError for a model whose forward was replaced from
+    outside, which would not look into the view.
+    """
+    if not replaced:
+        return module
+    view = _copied(module)
+    below: dict[str, dict[str, nn.Module]] = {}
+    for name, other in replaced.items():
+        first, _, rest = name.partition(".")
+        if not rest:
+            view._modules[first] = other
+        else:
+            below.setdefault(first, {})[rest] = other
+    for first, others in below.items():
+        assert first not in replaced, "a module and a part of it are both replaced"
+        child = module._modules[first]
+        assert child is not None
+        view._modules[first] = viewed(child, others)
+    return view
+
+
+def _copied(module: Viewed) -> Viewed:
+    held = {**module.__dict__, "_modules": dict(module._modules)}
+    if "forward" in held:
+        if "_hf_hook" not in held:
+            raise ModelError(
+                f"the forward of {type(module).__name__} was replaced from outside (as by "
+                "`model.forward = torch.compile(model.forward)`), so a prefix cannot be put into "
+                "it; leave the model as it was loaded"
+            )
+        # accelerate's, which moves tensors to the device they are on already.
+        del held["forward"]
+    return _made(type(module), held)
+
+
+def twin(module: Viewed) -> Viewed:
+    """An object that shares everything with `module`; what is set on it is set on it alone."""
+    return _made(type(module), module.__dict__)
+
+
+def _made(kind: type[Viewed], held: Mapping[str, Any]) -> Viewed:
+    made = object.__new__(kind)
+    made.__dict__.update(held)
+    return made
+
+
+def name_of(module: nn.Module, part: nn.Module) -> str:
+    """The dotted name that `part` has in `module`."""
+    for name, child in module.named_children():  # where it mostly is
+        if child is part:
+            return name
+    return next(name for name, child in module.named_modules() if child is part)
