@@ -123,6 +123,19 @@ def test_soft_prompts_read_with_the_input_are_left_whole() -> None:
     torch.testing.assert_close(losses, wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_a_model_whose_forward_was_replaced_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = random_base("llama")
+    ids, mask, labels = batch_of([9, 12, 5])
+    adapter = make_adapter(base, LEARNT["prefix"])
+    batch = PrefixBatch.shared(adapter.prefix(), len(ids))
+    wanted = supervised_losses(base.model, ids, mask, labels, batch)
+    own, passes = base.model.forward, []
+    monkeypatch.setattr(base.model, "forward", lambda **kw: passes.append(1) or own(**kw))
+    found = supervised_losses(base.model, ids, mask, labels, batch)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert passes == [1]
+
+
 def test_other_threads_read_everything() -> None:
     """A pass that leaves positions out is stopped in its last block, while others read."""
     base = random_base("gpt2")

@@ -19,7 +19,8 @@ _KEY_PROJECTIONS = {"k_proj", "k", "key", "k_lin", "key_proj", "Wqkv"}
 
 def takes_positions(model: PreTrainedModel) -> bool:
     """Whether `model` is told its tokens' positions (others derive them from the mask)."""
-    return "position_ids" in inspect.signature(model.forward).parameters
+    # Asked of the class: who replaces a model's forward may not name its arguments.
+    return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:

@@ -18,7 +18,7 @@ from ptkit.runtime.block_head import block_head_divergences, block_head_losses
 from ptkit.runtime.block_layers import BlockLinear
 from ptkit.runtime.compile import reading
 from ptkit.runtime.facts import known
-from ptkit.runtime.views import Stand, name_of, viewed
+from ptkit.runtime.views import Stand, looks_into_views, name_of, viewed
 
 #: Positions whose logits exist at the same time. Fewer would read the head's matrix too often.
 CHUNK = 128
@@ -54,6 +54,8 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     Some families scale or cap logits; that is found out by comparing, once per model.
     """
     head = model.get_output_embeddings()
+    if not looks_into_views(model):
+        return False
     if type(head) not in (nn.Linear, BlockLinear) or any(
         p.requires_grad for p in head.parameters()
     ):

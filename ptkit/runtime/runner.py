@@ -25,7 +25,7 @@ from ptkit.runtime.infix import placed_before_last
 from ptkit.runtime.last_layer import last_block_on
 from ptkit.runtime.soft_prompts import put_soft_prompts, skipped_positions, with_embeddings
 from ptkit.runtime.turns import running, turn
-from ptkit.runtime.views import Stand, name_of, viewed
+from ptkit.runtime.views import Stand, looks_into_views, name_of, viewed
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,9 @@ class ModelRunner:
             call = self._call(tokens, prefixes, kv)
             if want is None or want.at is None:
                 return self._output(call).logits
+            if not looks_into_views(model):  # it is read whole
+                logits = self._output(call).logits[want.at]
+                return logits if want.targets is None else token_losses(logits, want.targets)
             if want.what == "losses":
                 return self._losses(call, prefixes, want)
             if want.what == "hidden":

@@ -55,17 +55,21 @@ def viewed(module: Viewed, replaced: Mapping[str, nn.Module]) -> Viewed:
     return view
 
 
+def looks_into_views(module: nn.Module) -> bool:
+    """Whether `module` runs its class's forward, which a view of it does too. A forward that was
+    set on the module itself runs the module."""
+    return "forward" not in module.__dict__ or "_hf_hook" in module.__dict__
+
+
 def _copied(module: Viewed) -> Viewed:
     held = {**module.__dict__, "_modules": dict(module._modules)}
-    if "forward" in held:
-        if "_hf_hook" not in held:
-            raise ModelError(
-                f"the forward of {type(module).__name__} was replaced from outside (as by "
-                "`model.forward = torch.compile(model.forward)`), so a prefix cannot be put into "
-                "it; leave the model as it was loaded"
-            )
-        # accelerate's, which moves tensors to the device they are on already.
-        del held["forward"]
+    if not looks_into_views(module):
+        raise ModelError(
+            f"the forward of {type(module).__name__} was replaced from outside (as by "
+            "`model.forward = torch.compile(model.forward)`), so a prefix cannot be put into "
+            "it; leave the model as it was loaded"
+        )
+    held.pop("forward", None)  # accelerate's, which moves tensors to the device they are on
     return _made(type(module), held)
 
 
