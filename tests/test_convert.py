@@ -110,7 +110,7 @@ def test_adapters_ptkit_cannot_use_are_refused_with_the_reason(
     files = make_adapter(base, LEARNT["prompt"]).files()
     values = json.loads(json.dumps(config.to_dict(), default=list))
     if name == "unknown":
-        values["peft_type"] = "IA3"
+        values["peft_type"] = "XLORA"
     write_adapter(tmp_path / name, type(files)(values, files.tensors))
     with pytest.raises(AdapterError, match=said):
         AdapterBank(base).load(tmp_path / name)
