@@ -171,6 +171,6 @@ def test_bank_commands_refuse_what_is_not_a_bank(tmp_path: Path) -> None:
         assert "no such folder of adapters" in refused("bank", command, "none", cwd=tmp_path)
         assert "empty holds no adapters" in refused("bank", command, "empty", cwd=tmp_path)
     message = refused("bank", "load", SHIPPED, "--budget", "much", cwd=tmp_path)
-    assert "write 500MB, 2GiB or 750000" in message
+    assert "write 500MB, 2GiB or a number of bytes" in message
     message = refused("bank", "load", SHIPPED, "--budget", "1KB", cwd=tmp_path)
     assert "more than the bank's budget of 1,000" in message
