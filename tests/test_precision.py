@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_base
+from conftest import random_base, word_tokenizer
 from torch import nn
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from ptkit.data.encode import EncodedExample
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, create_adapter
+from ptkit.prefix import KVPrefix, PrefixBatch
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.attention import attention_of
-from ptkit.runtime.base_model import Base
+from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.precision import fastest_attention, weights_cast_once
+from ptkit.runtime.runner import ModelRunner, Tokens
 from ptkit.training import loop
 from ptkit.training.checkpoint import Progress
 from ptkit.training.loop import fit
@@ -148,3 +151,28 @@ def test_no_recipe_forces_a_precision_or_an_attention(folder: str) -> None:
         recipe = load_recipe(path).recipe
         assert recipe.train.autocast == "auto", path.name
         assert recipe.model.attention == "auto", path.name
+
+
+def test_an_attention_that_a_checkpoint_asks_to_be_in_float32_stays_so() -> None:
+    """GPT-2's `reorder_and_upcast_attn`, which transformers has with eager attention only."""
+    config = GPT2Config(
+        vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0,
+        reorder_and_upcast_attn=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel._from_config(config, attn_implementation="eager").bfloat16().eval()
+    ids, cache = torch.arange(1, 21)[None], DynamicCache(config=config)
+    with torch.no_grad():
+        own = model(ids).logits
+        model(ids[:, :8], past_key_values=cache)
+        prefix = KVPrefix(
+            tuple(layer.keys[0] for layer in cache.layers),
+            tuple(layer.values[0] for layer in cache.layers),
+        )
+        after = model(ids[:, 8:], past_key_values=cache).logits
+        base = frozen_base(model, word_tokenizer(), "gpt2")
+        runner = ModelRunner(base.model)
+        whole = Tokens(ids, torch.ones_like(ids), last=torch.tensor([19]))
+        assert torch.equal(runner.forward(whole), own)
+        rest = Tokens(ids[:, 8:], torch.ones(1, 12, dtype=torch.long), last=torch.tensor([11]))
+        assert torch.equal(runner.forward(rest, PrefixBatch.shared(prefix, 1)), after)

@@ -216,6 +216,8 @@ def _prefix_eager(
             attention_mask = query.new_zeros(attention_mask.shape).masked_fill(
                 ~attention_mask, least
             )
+    if getattr(module, "reorder_and_upcast_attn", False):  # some checkpoints of GPT-2's
+        return module._upcast_and_reordered_attn(query, key, value, attention_mask)  # type: ignore[operator]
     # Every family keeps its own eager attention (scaling, soft caps, sinks) in its module.
     eager = sys.modules[type(module).__module__].eager_attention_forward
     return eager(module, query, key, value, attention_mask, **kw)
@@ -279,7 +281,13 @@ class WithTheCall:
                 f"a prefix can be read with `sdpa` or `eager` attention, this model uses `{own}`; "
                 'load it with attn_implementation="sdpa"'
             )
-        call.arguments[KEYWORD] = in_place(model, prefixes, call, noted)
+        given = call.arguments
+        positions = given.get("position_ids")
+        whole = given.get("past_key_values") is None and given.get("attention_mask") is None
+        if positions is not None and whole:
+            # Without a mask, transformers takes positions with a gap (an infix) for several texts.
+            given["attention_mask"] = torch.ones_like(positions)
+        given[KEYWORD] = in_place(model, prefixes, call, noted)
 
 
 def layers_read(model: PreTrainedModel) -> Mapping[nn.Module, int]:
