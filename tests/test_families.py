@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,24 @@ def test_rows_of_a_mixed_batch_are_as_alone(family: str, data: st.DataObject) ->
     chosen = data.draw(st.lists(st.sampled_from([None, *made]), min_size=len(lengths),
                                 max_size=len(lengths)))  # fmt: skip
     left = data.draw(st.booleans()) and subject.kind.padded_left
+    require_as_alone(subject, host, lengths, chosen, left)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_rows_of_all_methods_share_a_batch(family: str) -> None:
+    subject, made = adapters_of(family)
+    lengths = [(3 + 4 * i, 2) for i in range(len(made) + 1)]
+    require_as_alone(subject, made[0], lengths, [*made, None], left=False)
+
+
+def require_as_alone(
+    subject: Subject,
+    host: Ours,
+    lengths: Sequence[tuple[int, int]],
+    chosen: Sequence[Ours | None],
+    left: bool,
+) -> None:
+    """Rows of one batch, each with its own adapter or none, are what its oracle makes of each."""
     rows = subject.rows(*lengths)
     prefixes = [None if c is None else c.adapter.prefix().detach() for c in chosen]
     batch = PrefixBatch.gathered(prefixes, host.adapter.base.layout)

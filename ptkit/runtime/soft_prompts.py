@@ -145,7 +145,9 @@ class _ReadingAlong(Stand):
         stack = _stack(model)
         if stack is model.base_model:
             return _only_words(self.inner(**kw), at)
-        replaced = {name_of(model.base_model, stack): _GivingWords(stack, at)}
+        name = name_of(model.base_model, stack)
+        # Asked of `inner`: what runs in this pass may be a view of it.
+        replaced = {name: _GivingWords(self.inner.get_submodule(name), at)}
         return viewed(self.inner, replaced)(**kw)
 
 

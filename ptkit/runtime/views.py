@@ -30,9 +30,17 @@ class Stand(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("inner"), name)
 
+    def around(self, inner: nn.Module) -> Stand:
+        """The same for `inner`."""
+        made = _made(type(self), {**self.__dict__, "_modules": dict(self._modules)})
+        made.inner = inner
+        return made
+
 
 def viewed(module: Viewed, replaced: Mapping[str, nn.Module]) -> Viewed:
     """`module` with the modules of these dotted names replaced; itself where there are none.
+
+    A module and a part of it may both be replaced, the module then by a `Stand`.
 
     Everything else is shared. Raises ModelError for a model whose forward was replaced from
     outside, which would not look into the view.
@@ -48,10 +56,14 @@ def viewed(module: Viewed, replaced: Mapping[str, nn.Module]) -> Viewed:
         else:
             below.setdefault(first, {})[rest] = other
     for first, others in below.items():
-        assert first not in replaced, "a module and a part of it are both replaced"
         child = module._modules[first]
         assert child is not None
-        view._modules[first] = viewed(child, others)
+        inside, stand = viewed(child, others), replaced.get(first)
+        if stand is None:
+            view._modules[first] = inside
+        else:  # it stands for the module with those parts replaced
+            assert isinstance(stand, Stand)
+            view._modules[first] = stand.around(inside)
     return view
 
 
