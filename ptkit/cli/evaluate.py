@@ -99,7 +99,7 @@ def _recipe_rows(
     loaded = load_recipe(recipe, overrides)
     recipes = [_in_precision(loaded, name) for name in precisions]  # all checked before any runs
     table: list[tuple[str, Evaluation]] = []
-    for chosen in recipes:
+    for asked, chosen in zip(precisions, recipes, strict=True):
         experiment = prepare(chosen)
         head = experiment.base.head
         if head is not None and head.told and None in places:  # an adapter has a head of its own
@@ -113,7 +113,9 @@ def _recipe_rows(
             if json_output:
                 typer.echo(json.dumps({**result.as_dict(), "precision": found}))
             elif len(recipes) > 1:
-                table.append((found, result))
+                # A GGUF file's values are of its own precision, however they are kept.
+                named = found if asked == found else f"{asked} ({found})"
+                table.append((named, result))
             else:
                 _show(result)
     if table:
