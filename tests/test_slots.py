@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from conftest import random_base
@@ -52,6 +54,32 @@ def test_a_hundred_swaps_recompile_nothing(bank: AdapterBank) -> None:
                 table.assign(row, name)
             expected = all_logits(model, ids, torch.ones_like(ids), bank.rows(names))
             torch.testing.assert_close(compiled(table.index), expected, atol=1e-5, rtol=1e-4)
+    assert graphs() == 1
+
+
+def test_what_is_compiled_knows_of_no_other_model(bank: AdapterBank, family: str) -> None:
+    """Models that come and go beside it neither recompile nor break it."""
+    table = bank.slots(3, slots=4, virtual_tokens=8)
+    ids = torch.cat([torch.tensor([row]) for row in rows_of([6, 6, 6])])
+
+    def logits(index: torch.Tensor) -> torch.Tensor:
+        return all_logits(bank.base.model, ids, torch.ones_like(ids), table.batch(index))
+
+    def read_with(other: AdapterBank) -> None:
+        other.add("a", bank.prefix("a0"))
+        all_logits(other.base.model, ids, torch.ones_like(ids), other.rows(["a"] * 3))
+
+    before = AdapterBank(random_base(family))
+    read_with(before)
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(logits, backend="eager", dynamic=False, fullgraph=True)
+    with torch.no_grad():
+        first = compiled(table.index)
+        read_with(AdapterBank(random_base(family)))
+        del before
+        gc.collect()
+        torch.testing.assert_close(compiled(table.index), first)
     assert graphs() == 1
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import finalize
 
 from torch import nn
 
 Fact = TypeVar("Fact")
 Asked = TypeVar("Asked", bound=nn.Module)
 
-_FACTS: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
+#: By the module's id. Weak references as keys would make whatever torch.compile traces depend on
+#: every other model that is alive, for it guards all keys that are no plain values.
+_FACTS: dict[int, dict[Any, Any]] = {}
 _ADDING = threading.Lock()
 
 
@@ -26,9 +28,12 @@ def known(module: Asked, find: Callable[[Asked], Fact]) -> Fact:
     The answer must not hold `module`, which would then never be freed. All threads get the same
     object, even where several asked at the same time.
     """
-    facts = _FACTS.get(module)
+    facts = _FACTS.get(id(module))
     if facts is not None and find in facts:
         return facts[find]
     found = find(module)
     with _ADDING:
-        return _FACTS.setdefault(module, {}).setdefault(find, found)
+        if id(module) not in _FACTS:
+            _FACTS[id(module)] = {}
+            finalize(module, _FACTS.pop, id(module), None)
+        return _FACTS[id(module)].setdefault(find, found)
