@@ -37,6 +37,7 @@ from ptkit.section import MethodSection
 from ptkit.training.experiment import prepare
 from ptkit.training.failure import Failure, failed_cells
 from ptkit.training.forecast import Forecast, forecast, is_long
+from ptkit.training.ready import require_supported
 from ptkit.training.record import CellRecord
 from ptkit.training.run import Cell, Observer, cell_name, run_cells
 
@@ -100,6 +101,7 @@ def train(
     cannot be carried out.
     """
     loaded, section, used_seed, folder = _chosen(recipe, method, seed, out, overrides)
+    require_supported(loaded.recipe, [section])
     if fresh:
         start_over(folder)
     cell = _cell(section, used_seed, folder, start_from)
@@ -143,6 +145,7 @@ def plan_training(
     """What `train` with these arguments would do: what was decided about the data, in lines, and
     what the run would take, measured on a few steps. Nothing is written to its folder."""
     loaded, section, used_seed, folder = _chosen(recipe, method, seed, out, overrides)
+    require_supported(loaded.recipe, [section])
     cell = _cell(section, used_seed, folder, start_from)
     experiment = prepare(loaded)
     return experiment.data_lines(), forecast(experiment, [cell])
@@ -242,7 +245,7 @@ class LoadedAdapter:
             "input_ids": torch.cat([virtual.to(ids.device), ids], dim=1),
             "attention_mask": torch.cat([seen, mask], dim=1),
             "past_key_values": prefilled_cache(
-                batch, ReservedCache(batch.longest + ids.shape[1] + 64)
+                self.base.model, batch, ReservedCache(batch.longest + ids.shape[1] + 64)
             ),
         }
 

@@ -17,7 +17,7 @@ from ptkit.section import MethodSection
 from ptkit.training.experiment import Experiment, prepare
 from ptkit.training.failure import FAILED, Failure, attempted
 from ptkit.training.forecast import Forecast, forecast, is_long
-from ptkit.training.ready import require_ready
+from ptkit.training.ready import require_ready, require_supported
 from ptkit.training.record import CellRecord
 from ptkit.training.run import Cell, Observer, cell_name, folder_name, run_cells
 
@@ -82,6 +82,7 @@ def run_grid(
     tries them again. Raises UserError for what is found to be wrong before the first cell is
     trained, FolderError when `out` holds another recipe's comparison.
     """
+    require_supported(loaded.recipe, loaded.recipe.methods)
     _require_unclaimed(loaded, out)
     require_sampler(loaded.recipe.budget)
     observer = observer or Observer()

@@ -23,6 +23,7 @@ from ptkit.methods.head import TrainedHead
 from ptkit.prefix import Compiled, KVPrefix, PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.gate import Gate, Gated
+from ptkit.runtime.placement import gradients_summed
 from ptkit.section import MethodSection
 
 
@@ -142,6 +143,8 @@ class Adapter(nn.Module):
         """What gives the rows of a batch their prefixes, differentiable in the adapter's
         parameters; None without virtual tokens."""
         compiled = self.own_compiled()
+        if isinstance(compiled, KVPrefix):
+            compiled = gradients_summed(self.base.model, compiled)
         gate = self.input_gate
         return compiled if compiled is None or gate is None else Gated(compiled, gate)
 

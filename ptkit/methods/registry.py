@@ -54,6 +54,8 @@ def create_adapter(section: MethodSection, base: Base, demonstrations: Demonstra
 def require_method_fits(section: MethodSection, base: Base) -> None:
     """Raise ModelError when the method does not work on this kind of model."""
     cls = ADAPTERS[section.kind]
+    if base.processes > 1 and not section.on_split_base:
+        raise ModelError(not_on_split_base(section))
     if cls.needs_head and base.head is None:
         raise ModelError(
             f"`{section.title}` ({section.kind}) trains a classification head, which {base.id} as "
@@ -74,6 +76,15 @@ def require_method_fits(section: MethodSection, base: Base) -> None:
             f"`input`, or use {able}"
         )
     cls.require_fits(section, base)
+
+
+def not_on_split_base(section: MethodSection) -> str:
+    """Why the method of `section` is refused on a base that several processes hold together."""
+    able = ", ".join(kind for kind, own in method_sections().items() if own.on_split_base)
+    return (
+        f"`{section.title}` ({section.kind}) does not work on a base that `model.tp_plan` splits "
+        f"over several processes; use {able}, or `model.device_map: auto` in one process"
+    )
 
 
 def adapter_from_files(files: AdapterFiles, base: Base) -> Adapter:

@@ -23,6 +23,7 @@ from ptkit.runtime.backends import backend_of
 from ptkit.runtime.fused import has_plain_head, head_losses
 from ptkit.runtime.infix import placed_before_last
 from ptkit.runtime.last_layer import last_block_on
+from ptkit.runtime.placement import own_part
 from ptkit.runtime.soft_prompts import put_soft_prompts, skipped_positions, with_embeddings
 from ptkit.runtime.turns import running, turn
 from ptkit.runtime.views import Stand, looks_into_views, name_of, viewed
@@ -193,7 +194,7 @@ class ModelRunner:
 
     def _put(self, call: Call, prefixes: PrefixBatch | None) -> None:
         if prefixes is not None and prefixes.longest:
-            backend_of(self.model).put(self.model, Repeats(prefixes), call)
+            backend_of(self.model).put(self.model, Repeats(own_part(self.model, prefixes)), call)
 
     def _output(self, call: Call) -> Any:
         return call.after(viewed(self.model, call.replaced)(**call.arguments))

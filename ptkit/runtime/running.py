@@ -135,7 +135,7 @@ class Reading:
         batch = self._batch
         if batch.infix is None:
             if batch.longest:
-                prefilled_cache(batch, self.cache)
+                prefilled_cache(self._model, batch, self.cache)
             return end
         mask = self.visible[:, batch.longest :].long()
         read_before_last(self._model, self._ids, mask, batch, self.cache)
@@ -208,8 +208,9 @@ class _RowsLayer(CacheLayerMixin):
         rows = self._rows
         keys: Any = self.keys
         values: Any = self.values
-        keys[rows.index, :, rows.column] = key_states[:, :, 0]
-        values[rows.index, :, rows.column] = value_states[:, :, 0]
+        index, column = rows.index.to(keys.device), rows.column.to(keys.device)
+        keys[index, :, column] = key_states[:, :, 0]
+        values[index, :, column] = value_states[:, :, 0]
         count = len(rows.lengths)
         return keys[:count, :, : rows.width], values[:count, :, : rows.width]
 
@@ -246,7 +247,8 @@ class _RowsCache(Cache):
         for layer, source in zip(self.layers, cache.layers, strict=True):
             read: Any = source
             for name in ("keys", "values"):
-                found = getattr(read, name)[index][:, columns]
+                found = getattr(read, name)[index]
+                found = found[:, columns if run else visible.to(found.device)]
                 buffer = _grown(getattr(layer, name), row + 1, length + 1, found)
                 buffer[row, :, :length] = found
                 # Hidden positions are multiplied by zero, which must not meet a NaN left there.

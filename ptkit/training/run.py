@@ -15,10 +15,9 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +36,7 @@ from ptkit.formats import atomic
 from ptkit.formats.adapter_files import (
     RECIPE,
     WEIGHTS,
+    AdapterFiles,
     read_adapter,
     read_config,
     sha256,
@@ -65,7 +65,6 @@ from ptkit.training.experiment import Experiment
 from ptkit.training.failure import FAILED, Failure
 from ptkit.training.gate import fit_gate, require_gate_fits, share_open
 from ptkit.training.loop import fit
-from ptkit.training.processes import processes, shared
 from ptkit.training.provenance import adapter_info, hardware, recipe_of_cell, versions
 from ptkit.training.record import CellRecord
 from ptkit.training.trainee import Job, StepReport
@@ -230,7 +229,7 @@ def _train_and_measure(
         progresses = [Progress() for _ in cells]
         if trains:
             progresses = _fit(experiment, cells, adapters, observer)
-        state = processes(experiment.base.model.device)
+        parallel = experiment.parallel
         for i, (cell, adapter) in enumerate(zip(cells, adapters, strict=True)):
             if trains:
                 adapter.input_gate = _gate(experiment, cell)
@@ -239,20 +238,24 @@ def _train_and_measure(
             seconds = time.perf_counter() - clock
             retention = None
             if experiment.general is not None:
-                share = partial(shared, state=state)
-                retention = measure_retention(adapter, experiment.general, share).as_dict()
-            if not state.is_main_process:  # the first process measures the rest and writes for all
+                retention = measure_retention(adapter, experiment.general, parallel.map).as_dict()
+            if not parallel.measures:
                 continue
-            record = _measure(
-                experiment, adapter, cell, progresses[i], predictions, seconds, retention, started
-            )
+            scores = _scores(experiment, predictions)
+            results = _Results(predictions, scores, seconds, retention)
+            record = _measure(experiment, adapter, cell, progresses[i], results, started)
+            # Reading it off the adapter runs the base, too: a soft start is compiled.
+            files = adapter.files() if trains and adapter.has_off else None
+            if not parallel.state.is_main_process:  # the first one writes for all
+                continue
+            record = _written(experiment, adapter, cell, record, results, files)
             record = record.updated(trained_together=len(cells), chosen=choices[i].record)
             atomic.write_json(cell.done, record.as_dict())
             _tidy(cell.folder)
             observer.cell_finished(record, reused=False)
             records.append(record)
-        state.wait_for_everyone()
-        if not state.is_main_process:
+        parallel.state.wait_for_everyone()
+        if not parallel.state.is_main_process:
             records = [CellRecord.read(cell.done) for cell in cells]
     finally:
         for adapter in adapters:
@@ -271,7 +274,7 @@ def claim(experiment: Experiment, cell: Cell) -> None:
     """Write what `cell` is to its folder, or raise FolderError when it already is another."""
     recipe = experiment.recipe
     identity = {
-        "model": recipe.model.model_dump(exclude={"device"}),
+        "model": recipe.model.model_dump(exclude=recipe.model.PLACES),
         "base_fingerprint": experiment.base.fingerprint,
         "data_fingerprint": experiment.data_fingerprint(cell.seed),
         "test_rows": experiment.test_fingerprint(),
@@ -312,7 +315,8 @@ def _chosen(experiment: Experiment, cell: Cell) -> Choice:
 
     examples = experiment.training(cell.seed).examples
     # The others read what the first process found: rounding may tell two devices different things.
-    with processes(experiment.base.model.device).main_process_first():
+    parallel = experiment.parallel
+    with nullcontext() if parallel.together else parallel.state.main_process_first():
         return choose(method, make, experiment.recipe.task, examples, cell.folder)
 
 
@@ -410,7 +414,24 @@ def _predicted(experiment: Experiment, adapter: Adapter, observer: Observer) -> 
         batch_size = recipe.evaluate.batch_size
         return predict(adapter, rows, recipe.task, batch_size, observer.predicting)
 
-    return shared(experiment.data.test, work, processes(experiment.base.model.device))
+    return experiment.parallel.map(experiment.data.test, work)
+
+
+def _scores(experiment: Experiment, predictions: Sequence[Prediction]) -> dict[str, Interval]:
+    """The task's metrics of the predictions of all test rows."""
+    recipe = experiment.recipe
+    return score_intervals(predictions, recipe.task.metrics, recipe.evaluate.bootstrap)
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What all processes found out about a cell: predictions of the test rows, the metrics, how
+    many seconds predicting took, and what is left of the base."""
+
+    predictions: Sequence[Prediction]
+    scores: Mapping[str, Interval]
+    seconds: float
+    retention: dict[str, Any] | None
 
 
 def _measure(
@@ -418,19 +439,15 @@ def _measure(
     adapter: Adapter,
     cell: Cell,
     progress: Progress,
-    predictions: Sequence[Prediction],
-    eval_seconds: float,
-    retention: dict[str, Any] | None,
+    results: _Results,
     started: datetime,
 ) -> CellRecord:
-    recipe, base, method, folder = experiment.recipe, experiment.base, cell.method, cell.folder
-    scores = score_intervals(predictions, recipe.task.metrics, recipe.evaluate.bootstrap)
+    recipe, base, method = experiment.recipe, experiment.base, cell.method
     latency = Latency(None, None)
     if base.head is None:
-        latency = measure_latency(adapter, experiment.probe_ids[0, :32].tolist())
-    lines = [json.dumps(p.as_dict(), ensure_ascii=False) for p in predictions]
-    atomic.write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
-    record = CellRecord(
+        probe = experiment.probe_ids[0, :32].tolist()
+        latency = measure_latency(adapter, probe, experiment.parallel.any)
+    return CellRecord(
         recipe=recipe.name,
         cell=cell.name,
         method=method.title,
@@ -441,13 +458,13 @@ def _measure(
         seed=cell.seed,
         settings=method.model_dump(),
         n_train=len(experiment.training(cell.seed).encoded) if method.trains else 0,
-        n_test=len(predictions),
+        n_test=len(results.predictions),
         test_split=experiment.data.test_split,
         test_chose=experiment.data.test_chose,
         test_rows=experiment.test_fingerprint(),
         retention_text=experiment.retention_fingerprint(),
         base_fingerprint=base.fingerprint,
-        metrics={name: interval.mean for name, interval in scores.items()},
+        metrics={name: interval.mean for name, interval in results.scores.items()},
         score=recipe.task.metrics[0],
         trainable_parameters=adapter.trainable_parameters,
         base_parameters=base.parameters,
@@ -457,9 +474,9 @@ def _measure(
         best_step=progress.best_step,
         tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
         peak_memory_bytes=progress.peak_memory_bytes if method.trains else None,
-        eval_seconds=eval_seconds,
+        eval_seconds=results.seconds,
         curve=progress.curve,
-        retention=retention,
+        retention=results.retention,
         gate=_openings(experiment, adapter),
         decode_ms=latency.adapter,
         added_ms=latency.added,
@@ -469,9 +486,24 @@ def _measure(
         hardware=hardware(base.model.device),
         started=started.isoformat(timespec="seconds"),
     )
-    if not method.trains:
+
+
+def _written(
+    experiment: Experiment,
+    adapter: Adapter,
+    cell: Cell,
+    record: CellRecord,
+    results: _Results,
+    files: AdapterFiles | None,
+) -> CellRecord:
+    """`record` with what was written of the cell: its predictions and the adapter, as `files` hold
+    it (None: the whole model was trained)."""
+    folder = cell.folder
+    lines = [json.dumps(p.as_dict(), ensure_ascii=False) for p in results.predictions]
+    atomic.write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+    if not cell.method.trains:
         return record
-    path, size = _save(adapter, folder, experiment, record, scores)
+    path, size = _save(adapter, files, folder, experiment, record, results.scores)
     return record.updated(bytes_on_disk=size, adapter_path=path)
 
 
@@ -486,19 +518,20 @@ def _off_exact(experiment: Experiment, adapter: Adapter) -> bool | None:
 
 def _save(
     adapter: Adapter,
+    files: AdapterFiles | None,
     folder: Path,
     experiment: Experiment,
     record: CellRecord,
     scores: Mapping[str, Interval],
 ) -> tuple[str, int]:
     """Save the trained adapter (or model); returns its folder's name and its weights' bytes."""
-    if not adapter.has_off:
+    if files is None:
         with atomic.folder(folder / "model", replace=True) as scratch, no_weights_bar():
             adapter.model.save_pretrained(scratch)
             experiment.base.tokenizer.save_pretrained(scratch)
         return "model", sum(f.stat().st_size for f in (folder / "model").glob("*.safetensors"))
     info = adapter_info(experiment, record, scores)
     recipe = recipe_of_cell(experiment.recipe, record.settings, record.seed)
-    files = replace(adapter.files(), info=info, texts={RECIPE: recipe})
+    files = replace(files, info=info, texts={RECIPE: recipe})
     write_adapter(folder / "adapter", files, replace=True)
     return "adapter", (folder / "adapter" / WEIGHTS).stat().st_size
