@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ptkit.bank.source import name_of
 from ptkit.errors import AdapterError, PtkitError, UserError
-from ptkit.evaluation.saved import find_adapter
+from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import read_adapter
 from ptkit.methods import adapter_from_files, base_of, require_same_base
