@@ -179,12 +179,12 @@ def _train(trial: QuantizeSettings, precision: str, end: Connection) -> None:
     )
     judged = encode_examples(data.validation[:VALIDATION], base.tokenizer, recipe.recipe.task)
     settings = TrainSection(
-        steps=trial.steps, batch_size=trial.batch_size, warmup_steps=0, schedule="constant",
+        steps=trial.steps, batch_size=trial.batch_size, warmup_steps=trial.steps // 10,
         eval_every=trial.steps, save_every=trial.steps, autocast="no",
         gradient_checkpointing=trial.checkpointing, context_cache_mb=0,
     )  # fmt: skip
     prefix = PrefixTuningSection(
-        kind="prefix_tuning", num_virtual_tokens=trial.virtual_tokens, start="random",
+        kind="prefix_tuning", num_virtual_tokens=trial.virtual_tokens, start="task",
         learn_embeddings=False,
     )  # fmt: skip
     adapter = create_adapter(prefix, base, Demonstrations([], 0))

@@ -230,7 +230,7 @@ class _Loop:
         return values.tolist(), read
 
     def _retain(self, active: list[int]) -> None:
-        """Add the gradients of the divergence from the base, where an adapter is to stay near it."""
+        """Add the gradients of the divergence from the base where an adapter is to stay near it."""
         for trainer in (self.trainers[i] for i in active):
             if trainer.retainer is None:
                 continue
