@@ -61,7 +61,7 @@ def adapter_on(base: Base, kind: str = "prefix_tuning") -> Any:
     return create_adapter(section, base, Demonstrations(("w1 w2 w3",), 0))
 
 
-@pytest.mark.parametrize("kind", ["prefix_tuning", "prompt_tuning", "lora"])
+@pytest.mark.parametrize("kind", ["prefix_tuning", "prompt_tuning"])
 def test_an_offloaded_base_learns_and_answers_as_one_in_memory(
     kind: str, folder: Path, offloaded: Base, recipe_file: Path, tmp_path: Path
 ) -> None:
@@ -69,7 +69,7 @@ def test_an_offloaded_base_learns_and_answers_as_one_in_memory(
     assert any(p.is_meta for p in offloaded.model.parameters())
     methods = (
         "methods=[{kind: prefix_tuning, num_virtual_tokens: 4}, "
-        "{kind: prompt_tuning, num_virtual_tokens: 4}, {kind: lora, rank: 2}]"
+        "{kind: prompt_tuning, num_virtual_tokens: 4}]"
     )
     runs = [
         ptkit.train(recipe_file, method=kind, out=tmp_path / name, base=base, overrides=[methods])
@@ -82,6 +82,22 @@ def test_an_offloaded_base_learns_and_answers_as_one_in_memory(
     assert runs[0].record.metrics == runs[1].record.metrics
     assert runs[0].record.base_fingerprint == runs[1].record.base_fingerprint
     assert runs[0].record.adapter_off_exact
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "ia3", "prefix_lora"])
+def test_methods_in_layers_that_are_offloaded_are_refused_by_name(
+    kind: str, offloaded: Base
+) -> None:
+    section = method_section({"kind": kind})
+    with pytest.raises(ModelError, match=rf"`{kind}` \({kind}\) changes layers .* offloads"):
+        create_adapter(section, offloaded, Demonstrations(("w1 w2 w3",), 0))
+
+
+def test_lora_works_on_a_map_without_offloading(folder: Path) -> None:
+    base = load_base(folder, device_map={"": "cpu"})
+    adapter = create_adapter(method_section({"kind": "lora"}), base, Demonstrations((), 0))
+    assert adapter.trainable_parameters
+    adapter.close()
 
 
 def test_every_way_of_running_an_offloaded_base_is_that_of_one_in_memory(
@@ -130,10 +146,11 @@ def spread_over(places: dict[str, Any], model: Any) -> Any:
 
 
 def test_each_layers_part_of_a_prefix_goes_to_the_layers_own_device() -> None:
-    """`meta` stands for a second device: only where a tensor is placed can be asked of it."""
+    """`meta` stands for a second device: only where a tensor is placed can be asked of it. (`cpu`
+    beside another device would mean that the weights are offloaded.)"""
     model = spread_over(
-        {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "meta",
-         "model.layers.2.self_attn": "meta", "model.layers.2.mlp": "cpu", "model.norm": "meta",
+        {"model.embed_tokens": "cpu:0", "model.layers.0": "cpu:0", "model.layers.1": "meta",
+         "model.layers.2.self_attn": "meta", "model.layers.2.mlp": "cpu:0", "model.norm": "meta",
          "lm_head": "meta"},
         random_model("llama"),
     )  # fmt: skip
@@ -154,11 +171,11 @@ def test_each_layers_part_of_a_prefix_goes_to_the_layers_own_device() -> None:
 @pytest.mark.parametrize(
     ("places", "devices"),
     [
-        ({"": 0}, None),
-        ({"model": 0, "lm_head": 1}, [0, 0, 0]),
-        ({"model.layers.0": 0, "model": 1, "lm_head": 1}, [0, 1, 1]),
+        ({"": "cuda:0"}, None),
+        ({"model": "cuda:0", "lm_head": "cuda:1"}, ["cuda:0"] * 3),
+        ({"model.layers.0": "cuda:0", "": "cuda:1"}, ["cuda:0", "cuda:1", "cuda:1"]),
         # Offloaded layers are computed on the first device of the map.
-        ({"model.layers.0": 1, "model.layers.1": "cpu", "model": "disk", "lm_head": 1}, [1, 1, 1]),
+        ({"model.layers.0": "cuda:1", "model.layers.1": "cpu", "": "disk"}, ["cuda:1"] * 3),
         ({"model": "cpu", "model.layers.2": "disk", "lm_head": "disk"}, ["cpu"] * 3),
     ],
 )
@@ -174,7 +191,7 @@ def test_a_layer_is_where_its_attention_computes(
 
 
 def test_what_a_spread_base_computes_comes_together_on_one_device() -> None:
-    model = spread_over({"model.layers.0": "meta", "": "cpu"}, random_model("llama"))
+    model = spread_over({"model.layers.0": "meta", "": "cpu:0"}, random_model("llama"))
     parts = tuple(torch.rand(2, 5, 8) for _ in range(3))
     prefix = whole(model, KVPrefix(parts, parts))
     assert {t.device for t in prefix.tensors} == {model.device}

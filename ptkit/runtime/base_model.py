@@ -151,6 +151,11 @@ class Base(Texts):
         return processes_of(self.model)
 
     @property
+    def offloaded(self) -> bool:
+        """Whether some of its weights are fetched for each pass."""
+        return any(parameter.is_meta for parameter in self.model.parameters())
+
+    @property
     def encoder_decoder(self) -> bool:
         """Whether an encoder reads the input and a decoder writes the target."""
         return bool(self.model.config.is_encoder_decoder)

@@ -25,8 +25,8 @@ from ptkit.prefix import KVPrefix, PrefixBatch
 from ptkit.runtime.architecture import evaluating
 from ptkit.runtime.attention_sites import attention_modules, layer_table
 from ptkit.runtime.facts import known
+from ptkit.runtime.locks import running
 from ptkit.runtime.row_adapters import rows_run_with
-from ptkit.runtime.turns import running
 
 #: Places of a device map whose weights are fetched for each pass, to the device that computes.
 OFFLOADED = ("cpu", "disk")
