@@ -22,6 +22,7 @@ from ptkit.comparison.summary import MethodSummary
 from ptkit.data.tokens import listed
 from ptkit.errors import AdapterError, ModelError, PtkitError, UserError
 from ptkit.evaluation.saved import find_adapter
+from ptkit.extras import require
 from ptkit.formats.adapter_files import CONFIG, read_adapter
 from ptkit.formats.folder_lock import held, require_free
 from ptkit.methods import base_of, compile_files, require_same_base
@@ -183,6 +184,7 @@ def compare(
     """
     loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
     folder = Path("comparisons") / loaded.recipe.name if out is None else Path(out)
+    require("report", "`ptkit compare`")
     if fresh:
         start_over(folder)
     with held(folder):

@@ -33,7 +33,7 @@ LAYERS = [
     {"recipe", "formats"},
     {"methods.catalogue"},
     {"methods.*.settings", "methods.prompt_settings"},
-    {"section", "options", "plugins"},
+    {"section", "options", "plugins", "extras"},
     {"errors"},
 ]
 #: Free of every layer: the package's own doors, which load what is asked of them.

@@ -12,6 +12,7 @@ from typing import Any
 from ptkit.comparison.grid import Experiments, Group, claim_folder, plan, run_group
 from ptkit.comparison.search import Searches, require_sampler, trials_folder
 from ptkit.errors import PtkitError, UserError
+from ptkit.extras import extra
 from ptkit.formats import atomic
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.training.failure import FAILED, Failure
@@ -39,12 +40,11 @@ def run_on_ray(
 
     Nodes need the same ptkit, and the files the recipe names (model, data) in the same places;
     results travel as bytes and are written here. A cell whose node is lost runs again on another.
-    Raises UserError when Ray is not installed or the cluster cannot be reached.
+    Raises MissingExtraError when Ray is not installed, UserError when the cluster cannot be
+    reached.
     """
-    try:
+    with extra("ray", "`ptkit compare --on ray`"):
         import ray
-    except ImportError as error:
-        raise UserError("`--on ray` needs Ray: pip install 'ptkit[ray]'") from error
     observer = observer or Observer()
     require_sampler(loaded.recipe.budget)
     claim_folder(loaded, out)

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
 from ptkit.errors import UserError, did_you_mean
 from ptkit.evaluation.scope import (
@@ -26,6 +25,7 @@ from ptkit.evaluation.scope import (
     require_english_letters,
     require_words_at_spaces,
 )
+from ptkit.extras import extra
 from ptkit.plugins import brought, loaded, origin
 from ptkit.recipe.schema import TOKENIZED, TOKENIZERS
 
@@ -123,7 +123,8 @@ class SacreBleu(Metric):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        from sacrebleu.metrics import BLEU, CHRF, TER
+        with extra("evaluate", f"the metric `{name}`"):
+            from sacrebleu.metrics import BLEU, CHRF, TER
 
         kind, _, self._tokenizer = name.partition("-")
         options = {"tokenize": self._tokenizer} if self._tokenizer else {}
@@ -189,11 +190,12 @@ class Rouge(MeanOverExamples):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        from rouge_score.rouge_scorer import RougeScorer
+        with extra("evaluate", f"the metric `{name}`"):
+            from rouge_score.rouge_scorer import RougeScorer
 
         self._kind, _, self._tokenizer = name.partition("-")
         with _needs_a_tokenizer(name):
-            own = _SacreBleuTokens(self._tokenizer) if self._tokenizer else None
+            own = _SacreBleuTokens(name, self._tokenizer) if self._tokenizer else None
         self._library = RougeScorer([self._kind], use_stemmer=True, tokenizer=own)
 
     def require(self, references: Sequence[Sequence[str]]) -> None:
@@ -212,8 +214,9 @@ class Rouge(MeanOverExamples):
 class _SacreBleuTokens:
     """One of sacrebleu's tokenisers, as rouge-score calls them."""
 
-    def __init__(self, name: str) -> None:
-        from sacrebleu.metrics import BLEU
+    def __init__(self, metric: str, name: str) -> None:
+        with extra("evaluate", f"the metric `{metric}`"):
+            from sacrebleu.metrics import BLEU
 
         self._library: Any = BLEU(tokenize=name).tokenizer
 
@@ -229,9 +232,10 @@ class Meteor(MeanOverExamples):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        from nltk.corpus import wordnet
-        from nltk.tokenize import wordpunct_tokenize
-        from nltk.translate.meteor_score import meteor_score
+        with extra("evaluate", f"the metric `{name}`"):
+            from nltk.corpus import wordnet
+            from nltk.tokenize import wordpunct_tokenize
+            from nltk.translate.meteor_score import meteor_score
 
         try:
             wordnet.ensure_loaded()
@@ -379,21 +383,26 @@ class EntityF1(Metric):
     strictly: a span that is not closed is no entity.
     """
 
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        with extra("evaluate", f"the metric `{name}`"):
+            from seqeval.metrics.sequence_labeling import get_entities
+            from seqeval.scheme import BILOU, IOBES, Entities
+        self._lenient, self._strict = get_entities, Entities
+        self._schemes = {"IOBES": IOBES, "BILOU": BILOU}
+
     def require(self, references: Sequence[Sequence[str]]) -> None:
         entity_scheme(label for row in references for label in row[0].split())
 
     def _rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
-        from seqeval.metrics.sequence_labeling import get_entities
-        from seqeval.scheme import BILOU, IOBES, Entities
-
         scheme = entity_scheme(label for row in references for label in row[0].split())
 
         def spans(labels: str) -> set[Any]:
             known = ["O" if label == UNREAD else label for label in labels.split()]
             if scheme == "IOB":
-                return set(get_entities(known))
-            strict = {"IOBES": IOBES, "BILOU": BILOU}[scheme]
-            return {entity.to_tuple() for entity in Entities([known], strict).entities[0]}
+                return set(self._lenient(known))
+            strict = self._strict([known], self._schemes[scheme])
+            return {entity.to_tuple() for entity in strict.entities[0]}
 
         rows = []
         for prediction, reference in zip(predictions, references, strict=True):
@@ -419,6 +428,12 @@ class RocAuc(Metric):
 
     needs: ClassVar[str | None] = "label_scores"
 
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        with extra("evaluate", f"the metric `{name}`"):
+            from scipy.stats import rankdata
+        self._ranks: Any = rankdata
+
     def _detailed_rows(
         self, references: Sequence[Sequence[str]], details: Sequence[Details]
     ) -> Statistics:
@@ -435,7 +450,7 @@ class RocAuc(Metric):
         present = np.unique(gold)
         if len(present) < 2:
             return 50.0
-        ranks = rankdata(rows[:, 1 + present], axis=0)
+        ranks = self._ranks(rows[:, 1 + present], axis=0)
         own = gold[:, None] == present
         count = own.sum(axis=0)
         above = (ranks * own).sum(axis=0) - count * (count + 1) / 2

@@ -281,7 +281,7 @@ def load_base(
         if file is None:
             raise ModelError(
                 f"`model.quantize: blocks` keeps the blocks of a GGUF file, and `{id}` is "
-                "none; use nf4 or int8, which round any checkpoint (pip install 'ptkit[quantize]')"
+                'none; use nf4 or int8, which round any checkpoint (pip install "ptkit[quantize]")'
             )
         weights = str(in_blocks(file, Path(source)))
     values = getattr(torch, dtype)
