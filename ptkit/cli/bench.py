@@ -11,6 +11,7 @@ import typer
 
 from ptkit.cli.options import JsonOutput
 from ptkit.errors import UserError, did_you_mean
+from ptkit.formats.sizes import in_bytes
 
 if TYPE_CHECKING:
     from ptkit.bench.result import BenchResult, Figure
@@ -439,7 +440,7 @@ def _target(figure: Figure) -> str:
 
 def _value(figure: Figure, value: float) -> str:
     if figure.unit == "bytes":
-        return f"{value / 1e6:,.1f} MB"
+        return in_bytes(value)
     if figure.unit == "":
         return f"{value:,.0f}"
     digits = 1 if figure.unit in ("us", "%") else 2
