@@ -14,7 +14,7 @@ from ptkit.errors import UserError
 from ptkit.extras import require
 
 if TYPE_CHECKING:
-    from ptkit.evaluation.saved import Evaluation
+    from ptkit.evaluation.evaluate import Evaluation
     from ptkit.recipe import LoadedRecipe
 
 
@@ -92,7 +92,7 @@ def _recipe_rows(
     predictions: Path | None,
     json_output: bool,
 ) -> None:
-    from ptkit.evaluation.saved import evaluate_saved
+    from ptkit.evaluation.evaluate import evaluate_saved
     from ptkit.formats import atomic
     from ptkit.recipe import load_recipe
     from ptkit.training.experiment import prepare
@@ -174,8 +174,8 @@ def _standard_tasks(
     options: dict[str, Any],
 ) -> None:
     require("harness", "`ptkit evaluate --harness`")
+    from ptkit.evaluation.evaluate import adapter_at
     from ptkit.evaluation.harness import evaluate_tasks
-    from ptkit.evaluation.saved import adapter_at
     from ptkit.runtime.base_model import Base
 
     base: Base | None = None
