@@ -24,7 +24,8 @@ from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section
 from ptkit.prefix import PrefixBatch
 from ptkit.recipe import load_recipe
-from ptkit.recipe.schema import ClassificationTask, SequenceClassificationTask, TrainSection
+from ptkit.recipe.schema import TrainSection
+from ptkit.recipe.tasks import ClassificationTask, SequenceClassificationTask
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_losses
 from ptkit.section import MethodSection

@@ -268,7 +268,7 @@ def test_perplexity_is_exp_of_transformers_own_loss(base) -> None:
     from ptkit.data.task import Example
     from ptkit.evaluation.predict import predict
     from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
-    from ptkit.recipe.schema import GenerationTask
+    from ptkit.recipe.tasks import GenerationTask
 
     task = GenerationTask(
         kind="generation", data={"builtin": "facts-to-text"}, input="{a}", target="{b}",

@@ -14,7 +14,8 @@ from ptkit.comparison.drawing import on_page
 from ptkit.comparison.summary import MethodSummary, baseline_of, best_of
 from ptkit.evaluation.metrics import metric
 from ptkit.evaluation.statistics import Interval
-from ptkit.recipe.schema import GenerationTask, Recipe
+from ptkit.recipe.schema import Recipe
+from ptkit.recipe.tasks import GenerationTask
 from ptkit.training.failure import Failure
 from ptkit.training.record import written
 

@@ -39,7 +39,8 @@ from ptkit.methods.prompt_settings import PromptMethodSection
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.expansion import changed
-from ptkit.recipe.schema import HeadedTask, Recipe
+from ptkit.recipe.schema import Recipe
+from ptkit.recipe.tasks import HeadedTask
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.training.failure import Failure, failed_cells
 from ptkit.training.run import RunObserver, cell_name

@@ -27,7 +27,7 @@ from ptkit.evaluation.scope import (
 )
 from ptkit.extras import extra
 from ptkit.plugins import brought, loaded, origin
-from ptkit.recipe.schema import TOKENIZED, TOKENIZERS
+from ptkit.recipe.tasks import TOKENIZED, TOKENIZERS
 
 Statistics = npt.NDArray[np.float64]
 

@@ -19,7 +19,7 @@ from ptkit.evaluation.metrics import Metric, Statistics, metric
 from ptkit.evaluation.scope import UNREAD
 from ptkit.methods import Adapter
 from ptkit.prefix import Compiled
-from ptkit.recipe.schema import (
+from ptkit.recipe.tasks import (
     ClassificationTask,
     GenerationTask,
     HeadedTask,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ptkit.data.encode import IGNORED, EncodedExample
 from ptkit.prefix import Compiled, PrefixBatch
-from ptkit.recipe.schema import HeadedTask, Task
+from ptkit.recipe.tasks import HeadedTask, Task
 from ptkit.runtime.architecture import head_kind, is_encoder
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.fused import has_plain_head, head_divergences

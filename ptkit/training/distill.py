@@ -37,7 +37,8 @@ from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import LoadedRecipe
-from ptkit.recipe.schema import HeadedTask, Task, TrainSection
+from ptkit.recipe.schema import TrainSection
+from ptkit.recipe.tasks import HeadedTask, Task
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.cache import has_state
 from ptkit.runtime.compile import compile_tokens

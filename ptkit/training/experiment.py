@@ -19,7 +19,8 @@ from ptkit.evaluation.metrics import metric
 from ptkit.evaluation.retention import GeneralProbe, off_probe, probe_base
 from ptkit.evaluation.score import require_metrics
 from ptkit.recipe import LoadedRecipe
-from ptkit.recipe.schema import HeadedTask, Recipe, Task, TokenClassificationTask
+from ptkit.recipe.schema import Recipe
+from ptkit.recipe.tasks import HeadedTask, Task, TokenClassificationTask
 from ptkit.runtime.architecture import HeadKind
 from ptkit.runtime.base_model import Base, Labels, load_base
 from ptkit.runtime.forward import require_embedded

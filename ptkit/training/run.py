@@ -53,7 +53,7 @@ from ptkit.methods import (
     restored,
 )
 from ptkit.methods.start import named_adapter
-from ptkit.recipe.schema import ClassificationTask, HeadedTask
+from ptkit.recipe.tasks import ClassificationTask, HeadedTask
 from ptkit.runtime.base_model import no_weights_bar
 from ptkit.runtime.dropout import require_no_dropout
 from ptkit.runtime.gate import Gate
