@@ -35,11 +35,13 @@ from ptkit.runtime.cache import ReservedCache, prefilled_cache, sees_everything
 from ptkit.runtime.forward import rows_for
 from ptkit.runtime.generation import generate
 from ptkit.section import MethodSection
+from ptkit.training.cell import Cell, cell_name
 from ptkit.training.experiment import prepare
 from ptkit.training.failure import Failure, failed_cells
 from ptkit.training.forecast import Forecast, forecast, is_long
+from ptkit.training.observer import RunObserver
 from ptkit.training.record import CellRecord
-from ptkit.training.run import Cell, RunObserver, cell_name, run_cells
+from ptkit.training.run import run_cells
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`task` with `kind: token_classification`", tasks.TokenClassificationTask),
     ("`task.data`", tasks.DataSection),
     ("`task.data.splits`", tasks.Splits),
-    ("`task.data.limits`", schema.Limits),
+    ("`task.data.limits`", tasks.SplitLimits),
     ("`train`", schema.TrainSection),
     ("`evaluate`", schema.EvaluateSection),
     ("`retention`", schema.RetentionSection),

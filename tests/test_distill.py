@@ -26,7 +26,7 @@ from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.forward import all_logits, collate, supervised_divergences, supervised_logits
 from ptkit.training.adapter_trainer import Job, StepReport
 from ptkit.training.distill import DISTILLED, FIRST_TOKENS, NOTHING, Distilled, distill
-from ptkit.training.run import RunObserver
+from ptkit.training.observer import RunObserver
 from ptkit.training.self_study import GENERIC, read_in_chunks, study
 from ptkit.training.teacher import Teacher
 

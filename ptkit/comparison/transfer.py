@@ -42,8 +42,9 @@ from ptkit.recipe.expansion import changed
 from ptkit.recipe.schema import Recipe
 from ptkit.recipe.tasks import HeadedTask
 from ptkit.runtime.base_model import Base, load_base
+from ptkit.training.cell import cell_name
 from ptkit.training.failure import Failure, failed_cells
-from ptkit.training.run import RunObserver, cell_name
+from ptkit.training.observer import RunObserver
 from ptkit.training.run_folder import delete_run_folder
 
 #: The method's own start, in every target's comparison.

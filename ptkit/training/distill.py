@@ -46,8 +46,8 @@ from ptkit.runtime.forward import require_embedded
 from ptkit.training.adapter_trainer import Job
 from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.loop import fit
+from ptkit.training.observer import RunObserver
 from ptkit.training.provenance import FORMAT, as_recorded, base_info, versions
-from ptkit.training.run import RunObserver
 from ptkit.training.run_folder import delete_run_folder, open_run_folder
 from ptkit.training.self_study import (
     SPLITS,
