@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ptkit.comparison.statistics import holm, paired_difference, share_of_way
-from ptkit.evaluation.metrics import Statistics, metric
+from ptkit.evaluation.metric import Statistics
+from ptkit.evaluation.metrics import metric
 from ptkit.evaluation.statistics import bootstrap_interval
 
 EXACT = metric("exact_match")

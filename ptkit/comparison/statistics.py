@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ptkit.evaluation.metrics import Metric, Statistics
+from ptkit.evaluation.metric import Metric, Statistics
 from ptkit.evaluation.statistics import Interval
 
 

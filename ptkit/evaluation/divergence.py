@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ptkit.data.encode import StudiedText
-from ptkit.evaluation.metrics import Statistics
+from ptkit.evaluation.metric import Statistics
 from ptkit.evaluation.retention import MAX_LOGITS
 from ptkit.evaluation.statistics import Interval, bootstrap_interval
 from ptkit.prefix import KVPrefix, PrefixBatch

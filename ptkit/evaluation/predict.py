@@ -15,7 +15,8 @@ from ptkit.data.encode import (
     tokens_of_words,
 )
 from ptkit.data.task import Example
-from ptkit.evaluation.metrics import Metric, Statistics, metric
+from ptkit.evaluation.metric import Metric, Statistics
+from ptkit.evaluation.metrics import metric
 from ptkit.evaluation.scope import UNREAD
 from ptkit.methods import Adapter
 from ptkit.prefix import Compiled

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ptkit.evaluation.metrics import Statistics
+from ptkit.evaluation.metric import Statistics
 from ptkit.extras import extra
 
 
