@@ -28,7 +28,7 @@ LAYERS = [
     {"bank"},
     {"methods"},
     {"runtime"},
-    {"prefix"},
+    {"prefix", "prefix_batch"},
     {"data"},
     {"recipe", "formats"},
     {"methods.catalogue"},

@@ -22,7 +22,7 @@ from ptkit.data.task import Example
 from ptkit.errors import PtkitError, UserError
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.recipe.tasks import ClassificationTask, SequenceClassificationTask

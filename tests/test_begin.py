@@ -38,7 +38,7 @@ from ptkit.formats.adapter_files import write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe.schema import RetainSection
 from ptkit.recipe.tasks import GenerationTask, SequenceClassificationTask
 from ptkit.runtime.base_model import Base, frozen_base, load_base

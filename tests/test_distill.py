@@ -18,7 +18,7 @@ from ptkit.data.general_text import read_text
 from ptkit.errors import DataError, ModelError, UserError
 from ptkit.evaluation.divergence import measure_divergence
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base

@@ -27,7 +27,8 @@ from ptkit.errors import AdapterError, ModelError
 from ptkit.evaluation.metrics import metric
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, create_adapter
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.attention import Call, Repeats
 from ptkit.runtime.attention_sites import attention_modules
 from ptkit.runtime.backends import backend_of

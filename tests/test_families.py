@@ -47,7 +47,7 @@ from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, adapter_from_files, create_adapter
 from ptkit.methods.catalogue import all_sections
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.attention import attention_of
 from ptkit.runtime.base_model import Base

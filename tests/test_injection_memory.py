@@ -14,7 +14,7 @@ from test_peft_parity import LEARNT, make_adapter, rows_of
 
 from ptkit.families.kinds import DECODER
 from ptkit.families.shapes import FAMILIES, small
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.attention import Placed
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits

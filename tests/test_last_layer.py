@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ptkit.families.kinds import DECODER
 from ptkit.families.shapes import FAMILIES, small
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import IGNORED, supervised_logits, supervised_losses, token_losses
 from ptkit.runtime.last_layer import last_block

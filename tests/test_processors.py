@@ -23,7 +23,7 @@ from ptkit import AdapterBank
 from ptkit.errors import ModelError
 from ptkit.families.kinds import DECODER, ENCODER_DECODER
 from ptkit.families.shapes import FAMILIES, small
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.cache import prefilled_cache
 from ptkit.runtime.generation import generate

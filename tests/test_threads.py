@@ -36,7 +36,8 @@ from ptkit.api import LoadedAdapter
 from ptkit.families.kinds import DECODER, ENCODER_DECODER, SEQUENCE_ENCODER
 from ptkit.families.shapes import FAMILIES, small
 from ptkit.formats.adapter_files import write_adapter
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.forward import all_logits, head_logits, pad_rows, supervised_losses
 from ptkit.runtime.generation import generate

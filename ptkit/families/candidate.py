@@ -33,7 +33,7 @@ from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files,
 from ptkit.methods.catalogue import all_sections
 from ptkit.methods.soft_prompt import SoftPrompt
 from ptkit.methods.text_prompt.adapter import TextPrompt
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.cache import conversation_cache
 from ptkit.runtime.forward import (
     IGNORED,

@@ -25,7 +25,7 @@ from ptkit.data.templates import Template
 from ptkit.errors import PtkitError, UserError
 from ptkit.formats import atomic
 from ptkit.methods import Adapter
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe.schema import TrainSection
 from ptkit.recipe.tasks import ClassificationTask, GenerationTask, HeadedTask, Task
 from ptkit.runtime.base_model import Base
