@@ -263,7 +263,7 @@ def test_forgetting_is_the_same_for_any_number_of_processes(
 
 
 def test_every_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ptkit.runtime.base_model import own_device
+    from ptkit.runtime.devices import own_device
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)

@@ -338,7 +338,8 @@ def test_heads_are_trained_in_float32_on_a_backbone_in_bfloat16(encoder: str, me
 def test_heads_start_anew_with_every_seed_unless_the_checkpoint_has_one(
     encoder: str, tmp_path: Path
 ) -> None:
-    from ptkit.runtime.base_model import Labels, load_base
+    from ptkit.runtime.base_model import load_base
+    from ptkit.runtime.heads import Labels
 
     source = random_classifier(encoder)
     source.model.base_model.save_pretrained(tmp_path / "backbone")

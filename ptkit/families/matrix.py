@@ -20,7 +20,8 @@ from ptkit.families.oracle import Merged
 from ptkit.families.properties import PROPERTIES, Mismatch, PropertyCase
 from ptkit.families.shapes import FAMILIES, small
 from ptkit.families.tested import ModelUnderTest, NotApplicable, real_model, small_model
-from ptkit.runtime.base_model import Labels, load_base
+from ptkit.runtime.base_model import load_base
+from ptkit.runtime.heads import Labels
 from ptkit.runtime.named_models import source_of
 
 

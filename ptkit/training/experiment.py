@@ -22,8 +22,9 @@ from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.schema import Recipe
 from ptkit.recipe.tasks import HeadedTask, Task, TokenClassificationTask
 from ptkit.runtime.architecture import HeadKind
-from ptkit.runtime.base_model import Base, Labels, load_base
+from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import require_embedded
+from ptkit.runtime.heads import Labels
 from ptkit.training.retain import general_windows
 
 

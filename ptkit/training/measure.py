@@ -21,7 +21,7 @@ from ptkit.evaluation.statistics import Interval
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import RECIPE, WEIGHTS, write_adapter
 from ptkit.methods import Adapter
-from ptkit.runtime.base_model import no_weights_bar
+from ptkit.runtime.progress import no_weights_bar
 from ptkit.training.cell import Cell
 from ptkit.training.checkpoint import Progress
 from ptkit.training.experiment import Experiment
