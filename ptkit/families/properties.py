@@ -1,7 +1,7 @@
 """What is asked of every method on every family: one function per property.
 
-Each takes a `PropertyCase` and raises `Mismatch` when the answer is wrong by the oracle; whatever the
-program under test raises itself is the caller's to record.
+Each takes a `PropertyCase` and raises `Mismatch` when the answer is wrong by the oracle; whatever
+the program under test raises itself is the caller's to record.
 """
 
 from __future__ import annotations
