@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
-from ptkit.families.tested import ModelUnderTest, TokenRow, small_model
 from test_cli import ptkit, refused
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
@@ -39,6 +38,7 @@ from ptkit.families.matrix import (
     models_under_test,
     run_matrix,
 )
+from ptkit.families.model_under_test import ModelUnderTest, TokenRow, small_model
 from ptkit.families.oracle import Labelled, Merged
 from ptkit.families.prefix_oracle import Attended
 from ptkit.families.properties import PROPERTIES

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from ptkit.families.tested import ModelUnderTest, real_model
 
 from ptkit import load_base
 from ptkit.errors import ModelError, UserError
 from ptkit.families.kinds import used_as
 from ptkit.families.matrix import Status, model_under_test, run_matrix
+from ptkit.families.model_under_test import ModelUnderTest, real_model
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import (
     ADAPTERS,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ptkit.families.candidate import Candidate
+from ptkit.families.model_under_test import ModelUnderTest, NotApplicable, TokenRow
 from ptkit.families.oracle import Merged
 from ptkit.families.property_case import (
     EQUAL,
@@ -33,7 +34,6 @@ from ptkit.families.property_case import (
     require_words,
     trained,
 )
-from ptkit.families.tested import ModelUnderTest, NotApplicable, TokenRow
 from ptkit.runtime.attention import attention_of
 
 #: The longest row an attention is written out for, in words.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ptkit.families.candidate import Candidate
-from ptkit.families.tested import ModelUnderTest, NotApplicable, TokenRow
+from ptkit.families.model_under_test import ModelUnderTest, NotApplicable, TokenRow
 
 #: Largest difference of two logits in float32, of the largest logit.
 TOLERANCE = 2e-4
