@@ -25,15 +25,16 @@ LAYERS = [
     {"comparison"},
     {"training"},
     {"evaluation"},
+    {"metrics.*"},
     {"bank"},
     {"methods"},
     {"runtime"},
     {"prefix", "prefix_batch"},
     {"data"},
     {"recipe", "formats"},
-    {"methods.catalogue"},
+    {"methods.catalogue", "metrics"},
     {"methods.*.settings", "methods.prompt_settings"},
-    {"section", "options", "plugins", "extras"},
+    {"section", "options", "plugins", "extras", "declared"},
     {"errors"},
 ]
 #: Free of every layer: the package's own doors, which load what is asked of them.

@@ -24,9 +24,9 @@ from transformers.masking_utils import eager_mask
 from ptkit import AdapterBank, load_adapter
 from ptkit.data.encode import IGNORED, EncodedExample
 from ptkit.errors import AdapterError, ModelError
-from ptkit.evaluation.metrics import metric
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, create_adapter
+from ptkit.metrics.registry import metric
 from ptkit.prefix import KVPrefix
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.attention import Call, Repeats

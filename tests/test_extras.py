@@ -15,9 +15,10 @@ from test_architecture import MODULES
 from test_cli import ptkit
 
 from ptkit.comparison.search import require_sampler
-from ptkit.evaluation.metrics import METRICS, metric
 from ptkit.evaluation.statistics import seeds_interval
 from ptkit.extras import EXTRAS, MissingExtraError, require
+from ptkit.metrics import metric_modules
+from ptkit.metrics.registry import metric
 from ptkit.recipe.schema import BudgetSection
 from ptkit.runtime.named_models import source_of
 from ptkit.training.gate import require_gate_fits
@@ -244,7 +245,7 @@ def test_a_package_that_is_there_and_broken_is_not_called_missing(
 
 def test_metrics_of_numbers_and_equality_need_no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden(monkeypatch, *EXTRAS["evaluate"])
-    free = {name for name in METRICS if _is_free(name)}
+    free = {name for name in metric_modules() if _is_free(name)}
     assert free >= {"exact_match", "accuracy", "macro_f1", "word_accuracy", "perplexity"}
 
 

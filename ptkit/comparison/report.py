@@ -12,8 +12,8 @@ from ptkit.comparison.autotuned import autotuned, starts_tried
 from ptkit.comparison.charts import best_of_families, charts_of, colours
 from ptkit.comparison.drawing import on_page
 from ptkit.comparison.summary import MethodSummary, baseline_of, best_of
-from ptkit.evaluation.metrics import metric
 from ptkit.evaluation.statistics import Interval
+from ptkit.metrics.registry import metric
 from ptkit.recipe.schema import Recipe
 from ptkit.recipe.tasks import GenerationTask
 from ptkit.training.failure import Failure

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from ptkit.data.encode import StudiedText
-from ptkit.evaluation.metric import Statistics
 from ptkit.evaluation.retention import MAX_LOGITS
 from ptkit.evaluation.statistics import Interval, bootstrap_interval
+from ptkit.metrics.metric import Statistics
 from ptkit.prefix import KVPrefix
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base

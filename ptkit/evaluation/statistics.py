@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ptkit.evaluation.metric import Statistics
 from ptkit.extras import extra
+from ptkit.metrics.metric import Statistics
 
 
 class Scores(Protocol):

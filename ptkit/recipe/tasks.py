@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ptkit.errors import did_you_mean
+from ptkit.metrics import Judged, metric_names
 from ptkit.plugins import brought
 from ptkit.section import Section
 
@@ -84,20 +85,13 @@ class DataSection(Section):
         return self
 
 
-#: Tokenisers of sacrebleu's that a metric may be told to use, as in `bleu-zh`; the metrics.
-TOKENIZERS = ("zh", "char", "intl", "ja-mecab", "ko-mecab", "flores200")
-
-
-TOKENIZED = ("bleu", "rouge1", "rouge2", "rougeL", "rougeLsum")
-
-
 #: A metric's name, of ptkit's own or brought by another package, or `module:function`.
 MetricName = Annotated[str, Field(min_length=1)]
 
 
 def _require_metrics(cls: Any, names: list[str]) -> list[str]:
     """Raise ValueError for a metric the task does not have, or one named twice."""
-    known = (*cls._known_metrics, *brought("ptkit.metrics"))
+    known = (*metric_names(cls._judged), *brought("ptkit.metrics"))
     for name in names:
         if ":" not in name and name not in known:
             raise ValueError(f"no metric `{name}`; {did_you_mean(name, known)}")
@@ -131,10 +125,7 @@ class GenerationTask(Section):
     line), `meteor`, `exact_match`, `perplexity` of the target, or your own `module:function`; the
     first is *the score* in tables. `bleu-zh`, `rougeL-char`: with sacrebleu's tokeniser `zh`,
     `char`, `intl`, `ja-mecab`, `ko-mecab` or `flores200`, for other languages than English."""
-    _known_metrics: ClassVar[tuple[str, ...]] = (
-        "bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "rougeLsum", "meteor", "exact_match",
-        "perplexity", *(f"{name}-{own}" for name in TOKENIZED for own in TOKENIZERS),
-    )  # fmt: skip
+    _judged: ClassVar[Judged] = "text"
 
     _metrics_are_known = field_validator("metrics")(_require_metrics)
 
@@ -159,9 +150,7 @@ class ClassificationTask(Section):
     metrics: list[MetricName] = Field(default=["accuracy", "macro_f1"], min_length=1)
     """`accuracy`, `macro_f1`, `macro_precision`, `macro_recall`, `roc_auc`, or your own
     `module:function`; the first is *the score* in tables."""
-    _known_metrics: ClassVar[tuple[str, ...]] = (
-        "accuracy", "macro_f1", "macro_precision", "macro_recall", "roc_auc",
-    )  # fmt: skip
+    _judged: ClassVar[Judged] = "label"
 
     _metrics_are_known = field_validator("metrics")(_require_metrics)
 
@@ -195,7 +184,7 @@ class HeadedTask(Section):
     """Inputs are cut on the right to this many tokens."""
     metrics: list[MetricName] = Field(min_length=1)
     """The first is *the score* in tables."""
-    _known_metrics: ClassVar[tuple[str, ...]]
+    _judged: ClassVar[Judged]
 
     _metrics_are_known = field_validator("metrics")(_require_metrics)
 
@@ -219,7 +208,7 @@ class SequenceClassificationTask(HeadedTask):
     metrics: list[MetricName] = Field(default=["accuracy", "macro_f1"], min_length=1)
     """`accuracy`, `macro_f1`, `macro_precision`, `macro_recall`, `roc_auc`, or your own
     `module:function`; the first is *the score* in tables."""
-    _known_metrics: ClassVar[tuple[str, ...]] = ClassificationTask._known_metrics
+    _judged: ClassVar[Judged] = "label"
 
 
 class TokenClassificationTask(HeadedTask):
@@ -234,7 +223,7 @@ class TokenClassificationTask(HeadedTask):
     metrics: list[MetricName] = Field(default=["word_accuracy", "word_macro_f1"], min_length=1)
     """`word_accuracy`, `word_macro_f1`, `entity_f1` (of labels in IOB, IOBES or BILOU), or your own
     `module:function`; the first is *the score* in tables."""
-    _known_metrics: ClassVar[tuple[str, ...]] = ("word_accuracy", "word_macro_f1", "entity_f1")
+    _judged: ClassVar[Judged] = "words"
 
 
 Task = GenerationTask | ClassificationTask | SequenceClassificationTask | TokenClassificationTask

@@ -1,56 +1,19 @@
-"""Metrics of labels, of a whole input or of its words, as scikit-learn and seqeval have them."""
+"""Labels of words, as scikit-learn and seqeval have them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ptkit.evaluation.metric import Details, Metric, Statistics
-from ptkit.evaluation.scope import UNREAD, entity_scheme
 from ptkit.extras import extra
+from ptkit.metrics.labels import macro_averaged
+from ptkit.metrics.metric import Metric, Statistics
+from ptkit.metrics.scope import UNREAD, entity_scheme
 
-
-class LabelMetric(Metric):
-    """Accuracy, and macro-averaged F1, precision and recall of labels, as scikit-learn has them."""
-
-    def _rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
-        gold = [r[0] for r in references]
-        index = {label: i for i, label in enumerate(sorted({*gold, *predictions}))}
-        pairs = [(index[g], index[p]) for g, p in zip(gold, predictions, strict=True)]
-        return np.asarray(pairs, dtype=np.float64)
-
-    def score(self, rows: Statistics) -> float:
-        gold, predicted = rows.T.astype(np.int64)
-        if self.name == "accuracy":
-            return 100.0 * float((gold == predicted).mean())
-        labels = int(rows.max()) + 1
-        counts = np.bincount(gold * labels + predicted, minlength=labels**2)
-        return 100.0 * _macro_averaged(self.name, counts.reshape(labels, labels))
-
-    def signature(self, references: Sequence[Sequence[str]]) -> str:
-        return "as scikit-learn's, 0 where nothing is divided by nothing"
-
-
-def _macro_averaged(name: str, counts: npt.NDArray[Any], classes: int | None = None) -> float:
-    """Mean over the labels seen of F1, precision or recall, from counts `[gold, predicted]`.
-
-    classes: only the first so many are labels
-
-    scikit-learn's figures without its checks of the input: a bootstrap asks thousands of times.
-    """
-    right, gold, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
-    over = {
-        "macro_f1": (gold + predicted) / 2,
-        "macro_precision": predicted,
-        "macro_recall": gold,
-    }[name]
-    shares = np.divide(right, over, out=np.zeros(len(right)), where=over > 0)
-    seen = (gold + predicted > 0)[:classes]
-    return float(shares[:classes][seen].mean())
+NAMES = {"words": ["word_accuracy", "word_macro_f1", "entity_f1"]}
 
 
 class WordLabels(Metric):
@@ -79,7 +42,7 @@ class WordLabels(Metric):
         counts = rows.sum(axis=0).reshape(labels, labels)
         if self.name == "word_accuracy":
             return 100.0 * float(counts.trace() / counts.sum())
-        return 100.0 * _macro_averaged("macro_f1", counts, classes=labels - 1)
+        return 100.0 * macro_averaged("macro_f1", counts, classes=labels - 1)
 
     def signature(self, references: Sequence[Sequence[str]]) -> str:
         return "as scikit-learn's, over words"
@@ -130,41 +93,6 @@ class EntityF1(Metric):
         return f"seqeval {version('seqeval')}, micro, entities {how}"
 
 
-class RocAuc(Metric):
-    """Area under the ROC curve, one label against the rest, averaged over labels.
-
-    From the ranks (Mann & Whitney 1947): scikit-learn's area, for all labels at once.
-    """
-
-    needs: ClassVar[str | None] = "label_scores"
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        with extra("evaluate", f"the metric `{name}`"):
-            from scipy.stats import rankdata
-        self._ranks: Any = rankdata
-
-    def _detailed_rows(
-        self, references: Sequence[Sequence[str]], details: Sequence[Details]
-    ) -> Statistics:
-        labels = sorted(details[0]["label_scores"])
-        scores = np.array([[d["label_scores"][label] for label in labels] for d in details])
-        shares = np.exp(scores - scores.max(axis=1, keepdims=True))
-        shares /= shares.sum(axis=1, keepdims=True)
-        gold = np.array([[labels.index(r[0])] for r in references])
-        return np.hstack([gold, shares]).astype(np.float64)
-
-    def score(self, rows: Statistics) -> float:
-        gold = rows[:, 0].astype(np.int64)
-        # A resample may lack a label; its curve does not exist then.
-        present = np.unique(gold)
-        if len(present) < 2:
-            return 50.0
-        ranks = self._ranks(rows[:, 1 + present], axis=0)
-        own = gold[:, None] == present
-        count = own.sum(axis=0)
-        above = (ranks * own).sum(axis=0) - count * (count + 1) / 2
-        return 100.0 * float(np.mean(above / (count * (len(gold) - count))))
-
-    def signature(self, references: Sequence[Sequence[str]]) -> str:
-        return f"one against the rest, macro; ranks by scipy {version('scipy')}"
+def make(name: str) -> Metric:
+    """The metric of that name."""
+    return EntityF1(name) if name == "entity_f1" else WordLabels(name)
