@@ -326,3 +326,46 @@ def test_scores_of_a_run_are_the_libraries_on_its_saved_predictions(tmp_path: Pa
     assert record["macro_f1"] == pytest.approx(
         100 * f1_score(gold, predicted, average="macro", zero_division=0)
     )
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(JSON, JSON)
+def test_json_is_equal_whatever_its_spaces_and_keys_order(value: object, other: object) -> None:
+    """Python's own canonical text of both is the oracle."""
+
+    def canonical(thing: object) -> str:
+        return json.dumps(thing, sort_keys=True)
+
+    def shuffled(thing: object) -> object:
+        if isinstance(thing, dict):
+            return {key: shuffled(thing[key]) for key in reversed(thing)}
+        return [shuffled(inner) for inner in thing] if isinstance(thing, list) else thing
+
+    told = json.dumps(shuffled(value), indent=2)
+    assert metric("json_valid")([told], [[""]]) == 100
+    assert metric("json_equal")([told], [[json.dumps(value)]]) == 100
+    same = canonical(value) == canonical(other)
+    assert metric("json_equal")([told], [[json.dumps(other)]]) == 100 * same
+
+
+@pytest.mark.parametrize("text", ["", "{", "NaN", '{"a": 1, "a": 2}', "{'a': 1}", "1 2", "[1,]"])
+def test_what_is_no_json_is_neither_valid_nor_equal(text: str) -> None:
+    assert metric("json_valid")([text], [["1"]]) == 0
+    assert metric("json_equal")([text], [["1"]]) == 0
+
+
+def test_truth_is_no_number_in_json() -> None:
+    assert metric("json_equal")(["true", "1.0"], [["1"], ["1"]]) == 50
+
+
+def test_a_reference_that_is_no_json_is_said_before_a_run() -> None:
+    with pytest.raises(UserError, match="the reference of example 2 is not JSON"):
+        metric("json_equal").require([["1"], ["Hello"]])
