@@ -122,9 +122,10 @@ class GenerationTask(Section):
     """Beams of the search used for evaluation; 1 is greedy."""
     metrics: list[MetricName] = Field(default=["bleu", "chrf"], min_length=1)
     """`bleu`, `chrf`, `ter`, `rouge1`, `rouge2`, `rougeL`, `rougeLsum` (of summaries, a sentence a
-    line), `meteor`, `exact_match`, `perplexity` of the target, or your own `module:function`; the
-    first is *the score* in tables. `bleu-zh`, `rougeL-char`: with sacrebleu's tokeniser `zh`,
-    `char`, `intl`, `ja-mecab`, `ko-mecab` or `flores200`, for other languages than English."""
+    line), `meteor`, `exact_match`, `json_valid`, `json_equal`, `perplexity` of the target, or your
+    own `module:function`; the first is *the score* in tables. `bleu-zh`, `rougeL-char`: with
+    sacrebleu's tokeniser `zh`, `char`, `intl`, `ja-mecab`, `ko-mecab` or `flores200`, for other
+    languages than English."""
     _judged: ClassVar[Judged] = "text"
 
     _metrics_are_known = field_validator("metrics")(_require_metrics)
