@@ -22,6 +22,7 @@ from ptkit.comparison.summary import MethodSummary
 from ptkit.data.tokens import listed
 from ptkit.errors import AdapterError, ModelError, PtkitError, UserError
 from ptkit.evaluation.evaluate import find_adapter
+from ptkit.extras import require
 from ptkit.formats.adapter_files import CONFIG, read_adapter
 from ptkit.formats.folder_lock import held, require_free
 from ptkit.methods import base_of, compile_files, require_same_base
@@ -34,11 +35,13 @@ from ptkit.runtime.cache import ReservedCache, prefilled_cache, sees_everything
 from ptkit.runtime.forward import rows_for
 from ptkit.runtime.generation import generate
 from ptkit.section import MethodSection
+from ptkit.training.cell import Cell, cell_name
 from ptkit.training.experiment import prepare
 from ptkit.training.failure import Failure, failed_cells
 from ptkit.training.forecast import Forecast, forecast, is_long
+from ptkit.training.observer import RunObserver
 from ptkit.training.record import CellRecord
-from ptkit.training.run import Cell, RunObserver, cell_name, run_cells
+from ptkit.training.run import run_cells
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,7 @@ def compare(
     """
     loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
     folder = Path("comparisons") / loaded.recipe.name if out is None else Path(out)
+    require("report", "`ptkit compare`")
     if fresh:
         start_over(folder)
     with held(folder):

@@ -14,7 +14,8 @@ from ptkit.bank.store import AdapterStatus, BankCounts, PrefixStore
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import adapter_folders
 from ptkit.methods import Adapter, compile_files, mixes_in_batch, parts_of
-from ptkit.prefix import Compiled, KVPrefix, PrefixBatch
+from ptkit.prefix import Compiled, KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.locks import running
 

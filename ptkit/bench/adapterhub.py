@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from ptkit.bench.peers import BenchMethod, Clock, Round, Trained
 from ptkit.errors import PtkitError, UserError
-from ptkit.runtime.base_model import Base, no_weights_bar
+from ptkit.runtime.base_model import Base
+from ptkit.runtime.progress import no_weights_bar
 from ptkit.training import memory
 
 #: What is run over there; no module of ptkit's can be imported there.

@@ -28,6 +28,7 @@ from ptkit.bench.result import BenchResult, Figure, times
 from ptkit.bench.timing import Timing, ratio
 from ptkit.data.sources import BUILTIN
 from ptkit.errors import UserError
+from ptkit.extras import require
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.named_models import TINY_EN, TINY_EN_FOLDER
 
@@ -85,6 +86,7 @@ def bench_serve(
 
     Every answer is compared with its solo greedy run.
     """
+    require("serve", "`ptkit bench serve`")
     base = load_base(model)
     scratch = Path(tempfile.mkdtemp())
     folder = str(TINY_EN_FOLDER) if model == TINY_EN else model

@@ -31,8 +31,8 @@ from ptkit.data.encode import EncodedExample, encode_examples, length_grouped_ba
 from ptkit.errors import UserError, did_you_mean
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import TrainSection
-from ptkit.runtime.base_model import no_weights_bar
 from ptkit.runtime.forward import collate
+from ptkit.runtime.progress import no_weights_bar
 from ptkit.training.adapter_trainer import Job
 from ptkit.training.loop import fit
 from ptkit.training.memory import PeakMemory

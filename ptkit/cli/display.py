@@ -24,8 +24,8 @@ from rich.progress import (
 from ptkit.training.adapter_trainer import StepReport
 from ptkit.training.failure import Failure
 from ptkit.training.forecast import Forecast, in_time
+from ptkit.training.observer import RunObserver
 from ptkit.training.record import CellRecord
-from ptkit.training.run import RunObserver
 
 
 class LiveDisplay(RunObserver):

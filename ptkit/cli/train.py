@@ -45,7 +45,7 @@ def train(
     from ptkit.cli.display import LiveDisplay, say_plan
     from ptkit.comparison.autotuned import autotuned
     from ptkit.recipe import load_recipe
-    from ptkit.runtime.base_model import resolve_device
+    from ptkit.runtime.devices import resolve_device
     from ptkit.training.processes import processes
 
     loaded = load_recipe(recipe, set_ or [])

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ptkit.evaluation.metrics import Metric, Statistics
 from ptkit.evaluation.statistics import Interval
+from ptkit.metrics.metric import Metric, Statistics
 
 
 @dataclass(frozen=True)

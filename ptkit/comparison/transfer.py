@@ -13,7 +13,6 @@ Folder of a map:
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,10 +23,12 @@ import torch
 from torch import Tensor
 
 from ptkit.comparison import figures
+from ptkit.comparison.drawing import paper, written
 from ptkit.comparison.grid import cells, failures, run_grid
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import MethodSummary
 from ptkit.errors import AdapterError, PtkitError, UserError
+from ptkit.extras import require
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import read_adapter
 from ptkit.formats.folder_lock import held
@@ -38,10 +39,12 @@ from ptkit.methods.prompt_settings import PromptMethodSection
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.expansion import changed
-from ptkit.recipe.schema import HeadedTask, Recipe
+from ptkit.recipe.schema import Recipe
+from ptkit.recipe.tasks import HeadedTask
 from ptkit.runtime.base_model import Base, load_base
+from ptkit.training.cell import cell_name
 from ptkit.training.failure import Failure, failed_cells
-from ptkit.training.run import RunObserver, cell_name
+from ptkit.training.observer import RunObserver
 from ptkit.training.run_folder import delete_run_folder
 
 #: The method's own start, in every target's comparison.
@@ -211,6 +214,7 @@ def run_transfer(
     map, PtkitError when cells failed: those that depend on them are not run, the others are; there
     is no map until the next call has all.
     """
+    require("report", "`ptkit transfer`")
     with held(out):
         _open_folder(planned, out)
         loaded_bases: dict[str, Base] = {}
@@ -338,10 +342,7 @@ def _note(done: TransferMap) -> str:
 
 def _drawn(done: TransferMap) -> bytes:
     """The two matrices as a heat map, PNG."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     gains = [
         [0.0 if s.against is None else s.against.interval.mean for s in t.starts.values()]
@@ -357,11 +358,11 @@ def _drawn(done: TransferMap) -> bytes:
     ]
     names, count = list(done.sources), len(done.sources)
     rows = [f"{t.name} ({t.own.score})" for t in done.targets]
-    with pyplot.rc_context({"font.size": 8}):
-        figure, (left, right) = pyplot.subplots(
-            1, 2, figsize=(3.2 + 1.8 * count, 1.6 + 0.6 * max(count, len(rows))),
-            layout="constrained",
-        )  # fmt: skip
+    with paper():
+        figure = Figure(
+            figsize=(3.2 + 1.8 * count, 1.6 + 0.6 * max(count, len(rows))), layout="constrained"
+        )
+        left, right = figure.subplots(1, 2)
         left.imshow(colours, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
         left.set(title="score minus own start (* p < 0.05)", xlabel="source", ylabel="target")
         left.set_yticks(range(len(rows)), rows)
@@ -369,6 +370,7 @@ def _drawn(done: TransferMap) -> bytes:
         right.set(title="cosine of the sources' adapters")
         right.set_yticks(range(count), names)
         for axes in (left, right):
+            axes.grid(visible=False)
             axes.set_xticks(range(count), names, rotation=30, ha="right")
         for y, row in enumerate(gains):
             for x, gain in enumerate(row):
@@ -383,7 +385,4 @@ def _drawn(done: TransferMap) -> bytes:
                     x, y, f"{value:.2f}", ha="center", va="center",
                     color="white" if value > 0.6 else "black",
                 )  # fmt: skip
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=200)
-        pyplot.close(figure)
-    return drawn.getvalue()
+        return written(figure, "png")

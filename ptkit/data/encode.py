@@ -19,7 +19,7 @@ from ptkit.data.tokens import (
     without_lead,
 )
 from ptkit.errors import DataError
-from ptkit.recipe.schema import (
+from ptkit.recipe.tasks import (
     ClassificationTask,
     GenerationTask,
     HeadedTask,

@@ -28,7 +28,7 @@ from ptkit.data.read_files import json_rows
 from ptkit.data.table import Row, Table
 from ptkit.errors import DataError
 from ptkit.formats.cache_home import cache_home
-from ptkit.recipe.schema import DataSection
+from ptkit.recipe.tasks import DataSection
 
 #: The one column of rows that are JSON objects.
 _ROW = "row, as JSON"

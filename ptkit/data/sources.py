@@ -13,7 +13,7 @@ from ptkit.data.read_files import read_files
 from ptkit.data.splits import SplitRows, divide
 from ptkit.data.table import Table
 from ptkit.errors import DataError, did_you_mean
-from ptkit.recipe.schema import DataSection, Splits
+from ptkit.recipe.tasks import DataSection, Splits
 from ptkit.section import resolve_path
 
 BUILTIN = Path(__file__).resolve().parent / "builtin"

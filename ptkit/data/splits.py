@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ptkit.data.table import Table
 from ptkit.errors import DataError
-from ptkit.recipe.schema import DataSection
+from ptkit.recipe.tasks import DataSection
 
 #: Of every draw that is the same for all seeds of a recipe.
 SEED = 0

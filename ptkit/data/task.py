@@ -13,7 +13,7 @@ from ptkit.data.splits import Origin
 from ptkit.data.table import Table, kind_of
 from ptkit.data.templates import Template
 from ptkit.errors import DataError, did_you_mean
-from ptkit.recipe.schema import (
+from ptkit.recipe.tasks import (
     ClassificationTask,
     GenerationTask,
     SequenceClassificationTask,

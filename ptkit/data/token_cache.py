@@ -24,7 +24,7 @@ from ptkit.data.encode import EncodedExample, encode_examples
 from ptkit.data.task import Example
 from ptkit.formats import atomic
 from ptkit.formats.cache_home import cache_home
-from ptkit.recipe.schema import Task
+from ptkit.recipe.tasks import Task
 
 #: Fewer rows are tokenised as fast as they are read.
 FEWEST_ROWS = 1_000

@@ -11,7 +11,8 @@ from ptkit.data.tokens import text_ids
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter, weights_path
 from ptkit.methods import adapter_from_files, require_same_base
 from ptkit.methods.soft_prompt import SoftPrompt
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.runner import ModelRunner, Tokens

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from ptkit.data.encode import StudiedText
-from ptkit.evaluation.metrics import Statistics
 from ptkit.evaluation.retention import MAX_LOGITS
 from ptkit.evaluation.statistics import Interval, bootstrap_interval
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.metrics.metric import Statistics
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_logits
 

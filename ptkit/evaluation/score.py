@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ptkit.evaluation.metrics import metric
 from ptkit.evaluation.predict import Prediction, statistics_of
 from ptkit.evaluation.statistics import Interval, bootstrap_interval
+from ptkit.metrics.registry import metric
 
 
 def require_metrics(metrics: Sequence[str], references: Sequence[Sequence[str]]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ptkit.families.tested import TokenRow
+from ptkit.families.model_under_test import TokenRow
 
 
 class Oracle(ABC):

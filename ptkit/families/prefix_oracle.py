@@ -16,8 +16,8 @@ from transformers import (
 )
 from transformers.masking_utils import eager_mask
 
+from ptkit.families.model_under_test import TokenRow
 from ptkit.families.oracle import Oracle, own_positions
-from ptkit.families.tested import TokenRow
 
 
 class Attended(Oracle):

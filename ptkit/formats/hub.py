@@ -22,7 +22,7 @@ from ptkit.formats.adapter_files import (
     is_adapterhubs,
     is_pickle,
 )
-from ptkit.formats.sizes import in_bytes
+from ptkit.formats.sizes import MEGABYTE, in_bytes
 
 #: The most that one adapter's files may be, in megabytes, unless `DOWNLOAD_LIMIT` says otherwise.
 MAX_DOWNLOAD_MB = 4000
@@ -145,7 +145,7 @@ def _require_small(source: HubId, wanted: list[str]) -> None:
         raise AdapterError(
             f"{source} holds {in_bytes(size)} of an adapter's files, more than the limit of "
             f"{in_bytes(limit)}; to load it all the same, set {DOWNLOAD_LIMIT}="
-            f"{-(-size // 1_000_000)}"
+            f"{-(-size // MEGABYTE)}"
         )
 
 
@@ -157,7 +157,7 @@ def _limit_in_bytes() -> int:
         limit = 0.0
     if not 0 < limit < float("inf"):
         raise UserError(f"{DOWNLOAD_LIMIT} is `{text}`; expected a number of megabytes above 0")
-    return int(limit * 1_000_000)
+    return int(limit * MEGABYTE)
 
 
 def hub_files(source: HubId) -> list[str]:

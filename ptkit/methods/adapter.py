@@ -20,7 +20,8 @@ from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.gate_files import with_gate
 from ptkit.methods.head import TrainedHead
-from ptkit.prefix import Compiled, KVPrefix, PrefixBatch
+from ptkit.prefix import Compiled, KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.gate import Gate, Gated
 from ptkit.section import MethodSection

@@ -20,7 +20,8 @@ from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.catalogue import file_type
 from ptkit.methods.saved_modules import KEY, modules_named, saved_modules
 from ptkit.runtime.architecture import HeadKind
-from ptkit.runtime.base_model import Base, Labels
+from ptkit.runtime.base_model import Base
+from ptkit.runtime.heads import Labels
 
 #: PEFT's names of the tasks.
 TASK_TYPES: dict[HeadKind, str] = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS"}

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ptkit.errors import ModelError
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.attention_sites import layer_table, require_attention
 from ptkit.runtime.facts import known
 

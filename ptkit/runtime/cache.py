@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from ptkit.errors import ModelError
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 
 CacheT = TypeVar("CacheT", bound=Cache)
 

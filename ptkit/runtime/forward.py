@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptkit.data.encode import IGNORED, EncodedExample
-from ptkit.prefix import Compiled, PrefixBatch
-from ptkit.recipe.schema import HeadedTask, Task
+from ptkit.prefix import Compiled
+from ptkit.prefix_batch import PrefixBatch
+from ptkit.recipe.tasks import HeadedTask, Task
 from ptkit.runtime.architecture import head_kind, is_encoder
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.fused import has_plain_head, head_divergences

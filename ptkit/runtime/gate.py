@@ -14,7 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ptkit.prefix import Compiled, KVLayout, KVPrefix, PrefixBatch
+from ptkit.prefix import Compiled, KVLayout, KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 
 #: Tokens of an input's end.
 ENDING = 3

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.attention import Call, Noted, Repeats, layers_read
 from ptkit.runtime.views import StandIn, name_of
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from ptkit.errors import ModelError
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.cache import layers_with_keys, whole_cache
 from ptkit.runtime.compile import reading
 from ptkit.runtime.facts import known

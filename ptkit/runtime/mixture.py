@@ -13,7 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ptkit.prefix import KVLayout, KVPrefix, PrefixBatch
+from ptkit.prefix import KVLayout, KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.gate import input_features
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from ptkit.errors import ModelError
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.architecture import is_encoder
 from ptkit.runtime.attention import Call, Repeats, prefixed_positions, take_prefixes
 from ptkit.runtime.attention_sites import takes_positions

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.architecture import first_position, is_encoder
 from ptkit.runtime.attention import Call
 from ptkit.runtime.views import StandIn, name_of, viewed

@@ -25,8 +25,9 @@ from ptkit.data.templates import Template
 from ptkit.errors import PtkitError, UserError
 from ptkit.formats import atomic
 from ptkit.methods import Adapter
-from ptkit.prefix import PrefixBatch
-from ptkit.recipe.schema import ClassificationTask, GenerationTask, HeadedTask, Task, TrainSection
+from ptkit.prefix_batch import PrefixBatch
+from ptkit.recipe.schema import TrainSection
+from ptkit.recipe.tasks import ClassificationTask, GenerationTask, HeadedTask, Task
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_counts, supervised_losses
 from ptkit.runtime.precision import mixed_precision

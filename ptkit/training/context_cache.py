@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ptkit.data.encode import EncodedExample
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.locks import running
 

@@ -37,7 +37,8 @@ from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import LoadedRecipe
-from ptkit.recipe.schema import HeadedTask, Task, TrainSection
+from ptkit.recipe.schema import TrainSection
+from ptkit.recipe.tasks import HeadedTask, Task
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.cache import has_state
 from ptkit.runtime.compile import compile_tokens
@@ -45,8 +46,8 @@ from ptkit.runtime.forward import require_embedded
 from ptkit.training.adapter_trainer import Job
 from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.loop import fit
+from ptkit.training.observer import RunObserver
 from ptkit.training.provenance import FORMAT, as_recorded, base_info, versions
-from ptkit.training.run import RunObserver
 from ptkit.training.run_folder import delete_run_folder, open_run_folder
 from ptkit.training.self_study import (
     SPLITS,

@@ -23,10 +23,11 @@ from ptkit.methods import Adapter
 from ptkit.section import MethodSection
 from ptkit.training.adapter_trainer import Job, validate_every
 from ptkit.training.autotune import is_open
+from ptkit.training.cell import Cell
 from ptkit.training.experiment import Experiment
 from ptkit.training.loop import fit
 from ptkit.training.memory import PeakMemory
-from ptkit.training.run import Cell, new_adapter, new_job
+from ptkit.training.run import new_adapter, new_job
 
 #: Steps that are timed, after one that is not: the first one allocates.
 TIMED_STEPS = 3

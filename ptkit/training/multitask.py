@@ -35,15 +35,16 @@ from ptkit.methods.multitask_prompt.settings import MultitaskSection
 from ptkit.methods.prompt_tuning.settings import PromptTuningSection
 from ptkit.methods.start import start_embeddings, start_tokens
 from ptkit.recipe import LoadedRecipe
-from ptkit.recipe.schema import HeadedTask
+from ptkit.recipe.tasks import HeadedTask
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.training.adapter_trainer import Job
 from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.experiment import Experiment, prepare
 from ptkit.training.loop import fit
+from ptkit.training.observer import RunObserver
 from ptkit.training.provenance import FORMAT, as_recorded, base_info, described_data, versions
 from ptkit.training.record import scored_rows
-from ptkit.training.run import RunObserver, demonstrations
+from ptkit.training.run import demonstrations
 from ptkit.training.run_folder import delete_run_folder, open_run_folder
 
 #: The file that says what a folder is, and what that is called.

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from ptkit.evaluation.predict import require_positions
 from ptkit.methods import require_method_fits
 from ptkit.runtime.dropout import require_no_dropout
+from ptkit.training.cell import Cell, named_adapters
 from ptkit.training.experiment import Experiment
-from ptkit.training.run import Cell, named_adapters
 
 
 def require_ready(experiment: Experiment, cells: Sequence[Cell]) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 from ptkit.data.encode import EncodedExample
 from ptkit.data.tokens import part_ids, without_lead
 from ptkit.errors import ModelError, UserError
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.compile import compile_embeddings, compile_tokens
 from ptkit.runtime.forward import collate, supervised_counts, supervised_losses

@@ -22,7 +22,8 @@ from ptkit.data.encode import StudiedText
 from ptkit.data.tokens import without_lead
 from ptkit.errors import DataError, ModelError, UserError
 from ptkit.formats import atomic
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.generation import end_ids, generate

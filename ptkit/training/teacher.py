@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ptkit.data.encode import StudiedText
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.architecture import evaluating
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, teacher_outputs

@@ -17,10 +17,11 @@ from ptkit.errors import PtkitError, UserError
 from ptkit.formats import atomic
 from ptkit.hub.engines import Written
 from ptkit.hub.soft_prompts import PROMPTS, Soft, embedding_scale, prompts_file, soft_prompts
-from ptkit.prefix import PrefixBatch
-from ptkit.runtime.base_model import Base, no_weights_bar
+from ptkit.prefix_batch import PrefixBatch
+from ptkit.runtime.base_model import Base
 from ptkit.runtime.compile import compile_embeddings
 from ptkit.runtime.forward import all_logits
+from ptkit.runtime.progress import no_weights_bar
 
 #: Largest difference of a logit between the exported tokens and the adapter.
 _TOLERANCE = 1e-3
