@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import inspect
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +43,12 @@ BANNED = {
     r"\bTrainee": "the adapter that is trained",
     r"\bis no fault\b": "is not an error",
 }
+
+#: Older texts that are rewritten with their code; what is clean leaves this list.
+LATER = (
+    "ptkit/formats/adapter_files.py", "ptkit/runtime/generation.py", "ptkit/runtime/running.py",
+    "ptkit/serve", "ptkit/training/record.py",
+)  # fmt: skip
 
 _ABBREVIATIONS = ("et al.", "e.g.", "i.e.", "vs.", "cf.", "approx.")
 _ITEM = re.compile(r"\s*(?:[-*+]|\d+\.)\s+")
@@ -78,8 +86,8 @@ def plain(text: str) -> str:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences of a paragraph; those that begin with a library's name begin small."""
-    begins = r"(?=[\"'(*]*(?:[A-Z0-9(]|ptkit\b|transformers\b|accelerate\b))"
+    """The sentences of a paragraph; a library's name or `null` may begin one."""
+    begins = r"(?=[\"'(*]*(?:[A-Z0-9(]|ptkit\b|transformers\b|accelerate\b|null\b))"
     yield from re.split(r"(?<=[.!?])[\"')*]*\s+" + begins, plain(text))
 
 
@@ -100,7 +108,8 @@ def faults_of(paragraph: str, path: Path, line: int) -> Iterator[Fault]:
 
 def markdown_paragraphs(text: str) -> Iterator[tuple[int, str]]:
     """Line and text of each paragraph and list item, without code, tables and headings."""
-    begun, held, fence = 0, [], ""
+    begun, fence = 0, ""
+    held: list[str] = []
     for number, line in enumerate([*text.splitlines(), ""], start=1):
         bare = line.strip()
         opened = re.match(r"(```+|~~~+)", bare)
@@ -117,21 +126,32 @@ def markdown_paragraphs(text: str) -> Iterator[tuple[int, str]]:
             held.append(bare[item.end() - len(line) + len(line.lstrip()) :] if item else bare)
 
 
-def docstring_paragraphs(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and text of each paragraph of the docstrings of a module and of what is public in it."""
+def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and text of the docstrings of a module, of its public classes and functions, and of
+    fields (a text after an annotated name, which becomes the reference of recipes)."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         name = getattr(node, "name", "")
         if name.startswith("_") and not name.startswith("__"):
             continue
-        text = ast.get_docstring(node, clean=True)
-        if not text:
-            continue
-        first = node.body[0].lineno
-        begun, held = first, []
+        if text := ast.get_docstring(node, clean=True):
+            yield node.body[0].lineno, text
+        if isinstance(node, ast.ClassDef):
+            for before, after in pairwise(node.body):
+                if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
+                    text = getattr(after.value, "value", None)
+                    if isinstance(text, str):
+                        yield after.lineno, inspect.cleandoc(text)
+
+
+def docstring_paragraphs(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and text of each paragraph of the docstrings of a module and of what is public in it."""
+    for first, text in docstrings(tree):
+        begun: int = first
+        held: list[str] = []
         for number, line in enumerate([*text.splitlines(), ""], start=first):
-            code = line.startswith("    ") and not held
+            code = re.search(r"\S {2,}\S", line) or (line.startswith("    ") and not held)
             starts = _ENTRY.match(line) or _ITEM.match(line)
             if (not line.strip() or starts) and held:
                 yield begun, " ".join(held)
@@ -154,7 +174,13 @@ def faults(path: Path) -> list[Fault]:
 def checked_files() -> list[Path]:
     """What is checked where no file is named."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    return [*pages, *sorted((ROOT / "ptkit").rglob("*.py"))]
+    later = [ROOT / name for name in LATER]
+    modules = (
+        path
+        for path in sorted((ROOT / "ptkit").rglob("*.py"))
+        if not any(path.is_relative_to(place) for place in later)
+    )
+    return [*pages, *modules]
 
 
 def main() -> int:
