@@ -68,8 +68,8 @@ class Metric(ABC):
 
         details: one per prediction, for metrics that need them
 
-        Raises ValueError without predictions, when the lengths differ, and for an example
-        without a reference: the libraries would score the rows that are left, or return NaN.
+        Raises ValueError without predictions, when the lengths differ, and for an example without a
+        reference. The libraries would score the rows that are left, or return NaN.
         """
         if not predictions or len(predictions) != len(references):
             raise ValueError(
@@ -183,8 +183,8 @@ class Rouge(MeanOverExamples):
     By default words are runs of `a-z` and `0-9`, stemmed: English. `rougeL-char`, `rouge1-zh`, ...
     read the tokens of sacrebleu's tokeniser of that name, in lower case.
 
-    `rougeL` takes a text as one sequence; `rougeLsum` takes each line for a sentence and joins
-    what is common to them, which is what papers report of summaries of several sentences.
+    `rougeL` takes a text as one sequence. `rougeLsum` takes each line for a sentence and joins what
+    is common to them. Papers report it of summaries of several sentences.
     """
 
     def __init__(self, name: str) -> None:
