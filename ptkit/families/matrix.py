@@ -170,8 +170,8 @@ def _outcome(trial: Trial, name: str) -> tuple[Status, str]:
 
 
 def one_layer(subject: Subject) -> Subject:
-    """`subject` with its last kind of layer only and no window, where an infix of real tokens is
-    the base reading them; a real model as it is."""
+    """`subject` with its last kind of layer only and no window. There an infix of real tokens is
+    the base reading them. A real model is returned as it is."""
     config = copy.deepcopy(subject.config)
     if config is None:
         return subject

@@ -1,7 +1,7 @@
 """What is asked of every method on every family: one function per property.
 
-Each takes a `Trial` and raises `Mismatch` when the answer is wrong by the oracle; whatever the
-program under test raises itself is the caller's to record.
+Each takes a `Trial` and raises `Mismatch` when the answer is wrong by the oracle. The caller
+records whatever the program under test raises itself.
 """
 
 from __future__ import annotations
@@ -280,8 +280,8 @@ def turns(trial: Trial) -> None:
 
 @_property("saved")
 def saved(trial: Trial) -> None:
-    """Saved and read back on the base loaded anew, it gives the oracle's logits still; whatever of
-    a head the pretrained checkpoint has no weights for is at random there."""
+    """Saved and read back on the base loaded anew, it gives the oracle's logits. Only a part of a
+    head that the pretrained checkpoint has no weights for is at random there."""
     contender = _trained(trial)
     rows = trial.subject.rows((8, 4))
     with tempfile.TemporaryDirectory() as folder:
