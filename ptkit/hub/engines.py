@@ -1,10 +1,9 @@
 """Soft prompts for engines that know nothing of adapters.
 
-What prompt tuning and P-tuning learn are input embeddings, so an engine that only knows a
-vocabulary can serve them: as entries of it (`export_tokens`: a copied base with
-adapters x virtual tokens more rows), or sent along with a request (`export_prompt_embeds`: what
-vLLM's `prompt_embeds` takes). A prefix is keys and values of every layer and no embedding, so
-neither can hold it.
+Prompt tuning and P-tuning learn input embeddings, so an engine that only knows a vocabulary can
+serve them. They become entries of it (`export_tokens`: a copied base with adapters x virtual tokens
+more rows). Or each request sends them (`export_prompt_embeds`: what vLLM's `prompt_embeds` takes).
+A prefix is keys and values of every layer and no embedding, so neither can hold it.
 """
 
 from __future__ import annotations
@@ -111,10 +110,10 @@ def export_tokens(
     """Write a copy of the base to `out` whose vocabulary holds the soft prompts of `sources`.
 
     A request for an adapter begins with its tokens' text (in `prompts.json`). Their rows of the
-    output head are the mean of all others', so that their logit, the mean logit, never exceeds
-    the largest: no engine generates one greedily; `generation_config.json` suppresses them
-    altogether where it is read. A base with tied embeddings is untied. The result is read back
-    and compared with the adapters' own logits.
+    output head are the mean of all others'. So their logit, the mean logit, never exceeds the
+    largest, and no engine generates one greedily. `generation_config.json` suppresses them
+    altogether where it is read. A base with tied embeddings is untied. The result is read back and
+    compared with the adapters' own logits.
     """
     given = base is not None
     base, softs = soft_prompts(sources, base)
@@ -156,8 +155,8 @@ def export_prompt_embeds(
 ) -> ForEngines:
     """Write the soft prompts of `sources` and a client that sends them with each request.
 
-    The client puts the embeddings of the text behind those of the adapter, as vLLM's
-    `prompt_embeds` wants them; the server is a plain vLLM with `--enable-prompt-embeds`.
+    The client puts the embeddings of the text behind those of the adapter, in the form of vLLM's
+    `prompt_embeds`. The server is a plain vLLM with `--enable-prompt-embeds`.
     """
     base, softs = soft_prompts(sources, base)
     with atomic.folder(out, replace=replace_out) as scratch:
