@@ -57,8 +57,8 @@ class Labels(NamedTuple):
 class Head:
     """A classification head: what it labels, its labels in order, and the modules it is made of.
 
-    modules: names within the model of everything that is not the pretrained backbone, and of what
-        the checkpoint had no weights for; every adapter trains a copy of its own
+    modules: names within the model of everything outside the pretrained backbone, and of what the
+        checkpoint had no weights for. Every adapter trains a copy of its own
     fresh: of those, the modules without weights in the checkpoint
     told: what was decided about the checkpoint's own labels, in a sentence; empty for nothing
     """
@@ -226,7 +226,7 @@ def resolve_device(name: str) -> torch.device:
 
 def own_device(name: str) -> str:
     """`cuda` with the number that this process has on its machine, as torchrun and accelerate give
-    numbers (accelerate picks the same one); other names as they are."""
+    numbers (accelerate picks the same one). Other names are returned as they are."""
     rank = int(os.environ.get("LOCAL_RANK", "-1"))
     if name != "cuda" or rank < 0 or not torch.cuda.is_available():
         return name

