@@ -159,7 +159,7 @@ def run_cells(
     ones go on where they were.
 
     Raises FolderError when a folder holds a cell of another recipe, seed, base or data, or another
-    process works in it, UserError when several cells cannot share a batch.
+    process works in it. Raises UserError when several cells cannot share a batch.
     """
     with ExitStack() as locks:
         for cell in cells:
@@ -289,8 +289,8 @@ def claim(experiment: Experiment, cell: Cell) -> None:
 
 
 def named_adapters(method: MethodSection, folder: Path) -> dict[str, str]:
-    """The adapters a method starts from or mixes in, with the SHA-256 of their weights: a run that
-    goes on must find those it began with. Raises AdapterError where one is missing."""
+    """The adapters a method starts from or mixes in, with the SHA-256 of their weights. A resumed
+    run must find those it began with. Raises AdapterError where one is missing."""
     named = [*(getattr(method, "start_adapter", None) or ()), *getattr(method, "adapters", ())]
     found = {}
     for name in named:
