@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 
 import ptkit
@@ -136,6 +137,14 @@ def test_links_with_a_fault_are_found() -> None:
     assert "pefts-other-methods" in anchors(ROOT / "docs/how-it-works.md")
     assert "pefts-other" not in anchors(ROOT / "docs/how-it-works.md")
     assert sum(len(links(ROOT / name)) for name in PAGES) > 80
+
+
+@pytest.mark.parametrize("name", PAGES[2:])
+def test_files_that_pages_name_are_there(name: str) -> None:
+    """A path is below the project or below the package, as the sentences write it."""
+    for path in re.findall(r"`((?:\w+/)+\w+\.(?:py|yaml))`", (ROOT / name).read_text()):
+        there = [ROOT / path, ROOT / "ptkit" / path, Path(peft.__file__).parents[1] / path]
+        assert any(place.exists() for place in there), f"{name} names {path}"
 
 
 def test_the_index_names_every_page_once() -> None:
