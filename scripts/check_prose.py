@@ -2,6 +2,7 @@
 
 python scripts/check_prose.py                # README.md, docs/*.md and the docstrings of ptkit/
 python scripts/check_prose.py FILE [FILE ...]
+python scripts/check_prose.py --messages     # the messages of errors in ptkit/ instead
 
 A sentence has at most 25 words. Code, tables and headings are not sentences. A piece of `code`, a
 link, an interval in brackets and a citation in parentheses each count as one word. The exit code is
@@ -161,12 +162,25 @@ def docstring_paragraphs(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 held.append(line.strip())
 
 
-def faults(path: Path) -> list[Fault]:
-    """What is wrong with the prose of a Markdown or a Python file."""
+def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and text of the messages of errors that a module raises; a value in one is one word."""
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
+            continue
+        said = node.exc.args[0]
+        parts = said.values if isinstance(said, ast.JoinedStr) else [said]
+        texts = [part.value if isinstance(part, ast.Constant) else "VALUE" for part in parts]
+        if any(isinstance(part, ast.Constant) for part in parts):
+            yield node.lineno, "".join(map(str, texts))
+
+
+def faults(path: Path, *, of_messages: bool = False) -> list[Fault]:
+    """What is wrong with the prose of a Markdown or a Python file, or with its messages."""
     text = path.read_text(encoding="utf-8")
-    paragraphs = (
-        docstring_paragraphs(ast.parse(text)) if path.suffix == ".py" else markdown_paragraphs(text)
-    )
+    if path.suffix == ".py":
+        paragraphs = (messages if of_messages else docstring_paragraphs)(ast.parse(text))
+    else:
+        paragraphs = markdown_paragraphs(text)
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     return [fault for line, said in paragraphs for fault in faults_of(said, shown, line)]
 
@@ -186,8 +200,13 @@ def checked_files() -> list[Path]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="*", type=Path)
-    given = [path.resolve() for path in parser.parse_args().files] or checked_files()
-    found = [fault for path in given for fault in faults(path)]
+    parser.add_argument("--messages", action="store_true", help="check messages of errors instead")
+    arguments = parser.parse_args()
+    given = [path.resolve() for path in arguments.files]
+    if arguments.messages:
+        given = given or sorted((ROOT / "ptkit").rglob("*.py"))
+    given = given or checked_files()
+    found = [fault for path in given for fault in faults(path, of_messages=arguments.messages)]
     for fault in found:
         print(fault)
     print(f"{len(found)} in {len(given)} files", file=sys.stderr)

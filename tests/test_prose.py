@@ -57,6 +57,14 @@ def test_docstrings_of_what_is_public_are_checked(tmp_path: Path) -> None:
     assert fault.line == 4
 
 
+def test_messages_of_errors_are_checked_when_asked_for(tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    module.write_text(f'raise ValueError(f"{{1 + 1}} {LONG}")\nraise ValueError("short")\n')
+    assert not faults(module)
+    (fault,) = faults(module, of_messages=True)
+    assert fault.why.startswith("27 words")
+
+
 def test_citations_intervals_and_code_are_one_word_each() -> None:
     text = (
         "Lester et al. report it (Lester et al. 2021, section 6), 3.1 [2.0, 4.2], by `a b c`. Yes."
