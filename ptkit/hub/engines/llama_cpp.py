@@ -105,9 +105,9 @@ def write(
 def slot_file(prefix: KVPrefix, ids: Sequence[int], layout: _Layout) -> bytes:
     """A slot that has read `ids` and holds the keys and values of `prefix`.
 
-    ids: one for each virtual token. The parts are those that llama.cpp's server writes itself. First
-    are the slot's tokens, and a cell for each with its position and sequence. Then follow the keys
-    of every layer and the values of every layer, each with type and size.
+    ids: one for each virtual token. The parts are those that llama.cpp's server writes itself.
+    First are the slot's tokens, and a cell for each with its position and sequence. Then follow the
+    keys of every layer and the values of every layer, each with type and size.
     """
     count = prefix.virtual_tokens
     packed = [_SLOT_MARKER, _SLOT_VERSION, count, *ids, _NO_MEDIA]
