@@ -33,10 +33,10 @@ def write(
     """Write a copy of the base to `out` whose vocabulary holds the soft prompts of `sources`.
 
     A request for an adapter begins with its tokens' text (in `prompts.json`). Their rows of the
-    output head are the mean of all others', so that their logit, the mean logit, never exceeds
-    the largest: no engine generates one greedily; `generation_config.json` suppresses them
-    altogether where it is read. A base with tied embeddings is untied. The result is read back
-    and compared with the adapters' own logits.
+    output head are the mean of all others'. So their logit, the mean logit, never exceeds the
+    largest, and no engine generates one greedily. `generation_config.json` suppresses them
+    altogether where it is read. A base with tied embeddings is untied. The result is read back and
+    compared with the adapters' own logits.
     """
     given = base is not None
     base, softs = soft_prompts(sources, base)
