@@ -21,7 +21,8 @@ from ptkit.errors import ModelError, RecipeError, UserError
 from ptkit.formats.adapter_files import WEIGHTS
 from ptkit.launched import require_supported_launch
 from ptkit.methods import Demonstrations, create_adapter
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import method_section
 from ptkit.runtime.base_model import Base, frozen_base, load_base

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ptkit.errors import ModelError
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.architecture import evaluating
 from ptkit.runtime.attention_sites import attention_modules, layer_table
 from ptkit.runtime.facts import known
