@@ -218,7 +218,7 @@ def probe_base(
     """Measure the base on `texts` (domain -> text), `max_tokens` of each.
 
     share: what divides the work between processes, as for `measure_retention`, which must divide it
-        in the same way: each process keeps the predictions of its own parts only
+        in the same way. Each process keeps the predictions of its own parts only
 
     Raises DataError for a text that does not fill one window.
     """

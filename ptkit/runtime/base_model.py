@@ -205,8 +205,8 @@ def load_base(
     labels: of its classification head, a new one where the checkpoint has none of as many; None
         for a language model. Outputs of the checkpoint's head go to the labels of the same name
 
-    Raises ModelError when it cannot be found, is not such a model or cannot be spread so, UserError
-    in processes that were started for FSDP or DeepSpeed. Never runs code from a repository and
+    Raises ModelError when it cannot be found, is not such a model or cannot be spread so. Raises
+    UserError in processes that were started for FSDP or DeepSpeed. Never runs code from a repository and
     reads safetensors only.
     """
     id = str(id)

@@ -1,5 +1,7 @@
-"""How a base larger than one device is loaded: over several devices of one process, or over
-several processes (see `ptkit.runtime.placement` for what runs on it)."""
+"""How a base larger than one device is loaded: over several devices, or over several processes.
+
+`ptkit.runtime.placement` says what runs on it.
+"""
 
 from __future__ import annotations
 

@@ -63,8 +63,11 @@ def scores_of(experiment: Experiment, predictions: Sequence[Prediction]) -> dict
 
 @dataclass(frozen=True)
 class Results:
-    """What all processes found out about a cell: predictions of the test rows, the metrics, how
-    many seconds predicting took, and what is left of the base."""
+    """What all processes found out about a cell.
+
+    These are predictions of the test rows, the metrics, how many seconds predicting took, and what
+    is left of the base.
+    """
 
     predictions: Sequence[Prediction]
     scores: Mapping[str, Interval]
