@@ -206,8 +206,8 @@ def load_base(
         for a language model. Outputs of the checkpoint's head go to the labels of the same name
 
     Raises ModelError when it cannot be found, is not such a model or cannot be spread so. Raises
-    UserError in processes that were started for FSDP or DeepSpeed. Never runs code from a repository and
-    reads safetensors only.
+    UserError in processes that were started for FSDP or DeepSpeed. Never runs code from a
+    repository and reads safetensors only.
     """
     id = str(id)
     require_supported_launch()

@@ -89,7 +89,7 @@ class DataParallel:
         return self.state.is_main_process or self.together
 
     def any(self, flag: bool) -> bool:
-        """`flag`, or where the processes run the base together, whether it is set in one of them."""
+        """`flag`; where the processes run the base together, whether it is set in one of them."""
         return any(gather_object([flag])) if self.together else flag
 
     def map(
