@@ -104,10 +104,10 @@ class KVPrefix:
 
     keys, values: one tensor per layer, `[kv_heads, virtual_tokens, head_dim]`; keys are those of
         the first positions
-    infix: the virtual tokens stand before the last token of the input, not before all of it
-        (Li & Liang 2021, section 7.2): what comes earlier is read as by the plain base
-    as_text: the virtual tokens were read as text is (a soft prompt, a text prompt), so that layers
-        with a window lose sight of them as of text; otherwise every token sees them
+    infix: the virtual tokens stand before the last token of the input, not before all of it (Li &
+        Liang 2021, section 7.2). What comes earlier is read as by the plain base
+    as_text: the virtual tokens were read as text is (a soft prompt, a text prompt), so a layer's
+        window hides them as it hides text. Otherwise every token sees them
     embeddings: a soft prompt `[virtual_tokens, hidden]` that an encoder reads with every input;
         None where there is nothing but keys and values
     begins_text: the virtual tokens begin with what the tokenizer puts before a text (a text

@@ -104,4 +104,4 @@ def load_beside_peft(bank: AdapterBank, paths: list[Path]) -> PeftModel:
 
 
 class ParityError(PtkitError):
-    """Contenders gave different results: a faster wrong answer is not reported."""
+    """Candidates gave different results: a faster wrong answer is not reported."""

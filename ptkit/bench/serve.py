@@ -80,8 +80,8 @@ def bench_serve(
     rounds: int = 6,
     against: Collection[str] = PEERS,
 ) -> BenchResult:
-    """`clients` at once over `adapters` for `seconds` in all, in `rounds`; between them the same
-    requests one at a time, the same load on the base alone, and the peers under the same load:
+    """`clients` at once over `adapters` for `seconds` in all, in `rounds`. Between them run the
+    same requests one at a time, and the same load on the base alone. The peers get the same load:
     PEFT + `set_adapter` behind FastAPI, and `transformers serve` for the base.
 
     Every answer is compared with its solo greedy run.

@@ -29,7 +29,7 @@ from ptkit.training.record import CellRecord
 
 
 class LiveDisplay(RunObserver):
-    """A bar for the whole grid and one for the cell under way, with its losses.
+    """A bar for the whole grid and one for the running cell, with its losses.
 
     Written to stderr, so that stdout stays for results. Without a terminal a line is printed every
     `EVERY` seconds, and one per finished cell; `quiet` prints nothing.

@@ -37,8 +37,8 @@ def train(
 ) -> None:
     """Train one method of a recipe and measure it.
 
-    A run that was stopped (Ctrl-C, kill, power) goes on where it last saved when the same
-    command is given again, and ends with the same weights.
+    A stopped run (Ctrl-C, kill, power) resumes where it last saved when the same command is given
+    again. It ends with the same weights.
     """
     from ptkit.api import one_method, plan_training, run_folder, start_over
     from ptkit.api import train as run

@@ -1,8 +1,8 @@
 """What one task's adapter is worth as the start of another's: a map of transfer.
 
-SPoT (Vu et al. 2022, https://arxiv.org/abs/2110.07904): a prompt is trained on each source task,
-every target task is trained from each of them (section 2.1), and prompts are compared by the cosine
-of their averaged tokens (section 4.1). The same for any method with virtual tokens.
+SPoT (Vu et al. 2022, https://arxiv.org/abs/2110.07904) trains a prompt on each source task. It
+trains every target task from each of them (section 2.1), and compares prompts by the cosine of
+their averaged tokens (section 4.1). The same is done here for any method with virtual tokens.
 
 Folder of a map:
     transfer.json       what it is; a resumed one must match it
@@ -144,8 +144,8 @@ def plan(
 ) -> Plan:
     """What to run for `method` (a label or kind; may be left out where a recipe trains only one).
 
-    Raises UserError for recipes that have no adapters to hand on to each other: two of one name,
-    another base, another number of virtual tokens, a head, a method without a start.
+    Raises UserError for recipes whose adapters cannot start each other. Reasons are two of one
+    name, another base, another number of virtual tokens, a head, and a method without a start.
     """
     for recipes in (sources, targets):
         names = [loaded.recipe.name for loaded in recipes]
@@ -210,9 +210,10 @@ def run_transfer(
 ) -> TransferMap:
     """Train what is not there yet and write the map; killed, the next call goes on from there.
 
-    base: a loaded one, instead of loading the recipes'. Raises FolderError when `out` holds another
-    map, PtkitError when cells failed: those that depend on them are not run, the others are; there
-    is no map until the next call has all.
+    base: a loaded one, instead of loading the recipes'.
+
+    Raises FolderError when `out` holds another map. Raises PtkitError when cells failed: the cells
+    that depend on them are not run, the others are. There is no map until the next call has all.
     """
     require("report", "`ptkit transfer`")
     with held(out):
@@ -291,8 +292,8 @@ def _compiled(path: Path, base: Base) -> KVPrefix:
 
 def cosine(first: KVPrefix, second: KVPrefix) -> float:
     """How alike two adapters are, -1..1: the cosine of their averaged virtual tokens (Vu et al.
-    2022, section 4.1), the mean over all layers' keys and values, whose sizes differ too much for
-    one vector; for an encoder's soft prompt, that of its embeddings."""
+    2022, section 4.1). It is the mean over all layers' keys and values, whose sizes differ too much
+    for one vector. For an encoder's soft prompt it is that of its embeddings."""
 
     def averages(prefix: KVPrefix) -> list[Tensor]:
         if prefix.embeddings is not None:

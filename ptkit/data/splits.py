@@ -1,6 +1,6 @@
 """From what a source has to the three splits: what is held out, what limits keep, where it is from.
 
-Nothing here depends on the order of a source's rows unless the recipe says `draw: first`: a file
+Nothing here depends on the order of a source's rows unless the recipe has `draw: first`. A file
 sorted by label would otherwise hold out one label, and limits would keep another.
 """
 

@@ -1,8 +1,8 @@
 """Rows as token ids, kept on disk: tokenising is most of a run's start, and the same every time.
 
-Files lie in `$PTKIT_CACHE/tokens` (default `~/.cache/ptkit/tokens`), named by a digest of all that
-the ids depend on: the tokenizer, the task's lengths and labels, and every row. They may be deleted
-at any time.
+Files lie in `$PTKIT_CACHE/tokens` (default `~/.cache/ptkit/tokens`). Their name is a digest of all
+that the ids depend on: the tokenizer, the task's lengths and labels, and every row. They may be
+deleted at any time.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ BATCH = 32
 class Divergence:
     """A student beside its teacher.
 
-    kl: KL(teacher || student), nats per token; agreement: share of tokens, 0..1, where both put
-    the same token first; each with its 95 % bootstrap interval over texts
+    kl: KL(teacher || student), nats per token, with its 95 % bootstrap interval over texts
+    agreement: share of tokens, 0..1, where both put the same token first, with its interval
     tokens: predicted, in all texts
     """
 

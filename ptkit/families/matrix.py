@@ -172,8 +172,8 @@ def _outcome(trial: PropertyCase, name: str) -> tuple[Status, str]:
 
 
 def one_layer(tested: ModelUnderTest) -> ModelUnderTest:
-    """`subject` with its last kind of layer only and no window, where an infix of real tokens is
-    the base reading them; a real model as it is."""
+    """`tested` with its last kind of layer only and no window. There an infix of real tokens is
+    the base reading them. A real model is returned as it is."""
     config = copy.deepcopy(tested.config)
     if config is None:
         return tested

@@ -1,6 +1,6 @@
 """What is asked of every method on every family: one function per property.
 
-Each takes a `PropertyCase` and raises `Mismatch` when the answer is wrong by the oracle; whatever
+Each takes a `PropertyCase` and raises `Mismatch` when the answer is wrong by the oracle. Whatever
 the program under test raises itself is the caller's to record.
 """
 
@@ -248,8 +248,8 @@ def turns(trial: PropertyCase) -> None:
 
 @_property("saved")
 def saved(trial: PropertyCase) -> None:
-    """Saved and read back on the base loaded anew, it gives the oracle's logits still; whatever of
-    a head the pretrained checkpoint has no weights for is at random there."""
+    """Saved and read back on the base loaded anew, it gives the oracle's logits. Only a part of a
+    head that the pretrained checkpoint has no weights for is at random there."""
     candidate = trained(trial)
     rows = trial.tested.rows((8, 4))
     with tempfile.TemporaryDirectory() as folder:

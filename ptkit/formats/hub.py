@@ -97,9 +97,10 @@ def fetch_adapter(hub_id: str, *, whole: bool = False) -> Path:
     whole: with the recipe and the card
 
     Only files ptkit reads are asked for; whatever else the repository holds stays there. Raises
-    AdapterError when the repository, revision or files are missing, only pickled, larger than the
-    limit (see `DOWNLOAD_LIMIT`; nothing is then downloaded), or not public for the token in use,
-    HubError when the Hub fails, and AdapterError when it cannot be reached and nothing is cached.
+    AdapterError when the repository, revision or files are missing, only pickled, or not public for
+    the token in use. It raises it too for files larger than the limit (see `DOWNLOAD_LIMIT`), and
+    then downloads nothing. Raises HubError when the Hub fails, and AdapterError when it cannot be
+    reached and nothing is cached.
     """
     from huggingface_hub import snapshot_download
 

@@ -39,7 +39,7 @@ class Metric(ABC):
         details: one per prediction, for metrics that need them
 
         Raises ValueError without predictions, when the lengths differ, and for an example
-        without a reference: the libraries would score the rows that are left, or return NaN.
+        without a reference. The libraries would score the rows that are left, or return NaN.
         """
         if not predictions or len(predictions) != len(references):
             raise ValueError(

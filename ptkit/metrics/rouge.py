@@ -25,8 +25,8 @@ class Rouge(MeanOverExamples):
     By default words are runs of `a-z` and `0-9`, stemmed: English. `rougeL-char`, `rouge1-zh`, ...
     read the tokens of sacrebleu's tokeniser of that name, in lower case.
 
-    `rougeL` takes a text as one sequence; `rougeLsum` takes each line for a sentence and joins
-    what is common to them, which is what papers report of summaries of several sentences.
+    `rougeL` takes a text as one sequence. `rougeLsum` takes each line for a sentence and joins
+    what is common to them. Papers report it of summaries of several sentences.
     """
 
     def __init__(self, name: str) -> None:

@@ -86,7 +86,7 @@ class RetainSection(Section):
     the task's inputs from general text: an input unlike them is read by the base alone."""
     text: str | None = None
     """A UTF-8 text file (relative paths start at the recipe's folder), other than the text that
-    forgetting is measured on; null: texts that the frozen base writes itself."""
+    forgetting is measured on. null: texts that the frozen base writes itself."""
     weight: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     """What a nat of divergence counts beside a nat of the task's loss; `auto` raises and lowers it
     so that the divergence stays near `target`."""
@@ -140,9 +140,9 @@ class TrainSection(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     eval_every: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
-    """Steps between validation losses; the best checkpoint by that loss is what is kept. `auto` is
-    50, or where there are fewer the steps in which as many rows are trained on as there are of
-    training or of validation, whichever are more: with few rows the best step comes early."""
+    """Steps between validation losses; the best checkpoint by that loss is kept. `auto` is 50, or
+    fewer: the steps that train on as many rows as there are of training or of validation, whichever
+    are more. With few rows the best step comes early."""
     save_every: Annotated[int, Field(gt=0)] = 50
     """Steps between saves from which a killed run resumes."""
     context_cache_mb: Annotated[int, Field(ge=0)] = 2000
@@ -152,8 +152,9 @@ class TrainSection(Section):
     """Keep the base's behaviour on general text while learning; null: learn the task alone."""
     together: Annotated[int, Field(gt=0)] = 1
     """Seeds of a prompt method that `ptkit compare` trains in one batch, each with the result it
-    has alone; for that the base must have no dropout. Faster where a single batch is too small to
-    fill the machine; a cell's time is then its share, its peak memory that of the whole batch."""
+    has alone. The base must have no dropout for that. It is faster where a single batch is too
+    small to fill the machine. A cell's time is then its share, its peak memory that of the whole
+    batch."""
     patience: Annotated[int, Field(gt=0)] | None = None
     """Stop after this many validations without improvement; null trains all steps."""
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(default=[])
@@ -175,7 +176,7 @@ class EvaluateSection(Section):
     """Resamples (over seeds and examples) behind every 95 % interval."""
     baseline: str | None = None
     """Method (label or name) that the others are compared with by a paired bootstrap test,
-    corrected for their number (Holm); default: `full` where the recipe has it, else the first."""
+    corrected for their number (Holm). Default: `full` where the recipe has it, else the first."""
 
 
 class RetentionSection(Section):

@@ -18,11 +18,11 @@ class Splits(Section):
     train: str = "train"
     """Training rows."""
     validation: str | None = "validation"
-    """Rows that choose the best checkpoint and, in a search, the settings; null holds a tenth of
-    the training rows out for it (use it where `test` is the source's validation)."""
+    """Rows that choose the best checkpoint and, in a search, the settings. null holds a tenth of
+    the training rows out for it. Use it where `test` is the source's validation."""
     test: str | None = "test"
-    """Rows every figure is about; null takes the validation rows, which have also chosen the
-    checkpoint: record, table, report and card then say so."""
+    """Rows every figure is about. null takes the validation rows, which have also chosen the
+    checkpoint; record, table, report and card then name that."""
 
 
 class SplitLimits(Section):
@@ -57,10 +57,11 @@ class DataSection(Section):
     """Use only so many rows of each split."""
     draw: Literal["balanced", "first", "seed"] = "balanced"
     """Which rows `limits` keep and which are held out for a missing validation split. `balanced`: a
-    random draw, the same for all seeds, that gives every label its share (built-in sets lie in
-    random order: their first rows are one). `first`: in the order of the source, limits keep the
-    first and the last tenth is held out, as for rows in the order of time. `seed`: `limits.train`
-    draws by the cell's seed, so that the seeds of a low-data comparison differ in their data."""
+    random draw, the same for all seeds, that gives every label its share. (Built-in sets are in
+    random order: their first rows are one.) `first`: in the order of the source, for rows in the
+    order of time. Limits then keep the first, and the last tenth is held out. `seed`:
+    `limits.train` draws by the cell's seed, so that the seeds of a low-data comparison differ
+    in their data."""
 
     @model_validator(mode="before")
     @classmethod
@@ -122,8 +123,8 @@ class GenerationTask(Section):
     """Beams of the search used for evaluation; 1 is greedy."""
     metrics: list[MetricName] = Field(default=["bleu", "chrf"], min_length=1)
     """`bleu`, `chrf`, `ter`, `rouge1`, `rouge2`, `rougeL`, `rougeLsum` (of summaries, a sentence a
-    line), `meteor`, `exact_match`, `json_valid`, `json_equal`, `perplexity` of the target, or your
-    own `module:function`; the first is *the score* in tables. `bleu-zh`, `rougeL-char`: with
+    line), `meteor`, `exact_match`, `json_valid`, `json_equal`, or `perplexity` of the target. Your
+    own are `module:function`. The first is *the score* in tables. `bleu-zh`, `rougeL-char`: with
     sacrebleu's tokeniser `zh`, `char`, `intl`, `ja-mecab`, `ko-mecab` or `flores200`, for other
     languages than English."""
     _judged: ClassVar[Judged] = "text"

@@ -29,8 +29,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 def own_device(name: str) -> str:
-    """`cuda` with the number that this process has on its machine, as torchrun and accelerate give
-    numbers (accelerate picks the same one); other names as they are."""
+    """`cuda` with the number that this process has on its machine, and other names as they are.
+    torchrun and accelerate give these numbers."""
     rank = int(os.environ.get("LOCAL_RANK", "-1"))
     if name != "cuda" or rank < 0 or not torch.cuda.is_available():
         return name

@@ -27,7 +27,7 @@ class Head:
     """A classification head: what it labels, its labels in order, and the modules it is made of.
 
     modules: names within the model of everything that is not the pretrained backbone, and of what
-        the checkpoint had no weights for; every adapter trains a copy of its own
+        the checkpoint had no weights for. Every adapter trains a copy of its own
     fresh: of those, the modules without weights in the checkpoint
     told: what was decided about the checkpoint's own labels, in a sentence; empty for nothing
     """

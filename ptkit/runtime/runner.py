@@ -43,7 +43,7 @@ class Tokens:
 
     ids, mask: `[rows, tokens]`; the mask is 1 on real tokens, and covers what is in a cache, too
     positions: `[rows, tokens]`; None: they follow from the mask and the prefixes
-    last: `[rows]`, index of the last token of each row's input (an infix stands before it); None
+    last: `[rows]`, index of the last token of each row's input (an infix stands before it). None
         where virtual tokens have no positions: in encoders and encoder-decoders
     written: `[rows, target tokens]` that an encoder-decoder's decoder is given
     encoded: what its encoder made of `ids`, where that is known

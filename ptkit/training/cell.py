@@ -79,8 +79,8 @@ def open_cell_folder(experiment: Experiment, cell: Cell) -> None:
 
 
 def named_adapters(method: MethodSection, folder: Path) -> dict[str, str]:
-    """The adapters a method starts from or mixes in, with the SHA-256 of their weights: a run that
-    goes on must find those it began with. Raises AdapterError where one is missing."""
+    """The adapters a method starts from or mixes in, with the SHA-256 of their weights. A resumed
+    run must find those it began with. Raises AdapterError where one is missing."""
     named = [*(getattr(method, "start_adapter", None) or ()), *getattr(method, "adapters", ())]
     found = {}
     for name in named:

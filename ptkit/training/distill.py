@@ -72,8 +72,9 @@ class Distilled:
 
     tokens: of the prefix; document_tokens, chunks: of the text; bytes, document_bytes: of their
     keys and values in the base's precision
-    texts: split -> how many; figures: what stands before the texts -> how close the base comes to
-    itself with the document in view, on the `test` texts, which were not learnt from
+    texts: split -> how many
+    figures: what stands before the texts -> how close the base comes to itself with the document in
+        view. It is measured on the `test` texts, which were not learnt from
     curve: `{step, train_loss, validation_loss}`, KL in nats per token
     """
 
@@ -139,8 +140,9 @@ def distill(
     out: folder of the result; a distillation that was stopped there goes on, a finished one is
         read back
     model: the base's id, default the recipe's or `tiny-en`; base: a loaded one instead
-    inputs: what the texts begin with, at least three; recipe: take its task's inputs, and its
-        template for the adapter; default: pieces of the document and a few words of none
+    inputs: what the texts begin with, at least three
+    recipe: take its task's inputs, and its template for the adapter; default: pieces of the
+        document and a few words of none
     sink: the document is read after the base's begin-of-text token, which stays frozen as the
         first virtual token
     chunk_tokens: the most tokens of the document that are in view at a time; default: as many as

@@ -1,8 +1,8 @@
 """What a run will take, measured on a few of its own steps before it begins.
 
-Each method takes a few steps and predicts a few rows, in a folder that is thrown away. What a
-method leaves to `auto` is measured with the method's own start and rate; finding it comes on top
-(`ptkit.training.autotune` says how much at most).
+Each method takes a few steps and predicts a few rows, in a folder that is deleted afterwards. What
+a method leaves to `auto` is measured with the method's own start and rate. Finding it takes
+additional time (`ptkit.training.autotune` says how much at most).
 """
 
 from __future__ import annotations

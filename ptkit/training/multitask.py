@@ -130,8 +130,8 @@ def multitask(
     observer: RunObserver | None = None,
     base: Base | None = None,
 ) -> Multitask:
-    """Train one multi-task prompt on the tasks of `recipes`, with the settings of their prompt
-    tuning and their first seed, and measure each task's prompt on its test rows.
+    """Train one multi-task prompt on the tasks of `recipes` and measure each task's prompt on its
+    test rows. It has the settings of their prompt tuning and their first seed.
 
     rank: of each task's matrix; task_learning_rate: of the matrices
     base: a loaded one, instead of loading the recipes'
@@ -174,7 +174,7 @@ def multitask(
 def of_tasks(rows: Sequence[Sequence[EncodedExample]]) -> list[TaskExample]:
     """The rows of all tasks, each with its task's number and weight.
 
-    A task counts by its rows: the losses of one with long targets are weighed down, so that over
+    A task counts by its rows. The losses of one with long targets get lower weights, so that over
     all rows the weights of the targets add up to their number.
     """
     targets = [sum(row.supervised for row in own) for own in rows]

@@ -12,9 +12,10 @@ from ptkit.training.experiment import Experiment
 
 
 def require_ready(experiment: Experiment, cells: Sequence[Cell]) -> None:
-    """Raise UserError for what a recipe asks of `cells` and cannot be carried out: a method that
-    does not fit the base, adapters to start from that are not there, too few positions, seeds in
-    one batch on a base with dropout."""
+    """Raise UserError for what a recipe asks of `cells` and cannot be carried out.
+
+    Cases are a method that does not fit the base, and adapters to start from that are not there.
+    Others are too few positions, and seeds in one batch on a base with dropout."""
     together = [cell for cell in cells if cell.method.shares_batch]
     if experiment.recipe.train.together > 1 and len({cell.seed for cell in together}) > 1:
         require_no_dropout(experiment.base)

@@ -63,7 +63,7 @@ def run_cells(
     ones go on where they were.
 
     Raises FolderError when a folder holds a cell of another recipe, seed, base or data, or another
-    process works in it, UserError when several cells cannot share a batch.
+    process works in it. Raises UserError when several cells cannot share a batch.
     """
     with ExitStack() as locks:
         for cell in cells:
