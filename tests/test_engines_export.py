@@ -30,6 +30,7 @@ from transformers import (
 
 from ptkit.bank import AdapterBank
 from ptkit.formats.adapter_files import AdapterFiles, write_adapter
+from ptkit.formats.adapter_info import AdapterInfo, BaseInfo
 from ptkit.hub.engines import export_prompt_embeds, export_tokens
 from ptkit.runtime.base_model import Base, frozen_base, load_base
 from ptkit.runtime.generation import generate
@@ -136,7 +137,7 @@ def test_families_that_scale_tie_or_begin_with_a_token(
 ) -> None:
     base = make()
     adapter = make_adapter(base, LEARNT[method])
-    info = {"base": {"id": base.id, "fingerprint": base.fingerprint}}
+    info = AdapterInfo(base=BaseInfo(id=base.id, fingerprint=base.fingerprint))
     files = adapter.files()
     write_adapter(tmp_path / "mine", AdapterFiles(files.config, files.tensors, info))
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}

@@ -21,9 +21,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ptkit.formats.cell_record import CellRecord
 from ptkit.training.failure import Failure
 from ptkit.training.forecast import Forecast, in_time
-from ptkit.training.record import CellRecord
 from ptkit.training.run import Observer
 from ptkit.training.trainee import StepReport
 

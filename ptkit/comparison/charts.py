@@ -8,7 +8,7 @@ from typing import Any
 
 from ptkit.comparison.summary import MethodSummary, best_of
 from ptkit.evaluation.statistics import Interval
-from ptkit.training.record import written
+from ptkit.training.titles import written
 
 #: Lines of a chart beyond which each method keeps only its best one.
 MOST_LINES = 8
@@ -247,7 +247,7 @@ def _curves(summaries: Sequence[MethodSummary]) -> Iterator[Lines]:
         by_step: dict[int, list[float]] = {}
         for record in summary.records:
             for entry in record.curve:
-                by_step.setdefault(int(entry["step"]), []).append(entry["validation_loss"])
+                by_step.setdefault(entry.step, []).append(entry.validation_loss)
         mean = (LinePoint(step, sum(v) / len(v)) for step, v in sorted(by_step.items()))
         lines.append(Line(summary.family, shade[summary.title], tuple(mean)))
     yield Lines(

@@ -13,9 +13,9 @@ from ptkit.comparison.grid import Experiments, Group, claim_folder, plan, run_gr
 from ptkit.comparison.search import Searches, require_sampler, trials_folder
 from ptkit.errors import PtkitError, UserError
 from ptkit.formats import atomic
+from ptkit.formats.cell_record import CellRecord
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.training.failure import FAILED, Failure
-from ptkit.training.record import CellRecord
 from ptkit.training.run import Cell, Observer
 
 #: How often a task is given to another node after its own was lost.

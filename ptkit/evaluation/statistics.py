@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 from ptkit.evaluation.metrics import Statistics
+from ptkit.formats.figures import RecordedScore
 
 
 class Scores(Protocol):
@@ -33,6 +34,11 @@ class Interval:
     std: float | None
     n_seeds: int
     n_examples: int | None = None
+
+    @property
+    def recorded(self) -> RecordedScore:
+        """The figure as an adapter's record states it."""
+        return RecordedScore(value=self.mean, low=self.low, high=self.high)
 
 
 def bootstrap_interval(

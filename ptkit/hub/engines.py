@@ -95,7 +95,7 @@ def soft_prompts(sources: Sequence[Path], base: Base | None) -> tuple[Base, list
         name = name_of(path).replace("/", "--")
         if name in {soft.name for soft in found}:
             raise UserError(f"two adapters are called `{name}`; export one from a renamed folder")
-        found.append(Soft(name, embeddings, files.info.get("task", {}).get("input")))
+        found.append(Soft(name, embeddings, files.info.template))
     assert base is not None
     if base.quantized:
         raise UserError(

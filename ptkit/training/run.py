@@ -43,6 +43,14 @@ from ptkit.formats.adapter_files import (
     weights_path,
     write_adapter,
 )
+from ptkit.formats.cell_record import (
+    TRIAL_RECORD,
+    CellRecord,
+    CurvePoint,
+    RecordedSearch,
+    TrialRecord,
+)
+from ptkit.formats.figures import RecordedRetention
 from ptkit.formats.folder_lock import held
 from ptkit.methods import (
     ADAPTERS,
@@ -67,7 +75,6 @@ from ptkit.training.gate import fit_gate, require_gate_fits, share_open
 from ptkit.training.loop import fit
 from ptkit.training.processes import processes, shared
 from ptkit.training.provenance import adapter_info, hardware, recipe_of_cell, versions
-from ptkit.training.record import CellRecord
 from ptkit.training.trainee import Job, StepReport
 
 if TYPE_CHECKING:
@@ -138,7 +145,7 @@ class Cell:
     variant: str = ""
     family: str | None = None
     sweep: dict[str, Any] = field(default_factory=dict, hash=False)
-    tuned: dict[str, Any] | None = field(default=None, hash=False)
+    tuned: RecordedSearch | None = field(default=None, hash=False)
 
     @property
     def name(self) -> str:
@@ -205,12 +212,11 @@ def _run_trial(experiment: Experiment, cell: Cell, observer: Observer | None) ->
             (progress,) = _fit(experiment, [cell], [adapter], observer)
         finally:
             adapter.close()
-        atomic.write_json(
-            done, {"validation_loss": progress.best_loss, "seconds": progress.seconds}
-        )
+        loss, seconds = progress.best_loss, progress.seconds
+        TRIAL_RECORD.write(done, TrialRecord(validation_loss=loss, seconds=seconds))
         remove_checkpoints(cell.folder)
         observer.trial_finished(cell.name, progress.best_loss)
-    return float(json.loads(done.read_text())["validation_loss"])
+    return TRIAL_RECORD.read_file(done).validation_loss
 
 
 def _train_and_measure(
@@ -240,14 +246,14 @@ def _train_and_measure(
             retention = None
             if experiment.general is not None:
                 share = partial(shared, state=state)
-                retention = measure_retention(adapter, experiment.general, share).as_dict()
+                retention = measure_retention(adapter, experiment.general, share).recorded
             if not state.is_main_process:  # the first process measures the rest and writes for all
                 continue
             record = _measure(
                 experiment, adapter, cell, progresses[i], predictions, seconds, retention, started
             )
             record = record.updated(trained_together=len(cells), chosen=choices[i].record)
-            atomic.write_json(cell.done, record.as_dict())
+            record.write(cell.done)
             _tidy(cell.folder)
             observer.cell_finished(record, reused=False)
             records.append(record)
@@ -420,7 +426,7 @@ def _measure(
     progress: Progress,
     predictions: Sequence[Prediction],
     eval_seconds: float,
-    retention: dict[str, Any] | None,
+    retention: RecordedRetention | None,
     started: datetime,
 ) -> CellRecord:
     recipe, base, method, folder = experiment.recipe, experiment.base, cell.method, cell.folder
@@ -439,7 +445,7 @@ def _measure(
         sweep=cell.sweep,
         tuned=cell.tuned,
         seed=cell.seed,
-        settings=method.model_dump(),
+        settings=method.model_dump(mode="json"),
         n_train=len(experiment.training(cell.seed).encoded) if method.trains else 0,
         n_test=len(predictions),
         test_split=experiment.data.test_split,
@@ -458,7 +464,7 @@ def _measure(
         tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
         peak_memory_bytes=progress.peak_memory_bytes if method.trains else None,
         eval_seconds=eval_seconds,
-        curve=progress.curve,
+        curve=[CurvePoint.model_validate(point) for point in progress.curve],
         retention=retention,
         gate=_openings(experiment, adapter),
         decode_ms=latency.adapter,

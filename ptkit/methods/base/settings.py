@@ -14,5 +14,6 @@ class BaseSection(MethodSection):
     display_name: ClassVar[str] = "the base model"
     not_asked: ClassVar[str | None] = "the model itself, which is what the others are compared with"
     trains: ClassVar[bool] = False
+    anchor: ClassVar[Literal["base", "full"] | None] = "base"
     kind: Literal["base"]
     """`base`."""
