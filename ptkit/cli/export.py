@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from ptkit.errors import UserError
+from ptkit.hub.engines import engines, writer
 
 
 class Dtype(StrEnum):
@@ -20,14 +21,19 @@ class Dtype(StrEnum):
     int8 = "int8"
 
 
-class Form(StrEnum):
-    """What is stored."""
+#: What else than files for an engine can be stored.
+_FORMS = {
+    "peft": "As it was trained.",
+    "kv": "Any method compiled to a prefix, no prompt tokens to read.",
+    "parts": "A prefix with LoRA as two adapters, which plain PEFT loads one after the other.",
+}
 
-    peft = "peft"
-    kv = "kv"
-    tokens = "tokens"
-    prompt_embeds = "prompt-embeds"
-    parts = "parts"
+
+def _form(value: str) -> str:
+    known = [*_FORMS, *engines()]
+    if value not in known:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}")
+    return value
 
 
 def export(
@@ -35,21 +41,20 @@ def export(
         list[Path],
         typer.Argument(
             metavar="RUN...",
-            help="Finished runs or adapter folders; for `--as "
-            "tokens` and `prompt-embeds` as many as are to be served.",
+            help="Finished runs or adapter folders; for an engine as many as are to be served.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, adapters/NAME.")],
     form: Annotated[
-        Form,
+        str,
         typer.Option(
             "--as",
-            help="`kv`: any method compiled to a prefix, no prompt tokens to read. `tokens`: a "
-            "copy of the base with soft prompts in its vocabulary, for any engine. "
-            "`prompt-embeds`: soft prompts and a client that sends them (vLLM). `parts`: a prefix "
-            "with LoRA as two adapters, which plain PEFT loads one after the other.",
+            callback=_form,
+            autocompletion=lambda: [*_FORMS, *engines()],
+            metavar="|".join([*_FORMS, *engines()]),
+            help=" ".join(f"`{name}`: {what}" for name, what in {**_FORMS, **engines()}.items()),
         ),
-    ] = Form.peft,
+    ] = "peft",
     dtype: Annotated[
         Dtype,
         typer.Option(
@@ -74,14 +79,14 @@ def export(
 
     Reparameterisation is folded in. `PeftModel.from_pretrained(base, OUT)` loads the result.
     """
-    if form in (Form.tokens, Form.prompt_embeds):
+    if form in engines():
         if dtype != Dtype.float32 or recipe or license or language:
             raise UserError(f"--as {form} takes none of --dtype, --recipe, --license, --language")
         _for_engines(runs, out, form, force)
         return
     if len(runs) > 1:
         raise UserError(f"--as {form} exports one run at a time, found {len(runs)}")
-    if form == Form.parts:
+    if form == "parts":
         if dtype == Dtype.int8 or recipe or license or language:
             raise UserError(
                 "--as parts takes none of --dtype int8, --recipe, --license, --language"
@@ -92,7 +97,7 @@ def export(
     from ptkit.hub.export import export_run
 
     done = export_run(
-        runs[0], out, dtype=dtype.value, format="kv" if form == Form.kv else "peft",
+        runs[0], out, dtype=dtype.value, format="kv" if form == "kv" else "peft",
         replace_out=force, recipe=recipe, license=license, language=language,
     )  # fmt: skip
     typer.echo(f"{done.path}")
@@ -113,11 +118,8 @@ def _parts(run: Path, out: Path, dtype: Dtype, force: bool) -> None:
     typer.secho(f"{done.path / 'README.md'} says how PEFT loads both", err=True)
 
 
-def _for_engines(runs: list[Path], out: Path, form: Form, force: bool) -> None:
-    from ptkit.hub.engines import export_prompt_embeds, export_tokens
-
-    write = export_tokens if form == Form.tokens else export_prompt_embeds
-    done = write(runs, out, replace_out=force)
+def _for_engines(runs: list[Path], out: Path, form: str, force: bool) -> None:
+    done = writer(form)(runs, out, replace_out=force)
     typer.echo(f"{done.path}")
     count = "1 adapter" if len(runs) == 1 else f"{len(runs)} adapters"
     notes = f"{count}, {done.virtual_tokens} virtual tokens, {done.bytes / 1000:.1f} KB"

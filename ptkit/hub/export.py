@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from ptkit.errors import AdapterError, PtkitError
-from ptkit.evaluation.saved import Evaluation, evaluate, find_adapter
+from ptkit.evaluation.evaluate import Evaluation, evaluate, find_adapter
 from ptkit.formats.adapter_files import (
     CARD,
     RECIPE,

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from ptkit.errors import AdapterError
-from ptkit.evaluation.saved import find_adapter
+from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import CARD, AdapterFiles, read_adapter, write_adapter
 from ptkit.formats.adapter_info import AdapterInfo
