@@ -239,7 +239,7 @@ def test_plain_transformers_reads_an_adapter_of_any_method(
 def test_what_no_cache_can_hold_is_refused_with_its_reason(kind: str, tmp_path: Path) -> None:
     base = random_base("llama")
     section: dict[str, Any] = {**LEARNT["lora" if kind == "lora" else "prefix"]}
-    adapter = make_adapter(base, section | ({"infix": True} if kind == "infix" else {}))
+    adapter = make_adapter(base, section | ({"position": "infix"} if kind == "infix" else {}))
     if kind == "gate":
         hidden = base.embedding.embedding_dim
         adapter.input_gate = Gate(torch.ones(2 * hidden), torch.zeros(1), base.embedding)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
+from inspect import signature
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -56,13 +58,14 @@ def export(
         ),
     ] = "peft",
     dtype: Annotated[
-        Dtype,
+        Optional[Dtype],  # noqa: UP045  (typer reads annotations at run time)
         typer.Option(
-            help="Data type of the stored parameters. int8 is for ptkit only, and scored again."
+            help="Data type of the stored parameters, default float32. int8 is for ptkit only, and "
+            "scored again. With llama-cpp: the server's cache type, default float16."
         ),
-    ] = Dtype.float32,
+    ] = None,
     recipe: Annotated[
-        Optional[Path],  # noqa: UP045  (typer reads annotations at run time)
+        Optional[Path],  # noqa: UP045
         typer.Option(help="With int8: the recipe to score on; default: the run's own."),
     ] = None,
     license: Annotated[
@@ -73,24 +76,33 @@ def export(
         Optional[str],  # noqa: UP045
         typer.Option(help="Language for the card: `en`."),
     ] = None,
+    gguf: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="With llama-cpp: the file that llama-server loads."),
+    ] = None,
+    flash_attention: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(help="With llama-cpp: whether the server uses it; default: it does."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")] = False,
 ) -> None:
     """Write a run's trained parameters as safetensors in PEFT's layout, with a card; verify them.
 
     Reparameterisation is folded in. `PeftModel.from_pretrained(base, OUT)` loads the result.
     """
+    engine_settings = {"dtype": dtype and dtype.value, "gguf": gguf,
+                       "flash_attention": flash_attention}  # fmt: skip
+    ours = {"recipe": recipe, "license": license, "language": language}
     if form in engines():
-        if dtype != Dtype.float32 or recipe or license or language:
-            raise UserError(f"--as {form} takes none of --dtype, --recipe, --license, --language")
-        _for_engines(runs, out, form, force)
+        _refuse(form, ours)
+        _for_engine(runs, out, form, force, engine_settings)
         return
+    _refuse(form, {"gguf": gguf, "flash_attention": flash_attention})
+    dtype = dtype or Dtype.float32
     if len(runs) > 1:
         raise UserError(f"--as {form} exports one run at a time, found {len(runs)}")
     if form == "parts":
-        if dtype == Dtype.int8 or recipe or license or language:
-            raise UserError(
-                "--as parts takes none of --dtype int8, --recipe, --license, --language"
-            )
+        _refuse(form, {"dtype int8": dtype == Dtype.int8 or None, **ours})
         _parts(runs[0], out, dtype, force)
         return
 
@@ -118,8 +130,21 @@ def _parts(run: Path, out: Path, dtype: Dtype, force: bool) -> None:
     typer.secho(f"{done.path / 'README.md'} says how PEFT loads both", err=True)
 
 
-def _for_engines(runs: list[Path], out: Path, form: str, force: bool) -> None:
-    done = writer(form)(runs, out, replace_out=force)
+def _refuse(form: str, options: Mapping[str, object]) -> None:
+    """Raise UserError where one of `options` was given, which `form` has no use for."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if given:
+        raise UserError(f"--as {form} does not take {', '.join(given)}")
+
+
+def _for_engine(
+    runs: list[Path], out: Path, engine: str, force: bool, settings: Mapping[str, Any]
+) -> None:
+    write = writer(engine)
+    taken = signature(write).parameters
+    _refuse(engine, {name: value for name, value in settings.items() if name not in taken})
+    given = {name: value for name, value in settings.items() if value is not None}
+    done = write(runs, out, replace_out=force, **given)
     typer.echo(f"{done.path}")
     count = "1 adapter" if len(runs) == 1 else f"{len(runs)} adapters"
     notes = f"{count}, {done.virtual_tokens} virtual tokens, {done.bytes / 1000:.1f} KB"

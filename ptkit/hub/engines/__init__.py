@@ -5,9 +5,10 @@ Such a module has
     write(sources, out, *, base=None, replace_out=False) -> Written
 
 which reads the adapters `sources` (runs or adapter folders of one base) and writes the folder
-`out`, whole or not at all. It raises UserError or AdapterError for what its engine cannot hold. The
-first line of its docstring says what it writes: `ptkit export --help` shows it, and imports nothing
-for that.
+`out`, whole or not at all. It raises UserError or AdapterError for what its engine cannot hold.
+Further keywords are the engine's settings: `ptkit export` sets those that it has options for. The
+first line of a module's docstring says what it writes: `ptkit export --help` shows it, and imports
+nothing for that.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
     from ptkit.runtime.base_model import Base
@@ -46,6 +47,7 @@ class Write(Protocol):
         *,
         base: Base | None = None,
         replace_out: bool = False,
+        **settings: Any,
     ) -> Written: ...
 
 
