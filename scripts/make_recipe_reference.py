@@ -31,7 +31,7 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`task` with `kind: token_classification`", schema.TokenClassificationTask),
     ("`task.data`", schema.DataSection),
     ("`task.data.splits`", schema.Splits),
-    ("`task.data.limits`", schema.Limits),
+    ("`task.data.limits`", schema.SplitLimits),
     ("`train`", schema.TrainSection),
     ("`evaluate`", schema.EvaluateSection),
     ("`retention`", schema.RetentionSection),
