@@ -266,6 +266,20 @@ def test_hostile_text_is_shown_and_never_run(tmp_path: Path) -> None:
     assert len(cells) == 1
 
 
+def test_the_base_and_full_fine_tuning_are_known_by_what_they_are_not_by_their_names(
+    tmp_path: Path,
+) -> None:
+    _, summaries = compared(tmp_path / "out", [
+        ("prompt", "prompt_tuning", 5_120, 6, 0.1), ("plain", "base", 0, 3, 0.0),
+        ("all of it", "full", 6_829_568, 9, 0.4),
+    ], seeds=(0,))  # fmt: skip
+    ways = {s.family: s.way for s in summaries}
+    assert all(way is not None for way in ways.values())
+    assert (ways["plain"].mean, ways["all of it"].mean) == (0, 1)
+    assert 0 < ways["prompt"].mean < 1
+    assert [s.family for s in summaries if s.against is None] == ["all of it"]
+
+
 @pytest.mark.parametrize(
     ("options", "charts", "tiles"),
     [
