@@ -22,7 +22,7 @@ from ptkit.comparison.summary import MethodSummary
 from ptkit.comparison.table import markdown_table, summary_table
 from ptkit.formats.cell_record import CellRecord
 from ptkit.recipe import load_recipe
-from ptkit.training.run import folder_name
+from ptkit.training.cell import folder_name
 
 #: title, kind, trained parameters, how many of ten words it gets right, forgetting
 METHODS = [

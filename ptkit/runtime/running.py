@@ -18,7 +18,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from ptkit.errors import ModelError
-from ptkit.prefix import KVLayout, KVPrefix, PrefixBatch
+from ptkit.prefix import KVLayout, KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.cache import ReservedCache, prefilled_cache, shares_keys
 from ptkit.runtime.forward import pad_rows
 from ptkit.runtime.infix import read_before_last

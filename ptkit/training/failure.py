@@ -17,7 +17,7 @@ from ptkit.formats.typed_file import FileKind, FileSection, unchanged
 from ptkit.training.titles import titled
 
 if TYPE_CHECKING:
-    from ptkit.training.run import Cell
+    from ptkit.training.cell import Cell
 
 #: In the folder of a cell or a trial.
 FAILED = "failed.json"

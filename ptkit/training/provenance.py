@@ -14,7 +14,8 @@ from ptkit.evaluation.statistics import Interval
 from ptkit.formats.adapter_info import AdapterInfo, BaseInfo, DataInfo, MethodInfo, TaskInfo
 from ptkit.formats.cell_record import CellRecord
 from ptkit.recipe.load import recipe_as_yaml
-from ptkit.recipe.schema import DataSection, Recipe, Task
+from ptkit.recipe.schema import Recipe
+from ptkit.recipe.tasks import DataSection, Task
 from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import Experiment
 

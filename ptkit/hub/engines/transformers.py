@@ -17,7 +17,8 @@ from ptkit.errors import AdapterError, PtkitError
 from ptkit.formats import atomic
 from ptkit.hub.engine_adapters import EngineSource, engine_adapters, engine_prefix
 from ptkit.hub.engines import Written
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.cache import has_state, sees_everything, shares_keys
 from ptkit.runtime.generation import generate
@@ -45,7 +46,8 @@ if __name__ == "__main__":
     model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
     ids = tokenizer(text, return_tensors="pt").input_ids
     file = Path(__file__).with_name(name + ".safetensors")
-    print(tokenizer.decode(answer(model, ids, file, max_new_tokens=64, do_sample=False)))
+    answered = answer(model, ids, file, max_new_tokens=64, do_sample=False)
+    print(tokenizer.decode(answered, skip_special_tokens=True))
 '''
 
 
