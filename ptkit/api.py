@@ -24,6 +24,8 @@ from ptkit.errors import AdapterError, ModelError, PtkitError, UserError
 from ptkit.evaluation.evaluate import find_adapter
 from ptkit.extras import require
 from ptkit.formats.adapter_files import CONFIG, read_adapter
+from ptkit.formats.adapter_info import AdapterInfo
+from ptkit.formats.cell_record import CellRecord
 from ptkit.formats.folder_lock import held, require_free
 from ptkit.methods import base_of, compile_files, require_same_base
 from ptkit.methods.head import labels_of_files
@@ -41,7 +43,6 @@ from ptkit.training.failure import Failure, failed_cells
 from ptkit.training.forecast import Forecast, forecast, is_long
 from ptkit.training.observer import RunObserver
 from ptkit.training.ready import require_supported
-from ptkit.training.record import CellRecord
 from ptkit.training.run import run_cells
 
 
@@ -215,7 +216,7 @@ class LoadedAdapter:
     that depends on the input. For many adapters, or different ones in one batch, see `AdapterBank`.
     """
 
-    def __init__(self, path: Path, base: Base, prefix: Compiled, info: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, base: Base, prefix: Compiled, info: AdapterInfo) -> None:
         self.path, self.base, self.prefix, self.info = path, base, prefix, info
 
     def inputs(self, encoding: Mapping[str, Tensor]) -> dict[str, Any]:

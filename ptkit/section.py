@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self, TypeVar, get_args
+from typing import ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -53,6 +53,9 @@ class MethodSection(Section):
     """Why nothing is asked about it, family by family (`ptkit.families`); None where it is."""
     trains: ClassVar[bool] = True
     """False for baselines that learn nothing (they run once, whatever the seeds)."""
+    anchor: ClassVar[Literal["base", "full"] | None] = None
+    """Which end it is of the way from the base to full fine-tuning, where tables measure the others
+    by it; None where it is neither."""
     shares_batch: ClassVar[bool] = False
     """Whether adapters of this method can be trained in one batch, row by row."""
     alone: ClassVar[str] = "it changes the base's weights"

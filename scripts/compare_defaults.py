@@ -19,9 +19,9 @@ from ptkit.comparison.grid import run_grid
 from ptkit.comparison.merge import read_comparison
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import MethodSummary, summarise
+from ptkit.formats.cell_record import CellRecord
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import EvaluateSection, Recipe
-from ptkit.training.record import CellRecord
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ROOT / "recipes" / "defaults-tiny.yaml"

@@ -30,6 +30,7 @@ from ptkit.formats.adapter_files import (
     read_adapter,
     write_adapter,
 )
+from ptkit.formats.adapter_info import AdapterInfo, BaseInfo
 from ptkit.formats.fingerprint import of_loaded
 from ptkit.methods import (
     ADAPTERS,
@@ -197,7 +198,7 @@ def test_prefix_of_another_shape_is_refused(saved: Path) -> None:
 def test_same_shape_but_other_weights_is_refused_by_fingerprint(saved: Path) -> None:
     files = read_adapter(saved)
     made_for = random_base("llama", seed=0)
-    info = {"base": {"id": "random-llama-0", "fingerprint": made_for.fingerprint}}
+    info = AdapterInfo(base=BaseInfo(id="random-llama-0", fingerprint=made_for.fingerprint))
     named = AdapterFiles(files.config, files.tensors, info)
     require_same_base(named, made_for, "it")
     with pytest.raises(AdapterError, match=r"random-llama-0.*random-llama-1"):

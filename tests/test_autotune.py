@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from html import escape
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from ptkit.comparison.outputs import write_outputs
 from ptkit.data.encode import EncodedExample
 from ptkit.data.task import Example
 from ptkit.errors import PtkitError, UserError
+from ptkit.formats.cell_record import ChosenSettings
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section
 from ptkit.prefix_batch import PrefixBatch
@@ -77,29 +77,29 @@ def test_a_start_that_is_clearly_lower_is_kept(family: str, kind: str, tmp_path:
     base = random_base(family)
     choice, _ = run(base, tmp_path, kind=kind, start="auto")
     assert choice.record is not None
-    tried = choice.record["starts"]
-    texts = [t.get("start_text") for t in tried]
+    tried = choice.record.starts
+    texts = [t.start_text for t in tried]
     assert "w1  w2" in texts, "the template's own words"
-    assert {"task", "labels", "examples", "vocabulary"} < {t["start"] for t in tried}
-    own = next(t for t in tried if t["start"] == "task")
-    best = min(tried, key=lambda t: t["loss"])
-    kept = best if best["loss"] <= 0.9 * own["loss"] else own
+    assert {"task", "labels", "examples", "vocabulary"} < {t.start for t in tried}
+    own = next(t for t in tried if t.start == "task")
+    best = min(tried, key=lambda t: t.loss)
+    kept = best if best.loss <= 0.9 * own.loss else own
     assert (choice.section.start, choice.section.start_text) == (  # type: ignore[attr-defined]
-        kept["start"], kept.get("start_text"),
+        kept.start, kept.start_text,
     )  # fmt: skip
     # Scored together as each is alone.
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0)).tolist()
-    drawn = [rows(30, 1)[i] for i in order[: choice.record["start_rows"]]]
-    for t in [t for t in tried if t["start"] == "text"][:3]:
+    drawn = [rows(30, 1)[i] for i in order[: choice.record.start_rows]]
+    for t in [t for t in tried if t.start == "text"][:3]:
         section = method_section(
-            {"kind": kind, "num_virtual_tokens": 4, "start": "text", "start_text": t["start_text"]}
+            {"kind": kind, "num_virtual_tokens": 4, "start": "text", "start_text": t.start_text}
         )
         adapter = create_adapter(section, base, Demonstrations((), 0))
         with torch.no_grad():
             batch = PrefixBatch.shared(adapter.prefix(), len(drawn))
             alone = supervised_losses(base.model, **collate(drawn, base), batch=batch)
-        assert t["loss"] == pytest.approx(float(alone.mean()), abs=1e-4)
-    assert len({round(t["loss"], 4) for t in tried}) > 3, "equal losses would prove nothing"
+        assert t.loss == pytest.approx(float(alone.mean()), abs=1e-4)
+    assert len({round(t.loss, 4) for t in tried}) > 3, "equal losses would prove nothing"
 
 
 @pytest.mark.parametrize(
@@ -118,15 +118,15 @@ def test_whatever_shape_a_prefix_has_its_starts_are_scored_as_each_is_alone(
 ) -> None:
     choice, made = run(base, tmp_path, **settings)
     assert choice.record is not None
-    tried = choice.record["starts"]
+    tried = choice.record.starts
     assert len(tried) > 5
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0)).tolist()
-    drawn = [rows(30, 1)[i] for i in order[: choice.record["start_rows"]]]
+    drawn = [rows(30, 1)[i] for i in order[: choice.record.start_rows]]
     for start, job in zip(tried, made[1:], strict=True):
         with torch.no_grad():
             batch = PrefixBatch.shared(job.adapter.prefix(), len(drawn))
             alone = supervised_losses(base.model, **collate(drawn, base), batch=batch)
-        assert start["loss"] == pytest.approx(float(alone.mean()), abs=1e-4)
+        assert start.loss == pytest.approx(float(alone.mean()), abs=1e-4)
 
 
 def test_a_text_that_gives_the_answer_away_is_the_start(tmp_path: Path, monkeypatch) -> None:
@@ -163,9 +163,9 @@ def test_rates_are_judged_by_miniature_runs(tmp_path: Path) -> None:
     choice, made = run(base, tmp_path / "a", start="task", learning_rate="auto")
     autotuned = choice.record
     assert autotuned is not None
-    tried = {t["rate"]: t["loss"] for t in autotuned["rates"]}
+    tried = {t.rate: t.loss for t in autotuned.rates}
     assert sorted(tried) == [0.01, 0.03, 0.1, 0.3]
-    learnt = [autotuned["rate_loss_before"] - loss for loss in tried.values()]
+    learnt = [autotuned.rate_loss_before - loss for loss in tried.values()]
     assert choice.section.learning_rate == choosing.nearest_good(  # type: ignore[attr-defined]
         [*tried], learnt, 0.1
     )
@@ -175,7 +175,7 @@ def test_rates_are_judged_by_miniature_runs(tmp_path: Path) -> None:
     fresh = create_adapter(job.adapter.section, base, demonstrations())
     (alone,) = fit([Job(**{**vars(job), "adapter": fresh})])
     assert alone.best_loss == pytest.approx(tried[made[1].learning_rate], abs=1e-4)
-    assert alone.step == autotuned["rate_steps"]
+    assert alone.step == autotuned.rate_steps
 
 
 def test_a_rate_that_blows_up_is_given_up(tmp_path: Path, monkeypatch) -> None:
@@ -187,7 +187,7 @@ def test_a_rate_that_blows_up_is_given_up(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(choosing, "fit", fragile)
     choice, _ = run(random_base("llama"), tmp_path, learning_rate="auto")
     assert choice.record is not None
-    assert [t["rate"] for t in choice.record["rates"]] == [0.01, 0.03]
+    assert [t.rate for t in choice.record.rates] == [0.01, 0.03]
 
 
 def test_both_cost_at_most_fifteen_percent_of_the_rows(tmp_path: Path) -> None:
@@ -199,9 +199,9 @@ def test_both_cost_at_most_fifteen_percent_of_the_rows(tmp_path: Path) -> None:
         choice, _ = run(random_base("gpt2"), folder, steps, start="auto", learning_rate="auto")
         autotuned = choice.record
         assert autotuned is not None
-        scored = len(autotuned["starts"]) * autotuned["start_rows"]
-        judged = (1 + len(autotuned["rates"])) * autotuned["rate_judged"]
-        stepped = len(autotuned["rates"]) * autotuned["rate_steps"] * autotuned["rate_batch"]
+        scored = len(autotuned.starts) * autotuned.start_rows
+        judged = (1 + len(autotuned.rates)) * autotuned.rate_judged
+        stepped = len(autotuned.rates) * autotuned.rate_steps * autotuned.rate_batch
         whole = steps.steps * steps.batch_size * steps.gradient_accumulation
         assert stepped + (scored + judged) / 2 <= 0.15 * whole
         assert stepped > 0.03 * whole
@@ -214,7 +214,7 @@ def test_a_run_too_short_to_find_a_rate_in_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_too_short_to_tell_starts_apart_takes_its_own(tmp_path: Path) -> None:
-    untried = {"start": "task", "starts": [], "start_rows": 0}
+    untried = ChosenSettings(start="task", starts=[], start_rows=0)
     for name, changed, tries in (
         ("short", {"steps": 10}, False),
         ("long enough", {"steps": 400}, True),
@@ -247,7 +247,7 @@ def test_starts_are_scored_on_rows_they_are_not_made_of(tmp_path: Path, monkeypa
     monkeypatch.setattr(choosing, "collate", collated)
     choice, made = run(random_base("gpt2"), tmp_path)
     assert choice.record is not None
-    tried, rows = choice.record["starts"], choice.record["start_rows"]
+    tried, rows = choice.record.starts, choice.record.start_rows
     assert len(scored) == len(tried) * rows
     assert max(sizes) == 2 * STEPS.batch_size
     of = {EXAMPLES.index(example) for example in made_of}
@@ -304,7 +304,7 @@ def test_killed_while_choosing_the_same_is_chosen(tmp_path: Path, monkeypatch) -
     assert again == whole
     assert not made, "what was found is read back"
     other, _ = run(random_base("llama"), tmp_path / "other", seed=1, **settings)
-    assert json.dumps(other.record) != json.dumps(whole.record)
+    assert other.record != whole.record
 
 
 def test_every_prompt_method_can_be_left_open() -> None:
@@ -326,9 +326,9 @@ def test_what_was_found_is_told_with_how_many_runs_it_holds_for(
     loaded = load_recipe(recipe_file, ["methods=[{kind: base}, {kind: prompt_tuning}]"])
     base, *runs = run_grid(loaded, tmp_path, base=random_base("llama"))
     assert autotuned([base]) is None
-    text = {"start": "text", "start_text": "w1 " * 20, "learning_rate": 0.3, "rates": []}
+    text = ChosenSettings(start="text", start_text="w1 " * 20, learning_rate=0.3, rates=[])
     records = [run.updated(chosen=text) for run in runs for _ in range(2)]
-    records.append(runs[0].updated(chosen={"start": "task", "starts": []}))
+    records.append(runs[0].updated(chosen=ChosenSettings(start="task", starts=[])))
     shown = repr(("w1 " * 20)[:31] + "…")
     of = len(records)
     assert autotuned(records) == f"{shown}, rate 0.3 ({of - 1} of {of} runs); task (1 of {of} runs)"
@@ -346,13 +346,13 @@ def test_a_comparison_records_what_each_cell_chose_and_resumes_with_it(
     assert [record.settings["learning_rate"] for record in whole] == ["auto", "auto"]
     for record in whole:
         assert record.chosen is not None
-        assert record.chosen["learning_rate"] in (0.01, 0.03, 0.1, 0.3)
-        assert record.chosen["start"] in ("task", "text", "vocabulary")
+        assert record.chosen.learning_rate in (0.01, 0.03, 0.1, 0.3)
+        assert record.chosen.start in ("task", "text", "vocabulary")
     (summary,) = write_outputs(tmp_path / "whole", whole, loaded.recipe)
     report = (tmp_path / "whole" / "report.html").read_text()
     assert "What <code>auto</code> found before training" in report
     assert f"<b>prefix_tuning</b>: {escape(autotuned(summary.records) or '')}</li>" in report
-    assert f"Up to {len(whole[0].chosen['starts'])} starts" in report  # type: ignore[index]
+    assert f"Up to {len(whole[0].chosen.starts)} starts" in report  # type: ignore[index]
 
     with monkeypatch.context() as patch:
 

@@ -24,6 +24,7 @@ from ptkit.families.kinds import used_as
 from ptkit.families.matrix import Status, run_matrix
 from ptkit.families.model_under_test import real_model
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter, write_adapter
+from ptkit.formats.adapter_info import AdapterInfo
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter, require_same_base
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base
@@ -166,7 +167,7 @@ def prefix(base: Base) -> Any:
 def made_on(base: Base, folder: Path) -> AdapterFiles:
     """An adapter's files, with what training records of its base."""
     files = prefix(base).files()
-    write_adapter(folder, replace(files, info={**files.info, "base": base_info(base)}))
+    write_adapter(folder, replace(files, info=AdapterInfo(base=base_info(base))))
     return read_adapter(folder)
 
 
@@ -225,7 +226,7 @@ def test_a_checkpoint_has_one_fingerprint_in_every_type_and_shard(tmp_path: Path
 def test_adapters_of_earlier_versions_are_recognised(tmp_path: Path) -> None:
     """They recorded a fingerprint of the loaded modules' names."""
     shipped = read_adapter(next(p.parent for p in Path("adapters").rglob("adapter_config.json")))
-    assert "sketch" not in shipped.info["base"]
+    assert shipped.info.base.sketch is None
     for dtype in ("float32", "float16"):
         require_same_base(shipped, load_base("tiny-en", dtype=dtype), "shipped")
 

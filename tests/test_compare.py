@@ -103,8 +103,8 @@ def test_every_cell_says_whether_off_is_exact(comparison) -> None:
 
 def test_base_forgets_nothing_and_costs_nothing(comparison) -> None:
     base = next(r for r in comparison[2] if r.kind == "base")
-    assert base.retention["forgetting"] == 0.0
-    assert base.retention["retention"] == 1.0
+    assert base.retention.forgetting == 0.0
+    assert base.retention.retention == 1.0
     assert base.trainable_parameters == base.bytes_on_disk == 0
 
 
@@ -244,8 +244,8 @@ def test_saved_adapter_evaluates_to_its_record(comparison) -> None:
         if record.method in TRAINED and record.seed == 0:
             result = evaluate_saved(experiment, out / "cells" / record.cell)
             assert {n: i.mean for n, i in result.metrics.items()} == pytest.approx(record.metrics)
-            assert result.retention.overall["forgetting"] == pytest.approx(
-                record.retention["forgetting"], abs=1e-5
+            assert result.retention.overall.forgetting == pytest.approx(
+                record.retention.forgetting, abs=1e-5
             )
             checked += 1
     assert checked == len(TRAINED)

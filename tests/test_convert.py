@@ -24,6 +24,7 @@ from test_peft_parity import LEARNT, make_adapter
 from ptkit import AdapterBank
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import CARD, CONFIG, INFO, read_adapter, write_adapter
+from ptkit.formats.adapter_info import AdapterInfo
 from ptkit.hub.convert import as_prefix, as_prompt, convert_adapter, one_task
 from ptkit.methods import adapter_from_files, compile_files
 
@@ -173,7 +174,8 @@ def test_conversion_keeps_the_record_and_drops_scores_it_cannot_vouch_for(tmp_pa
     info = {"base": {"id": base.id, "fingerprint": base.fingerprint}, "n_test": 3,
             "method": {"kind": "prompt_tuning"}, "seed": 0, "n_train": 9,
             "metrics": {"bleu": {"value": 1.0, "low": 0.5, "high": 2.0}}}  # fmt: skip
-    write_adapter(tmp_path / "prompt", type(files)(files.config, files.tensors, info))
+    recorded = AdapterInfo.model_validate(info)
+    write_adapter(tmp_path / "prompt", type(files)(files.config, files.tensors, recorded))
     convert_adapter(tmp_path / "prompt", tmp_path / "kv", to="prefix", base=base)
     exact = json.loads((tmp_path / "kv" / INFO).read_text())
     assert exact["metrics"] == info["metrics"]

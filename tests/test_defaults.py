@@ -46,9 +46,7 @@ def test_the_tables_hold_the_records_figures(recipe_file: Path, tmp_path: Path) 
     assert f"| prefix, default | {way} |" in text.split("### Share of the way")[1]
     chosen = records[3].chosen
     assert chosen is not None
-    assert f", rate {chosen['learning_rate']:g} [1" in text, (
-        "what was chosen, and what share it cost"
-    )
+    assert f", rate {chosen.learning_rate:g} [1" in text, "what was chosen, and what share it cost"
     assert records[2].chosen is not None
     assert "| prefix, default | task [" in text
     assert text.count("| P-tuning | – |") == 2

@@ -26,12 +26,12 @@ from ptkit.errors import UserError
 from ptkit.evaluation.latency import measure_latency
 from ptkit.evaluation.retention import measure_retention, probe_base
 from ptkit.formats.adapter_files import WEIGHTS
+from ptkit.formats.cell_record import CellRecord
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import method_section
 from ptkit.training.observer import RunObserver
 from ptkit.training.processes import current, require_own
-from ptkit.training.record import CellRecord
 
 # A grid small enough to be killed at every file it writes.
 SMALL = "methods=[{kind: base}, {kind: prefix_tuning, num_virtual_tokens: 4}]"
@@ -80,7 +80,7 @@ def test_two_processes_train_like_one(recipe_with_base: list[str], tmp_path: Pat
     one = json.loads(alone.stdout)
     assert len(two["curve"]) == len(one["curve"]) == 2
     for a, b in zip(two["curve"], one["curve"], strict=True):
-        assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
+        assert a.validation_loss == pytest.approx(b.validation_loss, abs=1e-5)
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
     assert two["metrics"] == one["metrics"]
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(
@@ -129,7 +129,7 @@ recipe, out, *overrides = sys.argv[1:]
 done = ptkit.train(recipe, method="prefix_tuning", out=out, overrides=overrides)
 group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
 read |= {"wait": group.options._timeout.total_seconds(), "metrics": done.record.metrics,
-         "forgotten": done.record.retention}
+         "forgotten": done.record.retention.model_dump()}
 with open(f"{out}-{os.environ['RANK']}.json", "w") as file:
     json.dump(read, file)
 """
@@ -180,9 +180,11 @@ def test_processes_share_validation_and_evaluation_and_wait_for_each_other(
     assert together.retention is not None
     assert alone.retention is not None
     for name in ("forgetting", "drift", "adapter_accuracy"):
-        assert together.retention[name] == pytest.approx(alone.retention[name], abs=1e-5)
+        assert getattr(together.retention, name) == pytest.approx(
+            getattr(alone.retention, name), abs=1e-5
+        )
     for a, b in zip(together.curve, alone.curve, strict=True):
-        assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
+        assert a.validation_loss == pytest.approx(b.validation_loss, abs=1e-5)
 
 
 @pytest.mark.parametrize(("patience", "calls"), [(60.0, 12), (0.0, 4)])
@@ -430,7 +432,7 @@ def test_cells_of_a_lost_node_run_on_another(
     for there, own in zip(records, here, strict=True):
         assert there.metrics == own.metrics
         for a, b in zip(there.curve, own.curve, strict=True):
-            assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
+            assert a.validation_loss == pytest.approx(b.validation_loss, abs=1e-5)
 
 
 def test_wrong_address_of_a_cluster_is_refused(recipe_file: Path, tmp_path: Path) -> None:

@@ -62,6 +62,14 @@ def test_recipe_reference_is_up_to_date() -> None:
     )
 
 
+def test_reference_of_files_is_up_to_date() -> None:
+    from make_files_reference import reference
+
+    assert (ROOT / "docs" / "files.md").read_text() == reference(), (
+        "run scripts/make_files_reference.py"
+    )
+
+
 def test_readme_python_examples_run() -> None:
     own, peft = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len([line for line in own.splitlines() if line]) == 6

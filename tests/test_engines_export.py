@@ -31,6 +31,7 @@ from transformers import (
 from ptkit.bank import AdapterBank
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles, write_adapter
+from ptkit.formats.adapter_info import AdapterInfo, BaseInfo
 from ptkit.hub.engines.prompt_embeds import write as export_prompt_embeds
 from ptkit.hub.engines.tokens import write as export_tokens
 from ptkit.hub.engines.transformers import write as export_transformers
@@ -142,7 +143,7 @@ def test_families_that_scale_tie_or_begin_with_a_token(
 ) -> None:
     base = make()
     adapter = make_adapter(base, LEARNT[method])
-    info = {"base": {"id": base.id, "fingerprint": base.fingerprint}}
+    info = AdapterInfo(base=BaseInfo(id=base.id, fingerprint=base.fingerprint))
     files = adapter.files()
     write_adapter(tmp_path / "mine", AdapterFiles(files.config, files.tensors, info))
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}

@@ -23,11 +23,11 @@ from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.overview import write_overview
 from ptkit.comparison.table import summary_table
 from ptkit.errors import AdapterError, FolderError, PtkitError, UserError
+from ptkit.formats.cell_record import CellRecord
 from ptkit.recipe import load_recipe
 from ptkit.training.cell import Cell
 from ptkit.training.failure import FAILED, attempted
 from ptkit.training.observer import RunObserver
-from ptkit.training.record import CellRecord
 from ptkit.training.run import fit
 
 #: A rate at which the second step's loss is no number.
@@ -175,10 +175,10 @@ def test_a_search_goes_on_without_the_trials_that_diverge_and_keeps_what_it_foun
     told = Told()
     (record,) = run_grid(loaded, tmp_path, base=random_base("llama"), observer=told)
     assert record.tuned is not None
-    assert record.tuned["settings"] == {"learning_rate": 0.01}
+    assert record.tuned.settings == {"learning_rate": 0.01}
     failed = len(told.trials)
     assert 0 < failed < 5
-    assert record.tuned["failed"] == failed
+    assert record.tuned.failed == failed
     write_outputs(tmp_path, [record], loaded.recipe)
     assert f"{failed} of which failed" in (tmp_path / "report.html").read_text()
     assert run_grid(loaded, tmp_path, base=random_base("llama"), observer=told) == [record]

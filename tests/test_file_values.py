@@ -450,9 +450,10 @@ def test_separators_within_a_text_end_no_line_of_a_file(tmp_path: Path) -> None:
     raw = json.dumps({"a": text, "b": text}, ensure_ascii=False)
     (tmp_path / name).write_text(f'{raw}\n{{"a": "1", "b": "2"}}\n', encoding="utf-8")
     assert [e.target for e in load_task(task(name), tmp_path).train] == [text, "2"]
-    row = json.dumps({"input": text, "references": [text]}, ensure_ascii=False)
+    row = {"input": text, "prediction": text, "references": [text]}
+    row = json.dumps(row, ensure_ascii=False)
     (tmp_path / "predictions.jsonl").write_text(f"{row}\n{row}\n", encoding="utf-8")
-    assert [r["input"] for r in read_predictions(tmp_path)] == [text] * 2
+    assert [r.input for r in read_predictions(tmp_path)] == [text] * 2
     (tmp_path / "in.txt").write_text(f"{text}\r\n\ntwo", encoding="utf-8")
     assert input_lines(None, tmp_path / "in.txt") == [text, "two"]
 

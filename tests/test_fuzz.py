@@ -34,6 +34,7 @@ from ptkit.formats.adapter_files import (
     read_adapter,
     write_adapter,
 )
+from ptkit.formats.adapter_info import AdapterInfo, BaseInfo, MethodInfo, TaskInfo
 from ptkit.methods import adapter_from_files, compile_files, require_same_base
 
 BASE = random_base("gpt2")
@@ -60,8 +61,11 @@ def good_files(kind: str) -> AdapterFiles:
         return AdapterFiles(config, tensors)
     torch.manual_seed(3)
     files = make_adapter(BASE, LEARNT[kind]).files()
-    info = {"base": {"id": BASE.id, "fingerprint": BASE.fingerprint},
-            "method": {"kind": "prefix_tuning"}, "task": {"input": "{x}"}}  # fmt: skip
+    info = AdapterInfo(
+        base=BaseInfo(id=BASE.id, fingerprint=BASE.fingerprint),
+        method=MethodInfo(kind="prefix_tuning"),
+        task=TaskInfo(kind="generation", input="{x}"),
+    )
     return AdapterFiles(files.config, files.tensors, info)
 
 
@@ -191,7 +195,8 @@ def test_settings_that_mean_nothing(case, kind: str, key: int, value: Any) -> No
 
 @quick
 @given(kind=st.sampled_from(KINDS[:3]), part=st.sampled_from(
-    ["base", "method", "task", "base.id", "base.fingerprint", "method.kind", "metrics"]
+    ["base", "method", "task", "base.id", "base.fingerprint", "method.kind", "metrics",
+     "format", "retention", "weights", "task.input", "n_test", "another"]
 ), value=VALUES)  # fmt: skip
 def test_records_that_mean_nothing(case, kind: str, part: str, value: Any) -> None:
     path = case(kind)

@@ -306,7 +306,7 @@ def test_a_run_fits_one_and_goes_on_without_it(tmp_path: Path) -> None:
     assert abs(found["retention"]["forgetting"]) < 1e-4
     folder = record.parent / "adapter"
     files = read_adapter(folder)
-    assert files.info["gate"] == found["gate"]
+    assert files.info.gate == found["gate"]
     trained = without_gate(files)
     values = sum(t.numel() for t in files.tensors.values())
     assert values > sum(t.numel() for t in trained.tensors.values())

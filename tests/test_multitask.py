@@ -168,8 +168,8 @@ def test_each_tasks_prompt_is_used_like_any_other(tmp_path: Path) -> None:
         factors = whole["prefix_task_cols"][number] @ whole["prefix_task_rows"][number]
         expected = whole["prompt_embeddings"] * factors
         torch.testing.assert_close(files.tensors["prompt_embeddings"], expected)
-        assert files.info["multitask"]["tasks"] == NAMES
-        assert files.info["metrics"].keys() == task.metrics.keys()
+        assert files.info.multitask.tasks == NAMES
+        assert files.info.metrics.keys() == task.metrics.keys()
         bank.load(done.adapter(name), name=name)
         lines = (done.adapter(name).parent / "predictions.jsonl").read_text().splitlines()
         assert len(lines) == task.n_test == 6

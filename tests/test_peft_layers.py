@@ -21,6 +21,7 @@ from ptkit.comparison.grid import run_grid
 from ptkit.comparison.outputs import write_outputs
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import CONFIG, AdapterFiles, read_adapter, write_adapter
+from ptkit.formats.adapter_info import AdapterInfo, MethodInfo
 from ptkit.hub.export import export_run
 from ptkit.methods import (
     Adapter,
@@ -86,7 +87,7 @@ def started(base: Base, settings: dict[str, Any]) -> Adapter:
 
 def recorded(adapter: Adapter) -> AdapterFiles:
     """The adapter's files as a run leaves them, with the method that made them."""
-    return replace(adapter.files(), info={"method": {"kind": adapter.section.kind}})
+    return replace(adapter.files(), info=AdapterInfo(method=MethodInfo(kind=adapter.section.kind)))
 
 
 def test_peft_itself_reads_the_export_and_computes_the_same(

@@ -20,9 +20,9 @@ from rich.console import Console
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import MethodSummary
 from ptkit.comparison.table import markdown_table, summary_table
+from ptkit.formats.cell_record import CellRecord
 from ptkit.recipe import load_recipe
 from ptkit.training.cell import folder_name
-from ptkit.training.record import CellRecord
 
 #: title, kind, trained parameters, how many of ten words it gets right, forgetting
 METHODS = [
@@ -120,15 +120,17 @@ def compared(
             place.parent.mkdir(parents=True)
             place.write_text("".join(json.dumps(row) + "\n" for row in rows))
             lost = forgetting + 0.01 * seed if parameters else forgetting
-            kept = {
+            text = {
                 "tokens": 20_000,
                 "base_nats": 3.4,
+                "adapter_nats": 3.4 + lost,
                 "forgetting": lost,
+                "base_accuracy": 0.4,
+                "adapter_accuracy": 0.388,
                 "retention": 0.97,
-                "drift": 0.1,
-                "drift_tokens": 512,
-                "domains": {"general": {"forgetting": lost}},
             }
+            drift = {"drift": 0.1, "drift_tokens": 512, "lead": 0}
+            kept = {**text, **drift, "domains": {"general": text}}
             records.append(
                 CellRecord(
                     recipe="invented",
@@ -170,7 +172,7 @@ def compared(
                 )
             )
     for record in records:
-        (folder / "cells" / record.cell / "record.json").write_text(record.as_line())
+        record.write(folder / "cells" / record.cell / "record.json")
     summaries = write_outputs(folder, records, loaded.recipe)
     return (folder / "report.html").read_text(), summaries
 
@@ -264,6 +266,20 @@ def test_hostile_text_is_shown_and_never_run(tmp_path: Path) -> None:
     assert len(cells) == 1
 
 
+def test_the_base_and_full_fine_tuning_are_known_by_what_they_are_not_by_their_names(
+    tmp_path: Path,
+) -> None:
+    _, summaries = compared(tmp_path / "out", [
+        ("prompt", "prompt_tuning", 5_120, 6, 0.1), ("plain", "base", 0, 3, 0.0),
+        ("all of it", "full", 6_829_568, 9, 0.4),
+    ], seeds=(0,))  # fmt: skip
+    ways = {s.family: s.way for s in summaries}
+    assert all(way is not None for way in ways.values())
+    assert (ways["plain"].mean, ways["all of it"].mean) == (0, 1)
+    assert 0 < ways["prompt"].mean < 1
+    assert [s.family for s in summaries if s.against is None] == ["all of it"]
+
+
 @pytest.mark.parametrize(
     ("options", "charts", "tiles"),
     [
@@ -299,7 +315,7 @@ def test_labels_say_whether_they_are_right(tmp_path: Path) -> None:
     source, summaries = compared(tmp_path / "out", task="classification")
     marks = source.count("✓ right"), source.count("✗ wrong")
     right = sum(
-        s.samples[i]["prediction"] == s.samples[i]["references"][0]
+        s.samples[i].prediction == s.samples[i].references[0]
         for s in summaries
         for i in range(0, 30, 5)
     )

@@ -129,7 +129,7 @@ def without_fingerprints(folder: Path) -> None:
     """As an earlier version wrote the records and claims in `folder`."""
     for path in [*folder.rglob("record.json"), *folder.rglob("cell.json")]:
         values = json.loads(path.read_text())
-        for key in ("test_rows", "retention_text", "retain_text"):
+        for key in ("format", "test_rows", "retention_text", "retain_text"):
             values.pop(key, None)
         if path.name == "record.json":
             del values["base_fingerprint"]
@@ -174,6 +174,7 @@ def test_forgetting_of_an_earlier_version_is_not_compared_where_its_meaning_chan
         shutil.copytree(parts / name, tmp_path / name)
         for path in (tmp_path / name).rglob("record.json"):
             values = json.loads(path.read_text())
+            assert values.pop("format") == 1
             assert values["retention"].pop("lead") == 0
             if name == "here":
                 values["retention"]["lead"] = lead

@@ -164,7 +164,7 @@ def test_with_its_name_on_the_hub_all_that_is_uploaded_has_it_and_files_here_sta
             assert "team/base" in text, name
     files = read_adapter(pulled)
     assert files.base_id == files.config["base_model_name_or_path"] == "team/base"
-    assert files.config["revision"] is files.info["base"]["revision"] is None
+    assert files.config["revision"] is files.info.base.revision is None
     assert load_recipe(pulled / RECIPE).recipe.model.id == "team/base"
     data = ModelCard((pulled / CARD).read_text()).data
     assert data.base_model == "team/base"

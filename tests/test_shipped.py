@@ -76,8 +76,8 @@ def test_pretraining_never_saw_the_built_in_data() -> None:
 
 def test_there_are_several_adapters_of_several_methods_and_tasks() -> None:
     assert len(ADAPTERS) >= 3
-    kinds = {read_adapter(p).info["method"]["kind"] for p in ADAPTERS}
-    recipes = {read_adapter(p).info["recipe"] for p in ADAPTERS}
+    kinds = {read_adapter(p).info.method_kind for p in ADAPTERS}
+    recipes = {read_adapter(p).info.recipe for p in ADAPTERS}
     assert len(kinds) >= 3
     assert len(recipes) >= 2
 
@@ -87,7 +87,7 @@ def test_shipped_adapter_is_small_fits_the_base_and_loads_in_peft(path: Path, ti
     assert sum(p.stat().st_size for p in path.iterdir()) <= 100_000
     files = read_adapter(path)
     require_same_base(files, tiny, path.name)
-    assert files.info["n_test"] >= 150
+    assert files.info.n_test >= 150
     adapter = adapter_from_files(files, tiny)
     ids = torch.tensor([tiny.tokenizer("kind[boat], name[Orwick]\n")["input_ids"]])
     ours = all_logits(

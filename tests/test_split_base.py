@@ -18,9 +18,9 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from ptkit.comparison.grid import run_grid
 from ptkit.formats.adapter_files import WEIGHTS
+from ptkit.formats.cell_record import CellRecord
 from ptkit.recipe import load_recipe
 from ptkit.runtime.base_model import load_base
-from ptkit.training.record import CellRecord
 
 METHODS = {
     "llama": (
@@ -219,7 +219,9 @@ def test_a_split_base_is_measured_as_a_whole_one(
         assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-4)
     assert ours.retention is not None
     assert theirs.retention is not None
-    assert ours.retention["forgetting"] == pytest.approx(theirs.retention["forgetting"], abs=1e-4)
+    assert ours.retention is not None
+    assert theirs.retention is not None
+    assert ours.retention.forgetting == pytest.approx(theirs.retention.forgetting, abs=1e-4)
     predictions = [(f / "predictions.jsonl").read_text() for f in (split[0] / run, alone[run])]
     assert predictions[0] == predictions[1]
 

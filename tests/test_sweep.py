@@ -178,8 +178,8 @@ def test_search_keeps_the_lowest_validation_loss_and_its_trials(
     assert [r.seed for r in tuned] == [0, 1]
     for record in tuned:
         assert record.settings["learning_rate"] == best
-        assert record.tuned["settings"] == {"learning_rate": best}
-        assert record.tuned["trials"] == 3
+        assert record.tuned.settings == {"learning_rate": best}
+        assert record.tuned.trials == 3
     # No test row was read: trials leave no predictions.
     assert not list((tmp_path / "trials").rglob("predictions.jsonl"))
     assert run_grid(loaded, tmp_path, base=random_base("llama"), observer=count) == records

@@ -18,11 +18,13 @@ from ptkit.data.encode import encode_examples, require_apart
 from ptkit.data.task import Example
 from ptkit.errors import DataError, ModelError, UserError
 from ptkit.evaluation.classify import Classifier
+from ptkit.formats.adapter_info import AdapterInfo
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
 from ptkit.recipe.tasks import ClassificationTask, GenerationTask, TokenClassificationTask
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.generation import end_ids
 from ptkit.runtime.precision import mixed_precision
+from ptkit.training.provenance import task_info
 from ptkit.training.self_study import _written
 
 DATA = {"builtin": "none"}
@@ -158,7 +160,7 @@ def test_one_text_is_one_text_everywhere() -> None:
     text = "w1 w2 w3"
     compiled = adapter.compiled()
     assert compiled is not None
-    loaded = LoadedAdapter(SimpleNamespace(), base, compiled.detach(), {})  # type: ignore[arg-type]
+    loaded = LoadedAdapter(SimpleNamespace(), base, compiled.detach(), AdapterInfo())  # type: ignore[arg-type]
     assert loaded.generate(text, **greedy) == loaded.generate([text], **greedy)
     assert bank.generate(text, "p", **greedy) == bank.generate([text], ["p"], **greedy)
     assert bank.generate(text, None, **greedy) == bank.generate([text], [None], **greedy)
@@ -167,10 +169,8 @@ def test_one_text_is_one_text_everywhere() -> None:
     talk = Conversation(bank)
     assert talk.compare(text, "p", **greedy) == talk.compare([text], ["p"], **greedy)
     task = choosing(a="w5", b="w6")
-    files = SimpleNamespace(
-        info={"task": task.model_dump(mode="json", exclude={"data"})}, config={}, peft_type="",
-        tensors={},
-    )  # fmt: skip
+    info = AdapterInfo(task=task_info(task))
+    files = SimpleNamespace(info=info, config={}, peft_type="", tensors={})
     asked = _classifier(adapter, task, files)
     assert asked.probabilities(text) == asked.probabilities([text])
     words = TokenClassificationTask(kind="token_classification", data=DATA, labels=["A", "B"])

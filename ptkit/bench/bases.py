@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausa
 from ptkit.bank import AdapterBank
 from ptkit.errors import PtkitError
 from ptkit.formats.adapter_files import AdapterFiles, write_adapter
+from ptkit.formats.adapter_info import AdapterInfo, BaseInfo
 from ptkit.methods import Demonstrations
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
@@ -82,7 +83,7 @@ def random_prefixes(
     )
     files = PrefixTuning.create(section, base, Demonstrations((), 0)).files()
     shape = files.tensors["prompt_embeddings"].shape
-    info = {"base": {"id": base.id, "fingerprint": base.fingerprint}}
+    info = AdapterInfo(base=BaseInfo(id=base.id, fingerprint=base.fingerprint))
     generator = torch.Generator().manual_seed(1)
     paths = []
     for number in range(count):

@@ -21,11 +21,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ptkit.formats.cell_record import CellRecord
 from ptkit.training.adapter_trainer import StepReport
 from ptkit.training.failure import Failure
 from ptkit.training.forecast import Forecast, in_time
 from ptkit.training.observer import RunObserver
-from ptkit.training.record import CellRecord
 
 
 class LiveDisplay(RunObserver):

@@ -136,7 +136,7 @@ def _in_precision(loaded: LoadedRecipe, name: str | None) -> LoadedRecipe:
 
 
 def _show(result: Evaluation) -> None:
-    from ptkit.training.record import scored_rows
+    from ptkit.formats.figures import scored_rows
 
     scored = scored_rows(result.test_split, result.test_chose)
     typer.echo(f"{result.name}  (n={len(result.predictions)} {scored})")
@@ -144,11 +144,11 @@ def _show(result: Evaluation) -> None:
         typer.echo(f"  {name:12} {interval.mean:6.2f}  [{interval.low:.2f}, {interval.high:.2f}]")
     if result.retention is not None:
         overall = result.retention.overall
-        kept = overall["retention"]
+        kept = overall.retention
         share = "none to keep" if kept is None else f"{kept:.1%}"
         typer.echo(
-            f"  {'forgetting':12} {overall['forgetting']:+6.3f}  nats per token, "
-            f"n={overall['tokens']:,} tokens; retention {share}; "
+            f"  {'forgetting':12} {overall.forgetting:+6.3f}  nats per token, "
+            f"n={overall.tokens:,} tokens; retention {share}; "
             f"drift {result.retention.drift:.3f}"
         )
 
@@ -157,7 +157,7 @@ def _show_table(results: list[tuple[str, Evaluation]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ptkit.training.record import scored_rows
+    from ptkit.formats.figures import scored_rows
 
     first = results[0][1]
     table = Table(

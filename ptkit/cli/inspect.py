@@ -43,12 +43,13 @@ def inspect(
 def _as_dict(anatomy: Anatomy) -> dict[str, object]:
     from ptkit.formats.adapter_files import base_revision
 
+    info = anatomy.files.info
     return {
         "peft_type": anatomy.files.peft_type,
         "base": {
             "id": anatomy.files.base_id,
-            **(anatomy.files.info.get("base") or {}),
-            "revision": base_revision(anatomy.files.config, anatomy.files.info),
+            **info.base.model_dump(),
+            "revision": base_revision(anatomy.files.config, info),
         },
         "parameters": anatomy.parameters,
         "share": anatomy.share,
@@ -56,11 +57,11 @@ def _as_dict(anatomy: Anatomy) -> dict[str, object]:
         "virtual_tokens": anatomy.virtual_tokens,
         "prefix_bytes": anatomy.prefix_bytes,
         "tensors": {n: [str(t.dtype), list(t.shape)] for n, t in anatomy.files.tensors.items()},
-        "metrics": anatomy.files.info.get("metrics"),
-        "n_test": anatomy.files.info.get("n_test"),
-        "test_split": anatomy.files.info.get("test_split", "test"),
-        "test_chose": bool(anatomy.files.info.get("test_chose")),
-        "gate": anatomy.files.info.get("gate"),
+        "metrics": info.metrics and {name: s.model_dump() for name, s in info.metrics.items()},
+        "n_test": info.n_test,
+        "test_split": info.test_split,
+        "test_chose": info.test_chose,
+        "gate": info.gate,
         "layers": [vars(layer) for layer in anatomy.layers],
         "nearest": anatomy.nearest,
         "attention": anatomy.attention,
@@ -73,16 +74,15 @@ def _show(anatomy: Anatomy, path: Path) -> None:
 
     from ptkit.formats.adapter_files import base_revision
     from ptkit.formats.sizes import in_bytes
-    from ptkit.training.record import scored_rows
 
     console = Console()
     info, files = anatomy.files.info, anatomy.files
     console.print(f"[bold]{path}[/]  {files.peft_type}", highlight=False)
-    base, revision = info.get("base", {}), base_revision(files.config, info)
+    revision = base_revision(files.config, info)
     console.print(
         f"base {files.base_id}"
         + (f" at the revision {revision}" if revision else "")
-        + (f" ({base['fingerprint']})" if base.get("fingerprint") else ""),
+        + (f" ({info.base.fingerprint})" if info.base.fingerprint else ""),
         highlight=False,
     )
     console.print(
@@ -91,13 +91,12 @@ def _show(anatomy: Anatomy, path: Path) -> None:
         f"{in_bytes(anatomy.prefix_bytes)} as a KV prefix",
         highlight=False,
     )
-    if info.get("metrics"):
-        scores = "  ".join(f"{n} {v['value']:.2f}" for n, v in info["metrics"].items())
-        what = scored_rows(info.get("test_split", "test"), bool(info.get("test_chose")))
-        said = f"{scores}  (n={info.get('n_test')} {what}, seed {info.get('seed')})"
+    if info.metrics:
+        scores = "  ".join(f"{name} {score.value:.2f}" for name, score in info.metrics.items())
+        said = f"{scores}  (n={info.n_test} {info.rows_scored}, seed {info.seed})"
         console.print(said, markup=False)
-    if info.get("gate"):
-        opened = ", ".join(f"{share:.1%} of {name}" for name, share in info["gate"].items())
+    if info.gate:
+        opened = ", ".join(f"{share:.1%} of {name}" for name, share in info.gate.items())
         console.print(f"a gate opens for {opened}", highlight=False)
     tensors = Table("tensor", "dtype", "shape", title=None)
     shown = list(files.tensors.items())

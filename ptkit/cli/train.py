@@ -86,5 +86,5 @@ def train(
     if (chosen := autotuned([record])) is not None:
         typer.echo(f"auto found: {chosen}")
     if record.retention is not None:
-        typer.echo(f"forgetting {record.retention['forgetting']:+.3f} nats per token, adapter on")
+        typer.echo(f"forgetting {record.retention.forgetting:+.3f} nats per token, adapter on")
     typer.echo(f"{folder}")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
+from ptkit.formats.cell_record import CellRecord, ChosenSettings
 from ptkit.recipe.schema import TrainSection
-from ptkit.training.record import CellRecord
 
 #: Characters shown of a text that was found.
 SHOWN = 32
@@ -25,30 +24,30 @@ def autotuned(records: Sequence[CellRecord]) -> str | None:
     return "; ".join(f"{what} ({n} of {len(chosen)} runs)" for what, n in counted)
 
 
-def _of_run(chosen: dict[str, Any]) -> str:
+def _of_run(chosen: ChosenSettings) -> str:
     parts = []
-    if (start := chosen.get("start")) is not None:
-        text = chosen.get("start_text")
-        if text is not None:
-            start = repr(text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…")
-        parts.append(start)
-    if "rates" in chosen:
-        parts.append(f"rate {chosen['learning_rate']:g}")
+    if (text := chosen.start_text) is not None:
+        parts.append(repr(text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"))
+    elif chosen.start is not None:
+        parts.append(chosen.start)
+    if chosen.learning_rate is not None:
+        parts.append(f"rate {chosen.learning_rate:g}")
     return ", ".join(parts)
 
 
 def starts_tried(records: Sequence[CellRecord]) -> int:
     """The most starts that a run compared; 0 where there was nothing to tell them apart by."""
-    return max((len((r.chosen or {}).get("starts", ())) for r in records), default=0)
+    return max((len(r.chosen.starts) for r in records if r.chosen is not None), default=0)
 
 
 def share_read(record: CellRecord, train: TrainSection) -> float:
     """Of the rows that the run's steps read, what finding took. A row that is scored only counts
     half: the base is frozen, so its backward pass costs what its forward does."""
-    chosen = record.chosen or {}
-    read = len(chosen.get("starts", ())) * chosen.get("start_rows", 0) / 2
-    if "rates" in chosen:
-        rates = len(chosen["rates"])
-        read += (1 + rates) * chosen["rate_judged"] / 2
-        read += rates * chosen["rate_steps"] * chosen["rate_batch"]
+    chosen = record.chosen
+    if chosen is None:
+        return 0.0
+    read = len(chosen.starts) * chosen.start_rows / 2
+    if rates := len(chosen.rates):
+        read += (1 + rates) * chosen.rate_judged / 2
+        read += rates * chosen.rate_steps * chosen.rate_batch
     return read / (train.steps * train.batch_size * train.gradient_accumulation)

@@ -13,7 +13,7 @@ from ptkit.comparison.drawing import Draw, as_file, say, short
 from ptkit.comparison.summary import MethodSummary, best_of
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats import atomic
-from ptkit.training.record import written
+from ptkit.training.titles import written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -224,7 +224,7 @@ def _curves(summaries: Sequence[MethodSummary]) -> Iterator[Chart]:
         by_step: dict[int, list[float]] = {}
         for record in summary.records:
             for entry in record.curve:
-                by_step.setdefault(int(entry["step"]), []).append(entry["validation_loss"])
+                by_step.setdefault(entry.step, []).append(entry.validation_loss)
         points = [
             (step, Interval(sum(losses) / len(losses), None, None, None, len(losses)))
             for step, losses in sorted(by_step.items())

@@ -9,6 +9,7 @@ from pathlib import Path
 from ptkit.comparison.search import Searches, require_sampler
 from ptkit.errors import FolderError, UserError
 from ptkit.formats import atomic
+from ptkit.formats.cell_record import CellRecord
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.expansion import Entry, Variant, expand
 from ptkit.recipe.schema import ModelSection, Recipe
@@ -20,7 +21,6 @@ from ptkit.training.failure import FAILED, Failure, attempted
 from ptkit.training.forecast import Forecast, forecast, is_long
 from ptkit.training.observer import RunObserver
 from ptkit.training.ready import require_ready, require_supported
-from ptkit.training.record import CellRecord
 from ptkit.training.run import run_cells
 
 

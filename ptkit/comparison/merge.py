@@ -11,9 +11,9 @@ from ptkit.comparison.grid import failures, open_output_folder, plan
 from ptkit.comparison.same_rows import require_same_rows
 from ptkit.errors import UserError
 from ptkit.formats import atomic
+from ptkit.formats.cell_record import CellRecord
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.recipe.schema import TrainSection
-from ptkit.training.record import CellRecord
 
 #: What parts of one comparison, made on different machines, may differ in.
 OWN: dict[str, Any] = {

@@ -14,11 +14,11 @@ from ptkit.comparison.search import Searches, require_sampler, trials_folder
 from ptkit.errors import PtkitError, UserError
 from ptkit.extras import extra
 from ptkit.formats import atomic
+from ptkit.formats.cell_record import CellRecord
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.training.cell import Cell
 from ptkit.training.failure import FAILED, Failure
 from ptkit.training.observer import RunObserver
-from ptkit.training.record import CellRecord
 
 #: How often a task is given to another node after its own was lost.
 RETRIES = 10

@@ -14,9 +14,9 @@ from ptkit.comparison.report import render_report
 from ptkit.comparison.summary import MethodSummary, summarise
 from ptkit.comparison.table import latex_table, markdown_table
 from ptkit.formats import atomic
+from ptkit.formats.cell_record import CellRecord
 from ptkit.recipe.schema import Recipe
 from ptkit.training.failure import Failure
-from ptkit.training.record import CellRecord
 
 
 def write_outputs(
@@ -56,13 +56,14 @@ def _csv(records: Sequence[CellRecord], failed: Sequence[Failure]) -> str:
             "chosen",
         }
         row = {k: v for k, v in values.items() if k not in nested}
-        row |= {f"sweep_{k}": v for k, v in values["sweep"].items()}
-        row |= {f"tuned_{k}": v for k, v in (values["tuned"] or {}).get("settings", {}).items()}
-        row |= {f"metric_{k}": v for k, v in values["metrics"].items()}
-        retention = dict(values["retention"] or {})
-        for domain, figures in retention.pop("domains", {}).items():
-            retention[f"forgetting_{domain}"] = figures["forgetting"]
-        row |= {f"retention_{k}": v for k, v in retention.items()}
+        row |= {f"sweep_{k}": v for k, v in record.sweep.items()}
+        row |= {f"tuned_{k}": v for k, v in (record.tuned.settings if record.tuned else {}).items()}
+        row |= {f"metric_{k}": v for k, v in record.metrics.items()}
+        if record.retention is not None:
+            overall = record.retention.model_dump(exclude={"domains"})
+            row |= {f"retention_{k}": v for k, v in overall.items()}
+            for domain, own in record.retention.domains.items():
+                row[f"retention_forgetting_{domain}"] = own.forgetting
         rows.append(row)
     for failure in failed:
         row = failure.as_row()

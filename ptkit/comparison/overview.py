@@ -12,7 +12,7 @@ from ptkit.comparison import figures
 from ptkit.comparison.grid import failures
 from ptkit.comparison.merge import MergedComparison
 from ptkit.comparison.report import page_values, templates
-from ptkit.comparison.summary import MethodSummary, baseline_of, summarise
+from ptkit.comparison.summary import MethodSummary, anchor_of, baseline_of, summarise
 from ptkit.comparison.table import FAILED
 from ptkit.errors import UserError
 from ptkit.formats import atomic
@@ -37,6 +37,12 @@ class Task:
     def of(self, method: str) -> MethodSummary | None:
         """The summary of `method`, if it was compared here."""
         return next((s for s in self.summaries if s.title == method), None)
+
+    @property
+    def has_both_ends(self) -> bool:
+        """Whether the base and full fine-tuning were compared here."""
+        ends = (anchor_of(self.recipe, "base"), anchor_of(self.recipe, "full"))
+        return all(end is not None and self.of(end) is not None for end in ends)
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,7 @@ def tables_of(tasks: Sequence[Task]) -> list[OverviewTable]:
         lambda _: 0,
     )  # fmt: skip
     found = [scores, differences]
-    if all(task.of("base") and task.of("full") for task in tasks):
+    if all(task.has_both_ends for task in tasks):
         found.append(
             table(
                 "Share of the way from the base to full fine-tuning",

@@ -17,7 +17,7 @@ from ptkit.metrics.registry import metric
 from ptkit.recipe.schema import Recipe
 from ptkit.recipe.tasks import GenerationTask
 from ptkit.training.failure import Failure
-from ptkit.training.record import written
+from ptkit.training.titles import written
 
 #: Test rows shown side by side.
 SAMPLES = 6
@@ -102,8 +102,8 @@ def _searches(summaries: Sequence[MethodSummary]) -> list[dict[str, Any]]:
     for summary in summaries:
         tuned = summary.records[0].tuned
         if tuned is not None:
-            chosen = ", ".join(f"{k} = {written(v)}" for k, v in tuned["settings"].items())
-            searches.append({"title": summary.title, "chosen": chosen, "failed": 0, **tuned})
+            chosen = ", ".join(f"{k} = {written(v)}" for k, v in tuned.settings.items())
+            searches.append({"title": summary.title, "chosen": chosen, "tuned": tuned})
     return searches
 
 
@@ -144,7 +144,7 @@ def _tile(name: str, summary: MethodSummary, value: str, note: str) -> dict[str,
 
 def _signatures(summaries: Sequence[MethodSummary]) -> dict[str, str]:
     """Metric -> how its library computed it."""
-    references = [row["references"] for row in summaries[0].samples]
+    references = [row.references for row in summaries[0].samples]
     return {name: metric(name).signature(references) for name in summaries[0].metrics}
 
 
@@ -249,12 +249,12 @@ def _samples(summaries: Sequence[MethodSummary], *, generation: bool) -> list[di
     for i in chosen:
         answers = []
         for summary in summaries:
-            text = summary.samples[i]["prediction"]
-            correct = None if generation else text == first[i]["references"][0]
+            text = summary.samples[i].prediction
+            correct = None if generation else text == first[i].references[0]
             answers.append({"title": summary.title, "text": text, "correct": correct})
         samples.append({
-            "input": first[i]["input"],
-            "references": first[i]["references"],
+            "input": first[i].input,
+            "references": first[i].references,
             "answers": answers,
         })  # fmt: skip
     return samples

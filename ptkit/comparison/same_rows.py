@@ -8,17 +8,27 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ptkit.errors import UserError
-from ptkit.training.record import CellRecord
+from ptkit.errors import FolderError, UserError
+from ptkit.evaluation.predict import Prediction
+from ptkit.formats.cell_record import CellRecord
 
 logger = logging.getLogger(__name__)
 
 
-def read_predictions(folder: Path) -> list[dict[str, Any]]:
-    """The rows of `predictions.jsonl` in a cell's folder."""
+def read_predictions(folder: Path) -> list[Prediction]:
+    """The rows of `predictions.jsonl` in a cell's folder. Raises FolderError for damaged ones."""
+    path, rows = folder / "predictions.jsonl", []
     # By lines of the file: `splitlines` would also end one at a U+2028 or U+0085 within a text.
-    with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(Prediction.of_row(json.loads(line)))
+            except (ValueError, TypeError, KeyError) as error:
+                raise FolderError(
+                    f"{path}, line {number}: not a prediction ({error}); delete the cell's folder "
+                    "to run it again"
+                ) from error
+    return rows
 
 
 def require_same_rows(cells: Sequence[tuple[Path, CellRecord]]) -> None:
@@ -45,7 +55,7 @@ def require_same_rows(cells: Sequence[tuple[Path, CellRecord]]) -> None:
 
 def _scored(folder: Path, record: CellRecord) -> Iterator[tuple[str, Any]]:
     """What a cell's figures depend on, as far as it is known."""
-    rows = [(r["input"], r["references"], r.get("label")) for r in read_predictions(folder)]
+    rows = [(row.input, row.references, row.label) for row in read_predictions(folder)]
     yield "content of the test rows", rows
     fingerprints = {
         "content of the test rows (by its fingerprint)": record.test_rows,
@@ -54,11 +64,10 @@ def _scored(folder: Path, record: CellRecord) -> Iterator[tuple[str, Any]]:
     }
     yield from ((what, value) for what, value in fingerprints.items() if value is not None)
     if record.retention is not None:
-        # Earlier versions put nothing before a window, and their records do not say so.
         yield (
             "meaning of forgetting (how many begin-of-text tokens stand before each text, which "
             "earlier versions of ptkit left out)",
-            record.retention.get("lead", 0),
+            record.retention.lead,
         )
 
 

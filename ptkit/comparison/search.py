@@ -13,6 +13,7 @@ import numpy as np
 
 from ptkit.errors import PtkitError
 from ptkit.extras import extra, require
+from ptkit.formats.cell_record import RecordedSearch
 from ptkit.recipe.expansion import Settings, changed, values_of
 from ptkit.recipe.schema import BudgetSection
 from ptkit.recipe.values import Range, Values
@@ -47,16 +48,16 @@ class Tuned:
     trials: tuple[Trial, ...]
     best: Trial
 
-    def as_dict(self, budget: BudgetSection) -> dict[str, Any]:
+    def recorded(self, budget: BudgetSection) -> RecordedSearch:
         """For a record: how many were tried, how many of those failed, what was chosen."""
         failed = sum(trial.loss is None for trial in self.trials)
-        return {
-            "trials": len(self.trials),
+        return RecordedSearch(
+            trials=len(self.trials),
             **({"failed": failed} if failed else {}),
-            "sampler": budget.sampler,
-            "seed": budget.seed,
-            "settings": self.best.settings,
-        }
+            sampler=budget.sampler,
+            seed=budget.seed,
+            settings=self.best.settings,
+        )
 
 
 class Searches:
@@ -84,7 +85,7 @@ class Searches:
         except SearchFailedError as error:
             self._failed[folder] = str(error)
             raise
-        return replace(cell, method=found.section, tuned=found.as_dict(budget))
+        return replace(cell, method=found.section, tuned=found.recorded(budget))
 
 
 def trials_folder(out: Path, cell: Cell) -> Path:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,10 +14,11 @@ from ptkit.comparison.same_rows import read_predictions, require_same_rows, say_
 from ptkit.comparison.statistics import Difference, holm, paired_difference, share_of_way
 from ptkit.evaluation.predict import Prediction, statistics_of
 from ptkit.evaluation.statistics import Interval, bootstrap_interval, seeds_interval
+from ptkit.formats.cell_record import CellRecord
 from ptkit.metrics.metric import Statistics
 from ptkit.metrics.registry import metric
 from ptkit.recipe.schema import Recipe
-from ptkit.training.record import CellRecord, titled
+from ptkit.training.titles import titled
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class MethodSummary:
     drift: Interval | None
     domains: dict[str, Interval]
     off_exact: bool | None
-    samples: tuple[dict[str, Any], ...]
+    samples: tuple[Prediction, ...]
     against: Difference | None = None
     way: Interval | None = None
 
@@ -77,8 +78,17 @@ class MethodSummary:
 
 def baseline_of(recipe: Recipe) -> str:
     """The method the others are compared with."""
-    titles = [method.title for method in recipe.methods]
-    return recipe.evaluate.baseline or ("full" if "full" in titles else titles[0])
+    return recipe.evaluate.baseline or anchor_of(recipe, "full") or recipe.methods[0].title
+
+
+def anchor_of(recipe: Recipe, end: Literal["base", "full"]) -> str | None:
+    """The title of the method that is this end of the way from the base to full fine-tuning.
+
+    Of several, one without a label of its own comes first. None where there is none.
+    """
+    own = [method for method in recipe.methods if method.anchor == end]
+    own.sort(key=lambda method: method.label is not None)
+    return own[0].title if own else None
 
 
 def best_of(summaries: Sequence[MethodSummary]) -> MethodSummary:
@@ -113,11 +123,11 @@ def _compared(
 ) -> list[MethodSummary]:
     """`summaries` with the difference of each from the baseline of the same swept values, and how
     far each gets from the base to full fine-tuning."""
-    baseline = baseline_of(recipe)
+    baseline, ends = baseline_of(recipe), (anchor_of(recipe, "base"), anchor_of(recipe, "full"))
     measure = metric(recipe.task.metrics[0])
     drawn: dict[str, Any] = {"resamples": recipe.evaluate.bootstrap, "seed": 0}
 
-    def of(family: str, i: int) -> list[Statistics] | None:
+    def of(family: str | None, i: int) -> list[Statistics] | None:
         """What `family` made of the same rows with the swept values of summary `i`."""
         partners = [
             leading[j] for j, other in enumerate(summaries)
@@ -133,11 +143,11 @@ def _compared(
         other = None if summary.family == baseline else of(baseline, i)
         if other is not None:
             found[i] = paired_difference(measure, leading[i], other, **drawn)
-        base, full = of("base", i), of("full", i)
+        base, full = (of(end, i) for end in ends)
         if base is None or full is None:
             continue
-        if summary.family in ("base", "full"):
-            there = float(summary.family == "full")
+        if summary.family in ends:
+            there = float(ends.index(summary.family))
             ways[i] = Interval(there, None, None, None, len(leading[i]))
         else:
             ways[i] = share_of_way(measure, leading[i], base, full, **drawn)
@@ -157,8 +167,7 @@ def _summary(
 ) -> tuple[MethodSummary, list[Statistics]]:
     """The summary of a method's records, and the leading metric's statistics per seed."""
     first = own[0]
-    read = [read_predictions(folder / "cells" / record.cell) for record in own]
-    predictions = [[Prediction(**row) for row in rows] for rows in read]
+    predictions = [read_predictions(folder / "cells" / record.cell) for record in own]
     metrics: dict[str, Interval] = {}
     leading: list[Statistics] = []
     for name in recipe.task.metrics:
@@ -174,13 +183,13 @@ def _summary(
     exact = [r.adapter_off_exact for r in own]
 
     def over_seeds(key: str) -> Interval | None:
-        values = [r[key] for r in retained if r[key] is not None]
+        values = [v for v in (getattr(r, key) for r in retained) if v is not None]
         return seeds_interval(values) if values else None
 
     domains: dict[str, Interval] = {}
-    if retained and len(retained[0]["domains"]) > 1:
-        for name in retained[0]["domains"]:
-            values = [r["domains"][name]["forgetting"] for r in retained]
+    if retained and len(retained[0].domains) > 1:
+        for name in retained[0].domains:
+            values = [r.domains[name].forgetting for r in retained]
             domains[name] = seeds_interval(values)
     summary = MethodSummary(
         family=first.family,
@@ -202,6 +211,6 @@ def _summary(
         drift=over_seeds("drift"),
         domains=domains,
         off_exact=None if None in exact else all(exact),
-        samples=tuple(read[0]),
+        samples=tuple(predictions[0]),
     )
     return summary, leading

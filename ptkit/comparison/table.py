@@ -13,7 +13,7 @@ from ptkit.comparison import figures
 from ptkit.comparison.summary import MethodSummary, best_of
 from ptkit.evaluation.statistics import Interval
 from ptkit.training.failure import Failure
-from ptkit.training.record import written
+from ptkit.training.titles import written
 
 Row = dict[str, str]
 
@@ -103,7 +103,7 @@ def caption(
     if record.retention is not None:
         over_seeds = ", ± over seeds" if spread else ""
         text += (
-            f"; forgetting: nats per token on {int(record.retention['tokens']):,} tokens of "
+            f"; forgetting: nats per token on {record.retention.tokens:,} tokens of "
             f"general text with the adapter on{over_seeds}; retention: next-token accuracy "
             "there, after / before; off: base logits with the adapter switched off"
         )

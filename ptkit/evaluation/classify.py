@@ -132,7 +132,7 @@ def classifier(
 def _task_of(
     files: AdapterFiles, where: str
 ) -> ClassificationTask | SequenceClassificationTask | TokenClassificationTask:
-    recorded = files.info.get("task")
+    recorded = None if files.info.task is None else files.info.task.model_dump()
     labels = labels_of_files(files)
     if recorded is None and labels is not None:  # plain PEFT's: any text, as many labels
         kind = f"{labels.kind}_classification"

@@ -68,8 +68,7 @@ def input_template(adapter: Path | None) -> str | None:
     """The template of the inputs that an adapter was trained with; None where none is known."""
     if adapter is None:
         return None
-    found = read_info(adapter).get("task", {}).get("input")
-    return found if isinstance(found, str) else None
+    return read_info(adapter).template
 
 
 @dataclass(frozen=True)
@@ -94,10 +93,7 @@ class Evaluation:
             "n": len(self.predictions),
             "test_split": self.test_split,
             "test_chose": self.test_chose,
-            "metrics": {
-                name: {"value": i.mean, "low": i.low, "high": i.high}
-                for name, i in self.metrics.items()
-            },
+            "metrics": {name: i.recorded.model_dump() for name, i in self.metrics.items()},
             "retention": None if self.retention is None else self.retention.as_dict(),
         }
 

@@ -59,6 +59,11 @@ class Prediction:
         """The row as written to `predictions.jsonl`."""
         return asdict(self)
 
+    @classmethod
+    def of_row(cls, row: dict[str, Any]) -> Prediction:
+        """The row as read from `predictions.jsonl`."""
+        return cls(**{**row, "references": tuple(row["references"])})
+
 
 def predict(
     adapter: Adapter,

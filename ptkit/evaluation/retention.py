@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from ptkit.data.encode import IGNORED
 from ptkit.errors import DataError
+from ptkit.formats.figures import RecordedRetention, TextFigures
 from ptkit.methods import Adapter
 from ptkit.prefix import Compiled
 from ptkit.runtime.architecture import is_encoder
@@ -96,41 +97,40 @@ class Retention:
     lead: int = 0
 
     @property
-    def overall(self) -> dict[str, Any]:
-        """Over all tokens of all domains.
-
-        forgetting: nats per token lost with the adapter on, 0 for the base itself
-        retention: next-token accuracy with the adapter on, relative to the base's; None where the
-            base predicts no token.
-        """
+    def overall(self) -> TextFigures:
+        """Over all tokens of all domains."""
         base, adapter = (
             LanguageModelling.pooled(list(side.values())) for side in (self.base, self.adapter)
         )
         return _compared(base, adapter)
 
+    @property
+    def recorded(self) -> RecordedRetention:
+        """The figures as records state them: overall, drift, lead, and per domain."""
+        return RecordedRetention(
+            **self.overall.model_dump(),
+            drift=self.drift,
+            drift_tokens=self.drift_tokens,
+            lead=self.lead,
+            domains={n: _compared(self.base[n], self.adapter[n]) for n in self.base},
+        )
+
     def as_dict(self) -> dict[str, Any]:
-        """The fields of a record's `retention`: overall, drift, lead, and per domain. Records of
-        versions that put nothing before a window have no lead."""
-        return {
-            **self.overall,
-            "drift": self.drift,
-            "drift_tokens": self.drift_tokens,
-            "lead": self.lead,
-            "domains": {n: _compared(self.base[n], self.adapter[n]) for n in self.base},
-        }
+        """The figures as JSON values."""
+        return self.recorded.model_dump()
 
 
-def _compared(base: LanguageModelling, adapter: LanguageModelling) -> dict[str, Any]:
-    return {
-        "tokens": base.tokens,
-        "base_nats": base.nats,
-        "adapter_nats": adapter.nats,
-        "forgetting": adapter.nats - base.nats,
-        "base_accuracy": base.accuracy,
-        "adapter_accuracy": adapter.accuracy,
+def _compared(base: LanguageModelling, adapter: LanguageModelling) -> TextFigures:
+    return TextFigures(
+        tokens=base.tokens,
+        base_nats=base.nats,
+        adapter_nats=adapter.nats,
+        forgetting=adapter.nats - base.nats,
+        base_accuracy=base.accuracy,
+        adapter_accuracy=adapter.accuracy,
         # Of nothing, no share is kept.
-        "retention": adapter.accuracy / base.accuracy if base.accuracy else None,
-    }
+        retention=adapter.accuracy / base.accuracy if base.accuracy else None,
+    )
 
 
 def text_windows(base: Base, name: str, text: str, max_tokens: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from ptkit.extras import extra
+from ptkit.formats.figures import RecordedScore
 from ptkit.metrics.metric import Statistics
 
 
@@ -33,6 +34,11 @@ class Interval:
     std: float | None
     n_seeds: int
     n_examples: int | None = None
+
+    @property
+    def recorded(self) -> RecordedScore:
+        """The figure as an adapter's record states it."""
+        return RecordedScore(value=self.mean, low=self.low, high=self.high)
 
 
 def bootstrap_interval(

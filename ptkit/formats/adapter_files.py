@@ -1,8 +1,8 @@
 """An adapter on disk, in PEFT's layout: `adapter_model.safetensors` + `adapter_config.json`.
 
 `ptkit.json` beside them records what PEFT has no place for: a fingerprint of the base, the
-method, scores, versions; `recipe.yaml` is how it was made, `README.md` its card. Adapters without
-them (made by plain PEFT) are read as well.
+method, scores, versions (`ptkit.formats.adapter_info`). `recipe.yaml` is how it was made, and
+`README.md` its card. Adapters without them (made by plain PEFT) are read as well.
 
 Files come from strangers: only regular files of bounded size are opened, and every fault of
 their contents is an AdapterError.
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ptkit.errors import AdapterError
 from ptkit.formats import atomic
+from ptkit.formats.adapter_info import ADAPTER_INFO, AdapterInfo, WeightsInfo
 from ptkit.formats.int8 import dequantised, quantised
 
 WEIGHTS = "adapter_model.safetensors"
@@ -65,13 +66,13 @@ class AdapterFiles:
 
     config: PEFT's `adapter_config.json`
     tensors: the trained parameters only
-    info: ptkit's own record, empty for adapters made by plain PEFT
+    info: what `ptkit.json` says, nothing for adapters made by plain PEFT
     texts: other files by name: the recipe, the card
     """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
-    info: dict[str, Any] = field(default_factory=dict)
+    info: AdapterInfo = field(default_factory=AdapterInfo)
     texts: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -141,9 +142,10 @@ def write_adapter(
         contiguous = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
         save_file(contiguous, scratch / name, metadata={"format": "pt"})
         atomic.write_json(scratch / CONFIG, files.config)
-        if files.info:
-            digest = {"file": name, "sha256": sha256(scratch / name)}
-            atomic.write_json(scratch / INFO, {**files.info, "weights": digest})
+        if not files.info.empty:
+            digest = WeightsInfo(file=name, sha256=sha256(scratch / name))
+            info = files.info.updated(weights=digest)
+            atomic.write_json(scratch / INFO, ADAPTER_INFO.as_file(info))
         for text_name, text in files.texts.items():
             atomic.write_text(scratch / text_name, text)
 
@@ -163,8 +165,8 @@ def weights_path(path: Path) -> Path:
 def read_adapter(path: Path) -> AdapterFiles:
     """Read an adapter folder.
 
-    Raises AdapterError when the folder, a file or a field is missing, when the only weights are
-    a pickle, and when the safetensors file is damaged or holds values that are not finite.
+    Raises AdapterError when the folder, a file or a field is missing, or the only weights are a
+    pickle. Raises it, too, when the safetensors file is damaged or a value is not finite.
     """
     atomic.settle(path)
     if not path.is_dir():
@@ -195,13 +197,13 @@ def is_adapterhubs(path: Path) -> bool:
     )  # fmt: skip
 
 
-def read_info(path: Path) -> dict[str, Any]:
-    """ptkit's own record in the folder `path`; empty where there is none."""
-    info = _read_json(path / INFO) or {}
-    for part in ("base", "method", "task"):
-        if not isinstance(info.get(part, {}), dict):
-            raise AdapterError(f"{path / INFO}: `{part}` should be an object")
-    return info
+def read_info(path: Path) -> AdapterInfo:
+    """What `ptkit.json` in the folder `path` says, brought up to date; nothing where there is none.
+
+    Raises AdapterError where it is damaged, or of a newer version.
+    """
+    values = _read_json(path / INFO)
+    return AdapterInfo() if values is None else ADAPTER_INFO.read(values, path / INFO)
 
 
 def read_texts(path: Path) -> dict[str, str]:
@@ -213,20 +215,19 @@ def read_texts(path: Path) -> dict[str, str]:
         raise AdapterError(f"{path}: the recipe or the card is not UTF-8 text") from error
 
 
-def base_id(config: dict[str, Any], info: dict[str, Any]) -> str | None:
+def base_id(config: dict[str, Any], info: AdapterInfo) -> str | None:
     """Id of the base model an adapter names: in ptkit's record, else in PEFT's settings."""
-    named = info.get("base", {}).get("id") or config.get("base_model_name_or_path")
+    named = info.base.id or config.get("base_model_name_or_path")
     return named if isinstance(named, str) else None
 
 
-def base_revision(config: dict[str, Any], info: dict[str, Any]) -> str | None:
+def base_revision(config: dict[str, Any], info: AdapterInfo) -> str | None:
     """The base's revision an adapter was made on: in ptkit's record, else in PEFT's settings.
 
     Each belongs to the base that is named beside it: PEFT's is not asked where ptkit's record
     names the base.
     """
-    made_for = info.get("base", {})
-    found = made_for.get("revision") if made_for.get("id") else config.get("revision")
+    found = info.base.revision if info.base.id else config.get("revision")
     return found if isinstance(found, str) else None
 
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptkit.formats.adapter_files import RECIPE, AdapterFiles
+from ptkit.formats.adapter_info import AdapterInfo
 from ptkit.methods.base_names import hub_name, is_here
 from ptkit.methods.catalogue import file_type, method_of_files
 from ptkit.methods.head import labels_of_files
 from ptkit.runtime.named_models import TINY_EN
-from ptkit.training.record import scored_rows
 
 #: Stands in a card for the repository it will be in; `ptkit push` puts the name in.
 PLACE = "USER/REPO"
@@ -79,23 +79,23 @@ def with_base(card: str, before: str | None, base: str) -> str:
 def _metadata(name: str, files: AdapterFiles, license: str | None, language: str | None) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    info, data = files.info, files.info.get("data", {})
+    info, data = files.info, files.info.data
     named = None if files.base_id is None else hub_name(files.base_id)
     # The Hub takes an id; a place on this machine says nothing there.
     base = None if named is None or is_here(named) else named
-    task = _TASKS.get(info.get("task", {}).get("kind", ""), "text-generation")
+    task = _TASKS.get("" if info.task is None else info.task.kind, "text-generation")
     results = [
         EvalResult(
             task_type=task,
-            dataset_type=data.get("hub") or f"ptkit/{data.get('builtin', 'unpublished')}",
-            dataset_name=data.get("hub") or data.get("builtin") or "unpublished",
-            dataset_config=data.get("config"),
-            dataset_revision=data.get("revision"),
-            dataset_split=info.get("test_split", "test"),
+            dataset_type=data.hub or f"ptkit/{data.builtin or 'unpublished'}",
+            dataset_name=data.hub or data.builtin or "unpublished",
+            dataset_config=data.config,
+            dataset_revision=data.revision,
+            dataset_split=info.test_split,
             metric_type=metric,
-            metric_value=round(claim["value"], 2),
+            metric_value=round(score.value, 2),
         )
-        for metric, claim in info.get("metrics", {}).items()
+        for metric, score in (info.metrics or {}).items()
     ]
     tags = ["ptkit", files.peft_type.lower().replace("_", "-")]
     tags += [f"base_model:adapter:{base}"] if base is not None else []
@@ -106,7 +106,7 @@ def _metadata(name: str, files: AdapterFiles, license: str | None, language: str
         pipeline_tag=task if labels_of_files(files) else "text-generation",
         license=license,
         language=language,
-        datasets=[data["hub"]] if data.get("hub") else None,
+        datasets=[data.hub] if data.hub else None,
         tags=tags,
         model_name=name,
         eval_results=results or None,
@@ -117,18 +117,17 @@ def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: 
     from jinja2 import Environment, PackageLoader
 
     info, base = files.info, "its base" if files.base_id is None else shown_base(files.base_id)
-    stored = info.get("method", {})
-    section = method_of_files(files.peft_type, stored.get("kind"))
-    kind = file_type(files.peft_type, stored.get("kind"))
+    section = method_of_files(files.peft_type, info.method_kind)
+    kind = file_type(files.peft_type, info.method_kind)
     method = files.peft_type
     if section is not None and kind is not None:
         method = kind.name or section.display_name
     labels = labels_of_files(files)
-    if stored.get("reparameterize"):
+    if info.method is not None and info.method.settings.get("reparameterize"):
         method += " (made by an MLP, folded in)"
     values = sum(t.numel() for t in files.tensors.values())
-    parameters = info.get("base", {}).get("parameters")
-    task = info.get("task", {})
+    parameters, template = info.base.parameters, info.template or ""
+    words = info.task and info.task.verbalizer
     environment = Environment(
         loader=PackageLoader("ptkit.hub", "."), trim_blocks=True, lstrip_blocks=True,
         autoescape=False,  # Markdown, not HTML
@@ -136,7 +135,7 @@ def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: 
     text = environment.get_template("card.md.jinja").render(
         name=name,
         place=PLACE,
-        info=info,
+        info=None if info.empty else info,
         base=base,
         base_source="path/to/tiny-en" if base == TINY_EN else base,
         method=f"{method[:1].upper()}{method[1:]}",
@@ -144,19 +143,19 @@ def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: 
         parameters=values,
         share=values / parameters if parameters else None,
         bytes=stored_bytes,
-        dtype=info.get("dtype", _dtype(files)),
+        dtype=info.dtype or _dtype(files),
         virtual_tokens=files.config.get("num_virtual_tokens"),
-        metrics=info.get("metrics"),
-        rows_scored=scored_rows(info.get("test_split", "test"), bool(info.get("test_chose"))),
-        lost=info.get("int8_lost") if int8 else None,
+        metrics=info.metrics,
+        rows_scored=info.rows_scored,
+        lost=info.int8_lost if int8 else None,
         table=table and table.strip(),
-        retention=info.get("retention"),
-        gate=info.get("gate"),
-        distilled=info.get("distilled"),
+        retention=info.retention,
+        gate=info.gate,
+        distilled=info.distilled,
         unreadable="8-bit integers" if int8 else kind and kind.unreadable,
-        template=task.get("input", "").encode("unicode_escape").decode(),
-        example=repr(task.get("input") or "..."),
-        labels=", ".join(f"`{word.strip()}`" for word in task.get("verbalizer", {}).values())
+        template=template.encode("unicode_escape").decode(),
+        example=repr(template or "..."),
+        labels=", ".join(f"`{word.strip()}`" for word in (words or {}).values())
         or ", ".join(f"`{name}`" for name in (labels.names if labels else ())),
         head={
             None: "CausalLM",
@@ -164,21 +163,20 @@ def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: 
             "token": "TokenClassification",
         }[labels and labels.kind],
         outputs=len(labels.names) if labels else None,
-        fingerprint=info.get("base", {}).get("fingerprint"),
+        fingerprint=info.base.fingerprint,
         recipe=RECIPE in files.texts,
-        versions=_versions(info.get("versions", {})),
+        versions=_versions(info.versions),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _data(info: Mapping[str, Any]) -> str:
-    data = info.get("data", {})
-    if "distilled" in info:
+def _data(info: AdapterInfo) -> str:
+    if info.distilled is not None:
         return "texts it wrote itself"
-    if data.get("hub"):
-        return f"`{data['hub']}`"
-    if data.get("builtin"):
-        return f"`{data['builtin']}`, a data set that ships with ptkit"
+    if info.data.hub:
+        return f"`{info.data.hub}`"
+    if info.data.builtin:
+        return f"`{info.data.builtin}`, a data set that ships with ptkit"
     return "data that is not published"
 
 

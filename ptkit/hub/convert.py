@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ptkit.formats.adapter_files import (
     read_texts,
     write_adapter,
 )
+from ptkit.formats.adapter_info import AdapterInfo, MethodInfo
 from ptkit.hub.card import card_text
 from ptkit.methods import ADAPTERS, Adapter, adapter_from_files, base_of, require_same_base
 from ptkit.methods.gate_files import with_gate
@@ -171,7 +172,7 @@ def as_prompt(files: AdapterFiles, base: Base, *, steps: int = 600) -> FittedPro
     made = with_gate(cls.from_files(plain, section, base).files(), adapter.input_gate)
     info = _converted(files, "prompt_tuning", len(embeddings))
     if error:  # the scores are the prefix's own
-        info = {k: v for k, v in info.items() if k not in ("metrics", "n_test", "retention")}
+        info = info.without("metrics", "n_test", "test_split", "test_chose", "retention")
     fitted = dataclasses.replace(files, config=made.config, tensors=made.tensors, info=info)
     return FittedPrompt(fitted, error)
 
@@ -222,10 +223,10 @@ def _closest_words(prefix: KVPrefix, base: Base) -> Tensor:
     return words[chosen].float().clone()
 
 
-def _converted(files: AdapterFiles, kind: str, tokens: int) -> dict[str, Any]:
+def _converted(files: AdapterFiles, kind: str, tokens: int) -> AdapterInfo:
     """ptkit's record of an adapter that became another kind of file."""
-    if not files.info:
-        return {}
-    method = {"kind": kind, "num_virtual_tokens": tokens}
-    origin = files.info.get("converted_from") or files.info.get("method")
-    return {**files.info, "method": method, "converted_from": origin}
+    if files.info.empty:
+        return files.info
+    method = MethodInfo.model_validate({"kind": kind, "num_virtual_tokens": tokens})
+    origin = files.info.converted_from or files.info.method
+    return files.info.updated(method=method, converted_from=origin)

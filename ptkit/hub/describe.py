@@ -19,24 +19,24 @@ def describe(source: str | Path) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "path": str(path),
         "method": files.peft_type.lower(),
-        "base": info.get("base") or {"id": files.base_id},
+        "base": info.base.model_dump() or {"id": files.base_id},
         "virtual tokens": files.config.get("num_virtual_tokens"),
         "values": sum(t.numel() for t in files.tensors.values()),
         "bytes": weights_path(path).stat().st_size,
-        "dtype": info.get("dtype") or _dtypes(files),
+        "dtype": info.dtype or _dtypes(files),
     }
-    if info:
+    if not info.empty:
         facts |= {
-            "recipe": info.get("recipe"),
-            "seed": info.get("seed"),
-            "data": info.get("data"),
-            "scores": {n: _claim(c) for n, c in (info.get("metrics") or {}).items()},
-            ("validation rows" if info.get("test_chose") else "test rows"): info.get("n_test"),
-            "forgetting": (info.get("retention") or {}).get("forgetting"),
-            "settings": info.get("method"),
-            "distilled from": (info.get("distilled") or {}).get("document"),
-            "converted from": info.get("converted_from"),
-            "versions": info.get("versions"),
+            "recipe": info.recipe,
+            "seed": info.seed,
+            "data": info.data.model_dump(),
+            "scores": {name: score.shown for name, score in (info.metrics or {}).items()},
+            ("validation rows" if info.test_chose else "test rows"): info.n_test,
+            "forgetting": info.retention and info.retention.forgetting,
+            "settings": info.method and info.method.model_dump(),
+            "distilled from": info.distilled and info.distilled.document.model_dump(),
+            "converted from": info.converted_from and info.converted_from.model_dump(),
+            "versions": info.versions,
         }
     return {name: value for name, value in facts.items() if value not in (None, {})}
 
@@ -78,8 +78,7 @@ def differences(first: str | Path, second: str | Path) -> list[SettingDifference
 
 def _settings(files: AdapterFiles) -> dict[str, Any]:
     """Everything that is said about an adapter, without the digest of its weights."""
-    info = {key: value for key, value in files.info.items() if key not in ("weights", "format")}
-    return {**info, "peft": files.config}
+    return {**files.info.model_dump(mode="json", exclude={"weights"}), "peft": files.config}
 
 
 def _unequal(prefix: str, one: dict[str, Any], other: dict[str, Any]) -> list[SettingDifference]:
@@ -93,13 +92,6 @@ def _unequal(prefix: str, one: dict[str, Any], other: dict[str, Any]) -> list[Se
         elif a != b:
             found.append(SettingDifference(f"{prefix}{key}", a, b))
     return found
-
-
-def _claim(claim: Any) -> str:
-    if not isinstance(claim, dict) or claim.get("value") is None:
-        return str(claim)
-    interval = "" if claim.get("low") is None else f" [{claim['low']:.2f}, {claim['high']:.2f}]"
-    return f"{claim['value']:.2f}{interval}"
 
 
 def _dtypes(files: AdapterFiles) -> str:

@@ -55,7 +55,7 @@ def engine_adapters(
         adapter = adapter_from_files(files, base)
         try:
             yield (
-                EngineSource(source, name, files, files.info.get("task", {}).get("input")),
+                EngineSource(source, name, files, files.info.template),
                 adapter,
             )
         finally:

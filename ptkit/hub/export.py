@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -19,6 +19,7 @@ from ptkit.formats.adapter_files import (
     weights_path,
     write_adapter,
 )
+from ptkit.formats.adapter_info import AdapterInfo, CardInfo
 from ptkit.formats.int8 import dequantised, quantised
 from ptkit.hub.card import card_text
 from ptkit.hub.convert import as_prefix, require_convertible
@@ -26,7 +27,6 @@ from ptkit.methods import adapter_from_files, base_of, require_same_base
 from ptkit.recipe import load_recipe
 from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import prepare
-from ptkit.training.provenance import as_recorded
 
 Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 #: `peft`: as trained. `kv`: compiled to a prefix, whatever the method.
@@ -79,9 +79,9 @@ def export_run(
         info, lost = _scored(trained, stored, base, recipe or path / RECIPE)
     else:
         stored, lost = trained.to(getattr(torch, dtype)), None
-        info = dict(trained.info)
-    if info:
-        info |= {"dtype": dtype, "card": {"license": license, "language": language}}
+        info = trained.info
+    if not info.empty:
+        info = info.updated(dtype=dtype, card=CardInfo(license=license, language=language))
     kept = {RECIPE: texts[RECIPE]} if RECIPE in texts else {}
     files = replace(stored, info=info, texts=kept)
     tensors = quantised(trained.tensors) if dtype == "int8" else stored.tensors
@@ -110,7 +110,7 @@ def export_run(
 
 def _scored(
     original: AdapterFiles, stored: AdapterFiles, base: Base, recipe: Path
-) -> tuple[dict[str, Any], dict[str, float]]:
+) -> tuple[AdapterInfo, dict[str, float]]:
     """The record with the scores of `stored`, and what each metric lost against `original`."""
     if not recipe.is_file():
         raise AdapterError(
@@ -128,13 +128,15 @@ def _scored(
 
     before, after = measured(original), measured(stored)
     lost = {name: before.metrics[name].mean - i.mean for name, i in after.metrics.items()}
-    claims = {name: as_recorded(interval) for name, interval in after.metrics.items()}
-    retention = after.retention and after.retention.as_dict()
-    measured_info = {
-        "metrics": claims, "n_test": len(after.predictions), "retention": retention,
-        "test_split": after.test_split, "test_chose": after.test_chose,
-    }  # fmt: skip
-    return {**original.info, **measured_info, "int8_lost": lost}, lost
+    info = original.info.updated(
+        metrics={name: interval.recorded for name, interval in after.metrics.items()},
+        n_test=len(after.predictions),
+        retention=after.retention and after.retention.recorded,
+        test_split=after.test_split,
+        test_chose=after.test_chose,
+        int8_lost=lost,
+    )
+    return info, lost
 
 
 def _table_above(path: Path) -> str | None:

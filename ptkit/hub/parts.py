@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -12,6 +12,7 @@ from ptkit.errors import AdapterError
 from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import CARD, AdapterFiles, read_adapter, write_adapter
+from ptkit.formats.adapter_info import AdapterInfo
 from ptkit.methods import adapter_from_files, base_of, parts_of, require_same_base
 from ptkit.runtime.base_model import Base
 
@@ -73,9 +74,9 @@ def export_parts(
     foreign = [part.peft_type for part in parts if part.peft_type.startswith("PTKIT_")]
     if foreign:
         raise AdapterError(f"{run} holds a {foreign[0]}, which PEFT cannot load; keep it whole")
-    info: dict[str, Any] = {n: files.info[n] for n in ("format", "base") if n in files.info}
-    if info:
-        info["part_of"] = files.info.get("method")
+    info = AdapterInfo()
+    if not files.info.empty:
+        info = AdapterInfo(base=files.info.base, part_of=files.info.method)
     named = {part.peft_type.split("_")[0].lower(): part for part in parts}
     with atomic.folder(out, replace=replace_out) as scratch:
         for name, part in named.items():

@@ -14,6 +14,7 @@ from ruamel.yaml.error import YAMLError
 
 from ptkit.errors import UserError
 from ptkit.formats.adapter_files import CARD, CONFIG, INFO, RECIPE, AdapterFiles
+from ptkit.formats.adapter_info import ADAPTER_INFO, AdapterInfo
 from ptkit.formats.hub import HubId
 from ptkit.hub.card import with_base
 from ptkit.methods.base_names import hub_name, is_here
@@ -52,9 +53,9 @@ def with_public_base(files: AdapterFiles, texts: Mapping[str, str], base: str) -
     if "revision" in config:  # it was the other name's
         config["revision"] = None
     changed = {CONFIG: _json(config)}
-    if files.info.get("base"):
-        made_for = {**files.info["base"], "id": base, "revision": None}
-        changed[INFO] = _json({**files.info, "base": made_for})
+    if "base" in files.info.model_fields_set:
+        made_for = files.info.base.updated(id=base, revision=None)
+        changed[INFO] = _json(ADAPTER_INFO.as_file(files.info.updated(base=made_for)))
     if RECIPE in texts:
         changed[RECIPE] = _recipe(texts[RECIPE], base)
     if CARD in texts:
@@ -80,14 +81,14 @@ def _recipe(text: str, base: str) -> str:
     return stream.getvalue()
 
 
-def say_places(texts: Mapping[str, str], info: Mapping[str, Any], where: str) -> None:
+def say_places(texts: Mapping[str, str], info: AdapterInfo, where: str) -> None:
     """Warn in one line of files of this machine that the recipe or the record of `where` names."""
     try:
         recipe = YAML(typ="safe", pure=True).load(texts.get(RECIPE, ""))
     except YAMLError:
         recipe = None
     own = {k: v for k, v in recipe.items() if k != "model"} if isinstance(recipe, dict) else {}
-    told = {k: v for k, v in info.items() if k != "base"}
+    told = info.model_dump(exclude={"base"})
     named = [text for text in _texts([own, told]) if Path(text).is_absolute()]
     places = sorted({text for text in named if len(text) < 1000 and Path(text).exists()})
     if places:

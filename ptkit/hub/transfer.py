@@ -87,7 +87,8 @@ def push(
             files,
             weights.stat().st_size,
             int8=weights.name == INT8_WEIGHTS,
-            **files.info.get("card", {}),
+            license=files.info.card.license,
+            language=files.info.card.language,
         )
     card = named(card, target.repository)
     present = [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]

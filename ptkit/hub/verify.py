@@ -25,6 +25,7 @@ from ptkit.formats.adapter_files import (
     sha256,
     weights_path,
 )
+from ptkit.formats.figures import RecordedScore
 from ptkit.formats.hub import HubId, hub_files, is_on_hub
 from ptkit.methods import (
     adapter_from_files,
@@ -139,41 +140,36 @@ def check_files(path: Path, source: str) -> Iterator[Check]:
 
 def _check_record(files: AdapterFiles, weights: Path) -> Iterator[Check]:
     info = files.info
-    if not info:
+    if info.empty:
         yield Check("record", None, f"no {INFO}: nothing says how it was made or what it scored")
         return
-    digest = info.get("weights")
-    if not isinstance(digest, dict) or "sha256" not in digest:
+    if info.weights is None:
         yield Check("weights", None, f"{INFO} holds no digest of the weights")
     else:
-        same = sha256(weights) == digest["sha256"] and weights.name == digest.get("file")
+        same = (weights.name, sha256(weights)) == (info.weights.file, info.weights.sha256)
         yield Check(
             "weights", same,
             "those the record was written for" if same else
             f"{weights.name} is not the file that {INFO} was written for",
         )  # fmt: skip
-    claims = info.get("metrics")
-    faults = [] if claims is None else _claim_faults(claims, info.get("n_test"))
+    if info.metrics is None:
+        return
+    faults = _score_faults(info.metrics, info.n_test)
     if faults:
         yield Check("claims", False, "; ".join(faults))
-    elif claims:
-        said = ", ".join(f"{name} {claim['value']:.2f}" for name, claim in claims.items())
-        yield Check("claims", True, f"{said} on {info['n_test']} rows")
+    elif info.metrics:
+        said = ", ".join(f"{name} {score.value:.2f}" for name, score in info.metrics.items())
+        yield Check("claims", True, f"{said} on {info.n_test} rows")
 
 
-def _claim_faults(claims: Any, rows: Any) -> list[str]:
+def _score_faults(scores: Mapping[str, RecordedScore], rows: int | None) -> list[str]:
     """What is wrong with the scores an adapter claims."""
-    if not isinstance(claims, dict):
-        return ["`metrics` should be an object"]
-    faults = [] if type(rows) is int and rows > 0 else ["no number of test rows"]
-    for name, claim in claims.items():
-        entries = claim if isinstance(claim, dict) else {}
-        numbers = [entries.get(key) for key in ("low", "value", "high")]
-        found = [float(n) for n in numbers if isinstance(n, int | float)]
-        if len(found) != 3:
+    faults = [] if rows is not None and rows > 0 else ["no number of test rows"]
+    for name, score in scores.items():
+        if score.low is None or score.high is None:
             faults.append(f"`{name}` has no value with an interval")
-        elif not found[0] <= found[1] <= found[2]:
-            faults.append(f"`{name}` = {found[1]} is outside its own interval")
+        elif not score.low <= score.value <= score.high:
+            faults.append(f"`{name}` = {score.value} is outside its own interval")
     return faults
 
 
@@ -183,15 +179,15 @@ def _check_base(files: AdapterFiles, base: Base, source: str, *, chosen: bool) -
     except AdapterError as error:
         yield Check("base", False, str(error))
         return
-    made_for = files.info.get("base", {})
-    if made_for.get("fingerprint"):
+    made_for = files.info.base
+    if made_for.fingerprint:
         yield Check("base", True, f"{base.id}, weights {base.fingerprint}")
     else:
         yield Check("base", None, _by_name(files, base))
-    if made_for.get("tokenizer"):
-        same = made_for["tokenizer"] == base.tokenizer_fingerprint
+    if made_for.tokenizer:
+        same = made_for.tokenizer == base.tokenizer_fingerprint
         found = f"vocabulary {base.tokenizer_fingerprint}"
-        yield Check("tokenizer", same, found if same else f"{found}, not {made_for['tokenizer']}")
+        yield Check("tokenizer", same, found if same else f"{found}, not {made_for.tokenizer}")
     try:
         detail = _fit(files, base)
         if base.head is not None:
@@ -232,8 +228,8 @@ def _fit(files: AdapterFiles, base: Base) -> str:
 def _check_scores(
     path: Path, files: AdapterFiles, base: Base, recipe: str | Path | None
 ) -> Iterator[Check]:
-    claims: Mapping[str, Mapping[str, float]] = files.info.get("metrics") or {}
-    if not claims:
+    info = files.info
+    if not info.metrics:
         yield Check("score", None, "no score is claimed")
         return
     loaded = _recipe(path, recipe)
@@ -242,39 +238,34 @@ def _check_scores(
     except DataError as error:
         raise DataError(f"{error}; a recipe that finds its data here: --recipe FILE") from error
     evaluation = evaluate_saved(experiment, path)
-    if len(evaluation.predictions) != files.info.get("n_test"):
-        yield Check(
-            "score", False,
-            f"claimed on {files.info.get('n_test')} rows, the recipe's test has "
-            f"{len(evaluation.predictions)}",
-        )  # fmt: skip
+    if len(evaluation.predictions) != info.n_test:
+        rows = len(evaluation.predictions)
+        said = f"claimed on {info.n_test} rows, the recipe's test has {rows}"
+        yield Check("score", False, said)
         return
     for name, found in evaluation.metrics.items():
-        if name not in claims:
+        if name not in info.metrics:
             yield Check(f"score: {name}", None, f"{found.mean:.2f} here, nothing is claimed")
             continue
-        yield _reproduced(name, claims[name], found)
-    recorded = files.info.get("retention") or {}
-    claimed = recorded.get("forgetting")
-    if evaluation.retention is not None and claimed is not None:
-        here = evaluation.retention.overall["forgetting"]
+        yield _reproduced(name, info.metrics[name], found)
+    if evaluation.retention is not None and info.retention is not None:
+        here, claimed = evaluation.retention.overall.forgetting, info.retention.forgetting
         same: bool | None = abs(here - claimed) <= 0.02 + 0.05 * abs(claimed)
         detail = f"{here:+.3f} here, {claimed:+.3f} claimed"
-        if recorded.get("lead", 0) != evaluation.retention.lead:
+        if info.retention.lead != evaluation.retention.lead:
             same = None
             detail += ", measured by an earlier version without the begin-of-text token"
         yield Check("forgetting", same, detail)
 
 
-def _reproduced(name: str, claim: Mapping[str, float], found: Interval) -> Check:
+def _reproduced(name: str, claimed: RecordedScore, found: Interval) -> Check:
     """Whether a score read again is the claimed one, but for rounding."""
-    low, high = claim["low"], claim["high"]
+    low, high = claimed.low, claimed.high
+    assert low is not None  # `_score_faults` has looked at both
+    assert high is not None
     allowed = max(TOLERANCE * (high - low), 1e-6)
-    same = low <= found.mean <= high and abs(found.mean - claim["value"]) <= allowed
-    detail = (
-        f"{found.mean:.2f} here, {claim['value']:.2f} [{low:.2f}, {high:.2f}] claimed"
-        f" (n={found.n_examples})"
-    )
+    same = low <= found.mean <= high and abs(found.mean - claimed.value) <= allowed
+    detail = f"{found.mean:.2f} here, {claimed.shown} claimed (n={found.n_examples})"
     return Check(f"score: {name}", same, detail)
 
 

@@ -107,9 +107,8 @@ def labels_of_files(files: AdapterFiles) -> Labels | None:
     kind = next((kind for kind, name in TASK_TYPES.items() if name == task), None)
     if kind is None:
         return None
-    named = files.info.get("task", {}).get("labels")
-    if isinstance(named, list) and named and all(isinstance(label, str) for label in named):
-        return Labels(kind, tuple(named))
+    if files.info.task is not None and files.info.task.labels:
+        return Labels(kind, tuple(files.info.task.labels))
     outputs = [t.shape[0] for name, t in files.tensors.items()
                if name.endswith(("classifier.weight", "score.weight", "out_proj.weight"))
                and ".lora_" not in name and t.ndim == 2]  # fmt: skip

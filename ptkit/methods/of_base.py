@@ -10,6 +10,7 @@ from typing import Any
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles, base_id, base_revision, read_adapter
+from ptkit.formats.adapter_info import AdapterInfo, BaseInfo
 from ptkit.formats.fingerprint import is_same_model
 from ptkit.methods.adapter import Adapter
 from ptkit.methods.base_names import hub_name, same_name
@@ -30,16 +31,15 @@ def require_same_base(files: AdapterFiles, base: Base, where: str, *, chosen: bo
     the base. Its last part is compared: `gpt2` is `openai-community/gpt2`. The same model in
     another precision is warned of, once.
     """
-    made_for = files.info.get("base", {})
-    name = files.base_id
-    if made_for.get("fingerprint"):
+    made_for, name = files.info.base, files.base_id
+    if made_for.fingerprint:
         if not _is_made_for(made_for, base):
-            detail = f" (weights {made_for['fingerprint']}, here {base.fingerprint})"
+            detail = f" (weights {made_for.fingerprint}, here {base.fingerprint})"
             raise AdapterError(
                 f"{where} was made for the base model `{name}`, not for `{base.id}`{detail}; "
                 f"load it on `{name}`"
             )
-        trained_in = made_for.get("precision", base.precision)
+        trained_in = made_for.precision or base.precision
         if trained_in != base.precision:
             warnings.warn(
                 f"trained on `{name}` in {trained_in}, used on `{base.id}` in {base.precision}: "
@@ -61,16 +61,15 @@ def require_same_base(files: AdapterFiles, base: Base, where: str, *, chosen: bo
     )  # fmt: skip
 
 
-def _is_made_for(made_for: dict[str, Any], base: Base) -> bool:
+def _is_made_for(made_for: BaseInfo, base: Base) -> bool:
     """Whether an adapter's record of its base is of the model `base` is, in whatever precision."""
-    if made_for["fingerprint"] == base.fingerprint:
+    if made_for.fingerprint == base.fingerprint:
         return True
-    if "sketch" not in made_for:  # an earlier version's
-        return bool(made_for["fingerprint"] == base.legacy_fingerprint)
+    if made_for.sketch is None:  # an earlier version's
+        return made_for.fingerprint == base.legacy_fingerprint
     return is_same_model(
-        str(made_for["sketch"]), str(made_for.get("precision", "")),
-        base.identity.sketch, base.precision,
-    )  # fmt: skip
+        made_for.sketch, made_for.precision or "", base.identity.sketch, base.precision
+    )
 
 
 def base_of(files: AdapterFiles, model: str | None, where: str) -> Base:
@@ -89,7 +88,7 @@ def base_of(files: AdapterFiles, model: str | None, where: str) -> Base:
 
 
 def revision_named(
-    id: str, adapters: Mapping[str, tuple[dict[str, Any], dict[str, Any]]]
+    id: str, adapters: Mapping[str, tuple[dict[str, Any], AdapterInfo]]
 ) -> str | None:
     """The revision of the base `id` that `adapters` were made on; None where none of them says.
 

@@ -188,7 +188,7 @@ def _method_of(files: AdapterFiles, base: Base) -> tuple[type[Adapter], MethodSe
             "sequence and token classifiers"
         )
     # Without ptkit's record of the method, the first one that reads this PEFT type.
-    own = method_of_files(files.peft_type, files.info.get("method", {}).get("kind"))
+    own = method_of_files(files.peft_type, files.info.method_kind)
     if own is not None:
         return ADAPTERS[own.own_kind()], own.of_files(files.peft_type)
     known = {t for cls in ADAPTERS.values() for t in cls.peft_types}

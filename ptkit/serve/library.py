@@ -23,12 +23,12 @@ from ptkit.formats.adapter_files import (
     read_info,
     weights_path,
 )
+from ptkit.formats.adapter_info import AdapterInfo
 from ptkit.formats.hub import HubId, fetch_adapter
 from ptkit.methods import changes_weights
 from ptkit.methods.base_names import is_local_path
 from ptkit.serve.answer import Voice
 from ptkit.serve.engine import Engine
-from ptkit.training.record import scored_rows
 
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 #: Between the names of adapters that answer together.
@@ -160,13 +160,12 @@ class Library:
         if first == self.base_name:
             return None
         path = self.path(first)
-        template = None if path is None else read_info(path).get("task", {}).get("input")
-        return template if isinstance(template, str) else None
+        return None if path is None else read_info(path).template
 
     def card(self, name: str) -> Card:
         """What is known of the adapter `name`."""
         status = self._known(name, lambda: self.bank.status(name))
-        fault, info, method, size = status.fault, {}, status.method, status.nbytes
+        fault, info, method, size = status.fault, AdapterInfo(), status.method, status.nbytes
         tokens = status.virtual_tokens
         if status.path is not None:
             try:
@@ -292,24 +291,18 @@ def _require_name(name: str, base_name: str) -> None:
         raise UserError(f"`{name}` is the name of the base model")
 
 
-def _recorded(info: Mapping[str, Any]) -> dict[str, Any]:
+def _recorded(info: AdapterInfo) -> dict[str, Any]:
     """The fields of a card that come from ptkit's record of an adapter."""
-    metrics, retention = info.get("metrics"), info.get("retention")
-    metric, claim = None, None
-    if isinstance(metrics, dict) and metrics:
-        metric, claim = next(iter(metrics.items()))
-    claim = claim if isinstance(claim, dict) else {}
+    metric, score = next(iter((info.metrics or {}).items()), (None, None))
     return {
-        "parameters": info.get("trainable_parameters"),
-        "recipe": info.get("recipe"),
+        "parameters": info.trainable_parameters,
+        "recipe": info.recipe,
         "metric": metric,
-        "score": claim.get("value"),
-        "low": claim.get("low"),
-        "high": claim.get("high"),
-        "n": info.get("n_test"),
-        "rows": scored_rows(str(info.get("test_split", "test")), bool(info.get("test_chose")))
-        if info.get("n_test") is not None
-        else None,
-        "forgetting": retention.get("forgetting") if isinstance(retention, dict) else None,
-        "template": info.get("task", {}).get("input"),
+        "score": score and score.value,
+        "low": score and score.low,
+        "high": score and score.high,
+        "n": info.n_test,
+        "rows": None if info.n_test is None else info.rows_scored,
+        "forgetting": info.retention and info.retention.forgetting,
+        "template": info.template,
     }

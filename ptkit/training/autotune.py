@@ -8,7 +8,6 @@ cost at most `START_SHARE` and `RATE_SHARE` of the run.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import shutil
@@ -23,7 +22,7 @@ from ptkit.data.encode import EncodedExample
 from ptkit.data.task import Example
 from ptkit.data.templates import Template
 from ptkit.errors import PtkitError, UserError
-from ptkit.formats import atomic
+from ptkit.formats.cell_record import CHOSEN_SETTINGS, ChosenSettings, TriedRate, TriedStart
 from ptkit.methods import Adapter
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe.schema import TrainSection
@@ -62,7 +61,7 @@ class Autotuned:
     nothing was left open."""
 
     section: MethodSection
-    record: dict[str, Any] | None
+    record: ChosenSettings | None
 
 
 def is_open(section: MethodSection) -> bool:
@@ -87,27 +86,21 @@ def autotune(
         return Autotuned(section, None)
     done = folder / "chosen.json"
     if not done.exists():
-        found: dict[str, Any] = {}
+        chosen = ChosenSettings()
         if getattr(section, "start", None) == "auto":
-            found |= _start(section, make, task, examples)
+            chosen = _start(section, make, task, examples)
         if getattr(section, "learning_rate", None) == "auto":
             if isinstance(task, HeadedTask):
                 raise UserError(
                     f"`{section.title}`: `learning_rate: auto` trains several rates in one batch, "
                     "and each would need a classification head of its own; give a rate"
                 )
-            found |= _rate(_settled(section, found), make, folder / "rates")
-        atomic.write_json(done, found)
+            settled = section.model_copy(update=chosen.settings)
+            chosen = chosen.updated(**_rate(settled, make, folder / "rates"))
+        CHOSEN_SETTINGS.write(done, chosen)
         shutil.rmtree(folder / "rates", ignore_errors=True)
-    found = json.loads(done.read_text(encoding="utf-8"))
-    return Autotuned(_settled(section, found), found)
-
-
-def _settled(section: MethodSection, found: dict[str, Any]) -> MethodSection:
-    """`section` with the settings that were found."""
-    return section.model_copy(
-        update={k: v for k, v in found.items() if k in ("start", "start_text", "learning_rate")}
-    )
+    chosen = CHOSEN_SETTINGS.read_file(done)
+    return Autotuned(section.model_copy(update=chosen.settings), chosen)
 
 
 def starts(
@@ -134,11 +127,11 @@ def _rows_read(train: TrainSection, share: float) -> int:
 
 def _start(
     section: MethodSection, make: Make, task: Task, examples: Sequence[Example]
-) -> dict[str, Any]:
+) -> ChosenSettings:
     """The candidate with the lowest loss per target token on a few training rows, or the method's
     own start where none is clearly lower; that, too, where there is nothing to tell them apart by.
     """
-    untried = {"start": OWN, "starts": [], "start_rows": 0}
+    untried = ChosenSettings(start=OWN, starts=[], start_rows=0)
     if isinstance(task, HeadedTask):  # a head that has not learnt says nothing about a start
         return untried
     settled = section.model_copy(update={"learning_rate": _default(section, "learning_rate")})
@@ -162,8 +155,11 @@ def _start(
     own = candidates.index({"start": OWN})
     if losses[best] > (1 - CLEARLY_LOWER) * losses[own]:
         best = own
-    tried = [{**c, "loss": loss} for c, loss in zip(candidates, losses, strict=True)]
-    return {**candidates[best], "starts": tried, "start_rows": rows}
+    tried = [
+        TriedStart.model_validate({**c, "loss": loss})
+        for c, loss in zip(candidates, losses, strict=True)
+    ]
+    return ChosenSettings.model_validate({**candidates[best], "starts": tried, "start_rows": rows})
 
 
 def _default(section: MethodSection, key: str) -> Any:
@@ -231,7 +227,7 @@ def _rate(section: MethodSection, make: Make, folder: Path) -> dict[str, Any]:
     settings = jobs[0].settings
     return {
         "learning_rate": chosen,
-        "rates": [{"rate": rate, "loss": loss} for rate, loss in ended.items()],
+        "rates": [TriedRate(rate=rate, loss=loss) for rate, loss in ended.items()],
         "rate_loss_before": before, "rate_steps": settings.steps,
         "rate_batch": settings.batch_size, "rate_judged": len(jobs[0].validation),
     }  # fmt: skip

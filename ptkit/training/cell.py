@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ptkit.formats.adapter_files import read_config, sha256, weights_path
+from ptkit.formats.cell_record import RecordedSearch
 from ptkit.methods.start import named_adapter
 from ptkit.section import MethodSection
 from ptkit.training.experiment import Experiment
@@ -43,7 +44,7 @@ class Cell:
     variant: str = ""
     family: str | None = None
     sweep: dict[str, Any] = field(default_factory=dict, hash=False)
-    tuned: dict[str, Any] | None = field(default=None, hash=False)
+    tuned: RecordedSearch | None = field(default=None, hash=False)
 
     @property
     def name(self) -> str:

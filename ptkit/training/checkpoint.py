@@ -85,7 +85,8 @@ def load_checkpoint(
     process.
 
     Returns the progress and the best parameters so far, or None when there is no checkpoint. Raises
-    UserError when it was written by another number of processes: each has a part of every batch.
+    UserError when it was written by another number of processes: each has a part of every batch;
+    and when its progress is damaged.
     """
     found = _checkpoints(run)
     if not found:
@@ -103,7 +104,13 @@ def load_checkpoint(
     _restore_random(
         {n: random[_key(process, n)] for n in _GENERATORS if _key(process, n) in random}
     )
-    progress = Progress(**json.loads((path / "progress.json").read_text()))
+    try:
+        progress = Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{path / 'progress.json'} is damaged, or another version's ({error}); delete {path} "
+            "to begin anew"
+        ) from error
     device = adapter.base.model.device
     best = {n: t.clone().to(device) for n, t in load_file(path / "best.safetensors").items()}
     return progress, best

@@ -18,21 +18,29 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ptkit.data import load_task
 from ptkit.data.encode import encode_examples
-from ptkit.errors import ModelError, UserError
+from ptkit.errors import FolderError, ModelError, UserError
 from ptkit.evaluation.divergence import Divergence, measure_divergence
-from ptkit.evaluation.statistics import Interval
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import write_adapter
+from ptkit.formats.adapter_info import (
+    AdapterInfo,
+    ClosenessInfo,
+    DistilledInfo,
+    DocumentInfo,
+    MethodInfo,
+)
+from ptkit.formats.cell_record import CurvePoint
 from ptkit.formats.folder_lock import held
+from ptkit.formats.typed_file import FileKind, FileSection, unchanged
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.prefix import KVPrefix
@@ -47,7 +55,7 @@ from ptkit.training.adapter_trainer import Job
 from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.loop import fit
 from ptkit.training.observer import RunObserver
-from ptkit.training.provenance import FORMAT, as_recorded, base_info, versions
+from ptkit.training.provenance import base_info, task_info, versions
 from ptkit.training.run_folder import delete_run_folder, open_run_folder
 from ptkit.training.self_study import (
     SPLITS,
@@ -66,9 +74,8 @@ IDENTITY, WHAT = "distill.json", "distillation"
 NOTHING, FIRST_TOKENS, DISTILLED = "nothing", "first tokens as text", "distilled prefix"
 
 
-@dataclass(frozen=True)
-class Distilled:
-    """A finished distillation.
+class Distilled(FileSection):
+    """A finished distillation: `record.json` in its folder.
 
     tokens: of the prefix; document_tokens, chunks: of the text; bytes, document_bytes: of their
     keys and values in the base's precision
@@ -78,7 +85,7 @@ class Distilled:
     curve: `{step, train_loss, validation_loss}`, KL in nats per token
     """
 
-    folder: Path
+    folder: Path = Field(default=Path(), exclude=True)
     tokens: int
     document_tokens: int
     chunks: int
@@ -89,7 +96,7 @@ class Distilled:
     steps: int
     best_step: int
     seconds: float
-    curve: list[dict[str, float]]
+    curve: list[CurvePoint]
 
     @property
     def adapter(self) -> Path:
@@ -103,17 +110,15 @@ class Distilled:
 
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON values, without its folder."""
-        return {name: value for name, value in asdict(self).items() if name != "folder"}
+        return self.model_dump(mode="json")
 
     @classmethod
     def read(cls, folder: Path) -> Distilled:
-        """The record in `folder`."""
-        values = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-        figures = {
-            name: Divergence(Interval(**d["kl"]), Interval(**d["agreement"]), d["tokens"])
-            for name, d in values.pop("figures").items()
-        }
-        return cls(folder, figures=figures, **values)
+        """The record in `folder`. Raises FolderError where it is damaged, or of a newer version."""
+        return _RECORD.read_file(folder / "record.json").updated(folder=folder)
+
+
+_RECORD = FileKind(Distilled, (unchanged,), FolderError, "pass --fresh to distill again")
 
 
 def distill(
@@ -215,7 +220,7 @@ def distill(
         task = None if recipe is None else recipe.recipe.task
         info = _info(base, section, document, record, task, adapter, seed)
         write_adapter(record.adapter, replace(adapter.files(), info=info), replace=True)
-        atomic.write_json(folder / "record.json", record.as_dict())
+        _RECORD.write(folder / "record.json", record)
         remove_checkpoints(folder)
         for place in (folder, folder / "texts"):
             atomic.remove_leftovers(place)
@@ -334,7 +339,7 @@ def _record(
     progress: Progress,
 ) -> Distilled:
     return Distilled(
-        folder,
+        folder=folder,
         tokens=prefix.virtual_tokens,
         document_tokens=len(document.ids),
         chunks=len(document.chunks),
@@ -345,7 +350,7 @@ def _record(
         steps=progress.step,
         best_step=progress.best_step,
         seconds=progress.seconds,
-        curve=progress.curve,
+        curve=[CurvePoint.model_validate(point) for point in progress.curve],
     )
 
 
@@ -357,36 +362,32 @@ def _info(
     task: Task | None,
     adapter: PrefixTuning,
     seed: int,
-) -> dict[str, Any]:
+) -> AdapterInfo:
     """What `ptkit.json` says; the document itself is not part of it."""
-    info: dict[str, Any] = {
-        "format": FORMAT,
-        "base": base_info(base),
-        "method": section.model_dump(exclude={"start", "start_text", "start_adapter"}),
-        "distilled": {
-            "document": {
-                "sha256": hashlib.sha256(document.encode()).hexdigest(),
-                "tokens": record.document_tokens,
-                "chunks": record.chunks,
-            },
-            "texts": record.texts,
-            "bytes": record.bytes,
-            "document_bytes": record.document_bytes,
-            "figures": {
-                name: {
-                    "kl": as_recorded(d.kl),
-                    "agreement": as_recorded(d.agreement),
-                    "tokens": d.tokens,
-                }
+    settings = section.model_dump(mode="json", exclude={"start", "start_text", "start_adapter"})
+    info = AdapterInfo(
+        base=base_info(base),
+        method=MethodInfo.model_validate(settings),
+        distilled=DistilledInfo(
+            document=DocumentInfo(
+                sha256=hashlib.sha256(document.encode()).hexdigest(),
+                tokens=record.document_tokens,
+                chunks=record.chunks,
+            ),
+            texts=record.texts,
+            bytes=record.bytes,
+            document_bytes=record.document_bytes,
+            figures={
+                name: ClosenessInfo(
+                    kl=d.kl.recorded, agreement=d.agreement.recorded, tokens=d.tokens
+                )
                 for name, d in record.figures.items()
             },
-        },
-        "seed": seed,
-        "trainable_parameters": adapter.trainable_parameters,
-        "train_steps": record.steps,
-        "dtype": "float32",
-        "versions": versions(),
-    }
-    if task is not None:
-        info["task"] = task.model_dump(mode="json", exclude={"data"})
-    return info
+        ),
+        seed=seed,
+        trainable_parameters=adapter.trainable_parameters,
+        train_steps=record.steps,
+        dtype="float32",
+        versions=versions(),
+    )
+    return info if task is None else info.updated(task=task_info(task))

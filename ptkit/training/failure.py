@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import errno
-import json
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate.utils.memory import clear_device_cache
+from pydantic import Field
 
 from ptkit.errors import FolderError, PtkitError
-from ptkit.formats import atomic
-from ptkit.training.record import titled
+from ptkit.formats.typed_file import FileKind, FileSection, unchanged
+from ptkit.training.titles import titled
 
 if TYPE_CHECKING:
     from ptkit.training.cell import Cell
@@ -29,11 +28,10 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A cell (or a trial of a search) that has no result, and why.
+class Failure(FileSection):
+    """A cell (or a trial of a search) that has no result, and why: `failed.json`.
 
-    cell, method, family, sweep, seed: as a record has them (`ptkit.training.record.CellRecord`)
+    cell, method, family, sweep, seed: as a record has them (`ptkit.formats.cell_record.CellRecord`)
     error: the exception's name; reason: what it says, one line
     traceback: its lines, where the error was not raised on purpose; at: when, ISO 8601
     """
@@ -45,7 +43,7 @@ class Failure:
     seed: int
     error: str
     reason: str
-    traceback: tuple[str, ...] = ()
+    traceback: list[str] = Field(default_factory=list)
     at: str = ""
 
     @classmethod
@@ -53,14 +51,21 @@ class Failure:
         """That `cell` failed of `error`."""
         lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
         if isinstance(error, PtkitError):
-            reason, trace = " ".join(lines), []
+            reason, trace = " ".join(lines), list[str]()
         else:
             reason = ": ".join([type(error).__name__, *lines[:1]])
             trace = "".join(traceback.format_exception(error)).splitlines()
         return cls(
-            cell.name, cell.method.title, cell.family or cell.method.title, cell.sweep, cell.seed,
-            type(error).__name__, reason, tuple(trace), datetime.now(UTC).isoformat("T", "seconds"),
-        )  # fmt: skip
+            cell=cell.name,
+            method=cell.method.title,
+            family=cell.family or cell.method.title,
+            sweep=cell.sweep,
+            seed=cell.seed,
+            error=type(error).__name__,
+            reason=reason,
+            traceback=trace,
+            at=datetime.now(UTC).isoformat("T", "seconds"),
+        )
 
     @property
     def method_title(self) -> str:
@@ -74,22 +79,20 @@ class Failure:
 
     def as_row(self) -> dict[str, Any]:
         """For tables of results: what a record has too, and the reason as `failed`."""
-        kept = {k: v for k, v in asdict(self).items() if k not in ("error", "traceback", "at")}
+        kept = self.model_dump(mode="json", exclude={"error", "traceback", "at"})
         return {**kept, "failed": kept.pop("reason")}
 
     def write(self, folder: Path) -> None:
         """Keep it in the folder of its cell."""
-        atomic.write_json(folder / FAILED, asdict(self))
+        _FAILURE.write(folder / FAILED, self)
 
     @classmethod
     def read(cls, folder: Path) -> Failure:
         """The one in `folder`. Raises PtkitError for a file this version does not read."""
-        path = folder / FAILED
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{**values, "traceback": tuple(values["traceback"])})
-        except (TypeError, KeyError, ValueError) as error:
-            raise PtkitError(f"{path} is damaged ({error}); delete it") from error
+        return _FAILURE.read_file(folder / FAILED)
+
+
+_FAILURE = FileKind(Failure, (unchanged,), PtkitError, "delete it")
 
 
 def attempted(cell: Cell, work: Callable[[], Result]) -> Result | Failure:

@@ -20,6 +20,8 @@ from ptkit.evaluation.score import score_intervals
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import RECIPE, WEIGHTS, AdapterFiles, write_adapter
+from ptkit.formats.cell_record import CellRecord, CurvePoint
+from ptkit.formats.figures import RecordedRetention
 from ptkit.methods import Adapter
 from ptkit.runtime.progress import no_weights_bar
 from ptkit.training.cell import Cell
@@ -28,7 +30,6 @@ from ptkit.training.experiment import Experiment
 from ptkit.training.gate import share_open
 from ptkit.training.observer import RunObserver
 from ptkit.training.provenance import adapter_info, hardware, recipe_of_cell, versions
-from ptkit.training.record import CellRecord
 
 
 def _openings(experiment: Experiment, adapter: Adapter) -> dict[str, float] | None:
@@ -72,7 +73,7 @@ class Results:
     predictions: Sequence[Prediction]
     scores: Mapping[str, Interval]
     seconds: float
-    retention: dict[str, Any] | None
+    retention: RecordedRetention | None
 
 
 def measured(
@@ -98,7 +99,7 @@ def measured(
         sweep=cell.sweep,
         tuned=cell.tuned,
         seed=cell.seed,
-        settings=method.model_dump(),
+        settings=method.model_dump(mode="json"),
         n_train=len(experiment.training(cell.seed).encoded) if method.trains else 0,
         n_test=len(results.predictions),
         test_split=experiment.data.test_split,
@@ -117,7 +118,7 @@ def measured(
         tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
         peak_memory_bytes=progress.peak_memory_bytes if method.trains else None,
         eval_seconds=results.seconds,
-        curve=progress.curve,
+        curve=[CurvePoint.model_validate(point) for point in progress.curve],
         retention=results.retention,
         gate=_openings(experiment, adapter),
         decode_ms=latency.adapter,

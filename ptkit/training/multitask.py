@@ -14,21 +14,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from pydantic import Field
 
 from ptkit.data.encode import EncodedExample, TaskExample
-from ptkit.errors import ModelError, UserError
+from ptkit.errors import FolderError, ModelError, UserError
 from ptkit.evaluation.predict import predict, require_room
 from ptkit.evaluation.score import score_intervals
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import write_adapter
+from ptkit.formats.adapter_info import AdapterInfo, MethodInfo, MultitaskInfo
+from ptkit.formats.cell_record import CurvePoint
+from ptkit.formats.figures import scored_rows
 from ptkit.formats.folder_lock import held
+from ptkit.formats.typed_file import FileKind, FileSection
 from ptkit.methods import Adapter
 from ptkit.methods.multitask_prompt.adapter import MultitaskPrompt
 from ptkit.methods.multitask_prompt.settings import MultitaskSection
@@ -42,8 +47,7 @@ from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.experiment import Experiment, prepare
 from ptkit.training.loop import fit
 from ptkit.training.observer import RunObserver
-from ptkit.training.provenance import FORMAT, as_recorded, base_info, described_data, versions
-from ptkit.training.record import scored_rows
+from ptkit.training.provenance import base_info, data_info, task_info, versions
 from ptkit.training.run import demonstrations
 from ptkit.training.run_folder import delete_run_folder, open_run_folder
 
@@ -51,11 +55,10 @@ from ptkit.training.run_folder import delete_run_folder, open_run_folder
 IDENTITY, WHAT = "multitask.json", "multi-task prompt"
 
 
-@dataclass(frozen=True)
-class TaskScores:
+class TaskScores(FileSection):
     """What the prompt of one task makes of its test rows; the first metric is the score.
 
-    test_split, test_chose: what these rows are (see `ptkit.training.record.CellRecord`)
+    test_split, test_chose: what these rows are (see `ptkit.formats.cell_record.CellRecord`)
     """
 
     metrics: dict[str, Interval]
@@ -70,16 +73,15 @@ class TaskScores:
         return scored_rows(self.test_split, self.test_chose)
 
 
-@dataclass(frozen=True)
-class Multitask:
-    """A finished multi-task prompt.
+class Multitask(FileSection):
+    """A finished multi-task prompt: `record.json` in its folder.
 
     tasks: recipe's name -> scores; trainable_parameters: of all tasks together
     curve: `{step, train_loss, validation_loss}`, nats per target token, every task's tokens
         weighed to count by its rows
     """
 
-    folder: Path
+    folder: Path = Field(default=Path(), exclude=True)
     tasks: dict[str, TaskScores]
     virtual_tokens: int
     rank: int
@@ -89,7 +91,7 @@ class Multitask:
     best_step: int
     seconds: float
     seed: int
-    curve: list[dict[str, float]]
+    curve: list[CurvePoint]
 
     def adapter(self, task: str | None = None) -> Path:
         """The adapter of one task; without its name the file of all of them."""
@@ -102,23 +104,25 @@ class Multitask:
 
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON values, without its folder."""
-        return {name: value for name, value in asdict(self).items() if name != "folder"}
+        return self.model_dump(mode="json")
 
     @classmethod
     def read(cls, folder: Path) -> Multitask:
-        """The record in `folder`."""
-        values = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-        tasks = {
-            name: TaskScores(
-                {m: Interval(**found) for m, found in task["metrics"].items()},
-                task["n_train"],
-                task["n_test"],
-                task.get("test_split", "test"),
-                task.get("test_chose", False),
-            )
-            for name, task in values.pop("tasks").items()
-        }
-        return cls(folder, tasks, **values)
+        """The record in `folder`. Raises FolderError where it is damaged, or of a newer version."""
+        return _RECORD.read_file(folder / "record.json").updated(folder=folder)
+
+
+def _says_which_rows(values: dict[str, Any]) -> dict[str, Any]:
+    """0 -> 1: each task says which rows were scored; versions that did not scored `test`."""
+    tasks = values.get("tasks")
+    if not isinstance(tasks, dict):
+        return dict(values)
+    said = {"test_split": "test", "test_chose": False}
+    named = {n: {**said, **task} if isinstance(task, dict) else task for n, task in tasks.items()}
+    return {**values, "tasks": named}
+
+
+_RECORD = FileKind(Multitask, (_says_which_rows,), FolderError, "pass --fresh to train it again")
 
 
 def multitask(
@@ -304,33 +308,44 @@ def _measured(
         )
         found = score_intervals(predictions, recipe.task.metrics, recipe.evaluate.bootstrap)
         scores[name] = TaskScores(
-            found, len(experiment.training(seed).encoded), len(predictions),
-            experiment.data.test_split, experiment.data.test_chose,
-        )  # fmt: skip
+            metrics=found,
+            n_train=len(experiment.training(seed).encoded),
+            n_test=len(predictions),
+            test_split=experiment.data.test_split,
+            test_chose=experiment.data.test_chose,
+        )
         lines = [json.dumps(p.as_dict(), ensure_ascii=False) for p in predictions]
         folder = out / "tasks" / name
         atomic.write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
-        info = {
-            "recipe": name,
-            "task": recipe.task.model_dump(mode="json", exclude={"data"}),
-            "data": described_data(recipe.task.data),
-            "metrics": {name: as_recorded(interval) for name, interval in found.items()},
-            "n_train": scores[name].n_train,
-            "n_test": scores[name].n_test,
-            "test_split": scores[name].test_split,
-            "test_chose": scores[name].test_chose,
-        }
+        info = AdapterInfo(
+            recipe=name,
+            task=task_info(recipe.task),
+            data=data_info(recipe.task.data),
+            metrics={name: interval.recorded for name, interval in found.items()},
+            n_train=scores[name].n_train,
+            n_test=scores[name].n_test,
+            test_split=scores[name].test_split,
+            test_chose=scores[name].test_chose,
+        )
         _write(folder / "adapter", own, adapter, [*experiments], progress, seed, info)
         atomic.remove_leftovers(folder)
-    mean = adapter.as_prompt(adapter.of_all())
-    _write(out / "mean" / "adapter", mean, adapter, [*experiments], progress, seed, {})
-    _write(out / "adapter", adapter, adapter, [*experiments], progress, seed, {})
+    mean, none = adapter.as_prompt(adapter.of_all()), AdapterInfo()
+    _write(out / "mean" / "adapter", mean, adapter, [*experiments], progress, seed, none)
+    _write(out / "adapter", adapter, adapter, [*experiments], progress, seed, none)
     done = Multitask(
-        out, scores, adapter.virtual_tokens, adapter.section.rank, adapter.trainable_parameters,
-        adapter.base.parameters, progress.step, progress.best_step, progress.seconds, seed,
-        progress.curve,
-    )  # fmt: skip
-    atomic.write_json(out / "record.json", done.as_dict())
+        folder=out,
+        tasks=scores,
+        virtual_tokens=adapter.virtual_tokens,
+        rank=adapter.section.rank,
+        trainable_parameters=adapter.trainable_parameters,
+        base_parameters=adapter.base.parameters,
+        steps=progress.step,
+        best_step=progress.best_step,
+        seconds=progress.seconds,
+        seed=seed,
+        curve=[CurvePoint.model_validate(point) for point in progress.curve],
+    )
+    _RECORD.write(out / "record.json", done)
     remove_checkpoints(out)
     atomic.remove_leftovers(out)
     return done
@@ -343,23 +358,21 @@ def _write(
     tasks: Sequence[str],
     progress: Progress,
     seed: int,
-    info: dict[str, Any],
+    info: AdapterInfo,
 ) -> None:
     """Save `adapter`, a part of `whole`, with where it comes from; `info`: what its task adds."""
     section = whole.section
-    origin = {
-        "format": FORMAT,
-        "base": base_info(whole.base),
-        "method": adapter.section.model_dump(exclude={"start_text"}),
-        "multitask": {
-            "tasks": [*tasks],
-            "rank": section.rank,
-            "task_learning_rate": section.task_learning_rate,
-        },
-        "seed": seed,
-        "trainable_parameters": adapter.trainable_parameters,
-        "train_steps": progress.step,
-        "dtype": "float32",
-        "versions": versions(),
-    }
-    write_adapter(folder, replace(adapter.files(), info=origin | info), replace=True)
+    settings = adapter.section.model_dump(mode="json", exclude={"start_text"})
+    info = info.updated(
+        base=base_info(whole.base),
+        method=MethodInfo.model_validate(settings),
+        multitask=MultitaskInfo(
+            tasks=[*tasks], rank=section.rank, task_learning_rate=section.task_learning_rate
+        ),
+        seed=seed,
+        trainable_parameters=adapter.trainable_parameters,
+        train_steps=progress.step,
+        dtype="float32",
+        versions=versions(),
+    )
+    write_adapter(folder, replace(adapter.files(), info=info), replace=True)

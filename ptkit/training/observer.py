@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from ptkit.formats.cell_record import CellRecord
 from ptkit.training.adapter_trainer import StepReport
 from ptkit.training.failure import Failure
-from ptkit.training.record import CellRecord
 
 if TYPE_CHECKING:
     from ptkit.training.forecast import Forecast

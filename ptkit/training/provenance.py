@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,72 +11,68 @@ from typing import Any
 import torch
 
 from ptkit.evaluation.statistics import Interval
+from ptkit.formats.adapter_info import AdapterInfo, BaseInfo, DataInfo, MethodInfo, TaskInfo
+from ptkit.formats.cell_record import CellRecord
 from ptkit.recipe.load import recipe_as_yaml
 from ptkit.recipe.schema import Recipe
-from ptkit.recipe.tasks import DataSection
+from ptkit.recipe.tasks import DataSection, Task
 from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import Experiment
-from ptkit.training.record import CellRecord
-
-#: Of the layout of `ptkit.json`.
-FORMAT = 1
 
 
 def adapter_info(
     experiment: Experiment, record: CellRecord, metrics: Mapping[str, Interval]
-) -> dict[str, Any]:
+) -> AdapterInfo:
     """What `ptkit.json` says about an adapter: where it comes from and what it scored.
 
     metrics: the record's, with their intervals over the test rows
     """
-    base, task = experiment.base, experiment.recipe.task
-    return {
-        "format": FORMAT,
-        "base": base_info(base),
-        "method": record.settings,
-        "recipe": record.recipe,
-        "seed": record.seed,
-        "task": task.model_dump(mode="json", exclude={"data"}),
-        "data": described_data(task.data),
-        "metrics": {name: as_recorded(interval) for name, interval in metrics.items()},
-        "n_train": record.n_train,
-        "n_test": record.n_test,
-        "test_split": record.test_split,
-        "test_chose": record.test_chose,
-        "retention": record.retention,
-        "gate": record.gate,
-        "trainable_parameters": record.trainable_parameters,
-        "train_steps": record.train_steps,
-        "dtype": "float32",
-        "versions": record.versions,
-    }
+    task = experiment.recipe.task
+    return AdapterInfo(
+        base=base_info(experiment.base),
+        method=MethodInfo.model_validate(record.settings),
+        recipe=record.recipe,
+        seed=record.seed,
+        task=task_info(task),
+        data=data_info(task.data),
+        metrics={name: interval.recorded for name, interval in metrics.items()},
+        n_train=record.n_train,
+        n_test=record.n_test,
+        test_split=record.test_split,
+        test_chose=record.test_chose,
+        retention=record.retention,
+        gate=record.gate,
+        trainable_parameters=record.trainable_parameters,
+        train_steps=record.train_steps,
+        dtype="float32",
+        versions=record.versions,
+    )
 
 
-def base_info(base: Base) -> dict[str, Any]:
+def base_info(base: Base) -> BaseInfo:
     """What an adapter's record says of the base it was made for."""
-    return {
-        "id": base.id,
-        "revision": base.revision,
-        "fingerprint": base.fingerprint,
-        "sketch": base.identity.sketch,
-        "precision": base.precision,
-        "tokenizer": base.tokenizer_fingerprint,
-        "parameters": base.parameters,
-    }
+    return BaseInfo(
+        id=base.id,
+        revision=base.revision,
+        fingerprint=base.fingerprint,
+        sketch=base.identity.sketch,
+        precision=base.precision,
+        tokenizer=base.tokenizer_fingerprint,
+        parameters=base.parameters,
+    )
 
 
-def as_recorded(interval: Interval) -> dict[str, float | None]:
-    """A score as an adapter's record states it."""
-    values = asdict(interval)
-    return {"value": values["mean"], "low": values["low"], "high": values["high"]}
+def task_info(task: Task) -> TaskInfo:
+    """What an adapter's record says of its task."""
+    return TaskInfo.model_validate(task.model_dump(mode="json", exclude={"data"}))
 
 
-def described_data(data: DataSection) -> dict[str, Any]:
+def data_info(data: DataSection) -> DataInfo:
     """The data set without the paths of whoever trained on it."""
     if data.hub:
         kept = {"hub": data.hub, "config": data.config, "revision": data.revision}
-        return {name: value for name, value in kept.items() if value is not None}
-    return {"builtin": data.builtin} if data.builtin else {"files": "not published"}
+        return DataInfo(**{name: value for name, value in kept.items() if value is not None})
+    return DataInfo(builtin=data.builtin) if data.builtin else DataInfo(files="not published")
 
 
 def recipe_of_cell(recipe: Recipe, record_settings: Mapping[str, Any], seed: int) -> str:

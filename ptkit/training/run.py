@@ -11,7 +11,6 @@ Folder of a cell:
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
@@ -28,6 +27,7 @@ from ptkit.evaluation.predict import require_room
 from ptkit.evaluation.retention import measure_retention
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import read_adapter
+from ptkit.formats.cell_record import TRIAL_RECORD, CellRecord, TrialRecord
 from ptkit.formats.folder_lock import held
 from ptkit.methods import (
     ADAPTERS,
@@ -51,7 +51,6 @@ from ptkit.training.gate import fit_gate, require_gate_fits
 from ptkit.training.loop import fit
 from ptkit.training.measure import Results, measured, predicted, scores_of, written
 from ptkit.training.observer import RunObserver
-from ptkit.training.record import CellRecord
 
 
 def run_cells(
@@ -107,12 +106,11 @@ def _run_trial(experiment: Experiment, cell: Cell, observer: RunObserver | None)
             (progress,) = _fit(experiment, [cell], [adapter], observer)
         finally:
             adapter.close()
-        atomic.write_json(
-            done, {"validation_loss": progress.best_loss, "seconds": progress.seconds}
-        )
+        loss, seconds = progress.best_loss, progress.seconds
+        TRIAL_RECORD.write(done, TrialRecord(validation_loss=loss, seconds=seconds))
         remove_checkpoints(cell.folder)
         observer.trial_finished(cell.name, progress.best_loss)
-    return float(json.loads(done.read_text())["validation_loss"])
+    return TRIAL_RECORD.read_file(done).validation_loss
 
 
 def _train_and_measure(
@@ -141,7 +139,7 @@ def _train_and_measure(
             seconds = time.perf_counter() - clock
             retention = None
             if experiment.general is not None:
-                retention = measure_retention(adapter, experiment.general, parallel.map).as_dict()
+                retention = measure_retention(adapter, experiment.general, parallel.map).recorded
             if not parallel.measures:
                 continue
             scores = scores_of(experiment, predictions)
@@ -153,7 +151,7 @@ def _train_and_measure(
                 continue
             record = written(experiment, adapter, cell, record, results, files)
             record = record.updated(trained_together=len(cells), chosen=choices[i].record)
-            atomic.write_json(cell.done, record.as_dict())
+            record.write(cell.done)
             _tidy(cell.folder)
             observer.cell_finished(record, reused=False)
             records.append(record)

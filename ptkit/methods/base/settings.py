@@ -15,5 +15,6 @@ class BaseSection(MethodSection):
     on_split_base: ClassVar[bool] = True
     not_asked: ClassVar[str | None] = "the model itself, which is what the others are compared with"
     trains: ClassVar[bool] = False
+    anchor: ClassVar[Literal["base", "full"] | None] = "base"
     kind: Literal["base"]
     """`base`."""

@@ -15,6 +15,7 @@ class FullSection(MethodSection):
     not_asked: ClassVar[str | None] = (
         "all weights of transformers' own model are trained; nothing is added to it"
     )
+    anchor: ClassVar[Literal["base", "full"] | None] = "full"
     kind: Literal["full"]
     """`full`."""
     learning_rate: float = 5e-4

@@ -1,0 +1,67 @@
+"""Figures that adapters' and cells' files share: scores, forgetting, which rows were scored."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from ptkit.formats.typed_file import FileSection
+
+
+def scored_rows(split: str, chose: bool) -> str:
+    """What scored rows are, in words that follow a number.
+
+    split: the source's name of the split; chose: its rows also chose the checkpoint
+    """
+    if chose:
+        return "validation rows, which also chose the checkpoint"
+    return "test rows" if split == "test" else f"test rows (the source's split `{split}`)"
+
+
+class RecordedScore(FileSection):
+    """A figure with its 95 % interval."""
+
+    value: float
+    """The figure, over all rows."""
+    low: float | None
+    """The interval's lower end; null where none was measured."""
+    high: float | None
+    """Its upper end."""
+
+    @property
+    def shown(self) -> str:
+        """The figure, and its interval where it has one."""
+        if self.low is None or self.high is None:
+            return f"{self.value:.2f}"
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+class TextFigures(FileSection):
+    """What is left of the base on general text while the adapter is on."""
+
+    tokens: int
+    """Predicted tokens."""
+    base_nats: float
+    """The base's cross-entropy, nats per token."""
+    adapter_nats: float
+    """The same with the adapter on."""
+    forgetting: float
+    """`adapter_nats` minus `base_nats`."""
+    base_accuracy: float
+    """Share of tokens that the base predicts first."""
+    adapter_accuracy: float
+    """The same with the adapter on."""
+    retention: float | None
+    """`adapter_accuracy / base_accuracy`; null where the base predicts no token."""
+
+
+class RecordedRetention(TextFigures):
+    """What is left of the base: over all general texts together, and for each text."""
+
+    drift: float | None
+    """KL(base || adapter), nats per token; null where it was not measured."""
+    drift_tokens: int
+    """Tokens that `drift` was measured on."""
+    lead: int
+    """Begin-of-text tokens before each window of text."""
+    domains: dict[str, TextFigures] = Field(default_factory=dict)
+    """The figures of each text, by its name."""
