@@ -14,11 +14,12 @@ from conftest import random_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_composition import save_lora
-from test_running import random_prefix
+from test_paged_batch import random_prefix
 
 from ptkit.bank import AdapterBank
 from ptkit.errors import PtkitError, UserError
 from ptkit.runtime.base_model import load_base
+from ptkit.runtime.block_pool import BlockTable
 from ptkit.runtime.named_models import TINY_EN
 from ptkit.serve.answer import (
     Answer,
@@ -26,12 +27,12 @@ from ptkit.serve.answer import (
     InUseError,
     NoMemoryError,
     QueueFullError,
+    RequestAdapter,
     TimedOutError,
     Update,
-    Voice,
 )
 from ptkit.serve.engine import Engine
-from ptkit.serve.sampling import NotFiniteError, Sampler, Sampling
+from ptkit.serve.sampling import NotFiniteError, SamplerState, Sampling, sample
 from ptkit.serve.text import TextStream
 
 
@@ -45,11 +46,12 @@ class Asked:
         self.updates: list[Update] = []
         self.times: list[float] = []
         self.ended = threading.Event()
-        voices = tuple(
-            Voice(name or "base", *(bank.parts(name) if name else (None, None))) for name in names
+        adapters = tuple(
+            RequestAdapter(name or "base", *(bank.parts(name) if name else (None, None)))
+            for name in names
         )
         sampling = Sampling(**{"max_tokens": 8, "ignore_eos": True, **options})
-        self.answer = Answer(prompt, voices, sampling, self._tell, deadline=deadline)
+        self.answer = Answer(prompt, adapters, sampling, self._tell, deadline=deadline)
 
     def _tell(self, update: Update) -> None:
         self.updates.append(update)
@@ -109,7 +111,7 @@ def test_every_answer_is_its_solo_greedy_run(bank: AdapterBank, engine: Engine) 
         engine.submit([a.answer for a in part])
         time.sleep(0.05)
     for a in asked:
-        name = a.answer.voices[0].name
+        name = a.answer.adapters[0].name
         (expected,) = bank.generate_ids(
             [a.answer.prompt], [None if name == "base" else name],
             max_new_tokens=a.answer.sampling.max_tokens, do_sample=False, eos_token_id=None,
@@ -167,9 +169,9 @@ def test_logprobs_are_the_models_own(bank: AdapterBank, engine: Engine) -> None:
 def test_penalties_are_taken_from_what_was_said() -> None:
     logits = torch.tensor([0.0, 2.0, 1.9])
     sampling = Sampling(9, frequency_penalty=0.08, presence_penalty=0.05)
-    sampler = Sampler(sampling, torch.device("cpu"))
+    state = SamplerState(sampling)
     # 2.0 | 1.87 < 1.9 | 1.87 > 1.77 | 1.79 > 1.77
-    assert [sampler.choose(logits).id for _ in range(4)] == [1, 2, 1, 1]
+    assert [sample(logits[None], [state])[0].id for _ in range(4)] == [1, 2, 1, 1]
 
 
 def test_a_long_input_does_not_hold_short_answers_back(bank: AdapterBank) -> None:
@@ -344,9 +346,9 @@ def test_an_answer_that_cannot_be_begun_fails_alone_and_is_told(
 
     good = [Asked(bank, [name], [5, 6]) for name in ("a0", "a1")]
     bad = Asked(bank, [None], [7, 8])
-    bad.answer.voices = (Voice("bad", BadPrefix()),)  # type: ignore[arg-type]
+    bad.answer.adapters = (RequestAdapter("bad", BadPrefix()),)  # type: ignore[arg-type]
     alone = Asked(bank, [None], [7] * 30)
-    alone.answer.voices = bad.answer.voices
+    alone.answer.adapters = bad.answer.adapters
     unsampled = Asked(bank, ["a2"], [9], seed="none that torch takes")
     engine.submit([a.answer for a in (good[0], bad, unsampled, alone, good[1])])
     for a in good:
@@ -364,16 +366,15 @@ def out_of_memory() -> RuntimeError:
     return RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-@pytest.mark.parametrize("where", ["reading", "joining", "writing"])
+@pytest.mark.parametrize("where", ["reading", "beginning", "writing"])
 def test_memory_that_lasts_for_some_serves_those(
     where: str, bank: AdapterBank, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The longest of three answers is what memory does not hold."""
-    from ptkit.runtime import running
 
-    def at_most(longest: int, real):
+    def at_most(tokens: int, real):
         def limited(*args, **kw):
-            if longest < kw["attention_mask"].shape[1]:
+            if len(kw["input_ids"]) > tokens:
                 raise out_of_memory()
             return real(*args, **kw)
 
@@ -381,18 +382,17 @@ def test_memory_that_lasts_for_some_serves_those(
 
     model = bank.base.model
     if where == "reading":
-        monkeypatch.setattr(model, "forward", at_most(13, model.forward))
-    elif where == "writing":
-        monkeypatch.setattr(model, "forward", at_most(18, model.forward))
+        monkeypatch.setattr(model, "forward", at_most(10, model.forward))
     else:
-        append = running._RowsCache.append
+        extend = BlockTable.extend
+        most = 13 if where == "beginning" else 18
 
-        def joins(self, cache, index, visible):
-            if int(visible.sum()) > 9:
+        def extended(self, positions):
+            if self.length + positions > most:
                 raise out_of_memory()
-            return append(self, cache, index, visible)
+            return extend(self, positions)
 
-        monkeypatch.setattr(running._RowsCache, "append", joins)
+        monkeypatch.setattr(BlockTable, "extend", extended)
     short = [Asked(bank, ["a0"], [5, 6]), Asked(bank, [None], [9, 9, 9])]
     long = Asked(bank, ["a2"], [*range(1, 12)], max_tokens=40)
     engine.submit([short[0].answer, long.answer, short[1].answer])
@@ -421,7 +421,7 @@ def test_what_does_not_fit_into_memory_by_itself_is_not_told_to_come_again(
 def test_a_full_queue_says_come_again_and_a_request_that_never_fits_does_not(
     bank: AdapterBank, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine.queue, "admitted", lambda *_: [])  # nobody is begun
+    monkeypatch.setattr(engine.scheduler, "admitted", lambda *_: [])  # nobody is begun
     engine.submit([Asked(bank, ["a0"], [5, 6]).answer for _ in range(63)])
     with pytest.raises(QueueFullError, match="63 answers are waiting, of at most 64"):
         engine.submit([Asked(bank, ["a0"], [5, 6]).answer for _ in range(2)])
@@ -443,7 +443,7 @@ def test_asking_does_not_wait_for_inputs_to_be_begun(
             raise RuntimeError("slow")
 
     slow = Asked(bank, [None], [7, 8])
-    slow.answer.voices = (Voice("slow", SlowPrefix()),)  # type: ignore[arg-type]
+    slow.answer.adapters = (RequestAdapter("slow", SlowPrefix()),)  # type: ignore[arg-type]
     engine.submit([slow.answer])
     assert begun.wait(20)
     asked = Asked(bank, ["a0"], [5, 6])
@@ -466,7 +466,7 @@ def test_a_loop_that_ends_by_whatever_leaves_nobody_waiting(
     def ends() -> None:
         raise SystemExit
 
-    monkeypatch.setattr(engine.rows, "step", ends)
+    monkeypatch.setattr(engine.executor, "decode", ends)
     asked = Asked(bank, ["a0"], [5, 6])
     engine.submit([asked.answer])
     assert isinstance(asked.error, DrainingError)

@@ -36,7 +36,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> schemathesis.BaseSchem
     shutil.copytree(ROOT / "adapters", folder)
     bank = AdapterBank(load_base(TINY_EN, device="cpu"))
     metrics = Metrics(bank)
-    engine = Engine(bank, max_rows=4, observer=metrics)
+    engine = Engine(bank, max_rows=4, logger=metrics)
     metrics.watch(engine)
     library = Library(engine, folder, base_name=TINY_EN)
     assert library.register_all() == []

@@ -79,9 +79,9 @@ class Exchange:
         self._head: dict[str, Any] = {
             "id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model
         }  # fmt: skip
-        voices = library.voices(request.model)
+        adapters = library.adapters(request.model)
         prompts = _prompts(library, request)
-        virtual = max(voice.virtual_tokens for voice in voices)
+        virtual = max(adapter.virtual_tokens for adapter in adapters)
         deadline = time.monotonic() + limits.timeout
         self.answers: list[Answer] = []
         for prompt in prompts:
@@ -94,7 +94,7 @@ class Exchange:
                 self.answers.append(
                     Answer(
                         prompt,
-                        voices,
+                        adapters,
                         sampling,
                         self._teller(loop, index),
                         each_piece=request.stream,

@@ -55,7 +55,7 @@ def build_app(
         base = load_base(base or TINY_EN, device="auto")
     bank = AdapterBank(base, budget=budget)
     metrics = Metrics(bank)
-    engine = Engine(bank, max_rows=max_batch, max_waiting=max_queue, observer=metrics)
+    engine = Engine(bank, max_rows=max_batch, max_waiting=max_queue, logger=metrics)
     metrics.watch(engine)
     name = model_name or (Path(base.id).name if is_here(base.id) else base.id)
     library = Library(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +31,14 @@ from transformers import (
 from ptkit.errors import ModelError
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base, frozen_base
+from ptkit.runtime.block_pool import BlockPool
 from ptkit.runtime.generation import generate
-from ptkit.runtime.running import Reading, RowInput, RunningBatch, longest_row
+from ptkit.runtime.paged_batch import (
+    PagedBatch,
+    PagedSequence,
+    SequenceInput,
+    longest_sequence,
+)
 
 _SMALL = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 _WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -84,44 +91,54 @@ def random_prefix(base: Base, tokens: int, seed: int, infix: bool = False) -> KV
     )
 
 
-def alone(base: Base, row: RowInput, new: int) -> list[int]:
+def paged(base: Base, **options: Any) -> PagedBatch:
+    return PagedBatch(base.model, BlockPool(base.layout, **options))
+
+
+def alone(base: Base, row: SequenceInput, new: int) -> list[int]:
     batch = None if row.prefix is None else row.prefix.alone
     options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None}
     return generate(base.model, [row.prompt], batch, pad_token_id=base.pad_token_id, **options)[0]
 
 
-def run(base: Base, inputs: list[RowInput], lengths: list[int], seed: int) -> list[list[int]]:
-    """Greedy tokens of rows that join and leave at random, read in random groups and pieces."""
+def read(batch: PagedBatch, inputs: Sequence[SequenceInput], tokens: int = 100) -> list:
+    """The sequences of `inputs`, read to their ends."""
+    sequences = [batch.begin(given) for given in inputs]
+    while any(sequence.logits is None for sequence in sequences):
+        batch.prefill(sequences, tokens)
+    return sequences
+
+
+def run(
+    base: Base, inputs: list[SequenceInput], lengths: list[int], seed: int, **options: Any
+) -> list[list[int]]:
+    """Greedy tokens of sequences that begin and end at random, read in random groups and pieces."""
     draw = random.Random(seed)
-    batch, lanes, waiting = RunningBatch(base.model), [], [*range(len(inputs))]
+    batch, lanes, waiting = paged(base, **options), [], [*range(len(inputs))]
     written: list[list[int]] = [[] for _ in inputs]
+    sequences: dict[int, PagedSequence] = {}
     while waiting or lanes:
         if waiting and (not lanes or draw.random() < 0.5):
             count = draw.randint(1, 3)
-            # An infix is read alone.
-            if any(inputs[i].prefix and inputs[i].prefix.infix for i in waiting[:count]):
-                count = 1
             group, waiting = waiting[:count], waiting[count:]
-            reading = Reading(
-                base.model, [inputs[i] for i in group], base.layout, base.pad_token_id
-            )
-            while not reading.done:
-                reading.advance(draw.choice([1, 3, 50]))
-            for index, i in enumerate(group):
-                assert batch.join(reading, index) == len(lanes)
-                written[i].append(int(reading.logits[index].argmax()))
+            tokens = draw.choice([1, 3, 50])
+            for i, sequence in zip(
+                group, read(batch, [inputs[i] for i in group], tokens), strict=True
+            ):
+                sequences[i] = sequence
+                written[i].append(int(sequence.logits.argmax()))
                 lanes.append(i)
-        for row in reversed(range(len(lanes))):
-            if len(written[lanes[row]]) == lengths[lanes[row]]:
-                batch.leave(row)
-                lanes[row] = lanes[-1]
-                lanes.pop()
-        assert len(batch) == len(lanes)
+        for i in [*lanes]:
+            if len(written[i]) == lengths[i]:
+                batch.end(sequences.pop(i))
+                lanes.remove(i)
+        draw.shuffle(lanes)
         if lanes:
-            logits = batch.step([written[i][-1] for i in lanes])
+            logits = batch.decode([sequences[i] for i in lanes], [written[i][-1] for i in lanes])
             for i, token in zip(lanes, logits.argmax(-1).tolist(), strict=True):
                 written[i].append(token)
-    assert batch.nbytes == 0, "an idle batch keeps no buffers"
+    assert batch.pool.used == 0
+    assert options.get("kept") or batch.pool.nbytes == 0, "an idle pool keeps no memory"
     return written
 
 
@@ -131,7 +148,9 @@ def test_rows_that_come_and_go_get_their_own_tokens(family: str) -> None:
     draw = random.Random(5)
     prefixes = [None, *(random_prefix(base, n, n) for n in (1, 4, 7))]
     inputs = [
-        RowInput([draw.randrange(1, 96) for _ in range(draw.randint(1, 14))], draw.choice(prefixes))
+        SequenceInput(
+            [draw.randrange(1, 96) for _ in range(draw.randint(1, 14))], draw.choice(prefixes)
+        )
         for _ in range(10)
     ]
     lengths = [draw.randint(1, 9) for _ in inputs]
@@ -151,7 +170,7 @@ def test_any_order_of_any_lengths(rows: list[tuple[int, int, int]], seed: int) -
     base = random_base("llama")
     draw = random.Random(seed)
     inputs = [
-        RowInput(
+        SequenceInput(
             [draw.randrange(1, 96) for _ in range(prompt)],
             random_prefix(base, virtual, seed + i, infix=draw.random() < 0.3) if virtual else None,
         )
@@ -165,23 +184,22 @@ def test_any_order_of_any_lengths(rows: list[tuple[int, int, int]], seed: int) -
 def test_a_bad_row_spoils_neither_its_neighbours_nor_its_successor() -> None:
     base = random_base("gpt2")
     bad = random_prefix(base, 5, 0).map(lambda t: t * float("nan"))
-    good = RowInput([3, 4, 5], random_prefix(base, 2, 1))
-    batch = RunningBatch(base.model)
-    reading = Reading(
-        base.model, [RowInput([1, 2, 9, 8, 7, 6], bad), good], base.layout, base.pad_token_id
-    )
-    reading.advance(100)
-    tokens = [[0], [int(reading.logits[1].argmax())]]
-    batch.join(reading, 0)
-    batch.join(reading, 1)
+    good = SequenceInput([3, 4, 5], random_prefix(base, 2, 1))
+    batch = paged(base)
+    spoilt, sound = read(batch, [SequenceInput([1, 2, 9, 8, 7, 6], bad), good])
+    tokens = [int(sound.logits.argmax())]
     for _ in range(3):
-        logits = batch.step([row[-1] for row in tokens])
+        logits = batch.decode([spoilt, sound], [0, tokens[-1]])
         assert not logits[0].isfinite().any()
-        tokens[1].append(int(logits[1].argmax()))
-    batch.leave(0)  # the good row moves into the bad one's place
+        tokens.append(int(logits[1].argmax()))
+    batch.end(spoilt)
+    # Its blocks are the next ones to be written to.
+    (successor,) = read(batch, [SequenceInput([7, 7], None)])
     for _ in range(4):
-        tokens[1].append(int(batch.step([tokens[1][-1]])[0].argmax()))
-    assert tokens[1] == alone(base, good, 8)
+        logits = batch.decode([sound, successor], [tokens[-1], 5])
+        assert logits.isfinite().all()
+        tokens.append(int(logits[0].argmax()))
+    assert tokens == alone(base, good, 8)
 
 
 def test_unfit_models_are_refused_with_the_reason() -> None:
@@ -192,11 +210,11 @@ def test_unfit_models_are_refused_with_the_reason() -> None:
         layer_types=["linear_attention", "full_attention"],
     )  # fmt: skip
     with pytest.raises(ModelError, match="keep a state instead of keys and values"):
-        longest_row(AutoModelForCausalLM.from_config(hybrid))
+        longest_sequence(AutoModelForCausalLM.from_config(hybrid))
     bart = BartForConditionalGeneration(
         BartConfig(vocab_size=VOCABULARY, d_model=16, encoder_layers=1, decoder_layers=1)
     )
     with pytest.raises(ModelError, match="encoder-decoder"):
-        longest_row(bart)
-    assert longest_row(random_model("gpt2")) == 128
-    assert longest_row(base_of_family("mistral").model) == 64, "rows stay within the window"
+        longest_sequence(bart)
+    assert longest_sequence(random_model("gpt2")) == 128
+    assert longest_sequence(base_of_family("mistral").model) == 64, "rows stay within the window"
