@@ -466,7 +466,7 @@ def test_a_loop_that_ends_by_whatever_leaves_nobody_waiting(
     def ends() -> None:
         raise SystemExit
 
-    monkeypatch.setattr(engine.executor, "decode", ends)
+    monkeypatch.setattr(engine.executor, "step", ends)
     asked = Asked(bank, ["a0"], [5, 6])
     engine.submit([asked.answer])
     assert isinstance(asked.error, DrainingError)

@@ -218,6 +218,7 @@ class ApartPass(PagedCache, GroupedAttention):
         )[:, None]
         positions = [np.arange(c.before, c.before + len(c.ids)) for c in self.chunks]
         self.positions = torch.from_numpy(np.concatenate(positions)).to(device)[:, None]
+        self.mask = torch.ones_like(self.ids)
 
     def put(self, model: PreTrainedModel, call: Call) -> None:
         take_prefixes(model)

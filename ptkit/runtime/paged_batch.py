@@ -155,7 +155,6 @@ class PagedBatch:
 
     # Passes
 
-    @torch.no_grad()
     def prefill(self, sequences: Sequence[PagedSequence], tokens: int) -> None:
         """Read at most so many tokens of the inputs, those of earlier sequences first. A sequence
         with `logits` has read all of its own.
@@ -163,69 +162,86 @@ class PagedBatch:
         Of equal inputs one is read, and the others take it over when it is done. When it fails, the
         sequences are as they were.
         """
-        marks = [(s, s.table.mark, s.read, s.logits) for s in sequences]
-        published: list[int] = []
-        leaders: dict[bytes, PagedSequence] = {}
-        followers: list[tuple[PagedSequence, PagedSequence]] = []
-        try:
-            chunks, asked = [], []
-            for sequence in sequences:
-                leader = leaders.setdefault(sequence.digests[-1], sequence)
-                if leader is not sequence:
-                    followers.append((sequence, leader))
-                elif tokens > 0 and sequence.logits is None:
-                    chunk = self._chunk(sequence, len(chunks), tokens, published)
-                    tokens -= len(chunk.ids)
-                    chunks.append(chunk)
-                    asked.append(sequence)
-            if chunks:
-                self._read(asked, chunks)
-            for sequence, leader in followers:
-                if leader.logits is not None and sequence.logits is None:
-                    self._follow(sequence, leader)
-        except BaseException:
-            for block in published:
-                self.pool.withdraw(block)
-            for sequence, mark, read, logits in marks:
-                sequence.table.back_to(mark)
-                sequence.read, sequence.logits = read, logits
-            raise
+        self.step([], [], [(sequences, tokens)])
 
-    @torch.no_grad()
     def decode(self, sequences: Sequence[PagedSequence], tokens: Sequence[int]) -> Tensor:
         """Logits `[sequences, vocabulary]` after one more token in every sequence.
 
         When it fails, the sequences are as they were, so it may be tried again.
         """
-        marks = [(sequence, sequence.table.mark) for sequence in sequences]
+        return self.step(sequences, tokens, [])
+
+    @torch.no_grad()
+    def step(
+        self,
+        decoding: Sequence[PagedSequence],
+        tokens: Sequence[int],
+        prefilling: Sequence[tuple[Sequence[PagedSequence], int]],
+    ) -> Tensor:
+        """`decode` and `prefill` in one pass, which reads the model's weights once.
+
+        tokens: one more for each of `decoding`
+        prefilling: sequences to read the inputs of, and how many tokens at most
+
+        Returns logits `[decoding, vocabulary]`. When it fails, all sequences are as they were.
+        """
+        reading = [sequence for group, _ in prefilling for sequence in group]
+        marks = [(s, s.table.mark, s.read, s.logits) for s in (*decoding, *reading)]
+        published: list[int] = []
         try:
-            chunks = []
-            for number, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+            sequences = [*decoding]
+            chunks: list[Chunk] = []
+            for number, (sequence, token) in enumerate(zip(decoding, tokens, strict=True)):
                 sequence.table.extend(1)
                 chunks.append(Chunk(number, (token,), sequence.table.slots))
-            return self._run(sequences, chunks, frozenset(range(len(chunks))))
+            leaders: dict[bytes, PagedSequence] = {}
+            for group, left in prefilling:
+                for sequence in group:
+                    if leaders.setdefault(sequence.digests[-1], sequence) is not sequence:
+                        continue  # it takes over what its leader has read
+                    if left > 0 and sequence.logits is None:
+                        chunk = self._chunk(sequence, len(chunks), left, published)
+                        left -= len(chunk.ids)
+                        chunks.append(chunk)
+                        sequences.append(sequence)
+            logits = self._read(sequences, chunks, len(decoding))
+            for sequence in reading:
+                leader = leaders[sequence.digests[-1]]
+                if leader.logits is not None and sequence.logits is None:
+                    self._follow(sequence, leader)
         except BaseException:
-            for sequence, mark in marks:
+            for block in published:
+                self.pool.withdraw(block)
+            for sequence, mark, read, own in marks:
                 sequence.table.back_to(mark)
+                sequence.read, sequence.logits = read, own
             raise
+        return logits
 
-    def _read(self, sequences: Sequence[PagedSequence], chunks: Sequence[Chunk]) -> None:
-        """Run a pass of prefill: `chunks` are of `sequences`."""
-        done = [
-            number for number, sequence in enumerate(sequences)
-            if sequence.read + len(chunks[number].ids) == len(sequence.given.prompt)
+    def _read(
+        self, sequences: Sequence[PagedSequence], chunks: Sequence[Chunk], decoding: int
+    ) -> Tensor:
+        """Run `chunks`, which are of `sequences`, the first `decoding` of them decode. Returns the
+        logits of these."""
+        if not chunks:
+            return torch.empty(0)
+        wanted = [
+            number for number, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True))
+            if number < decoding or sequence.read + len(chunk.ids) == len(sequence.given.prompt)
         ]  # fmt: skip
-        logits = self._run(sequences, chunks, frozenset(done))
-        for sequence, chunk in zip(sequences, chunks, strict=True):
+        logits = self._run(sequences, chunks, frozenset(wanted))
+        for sequence, chunk in zip(sequences[decoding:], chunks[decoding:], strict=True):
             sequence.read += len(chunk.ids)
-        for row, number in enumerate(done):
+        for row, number in enumerate(wanted[decoding:], decoding):
             sequences[number].logits = logits[row]
+        return logits[:decoding]
 
     def _run(
         self, sequences: Sequence[PagedSequence], chunks: Sequence[Chunk], wanted: frozenset[int]
     ) -> Tensor:
         """Logits `[wanted, vocabulary]` after the last token of the wanted chunks, in the order of
         their numbers."""
+        passes: list[ApartPass] | list[TogetherPass]
         if self._apart:
             passes = [ApartPass(self._model, self.pool, chunks)]
         else:
@@ -251,14 +267,13 @@ class PagedBatch:
         sequences: Sequence[PagedSequence],
         wanted: frozenset[int],
     ) -> Tensor:
-        apart = isinstance(one, ApartPass)
         loras, ends = [], []
         for chunk in one.chunks:
-            loras += [sequences[chunk.number].lora] * (len(chunk.ids) if apart else 1)
+            rows = len(chunk.ids) if isinstance(one, ApartPass) else 1
+            loras += [sequences[chunk.number].lora] * rows
             ends += [False] * (len(chunk.ids) - 1) + [chunk.number in wanted]
         at = torch.tensor(ends, device=self._model.device).view(one.ids.shape)
-        mask = torch.ones_like(one.ids) if apart else one.mask
-        tokens = Tokens(one.ids, mask, one.positions)
+        tokens = Tokens(one.ids, one.mask, one.positions)
         with self._weights(loras):
             return ModelRunner(self._model).forward(tokens, kv=one, want=Want("logits", at))
 

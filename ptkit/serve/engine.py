@@ -164,13 +164,12 @@ class Engine:
             self._end_all(DrainingError("the server has shut down"))
 
     def _turn(self) -> None:
-        """Drop who is gone, begin what fits, read a piece of the inputs, write one token each."""
+        """Drop who is gone, begin what fits, and make one step."""
         self._drop_gone()
         executor = self.executor
         executor.begin(self.scheduler.admitted(executor.running, executor.by_name))
         self.scheduler.begun()
-        executor.prefill()
-        executor.decode()
+        executor.step()
 
     def _drop_gone(self) -> None:
         """Take out answers nobody waits for any more, and those that took too long."""

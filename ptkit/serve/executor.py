@@ -132,23 +132,48 @@ class Executor:
             lora = adapter.lora, self.bank.versions(adapter.lora)[0]
         return SequenceInput(prompt, prefix, lora)
 
-    def prefill(self) -> None:
-        """Read a piece of the inputs; rows that were read to their ends get their first tokens."""
+    def step(self) -> None:
+        """Read a piece of the inputs and write one token in every row, in one pass; rows whose
+        inputs were read to their ends get their first tokens. Where the pass fails, its parts are
+        made one by one, so that only what fails by itself has failed."""
         short = [row for row in self._prefilling if self._left(row) <= self._piece]
         long = [row for row in self._prefilling if self._left(row) > self._piece]
-        for rows in (short, long):  # long ones do not hold back short ones, nor these them
-            if rows:
-                self._prefill(rows)
-        waiting = {row.state for row in self._prefilling if row.sequence.logits is None}
-        done = [row for row in self._prefilling if row.state not in waiting]
-        if not done:
+        # Long ones do not hold back short ones, nor these them.
+        pieces = [rows for rows in (short, long) if rows]
+        decoding = self._decoding
+        if not (pieces or decoding):
             return
+        try:
+            logits = self._batch.step(
+                [row.sequence for row in decoding],
+                [row.state.last_token for row in decoding],
+                [([row.sequence for row in rows], self._piece) for rows in pieces],
+            )
+        except Exception:
+            logger.exception("a step failed; its parts are made one by one")
+        else:
+            self._advance(logits, decoding)
+            return
+        for rows in pieces:
+            self._prefill(rows)
+        self._decode()
+
+    def _advance(self, logits: Tensor, decoded: Sequence[Row]) -> None:
+        """The next tokens of the rows `decoded`, whose `logits` `[rows, vocabulary]` these are, and
+        the first ones of the answers whose inputs have been read."""
+        waiting = {row.state for row in self._prefilling if row.sequence.logits is None}
+        first = [row for row in self._prefilling if row.state not in waiting]
         self._prefilling = [row for row in self._prefilling if row.state in waiting]
-        self._decoding += done
-        logits = [row.sequence.logits for row in done]
-        for row in done:
+        own = [row.sequence.logits for row in first]
+        for row in first:
             row.sequence.logits = None
-        self._choose(torch.stack([one for one in logits if one is not None]), done)
+        if decoded and self._stats is not None:
+            self._stats.stepped(len(decoded))
+        rows = [*decoded, *first]
+        self._decoding = rows
+        if rows:
+            parts = [logits] if decoded else []
+            self._choose(torch.cat([*parts, *(one[None] for one in own if one is not None)]), rows)
 
     def _left(self, row: Row) -> int:
         return len(row.state.answer.prompt) - row.sequence.read
@@ -171,11 +196,10 @@ class Executor:
         for state in states:
             self._prefill([row for row in rows if row.state is state])
 
-    def decode(self) -> None:
+    def _decode(self) -> None:
         """Write one token in every row. Where memory does not last for all, the longest row is
         given up, until it lasts for the others."""
         while self._decoding:
-            failure = None
             rows = self._decoding
             try:
                 logits = self._batch.decode(
@@ -187,13 +211,11 @@ class Executor:
                 logger.exception("no memory for the next token of %d rows", len(rows))
                 longest = max(rows, key=lambda row: row.sequence.length)
                 failure = self._failure("the next token could not be written", error, [longest])
-            if failure is not None:
-                self._fail({longest.state: failure})
-                continue
-            self._choose(logits, rows)
-            if self._stats is not None:
-                self._stats.stepped(len(rows))
-            return
+            else:
+                self._advance(logits, rows)
+                return
+            self._fail({longest.state: failure})
+        self._advance(torch.empty(0), [])
 
     def drop(self, gone: Callable[[Answer], bool]) -> None:
         """Take out answers that are `gone`."""
