@@ -21,6 +21,7 @@ from transformers import (
     Gemma4TextConfig,
     GPTBigCodeConfig,
     GPTNeoXConfig,
+    LlamaConfig,
     MistralConfig,
     OPTConfig,
     PretrainedConfig,
@@ -31,7 +32,7 @@ from transformers import (
 from ptkit.errors import ModelError
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base, frozen_base
-from ptkit.runtime.block_pool import BlockPool
+from ptkit.runtime.block_pool import BlockPool, NoBlocksError, position_bytes
 from ptkit.runtime.generation import generate
 from ptkit.runtime.paged_batch import (
     PagedBatch,
@@ -218,3 +219,144 @@ def test_unfit_models_are_refused_with_the_reason() -> None:
         longest_sequence(bart)
     assert longest_sequence(random_model("gpt2")) == 128
     assert longest_sequence(base_of_family("mistral").model) == 64, "rows stay within the window"
+
+
+# Memory and what is shared
+
+
+def held(base: Base, lengths: Sequence[int]) -> tuple[int, int]:
+    """Bytes that sequences of these lengths hold, and bytes of so many positions."""
+    batch = paged(base)
+    sequences = read(batch, [SequenceInput([1 + n % 90] * n, None) for n in lengths], 4096)
+    for _ in range(3):
+        batch.decode(sequences, [5] * len(sequences))
+    positions = sum(sequence.length for sequence in sequences)
+    assert positions == sum(lengths) + 3 * len(lengths)
+    return batch.pool.nbytes, positions * position_bytes(base.layout, base.model.dtype)
+
+
+def test_a_long_row_makes_no_other_row_longer() -> None:
+    """One of 4,096 tokens beside 31 of 64: 1.15 times the sum of their lengths at most, and an
+    eighth of what a rectangle as wide as the longest holds."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**_LLAMA, "hidden_size": 16, "max_position_embeddings": 8192})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    base = frozen_base(model, word_tokenizer(), "long")
+    # Inputs differ, so nothing is shared.
+    nbytes, own = held(base, [4096, *range(49, 80)])
+    assert nbytes <= 1.15 * own
+    assert 8 * nbytes <= 32 * 4096 * position_bytes(base.layout, base.model.dtype)
+
+
+def test_a_prefix_is_held_once_however_many_sequences_use_it() -> None:
+    base = random_base("llama")
+    batch, prefix = paged(base), random_prefix(base, 40, 1)
+    sequences = read(batch, [SequenceInput([3 + n, 4], prefix) for n in range(8)])
+    assert batch.pool.used == 3 + 8
+    for sequence in sequences:
+        batch.end(sequence)
+    assert batch.pool.used == 0
+
+
+def counted_tokens(base: Base, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of tokens of every forward pass from now on."""
+    counts: list[int] = []
+    forward = base.model.forward
+
+    def counting(*args: Any, **kw: Any) -> Any:
+        counts.append(kw["input_ids"].numel())
+        return forward(*args, **kw)
+
+    monkeypatch.setattr(base.model, "forward", counting)
+    return counts
+
+
+def test_what_inputs_begin_with_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = random_base("llama")
+    system, prefix = [7, 3, 9, 1] * 10, random_prefix(base, 5, 1)
+    equal = [SequenceInput([*system, 8, 8], prefix)] * 4
+    other = [SequenceInput([*system, 6 + n], prefix) for n in range(3)]
+    foreign = SequenceInput([*system, 6], random_prefix(base, 5, 2))
+    inputs = [*equal, *other, foreign]
+    expected = [alone(base, given, 6) for given in inputs]
+    counts = counted_tokens(base, monkeypatch)
+    batch = paged(base, kept=8)
+    sequences = read(batch, inputs)
+    # 42 tokens once; of 41 those behind the two blocks of 16; all where the prefix is another's.
+    assert sum(counts) == 42 + 3 * (41 - 32) + 41
+    written = [[int(s.logits.argmax())] for s in sequences]
+    for _ in range(5):
+        logits = batch.decode(sequences, [row[-1] for row in written])
+        for row, token in zip(written, logits.argmax(-1).tolist(), strict=True):
+            row.append(token)
+    assert written == expected
+    for sequence in sequences:
+        batch.end(sequence)
+    counts.clear()
+    (again,) = read(batch, [equal[0]])
+    assert sum(counts) == 42 - 32, "what was read is kept for the next request"
+    assert int(again.logits.argmax()) == expected[0][0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(1, 30), st.integers(0, 2), st.integers(1, 5)),
+        min_size=1, max_size=8,
+    ),
+    size=st.sampled_from([1, 3, 4, 16]), kept=st.sampled_from([0, 3, 50]),
+    seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_shared_blocks_change_no_token(
+    rows: list[tuple[int, int, int, int]], size: int, kept: int, seed: int
+) -> None:
+    """Inputs with few different beginnings, behind few different prefixes, infixes among them."""
+    base = random_base("llama")
+    prefixes = [None, random_prefix(base, 4, seed), random_prefix(base, 3, seed, infix=True)]
+    inputs = [
+        SequenceInput([11 + text, *[5, 6, 7, 8] * 8][:length], prefixes[which])
+        for text, length, which, _ in rows
+    ]
+    lengths = [new for *_, new in rows]
+    expected = [alone(base, row, n) for row, n in zip(inputs, lengths, strict=True)]
+    assert run(base, inputs, lengths, seed, block_size=size, kept=kept) == expected
+
+
+def test_a_failed_pass_leaves_sequences_and_blocks_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = random_base("llama")
+    prefix = random_prefix(base, 4, 1)
+    given = [SequenceInput([3, 4, 5] * 7, prefix), SequenceInput([3, 4, 5] * 8, prefix)]
+    expected = [alone(base, row, 2) for row in given]
+    batch = paged(base, kept=4)
+    sequences = [batch.begin(row) for row in given]
+    before = batch.pool.used
+    with monkeypatch.context() as patch:
+        patch.setattr(base.model, "forward", lambda **_: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                batch.prefill(sequences, 100)
+    assert batch.pool.used == before
+    batch.prefill(sequences, 100)
+    first = [int(s.logits.argmax()) for s in sequences]
+    used = batch.pool.used
+    with monkeypatch.context() as patch:
+        patch.setattr(base.model, "forward", lambda **_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            batch.decode(sequences, first)
+    assert batch.pool.used == used
+    second = batch.decode(sequences, first).argmax(-1).tolist()
+    assert [[*pair] for pair in zip(first, second, strict=True)] == expected
+
+
+def test_no_more_blocks_are_used_than_there_may_be() -> None:
+    base = random_base("llama")
+    batch = paged(base, most=4, kept=2)
+    (first,) = read(batch, [SequenceInput([1] * 40, None)])
+    with pytest.raises(NoBlocksError, match="2 blocks of 16 positions are needed"):
+        read(batch, [SequenceInput([2] * 20, None)])
+    batch.end(first)
+    (second,) = read(batch, [SequenceInput([2] * 64, None)])  # in place of what was kept
+    assert second.length == 64
+    assert batch.pool.nbytes == 64 * position_bytes(base.layout, base.model.dtype)
