@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_composition import save_lora
 from test_paged_batch import random_prefix
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from ptkit.bank import AdapterBank
 from ptkit.errors import PtkitError, UserError
 from ptkit.runtime.base_model import load_base
-from ptkit.runtime.block_pool import BlockTable
+from ptkit.runtime.block_pool import BlockTable, position_bytes
 from ptkit.runtime.named_models import TINY_EN
 from ptkit.serve.answer import (
     Answer,
@@ -473,6 +474,124 @@ def test_a_loop_that_ends_by_whatever_leaves_nobody_waiting(
     engine.close()
     with pytest.raises(DrainingError):
         engine.submit([Asked(bank, ["a0"], [5, 6]).answer])
+
+
+# Memory
+
+
+def test_an_answer_waits_until_its_memory_is_free_and_none_ends_for_want_of_it(
+    bank: AdapterBank,
+) -> None:
+    """Memory for two answers at a time, whatever they share; many ask, with room for all rows."""
+    base = bank.base
+    block = 16 * position_bytes(base.layout, base.model.dtype)
+    # 20 tokens read and 44 written are 4 blocks, and a prefix is one.
+    engine = Engine(bank, max_rows=8, kv_bytes=9 * block)
+    most: list[tuple[int, int]] = []
+    step = engine.executor.step
+
+    def watched() -> None:
+        step()
+        most.append((engine.running, engine.executor.kv_bytes))
+
+    engine.executor.step = watched  # type: ignore[method-assign]
+    try:
+        draw = random.Random(3)
+        asked = [
+            Asked(bank, [f"a{n % 2}"], [draw.randrange(1, 96) for _ in range(20)], max_tokens=44)
+            for n in range(6)
+        ]
+        engine.submit([a.answer for a in asked])
+        for number, a in enumerate(asked):
+            (expected,) = bank.generate_ids(
+                [a.answer.prompt], [f"a{number % 2}"], max_new_tokens=44, do_sample=False,
+                eos_token_id=None,
+            )  # fmt: skip
+            assert a.ids == expected
+        assert max(rows for rows, _ in most) == 1, "two with their prefixes are ten blocks"
+        assert 0 < max(held for _, held in most) <= 9 * block
+        longest = Asked(bank, ["a0"], [1] * 100, max_tokens=27)
+        engine.submit([longest.answer])  # 8 blocks and the prefix
+        assert len(longest.ids) == 27
+        with pytest.raises(UserError, match=r"may need .* this server has .* lower max_tokens"):
+            engine.submit([Asked(bank, ["a0", "a1"], [1] * 100, max_tokens=4).answer])
+    finally:
+        engine.close()
+
+
+def test_several_answers_of_one_request_are_read_once(
+    bank: AdapterBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(bank, max_rows=8)
+    counts: list[int] = []
+    forward = bank.base.model.forward
+
+    def counting(*args: object, **kw: object) -> object:
+        counts.append(len(kw["input_ids"]))
+        return forward(*args, **kw)
+
+    monkeypatch.setattr(bank.base.model, "forward", counting)
+    try:
+        asked = [
+            Asked(bank, ["a1"], [4, 5, 6] * 11, temperature=1.0, seed=n, max_tokens=1)
+            for n in range(6)
+        ]
+        engine.submit([a.answer for a in asked])
+        ids = [a.ids for a in asked]
+        assert sum(counts) == 33
+        assert len({tuple(one) for one in ids}) > 1, "each has its own random numbers"
+    finally:
+        engine.close()
+
+
+# Sampling
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    vocabulary=st.sampled_from([3, 40, 700]), temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    top_p=st.sampled_from([0.01, 0.4, 0.9, 1.0]), seed=st.integers(0, 2**16),
+    spread=st.sampled_from([0.1, 3.0]),
+)  # fmt: skip
+def test_tokens_are_drawn_as_transformers_warps_them(
+    vocabulary: int, temperature: float, top_p: float, seed: int, spread: float
+) -> None:
+    """The random number picks the place in the probabilities of transformers' warpers, the
+    likeliest first."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(5, vocabulary, generator=generator) * spread
+    sampling = Sampling(1, temperature=temperature, top_p=top_p, seed=seed)
+    states = [SamplerState(sampling) for _ in range(5)]
+    found = [token.id for token in sample(logits, states)]
+    draw = SamplerState(sampling).draw()
+    warped = TemperatureLogitsWarper(temperature)(None, logits.clone())
+    if top_p < 1:
+        warped = TopPLogitsWarper(top_p)(None, warped)
+    probabilities = warped.softmax(-1).double()
+    for row, id in enumerate(found):
+        own = probabilities[row]
+        before = float((own[own > own[id]] if top_p < 1 else own[:id]).sum())
+        assert before - 1e-5 <= draw <= before + float(own[id]) + 1e-5
+
+
+def test_rows_of_all_kinds_are_sampled_in_one_go_as_alone() -> None:
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(1)) * 2
+    logits[4] = float("nan")
+    kinds = [
+        Sampling(4), Sampling(4, temperature=0.9, seed=1),
+        Sampling(4, temperature=0.9, top_p=0.5, seed=2),
+        Sampling(4, presence_penalty=1.5, logprobs=2), Sampling(4, temperature=1.0, seed=3),
+        Sampling(4, temperature=1.3, top_p=0.99, frequency_penalty=0.7, seed=5, logprobs=0),
+    ]  # fmt: skip
+    together = [SamplerState(kind) for kind in kinds]
+    apart = [SamplerState(kind) for kind in kinds]
+    for _ in range(4):
+        alone = [sample(row[None], [state])[0] for row, state in zip(logits, apart, strict=True)]
+        assert sample(logits, together) == alone
+    assert alone[4] is None
+    assert len(alone[3].top) == 2
+    assert alone[5].logprob is not None
+    assert alone[5].top == ()
 
 
 # Text

@@ -43,7 +43,7 @@ from ptkit.runtime.label_order import order_of, reorder, told
 from ptkit.runtime.named_models import TINY_EN, gguf_behind, source_of
 from ptkit.runtime.quantize import logical_size, quantization_config, require_quantized
 from ptkit.runtime.runner import ModelRunner
-from ptkit.runtime.texts import Texts, embedded_tokens, own_ends
+from ptkit.runtime.tokenization import TokenizerMixin, embedded_tokens, own_ends
 
 
 class Labels(NamedTuple):
@@ -71,7 +71,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Base(Texts):
+class Base(TokenizerMixin):
     """A frozen model with its tokenizer: a language model, causal or an encoder-decoder, or any
     backbone with a classification head (`head`).
 
