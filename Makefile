@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format setup setup-dev clean
+.PHONY: demo test test-engines lint format setup setup-dev setup-engines clean
 
 demo: setup  ## compare all methods on the embedded base model, export two, swap them
 	$(BIN)/python scripts/demo.py
@@ -11,6 +11,9 @@ demo: setup  ## compare all methods on the embedded base model, export two, swap
 test: setup-dev  ## lint, types and tests
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -n 2
+
+test-engines: setup-dev setup-engines  ## adapters on llama.cpp's own server; needs SmolLM2
+	$(BIN)/python -m pytest -n 0 tests/test_llama_cpp.py
 
 lint: setup-dev
 	$(BIN)/ruff check .
@@ -37,6 +40,13 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
 	# Apart: PEFT imports them where they are, which doubles the time every command takes to start.
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps --upgrade --target $(VENV)/quantize bitsandbytes torchao
+	@touch $@
+
+# Engines that adapters are exported to; without them their tests skip.
+setup-engines: $(VENV)/llama-cpp
+
+$(VENV)/llama-cpp: constraints.txt | $(VENV)/.ready
+	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps --upgrade --target $@ xllamacpp
 	@touch $@
 
 clean:

@@ -21,7 +21,7 @@ from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import MethodSummary
 from ptkit.data.tokens import listed
 from ptkit.errors import AdapterError, ModelError, PtkitError, UserError
-from ptkit.evaluation.saved import find_adapter
+from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats.adapter_files import CONFIG, read_adapter
 from ptkit.formats.folder_lock import held, require_free
 from ptkit.methods import base_of, compile_files, require_same_base
@@ -38,7 +38,7 @@ from ptkit.training.experiment import prepare
 from ptkit.training.failure import Failure, failed_cells
 from ptkit.training.forecast import Forecast, forecast, is_long
 from ptkit.training.record import CellRecord
-from ptkit.training.run import Cell, Observer, cell_name, run_cells
+from ptkit.training.run import Cell, RunObserver, cell_name, run_cells
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def train(
     overrides: Sequence[str] = (),
     fresh: bool = False,
     base: Base | None = None,
-    observer: Observer | None = None,
+    observer: RunObserver | None = None,
 ) -> Run:
     """Train one method of a recipe and measure it, as `ptkit train` does.
 
@@ -169,7 +169,7 @@ def compare(
     ray: str | bool = False,
     cell_cpus: float = 1,
     cell_gpus: float = 0,
-    observer: Observer | None = None,
+    observer: RunObserver | None = None,
 ) -> Comparison:
     """Run every method of a recipe with every seed, as `ptkit compare` does.
 

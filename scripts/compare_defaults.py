@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ptkit.comparison import figures
-from ptkit.comparison.found import found, share_read
+from ptkit.comparison.autotuned import autotuned, share_read
 from ptkit.comparison.grid import run_grid
 from ptkit.comparison.merge import read_comparison
 from ptkit.comparison.outputs import write_outputs
@@ -169,7 +169,7 @@ def differences(head: Iterable[str], tasks: list[dict[str, MethodSummary]], row:
 def chosen(task: Task, method: str) -> str:
     """What the cells of `method` found, and what finding it cost."""
     records = task.records_of(method)
-    text = found(records)
+    text = autotuned(records)
     if text is None:
         return figures.NONE
     share = max(share_read(record, task.recipe.train) for record in records)

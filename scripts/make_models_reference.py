@@ -18,23 +18,23 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft_contender import Peft
+from peft_candidate import Peft
 
-from ptkit.families.contender import NOT_ASKED, Ours
-from ptkit.families.kinds import KINDS, Kind
+from ptkit.families.candidate import NOT_ASKED, PtkitCandidate
+from ptkit.families.kinds import KINDS, ModelKind
 from ptkit.families.matrix import (
-    Cell,
     Make,
+    MatrixCell,
     Status,
     family_kinds,
+    model_under_test,
     run_matrix,
-    subject_of,
 )
 from ptkit.families.properties import PROPERTIES
 from ptkit.families.shapes import FAMILIES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PROGRAMS: dict[str, Make] = {"ptkit": Ours.made, "PEFT": Peft.made}
+PROGRAMS: dict[str, Make] = {"ptkit": PtkitCandidate.made, "PEFT": Peft.made}
 MARKS = {
     Status.works: "✓", Status.wrong: "✗", Status.refused: "r", Status.raises: "!",
     Status.not_applicable: "·",
@@ -46,9 +46,9 @@ LETTERS = {
 }  # fmt: skip
 
 #: Program -> its cells.
-Results = dict[str, list[Cell]]
+Results = dict[str, list[MatrixCell]]
 #: What is asked together: a family, as one of its kinds.
-Asked = tuple[str, Kind]
+Asked = tuple[str, ModelKind]
 
 HEAD = """# Models
 
@@ -92,9 +92,9 @@ DistilBERT are told the sizes PEFT asks for.
 
 def measured(asked: Iterable[Asked]) -> Results:
     """Both programs on the families, as the kinds `asked`."""
-    subjects = [subject_of(family, kind.name) for family, kind in asked]
+    tested_models = [model_under_test(family, kind.name) for family, kind in asked]
     return {
-        name: [cell for subject in subjects for cell in run_matrix(subject, make=make)]
+        name: [cell for tested in tested_models for cell in run_matrix(tested, make=make)]
         for name, make in PROGRAMS.items()
     }
 
@@ -136,7 +136,7 @@ def from_json(text: str) -> tuple[Results, dict[str, str]]:
             for asked, letter in zip(data["properties"], letters, strict=True):
                 status = statuses[letter]
                 detail = "" if status is Status.works else data["reasons"][next(why)]
-                results[name].append(Cell(family, kind, method, asked, status, detail))
+                results[name].append(MatrixCell(family, kind, method, asked, status, detail))
     return results, data["versions"]
 
 
@@ -149,7 +149,7 @@ def page(results: Results, versions: dict[str, str]) -> str:
     return "\n".join(parts)
 
 
-def _counts(cells: Iterable[Cell]) -> Counter[Status]:
+def _counts(cells: Iterable[MatrixCell]) -> Counter[Status]:
     return Counter(cell.status for cell in cells)
 
 
@@ -191,7 +191,7 @@ def _questions() -> str:
     return "\n".join([*lines, ""])
 
 
-def _tables(results: Results, kind: Kind) -> str:
+def _tables(results: Results, kind: ModelKind) -> str:
     """One table per method: families by properties, ptkit's mark and PEFT's."""
     families = [n for n in FAMILIES if kind in family_kinds(n)]
     marks = {
@@ -232,9 +232,9 @@ def _reasons(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _grouped(cells: Sequence[Cell], *, with_detail: bool) -> list[str]:
+def _grouped(cells: Sequence[MatrixCell], *, with_detail: bool) -> list[str]:
     """One line per reason (or per method and property): who it is about."""
-    groups: dict[str, list[Cell]] = {}
+    groups: dict[str, list[MatrixCell]] = {}
     for cell in cells:
         # Sentences name the model and its class: the same reason whoever it is.
         named = (f"`{cell.model}`", f"a small {cell.model}", cell.model)
@@ -250,7 +250,7 @@ def _grouped(cells: Sequence[Cell], *, with_detail: bool) -> list[str]:
     return lines
 
 
-def _names(cells: Iterable[Cell]) -> list[str]:
+def _names(cells: Iterable[MatrixCell]) -> list[str]:
     """Whom `cells` are about, each once."""
     labelled = {kind.name for kind in KINDS if kind.head is not None}
     names = (f"{c.model} ({c.kind.partition(' as ')[2]})" if c.kind in labelled else c.model

@@ -150,7 +150,7 @@ def _float32_on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of SmolLM2; skips where it was not fetched."""
     folder, here = FETCHED / "smollm2-135m", cache_home() / "models" / "smollm2-135m"

@@ -536,7 +536,8 @@ def test_the_client_of_prompt_embeds_sends_one_lead(
     import importlib.util
     import io
 
-    from ptkit.hub.engines import CLIENT, export_prompt_embeds
+    from ptkit.hub.engines.prompt_embeds import CLIENT
+    from ptkit.hub.engines.prompt_embeds import write as export_prompt_embeds
 
     base = beginning_base("llama")
     base.model.save_pretrained(tmp_path / "base")

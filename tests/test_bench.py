@@ -1,4 +1,4 @@
-"""Benchmarks run, check their contenders against each other, and say what they measured."""
+"""Benchmarks run, check their candidates against each other, and say what they measured."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from ptkit.bench import (
     train,
     whole_run,
 )
+from ptkit.bench.bases import ParityError
 from ptkit.bench.result import BenchResult, Figure
-from ptkit.bench.subjects import ParityError
 from ptkit.bench.timing import Timing, interleaved, ratio
 from ptkit.errors import PtkitError, UserError
 from ptkit.runtime.base_model import load_base
@@ -51,7 +51,7 @@ def test_rounds_are_interleaved_and_warm_up_is_not_counted() -> None:
 
 
 def test_ratio_is_of_rounds_not_of_medians() -> None:
-    # The machine slowed down during the last round; both contenders met it.
+    # The machine slowed down during the last round; both candidates met it.
     value, low, high = ratio(Timing((2.0, 4.0, 40.0)), Timing((1.0, 2.0, 10.0)))
     assert (value, low, high) == (2.0, 2.0, 3.0)
 
@@ -121,8 +121,8 @@ def test_command_prints_json_and_fails_where_a_target_is_missed(monkeypatch, tmp
 
 
 def test_training_takes_the_steps_of_peft_and_the_trainer() -> None:
-    result = train.bench_train("tiny-en", list(train.CONTESTS), steps=3, batch_size=2, rounds=1)
-    for name in train.CONTESTS:
+    result = train.bench_train("tiny-en", list(train.METHODS), steps=3, batch_size=2, rounds=1)
+    for name in train.METHODS:
         assert figure(result, f"{name}: a step, ptkit").value > 0
         assert figure(result, f"{name}: PEFT + Trainer / ptkit").value > 0
     assert result.settings["tokens_per_row"] > 10
@@ -364,7 +364,7 @@ def test_one_method_that_ends_elsewhere_costs_no_other_its_figures(monkeypatch) 
 
     def elsewhere(turn, judged):
         run = with_trainer(turn, judged)
-        return replace(run, loss=99.0) if turn.contest is whole_run.CONTESTS["prefix"] else run
+        return replace(run, loss=99.0) if turn.method is whole_run.METHODS["prefix"] else run
 
     monkeypatch.setattr(whole_run, "_with_trainer", elsewhere)
     sizes = {"rows": 16, "validation": 4, "steps": 3, "batch_size": 2, "rounds": 1}

@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 from hypothesis import given
 from hypothesis import strategies as st
+from ptkit.families.tested import real_model
 from test_cli import ptkit, refused
 from test_gguf import TOKENS, write
 from torch import nn
@@ -22,7 +23,6 @@ from ptkit.data.encode import EncodedExample
 from ptkit.errors import AdapterError, ModelError
 from ptkit.families.kinds import used_as
 from ptkit.families.matrix import Status, run_matrix
-from ptkit.families.subject import real_subject
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter, require_same_base
 from ptkit.recipe.schema import TrainSection
@@ -37,9 +37,9 @@ from ptkit.runtime.block_layers import (
     unpacked,
 )
 from ptkit.runtime.fused import head_divergences, head_losses
+from ptkit.training.adapter_trainer import Job
 from ptkit.training.loop import fit
 from ptkit.training.provenance import base_info
-from ptkit.training.trainee import Job
 
 KINDS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 
@@ -136,11 +136,11 @@ def test_every_property_of_prompts_and_lora_holds_on_it(tmp_path: Path) -> None:
     asked = ["exact", "padding", "checkpointing", "generation", "padded generation", "beams",
              "no cache", "saved", "off"]  # fmt: skip
     cells = list(
-        run_matrix(real_subject(blocks, used_as(blocks)), ["prefix", "prompt"], properties=asked)
+        run_matrix(real_model(blocks, used_as(blocks)), ["prefix", "prompt"], properties=asked)
     )
     assert {c.status for c in cells} == {Status.works}, [c for c in cells if c.status != "works"]
     lora = run_matrix(
-        real_subject(blocks, used_as(blocks)), ["lora"], properties=["checkpointing", "off"]
+        real_model(blocks, used_as(blocks)), ["lora"], properties=["checkpointing", "off"]
     )
     assert {c.status for c in lora} == {Status.works}
 

@@ -19,15 +19,15 @@ from ptkit.comparison.grid import cells, run_grid
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.table import markdown_table, summary_table
 from ptkit.errors import AdapterError, ModelError, UserError
+from ptkit.evaluation.evaluate import evaluate_saved
 from ptkit.evaluation.retention import measure_retention, probe_base
-from ptkit.evaluation.saved import evaluate_saved
 from ptkit.formats.adapter_files import read_adapter
 from ptkit.hub.export import export_run
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
 from ptkit.recipe import load_recipe
+from ptkit.training.adapter_trainer import StepReport
 from ptkit.training.experiment import prepare
-from ptkit.training.run import Cell, Observer, run_cells
-from ptkit.training.trainee import StepReport
+from ptkit.training.run import Cell, RunObserver, run_cells
 
 RECIPE = """
 name: small
@@ -145,7 +145,7 @@ def test_finished_cells_are_not_run_again(comparison, monkeypatch) -> None:
     assert run_grid(loaded, out, base=random_base("llama")) == records
 
 
-class Kill(Observer):
+class Kill(RunObserver):
     """Stops the comparison in the middle of training a cell, as a kill would."""
 
     def __init__(self, after: int) -> None:

@@ -24,11 +24,11 @@ from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.forward import all_logits, collate, supervised_divergences, supervised_logits
+from ptkit.training.adapter_trainer import Job, StepReport
 from ptkit.training.distill import DISTILLED, FIRST_TOKENS, NOTHING, Distilled, distill
-from ptkit.training.run import Observer
+from ptkit.training.run import RunObserver
 from ptkit.training.self_study import GENERIC, read_in_chunks, study
 from ptkit.training.teacher import Teacher
-from ptkit.training.trainee import Job, StepReport
 
 DOCUMENT = " ".join(f"w{(7 * i * i + 3 * i) % 90 + 1}" for i in range(30))
 SMALL = {"texts": 16, "text_tokens": 8, "steps": 12, "batch_size": 4, "learning_rate": 0.02}
@@ -38,7 +38,7 @@ class Killed(Exception):
     """Stands for a kill."""
 
 
-class Killer(Observer):
+class Killer(RunObserver):
     """Raises at a step, or once so many texts are written."""
 
     def __init__(self, step: int | None = None, texts: int | None = None) -> None:

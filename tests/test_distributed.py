@@ -31,7 +31,7 @@ from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import method_section
 from ptkit.training.processes import current, require_own
 from ptkit.training.record import CellRecord
-from ptkit.training.run import Observer
+from ptkit.training.run import RunObserver
 
 # A grid small enough to be killed at every file it writes.
 SMALL = "methods=[{kind: base}, {kind: prefix_tuning, num_virtual_tokens: 4}]"
@@ -193,7 +193,7 @@ def test_processes_wait_for_one_round_of_a_slow_latency_measurement(
 STOPPED = """
 import sys
 import torch
-from ptkit.training.trainee import Trainee
+from ptkit.training.adapter_trainer import AdapterTrainer
 import ptkit
 recipe, *overrides = sys.argv[1:]
 overrides = [*overrides, "retention=null", "methods=[{kind: lora, rank: 2, dropout: 0.4}]"]
@@ -202,18 +202,18 @@ def train(out):
     ptkit.train(recipe, method="lora", out=out, overrides=overrides)
 
 train("whole")
-report = Trainee.report
+report = AdapterTrainer.report
 
 def stop(self, loss):
     if self.progress.step == 2:
         raise KeyboardInterrupt
 
-Trainee.report = stop
+AdapterTrainer.report = stop
 try:
     train("stopped")
 except KeyboardInterrupt:
     pass
-Trainee.report = report
+AdapterTrainer.report = report
 torch.manual_seed(torch.distributed.get_rank())
 train("stopped")
 """
@@ -393,7 +393,7 @@ def test_cells_of_a_lost_node_run_on_another(
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
         ray.init(address=cluster.address, log_to_driver=False)
 
-        class Lose(Observer):
+        class Lose(RunObserver):
             """Takes a node away, with what runs on it, as soon as the first cell is done."""
 
             lost = False

@@ -599,13 +599,13 @@ def test_a_killed_run_of_a_classifier_resumes(home: Path, monkeypatch: pytest.Mo
 
 KILLED_AT_STEP_25 = """
 import os, signal
-from ptkit.training.trainee import Trainee
-step = Trainee.step
+from ptkit.training.adapter_trainer import AdapterTrainer
+step = AdapterTrainer.step
 def stepped(self, *args):
     step(self, *args)
     if self.progress.step == 25:
         os.kill(os.getpid(), signal.SIGKILL)
-Trainee.step = stepped
+AdapterTrainer.step = stepped
 from ptkit.cli.main import run
 run()
 """

@@ -29,9 +29,13 @@ from transformers import (
 )
 
 from ptkit.bank import AdapterBank
+from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles, write_adapter
-from ptkit.hub.engines import export_prompt_embeds, export_tokens
+from ptkit.hub.engines.prompt_embeds import write as export_prompt_embeds
+from ptkit.hub.engines.tokens import write as export_tokens
+from ptkit.hub.engines.transformers import write as export_transformers
 from ptkit.runtime.base_model import Base, frozen_base, load_base
+from ptkit.runtime.gate import Gate
 from ptkit.runtime.generation import generate
 from ptkit.runtime.named_models import TINY_EN, TINY_EN_FOLDER
 
@@ -208,3 +212,43 @@ def test_what_cannot_become_tokens_is_refused(tmp_path: Path) -> None:
     assert "one run at a time" in refused("export", soft, soft, "--out", "no", cwd=tmp_path)
     bf16 = refused("export", soft, "--as", "tokens", "--dtype", "int8", "--out", "no", cwd=tmp_path)
     assert "--dtype" in bf16
+
+
+def test_plain_transformers_reads_an_adapter_of_any_method(
+    bank: AdapterBank, tmp_path: Path
+) -> None:
+    """Two prefixes, a prompt and a P-tuning, by the client that is written, in its own process."""
+    names = ["facts-prefix", "facts-prompt", "routing-ptuning"]
+    sources = [ROOT / "adapters" / name for name in names]
+    done = ptkit("export", *sources, "--as", "transformers", "--out", "served", cwd=tmp_path)
+    assert "3 adapters" in done.stderr
+    client = tmp_path / "served" / "client.py"
+    text = client.read_text()
+    client.write_text(text.replace(f"base = {bank.base.id!r}", f"base = {str(TINY_EN_FOLDER)!r}"))
+    for name in names:
+        command = [sys.executable, str(client), name, TEXTS[0]]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        (expected,) = bank.generate_ids(
+            bank.base.encode([TEXTS[0]]), [name], max_new_tokens=64, do_sample=False
+        )
+        assert run.stdout.rstrip("\n") == bank.base.tokenizer.decode(expected).rstrip("\n")
+
+
+@pytest.mark.parametrize("kind", ["infix", "lora", "gate"])
+def test_what_no_cache_can_hold_is_refused_with_its_reason(kind: str, tmp_path: Path) -> None:
+    base = random_base("llama")
+    section: dict[str, Any] = {**LEARNT["lora" if kind == "lora" else "prefix"]}
+    adapter = make_adapter(base, section | ({"position": "infix"} if kind == "infix" else {}))
+    if kind == "gate":
+        hidden = base.embedding.embedding_dim
+        adapter.input_gate = Gate(torch.ones(2 * hidden), torch.zeros(1), base.embedding)
+    folder = tmp_path / "adapter"
+    write_adapter(folder, adapter.files())
+    why = {
+        "infix": "before the last word",
+        "lora": "changes the base's weights",
+        "gate": "a gate sets its strength",
+    }[kind]
+    with pytest.raises(AdapterError, match=why):
+        export_transformers([folder], tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()

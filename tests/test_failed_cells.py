@@ -26,7 +26,7 @@ from ptkit.errors import AdapterError, FolderError, PtkitError, UserError
 from ptkit.recipe import load_recipe
 from ptkit.training.failure import FAILED, attempted
 from ptkit.training.record import CellRecord
-from ptkit.training.run import Cell, Observer, fit
+from ptkit.training.run import Cell, RunObserver, fit
 
 #: A rate at which the second step's loss is no number.
 DIVERGING = "{kind: lora, label: wild, rank: 1, learning_rate: 1.0e+30}"
@@ -35,7 +35,7 @@ METHODS = f"methods=[{{kind: base}}, {DIVERGING}, {GOOD}]"
 WILD = ["wild-seed0", "wild-seed1"]
 
 
-class Told(Observer):
+class Told(RunObserver):
     """What a run says of its cells."""
 
     def __init__(self) -> None:

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from ptkit.families.tested import ModelUnderTest, TokenRow, small_model
 from test_cli import ptkit, refused
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
@@ -21,7 +22,7 @@ from ptkit import AdapterBank, load_base
 from ptkit.bank.conversation import Conversation
 from ptkit.data.encode import EncodedExample
 from ptkit.errors import AdapterError, ModelError
-from ptkit.families.contender import METHODS, NOT_ASKED, Ours
+from ptkit.families.candidate import METHODS, NOT_ASKED, PtkitCandidate
 from ptkit.families.kinds import (
     DECODER,
     ENCODER_DECODER,
@@ -29,14 +30,19 @@ from ptkit.families.kinds import (
     SEQUENCE_DECODER,
     SEQUENCE_ENCODER,
     TOKEN_ENCODER,
-    Kind,
+    ModelKind,
 )
-from ptkit.families.matrix import Status, family_kinds, run_matrix, subject_of, subjects_of
+from ptkit.families.matrix import (
+    Status,
+    family_kinds,
+    model_under_test,
+    models_under_test,
+    run_matrix,
+)
 from ptkit.families.oracle import Labelled, Merged
 from ptkit.families.prefix_oracle import Attended
 from ptkit.families.properties import PROPERTIES
 from ptkit.families.shapes import FAMILIES, WINDOW, small
-from ptkit.families.subject import Row, Subject, small_subject
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, adapter_from_files, create_adapter
 from ptkit.methods.catalogue import all_sections
@@ -48,8 +54,8 @@ from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits, collate, supervised_losses
 from ptkit.runtime.paged_batch import longest_sequence
 from ptkit.runtime.scoring import continuation_scores
+from ptkit.training.adapter_trainer import Job
 from ptkit.training.loop import fit
-from ptkit.training.trainee import Job
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -57,7 +63,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 NAMES = list(FAMILIES)
 
 
-def rotated(family: str, kind: Kind) -> tuple[str, list[str]]:
+def rotated(family: str, kind: ModelKind) -> tuple[str, list[str]]:
     """One method of the kind and a third of the questions: neighbours get the others, so that all
     are asked."""
     at = [name for name in NAMES if kind in family_kinds(name)].index(family)
@@ -70,27 +76,27 @@ def test_matrix_is_as_documented(family: str) -> None:
     from make_models_reference import from_json
 
     results, _ = from_json((ROOT / "docs/models.json").read_text())
-    for subject in subjects_of(family):
-        method, asked = rotated(family, subject.kind)
-        about = (family, subject.kind.name, method)
+    for tested in models_under_test(family):
+        method, asked = rotated(family, tested.kind)
+        about = (family, tested.kind.name, method)
         said = {c.property: c.status for c in results["ptkit"]
                 if (c.model, c.kind, c.method) == about and c.property in asked}  # fmt: skip
-        found = {c.property: c.status for c in run_matrix(subject, [method], properties=asked)}
+        found = {c.property: c.status for c in run_matrix(tested, [method], properties=asked)}
         assert found == said, "run scripts/make_models_reference.py"
 
 
 @pytest.mark.parametrize("family", NAMES[::6])
 def test_what_is_said_about_peft_is_what_peft_does(family: str) -> None:
     from make_models_reference import from_json
-    from peft_contender import Peft
+    from peft_candidate import Peft
 
     results, _ = from_json((ROOT / "docs/models.json").read_text())
     asked = ["exact", "padding", "generation", "checkpointing", "off"]
-    for subject in subjects_of(family):
-        about = (family, subject.kind.name, "prompt")
+    for tested in models_under_test(family):
+        about = (family, tested.kind.name, "prompt")
         said = {c.property: c.status for c in results["PEFT"]
                 if (c.model, c.kind, c.method) == about and c.property in asked}  # fmt: skip
-        cells = run_matrix(subject, ["prompt"], Peft.made, asked)
+        cells = run_matrix(tested, ["prompt"], Peft.made, asked)
         assert {c.property: c.status for c in cells} == said
 
 
@@ -135,13 +141,13 @@ def test_nothing_is_silently_wrong_and_every_refusal_is_a_sentence() -> None:
 # What the matrix says is only as good as what it would notice.
 
 
-class _Broken(Ours):
+class _Broken(PtkitCandidate):
     """ptkit with a fault of its own."""
 
-    def logits(self, rows: list[Row], *, left: bool) -> list[Tensor]:
+    def logits(self, rows: list[TokenRow], *, left: bool) -> list[Tensor]:
         return [t + 0.01 for t in super().logits(rows, left=left)]
 
-    def loss(self, rows: list[Row]) -> Tensor:
+    def loss(self, rows: list[TokenRow]) -> Tensor:
         total = super().loss(rows)
         return total + 0.1 * (total - total.detach())  # the value is right, the gradient is not
 
@@ -151,7 +157,7 @@ class _Broken(Ours):
 
 def test_small_faults_are_found() -> None:
     asked = ["exact", "padding", "gradients", "generation", "beams", "lookup", "saved"]
-    cells = run_matrix(subject_of("llama"), ["prefix"], _Broken.made, asked)
+    cells = run_matrix(model_under_test("llama"), ["prefix"], _Broken.made, asked)
     found = {c.property: c.status for c in cells}
     assert found.pop("saved") is Status.works, "what is read back is a sound one"
     assert set(found.values()) == {Status.wrong}
@@ -163,26 +169,26 @@ def test_small_faults_are_found() -> None:
     ("bart", ENCODER_DECODER, "p-tuning"),
     ("llama", SEQUENCE_DECODER, "linear probe"),
 ])  # fmt: skip
-def test_small_faults_of_every_kind_are_found(family: str, kind: Kind, method: str) -> None:
+def test_small_faults_of_every_kind_are_found(family: str, kind: ModelKind, method: str) -> None:
     asked = ["exact", "padding", "gradients"]
-    cells = run_matrix(subject_of(family, kind.name), [method], _Broken.made, asked)
+    cells = run_matrix(model_under_test(family, kind.name), [method], _Broken.made, asked)
     assert {c.status for c in cells} == {Status.wrong}
 
 
 def test_oracle_tells_where_virtual_tokens_of_an_encoder_stand() -> None:
-    subject = subject_of("bert")
-    contender = Ours.made(subject, "prompt")
-    (row,) = subject.rows((9, 1))
-    soft = contender.adapter.embeddings().detach()
-    model = subject.base().model
+    tested = model_under_test("bert")
+    candidate = PtkitCandidate.made(tested, "prompt")
+    (row,) = tested.rows((9, 1))
+    soft = candidate.adapter.embeddings().detach()
+    model = tested.base().model
     own, text = (Labelled(model, soft, as_text=as_text).logits(row) for as_text in (False, True))
     assert not torch.allclose(own, text, atol=1e-3)
 
 
-class _Forgetful(Ours):
+class _Forgetful(PtkitCandidate):
     """ptkit, but for a part of the head that is not saved."""
 
-    def reloaded(self, folder: Path) -> Ours:
+    def reloaded(self, folder: Path) -> PtkitCandidate:
         again = super().reloaded(folder)
         head = again.adapter.head
         fresh = again.adapter.base.model.get_submodule(head.names[-1])
@@ -193,19 +199,22 @@ class _Forgetful(Ours):
 @pytest.mark.parametrize("family", ["distilbert", "deberta_v2"])
 def test_a_part_of_the_head_that_is_lost_is_missed(family: str) -> None:
     """The last of the modules, by name, is the one before the classifier."""
-    (cell,) = run_matrix(subject_of(family), ["prefix"], _Forgetful.made, ["saved"])
-    assert Ours.made(subject_of(family), "prefix").adapter.head.names[-1] != "classifier"
+    (cell,) = run_matrix(model_under_test(family), ["prefix"], _Forgetful.made, ["saved"])
+    assert (
+        PtkitCandidate.made(model_under_test(family), "prefix").adapter.head.names[-1]
+        != "classifier"
+    )
     assert cell.status is Status.wrong
 
 
 def test_oracle_knows_which_key_belongs_to_which_value() -> None:
-    subject = subject_of("mistral")
-    contender = Ours.made(subject, "prefix")
-    (row,) = subject.rows((14, 5))
-    prefix = contender.adapter.prefix().detach()
+    tested = model_under_test("mistral")
+    candidate = PtkitCandidate.made(tested, "prefix")
+    (row,) = tested.rows((14, 5))
+    prefix = candidate.adapter.prefix().detach()
     turned = tuple(key.roll(1, dims=1) for key in prefix.keys)
-    other = Attended(subject.base().model, turned, prefix.values).logits(row)
-    assert not torch.allclose(other, contender.oracle.logits(row), atol=1e-3)
+    other = Attended(tested.base().model, turned, prefix.values).logits(row)
+    assert not torch.allclose(other, candidate.oracle.logits(row), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -213,10 +222,10 @@ def test_oracle_knows_which_key_belongs_to_which_value() -> None:
     [(ModelError("it cannot, because"), Status.refused), (KeyError("x"), Status.raises)],
 )
 def test_what_is_raised_is_told_apart(error: Exception, status: Status) -> None:
-    def make(subject: Subject, method: str) -> Ours:
+    def make(tested: ModelUnderTest, method: str) -> PtkitCandidate:
         raise error
 
-    (cell,) = run_matrix(subject_of("gpt2"), ["prefix"], make, ["exact"])
+    (cell,) = run_matrix(model_under_test("gpt2"), ["prefix"], make, ["exact"])
     assert cell.status is status
 
 
@@ -224,60 +233,60 @@ def test_what_is_raised_is_told_apart(error: Exception, status: Status) -> None:
 
 
 @functools.cache
-def adapters_of(family: str) -> tuple[Subject, list[Ours]]:
-    subject = subject_of(family)
+def adapters_of(family: str) -> tuple[ModelUnderTest, list[PtkitCandidate]]:
+    tested = model_under_test(family)
     made = []
-    for method in subject.kind.methods:
+    for method in tested.kind.methods:
         if method not in ("lora", "infix", "linear probe"):
             try:
-                made.append(Ours.made(subject, method))
+                made.append(PtkitCandidate.made(tested, method))
             except ModelError:
                 continue
-    if subject.kind.head is not None:  # rows of a batch share one
+    if tested.kind.head is not None:  # rows of a batch share one
         head = made[0].adapter.head.copies.state_dict()
-        for contender in made:
-            contender.adapter.head.copies.load_state_dict(head)
-    return subject, made
+        for candidate in made:
+            candidate.adapter.head.copies.load_state_dict(head)
+    return tested, made
 
 
 @pytest.mark.parametrize("family", NAMES)
 @settings(max_examples=2, deadline=None)
 @given(data=st.data())
 def test_rows_of_a_mixed_batch_are_as_alone(family: str, data: st.DataObject) -> None:
-    subject, made = adapters_of(family)
+    tested, made = adapters_of(family)
     host = made[0]
     lengths = data.draw(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 6)), min_size=2,
                                  max_size=4))  # fmt: skip
     chosen = data.draw(st.lists(st.sampled_from([None, *made]), min_size=len(lengths),
                                 max_size=len(lengths)))  # fmt: skip
-    left = data.draw(st.booleans()) and subject.kind.padded_left
-    require_as_alone(subject, host, lengths, chosen, left)
+    left = data.draw(st.booleans()) and tested.kind.padded_left
+    require_as_alone(tested, host, lengths, chosen, left)
 
 
 @pytest.mark.parametrize("family", NAMES)
 def test_rows_of_all_methods_share_a_batch(family: str) -> None:
-    subject, made = adapters_of(family)
+    tested, made = adapters_of(family)
     lengths = [(3 + 4 * i, 2) for i in range(len(made) + 1)]
-    require_as_alone(subject, made[0], lengths, [*made, None], left=False)
+    require_as_alone(tested, made[0], lengths, [*made, None], left=False)
 
 
 def require_as_alone(
-    subject: Subject,
-    host: Ours,
+    tested: ModelUnderTest,
+    host: PtkitCandidate,
     lengths: Sequence[tuple[int, int]],
-    chosen: Sequence[Ours | None],
+    chosen: Sequence[PtkitCandidate | None],
     left: bool,
 ) -> None:
     """Rows of one batch, each with its own adapter or none, are what its oracle makes of each."""
-    rows = subject.rows(*lengths)
+    rows = tested.rows(*lengths)
     prefixes = [None if c is None else c.adapter.prefix().detach() for c in chosen]
     batch = PrefixBatch.gathered(prefixes, host.adapter.base.layout)
     with torch.no_grad():
         logits, _ = host._read(rows, batch, left)
     found = logits.split([len(row.answer) for row in rows])
     plain = Merged(host.model)
-    for row, own, contender in zip(rows, found, chosen, strict=True):
-        expected = (plain if contender is None else contender.oracle).logits(row)
+    for row, own, candidate in zip(rows, found, chosen, strict=True):
+        expected = (plain if candidate is None else candidate.oracle).logits(row)
         torch.testing.assert_close(own, expected, atol=5e-4, rtol=1e-4)
 
 
@@ -359,7 +368,7 @@ def test_check_of_an_encoder(tmp_path: Path) -> None:
     cells = json.loads(shape.stdout)
     assert {c["kind"] for c in cells} == {SEQUENCE_ENCODER.name, TOKEN_ENCODER.name}
     assert {c["status"] for c in cells} == {"works", "n/a"}
-    base = subject_of("electra", TOKEN_ENCODER.name).base()
+    base = model_under_test("electra", TOKEN_ENCODER.name).base()
     base.model.save_pretrained(tmp_path / "real")
     base.tokenizer.save_pretrained(tmp_path / "real")
     real = ptkit("models", "check", "real", "--full", "-m", "prefix", "--format", "json",
@@ -398,14 +407,14 @@ def test_unknown_models_and_methods_are_refused(
 def test_shapes_ptkit_does_not_know_are_refused(model_type: str, said: str, tmp_path: Path) -> None:
     AutoConfig.for_model(model_type).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=said):
-        subject_of(str(tmp_path))
+        model_under_test(str(tmp_path))
 
 
 @pytest.mark.parametrize("model_type", ["mpt", "gpt_neo"])
 def test_attention_that_takes_no_prefix_is_refused(model_type: str) -> None:
-    subject = small_subject(model_type, small(AutoConfig.for_model(model_type)), DECODER)
+    tested = small_model(model_type, small(AutoConfig.for_model(model_type)), DECODER)
     asked = ["exact", "gradients", "generation", "padded generation", "turns"]
-    cells = run_matrix(subject, ["prefix", "prompt"], properties=asked)
+    cells = run_matrix(tested, ["prefix", "prompt"], properties=asked)
     assert {(c.status, c.detail[-8:]) for c in cells} == {(Status.refused, "use lora")}
 
 
@@ -414,51 +423,51 @@ def test_attention_that_takes_no_prefix_is_refused(model_type: str) -> None:
 SPECIAL = ["mistral", "gemma3", "gemma4", "gemma4 (E2B)", "qwen3_next", "lfm2", "bloom", "falcon"]
 
 
-def special(family: str) -> tuple[Base, Ours]:
-    contender = Ours.made(subject_of(family), "prefix")
-    return contender.adapter.base, contender
+def special(family: str) -> tuple[Base, PtkitCandidate]:
+    candidate = PtkitCandidate.made(model_under_test(family), "prefix")
+    return candidate.adapter.base, candidate
 
 
 @pytest.mark.parametrize("family", SPECIAL)
 def test_labels_are_scored_as_the_oracle_scores_them(family: str) -> None:
-    base, contender = special(family)
-    contexts = [row.input for row in subject_of(family).rows((14, 1), (5, 1))]
+    base, candidate = special(family)
+    contexts = [row.input for row in model_under_test(family).rows((14, 1), (5, 1))]
     words = [[5, 9], [7]]
-    batch = PrefixBatch.shared(contender.adapter.prefix().detach(), 2)
+    batch = PrefixBatch.shared(candidate.adapter.prefix().detach(), 2)
     found = continuation_scores(base.model, contexts, words, batch, pad_token_id=0)
     for i, context in enumerate(contexts):
         for j, word in enumerate(words):
-            right = contender.oracle.logits(Row(context, word)).float().log_softmax(-1)
+            right = candidate.oracle.logits(TokenRow(context, word)).float().log_softmax(-1)
             expected = right.gather(-1, torch.tensor(word)[:, None]).sum()
             torch.testing.assert_close(found[i, j], expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", SPECIAL)
 def test_a_bank_and_a_conversation_answer_as_the_oracle(family: str, tmp_path: Path) -> None:
-    base, contender = special(family)
-    write_adapter(tmp_path / "a", contender.adapter.files())
+    base, candidate = special(family)
+    write_adapter(tmp_path / "a", candidate.adapter.files())
     bank = AdapterBank(base)
     bank.load(tmp_path / "a")
     texts = ["w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15", "w20 w21"]
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     read = [base.tokenizer(t)["input_ids"] for t in texts]
     found = bank.generate_ids(read, ["a", "a"], **options)
-    assert found == [contender.oracle.greedy(ids, 5) for ids in read]
+    assert found == [candidate.oracle.greedy(ids, 5) for ids in read]
     talk = Conversation(bank, adapter="a")
     said: list[int] = []
     for text in texts:
         talk.say(text, **options)
         said += base.tokenizer(text)["input_ids"]
-        answer = contender.oracle.greedy(said, 5)
+        answer = candidate.oracle.greedy(said, 5)
         assert talk.exchanges[-1].answer_ids == answer
         said += answer
 
 
 def test_soft_prompts_leave_a_window_as_text_does_and_prefixes_do_not() -> None:
-    base, contender = special("mistral")
-    prefix = contender.adapter.prefix().detach()
+    base, candidate = special("mistral")
+    prefix = candidate.adapter.prefix().detach()
     assert not prefix.as_text
-    soft = Ours.made(subject_of("mistral"), "prompt").adapter.prefix().detach()
+    soft = PtkitCandidate.made(model_under_test("mistral"), "prompt").adapter.prefix().detach()
     assert soft.as_text
     assert soft.map(lambda t: t + 0).as_text
     rows = [EncodedExample([5] * 40, [6])]
@@ -476,45 +485,45 @@ def test_soft_prompts_leave_a_window_as_text_does_and_prefixes_do_not() -> None:
 
 
 def test_infix_learns_where_layers_have_a_window(tmp_path: Path) -> None:
-    base = subject_of("gemma3").base()
+    base = model_under_test("gemma3").base()
     section = PrefixTuningSection(
         kind="prefix_tuning", num_virtual_tokens=3, position="infix", start="random"
     )
     adapter = create_adapter(section, base, Demonstrations([], 0))
     rows = [EncodedExample(row.input, row.answer)
-            for row in subject_of("gemma3").rows(*[(14, 3)] * 8)]  # fmt: skip
+            for row in model_under_test("gemma3").rows(*[(14, 3)] * 8)]  # fmt: skip
     train = TrainSection(steps=12, batch_size=4, eval_every=6, save_every=12, warmup_steps=0)
     (progress,) = fit([Job(adapter, rows, rows, train, 0.3, 0, tmp_path)])
     assert progress.curve[-1]["validation_loss"] < progress.curve[0]["train_loss"]
 
 
 def test_prefix_of_a_hybrid_is_not_taken_for_pefts(tmp_path: Path) -> None:
-    base, contender = special("qwen3_next")
+    base, candidate = special("qwen3_next")
     assert len(base.layout) == 1, "one of its two layers attends"
-    write_adapter(tmp_path / "a", contender.adapter.files())
+    write_adapter(tmp_path / "a", candidate.adapter.files())
     written = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert written["peft_type"] == "PTKIT_HYBRID_PREFIX"
     with pytest.raises((KeyError, ValueError)):
-        PeftModel.from_pretrained(subject_of("qwen3_next").base().model, str(tmp_path / "a"))
+        PeftModel.from_pretrained(model_under_test("qwen3_next").base().model, str(tmp_path / "a"))
     again = adapter_from_files(read_adapter(tmp_path / "a"), base)
-    assert torch.equal(again.flat(), contender.adapter.flat())
+    assert torch.equal(again.flat(), candidate.adapter.flat())
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "lfm2"])
 def test_prompts_of_a_hybrid_are_read_with_every_input(family: str, tmp_path: Path) -> None:
     """Beside prefixes and the plain base, whatever the padding between them; in no cache of
     before."""
-    subject = subject_of(family)
-    own = {name: Ours.made(subject, name) for name in ("prompt", "prefix")}
+    tested = model_under_test(family)
+    own = {name: PtkitCandidate.made(tested, name) for name in ("prompt", "prefix")}
     base = own["prompt"].adapter.base
     bank = AdapterBank(base)
-    for name, contender in own.items():
-        write_adapter(tmp_path / name, contender.adapter.files())
+    for name, candidate in own.items():
+        write_adapter(tmp_path / name, candidate.adapter.files())
         bank.load(tmp_path / name)
-    oracles = {name: contender.oracle for name, contender in own.items()}
-    oracles[None] = Merged(subject.base().model)
+    oracles = {name: candidate.oracle for name, candidate in own.items()}
+    oracles[None] = Merged(tested.base().model)
     names = ["prompt", "prefix", None, "prompt"]
-    rows = [row.input for row in subject.rows((9, 1), (4, 1), (6, 1), (2, 1))]
+    rows = [row.input for row in tested.rows((9, 1), (4, 1), (6, 1), (2, 1))]
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     expected = [oracles[name].greedy(ids, 5) for name, ids in zip(names, rows, strict=True)]
     assert bank.generate_ids(rows, names, **options) == expected
@@ -522,7 +531,7 @@ def test_prompts_of_a_hybrid_are_read_with_every_input(family: str, tmp_path: Pa
     found = continuation_scores(base.model, rows, words, bank.rows(names), pad_token_id=0)
     for i, (name, ids) in enumerate(zip(names, rows, strict=True)):
         for j, word in enumerate(words):
-            right = oracles[name].logits(Row(ids, word)).float().log_softmax(-1)
+            right = oracles[name].logits(TokenRow(ids, word)).float().log_softmax(-1)
             total = right.gather(-1, torch.tensor(word)[:, None]).sum()
             torch.testing.assert_close(found[i, j], total, atol=1e-3, rtol=1e-3)
     with pytest.raises(ModelError, match="earlier turn has no place for"):
@@ -530,15 +539,15 @@ def test_prompts_of_a_hybrid_are_read_with_every_input(family: str, tmp_path: Pa
 
 
 def test_a_lora_of_fused_experts_is_not_for_mixed_batches(tmp_path: Path) -> None:
-    contender = Ours.made(subject_of("mixtral"), "lora")
-    write_adapter(tmp_path / "a", contender.adapter.files())
-    contender.adapter.close()
+    candidate = PtkitCandidate.made(model_under_test("mixtral"), "lora")
+    write_adapter(tmp_path / "a", candidate.adapter.files())
+    candidate.adapter.close()
     with pytest.raises(AdapterError, match="fused experts"):
-        AdapterBank(contender.adapter.base).load(tmp_path / "a")
+        AdapterBank(candidate.adapter.base).load(tmp_path / "a")
 
 
 def test_attention_is_the_models_choice_unless_asked_for(tmp_path: Path) -> None:
-    base = subject_of("gemma2").base()
+    base = model_under_test("gemma2").base()
     base.model.save_pretrained(tmp_path)
     base.tokenizer.save_pretrained(tmp_path)
     loaded = load_base(str(tmp_path))
@@ -558,14 +567,14 @@ UNLIKE = ["gemma4", "gemma4 (E2B)"]
 
 def test_a_prefix_of_unlike_layers_is_pefts(tmp_path: Path) -> None:
     """In PEFT's file every layer has the room of the widest, and PEFT cuts it as ptkit does."""
-    subject = subject_of("gemma4 (E2B)")
-    contender = Ours.made(subject, "prefix")
-    assert len(set(contender.adapter.base.layout)) > 1
-    write_adapter(tmp_path / "adapter", contender.adapter.files())
+    tested = model_under_test("gemma4 (E2B)")
+    candidate = PtkitCandidate.made(tested, "prefix")
+    assert len(set(candidate.adapter.base.layout)) > 1
+    write_adapter(tmp_path / "adapter", candidate.adapter.files())
     # Shorter than the window: beyond it, PEFT's cache loses the prefix.
-    (row,) = subject.rows((2, 2))
-    (expected,) = contender.logits([row], left=False)
-    theirs = PeftModel.from_pretrained(subject.base().model, tmp_path / "adapter")
+    (row,) = tested.rows((2, 2))
+    (expected,) = candidate.logits([row], left=False)
+    theirs = PeftModel.from_pretrained(tested.base().model, tmp_path / "adapter")
     ids = torch.tensor([row.whole])
     with torch.no_grad():
         found = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
@@ -573,31 +582,31 @@ def test_a_prefix_of_unlike_layers_is_pefts(tmp_path: Path) -> None:
 
 
 def test_a_prefix_that_peft_has_no_room_for_is_not_taken_for_pefts(tmp_path: Path) -> None:
-    subject = subject_of("gemma4")
-    base, contender = special("gemma4")
-    write_adapter(tmp_path / "a", contender.adapter.files())
+    tested = model_under_test("gemma4")
+    base, candidate = special("gemma4")
+    write_adapter(tmp_path / "a", candidate.adapter.files())
     written = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert written["peft_type"] == "PTKIT_UNLIKE_PREFIX"
     with pytest.raises((KeyError, ValueError)):
-        PeftModel.from_pretrained(subject.base().model, str(tmp_path / "a"))
+        PeftModel.from_pretrained(tested.base().model, str(tmp_path / "a"))
     again = adapter_from_files(read_adapter(tmp_path / "a"), base)
-    assert torch.equal(again.flat(), contender.adapter.flat())
+    assert torch.equal(again.flat(), candidate.adapter.flat())
 
 
 def test_pefts_own_prefix_of_a_base_whose_layers_share_keys_is_read(tmp_path: Path) -> None:
     """PEFT makes room for layers without keys of their own."""
-    subject = subject_of("gemma4 (E2B)")
-    base = subject.base()
+    tested = model_under_test("gemma4 (E2B)")
+    base = tested.base()
     made = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     torch.manual_seed(0)
-    theirs = get_peft_model(subject.base().model, made).eval()
+    theirs = get_peft_model(tested.base().model, made).eval()
     with torch.no_grad():
         theirs.prompt_encoder["default"].embedding.weight.mul_(3)
     theirs.save_pretrained(tmp_path / "theirs")
     files = read_adapter(tmp_path / "theirs")
     assert files.config["num_layers"] == 2 * len(base.layout)
     adapter = adapter_from_files(files, base)
-    (row,) = subject.rows((2, 2))
+    (row,) = tested.rows((2, 2))
     ids = torch.tensor([row.whole])
     with torch.no_grad():
         expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
@@ -609,7 +618,7 @@ def test_pefts_own_prefix_of_a_base_whose_layers_share_keys_is_read(tmp_path: Pa
 
 def test_values_that_no_layer_reads_are_not_counted_as_trained() -> None:
     for family in UNLIKE:
-        adapter = Ours.made(subject_of(family), "prefix").adapter
+        adapter = PtkitCandidate.made(model_under_test(family), "prefix").adapter
         own = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in adapter.base.layout)
         assert adapter.trainable_parameters == adapter.virtual_tokens * own
 
@@ -629,7 +638,7 @@ def test_check_of_gemma_4_ends_with_answers_and_soft_prompts_with_a_reason(tmp_p
     reasons = {c["detail"] for c in cells if c["status"] == "refused"}
     assert len(reasons) == 1
     assert "soft prompt's virtual tokens have no id; use prefix_tuning or lora" in reasons.pop()
-    base = subject_of("gemma4 (E2B)").base()
+    base = model_under_test("gemma4 (E2B)").base()
     section = PrefixTuningSection(kind="prefix_tuning", learn_embeddings=True)
     with pytest.raises(ModelError, match="look up token ids"):
         create_adapter(section, base, Demonstrations(["w3 w4"], 0))

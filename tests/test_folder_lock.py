@@ -18,7 +18,7 @@ from test_cli import ptkit
 from ptkit import api
 from ptkit.errors import UserError
 from ptkit.formats.folder_lock import held, require_free
-from ptkit.training.claim import start_over
+from ptkit.training.run_folder import start_over
 
 HOLDS = (
     "import sys, time, pathlib; from ptkit.formats.folder_lock import held\n"

@@ -40,7 +40,7 @@ from ptkit.bank.source import require_files
 from ptkit.cli.inspect import _as_dict, _show
 from ptkit.errors import AdapterError
 from ptkit.evaluation.anatomy import dissect
-from ptkit.evaluation.saved import find_adapter
+from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats.adapter_files import CONFIG, WEIGHTS, AdapterFiles, conversion, read_adapter
 from ptkit.formats.hub import is_on_hub
 from ptkit.hub.verify import check_files, verify

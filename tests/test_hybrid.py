@@ -43,8 +43,8 @@ from ptkit.runtime.generation import generate
 from ptkit.serve.answer import InUseError
 from ptkit.serve.engine import Engine
 from ptkit.serve.library import Library
+from ptkit.training.adapter_trainer import Job, _groups
 from ptkit.training.loop import fit as fit_jobs
-from ptkit.training.trainee import Job, _groups
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 

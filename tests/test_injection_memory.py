@@ -9,11 +9,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import random_base
+from ptkit.families.tested import small_model
 from test_peft_parity import LEARNT, make_adapter, rows_of
 
 from ptkit.families.kinds import DECODER
 from ptkit.families.shapes import FAMILIES, small
-from ptkit.families.subject import small_subject
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.attention import Placed
 from ptkit.runtime.base_model import Base
@@ -22,7 +22,7 @@ from ptkit.runtime.generation import generate
 
 
 def windowed() -> Base:
-    return small_subject("gemma3", small(FAMILIES["gemma3"].config), DECODER).base()
+    return small_model("gemma3", small(FAMILIES["gemma3"].config), DECODER).base()
 
 
 def masks_made(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[torch.Tensor]]:

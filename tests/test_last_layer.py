@@ -9,13 +9,13 @@ import torch
 from conftest import random_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ptkit.families.tested import small_model
 from test_fused import batch_of
 from test_peft_parity import LEARNT, make_adapter
 from torch import Tensor, nn
 
 from ptkit.families.kinds import DECODER
 from ptkit.families.shapes import FAMILIES, small
-from ptkit.families.subject import small_subject
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import IGNORED, supervised_logits, supervised_losses, token_losses
@@ -46,7 +46,7 @@ def rows_read(base: Base, run) -> list[int]:
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_losses_and_gradients_of_every_family_stay(name: str) -> None:
-    base = small_subject(name, small(FAMILIES[name].config), DECODER).base()
+    base = small_model(name, small(FAMILIES[name].config), DECODER).base()
     assert (last_block(base.model) is None) == (name in WHOLE)
     ids, mask, labels = batch_of([9, 12, 5])
     found = []
@@ -113,7 +113,7 @@ def test_checkpointed_layers_are_left_whole() -> None:
 
 def test_soft_prompts_read_with_the_input_are_left_whole() -> None:
     """In a hybrid they lengthen what the layers read, and the block with it."""
-    base = small_subject("qwen3_next", small(FAMILIES["qwen3_next"].config), DECODER).base()
+    base = small_model("qwen3_next", small(FAMILIES["qwen3_next"].config), DECODER).base()
     adapter = make_adapter(base, LEARNT["prompt"])
     ids, mask, labels = batch_of([9, 12, 5])
     with torch.no_grad():

@@ -53,9 +53,9 @@ from ptkit.runtime.forward import all_logits, collate, head_logits, rows_for, su
 from ptkit.runtime.generation import generate
 from ptkit.runtime.scoring import continuation_scores
 from ptkit.serve.engine import Engine
+from ptkit.training.adapter_trainer import Job, _groups
 from ptkit.training.loop import fit as fit_jobs
 from ptkit.training.objective import Objective
-from ptkit.training.trainee import Job, _groups
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 TEXTS = Demonstrations(["w1 w2 w3", "w4 w5", "w7 w8 w9"], 0)

@@ -25,10 +25,10 @@ from ptkit.methods.start import start_embeddings
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits, collate, supervised_losses
+from ptkit.training.adapter_trainer import StepReport
 from ptkit.training.multitask import Multitask, multitask, of_tasks
 from ptkit.training.objective import Objective
-from ptkit.training.run import Observer
-from ptkit.training.trainee import StepReport
+from ptkit.training.run import RunObserver
 
 QUICK = [
     "train.steps=4", "train.eval_every=2", "train.save_every=2", "train.batch_size=4",
@@ -43,7 +43,7 @@ class Killed(Exception):
     """Stands for a kill."""
 
 
-class Killer(Observer):
+class Killer(RunObserver):
     """Raises after a step."""
 
     def stepped(self, report: StepReport) -> None:

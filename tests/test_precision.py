@@ -23,9 +23,9 @@ from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.precision import fastest_attention, weights_cast_once
 from ptkit.runtime.runner import ModelRunner, Tokens
 from ptkit.training import loop
+from ptkit.training.adapter_trainer import Job, StepReport
 from ptkit.training.checkpoint import Progress
 from ptkit.training.loop import fit
-from ptkit.training.trainee import Job, StepReport
 
 ROWS = [EncodedExample([4 + i, 8, 2], [7 + i, 5, 9 + i]) for i in range(12)]
 

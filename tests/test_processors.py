@@ -9,6 +9,7 @@ import torch
 from conftest import random_base
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ptkit.families.tested import small_model
 from test_peft_parity import LEARNT, make_adapter, peft_twin, rows_of
 from transformers import (
     DynamicCache,
@@ -22,7 +23,6 @@ from ptkit import AdapterBank
 from ptkit.errors import ModelError
 from ptkit.families.kinds import DECODER, ENCODER_DECODER
 from ptkit.families.shapes import FAMILIES, small
-from ptkit.families.subject import small_subject
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.cache import prefilled_cache
@@ -42,7 +42,7 @@ def bank_of(base: Base) -> AdapterBank:
 
 
 def small_base(family: str, kind=DECODER) -> Base:
-    return small_subject(family, small(FAMILIES[family].config), kind).base()
+    return small_model(family, small(FAMILIES[family].config), kind).base()
 
 
 def answers(bank: AdapterBank, prompts, names, **options: Any) -> list[list[int]]:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from ptkit.families.tested import ModelUnderTest, real_model
 
 from ptkit import load_base
 from ptkit.errors import ModelError
 from ptkit.families.kinds import used_as
-from ptkit.families.matrix import Status, run_matrix, subject_of
-from ptkit.families.subject import Subject, real_subject
+from ptkit.families.matrix import Status, model_under_test, run_matrix
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import (
     ADAPTERS,
@@ -53,12 +53,12 @@ def test_quantised_bases_where_the_packages_are() -> None:
     assert "needs ptkit[quantize]" not in done.stdout
 
 
-def as_subject(base: Base) -> Subject:
-    return real_subject(base, used_as(base))
+def as_subject(base: Base) -> ModelUnderTest:
+    return real_model(base, used_as(base))
 
 
 def rounded(family: str, kind: str, folder: Path) -> Base:
-    plain = subject_of(family).base()
+    plain = model_under_test(family).base()
     plain.model.save_pretrained(folder / family)
     plain.tokenizer.save_pretrained(folder / family)
     return load_base(str(folder / family), quantize=kind, device="cpu")
@@ -67,12 +67,12 @@ def rounded(family: str, kind: str, folder: Path) -> Base:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "mistral", "bloom", "t5"])
 def test_every_property_holds_on_a_quantised_base(family: str, kind: str, tmp_path: Path) -> None:
-    subject = as_subject(rounded(family, kind, tmp_path))
+    tested = as_subject(rounded(family, kind, tmp_path))
     # Rounded weights have neither a float64 nor a bfloat16 form, and LoRA's oracle adds to them.
     asked = ["exact", "padding", "checkpointing", "generation", "padded generation", "beams",
              "no cache", "saved", "off"]  # fmt: skip
-    methods = [m for m in subject.kind.methods if m in ("prefix", "prompt")]
-    cells = list(run_matrix(subject, methods, properties=asked))
+    methods = [m for m in tested.kind.methods if m in ("prefix", "prompt")]
+    cells = list(run_matrix(tested, methods, properties=asked))
     allowed = {Status.works, Status.refused} if family == "t5" else {Status.works}
     assert {c.status for c in cells} <= allowed, [c for c in cells if c.status not in allowed]
     assert sum(c.status is Status.works for c in cells) >= len(asked)
@@ -80,14 +80,14 @@ def test_every_property_holds_on_a_quantised_base(family: str, kind: str, tmp_pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_lora_trains_on_it_and_comes_off(kind: str, tmp_path: Path) -> None:
-    subject = as_subject(rounded("llama", kind, tmp_path))
+    tested = as_subject(rounded("llama", kind, tmp_path))
     asked = ["checkpointing", "off"]  # what merges LoRA into rounded weights rounds it, too
-    assert {c.status for c in run_matrix(subject, ["lora"], properties=asked)} == {Status.works}
+    assert {c.status for c in run_matrix(tested, ["lora"], properties=asked)} == {Status.works}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_fit_the_base_it_was_made_of_and_the_reverse(kind: str, tmp_path: Path) -> None:
-    plain = subject_of("llama").base()
+    plain = model_under_test("llama").base()
     base = rounded("llama", kind, tmp_path)
     assert (base.fingerprint, base.parameters) == (plain.fingerprint, plain.parameters)
     assert base.legacy_fingerprint == plain.legacy_fingerprint

@@ -18,7 +18,7 @@ from ptkit.errors import FolderError, UserError
 from ptkit.evaluation.retention import LanguageModelling, Retention
 from ptkit.recipe import load_recipe
 from ptkit.training.experiment import prepare
-from ptkit.training.run import Observer
+from ptkit.training.run import RunObserver
 
 GOOD = "methods=[{kind: base}, {kind: prompt_tuning, num_virtual_tokens: 2}]"
 
@@ -42,7 +42,7 @@ def reverse_words(path: Path) -> None:
 CHANGES = [("test.jsonl", reverse, "test_rows"), ("general.txt", reverse_words, "retention_text")]
 
 
-class StopAfter(Observer):
+class StopAfter(RunObserver):
     def cell_finished(self, record: object, reused: bool) -> None:
         raise KeyboardInterrupt
 

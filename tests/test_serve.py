@@ -23,7 +23,7 @@ from serving import Serving
 from test_cli import refused
 
 from ptkit.bank import AdapterBank
-from ptkit.bench.subjects import random_prefixes
+from ptkit.bench.bases import random_prefixes
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.named_models import TINY_EN
 

@@ -21,7 +21,7 @@ from ptkit.recipe import load_recipe
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.compile import compile_embeddings, compile_tokens
 from ptkit.training.experiment import prepare
-from ptkit.training.run import Cell, claim
+from ptkit.training.run import Cell, open_cell_folder
 
 PROMPTS = ("prefix_tuning", "prompt_tuning", "p_tuning")
 
@@ -86,14 +86,14 @@ def test_a_run_goes_on_only_with_the_adapters_it_began_with(tmp_path: Path) -> N
     )
     experiment = prepare(loaded, base)
     cell = Cell(loaded.recipe.methods[0], 0, tmp_path / "cell")
-    claim(experiment, cell)
-    claim(experiment, cell)
+    open_cell_folder(experiment, cell)
+    open_cell_folder(experiment, cell)
     shutil.rmtree(tmp_path / "first")
     with pytest.raises(AdapterError, match="missing"):
-        claim(experiment, cell)
+        open_cell_folder(experiment, cell)
     (tmp_path / "second").rename(tmp_path / "first")
     with pytest.raises(UserError, match="`adapters`"):
-        claim(experiment, cell)
+        open_cell_folder(experiment, cell)
 
 
 @pytest.mark.parametrize("kind", PROMPTS)

@@ -18,7 +18,7 @@ from ptkit.errors import RecipeError, UserError
 from ptkit.recipe import load_recipe
 from ptkit.recipe.expansion import expand, values_of
 from ptkit.recipe.values import Range
-from ptkit.training.run import Observer
+from ptkit.training.run import RunObserver
 
 PREFIX = "methods=[{kind: base}, {kind: prefix_tuning, num_virtual_tokens: 4}]"
 
@@ -143,7 +143,7 @@ def test_draws_differ_by_seed_and_repeat(recipe_file: Path) -> None:
     assert first.data_fingerprint(0) != first.data_fingerprint(1)
 
 
-class Count(Observer):
+class Count(RunObserver):
     def __init__(self) -> None:
         self.trials: list[float] = []
 

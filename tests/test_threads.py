@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import VOCABULARY, random_base, word_tokenizer
+from ptkit.families.tested import small_model
 from test_composition import save_lora
 from test_encoder_decoder import learnt, random_pair
 from test_paged_batch import random_prefix
@@ -34,14 +35,13 @@ from ptkit import AdapterBank
 from ptkit.api import LoadedAdapter
 from ptkit.families.kinds import DECODER, ENCODER_DECODER, SEQUENCE_ENCODER
 from ptkit.families.shapes import FAMILIES, small
-from ptkit.families.subject import small_subject
 from ptkit.formats.adapter_files import write_adapter
 from ptkit.prefix import KVPrefix, PrefixBatch
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.forward import all_logits, head_logits, pad_rows, supervised_losses
 from ptkit.runtime.generation import generate
+from ptkit.runtime.locks import ReadWriteLock, lock_of
 from ptkit.runtime.scoring import continuation_scores
-from ptkit.runtime.turns import Turn, turn
 
 SHAPE = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -235,7 +235,7 @@ def asked_of(name: str) -> Callable[[int], object]:
     kind = (
         SEQUENCE_ENCODER if encoder else ENCODER_DECODER if config.is_encoder_decoder else DECODER
     )
-    base = small_subject(name, config, kind).base()
+    base = small_model(name, config, kind).base()
     model, layout = base.model, base.layout
     draw = torch.Generator().manual_seed(4)
 
@@ -356,7 +356,7 @@ def test_a_model_that_was_asked_is_freed_when_nobody_has_it() -> None:
 
 
 def test_who_changes_a_model_waits_for_all_who_read_and_they_for_it() -> None:
-    lock, seen = Turn(), []
+    lock, seen = ReadWriteLock(), []
     reading, leave = threading.Barrier(3, timeout=30), threading.Event()
 
     def read() -> None:
@@ -386,7 +386,7 @@ def test_who_changes_a_model_waits_for_all_who_read_and_they_for_it() -> None:
 
 
 def test_a_turn_is_re_entrant_and_goes_to_who_asked_first() -> None:
-    lock, order = Turn(), []
+    lock, order = ReadWriteLock(), []
 
     def work(number: int) -> None:
         with lock, lock:
@@ -413,8 +413,8 @@ def test_a_turn_is_re_entrant_and_goes_to_who_asked_first() -> None:
 
 def test_a_copied_model_has_a_turn_of_its_own() -> None:
     model = random_base("gpt2").model
-    with turn(model):
+    with lock_of(model):
         twin = copy.deepcopy(model)
-        assert turn(twin) is not turn(model)
-        assert not turn(twin).mine
-    assert turn(model) is turn(model)
+        assert lock_of(twin) is not lock_of(model)
+        assert not lock_of(twin).mine
+    assert lock_of(model) is lock_of(model)

@@ -21,6 +21,7 @@ from ptkit.methods import (
 )
 from ptkit.methods.catalogue import method_section
 from ptkit.recipe.schema import TrainSection
+from ptkit.training.adapter_trainer import Job, StepReport, _groups
 from ptkit.training.checkpoint import (
     Progress,
     load_checkpoint,
@@ -29,7 +30,6 @@ from ptkit.training.checkpoint import (
     state_device,
 )
 from ptkit.training.loop import fit as fit_jobs
-from ptkit.training.trainee import Job, StepReport, _groups
 
 TRAINED = {
     "prefix_tuning": {"num_virtual_tokens": 4},

@@ -19,7 +19,7 @@ from ptkit.prefix import KVPrefix
 from ptkit.recipe import load_recipe
 from ptkit.runtime.base_model import load_base
 from ptkit.runtime.compile import compile_tokens
-from ptkit.training.run import Observer
+from ptkit.training.run import RunObserver
 
 QUICK = [
     "train.steps=2", "train.eval_every=2", "train.save_every=2", "train.batch_size=4",
@@ -33,7 +33,7 @@ class Killed(KeyboardInterrupt):
     """Stands for a kill."""
 
 
-class Killer(Observer):
+class Killer(RunObserver):
     """Raises when a cell is finished that is not the first."""
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Many adapters on one frozen base: kept in tiers, swapped, mixed in a batch, composed."""
 
 from ptkit.bank.bank import AdapterBank
-from ptkit.bank.conversation import Conversation, Exchange
+from ptkit.bank.conversation import Conversation, ConversationTurn
 from ptkit.bank.resident import RowNames
 from ptkit.bank.slots import SlotTable
 from ptkit.bank.source import name_of
@@ -12,7 +12,7 @@ __all__ = [
     "AdapterStatus",
     "BankCounts",
     "Conversation",
-    "Exchange",
+    "ConversationTurn",
     "RowNames",
     "SlotTable",
     "name_of",

@@ -24,7 +24,7 @@ MAX_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Exchange:
+class ConversationTurn:
     """A user's text and the answer to it, with the answer's token ids."""
 
     text: str
@@ -66,7 +66,7 @@ class Conversation:
         self.bank = bank
         self.adapter: RowNames = None
         self.system = system
-        self.exchanges: list[Exchange] = []
+        self.exchanges: list[ConversationTurn] = []
         self._memories: dict[RowNames, _Memory] = {}
         self.use(adapter)
 
@@ -130,7 +130,7 @@ class Conversation:
                 cache.crop(len(prompt) - read)
                 read = len(prompt)
             self._memories[self.adapter] = _Memory(versions, [*prompt, *answer_ids][:read], cache)
-        self.exchanges.append(Exchange(text, answer, answer_ids))
+        self.exchanges.append(ConversationTurn(text, answer, answer_ids))
         return answer
 
     def compare(
@@ -183,14 +183,14 @@ class Conversation:
             memory.cache.crop(shared - len(memory.ids))
         return memory.cache
 
-    def _prompt(self, text: str, before: list[Exchange], adapter: RowNames) -> list[int]:
+    def _prompt(self, text: str, before: list[ConversationTurn], adapter: RowNames) -> list[int]:
         base = self.bank.base
         templated = base.tokenizer.chat_template is not None
         ids = (self._templated if templated else self._by_line)(text, before)
         base.require_embedded([ids])
         return self.bank.behind(adapter, ids)
 
-    def _by_line(self, text: str, before: list[Exchange]) -> list[int]:
+    def _by_line(self, text: str, before: list[ConversationTurn]) -> list[int]:
         tokenizer = self.bank.base.tokenizer
         lines = [] if self.system is None else [self.system]
         ids: list[int] = []
@@ -200,7 +200,7 @@ class Conversation:
             lines = [""]  # the next text begins on a line of its own
         return ids + _encoded(tokenizer, [*lines, text], start=not ids)
 
-    def _templated(self, text: str, before: list[Exchange]) -> list[int]:
+    def _templated(self, text: str, before: list[ConversationTurn]) -> list[int]:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for exchange in before:
             messages.append({"role": "user", "content": exchange.text})

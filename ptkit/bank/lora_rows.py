@@ -22,8 +22,8 @@ from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.lora.files import lora_config
 from ptkit.runtime.base_model import Base
+from ptkit.runtime.locks import lock_of, running
 from ptkit.runtime.row_adapters import row_adapters, rows_run_with
-from ptkit.runtime.turns import running, turn
 
 #: PEFT's word for a row without any adapter.
 _PLAIN = "__base__"
@@ -166,7 +166,7 @@ class LoraRows:
         """Within this context no batch is under way. Not to be entered from within `rows`."""
         if row_adapters():
             raise RuntimeError("LoRA adapters cannot be changed within a batch that runs with them")
-        with turn(self.base.model):
+        with lock_of(self.base.model):
             yield
 
     def _layers(self) -> list[tuple[str, LoraLayer]]:

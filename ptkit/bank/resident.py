@@ -16,7 +16,7 @@ from ptkit.formats.adapter_files import adapter_folders
 from ptkit.methods import Adapter, compile_files, mixes_in_batch, parts_of
 from ptkit.prefix import Compiled, KVPrefix, PrefixBatch
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.turns import running
+from ptkit.runtime.locks import running
 
 #: What one row of a batch uses: an adapter, several at once, or None for the plain base.
 RowNames = str | Sequence[str] | None

@@ -50,7 +50,7 @@ def _stamp_of(file: str) -> tuple[int, int, int] | None:
 
 
 @dataclass(frozen=True)
-class Reading:
+class CheckedAdapter:
     """An adapter's files and the stamp they had before they were read."""
 
     files: AdapterFiles
@@ -58,7 +58,7 @@ class Reading:
     chosen: bool = False
 
 
-def read_checked(path: Path, base: Base, *, chosen: bool = False) -> Reading:
+def read_checked(path: Path, base: Base, *, chosen: bool = False) -> CheckedAdapter:
     """Read the adapter folder `path` for `base` (chosen: see `require_same_base`).
 
     Raises AdapterError when it is damaged, unsafe, not finite or for another base.
@@ -66,7 +66,7 @@ def read_checked(path: Path, base: Base, *, chosen: bool = False) -> Reading:
     before = stamp(path)
     files = read_adapter(path)
     require_same_base(files, base, str(path), chosen=chosen)
-    return Reading(files, before, chosen)
+    return CheckedAdapter(files, before, chosen)
 
 
 def require_files(path: Path) -> None:

@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 
 from ptkit.bank.cache import PrefixCache
-from ptkit.bank.source import Reading, Stamp, read_checked, stamp
+from ptkit.bank.source import CheckedAdapter, Stamp, read_checked, stamp
 from ptkit.errors import AdapterError, did_you_mean
 from ptkit.methods import compile_files
 from ptkit.prefix import Compiled, KVPrefix
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.turns import turn
+from ptkit.runtime.locks import lock_of
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,12 @@ class PrefixStore:
             )
 
     def put(
-        self, name: str, prefix: Compiled, method: str, path: Path | None, read: Reading | None
+        self,
+        name: str,
+        prefix: Compiled,
+        method: str,
+        path: Path | None,
+        read: CheckedAdapter | None,
     ) -> None:
         """Let `name` stand for `prefix` from now on. Raises AdapterError when it is too large."""
         prefix = self.on_device(prefix)
@@ -203,7 +208,7 @@ class PrefixStore:
                     return prefix
         # One thread reads, the others wait for it. Not one that runs the model: the reader may be
         # waiting to compile, for who waits to change the model. Reading twice gives the same.
-        waits = not turn(self.base.model).mine
+        waits = not lock_of(self.base.model).mine
         reads_alone = entry.reading.acquire(blocking=waits)
         try:
             return self._looked_at(entry)

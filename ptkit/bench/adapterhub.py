@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import save_file
 
-from ptkit.bench.contest import Clock, Contest, Round, Trained
+from ptkit.bench.peers import BenchMethod, Clock, Round, Trained
 from ptkit.errors import PtkitError, UserError
 from ptkit.runtime.base_model import Base, no_weights_bar
 from ptkit.training import memory
@@ -78,12 +78,12 @@ class AdapterHub:
     ) -> None:
         self._opened.close()
 
-    def lacks(self, base: Base, contest: Contest) -> str | None:
-        if contest.kind in NOT_COMPARED:
-            return NOT_COMPARED[contest.kind]
+    def lacks(self, base: Base, method: BenchMethod) -> str | None:
+        if method.kind in NOT_COMPARED:
+            return NOT_COMPARED[method.kind]
         if base is not self._base:
             self._refused, self._base = self._given(base), base
-        return self._refused or self._asked("offer", **self._prefix(base, contest, 0)).get("lacks")
+        return self._refused or self._asked("offer", **self._prefix(base, method, 0)).get("lacks")
 
     def train(self, turn: Round) -> Trained:
         settings = turn.settings
@@ -91,12 +91,12 @@ class AdapterHub:
         (self._folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
         done = self._asked(
             "train",
-            **self._prefix(turn.base, turn.contest, turn.seed),
+            **self._prefix(turn.base, turn.method, turn.seed),
             rows=str(self._folder / "rows.json"),
             pad=turn.base.pad_token_id,
             settings={
                 "max_steps": settings.steps, "per_device_train_batch_size": settings.batch_size,
-                "learning_rate": turn.contest.learning_rate,
+                "learning_rate": turn.method.learning_rate,
                 "max_grad_norm": settings.max_grad_norm,
                 "use_cpu": turn.base.model.device.type == "cpu",
                 "bf16": settings.autocast == "bf16", "fp16": settings.autocast == "fp16",
@@ -119,10 +119,10 @@ class AdapterHub:
         shutil.rmtree(folder)
         return answer.get("lacks")
 
-    def _prefix(self, base: Base, contest: Contest, seed: int) -> dict[str, Any]:
-        """The prefix of a contest: its settings as `adapters` names them, and the file of the
+    def _prefix(self, base: Base, method: BenchMethod, seed: int) -> dict[str, Any]:
+        """The prefix of a method: its settings as `adapters` names them, and the file of the
         values it starts from."""
-        adapter: Any = contest.started(base, seed)
+        adapter: Any = method.started(base, seed)
         start = self._folder / "start.safetensors"
         save_file(adapter.encoder.state_dict(), start)
         section = adapter.section

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from ptkit.bench.bases import GPT2_SMALL, ParityError, bench_base, random_prompts
 from ptkit.bench.result import BenchResult, Figure
-from ptkit.bench.subjects import GPT2_SMALL, ParityError, bench_base, random_prompts
 from ptkit.bench.timing import interleaved, ratio
 from ptkit.formats.adapter_files import write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, compile_files, create_adapter

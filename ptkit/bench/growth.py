@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from peft import get_peft_model
 
+from ptkit.bench.bases import ParityError, bench_base, random_prompts
 from ptkit.bench.result import BenchResult, Figure
-from ptkit.bench.subjects import ParityError, bench_base, random_prompts
 from ptkit.bench.timing import interleaved, ratio
 from ptkit.data.encode import EncodedExample
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
@@ -34,7 +34,7 @@ TARGET_TOKENS = 24
 
 
 @dataclass(frozen=True)
-class Point:
+class GrowthPoint:
     """A step at one size: seconds and peak bytes of both sides, and PEFT's time over ptkit's."""
 
     axis: Axis
@@ -84,7 +84,7 @@ def bench_memory(
     )  # fmt: skip
 
 
-def _measured(base: Base, method: str, axis: Axis, at: dict[Axis, int], rounds: int) -> Point:
+def _measured(base: Base, method: str, axis: Axis, at: dict[Axis, int], rounds: int) -> GrowthPoint:
     section_class: Any = ADAPTERS[method].section_class
     section = section_class(kind=method, num_virtual_tokens=at["virtual"], start="random")
     torch.manual_seed(0)
@@ -109,18 +109,18 @@ def _measured(base: Base, method: str, axis: Axis, at: dict[Axis, int], rounds: 
         loss.backward()
         return _cleared(loss, peer.parameters())
 
-    contenders = {"ptkit": ours, "peft": theirs}
+    candidates = {"ptkit": ours, "peft": theirs}
     losses: dict[str, float] = {}
     memory: dict[str, int] = {}
-    for name, run in contenders.items():  # it warms up, too: the largest steps take a minute
+    for name, run in candidates.items():  # it warms up, too: the largest steps take a minute
         peak = PeakMemory(base.model.device)
         losses[name] = run()
         memory[name] = max(1, peak.bytes())
     mine, other = losses["ptkit"], losses["peft"]
     if not abs(mine - other) <= 1e-3 * abs(other):
         raise ParityError(f"{axis} {at[axis]}: the loss is {mine} here, {other} with PEFT")
-    timings = interleaved(contenders, rounds=rounds, warm_up=0)
-    return Point(
+    timings = interleaved(candidates, rounds=rounds, warm_up=0)
+    return GrowthPoint(
         axis, at[axis], {name: t.median for name, t in timings.items()}, memory,
         ratio(timings["peft"], timings["ptkit"]),
     )  # fmt: skip
@@ -132,7 +132,7 @@ def _cleared(loss: torch.Tensor, parameters: Any) -> float:
     return float(loss.detach())
 
 
-def _draw(points: Sequence[Point], path: Path, title: str) -> None:
+def _draw(points: Sequence[GrowthPoint], path: Path, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from ptkit.bench.bases import GPT2_SMALL, ParityError, bench_base, random_prompts
 from ptkit.bench.result import BenchResult, Figure
-from ptkit.bench.subjects import GPT2_SMALL, ParityError, bench_base, random_prompts
 from ptkit.bench.timing import interleaved, ratio
 from ptkit.data.encode import EncodedExample
 from ptkit.methods import Adapter, Demonstrations

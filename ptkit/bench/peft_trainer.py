@@ -17,7 +17,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ptkit.bench.contest import Clock, Contest, Round, Trained
+from ptkit.bench.peers import BenchMethod, Clock, Round, Trained
 from ptkit.methods.full.adapter import Full
 from ptkit.methods.peft_layers import PeftLayers
 from ptkit.runtime.base_model import Base
@@ -38,7 +38,7 @@ class PeftTrainer:
             f"torch {torch.__version__})"
         )
 
-    def lacks(self, base: Base, contest: Contest) -> str | None:
+    def lacks(self, base: Base, method: BenchMethod) -> str | None:
         return None
 
     def train(self, turn: Round) -> Trained:
@@ -83,7 +83,7 @@ def arguments_of(turn: Round, folder: str, **own: Any) -> TrainingArguments:
     settings = turn.settings
     return TrainingArguments(
         folder, max_steps=settings.steps, per_device_train_batch_size=settings.batch_size,
-        learning_rate=turn.contest.learning_rate, lr_scheduler_type="constant", weight_decay=0.0,
+        learning_rate=turn.method.learning_rate, lr_scheduler_type="constant", weight_decay=0.0,
         max_grad_norm=settings.max_grad_norm, report_to=[], disable_tqdm=True,
         use_cpu=turn.base.model.device.type == "cpu", remove_unused_columns=False,
         bf16=settings.autocast == "bf16", fp16=settings.autocast == "fp16", **own,

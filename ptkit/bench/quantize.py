@@ -30,9 +30,9 @@ from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import ModelSection, TrainSection
 from ptkit.runtime.base_model import load_base
+from ptkit.training.adapter_trainer import Job
 from ptkit.training.loop import fit
 from ptkit.training.memory import PeakMemory
-from ptkit.training.trainee import Job
 
 #: Of the memory of a float32 base, and of its time per step; and nats between their losses.
 MEMORY, TIME, LOSS = 0.35, 1.6, 0.02
@@ -43,7 +43,7 @@ VALIDATION = 64
 
 
 @dataclass(frozen=True)
-class Trial:
+class QuantizeSettings:
     """What every precision does. checkpointing: whether activations are computed again in the
     backward pass; device: of `model.device`."""
 
@@ -57,7 +57,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Run:
+class QuantizeRun:
     """seconds: of each step; loss: of the validation rows after the last, nats per token; loaded,
     peak: bytes beyond what the libraries take, after loading and at most."""
 
@@ -67,7 +67,9 @@ class Run:
     peak: int
 
 
-def bench_quantize(trial: Trial, precisions: Sequence[str] = ("float32", "blocks")) -> BenchResult:
+def bench_quantize(
+    trial: QuantizeSettings, precisions: Sequence[str] = ("float32", "blocks")
+) -> BenchResult:
     """Train a prefix on `trial.model` in each of `precisions` (a `model.dtype` or a
     `model.quantize`) and compare each with the first.
 
@@ -110,7 +112,7 @@ def bench_quantize(trial: Trial, precisions: Sequence[str] = ("float32", "blocks
     )
 
 
-def _in_turns(trial: Trial, precisions: Sequence[str]) -> dict[str, Run]:
+def _in_turns(trial: QuantizeSettings, precisions: Sequence[str]) -> dict[str, QuantizeRun]:
     context = multiprocessing.get_context("spawn")
     processes, ends = {}, {}
     try:
@@ -131,7 +133,7 @@ def _in_turns(trial: Trial, precisions: Sequence[str]) -> dict[str, Run]:
             end.send("finish")
             loss, loaded, peak = _received(name, end)
             # The first steps of a process also allocate.
-            runs[name] = Run(seconds[name][2:] or seconds[name], loss, loaded, peak)
+            runs[name] = QuantizeRun(seconds[name][2:] or seconds[name], loss, loaded, peak)
         return runs
     finally:
         for process in processes.values():
@@ -155,14 +157,14 @@ class _Failed:
     trace: str
 
 
-def _worker(trial: Trial, precision: str, end: Connection) -> None:
+def _worker(trial: QuantizeSettings, precision: str, end: Connection) -> None:
     try:
         _train(trial, precision, end)
     except Exception as error:  # told to the process that asked
         end.send(_Failed(str(error), traceback.format_exc()))
 
 
-def _train(trial: Trial, precision: str, end: Connection) -> None:
+def _train(trial: QuantizeSettings, precision: str, end: Connection) -> None:
     torch.manual_seed(0)
     load_base("tiny-en", device=trial.device)  # what loading imports
     import_module("torch._dynamo")  # what optimisers import
@@ -177,12 +179,12 @@ def _train(trial: Trial, precision: str, end: Connection) -> None:
     )
     judged = encode_examples(data.validation[:VALIDATION], base.tokenizer, recipe.recipe.task)
     settings = TrainSection(
-        steps=trial.steps, batch_size=trial.batch_size, warmup_steps=0, schedule="constant",
+        steps=trial.steps, batch_size=trial.batch_size, warmup_steps=trial.steps // 10,
         eval_every=trial.steps, save_every=trial.steps, autocast="no",
         gradient_checkpointing=trial.checkpointing, context_cache_mb=0,
     )  # fmt: skip
     prefix = PrefixTuningSection(
-        kind="prefix_tuning", num_virtual_tokens=trial.virtual_tokens, start="random",
+        kind="prefix_tuning", num_virtual_tokens=trial.virtual_tokens, start="task",
         learn_embeddings=False,
     )  # fmt: skip
     adapter = create_adapter(prefix, base, Demonstrations([], 0))

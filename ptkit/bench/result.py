@@ -47,9 +47,9 @@ def times(found: tuple[float, float, float]) -> tuple[float, Unit, float, float]
 class BenchResult:
     """A benchmark's figures.
 
-    settings: what was run; parity: how the contenders' results were checked against each other
+    settings: what was run; parity: how the candidates' results were checked against each other
     left_out: what could not be measured, and why
-    disagreed: contenders whose results differ, and how; no figure of theirs is reported
+    disagreed: candidates whose results differ, and how; no figure of theirs is reported
     """
 
     name: str

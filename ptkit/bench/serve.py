@@ -23,8 +23,8 @@ import aiohttp
 import numpy as np
 
 from ptkit.bank import AdapterBank
+from ptkit.bench.bases import ParityError, random_prefixes
 from ptkit.bench.result import BenchResult, Figure, times
-from ptkit.bench.subjects import ParityError, random_prefixes
 from ptkit.bench.timing import Timing, ratio
 from ptkit.data.sources import BUILTIN
 from ptkit.errors import UserError
@@ -103,25 +103,25 @@ def bench_serve(
                 sys.executable, "-m", "ptkit", "serve", "--model", model, "--adapters",
                 str(scratch), "--port", "PORT", "--log-level", "warning", "--read-only",
             )  # fmt: skip
-            contenders = {
+            candidates = {
                 "mixed": (ours, mixed, clients),
                 "one": (ours, mixed, 1),
                 "base": (ours, plain, clients),
             }
             if "peft" in against:
                 peer = [sys.executable, "-m", "ptkit.bench.serve_peer", folder, str(scratch)]
-                contenders["peft"] = started(*peer, "PORT"), mixed, clients
+                candidates["peft"] = started(*peer, "PORT"), mixed, clients
             if "transformers" in against:
                 theirs = [replace(request, model=folder) for request in plain]
                 program = str(Path(sys.executable).parent / "transformers")
                 peer = [program, "serve", folder, "--dtype", "float32", "--port", "PORT"]
-                contenders["transformers"] = started(*peer), theirs, clients
-                contenders["paged"] = started(*peer, "--continuous-batching"), theirs, clients
-            for port, requests, _ in contenders.values():  # read adapters, allocate caches
+                candidates["transformers"] = started(*peer), theirs, clients
+                candidates["paged"] = started(*peer, "--continuous-batching"), theirs, clients
+            for port, requests, _ in candidates.values():  # read adapters, allocate caches
                 asyncio.run(_load(port, requests, 8, 3.0, new_tokens))
-            found: dict[str, list[Load]] = {name: [] for name in contenders}
+            found: dict[str, list[Load]] = {name: [] for name in candidates}
             for _ in range(rounds):
-                for name, (port, requests, at_once) in contenders.items():
+                for name, (port, requests, at_once) in candidates.items():
                     lasting = seconds / rounds / (1 if name == "mixed" else _SHORTER)
                     load = asyncio.run(_load(port, requests, at_once, lasting, new_tokens))
                     found[name].append(load)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from ptkit.bank import AdapterBank
+from ptkit.bench.bases import bench_base, random_prefixes, random_prompts
 from ptkit.bench.result import BenchResult, Figure
-from ptkit.bench.subjects import bench_base, random_prefixes, random_prompts
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import CONFIG, WEIGHTS
 from ptkit.prefix import PrefixBatch

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from ptkit.bench.bases import ParityError, random_prefixes
 from ptkit.bench.result import BenchResult, Figure
-from ptkit.bench.subjects import ParityError, random_prefixes
 from ptkit.bench.timing import Timing, interleaved, ratio
 from ptkit.runtime.base_model import load_base
 from ptkit.runtime.named_models import TINY_EN, TINY_EN_FOLDER

@@ -11,14 +11,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from ptkit.bank import AdapterBank
-from ptkit.bench.result import BenchResult, Figure
-from ptkit.bench.subjects import (
+from ptkit.bench.bases import (
     ParityError,
     bench_base,
     load_beside_peft,
     random_prefixes,
     random_prompts,
 )
+from ptkit.bench.result import BenchResult, Figure
 from ptkit.bench.timing import interleaved, ratio
 from ptkit.formats.adapter_files import WEIGHTS
 from ptkit.runtime.forward import all_logits

@@ -1,4 +1,4 @@
-"""Timing contenders against each other: interleaved rounds, medians, quartiles."""
+"""Timing candidates against each other: interleaved rounds, medians, quartiles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one contender, one value per round."""
+    """Seconds of one candidate, one value per round."""
 
     seconds: tuple[float, ...]
 
@@ -28,16 +28,16 @@ class Timing:
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 1
+    candidates: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 1
 ) -> dict[str, Timing]:
-    """Time the contenders in turn, A B C A B C ..., so that a change of the machine's speed
+    """Time the candidates in turn, A B C A B C ..., so that a change of the machine's speed
     meets all of them alike.
 
     warm_up: rounds run first and not counted
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(warm_up + rounds):
-        for name, run in contenders.items():
+        for name, run in candidates.items():
             elapsed = timed(run)
             if turn >= warm_up:
                 seconds[name].append(elapsed)
@@ -48,7 +48,7 @@ def timed(run: Callable[[], object]) -> float:
     """Seconds of one call, work on an accelerator included.
 
     The garbage collector waits meanwhile, as in the standard library's timeit: it would charge
-    one contender for what another left behind.
+    one candidate for what another left behind.
     """
     _finish()
     collecting = gc.isenabled()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ptkit.bench.bases import ParityError, bench_base, random_prompts
 from ptkit.bench.result import BenchResult, Figure
-from ptkit.bench.subjects import ParityError, bench_base, random_prompts
 from ptkit.bench.timing import Timing, interleaved, ratio
 from ptkit.data.encode import EncodedExample
 from ptkit.methods import Demonstrations
@@ -17,9 +17,9 @@ from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base
+from ptkit.training.adapter_trainer import Job
 from ptkit.training.loop import fit
 from ptkit.training.memory import PeakMemory
-from ptkit.training.trainee import Job
 
 
 def bench_together(
@@ -51,7 +51,7 @@ def bench_together(
     ended: dict[str, list[torch.Tensor]] = {}
     memory: dict[str, list[int]] = {"alone": [], "together": []}
 
-    def contender(name: str, run: Callable[[list[Job]], object]) -> Callable[[], None]:
+    def candidate(name: str, run: Callable[[list[Job]], object]) -> Callable[[], None]:
         def measured() -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 jobs = _jobs(base, rows, settings, adapters, virtual_tokens, Path(scratch))
@@ -64,8 +64,8 @@ def bench_together(
 
     timings: dict[str, Timing] = interleaved(
         {
-            "alone": contender("alone", lambda jobs: [fit([job]) for job in jobs]),
-            "together": contender("together", fit),
+            "alone": candidate("alone", lambda jobs: [fit([job]) for job in jobs]),
+            "together": candidate("together", fit),
         },
         rounds=rounds,
     )

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from ptkit.bank import AdapterBank
+from ptkit.bench.bases import ParityError, bench_base, random_prefixes, random_prompts
 from ptkit.bench.result import BenchResult, Figure
-from ptkit.bench.subjects import ParityError, bench_base, random_prefixes, random_prompts
 from ptkit.bench.timing import interleaved, ratio
 from ptkit.errors import UserError
 from ptkit.formats.sizes import in_bytes

@@ -14,10 +14,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ptkit.bench.adapterhub import AdapterHub
-from ptkit.bench.contest import CONTESTS, Clock, Contest, Peer, Round, Trained
+from ptkit.bench.bases import GPT2_SMALL, ParityError, bench_base, without_dropout
+from ptkit.bench.peers import METHODS, BenchMethod, Clock, Peer, Round, Trained
 from ptkit.bench.peft_trainer import PeftTrainer
 from ptkit.bench.result import BenchResult, Figure, times
-from ptkit.bench.subjects import GPT2_SMALL, ParityError, bench_base, without_dropout
 from ptkit.bench.timing import Timing, ratio, timed
 from ptkit.data import load_task
 from ptkit.data.encode import EncodedExample, encode_examples
@@ -27,10 +27,10 @@ from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate
 from ptkit.runtime.fused import fused_activations
+from ptkit.training.adapter_trainer import Job
 from ptkit.training.loop import fit
 from ptkit.training.memory import PeakMemory
 from ptkit.training.objective import Objective
-from ptkit.training.trainee import Job
 
 #: How far the losses of a step may be apart, relative: both sides take the same steps.
 TOLERANCE = 5e-3
@@ -57,7 +57,7 @@ def bench_train(
     against: Sequence[str] = ("peft",),
     peer_python: str | None = None,
 ) -> BenchResult:
-    """Train each of `methods` (of `CONTESTS`) for `steps`, `rounds` times in turn with its peers.
+    """Train each of `methods` (of `METHODS`) for `steps`, `rounds` times in turn with its peers.
 
     recipe: whose data is trained on; against: the peers, of `PEERS`; peer_python: the Python of the
     environment of a peer that needs its own.
@@ -67,7 +67,7 @@ def bench_train(
     has not is left out and said so, and so is a method whose losses differ. Raises UserError for
     unknown methods and peers, and for an environment that is none.
     """
-    for what, names, known in (("method", methods, CONTESTS), ("peer", against, PEERS)):
+    for what, names, known in (("method", methods, METHODS), ("peer", against, PEERS)):
         unknown = [name for name in names if name not in known]
         if unknown:
             raise UserError(f"no {what} `{unknown[0]}` here; {did_you_mean(unknown[0], known)}")
@@ -89,8 +89,8 @@ def bench_train(
         apart: dict[str, float] = {}
         disagreed: dict[str, str] = {}
         for name in methods:
-            contest = CONTESTS[name]
-            lacking = {peer.title: peer.lacks(base, contest) for peer in peers}
+            method = METHODS[name]
+            lacking = {peer.title: peer.lacks(base, method) for peer in peers}
             taking_part = [peer for peer in peers if lacking[peer.title] is None]
             left_out |= {f"{name}: {title}": why for title, why in lacking.items() if why}
             if not taking_part:
@@ -100,7 +100,7 @@ def bench_train(
             worst = dict.fromkeys(theirs, 0.0)
             try:
                 for seed in range(rounds):
-                    turn = Round(base, contest, rows, settings, seed)
+                    turn = Round(base, method, rows, settings, seed)
                     ours.append(_with_ptkit(turn))
                     for peer in taking_part:
                         theirs[peer.title].append(peer.train(turn))
@@ -112,8 +112,8 @@ def bench_train(
             apart = {t: max(apart.get(t, 0.0), worst.get(t, 0.0)) for t in {**apart, **worst}}
             supervised = statistics.mean(len(row.target_ids) for row in rows)
             aimed_at = {peer.title for peer in taking_part if peer.aimed_at}
-            figures += _figures(name, ours, theirs, aimed_at, contest.aim(model, supervised))
-            figures.append(_share_of_peak(name, base, contest, rows[:batch_size], ours, autocast))
+            figures += _figures(name, ours, theirs, aimed_at, method.aim(model, supervised))
+            figures.append(_share_of_peak(name, base, method, rows[:batch_size], ours, autocast))
         versions = "; ".join(peer.versions for peer in peers)
     return BenchResult(
         "train",
@@ -140,7 +140,7 @@ def _with_ptkit(turn: Round) -> Trained:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             job = Job(
-                adapter, turn.rows, turn.rows[:1], turn.settings, turn.contest.learning_rate,
+                adapter, turn.rows, turn.rows[:1], turn.settings, turn.method.learning_rate,
                 turn.seed, Path(scratch), note,
             )  # fmt: skip
             memory = PeakMemory(turn.base.model.device)
@@ -172,14 +172,14 @@ def _parity(apart: Mapping[str, float]) -> str:
 def _share_of_peak(
     name: str,
     base: Base,
-    contest: Contest,
+    method: BenchMethod,
     rows: list[EncodedExample],
     ours: Sequence[Trained],
     autocast: str,
 ) -> Figure:
     """Operations of a step's matrix products per second, as a share of what one product of two
     large matrices reaches here, in this run. Nothing else counts as useful."""
-    adapter = contest.started(base, 0)
+    adapter = method.started(base, 0)
     device = base.model.device.type
     precision = torch.bfloat16 if autocast == "bf16" else torch.float16
     try:

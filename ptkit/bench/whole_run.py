@@ -21,10 +21,10 @@ import torch
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
-from ptkit.bench.contest import CONTESTS, Round
+from ptkit.bench.bases import ParityError, bench_base, without_dropout
+from ptkit.bench.peers import METHODS, Round
 from ptkit.bench.peft_trainer import PeftTrainer, arguments_of, model_of
 from ptkit.bench.result import BenchResult, Figure, times
-from ptkit.bench.subjects import ParityError, bench_base, without_dropout
 from ptkit.bench.timing import Timing, ratio
 from ptkit.data import load_task
 from ptkit.data.encode import EncodedExample, encode_examples, length_grouped_batches
@@ -33,16 +33,16 @@ from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import no_weights_bar
 from ptkit.runtime.forward import collate
+from ptkit.training.adapter_trainer import Job
 from ptkit.training.loop import fit
 from ptkit.training.memory import PeakMemory
-from ptkit.training.trainee import Job
 
 #: How far the two sides' losses may be apart, relative, where the seeds say nothing about it.
 TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
-class Run:
+class WholeRun:
     """One run: seconds from rows to a saved result, peak bytes beyond what was in use before, and
     the loss per target token on the validation rows, in nats."""
 
@@ -64,7 +64,7 @@ def bench_run(
     autocast: str = "no",
     peer_autocast: str | None = None,
 ) -> BenchResult:
-    """Train each of `methods` (of `CONTESTS`) for `steps` by ptkit and by PEFT with the Trainer,
+    """Train each of `methods` (of `METHODS`) for `steps` by ptkit and by PEFT with the Trainer,
     with another seed in each of `rounds`; both validate and save at the end.
 
     rows, validation: how many of the recipe's rows are trained and judged on; peer_autocast: the
@@ -72,9 +72,9 @@ def bench_run(
     same values, with the same optimiser. A method is not reported where their losses on the
     validation rows are further apart than those of different seeds, and than `TOLERANCE`.
     """
-    unknown = [name for name in methods if name not in CONTESTS]
+    unknown = [name for name in methods if name not in METHODS]
     if unknown:
-        raise UserError(f"no method `{unknown[0]}` here; {did_you_mean(unknown[0], CONTESTS)}")
+        raise UserError(f"no method `{unknown[0]}` here; {did_you_mean(unknown[0], METHODS)}")
     base = without_dropout(bench_base(model))
     loaded = load_recipe(recipe)
     data = load_task(loaded.recipe.task, loaded.folder)
@@ -92,10 +92,10 @@ def bench_run(
     apart: list[str] = []
     disagreed: dict[str, str] = {}
     for name in methods:
-        contest = CONTESTS[name]
+        method = METHODS[name]
         ours, theirs = [], []
         for seed in range(rounds):
-            turn = Round(base, contest, train, settings, seed)
+            turn = Round(base, method, train, settings, seed)
             ours.append(_with_ptkit(turn, judged))
             theirs.append(_with_trainer(replace(turn, settings=peers), judged))
         try:
@@ -104,7 +104,7 @@ def bench_run(
             disagreed[name] = str(error)
             continue
         supervised = statistics.mean(row.supervised for row in train)
-        figures += _figures(name, ours, theirs, contest.aim(model, supervised))
+        figures += _figures(name, ours, theirs, method.aim(model, supervised))
     grouped = islice(length_grouped_batches([*map(len, train)], batch_size, 0), steps)
     drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     figures += [
@@ -135,7 +135,7 @@ def _padding(rows: Sequence[EncodedExample], batches: Iterable[Sequence[int]]) -
     return 1 - sum(map(sum, lengths)) / sum(max(own) * len(own) for own in lengths)
 
 
-def _with_ptkit(turn: Round, judged: Sequence[EncodedExample]) -> Run:
+def _with_ptkit(turn: Round, judged: Sequence[EncodedExample]) -> WholeRun:
     memory = PeakMemory(turn.base.model.device)
     started = time.perf_counter()
     adapter = turn.started()
@@ -144,18 +144,18 @@ def _with_ptkit(turn: Round, judged: Sequence[EncodedExample]) -> Run:
             (progress,) = fit(
                 [
                     Job(
-                        adapter, turn.rows, judged, turn.settings, turn.contest.learning_rate,
+                        adapter, turn.rows, judged, turn.settings, turn.method.learning_rate,
                         turn.seed, Path(scratch),
                     )
                 ]
             )  # fmt: skip
             seconds = time.perf_counter() - started
-        return Run(seconds, memory.bytes(), progress.curve[-1]["validation_loss"])
+        return WholeRun(seconds, memory.bytes(), progress.curve[-1]["validation_loss"])
     finally:
         adapter.close()
 
 
-def _with_trainer(turn: Round, judged: Sequence[EncodedExample]) -> Run:
+def _with_trainer(turn: Round, judged: Sequence[EncodedExample]) -> WholeRun:
     base, settings = turn.base, turn.settings
     own: Any = model_of(turn)  # a copy of the base is the bench's doing, not the run's
     memory = PeakMemory(base.model.device)
@@ -183,10 +183,10 @@ def _with_trainer(turn: Round, judged: Sequence[EncodedExample]) -> Run:
             tokens = sum(row.supervised for row in part)
             total += float(own(**collate(part, base)).loss) * tokens
     base.model.eval()
-    return Run(seconds, peak, total / sum(row.supervised for row in judged))
+    return WholeRun(seconds, peak, total / sum(row.supervised for row in judged))
 
 
-def _agreement(name: str, ours: Sequence[Run], theirs: Sequence[Run]) -> str:
+def _agreement(name: str, ours: Sequence[WholeRun], theirs: Sequence[WholeRun]) -> str:
     """How far the losses are apart. Raises ParityError when it is more than seeds are."""
     mine, other = ([run.loss for run in side] for side in (ours, theirs))
     apart = abs(statistics.mean(mine) - statistics.mean(other))
@@ -199,11 +199,11 @@ def _agreement(name: str, ours: Sequence[Run], theirs: Sequence[Run]) -> str:
 
 def _figures(
     name: str,
-    ours: Sequence[Run],
-    theirs: Sequence[Run],
+    ours: Sequence[WholeRun],
+    theirs: Sequence[WholeRun],
     aims: tuple[float | None, float | None],
 ) -> list[Figure]:
-    def timing(runs: Sequence[Run]) -> Timing:
+    def timing(runs: Sequence[WholeRun]) -> Timing:
         return Timing(tuple(run.seconds for run in runs))
 
     memory, other = (statistics.median(run.memory for run in side) for side in (ours, theirs))

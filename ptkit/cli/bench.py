@@ -74,13 +74,13 @@ def train(
 ) -> None:
     """The same training steps by ptkit and by PEFT + Trainer, or by AdapterHub's `adapters`: time
     and memory of a step."""
-    from ptkit.bench.train import CONTESTS, bench_train
+    from ptkit.bench.train import METHODS, bench_train
 
     peers = _named(against) or ["peft"]
     if peer_python is not None and "adapters" not in peers:
         raise UserError("--peer-python is for --against adapters; add that, or leave it out")
     result = bench_train(
-        model, method or list(CONTESTS), recipe=recipe, steps=steps, batch_size=batch_size,
+        model, method or list(METHODS), recipe=recipe, steps=steps, batch_size=batch_size,
         rounds=rounds, autocast=autocast.value, against=peers,
         peer_python=peer_python,
     )  # fmt: skip
@@ -110,9 +110,11 @@ def quantize(
     json_output: JsonOutput = False,
 ) -> None:
     """A prefix trained on one model in several precisions: memory, time and loss side by side."""
-    from ptkit.bench.quantize import Trial, bench_quantize
+    from ptkit.bench.quantize import QuantizeSettings, bench_quantize
 
-    trial = Trial(model, recipe, steps, batch_size, virtual_tokens, checkpointing, device)
+    trial = QuantizeSettings(
+        model, recipe, steps, batch_size, virtual_tokens, checkpointing, device
+    )
     _show(bench_quantize(trial, _named(precision) or ["float32", "blocks"]), json_output)
 
 
@@ -134,11 +136,11 @@ def run(
     json_output: JsonOutput = False,
 ) -> None:
     """Whole training runs by ptkit and by PEFT + Trainer, each with batches of its own making."""
-    from ptkit.bench.contest import CONTESTS
+    from ptkit.bench.peers import METHODS
     from ptkit.bench.whole_run import bench_run
 
     result = bench_run(
-        model, method or list(CONTESTS), recipe=recipe, rows=rows, validation=validation,
+        model, method or list(METHODS), recipe=recipe, rows=rows, validation=validation,
         steps=steps, batch_size=batch_size, rounds=rounds, autocast=autocast.value,
         peer_autocast=peer_autocast.value if peer_autocast else None,
     )  # fmt: skip
@@ -368,12 +370,12 @@ def every(model: BenchModel = "gpt2-small", json_output: JsonOutput = False) -> 
     from ptkit.bench.swap import bench_swap
     from ptkit.bench.together import bench_together
     from ptkit.bench.traffic import bench_traffic
-    from ptkit.bench.train import CONTESTS, bench_train
+    from ptkit.bench.train import METHODS, bench_train
     from ptkit.bench.whole_run import bench_run
 
     benches = (
-        lambda: bench_train(model, list(CONTESTS)),
-        lambda: bench_run(model, list(CONTESTS)),
+        lambda: bench_train(model, list(METHODS)),
+        lambda: bench_run(model, list(METHODS)),
         lambda: bench_infix(model),
         lambda: bench_together(model),
         lambda: bench_generate(model),
@@ -390,14 +392,14 @@ def every(model: BenchModel = "gpt2-small", json_output: JsonOutput = False) -> 
 
 
 def _show(result: BenchResult, json_output: bool) -> None:
-    """Print the result; exit code 1 where a target is missed or contenders disagree, so that
+    """Print the result; exit code 1 where a target is missed or candidates disagree, so that
     scripts notice."""
     if _printed(result, json_output):
         raise typer.Exit(1)
 
 
 def _printed(result: BenchResult, json_output: bool) -> bool:
-    """Print the result; returns whether a target is missed, or contenders disagree."""
+    """Print the result; returns whether a target is missed, or candidates disagree."""
     if json_output:
         typer.echo(json.dumps(result.as_dict()))
     else:

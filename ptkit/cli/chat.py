@@ -166,7 +166,7 @@ class _Chat:
         """The bank's name for what the user calls `name`, loaded if need be; None: the base."""
         from ptkit.bank import name_of
         from ptkit.errors import AdapterError
-        from ptkit.evaluation.saved import find_adapter
+        from ptkit.evaluation.evaluate import find_adapter
 
         if not name:
             raise UserError(f"which one? {self._names()}")
@@ -187,7 +187,7 @@ class _Chat:
 
     def _filled(self, text: str, name: Any) -> str:
         """`text` in the template of the adapter `name`."""
-        from ptkit.evaluation.saved import fill_template
+        from ptkit.evaluation.evaluate import fill_template
 
         if self._raw or name is None:
             return text

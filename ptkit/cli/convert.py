@@ -11,7 +11,7 @@ import typer
 from ptkit.cli.options import AdapterArgument
 
 
-class Kind(StrEnum):
+class ConvertedKind(StrEnum):
     """What an adapter becomes."""
 
     prefix = "prefix"
@@ -20,7 +20,7 @@ class Kind(StrEnum):
 
 def convert(
     adapter: AdapterArgument,
-    to: Annotated[Kind, typer.Option(help="A KV prefix, or a soft prompt.")],
+    to: Annotated[ConvertedKind, typer.Option(help="A KV prefix, or a soft prompt.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     task: Annotated[
         Optional[int],  # noqa: UP045  (typer reads annotations at run time)

@@ -21,14 +21,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ptkit.training.adapter_trainer import StepReport
 from ptkit.training.failure import Failure
 from ptkit.training.forecast import Forecast, in_time
 from ptkit.training.record import CellRecord
-from ptkit.training.run import Observer
-from ptkit.training.trainee import StepReport
+from ptkit.training.run import RunObserver
 
 
-class LiveDisplay(Observer):
+class LiveDisplay(RunObserver):
     """A bar for the whole grid and one for the cell under way, with its losses.
 
     Written to stderr, so that stdout stays for results. Without a terminal a line is printed every

@@ -13,7 +13,7 @@ from ptkit.cli.options import JsonOutput, Set
 from ptkit.errors import UserError
 
 if TYPE_CHECKING:
-    from ptkit.evaluation.saved import Evaluation
+    from ptkit.evaluation.evaluate import Evaluation
     from ptkit.recipe import LoadedRecipe
 
 
@@ -91,7 +91,7 @@ def _recipe_rows(
     predictions: Path | None,
     json_output: bool,
 ) -> None:
-    from ptkit.evaluation.saved import evaluate_saved
+    from ptkit.evaluation.evaluate import evaluate_saved
     from ptkit.formats import atomic
     from ptkit.recipe import load_recipe
     from ptkit.training.experiment import prepare
@@ -176,8 +176,8 @@ def _standard_tasks(
 
     if find_spec("lm_eval") is None:
         raise UserError("--harness needs lm-evaluation-harness: `pip install 'ptkit[harness]'`")
+    from ptkit.evaluation.evaluate import adapter_at
     from ptkit.evaluation.harness import evaluate_tasks
-    from ptkit.evaluation.saved import adapter_at
     from ptkit.runtime.base_model import Base
 
     base: Base | None = None

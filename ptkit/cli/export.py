@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
+from inspect import signature
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from ptkit.errors import UserError
+from ptkit.hub.engines import engines, writer
 
 
 class Dtype(StrEnum):
@@ -20,14 +23,19 @@ class Dtype(StrEnum):
     int8 = "int8"
 
 
-class Form(StrEnum):
-    """What is stored."""
+#: What else than files for an engine can be stored.
+_FORMS = {
+    "peft": "As it was trained.",
+    "kv": "Any method compiled to a prefix, no prompt tokens to read.",
+    "parts": "A prefix with LoRA as two adapters, which plain PEFT loads one after the other.",
+}
 
-    peft = "peft"
-    kv = "kv"
-    tokens = "tokens"
-    prompt_embeds = "prompt-embeds"
-    parts = "parts"
+
+def _form(value: str) -> str:
+    known = [*_FORMS, *engines()]
+    if value not in known:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}")
+    return value
 
 
 def export(
@@ -35,29 +43,29 @@ def export(
         list[Path],
         typer.Argument(
             metavar="RUN...",
-            help="Finished runs or adapter folders; for `--as "
-            "tokens` and `prompt-embeds` as many as are to be served.",
+            help="Finished runs or adapter folders; for an engine as many as are to be served.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, adapters/NAME.")],
     form: Annotated[
-        Form,
+        str,
         typer.Option(
             "--as",
-            help="`kv`: any method compiled to a prefix, no prompt tokens to read. `tokens`: a "
-            "copy of the base with soft prompts in its vocabulary, for any engine. "
-            "`prompt-embeds`: soft prompts and a client that sends them (vLLM). `parts`: a prefix "
-            "with LoRA as two adapters, which plain PEFT loads one after the other.",
+            callback=_form,
+            autocompletion=lambda: [*_FORMS, *engines()],
+            metavar="|".join([*_FORMS, *engines()]),
+            help=" ".join(f"`{name}`: {what}" for name, what in {**_FORMS, **engines()}.items()),
         ),
-    ] = Form.peft,
+    ] = "peft",
     dtype: Annotated[
-        Dtype,
+        Optional[Dtype],  # noqa: UP045  (typer reads annotations at run time)
         typer.Option(
-            help="Data type of the stored parameters. int8 is for ptkit only, and scored again."
+            help="Data type of the stored parameters, default float32. int8 is for ptkit only, and "
+            "scored again. With llama-cpp: the server's cache type, default float16."
         ),
-    ] = Dtype.float32,
+    ] = None,
     recipe: Annotated[
-        Optional[Path],  # noqa: UP045  (typer reads annotations at run time)
+        Optional[Path],  # noqa: UP045
         typer.Option(help="With int8: the recipe to score on; default: the run's own."),
     ] = None,
     license: Annotated[
@@ -68,31 +76,40 @@ def export(
         Optional[str],  # noqa: UP045
         typer.Option(help="Language for the card: `en`."),
     ] = None,
+    gguf: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="With llama-cpp: the file that llama-server loads."),
+    ] = None,
+    flash_attention: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(help="With llama-cpp: whether the server uses it; default: it does."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")] = False,
 ) -> None:
     """Write a run's trained parameters as safetensors in PEFT's layout, with a card; verify them.
 
     Reparameterisation is folded in. `PeftModel.from_pretrained(base, OUT)` loads the result.
     """
-    if form in (Form.tokens, Form.prompt_embeds):
-        if dtype != Dtype.float32 or recipe or license or language:
-            raise UserError(f"--as {form} takes none of --dtype, --recipe, --license, --language")
-        _for_engines(runs, out, form, force)
+    engine_settings = {"dtype": dtype and dtype.value, "gguf": gguf,
+                       "flash_attention": flash_attention}  # fmt: skip
+    ours = {"recipe": recipe, "license": license, "language": language}
+    if form in engines():
+        _refuse(form, ours)
+        _for_engine(runs, out, form, force, engine_settings)
         return
+    _refuse(form, {"gguf": gguf, "flash_attention": flash_attention})
+    dtype = dtype or Dtype.float32
     if len(runs) > 1:
         raise UserError(f"--as {form} exports one run at a time, found {len(runs)}")
-    if form == Form.parts:
-        if dtype == Dtype.int8 or recipe or license or language:
-            raise UserError(
-                "--as parts takes none of --dtype int8, --recipe, --license, --language"
-            )
+    if form == "parts":
+        _refuse(form, {"dtype int8": dtype == Dtype.int8 or None, **ours})
         _parts(runs[0], out, dtype, force)
         return
 
     from ptkit.hub.export import export_run
 
     done = export_run(
-        runs[0], out, dtype=dtype.value, format="kv" if form == Form.kv else "peft",
+        runs[0], out, dtype=dtype.value, format="kv" if form == "kv" else "peft",
         replace_out=force, recipe=recipe, license=license, language=language,
     )  # fmt: skip
     typer.echo(f"{done.path}")
@@ -113,11 +130,21 @@ def _parts(run: Path, out: Path, dtype: Dtype, force: bool) -> None:
     typer.secho(f"{done.path / 'README.md'} says how PEFT loads both", err=True)
 
 
-def _for_engines(runs: list[Path], out: Path, form: Form, force: bool) -> None:
-    from ptkit.hub.engines import export_prompt_embeds, export_tokens
+def _refuse(form: str, options: Mapping[str, object]) -> None:
+    """Raise UserError where one of `options` was given, which `form` has no use for."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if given:
+        raise UserError(f"--as {form} does not take {', '.join(given)}")
 
-    write = export_tokens if form == Form.tokens else export_prompt_embeds
-    done = write(runs, out, replace_out=force)
+
+def _for_engine(
+    runs: list[Path], out: Path, engine: str, force: bool, settings: Mapping[str, Any]
+) -> None:
+    write = writer(engine)
+    taken = signature(write).parameters
+    _refuse(engine, {name: value for name, value in settings.items() if name not in taken})
+    given = {name: value for name, value in settings.items() if value is not None}
+    done = write(runs, out, replace_out=force, **given)
     typer.echo(f"{done.path}")
     count = "1 adapter" if len(runs) == 1 else f"{len(runs)} adapters"
     notes = f"{count}, {done.virtual_tokens} virtual tokens, {done.bytes / 1000:.1f} KB"

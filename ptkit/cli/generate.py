@@ -69,7 +69,7 @@ def generate(
     An adapter knows the template it was trained with: give `name[Aurora], ...`, not the template.
     """
     from ptkit.errors import UserError
-    from ptkit.evaluation.saved import fill_template, find_adapter, input_template
+    from ptkit.evaluation.evaluate import fill_template, find_adapter, input_template
 
     table = input_file if is_data_file(prompt, input_file) else None
     if table is not None and raw:

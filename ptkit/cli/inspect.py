@@ -26,7 +26,7 @@ def inspect(
 ) -> None:
     """Show an adapter's tensors, size, norms per layer, attention and nearest words."""
     from ptkit.evaluation.anatomy import dissect
-    from ptkit.evaluation.saved import find_adapter
+    from ptkit.evaluation.evaluate import find_adapter
     from ptkit.formats.adapter_files import read_adapter
     from ptkit.methods import base_of
 

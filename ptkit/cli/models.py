@@ -12,7 +12,7 @@ from ptkit.cli.options import FormatOption, OutputFormat, Quiet
 from ptkit.errors import ModelError
 
 if TYPE_CHECKING:
-    from ptkit.families.matrix import Cell
+    from ptkit.families.matrix import MatrixCell
 
 app = typer.Typer(help="Fetch a model; ask what works on one, and why not.", no_args_is_help=True)
 
@@ -61,16 +61,16 @@ def check(
     Each answer is compared with what the plain model makes of the same words. Exit code 2 when
     one is wrong or fails; what is refused with a reason is no fault.
     """
-    from ptkit.families.matrix import Status, require_method, run_matrix, subjects_of
+    from ptkit.families.matrix import Status, models_under_test, require_method, run_matrix
 
-    subjects = subjects_of(model, full=full)
+    tested_models = models_under_test(model, full=full)
     for name in method or ():
-        require_method(name, subjects)
+        require_method(name, tested_models)
     cells = [
         cell
-        for subject in subjects
+        for tested in tested_models
         for cell in run_matrix(
-            subject, method and [name for name in method if name in subject.kind.methods]
+            tested, method and [name for name in method if name in tested.kind.methods]
         )
     ]
     if format is OutputFormat.json:
@@ -80,10 +80,10 @@ def check(
             if cell.status in (Status.wrong, Status.raises):
                 typer.echo(f"{cell.kind}: {cell.method}: {cell.property}")
     else:
-        for subject in subjects:
-            own = [cell for cell in cells if cell.kind == subject.kind.name]
-            if own and len(subjects) > 1:
-                typer.secho(subject.kind.name.capitalize(), bold=True, underline=True)
+        for tested in tested_models:
+            own = [cell for cell in cells if cell.kind == tested.kind.name]
+            if own and len(tested_models) > 1:
+                typer.secho(tested.kind.name.capitalize(), bold=True, underline=True)
             _show(own)
     wrong = [cell for cell in cells if cell.status in (Status.wrong, Status.raises)]
     if wrong:
@@ -93,7 +93,7 @@ def check(
         )
 
 
-def _show(cells: Sequence[Cell]) -> None:
+def _show(cells: Sequence[MatrixCell]) -> None:
     from ptkit.families.matrix import Status
 
     colors = {

@@ -43,7 +43,7 @@ def train(
     from ptkit.api import one_method, plan_training, run_folder, start_over
     from ptkit.api import train as run
     from ptkit.cli.display import LiveDisplay, say_plan
-    from ptkit.comparison.found import found
+    from ptkit.comparison.autotuned import autotuned
     from ptkit.recipe import load_recipe
     from ptkit.runtime.base_model import resolve_device
     from ptkit.training.processes import processes
@@ -81,7 +81,7 @@ def train(
         f"({record.trainable_parameters / record.base_parameters:.3%} of the base), "
         f"best at step {record.best_step} of {record.train_steps}"
     )
-    if (chosen := found([record])) is not None:
+    if (chosen := autotuned([record])) is not None:
         typer.echo(f"auto found: {chosen}")
     if record.retention is not None:
         typer.echo(f"forgetting {record.retention['forgetting']:+.3f} nats per token, adapter on")

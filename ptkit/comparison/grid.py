@@ -19,7 +19,7 @@ from ptkit.training.failure import FAILED, Failure, attempted
 from ptkit.training.forecast import Forecast, forecast, is_long
 from ptkit.training.ready import require_ready
 from ptkit.training.record import CellRecord
-from ptkit.training.run import Cell, Observer, cell_name, folder_name, run_cells
+from ptkit.training.run import Cell, RunObserver, cell_name, folder_name, run_cells
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,11 @@ def _cells(variant: Variant, folder: Path) -> Iterator[list[Cell]]:
 
 
 def run_grid(
-    loaded: LoadedRecipe, out: Path, *, observer: Observer | None = None, base: Base | None = None
+    loaded: LoadedRecipe,
+    out: Path,
+    *,
+    observer: RunObserver | None = None,
+    base: Base | None = None,
 ) -> list[CellRecord]:
     """Run the cells that are not finished yet and return the records of all that are now.
 
@@ -82,9 +86,9 @@ def run_grid(
     tries them again. Raises UserError for what is found to be wrong before the first cell is
     trained, FolderError when `out` holds another recipe's comparison.
     """
-    _require_unclaimed(loaded, out)
+    _require_same_recipe(loaded, out)
     require_sampler(loaded.recipe.budget)
-    observer = observer or Observer()
+    observer = observer or RunObserver()
     experiments = Experiments(loaded, base)
     groups = plan(loaded.recipe, out)
     first = experiments.first(groups)  # what cannot be carried out leaves nothing behind
@@ -92,7 +96,7 @@ def run_grid(
     cells_of_all = [cell for group in groups for cell in group.cells]
     if is_long(first, cells_of_all):
         observer.planned(lambda: forecast(first, cells_of_all))
-    claim_folder(loaded, out)
+    open_output_folder(loaded, out)
     searches = Searches(out, observer)
     return [
         record for group in groups for record in run_group(group, experiments, searches, observer)
@@ -100,7 +104,7 @@ def run_grid(
 
 
 def run_group(
-    group: Group, experiments: Experiments, searches: Searches, observer: Observer
+    group: Group, experiments: Experiments, searches: Searches, observer: RunObserver
 ) -> list[CellRecord]:
     """The records of the cells of `group` that have one or get one now; the others leave a
     `Failure` in their folders. What fails in one batch is tried again cell by cell."""
@@ -137,21 +141,21 @@ def forecast_grid(loaded: LoadedRecipe, out: Path) -> tuple[list[str], Forecast]
     Where a recipe sweeps what a step costs (a model, a batch size), the first value stands for all.
     Nothing is written to `out`.
     """
-    _require_unclaimed(loaded, out)
+    _require_same_recipe(loaded, out)
     groups = plan(loaded.recipe, out)
     experiment = Experiments(loaded).first(groups)
     cells = [cell for group in groups for cell in group.cells]
     return experiment.data_lines(), forecast(experiment, cells)
 
 
-def claim_folder(loaded: LoadedRecipe, out: Path) -> None:
+def open_output_folder(loaded: LoadedRecipe, out: Path) -> None:
     """Keep the recipe in `out`. Raises FolderError when another one's comparison is there."""
-    _require_unclaimed(loaded, out)
+    _require_same_recipe(loaded, out)
     if not (out / "recipe.yaml").exists():
         atomic.write_text(out / "recipe.yaml", loaded.resolved())
 
 
-def _require_unclaimed(loaded: LoadedRecipe, out: Path) -> None:
+def _require_same_recipe(loaded: LoadedRecipe, out: Path) -> None:
     """Raise FolderError when `out` holds another recipe's comparison."""
     kept = out / "recipe.yaml"
     if kept.exists() and kept.read_text(encoding="utf-8") != loaded.resolved():

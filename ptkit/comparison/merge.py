@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ptkit.comparison.grid import claim_folder, failures, plan
+from ptkit.comparison.grid import failures, open_output_folder, plan
 from ptkit.comparison.same_rows import require_same_rows
 from ptkit.errors import UserError
 from ptkit.formats import atomic
@@ -23,7 +23,7 @@ OWN: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MergedComparison:
     """A comparison's folder, its recipe, the records that are there, and how many are not."""
 
     folder: Path
@@ -32,7 +32,7 @@ class Comparison:
     missing: int
 
 
-def read_comparison(folder: Path) -> Comparison:
+def read_comparison(folder: Path) -> MergedComparison:
     """Read what `ptkit compare` left in `folder`. Raises UserError when it holds no cell."""
     recipe = folder / "recipe.yaml"
     if not recipe.is_file():
@@ -42,10 +42,10 @@ def read_comparison(folder: Path) -> Comparison:
     records = tuple(CellRecord.read(cell.done) for cell in cells if cell.done.is_file())
     if not records:
         raise UserError(f"{folder} holds no finished cell")
-    return Comparison(folder, loaded, records, len(cells) - len(records))
+    return MergedComparison(folder, loaded, records, len(cells) - len(records))
 
 
-def merge(parts: Sequence[Comparison], out: Path) -> Comparison:
+def merge(parts: Sequence[MergedComparison], out: Path) -> MergedComparison:
     """One comparison in `out` with the methods, seeds and cells of all `parts`.
 
     Only records, predictions and the reasons of failed cells are copied. Raises UserError when the
@@ -78,7 +78,7 @@ def merge(parts: Sequence[Comparison], out: Path) -> Comparison:
     )
     loaded = replace(first.loaded, recipe=merged)
     require_same_rows([(part.folder / "cells" / r.cell, r) for part in parts for r in part.records])
-    claim_folder(loaded, out)
+    open_output_folder(loaded, out)
     for part in parts:
         for record in part.records:
             _copy(part.folder / "cells" / record.cell, out / "cells" / record.cell)

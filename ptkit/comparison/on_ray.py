@@ -9,14 +9,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ptkit.comparison.grid import Experiments, Group, claim_folder, plan, run_group
+from ptkit.comparison.grid import Experiments, Group, open_output_folder, plan, run_group
 from ptkit.comparison.search import Searches, require_sampler, trials_folder
 from ptkit.errors import PtkitError, UserError
 from ptkit.formats import atomic
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.training.failure import FAILED, Failure
 from ptkit.training.record import CellRecord
-from ptkit.training.run import Cell, Observer
+from ptkit.training.run import Cell, RunObserver
 
 #: How often a task is given to another node after its own was lost.
 RETRIES = 10
@@ -29,7 +29,7 @@ def run_on_ray(
     *,
     cpus: float,
     gpus: float,
-    observer: Observer | None = None,
+    observer: RunObserver | None = None,
 ) -> list[CellRecord]:
     """Run the cells that are not finished yet on a Ray cluster and return the records of all that
     are now. A cell that fails leaves the others alone, as in `ptkit.comparison.grid.run_grid`.
@@ -45,9 +45,9 @@ def run_on_ray(
         import ray
     except ImportError as error:
         raise UserError("`--on ray` needs Ray: pip install 'ptkit[ray]'") from error
-    observer = observer or Observer()
+    observer = observer or RunObserver()
     require_sampler(loaded.recipe.budget)
-    claim_folder(loaded, out)
+    open_output_folder(loaded, out)
     groups = plan(loaded.recipe, out)
     started = not ray.is_initialized()
     if started:
@@ -95,7 +95,9 @@ def _known(groups: Sequence[Group], unit: Sequence[int], out: Path) -> dict[str,
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in found}
 
 
-def _take_over(ray: Any, done: Any, cells: Sequence[Cell], out: Path, observer: Observer) -> None:
+def _take_over(
+    ray: Any, done: Any, cells: Sequence[Cell], out: Path, observer: RunObserver
+) -> None:
     """Write the files of the task `done`, which ran `cells`, and tell what came of each."""
     try:
         files = _result(ray, done)
@@ -174,7 +176,7 @@ def _run(
         for number in unit:
             if groups[number].variant == groups[0].variant:
                 experiments.first(groups)
-            run_group(groups[number], experiments, searches, Observer())
+            run_group(groups[number], experiments, searches, RunObserver())
         files = {p.relative_to(out).as_posix(): p for p in out.rglob("*") if p.is_file()}
         made = {name: path.read_bytes() for name, path in files.items()}
         return {name: made[name] for name in made if made[name] != known.get(name)}

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from ptkit.comparison import figures
 from ptkit.comparison.grid import failures
-from ptkit.comparison.merge import Comparison
+from ptkit.comparison.merge import MergedComparison
 from ptkit.comparison.report import page_values, templates
 from ptkit.comparison.summary import MethodSummary, baseline_of, summarise
 from ptkit.comparison.table import FAILED
@@ -40,7 +40,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Cell:
+class OverviewCell:
     """One figure: what is shown, what it sorts by, and whether it is the best of its column."""
 
     shown: str
@@ -49,25 +49,25 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class OverviewRow:
     """A method's figures, one per task."""
 
     title: str
     colour: int
-    cells: list[Cell]
+    cells: list[OverviewCell]
 
 
 @dataclass(frozen=True)
-class Table:
+class OverviewTable:
     """Methods by tasks."""
 
     title: str
     note: str
     columns: list[str]
-    rows: list[Row]
+    rows: list[OverviewRow]
 
 
-def write_overview(parts: Sequence[Comparison], out: Path, title: str) -> list[Table]:
+def write_overview(parts: Sequence[MergedComparison], out: Path, title: str) -> list[OverviewTable]:
     """Write `overview.html` and `overview.md` to the folder `out`; returns the tables they show.
 
     Raises UserError for two comparisons of one name.
@@ -91,7 +91,7 @@ def write_overview(parts: Sequence[Comparison], out: Path, title: str) -> list[T
     return tables
 
 
-def tables_of(tasks: Sequence[Task]) -> list[Table]:
+def tables_of(tasks: Sequence[Task]) -> list[OverviewTable]:
     """Scores, the share of the way to full fine-tuning, forgetting and cost, method by task."""
     methods = list(dict.fromkeys(s.title for task in tasks for s in task.summaries))
     failed = {(failure.method_title, task.name) for task in tasks for failure in task.failed}
@@ -103,7 +103,7 @@ def tables_of(tasks: Sequence[Task]) -> list[Table]:
         column: Callable[[Task], str],
         cell: Callable[[Task, MethodSummary], tuple[str, float | str]],
         better: Callable[[Task], int],
-    ) -> Table:
+    ) -> OverviewTable:
         """better: 1 where the highest figure is marked, -1 the lowest, 0 none."""
         figures_of = {
             (method, task.name): cell(task, summary)
@@ -120,17 +120,17 @@ def tables_of(tasks: Sequence[Task]) -> list[Table]:
             if known and sign:
                 best[task.name] = max(known) if sign > 0 else min(known)
 
-        def of(method: str, task: Task) -> Cell:
+        def of(method: str, task: Task) -> OverviewCell:
             # Of some seeds only: those that did not fail are in the figure.
             missing = FAILED if (method, task.name) in failed else figures.NONE
             shown, value = figures_of.get((method, task.name), (missing, ""))
-            return Cell(shown, value, best=value == best.get(task.name))
+            return OverviewCell(shown, value, best=value == best.get(task.name))
 
         rows = [
-            Row(method, number % 10, [of(method, task) for task in tasks])
+            OverviewRow(method, number % 10, [of(method, task) for task in tasks])
             for number, method in enumerate(methods)
         ]
-        return Table(title, note, [column(task) for task in tasks], rows)
+        return OverviewTable(title, note, [column(task) for task in tasks], rows)
 
     def headed(task: Task) -> str:
         return f"{task.name}: {task.summaries[0].score}"
@@ -182,7 +182,7 @@ def tables_of(tasks: Sequence[Task]) -> list[Table]:
     return [*found, cost]
 
 
-def _page(tasks: Sequence[Task], tables: Sequence[Table], title: str) -> str:
+def _page(tasks: Sequence[Task], tables: Sequence[OverviewTable], title: str) -> str:
     environment = templates()
     body = environment.get_template("comparison.html.j2")
     shown = []
@@ -197,7 +197,7 @@ def _page(tasks: Sequence[Task], tables: Sequence[Table], title: str) -> str:
     )
 
 
-def _markdown(tables: Sequence[Table], title: str) -> str:
+def _markdown(tables: Sequence[OverviewTable], title: str) -> str:
     lines = [f"# {title}", ""]
     for table in tables:
         lines += [f"## {table.title}", "", f"| method | {' | '.join(table.columns)} |",

@@ -8,8 +8,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ptkit.comparison import figures
+from ptkit.comparison.autotuned import autotuned, starts_tried
 from ptkit.comparison.charts import best_of_families, charts_of, colours
-from ptkit.comparison.found import found, starts_tried
 from ptkit.comparison.summary import MethodSummary, baseline_of, best_of
 from ptkit.comparison.svg import draw
 from ptkit.evaluation.metrics import metric
@@ -77,7 +77,7 @@ def page_values(
         "n_seeds": max(len(s.records) for s in summaries),
         "signatures": _signatures(summaries),
         "searches": _searches(summaries),
-        "found": {s.title: text for s in summaries if (text := found(s.records)) is not None},
+        "found": {s.title: text for s in summaries if (text := autotuned(s.records)) is not None},
         "starts_tried": max(starts_tried(s.records) for s in summaries),
         "baseline": baseline_of(recipe),
         "compared": sum(s.against is not None for s in summaries),

@@ -19,7 +19,7 @@ from ptkit.recipe.values import Range, Values
 from ptkit.section import MethodSection
 from ptkit.training.experiment import Experiment
 from ptkit.training.failure import FAILED, Failure, attempted
-from ptkit.training.run import Cell, Observer, claim, folder_name, run_trial
+from ptkit.training.run import Cell, RunObserver, folder_name, open_cell_folder, run_trial
 
 
 class SearchFailedError(PtkitError):
@@ -59,7 +59,7 @@ class Searches:
     """The searches of a comparison in the folder `out`. Each is made once, and one that has failed
     is not made again while the comparison runs."""
 
-    def __init__(self, out: Path, observer: Observer | None) -> None:
+    def __init__(self, out: Path, observer: RunObserver | None) -> None:
         self._out, self._observer = out, observer
         self._failed: dict[Path, str] = {}
 
@@ -104,7 +104,7 @@ def tune(
     space: dict[str, Values],
     budget: BudgetSection,
     folder: Path,
-    observer: Observer | None,
+    observer: RunObserver | None,
 ) -> Tuned:
     """Try `budget.trials` settings of `method` from `space`; finished trials are read back.
 
@@ -126,7 +126,7 @@ def tune(
         cell = Cell(
             section, budget.seed, place, variant=f"trial {number + 1} of {budget.trials}"
         )  # fmt: skip
-        trials.append(Trial(settings, _tried(experiment, cell, observer or Observer())))
+        trials.append(Trial(settings, _tried(experiment, cell, observer or RunObserver())))
     best = min(trials, key=lambda trial: math.inf if trial.loss is None else trial.loss)
     if best.loss is None:
         raise SearchFailedError(
@@ -136,10 +136,10 @@ def tune(
     return Tuned(changed(method, best.settings, method.label), tuple(trials), best)
 
 
-def _tried(experiment: Experiment, cell: Cell, observer: Observer) -> float | None:
+def _tried(experiment: Experiment, cell: Cell, observer: RunObserver) -> float | None:
     """The lowest validation loss of the trial `cell`; None where it failed."""
     if (cell.folder / FAILED).exists():
-        claim(experiment, cell)
+        open_cell_folder(experiment, cell)
         return None
 
     def run() -> float:

@@ -40,9 +40,9 @@ from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.expansion import changed
 from ptkit.recipe.schema import HeadedTask, Recipe
 from ptkit.runtime.base_model import Base, load_base
-from ptkit.training.claim import start_over as claimed_anew
 from ptkit.training.failure import Failure, failed_cells
-from ptkit.training.run import Observer, cell_name
+from ptkit.training.run import RunObserver, cell_name
+from ptkit.training.run_folder import delete_run_folder
 
 #: The method's own start, in every target's comparison.
 OWN_START = "own-start"
@@ -203,7 +203,7 @@ def _alone(loaded: LoadedRecipe, method: str | None, *, seeds: list[int]) -> Loa
 
 
 def run_transfer(
-    planned: Plan, out: Path, *, observer: Observer | None = None, base: Base | None = None
+    planned: Plan, out: Path, *, observer: RunObserver | None = None, base: Base | None = None
 ) -> TransferMap:
     """Train what is not there yet and write the map; killed, the next call goes on from there.
 
@@ -212,7 +212,7 @@ def run_transfer(
     is no map until the next call has all.
     """
     with held(out):
-        _claim(planned, out)
+        _open_folder(planned, out)
         loaded_bases: dict[str, Base] = {}
 
         def base_of(loaded: LoadedRecipe) -> Base:
@@ -259,10 +259,10 @@ def run_transfer(
 
 def start_over(out: Path) -> None:
     """Delete the map in `out`. Raises UserError when it holds something else."""
-    claimed_anew(out / "transfer.json", "map of transfer")
+    delete_run_folder(out / "transfer.json", "map of transfer")
 
 
-def _claim(planned: Plan, out: Path) -> None:
+def _open_folder(planned: Plan, out: Path) -> None:
     """Write what the map is to `out`, or raise UserError when another one is there."""
     path = out / "transfer.json"
     identity = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ptkit.data.hub_rows import hub_rows
 from ptkit.data.read_files import read_files
-from ptkit.data.splits import Rows, divide
+from ptkit.data.splits import SplitRows, divide
 from ptkit.data.table import Table
 from ptkit.errors import DataError, did_you_mean
 from ptkit.recipe.schema import DataSection, Splits
@@ -20,7 +20,7 @@ BUILTIN = Path(__file__).resolve().parent / "builtin"
 SPLITS = ("train", "validation", "test")
 
 
-def load_rows(section: DataSection, folder: Path, label: str | None = None) -> Rows:
+def load_rows(section: DataSection, folder: Path, label: str | None = None) -> SplitRows:
     """Read the rows `section` names; relative paths start at `folder`.
 
     label: the column by which draws of rows are balanced

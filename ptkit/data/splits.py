@@ -34,7 +34,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Rows:
+class SplitRows:
     """The rows of the three splits; all three are there and hold at least one row.
 
     origins: of each split; test_chose: the test rows are the validation rows, which choose the
@@ -48,7 +48,9 @@ class Rows:
     test_chose: bool
 
 
-def divide(found: dict[str, Table], section: DataSection, what: str, label: str | None) -> Rows:
+def divide(
+    found: dict[str, Table], section: DataSection, what: str, label: str | None
+) -> SplitRows:
     """The splits of a source that has `found` (name of a split -> rows).
 
     what: the source, for error messages; label: the column draws are balanced by
@@ -81,7 +83,7 @@ def divide(found: dict[str, Table], section: DataSection, what: str, label: str 
             or (names.test in files and files[names.test] == files.get(names.validation or ""))
         )
     limits = section.limits
-    return Rows(
+    return SplitRows(
         # A draw per seed is made by each cell, from all rows (see `ptkit.training.experiment`).
         train if section.draw == "seed" else _limited(train, limits.train, label, in_order),
         _limited(validation, limits.validation, label, in_order),

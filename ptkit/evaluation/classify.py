@@ -15,8 +15,8 @@ from ptkit.data.task import Example
 from ptkit.data.templates import filled
 from ptkit.data.tokens import listed
 from ptkit.errors import AdapterError, UserError
+from ptkit.evaluation.evaluate import find_adapter
 from ptkit.evaluation.predict import label_scores, require_room, word_labels
-from ptkit.evaluation.saved import find_adapter
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter
 from ptkit.methods import Adapter, adapter_from_files, base_of, require_same_base
 from ptkit.methods.head import labels_of_files

@@ -23,7 +23,7 @@ from ptkit.runtime.base_model import Base
 
 
 @dataclass(frozen=True)
-class Kind:
+class ModelKind:
     """A kind of models, or of use that is made of them.
 
     loader: transformers' class of the whole model, head included
@@ -46,7 +46,7 @@ class Kind:
     takes_positions: bool = False
 
 
-DECODER = Kind(
+DECODER = ModelKind(
     "decoder",
     AutoModelForCausalLM,
     ("prefix", "prefix (MLP)", "infix", "prompt", "p-tuning", "text prompt", "lora"),
@@ -55,27 +55,27 @@ DECODER = Kind(
     takes_positions=True,
 )
 # An infix and a text prompt are about text that goes on; an encoder's input does not.
-ENCODER_DECODER = Kind(
+ENCODER_DECODER = ModelKind(
     "encoder-decoder",
     AutoModelForSeq2SeqLM,
     ("prefix", "prefix (MLP)", "prompt", "p-tuning", "lora"),
 )
 _HEADED = ("prefix", "prefix (MLP)", "prompt", "p-tuning", "lora", "linear probe")
-SEQUENCE_ENCODER = Kind(
+SEQUENCE_ENCODER = ModelKind(
     "encoder as sequence classifier",
     AutoModelForSequenceClassification,
     _HEADED,
     head="sequence",
     pretrained=(AutoModelForPreTraining, AutoModelForMaskedLM),
 )
-TOKEN_ENCODER = Kind(
+TOKEN_ENCODER = ModelKind(
     "encoder as token classifier",
     AutoModelForTokenClassification,
     _HEADED,
     head="token",
     pretrained=(AutoModelForPreTraining, AutoModelForMaskedLM),
 )
-SEQUENCE_DECODER = Kind(
+SEQUENCE_DECODER = ModelKind(
     "decoder as sequence classifier",
     AutoModelForSequenceClassification,
     _HEADED,
@@ -86,7 +86,7 @@ SEQUENCE_DECODER = Kind(
 KINDS = (DECODER, SEQUENCE_DECODER, ENCODER_DECODER, SEQUENCE_ENCODER, TOKEN_ENCODER)
 
 
-def kinds_of(config: PretrainedConfig) -> tuple[Kind, ...]:
+def kinds_of(config: PretrainedConfig) -> tuple[ModelKind, ...]:
     """The kinds that a model of `config` can be, as far as transformers has a class for it.
 
     config: of a small model, which is made to see whether it is an encoder
@@ -99,7 +99,7 @@ def kinds_of(config: PretrainedConfig) -> tuple[Kind, ...]:
     return tuple(kind for kind in able if type(config) in kind.loader._model_mapping)
 
 
-def used_as(base: Base) -> Kind:
+def used_as(base: Base) -> ModelKind:
     """The kind that `base` is used as."""
     if base.encoder_decoder:
         return ENCODER_DECODER

@@ -14,12 +14,12 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
 from ptkit.errors import ModelError, UserError, did_you_mean
-from ptkit.families.contender import Contender, Ours
-from ptkit.families.kinds import KINDS, Kind, kinds_of, used_as
+from ptkit.families.candidate import Candidate, PtkitCandidate
+from ptkit.families.kinds import KINDS, ModelKind, kinds_of, used_as
 from ptkit.families.oracle import Merged
-from ptkit.families.properties import PROPERTIES, Mismatch, Trial
+from ptkit.families.properties import PROPERTIES, Mismatch, PropertyCase
 from ptkit.families.shapes import FAMILIES, small
-from ptkit.families.subject import NotApplicable, Subject, real_subject, small_subject
+from ptkit.families.tested import ModelUnderTest, NotApplicable, real_model, small_model
 from ptkit.runtime.base_model import Labels, load_base
 from ptkit.runtime.named_models import source_of
 
@@ -37,7 +37,7 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True)
-class Cell:
+class MatrixCell:
     """One property of one method on one model, used as `kind`. detail: the reason, where there is
     one."""
 
@@ -49,10 +49,10 @@ class Cell:
     detail: str = ""
 
 
-Make = Callable[[Subject, str], Contender]
+Make = Callable[[ModelUnderTest, str], Candidate]
 
 
-def subjects_of(model: str, *, full: bool = False) -> list[Subject]:
+def models_under_test(model: str, *, full: bool = False) -> list[ModelUnderTest]:
     """What to check for `model`, a family's name, a hub id or a folder: one for each kind it is of.
 
     full: the real weights instead of a small random model of the same shape, as what its
@@ -62,39 +62,39 @@ def subjects_of(model: str, *, full: bool = False) -> list[Subject]:
         return [_real(model)]
     if model in FAMILIES:
         config = small(FAMILIES[model].config)
-        return [small_subject(model, config, kind) for kind in family_kinds(model)]
+        return [small_model(model, config, kind) for kind in family_kinds(model)]
     config = small(_read_config(model))
     try:
-        subjects = [small_subject(model, config, kind) for kind in kinds_of(config)]
-        for subject in subjects:
-            (row,) = subject.rows((3, 2))
-            Merged(subject.base().model).logits(row)
+        tested_models = [small_model(model, config, kind) for kind in kinds_of(config)]
+        for tested in tested_models:
+            (row,) = tested.rows((3, 2))
+            Merged(tested.base().model).logits(row)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ModelError(
             f"`{config.model_type}` cannot be made small "
             f"({str(error).strip().splitlines()[0]}); check the real weights with --full"
         ) from error
-    if not subjects:
+    if not tested_models:
         raise ModelError(
             f"transformers has neither a language model nor a classifier of `{config.model_type}`, "
             "so there is nothing ptkit could train on it"
         )
-    return subjects
+    return tested_models
 
 
 @functools.cache
-def family_kinds(name: str) -> tuple[Kind, ...]:
+def family_kinds(name: str) -> tuple[ModelKind, ...]:
     """The kinds that the family `name` is of."""
     return kinds_of(small(FAMILIES[name].config))
 
 
-def subject_of(model: str, kind: str | None = None) -> Subject:
+def model_under_test(model: str, kind: str | None = None) -> ModelUnderTest:
     """The one of `subjects_of` whose kind has the name `kind`; None: the first."""
-    subjects = subjects_of(model)
-    return next(s for s in subjects if kind in (None, s.kind.name))
+    tested_models = models_under_test(model)
+    return next(s for s in tested_models if kind in (None, s.kind.name))
 
 
-def _real(model: str) -> Subject:
+def _real(model: str) -> ModelUnderTest:
     """The real weights of `model`, with the head its checkpoint has."""
     config: Any = _read_config(model)
     made = {*(config.architectures or ())}
@@ -105,7 +105,7 @@ def _real(model: str) -> Subject:
     if head is not None:
         labels = Labels(head, tuple(config.id2label[i] for i in sorted(config.id2label)))
     base = load_base(model, labels=labels)
-    return real_subject(base, used_as(base))
+    return real_model(base, used_as(base))
 
 
 def _read_config(model: str) -> PretrainedConfig:
@@ -124,37 +124,37 @@ def _read_config(model: str) -> PretrainedConfig:
 
 
 def run_matrix(
-    subject: Subject,
+    tested: ModelUnderTest,
     methods: Iterable[str] | None = None,
-    make: Make = Ours.made,
+    make: Make = PtkitCandidate.made,
     properties: Sequence[str] = tuple(PROPERTIES),
-) -> Iterator[Cell]:
+) -> Iterator[MatrixCell]:
     """Check `subject`, property by property. Raises UserError for an unknown method."""
-    chosen = subject.kind.methods if methods is None else tuple(methods)
+    chosen = tested.kind.methods if methods is None else tuple(methods)
     for method in chosen:
-        require_method(method, [subject])
+        require_method(method, [tested])
     heard = logging.get_verbosity()
     logging.set_verbosity_error()  # every check makes its model anew, warnings and all
     try:
         for method in chosen:
-            on = one_layer(subject) if method == "infix" else subject
-            trial = Trial(on, lambda s, method=method: make(s, method))  # type: ignore[misc]
+            on = one_layer(tested) if method == "infix" else tested
+            trial = PropertyCase(on, lambda s, method=method: make(s, method))  # type: ignore[misc]
             for name in properties:
                 status, detail = _outcome(trial, name)
-                yield Cell(subject.name, subject.kind.name, method, name, status, detail)
+                yield MatrixCell(tested.name, tested.kind.name, method, name, status, detail)
     finally:
         logging.set_verbosity(heard)
 
 
-def require_method(method: str, subjects: Sequence[Subject]) -> None:
+def require_method(method: str, tested_models: Sequence[ModelUnderTest]) -> None:
     """Raise UserError when `method` is asked of none of `subjects`."""
-    known = dict.fromkeys(name for s in subjects for name in s.kind.methods)
+    known = dict.fromkeys(name for s in tested_models for name in s.kind.methods)
     if method not in known:
-        whom = f"{subjects[0].name} ({', '.join(s.kind.name for s in subjects)})"
+        whom = f"{tested_models[0].name} ({', '.join(s.kind.name for s in tested_models)})"
         raise UserError(f"`{method}` is not asked of {whom}; {did_you_mean(method, known)}")
 
 
-def _outcome(trial: Trial, name: str) -> tuple[Status, str]:
+def _outcome(trial: PropertyCase, name: str) -> tuple[Status, str]:
     try:
         PROPERTIES[name](trial)
     except Mismatch as error:
@@ -169,12 +169,12 @@ def _outcome(trial: Trial, name: str) -> tuple[Status, str]:
     return Status.works, ""
 
 
-def one_layer(subject: Subject) -> Subject:
+def one_layer(tested: ModelUnderTest) -> ModelUnderTest:
     """`subject` with its last kind of layer only and no window, where an infix of real tokens is
     the base reading them; a real model as it is."""
-    config = copy.deepcopy(subject.config)
+    config = copy.deepcopy(tested.config)
     if config is None:
-        return subject
+        return tested
     settings: dict[str, object] = {"num_hidden_layers": 1}
     for pattern in ("layer_types", "no_rope_layers"):
         if getattr(config, pattern, None):
@@ -183,4 +183,4 @@ def one_layer(subject: Subject) -> Subject:
         settings["num_kv_shared_layers"] = 0
     if getattr(config, "sliding_window", None) and not hasattr(config, "layer_types"):
         settings["sliding_window"] = None
-    return subject.changed(**settings)
+    return tested.changed(**settings)

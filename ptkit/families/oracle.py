@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ptkit.families.subject import Row
+from ptkit.families.tested import TokenRow
 
 
 class Oracle(ABC):
@@ -26,7 +26,7 @@ class Oracle(ABC):
         self.model: Any = model
 
     @abstractmethod
-    def logits(self, row: Row) -> Tensor:
+    def logits(self, row: TokenRow) -> Tensor:
         """Logits `[tokens of the answer, vocabulary]` that predict the answer, token by token; of
         a labelled row, `[labelled, labels]`."""
 
@@ -52,9 +52,9 @@ class Oracle(ABC):
         return best[0][1]
 
     def _next(self, read: list[int], written: list[int]) -> Tensor:
-        return self.logits(Row(read, [*written, 0]))[-1].float()
+        return self.logits(TokenRow(read, [*written, 0]))[-1].float()
 
-    def _plain(self, row: Row, **inputs: Any) -> Tensor:
+    def _plain(self, row: TokenRow, **inputs: Any) -> Tensor:
         """The model's own logits of the answer."""
         device = self.model.device
         with torch.no_grad():
@@ -68,20 +68,20 @@ class Oracle(ABC):
             return logits.flatten(0, -2)[-len(row.answer) :]
         return logits[0, -len(row.answer) - 1 : -1]
 
-    def _read(self, row: Row, **inputs: Any) -> Tensor:
+    def _read(self, row: TokenRow, **inputs: Any) -> Tensor:
         """The model's own logits of the answer, nothing being cached."""
         if not (row.labelled or self.model.config.is_encoder_decoder):  # not all can be told so
             inputs["use_cache"] = False
         return self._plain(row, **inputs)
 
-    def _ids(self, row: Row) -> Tensor:
+    def _ids(self, row: TokenRow) -> Tensor:
         return torch.tensor([row.whole], device=self.model.device)
 
 
 class Merged(Oracle):
     """A model that does by itself what the adapter does (LoRA's matrices added to its weights)."""
 
-    def logits(self, row: Row) -> Tensor:
+    def logits(self, row: TokenRow) -> Tensor:
         if self.model.config.is_encoder_decoder:
             return self._plain(row)
         return self._read(row, input_ids=self._ids(row))
@@ -96,7 +96,7 @@ class Embedded(Oracle):
         super().__init__(model)
         self.embeddings = embeddings
 
-    def logits(self, row: Row) -> Tensor:
+    def logits(self, row: TokenRow) -> Tensor:
         pairs = self.model.config.is_encoder_decoder
         reader = self.model.get_encoder() if pairs else self.model
         read = torch.tensor([row.input if pairs else row.whole], device=self.model.device)
@@ -115,7 +115,7 @@ class Listened(Oracle):
         super().__init__(model)
         self.embeddings = embeddings
 
-    def logits(self, row: Row) -> Tensor:
+    def logits(self, row: TokenRow) -> Tensor:
         encoder = self.model.get_encoder()
         scaled = self.embeddings * getattr(encoder, "embed_scale", 1.0)
         if not hasattr(encoder, "embed_positions"):  # relative ones: it is a longer text
@@ -149,7 +149,7 @@ class Labelled(Oracle):
         self.backbone: Any = self.model.base_model
         self.pooler = getattr(self.backbone, "pooler", None)
 
-    def logits(self, row: Row) -> Tensor:
+    def logits(self, row: TokenRow) -> Tensor:
         ids, virtual = self._ids(row), len(self.embeddings)
         positions = own_positions(self.backbone, ids)
         first = int(positions.min())
@@ -185,14 +185,14 @@ class _HasRead(nn.Module):
         return self.output
 
 
-class Written(Oracle):
+class TextPromptOracle(Oracle):
     """A text prompt: its tokens, then the row's."""
 
     def __init__(self, model: PreTrainedModel, tokens: Sequence[int]) -> None:
         super().__init__(model)
         self.tokens = list(tokens)
 
-    def logits(self, row: Row) -> Tensor:
+    def logits(self, row: TokenRow) -> Tensor:
         ids = torch.tensor([self.tokens + row.whole], device=self.model.device)
         return self._read(row, input_ids=ids)
 
@@ -205,7 +205,7 @@ class Inside(Oracle):
         super().__init__(model)
         self.tokens = list(tokens)
 
-    def logits(self, row: Row) -> Tensor:
+    def logits(self, row: TokenRow) -> Tensor:
         before, virtual = len(row.input) - 1, len(self.tokens)
         read = [*row.input[:-1], *self.tokens, row.input[-1]]
         ids = torch.tensor([read + row.answer], device=self.model.device)

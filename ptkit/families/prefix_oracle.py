@@ -17,7 +17,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from ptkit.families.oracle import Oracle, own_positions
-from ptkit.families.subject import Row
+from ptkit.families.tested import TokenRow
 
 
 class Attended(Oracle):
@@ -48,7 +48,7 @@ class Attended(Oracle):
         AttentionInterface.register("written_out", self._attention)
         AttentionMaskInterface.register("written_out", _whole_mask)
 
-    def logits(self, row: Row) -> Tensor:
+    def logits(self, row: TokenRow) -> Tensor:
         # Registered again: another oracle may have taken the name.
         AttentionInterface.register("written_out", self._attention)
         own = self.model.config._attn_implementation
@@ -87,7 +87,7 @@ class Attended(Oracle):
         return (weights.to(values.dtype) @ values).transpose(1, 2).contiguous(), None
 
 
-class Disentangled(Oracle):
+class DisentangledOracle(Oracle):
     """A prefix in DeBERTa's attention, which cannot be replaced: what a module makes of the words
     and what the prefix gives, each in the share of its exponentials. Virtual tokens have contents
     and no distances (He et al. 2021, section 3.1)."""
@@ -99,7 +99,7 @@ class Disentangled(Oracle):
         modules = [m for m in model.modules() if hasattr(m, "disentangled_attention_bias")]
         self.prefix = dict(zip(modules, zip(keys, values, strict=True), strict=True))
 
-    def logits(self, row: Row) -> Tensor:
+    def logits(self, row: TokenRow) -> Tensor:
         hooks = [m.register_forward_hook(self._joined, with_kwargs=True) for m in self.prefix]
         try:
             return self._plain(row, input_ids=self._ids(row), output_attentions=True)
@@ -144,7 +144,7 @@ class Continued(Oracle):
         super().__init__(model)
         self.pairs = list(zip(keys, values, strict=True))
 
-    def logits(self, row: Row) -> Tensor:
+    def logits(self, row: TokenRow) -> Tensor:
         cache = DynamicCache()
         for layer, (key, value) in enumerate(self.pairs):
             cache.update(key[None].clone(), value[None].clone(), layer)
@@ -211,5 +211,5 @@ def prefix_oracle(
     if type(model)._can_set_attn_implementation():
         return Attended(model, keys, values, takes_positions=takes_positions)
     if any(hasattr(module, "disentangled_attention_bias") for module in model.modules()):
-        return Disentangled(model, keys, values)
+        return DisentangledOracle(model, keys, values)
     return Continued(model, keys, values)

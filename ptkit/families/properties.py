@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptkit.families.contender import Contender
+from ptkit.families.candidate import Candidate
 from ptkit.families.oracle import Merged
-from ptkit.families.subject import NotApplicable, Row, Subject
+from ptkit.families.tested import ModelUnderTest, NotApplicable, TokenRow
 from ptkit.runtime.attention import attention_of
 
 #: Largest difference of two logits in float32, of the largest logit.
@@ -37,21 +37,21 @@ class Mismatch(Exception):
 
 
 @dataclass(frozen=True)
-class Trial:
+class PropertyCase:
     """One method of one program on one subject.
 
     make: a fresh contender on another subject (of the same family)
     """
 
-    subject: Subject
-    make: Callable[[Subject], Contender]
+    tested: ModelUnderTest
+    make: Callable[[ModelUnderTest], Candidate]
 
-    def contender(self) -> Contender:
+    def candidate(self) -> Candidate:
         """A fresh one, which no earlier check has touched."""
-        return self.make(self.subject)
+        return self.make(self.tested)
 
 
-Property = Callable[[Trial], None]
+Property = Callable[[PropertyCase], None]
 PROPERTIES: dict[str, Property] = {}
 
 
@@ -80,70 +80,70 @@ def _require_equal(found: Sequence[list[int]], expected: Sequence[list[int]], wh
             raise Mismatch(f"{what}: row {i} differs at token {first}")
 
 
-def _check_logits(contender: Contender, rows: Sequence[Row], *, left: bool, what: str) -> None:
-    found = contender.logits(rows, left=left)
+def _check_logits(candidate: Candidate, rows: Sequence[TokenRow], *, left: bool, what: str) -> None:
+    found = candidate.logits(rows, left=left)
     for row, logits in zip(rows, found, strict=True):
-        _require_close(logits, contender.oracle.logits(row), what)
+        _require_close(logits, candidate.oracle.logits(row), what)
 
 
 @_property("exact")
-def exact(trial: Trial) -> None:
+def exact(trial: PropertyCase) -> None:
     """Logits and loss of rows of one length are the oracle's."""
-    contender = trial.contender()
-    rows = trial.subject.rows((9, 6), (9, 6))
-    _check_logits(contender, rows, left=False, what="equal lengths")
-    right = [contender.oracle.logits(row).float() for row in rows]
+    candidate = trial.candidate()
+    rows = trial.tested.rows((9, 6), (9, 6))
+    _check_logits(candidate, rows, left=False, what="equal lengths")
+    right = [candidate.oracle.logits(row).float() for row in rows]
     targets = torch.tensor([token for row in rows for token in row.answer])
     expected = torch.nn.functional.cross_entropy(torch.cat(right), targets.to(right[0].device))
-    found = contender.loss(rows).detach()
+    found = candidate.loss(rows).detach()
     if not abs(float(found - expected)) <= TOLERANCE * max(1.0, float(expected)):
         raise Mismatch(f"loss {float(found):.4f}, expected {float(expected):.4f}")
 
 
 @_property("padding")
-def padding(trial: Trial) -> None:
+def padding(trial: PropertyCase) -> None:
     """Rows of unequal lengths, padded on either side, get the logits they get alone (encoders and
     classifiers: at the right)."""
-    contender = trial.contender()
-    rows = trial.subject.rows(*LENGTHS)
-    _check_logits(contender, rows, left=False, what="padded at the right")
-    if trial.subject.kind.padded_left:
-        _check_logits(contender, rows, left=True, what="padded at the left")
+    candidate = trial.candidate()
+    rows = trial.tested.rows(*LENGTHS)
+    _check_logits(candidate, rows, left=False, what="padded at the right")
+    if trial.tested.kind.padded_left:
+        _check_logits(candidate, rows, left=True, what="padded at the left")
 
 
 @_property("whole length")
-def whole_length(trial: Trial) -> None:
+def whole_length(trial: PropertyCase) -> None:
     """A row as long as the model was made for is read beside the virtual tokens, too (asked where
     these take no positions)."""
-    subject = trial.subject
-    if subject.kind.takes_positions:
+    tested = trial.tested
+    if tested.kind.takes_positions:
         raise NotApplicable("virtual tokens take positions, as words do")
-    row = _longest(subject)
-    contender = trial.contender()
-    _check_logits(contender, [row], left=False, what=f"{len(row.input)} words")
+    row = _longest(tested)
+    candidate = trial.candidate()
+    _check_logits(candidate, [row], left=False, what=f"{len(row.input)} words")
 
 
 @_property("gradients")
-def gradients(trial: Trial) -> None:
+def gradients(trial: PropertyCase) -> None:
     """The gradient is the loss's slope, along itself and along a random direction, by central
     differences in float64; the base gets none."""
-    contender = _trained(trial)
-    contender.model.double()
-    if contender.model._can_set_experts_implementation():
-        contender.model.set_experts_implementation("eager")  # others have no float64
-    rows = trial.subject.rows((7, 4), (7, 4))
-    with contender.training(checkpointed=False):
-        contender.loss(rows).backward()
-        parameters = contender.parameters()
+    candidate = _trained(trial)
+    candidate.model.double()
+    if candidate.model._can_set_experts_implementation():
+        candidate.model.set_experts_implementation("eager")  # others have no float64
+    rows = trial.tested.rows((7, 4), (7, 4))
+    with candidate.training(checkpointed=False):
+        candidate.loss(rows).backward()
+        parameters = candidate.parameters()
         own = {id(p) for p in parameters.values()}
-        if any(p.grad is not None for p in contender.model.parameters() if id(p) not in own):
+        if any(p.grad is not None for p in candidate.model.parameters() if id(p) not in own):
             raise Mismatch("the base got gradients")
         slopes = {n: p.grad for n, p in parameters.items() if p.grad is not None}
         if not slopes or not any(bool(g.abs().max() > 0) for g in slopes.values()):
             raise Mismatch("nothing that is trained got a gradient")
         dead = sum(int((g == 0).sum()) for g in slopes.values())
         # Units of a head may well be off for two rows.
-        writes = trial.subject.kind.head is None
+        writes = trial.tested.kind.head is None
         if writes and dead > _DEAD * sum(g.numel() for g in slopes.values()):
             raise Mismatch("half of what is trained never gets a gradient")
         length = float(torch.cat([g.flatten() for g in slopes.values()]).norm())
@@ -154,13 +154,13 @@ def gradients(trial: Trial) -> None:
             {n: g / length for n, g in slopes.items()},
             {n: v / size for n, v in noise.items()},
         ):
-            _check_slope(contender, rows, direction, length)
+            _check_slope(candidate, rows, direction, length)
 
 
 def _check_slope(
-    contender: Contender, rows: Sequence[Row], direction: dict[str, Tensor], length: float
+    candidate: Candidate, rows: Sequence[TokenRow], direction: dict[str, Tensor], length: float
 ) -> None:
-    parameters = contender.parameters()
+    parameters = candidate.parameters()
     expected = 0.0
     for name, change in direction.items():
         gradient = parameters[name].grad
@@ -169,7 +169,7 @@ def _check_slope(
     # A long step tells a slope from rounding; over it the loss of a mixture of experts may jump,
     # where another expert is chosen, and then a short one tells.
     for step in (2e-3, 1e-4):
-        slope = _slope(contender, rows, direction, step)
+        slope = _slope(candidate, rows, direction, step)
         if abs(slope - expected) <= 0.03 * length + 1e-4:
             return
     raise Mismatch(f"gradient {expected:.4g} along a direction of slope {slope:.4g}")
@@ -177,32 +177,32 @@ def _check_slope(
 
 @torch.no_grad()
 def _slope(
-    contender: Contender, rows: Sequence[Row], direction: dict[str, Tensor], step: float
+    candidate: Candidate, rows: Sequence[TokenRow], direction: dict[str, Tensor], step: float
 ) -> float:
     """The central difference of the loss along `direction`."""
-    parameters = contender.parameters()
+    parameters = candidate.parameters()
     losses = []
     for sign in (1, -2):
         for name, change in direction.items():
             parameters[name].add_(sign * step * change)
-        losses.append(float(contender.loss(rows)))
+        losses.append(float(candidate.loss(rows)))
     for name, change in direction.items():
         parameters[name].add_(step * change)
     return (losses[0] - losses[1]) / (2 * step)
 
 
 @_property("checkpointing")
-def checkpointing(trial: Trial) -> None:
+def checkpointing(trial: PropertyCase) -> None:
     """Gradient checkpointing changes neither the loss nor the gradients."""
     _trained(trial)
-    rows = trial.subject.rows(*LENGTHS[:2])
+    rows = trial.tested.rows(*LENGTHS[:2])
 
     def step(checkpointed: bool) -> tuple[Tensor, list[Tensor | None]]:
-        contender = trial.contender()
-        with contender.training(checkpointed=checkpointed):
-            loss = contender.loss(rows)
+        candidate = trial.candidate()
+        with candidate.training(checkpointed=checkpointed):
+            loss = candidate.loss(rows)
             loss.backward()
-        found = [p.grad for p in contender.parameters().values()]
+        found = [p.grad for p in candidate.parameters().values()]
         return loss.detach(), found
 
     plain, expected = step(False)
@@ -219,30 +219,30 @@ def checkpointing(trial: Trial) -> None:
 
 
 @_property("generation")
-def generation(trial: Trial) -> None:
+def generation(trial: PropertyCase) -> None:
     """Greedy tokens are the oracle's (inputs of one length, here and below)."""
     _check_tokens(trial, "greedy search")
 
 
 @_property("padded generation")
-def padded_generation(trial: Trial) -> None:
+def padded_generation(trial: PropertyCase) -> None:
     """So they are in a batch of unequal inputs, row by row."""
     _check_tokens(trial, "padded batch", lengths=LENGTHS)
 
 
 @_property("beams")
-def beams(trial: Trial) -> None:
+def beams(trial: PropertyCase) -> None:
     """Beam search finds what it finds over the oracle."""
     _require_words(trial)
-    contender = trial.contender()
-    inputs = [row.input for row in trial.subject.rows(*EQUAL)]
-    found = contender.generate(inputs, max_new_tokens=4, num_beams=3)
-    expected = [contender.oracle.beam(read, 4, 3) for read in inputs]
+    candidate = trial.candidate()
+    inputs = [row.input for row in trial.tested.rows(*EQUAL)]
+    found = candidate.generate(inputs, max_new_tokens=4, num_beams=3)
+    expected = [candidate.oracle.beam(read, 4, 3) for read in inputs]
     _require_equal(found, expected, "beam search")
 
 
 @_property("static cache")
-def static_cache(trial: Trial) -> None:
+def static_cache(trial: PropertyCase) -> None:
     """A cache of fixed size gives the same tokens."""
     _require_going_on(trial)
     _require_of_base(trial, cache_implementation="static")
@@ -250,56 +250,56 @@ def static_cache(trial: Trial) -> None:
 
 
 @_property("no cache")
-def no_cache(trial: Trial) -> None:
+def no_cache(trial: PropertyCase) -> None:
     """So does reading everything again at every token."""
     _check_tokens(trial, "no cache", use_cache=False)
 
 
 @_property("lookup")
-def lookup(trial: Trial) -> None:
+def lookup(trial: PropertyCase) -> None:
     """So does prompt lookup decoding (drafts of the answer copied from the input)."""
     _require_words(trial)
     _require_of_base(trial, prompt_lookup_num_tokens=2)
-    contender = trial.contender()
-    word = trial.subject.rows((3, 1))[0].input
-    (found,) = contender.generate([word * 3], max_new_tokens=NEW_TOKENS, prompt_lookup_num_tokens=2)
-    _require_equal([found], [contender.oracle.greedy(word * 3, NEW_TOKENS)], "prompt lookup")
+    candidate = trial.candidate()
+    word = trial.tested.rows((3, 1))[0].input
+    (found,) = candidate.generate([word * 3], max_new_tokens=NEW_TOKENS, prompt_lookup_num_tokens=2)
+    _require_equal([found], [candidate.oracle.greedy(word * 3, NEW_TOKENS)], "prompt lookup")
 
 
 @_property("turns")
-def turns(trial: Trial) -> None:
+def turns(trial: PropertyCase) -> None:
     """A second turn on the cache of the first answers as if everything had been read at once."""
     _require_going_on(trial)
-    contender = trial.contender()
-    first, second = (row.input for row in trial.subject.rows((6, 1), (5, 1)))
-    found = contender.turns([first, second], 5)
-    said = contender.oracle.greedy(first, 5)
-    expected = [said, contender.oracle.greedy([*first, *said, *second], 5)]
+    candidate = trial.candidate()
+    first, second = (row.input for row in trial.tested.rows((6, 1), (5, 1)))
+    found = candidate.turns([first, second], 5)
+    said = candidate.oracle.greedy(first, 5)
+    expected = [said, candidate.oracle.greedy([*first, *said, *second], 5)]
     _require_equal(found, expected, "conversation")
 
 
 @_property("saved")
-def saved(trial: Trial) -> None:
+def saved(trial: PropertyCase) -> None:
     """Saved and read back on the base loaded anew, it gives the oracle's logits still; whatever of
     a head the pretrained checkpoint has no weights for is at random there."""
-    contender = _trained(trial)
-    rows = trial.subject.rows((8, 4))
+    candidate = _trained(trial)
+    rows = trial.tested.rows((8, 4))
     with tempfile.TemporaryDirectory() as folder:
-        again = contender.reloaded(Path(folder))
+        again = candidate.reloaded(Path(folder))
     found = again.logits(rows, left=False)
-    _require_close(found[0], contender.oracle.logits(rows[0]), "read back")
+    _require_close(found[0], candidate.oracle.logits(rows[0]), "read back")
 
 
 @_property("off")
-def off(trial: Trial) -> None:
+def off(trial: PropertyCase) -> None:
     """Switched off, the base's logits are bit for bit those from before, its words the same (with a
     classification head: those of the base's own)."""
-    (row,) = trial.subject.rows((8, 4))
-    base = Merged(trial.subject.base().model)
+    (row,) = trial.tested.rows((8, 4))
+    base = Merged(trial.tested.base().model)
     before = base.logits(row)
-    contender = trial.contender()
-    on = contender.logits([row], left=False)[0]
-    with contender.off() as model:
+    candidate = trial.candidate()
+    on = candidate.logits([row], left=False)[0]
+    with candidate.off() as model:
         after = Merged(model).logits(row)
         again = None if row.labelled else _four_words(model, row)
     if torch.equal(on, before):
@@ -311,7 +311,7 @@ def off(trial: Trial) -> None:
         _require_equal([again], [written], "generation without the adapter")
 
 
-def _four_words(model: Any, row: Row) -> list[int]:
+def _four_words(model: Any, row: TokenRow) -> list[int]:
     written = model.generate(
         input_ids=torch.tensor([row.input], device=model.device), max_new_tokens=4,
         do_sample=False, eos_token_id=None,
@@ -320,20 +320,20 @@ def _four_words(model: Any, row: Row) -> list[int]:
 
 
 @_property("other attention")
-def other_attention(trial: Trial) -> None:
+def other_attention(trial: PropertyCase) -> None:
     """Eager attention gives the same (or sdpa, for a model whose own is eager)."""
-    own = attention_of(trial.subject.base().model)
-    other = trial.subject.attending("sdpa" if own == "eager" else "eager")
-    contender = trial.make(other)
-    _check_logits(contender, other.rows(*LENGTHS), left=False, what="other attention")
+    own = attention_of(trial.tested.base().model)
+    other = trial.tested.attending("sdpa" if own == "eager" else "eager")
+    candidate = trial.make(other)
+    _check_logits(candidate, other.rows(*LENGTHS), left=False, what="other attention")
 
 
 @_property("bfloat16")
-def bfloat16(trial: Trial) -> None:
+def bfloat16(trial: PropertyCase) -> None:
     """In bfloat16 it is no further from the truth than the plain base is."""
-    rows = trial.subject.rows(*LENGTHS)
-    precise = trial.contender()
-    rounded = trial.make(replace(trial.subject, dtype=torch.bfloat16))
+    rows = trial.tested.rows(*LENGTHS)
+    precise = trial.candidate()
+    rounded = trial.make(replace(trial.tested, dtype=torch.bfloat16))
     found = torch.cat([t.float() for t in rounded.logits(rows, left=False)])
     right = torch.cat([precise.oracle.logits(row).float() for row in rows])
     plain = torch.cat([rounded.oracle.logits(row).float() for row in rows])
@@ -344,31 +344,31 @@ def bfloat16(trial: Trial) -> None:
 
 
 @_property("tied")
-def tied(trial: Trial) -> None:
+def tied(trial: PropertyCase) -> None:
     """The same with input and output embeddings shared, where they were not, or the reverse."""
     _require_words(trial)
-    config = trial.subject.config
+    config = trial.tested.config
     if config is None:
         raise NotApplicable("asked of small models")
-    other = trial.subject.changed(tie_word_embeddings=not config.tie_word_embeddings)
+    other = trial.tested.changed(tie_word_embeddings=not config.tie_word_embeddings)
     model: Any = other.base().model
     reader = model.get_encoder() if config.is_encoder_decoder else model
     if reader.get_input_embeddings().weight is not model.get_input_embeddings().weight:
         raise NotApplicable("untied, the encoder would have words of its own")
-    contender = trial.make(other)
-    _check_logits(contender, other.rows((9, 6), (9, 6)), left=False, what="embeddings")
+    candidate = trial.make(other)
+    _check_logits(candidate, other.rows((9, 6), (9, 6)), left=False, what="embeddings")
 
 
-def _longest(subject: Subject) -> Row:
+def _longest(tested: ModelUnderTest) -> TokenRow:
     """The longest row that the plain base reads. Raises NotApplicable where there is none."""
-    base = subject.base()
+    base = tested.base()
     if base.max_positions is None:
         raise NotApplicable(f"{type(base.model).__name__} has positions without end")
     if base.max_positions > _LONG:
         raise NotApplicable(f"asked up to {_LONG} words")
     # Tables of positions keep places for other things, in some families.
     for length in range(base.max_positions, base.max_positions - 4, -1):
-        (row,) = subject.rows((length, 4))
+        (row,) = tested.rows((length, 4))
         try:
             Merged(base.model).logits(row)
         except (IndexError, RuntimeError):
@@ -377,21 +377,21 @@ def _longest(subject: Subject) -> Row:
     raise NotApplicable(f"the plain base does not read {base.max_positions} words")
 
 
-def _require_words(trial: Trial) -> None:
-    if trial.subject.kind.head is not None:
+def _require_words(trial: PropertyCase) -> None:
+    if trial.tested.kind.head is not None:
         raise NotApplicable("a classification head writes no words")
 
 
-def _require_going_on(trial: Trial) -> None:
+def _require_going_on(trial: PropertyCase) -> None:
     _require_words(trial)
-    if not trial.subject.kind.goes_on:
-        raise NotApplicable(f"an {trial.subject.kind.name} answers one input")
+    if not trial.tested.kind.goes_on:
+        raise NotApplicable(f"an {trial.tested.kind.name} answers one input")
 
 
-def _require_of_base(trial: Trial, **options: object) -> None:
+def _require_of_base(trial: PropertyCase, **options: object) -> None:
     """Raise NotApplicable for what the model cannot do without any adapter, either."""
-    model: Any = trial.subject.base().model
-    read = torch.tensor([trial.subject.rows((6, 1))[0].input], device=model.device)
+    model: Any = trial.tested.base().model
+    read = torch.tensor([trial.tested.rows((6, 1))[0].input], device=model.device)
     try:
         model.generate(
             input_ids=read, max_new_tokens=2, do_sample=False, eos_token_id=None, **options
@@ -401,18 +401,18 @@ def _require_of_base(trial: Trial, **options: object) -> None:
 
 
 def _check_tokens(
-    trial: Trial, what: str, lengths: Sequence[tuple[int, int]] = EQUAL, **options: object
+    trial: PropertyCase, what: str, lengths: Sequence[tuple[int, int]] = EQUAL, **options: object
 ) -> None:
     _require_words(trial)
-    contender = trial.contender()
-    inputs = [row.input for row in trial.subject.rows(*lengths)]
-    found = contender.generate(inputs, max_new_tokens=NEW_TOKENS, **options)
-    expected = [contender.oracle.greedy(read, NEW_TOKENS) for read in inputs]
+    candidate = trial.candidate()
+    inputs = [row.input for row in trial.tested.rows(*lengths)]
+    found = candidate.generate(inputs, max_new_tokens=NEW_TOKENS, **options)
+    expected = [candidate.oracle.greedy(read, NEW_TOKENS) for read in inputs]
     _require_equal(found, expected, what)
 
 
-def _trained(trial: Trial) -> Contender:
-    contender = trial.contender()
-    if not contender.parameters():
+def _trained(trial: PropertyCase) -> Candidate:
+    candidate = trial.candidate()
+    if not candidate.parameters():
         raise NotApplicable("nothing is trained")
-    return contender
+    return candidate

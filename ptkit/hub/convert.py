@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ptkit.errors import AdapterError
-from ptkit.evaluation.saved import find_adapter
+from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats.adapter_files import (
     CARD,
     RECIPE,

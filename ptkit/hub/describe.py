@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptkit.evaluation.saved import find_adapter
+from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter, weights_path
 
 
@@ -42,7 +42,7 @@ def describe(source: str | Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Difference:
+class SettingDifference:
     """One thing two adapters differ in."""
 
     name: str
@@ -50,7 +50,7 @@ class Difference:
     second: Any
 
 
-def differences(first: str | Path, second: str | Path) -> list[Difference]:
+def differences(first: str | Path, second: str | Path) -> list[SettingDifference]:
     """Settings, scores and tensors in which two adapters differ.
 
     A tensor's entry holds its length in the first and the distance between the two; tensors of
@@ -63,13 +63,15 @@ def differences(first: str | Path, second: str | Path) -> list[Difference]:
         a, b = one.tensors.get(name), other.tensors.get(name)
         if a is None or b is None or a.shape != b.shape:
             shapes = [None if t is None else str(list(t.shape)) for t in (a, b)]
-            found.append(Difference(f"tensor {name}", *shapes))
+            found.append(SettingDifference(f"tensor {name}", *shapes))
             continue
         distance = float((a.float() - b.float()).norm())
         if distance:
             length = float(a.float().norm())
             found.append(
-                Difference(f"tensor {name}", f"length {length:.4g}", f"distance {distance:.4g}")
+                SettingDifference(
+                    f"tensor {name}", f"length {length:.4g}", f"distance {distance:.4g}"
+                )
             )
     return found
 
@@ -80,7 +82,7 @@ def _settings(files: AdapterFiles) -> dict[str, Any]:
     return {**info, "peft": files.config}
 
 
-def _unequal(prefix: str, one: dict[str, Any], other: dict[str, Any]) -> list[Difference]:
+def _unequal(prefix: str, one: dict[str, Any], other: dict[str, Any]) -> list[SettingDifference]:
     found = []
     for key in dict.fromkeys([*one, *other]):
         a, b = one.get(key), other.get(key)
@@ -89,7 +91,7 @@ def _unequal(prefix: str, one: dict[str, Any], other: dict[str, Any]) -> list[Di
         elif isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-4):
             continue  # shown with four digits they would look the same
         elif a != b:
-            found.append(Difference(f"{prefix}{key}", a, b))
+            found.append(SettingDifference(f"{prefix}{key}", a, b))
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ptkit.errors import AdapterError, PtkitError
-from ptkit.evaluation.saved import Evaluation, evaluate, find_adapter
+from ptkit.evaluation.evaluate import Evaluation, evaluate, find_adapter
 from ptkit.formats.adapter_files import (
     CARD,
     RECIPE,
@@ -26,7 +26,7 @@ from ptkit.methods import adapter_from_files, base_of, require_same_base
 from ptkit.recipe import load_recipe
 from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import prepare
-from ptkit.training.provenance import claim
+from ptkit.training.provenance import as_recorded
 
 Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 #: `peft`: as trained. `kv`: compiled to a prefix, whatever the method.
@@ -128,7 +128,7 @@ def _scored(
 
     before, after = measured(original), measured(stored)
     lost = {name: before.metrics[name].mean - i.mean for name, i in after.metrics.items()}
-    claims = {name: claim(interval) for name, interval in after.metrics.items()}
+    claims = {name: as_recorded(interval) for name, interval in after.metrics.items()}
     retention = after.retention and after.retention.as_dict()
     measured_info = {
         "metrics": claims, "n_test": len(after.predictions), "retention": retention,

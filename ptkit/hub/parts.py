@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ptkit.errors import AdapterError
-from ptkit.evaluation.saved import find_adapter
+from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import CARD, AdapterFiles, read_adapter, write_adapter
 from ptkit.methods import adapter_from_files, base_of, parts_of, require_same_base

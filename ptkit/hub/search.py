@@ -9,7 +9,7 @@ from ptkit.methods.catalogue import method_sections
 
 
 @dataclass(frozen=True)
-class Found:
+class HubAdapter:
     """One adapter repository. method: from its tags, None where they do not say."""
 
     id: str
@@ -27,7 +27,7 @@ def tags_of_methods() -> dict[str, tuple[str, ...]]:
 
 def search(
     base: str, *, method: str | None = None, text: str | None = None, limit: int = 20
-) -> list[Found]:
+) -> list[HubAdapter]:
     """Adapters on the Hub whose card names the base model `base`, most downloaded first.
 
     method: one of `tags_of_methods`; text: words in the repository's name
@@ -54,7 +54,7 @@ def search(
                 continue
             updated = model.last_modified.date().isoformat() if model.last_modified else ""
             found.append(
-                Found(model.id, kind, model.downloads or 0, model.likes or 0, updated,
+                HubAdapter(model.id, kind, model.downloads or 0, model.likes or 0, updated,
                       "ptkit" in tags)
             )  # fmt: skip
             if len(found) == limit:

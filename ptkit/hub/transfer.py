@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ptkit.errors import AdapterError, UserError
-from ptkit.evaluation.saved import find_adapter
+from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import (
     ADAPTER_FILES,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptkit.errors import AdapterError, DataError, PtkitError, UserError
-from ptkit.evaluation.saved import evaluate_saved, find_adapter
+from ptkit.evaluation.evaluate import evaluate_saved, find_adapter
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats.adapter_files import (
     INFO,

@@ -88,7 +88,7 @@ class Splits(Section):
     checkpoint: record, table, report and card then say so."""
 
 
-class Limits(Section):
+class SplitLimits(Section):
     """Use only so many rows of each split."""
 
     train: Annotated[int, Field(gt=0)] | None = None
@@ -116,7 +116,7 @@ class DataSection(Section):
     splits: Splits = Splits()
     """The source's names for the three splits. What is missing falls back: test to the validation
     rows, validation to a tenth of the training rows (both as if the name were null)."""
-    limits: Limits = Limits()
+    limits: SplitLimits = SplitLimits()
     """Use only so many rows of each split."""
     draw: Literal["balanced", "first", "seed"] = "balanced"
     """Which rows `limits` keep and which are held out for a missing validation split. `balanced`: a

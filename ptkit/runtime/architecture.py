@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ptkit.runtime.facts import known
+from ptkit.runtime.locks import running
 from ptkit.runtime.row_adapters import rows_run_with
-from ptkit.runtime.turns import running
 
 #: What a classification head labels: the whole input, or each of its tokens.
 HeadKind = Literal["sequence", "token"]

@@ -38,7 +38,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: slice) ->
     return nn.functional.linear(hidden, weight, of_piece).float()
 
 
-class _PerPosition(torch.autograd.Function):
+class _BlockPerPosition(torch.autograd.Function):
     """A loss of each position; the gradient with respect to the first of three inputs was taken in
     the forward pass."""
 
@@ -49,7 +49,7 @@ class _PerPosition(torch.autograd.Function):
         return scaled, None, None
 
 
-class _BlockHeadLoss(_PerPosition):
+class _BlockHeadLoss(_BlockPerPosition):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: BlockLinear) -> Tensor:
         parts = [
@@ -90,7 +90,7 @@ def _losses(
     return losses, (mean / total).sub_(unpacked(head.weight[targets], head.kind).float())
 
 
-class _BlockHeadDivergence(_PerPosition):
+class _BlockHeadDivergence(_BlockPerPosition):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, wanted: Tensor, head: BlockLinear) -> Tensor:
         parts = [

@@ -16,8 +16,8 @@ from ptkit.runtime.architecture import evaluating, is_encoder, reads_ids
 from ptkit.runtime.attention import Call
 from ptkit.runtime.backends import backend_of
 from ptkit.runtime.cache import layers_with_keys, require_no_state, whole_cache
+from ptkit.runtime.locks import running
 from ptkit.runtime.row_adapters import rows_run_with
-from ptkit.runtime.turns import running
 from ptkit.runtime.views import viewed
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptkit.runtime.attention import Call, Noted, Placed, Repeats, in_place
-from ptkit.runtime.views import Stand, name_of
+from ptkit.runtime.views import StandIn, name_of
 
 
 class Disentangled:
@@ -28,7 +28,7 @@ class Disentangled:
         }
 
 
-class Attending(Stand):
+class Attending(StandIn):
     """An attention module of DeBERTa's with the prefixes of one forward pass."""
 
     def __init__(self, inner: nn.Module, placed: Placed) -> None:

@@ -18,7 +18,7 @@ from ptkit.runtime.block_head import block_head_divergences, block_head_losses
 from ptkit.runtime.block_layers import BlockLinear
 from ptkit.runtime.compile import reading
 from ptkit.runtime.facts import known
-from ptkit.runtime.views import Stand, looks_into_views, name_of, viewed
+from ptkit.runtime.views import StandIn, looks_into_views, name_of, viewed
 
 #: Positions whose logits exist at the same time. Fewer would read the head's matrix too often.
 CHUNK = 128
@@ -75,7 +75,7 @@ def _gives_what_its_head_gives(model: PreTrainedModel) -> bool:
     return len(head.said) == 1 and torch.equal(head.said[0], logits)
 
 
-class _Heard(Stand):
+class _Heard(StandIn):
     """An output head, and what it gave."""
 
     def __init__(self, inner: nn.Module) -> None:

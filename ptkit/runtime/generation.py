@@ -18,10 +18,10 @@ from ptkit.runtime.attention_sites import require_attention, takes_positions
 from ptkit.runtime.cache import cache_for, prefilled_cache, sees_everything
 from ptkit.runtime.forward import pad_rows
 from ptkit.runtime.infix import placed_before_last, read_before_last
+from ptkit.runtime.locks import running
 from ptkit.runtime.processors import DRAFTED, processors_read_text, setting
 from ptkit.runtime.runner import ModelRunner
 from ptkit.runtime.soft_prompts import with_embeddings
-from ptkit.runtime.turns import running
 from ptkit.runtime.views import twin
 
 

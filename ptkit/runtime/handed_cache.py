@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.attention import Call, Noted, Repeats, layers_read
-from ptkit.runtime.views import Stand, name_of
+from ptkit.runtime.views import StandIn, name_of
 
 
 class HandedCache:
@@ -54,7 +54,7 @@ class HandedCache:
         call.after = own_cache
 
 
-class _Handed(Stand):
+class _Handed(StandIn):
     """An attention module that is handed `cache`."""
 
     def __init__(self, inner: nn.Module, cache: Cache) -> None:

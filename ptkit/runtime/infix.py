@@ -22,7 +22,7 @@ from ptkit.prefix import PrefixBatch
 from ptkit.runtime.cache import layers_with_keys, whole_cache
 from ptkit.runtime.compile import reading
 from ptkit.runtime.facts import known
-from ptkit.runtime.turns import running
+from ptkit.runtime.locks import running
 
 #: How far a key read at another position may be from the turned one, relative to its length.
 _TOLERANCE = 2e-2

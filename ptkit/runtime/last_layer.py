@@ -17,7 +17,7 @@ from ptkit.runtime.attention_sites import attention_modules
 from ptkit.runtime.compile import reading
 from ptkit.runtime.facts import known
 from ptkit.runtime.row_adapters import row_adapters
-from ptkit.runtime.views import Stand, name_of, viewed
+from ptkit.runtime.views import StandIn, name_of, viewed
 
 
 def last_block_on(model: PreTrainedModel, positions: Tensor) -> dict[str, nn.Module]:
@@ -34,7 +34,7 @@ def last_block_on(model: PreTrainedModel, positions: Tensor) -> dict[str, nn.Mod
     return {} if block is None else {name_of(model, block): _OnlyAt(block, positions)}
 
 
-class _OnlyAt(Stand):
+class _OnlyAt(StandIn):
     """`inner` reading and writing the rows of `positions` only; elsewhere it writes zeros.
 
     Hidden states of another length, among which a soft prompt is read, are left as they are.
@@ -98,7 +98,7 @@ def _is_by_position(model: PreTrainedModel, block: nn.Module) -> bool:
     return bool((found - wanted).norm() <= 1e-3 * wanted.norm())
 
 
-class _Noting(Stand):
+class _Noting(StandIn):
     """A block, and whether it was given tensors of single positions and gave one back."""
 
     def __init__(self, inner: nn.Module, shape: torch.Size) -> None:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ptkit.errors import ModelError
 from ptkit.runtime.attention import attention_of
-from ptkit.runtime.turns import turn
+from ptkit.runtime.locks import lock_of
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -72,12 +72,12 @@ def fastest_attention(model: PreTrainedModel, precision: str, longest: int) -> I
         yield
         return
     held = model.config._attn_implementation
-    with turn(model):  # not in the middle of a pass of another thread
+    with lock_of(model):  # not in the middle of a pass of another thread
         model.set_attn_implementation("eager")
     try:
         yield
     finally:
-        with turn(model):
+        with lock_of(model):
             model.set_attn_implementation(held)
 
 

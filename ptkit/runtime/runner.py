@@ -23,10 +23,10 @@ from ptkit.runtime.backends import backend_of
 from ptkit.runtime.fused import has_plain_head, head_losses
 from ptkit.runtime.infix import placed_before_last
 from ptkit.runtime.last_layer import last_block_on
+from ptkit.runtime.locks import lock_of, running
 from ptkit.runtime.paged_attention import PagedCache
 from ptkit.runtime.soft_prompts import put_soft_prompts, skipped_positions, with_embeddings
-from ptkit.runtime.turns import running, turn
-from ptkit.runtime.views import Stand, looks_into_views, name_of, viewed
+from ptkit.runtime.views import StandIn, looks_into_views, name_of, viewed
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class ModelRunner:
         For looking at a model, not for running it: other threads wait.
         """
         model = self.model
-        with turn(model):
+        with lock_of(model):
             own = model.config._attn_implementation
             model.set_attn_implementation("eager")  # the others do not return their weights
             try:
@@ -201,7 +201,7 @@ class ModelRunner:
     def _output(self, call: Call) -> Any:
         return call.after(viewed(self.model, call.replaced)(**call.arguments))
 
-    def _at_head(self, call: Call, head: Stand) -> None:
+    def _at_head(self, call: Call, head: StandIn) -> None:
         call.replaced[name_of(self.model, head.inner)] = head
 
     def _leave_out(self, call: Call, prefixes: PrefixBatch | None, want: Want) -> None:
@@ -239,7 +239,7 @@ def _no_prefixes(mask: Tensor) -> PrefixBatch:
     return PrefixBatch((), (), mask.new_zeros(len(mask), 0).bool())
 
 
-class _Selecting(Stand):
+class _Selecting(StandIn):
     """An output head that reads the positions `at` only; its logits are `[n, vocab]`.
 
     Whatever the family does after its head (soft caps, scaling) is element-wise and stays as it is.
@@ -253,7 +253,7 @@ class _Selecting(Stand):
         return self.inner(hidden[self.at])
 
 
-class _Listening(Stand):
+class _Listening(StandIn):
     """An output head that leaves what it is given in `heard`, and reads one position of it."""
 
     def __init__(self, inner: nn.Module) -> None:

@@ -12,8 +12,8 @@ from ptkit.prefix import PrefixBatch
 from ptkit.runtime.cache import prefilled_cache, sees_everything
 from ptkit.runtime.forward import IGNORED, pad_rows, supervised_losses
 from ptkit.runtime.infix import read_before_last
+from ptkit.runtime.locks import running
 from ptkit.runtime.runner import ModelRunner, Tokens, Want
-from ptkit.runtime.turns import running
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.architecture import first_position, is_encoder
 from ptkit.runtime.attention import Call
-from ptkit.runtime.views import Stand, name_of, viewed
+from ptkit.runtime.views import StandIn, name_of, viewed
 
 
 def with_embeddings(
@@ -96,7 +96,7 @@ def skipped_positions(encoder: Any, longest: int) -> dict[str, nn.Module]:
     return {"embed_positions": _PositionsOfWords(encoder.embed_positions, longest)}
 
 
-class _PositionsOfWords(Stand):
+class _PositionsOfWords(StandIn):
     """A table of positions that `longest` virtual tokens take none of."""
 
     def __init__(self, inner: nn.Module, longest: int) -> None:
@@ -112,7 +112,7 @@ class _PositionsOfWords(Stand):
         return nn.functional.pad(self.inner(real, *args, **kw), (0, 0, self.longest, 0))
 
 
-class _ReadingAlong(Stand):
+class _ReadingAlong(StandIn):
     """A backbone that reads the prompts of `batch` before its rows, and gives back the rows."""
 
     def __init__(self, model: PreTrainedModel, inner: nn.Module, batch: PrefixBatch) -> None:
@@ -151,7 +151,7 @@ class _ReadingAlong(Stand):
         return viewed(self.inner, replaced)(**kw)
 
 
-class _GivingWords(Stand):
+class _GivingWords(StandIn):
     """The layers of a backbone, whose outputs are those `at` the words alone."""
 
     def __init__(self, inner: nn.Module, at: Tensor) -> None:

@@ -17,7 +17,7 @@ from ptkit.errors import ModelError
 Viewed = TypeVar("Viewed", bound=nn.Module)
 
 
-class Stand(nn.Module):
+class StandIn(nn.Module):
     """A module that runs in place of `inner`; what else is asked of it is asked of `inner`."""
 
     def __init__(self, inner: nn.Module) -> None:
@@ -30,7 +30,7 @@ class Stand(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("inner"), name)
 
-    def around(self, inner: nn.Module) -> Stand:
+    def around(self, inner: nn.Module) -> StandIn:
         """The same for `inner`."""
         made = _made(type(self), {**self.__dict__, "_modules": dict(self._modules)})
         made.inner = inner
@@ -62,7 +62,7 @@ def viewed(module: Viewed, replaced: Mapping[str, nn.Module]) -> Viewed:
         if stand is None:
             view._modules[first] = inside
         else:  # it stands for the module with those parts replaced
-            assert isinstance(stand, Stand)
+            assert isinstance(stand, StandIn)
             view._modules[first] = stand.around(inside)
     return view
 

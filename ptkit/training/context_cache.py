@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from ptkit.data.encode import EncodedExample
 from ptkit.prefix import PrefixBatch
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.turns import running
+from ptkit.runtime.locks import running
 
 
 @dataclass(frozen=True)

@@ -42,26 +42,25 @@ from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.cache import has_state
 from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.forward import require_embedded
+from ptkit.training.adapter_trainer import Job
 from ptkit.training.checkpoint import Progress, remove_checkpoints
-from ptkit.training.claim import claim as claim_folder
-from ptkit.training.claim import start_over as claimed_anew
 from ptkit.training.loop import fit
-from ptkit.training.provenance import FORMAT, base_info, claim, versions
-from ptkit.training.run import Observer
+from ptkit.training.provenance import FORMAT, as_recorded, base_info, versions
+from ptkit.training.run import RunObserver
+from ptkit.training.run_folder import delete_run_folder, open_run_folder
 from ptkit.training.self_study import (
     SPLITS,
     Document,
     Inputs,
-    Texts,
+    StudySplits,
     longest_opening,
     read_in_chunks,
     study,
 )
 from ptkit.training.teacher import Teacher
-from ptkit.training.trainee import Job
 
 #: The file that says what a folder is, and what that is called.
-CLAIM, WHAT = "distill.json", "distillation"
+IDENTITY, WHAT = "distill.json", "distillation"
 #: What the distilled prefix is measured beside, and itself, in the order they are shown.
 NOTHING, FIRST_TOKENS, DISTILLED = "nothing", "first tokens as text", "distilled prefix"
 
@@ -132,7 +131,7 @@ def distill(
     batch_size: int = 8,
     learning_rate: float = 0.1,
     seed: int = 0,
-    observer: Observer | None = None,
+    observer: RunObserver | None = None,
 ) -> Distilled:
     """Train a prefix of `tokens` virtual tokens to stand for `document`, as `ptkit distill` does.
 
@@ -152,7 +151,7 @@ def distill(
     It starts from the keys and values of the document's first tokens. Raises UserError, DataError
     or ModelError, before anything is trained, for what cannot be carried out.
     """
-    observer, folder = observer or Observer(), Path(out)
+    observer, folder = observer or RunObserver(), Path(out)
     section = _section(tokens, sink=sink, learning_rate=learning_rate)
     if inputs is not None and recipe is not None:
         raise UserError(
@@ -173,7 +172,7 @@ def distill(
     settings = _settings(steps, batch_size)
     begun = read.begun(base)
     with held(folder):
-        claim_folder(folder / CLAIM, {
+        open_run_folder(folder / IDENTITY, {
             **({"lead": begun} if begun else {}),
             "document": hashlib.sha256(document.encode()).hexdigest(),
             "base": base.fingerprint,
@@ -222,7 +221,7 @@ def distill(
 
 def start_over(folder: Path) -> None:
     """Delete the distillation in `folder`. Raises UserError when it holds something else."""
-    claimed_anew(folder / CLAIM, WHAT)
+    delete_run_folder(folder / IDENTITY, WHAT)
 
 
 def _section(tokens: int, *, sink: bool, learning_rate: float) -> PrefixTuningSection:
@@ -327,7 +326,7 @@ def _record(
     folder: Path,
     document: Document,
     prefix: KVPrefix,
-    texts: Texts,
+    texts: StudySplits,
     figures: dict[str, Divergence],
     progress: Progress,
 ) -> Distilled:
@@ -371,7 +370,11 @@ def _info(
             "bytes": record.bytes,
             "document_bytes": record.document_bytes,
             "figures": {
-                name: {"kl": claim(d.kl), "agreement": claim(d.agreement), "tokens": d.tokens}
+                name: {
+                    "kl": as_recorded(d.kl),
+                    "agreement": as_recorded(d.agreement),
+                    "tokens": d.tokens,
+                }
                 for name, d in record.figures.items()
             },
         },

@@ -2,7 +2,7 @@
 
 Each method takes a few steps and predicts a few rows, in a folder that is thrown away. What a
 method leaves to `auto` is measured with the method's own start and rate; finding it comes on top
-(`ptkit.training.choose` says how much at most).
+(`ptkit.training.autotune` says how much at most).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ptkit.evaluation.predict import predict
 from ptkit.formats.sizes import in_bytes
 from ptkit.methods import Adapter
 from ptkit.section import MethodSection
-from ptkit.training.choose import is_open
+from ptkit.training.adapter_trainer import Job, validate_every
+from ptkit.training.autotune import is_open
 from ptkit.training.experiment import Experiment
 from ptkit.training.loop import fit
 from ptkit.training.memory import PeakMemory
 from ptkit.training.run import Cell, new_adapter, new_job
-from ptkit.training.trainee import Job, validate_every
 
 #: Steps that are timed, after one that is not: the first one allocates.
 TIMED_STEPS = 3

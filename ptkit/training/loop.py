@@ -1,9 +1,9 @@
 """The training loop, on accelerate: one adapter, or several in one forward and backward.
 
 Accelerate places, distributes and autocasts; the order of the data, the choice of the best
-checkpoint and exact resumption are ours (`ptkit.training.trainee`). transformers' Trainer is not
-used because it resumes from pickles, may leave half-written checkpoints, recomputes the prompt
-for every row, and trains one set of parameters at a time.
+checkpoint and exact resumption are ours (`ptkit.training.adapter_trainer`). transformers' Trainer
+is not used because it resumes from pickles, may leave half-written checkpoints, recomputes the
+prompt for every row, and trains one set of parameters at a time.
 
 Several adapters share the base, not a gradient: every row reads its own adapter's prefix, every
 adapter's loss is divided by its own tokens, and each has its own optimiser. The result of each
@@ -29,12 +29,12 @@ from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.forward import collate
 from ptkit.runtime.fused import fused_activations
 from ptkit.runtime.precision import fastest_attention, mixed_precision, weights_cast_once
+from ptkit.training.adapter_trainer import AdapterTrainer, Job
 from ptkit.training.checkpoint import Progress, random_states
 from ptkit.training.context_cache import ContextCache
 from ptkit.training.memory import PeakMemory, give_back_what_is_freed
 from ptkit.training.objective import Objective
 from ptkit.training.processes import PATIENCE, current, require_own
-from ptkit.training.trainee import Job, Trainee
 
 #: Settings that belong to the step, so that jobs of one loop must agree on them.
 SHARED_SETTINGS = ("autocast", "gradient_checkpointing", "gradient_accumulation", "report_to")
@@ -119,20 +119,21 @@ class _Loop:
         if all(map(_inputs_can_be_kept, jobs)) and sees_everything(self.base.model):
             self.contexts = ContextCache(self.base, self.settings.context_cache_mb * 10**6)
         self.model = jobs[0].adapter.model
-        self.trainees = [
-            Trainee(job, accelerator.process_index, accelerator.num_processes) for job in jobs
+        self.trainers = [
+            AdapterTrainer(job, accelerator.process_index, accelerator.num_processes)
+            for job in jobs
         ]
         self.objective, *optimizers = accelerator.prepare(
-            Objective([t.adapter for t in self.trainees]),
-            *(t.plain_optimizer for t in self.trainees),
+            Objective([t.adapter for t in self.trainers]),
+            *(t.plain_optimizer for t in self.trainers),
         )
-        for trainee, optimizer in zip(self.trainees, optimizers, strict=True):
-            trainee.optimizer = optimizer
+        for trainer, optimizer in zip(self.trainers, optimizers, strict=True):
+            trainer.optimizer = optimizer
 
     def run(self) -> list[Progress]:
-        """Train until every trainee has finished."""
-        for trainee in self.trainees:
-            trainee.resume()
+        """Train until every adapter has finished."""
+        for trainer in self.trainers:
+            trainer.resume()
         memory = PeakMemory(self.accelerator.device)
         if self.settings.gradient_checkpointing:
             give_back_what_is_freed()
@@ -140,23 +141,23 @@ class _Loop:
         try:
             with self._attention(), fused_activations(self.model), self._weights():
                 with self.accelerator.autocast():
-                    for trainee in self.trainees:
-                        trainee.study()
-                while active := [i for i, t in enumerate(self.trainees) if not t.finished]:
+                    for trainer in self.trainers:
+                        trainer.study()
+                while active := [i for i, t in enumerate(self.trainers) if not t.finished]:
                     self._step(active, memory)
         finally:
             if self.settings.gradient_checkpointing:
                 self.model.activation_checkpointing_disable()
             self.model.eval()
-        for trainee in self.trainees:
-            trainee.adapter.load_trainable(trainee.best)
-        return [t.progress for t in self.trainees]
+        for trainer in self.trainers:
+            trainer.adapter.load_trainable(trainer.best)
+        return [t.progress for t in self.trainers]
 
     def _attention(self) -> AbstractContextManager[None]:
         """The attention that trains fastest, where the recipe leaves the choice."""
         if not self.base.free_attention:
             return nullcontext()
-        longest = max(len(row) for t in self.trainees for row in (*t.job.train, *t.job.validation))
+        longest = max(len(row) for t in self.trainers for row in (*t.job.train, *t.job.validation))
         return fastest_attention(self.model, self.accelerator.mixed_precision, longest)
 
     def _weights(self) -> AbstractContextManager[None]:
@@ -169,34 +170,34 @@ class _Loop:
         return weights_cast_once(self.model, dtype)
 
     def _step(self, active: list[int], memory: PeakMemory) -> None:
-        """One optimiser step of every active trainee, then what is due after it."""
+        """One optimiser step of every active adapter, then what is due after it."""
         clock = time.perf_counter()
         losses, tokens = self._gradients(active)
         for i, loss, read in zip(active, losses, tokens, strict=True):
-            self.trainees[i].step(loss, read)
+            self.trainers[i].step(loss, read)
         # An equal share of the common step each: together the shares are the time it took.
         share = (time.perf_counter() - clock) / len(active)
         for i, loss in zip(active, losses, strict=True):
-            trainee = self.trainees[i]
+            trainer = self.trainers[i]
             clock = time.perf_counter()
-            if trainee.validation_due:
-                entry = trainee.validated(self.validation_loss(i))
+            if trainer.validation_due:
+                entry = trainer.validated(self.validation_loss(i))
                 if self.settings.report_to:
-                    self.accelerator.log(entry, step=trainee.progress.step)
-            trainee.progress.seconds += share + time.perf_counter() - clock
-            if trainee.save_due:
-                peaks = (trainee.progress.peak_memory_bytes, memory.known())
+                    self.accelerator.log(entry, step=trainer.progress.step)
+            trainer.progress.seconds += share + time.perf_counter() - clock
+            if trainer.save_due:
+                peaks = (trainer.progress.peak_memory_bytes, memory.known())
                 # What was before is no peak of it all where one part was not measured.
-                trainee.progress.peak_memory_bytes = (
+                trainer.progress.peak_memory_bytes = (
                     None if None in peaks else max(p for p in peaks if p is not None)
                 )
                 random = gather_object([random_states()])  # each process has its own
                 if self.accelerator.is_main_process:
-                    trainee.save(random)
-            trainee.report(loss)
+                    trainer.save(random)
+            trainer.report(loss)
 
     def _gradients(self, active: list[int]) -> tuple[list[float], list[int]]:
-        """Gradients of each active trainee's own loss, summed over accumulated batches.
+        """Gradients of each active adapter's own loss, summed over accumulated batches.
 
         Returns, for each, the loss per target token and the tokens read.
         """
@@ -204,7 +205,7 @@ class _Loop:
         self.model.train()
         # [active][accumulated] -> rows
         batches = [
-            [self.trainees[i].next_batch() for _ in range(self.settings.gradient_accumulation)]
+            [self.trainers[i].next_batch() for _ in range(self.settings.gradient_accumulation)]
             for i in active
         ]
         supervised = torch.tensor([sum(map(_targets, own)) for own in batches])
@@ -229,25 +230,25 @@ class _Loop:
         return values.tolist(), read
 
     def _retain(self, active: list[int]) -> None:
-        """Add the gradients of the divergence from the base, where a trainee is to stay near it."""
-        for trainee in (self.trainees[i] for i in active):
-            if trainee.retainer is None:
+        """Add the gradients of the divergence from the base where an adapter is to stay near it."""
+        for trainer in (self.trainers[i] for i in active):
+            if trainer.retainer is None:
                 continue
             with self.accelerator.autocast():
-                divergence = trainee.retainer.divergence(trainee.progress.step)
-            self.accelerator.backward(trainee.retain_weight * divergence)
-            trainee.diverged(float(divergence.detach()))
+                divergence = trainer.retainer.divergence(trainer.progress.step)
+            self.accelerator.backward(trainer.retain_weight * divergence)
+            trainer.diverged(float(divergence.detach()))
 
     def _tensors(
         self, active: list[int], rows_of_each: list[list[EncodedExample]]
     ) -> dict[str, Any]:
-        """What the objective takes for these rows of the `active` trainees."""
+        """What the objective takes for these rows of the `active` adapters."""
         rows = [row for rows in rows_of_each for row in rows]
         known: dict[str, Any] = {}
         wanted = [
             teacher.outputs([row for row in own if isinstance(row, StudiedText)])
             for i, own in zip(active, rows_of_each, strict=True)
-            if (teacher := self.trainees[i].job.teacher) is not None
+            if (teacher := self.trainers[i].job.teacher) is not None
         ]
         if wanted:
             known["wanted"] = torch.cat(wanted)
@@ -263,14 +264,14 @@ class _Loop:
 
     @torch.no_grad()
     def validation_loss(self, index: int) -> float:
-        """Mean loss per target token of a trainee's validation rows, in nats; every process reads
+        """Mean loss per target token of an adapter's validation rows, in nats; every process reads
         an equal part of the rows, and all have the same result."""
         self.model.eval()
-        accelerator, trainee = self.accelerator, self.trainees[index]
+        accelerator, trainer = self.accelerator, self.trainers[index]
         objective = accelerator.unwrap_model(self.objective)
-        size = trainee.settings.batch_size * 2
+        size = trainer.settings.batch_size * 2
         # Of rows sorted by their lengths every n-th: parts that take as long as each other.
-        own = trainee.validation[accelerator.process_index :: accelerator.num_processes]
+        own = trainer.validation[accelerator.process_index :: accelerator.num_processes]
         total, count = 0.0, 0.0
         for start in range(0, len(own), size):
             rows = own[start : start + size]

@@ -37,18 +37,17 @@ from ptkit.methods.start import start_embeddings, start_tokens
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.schema import HeadedTask
 from ptkit.runtime.base_model import Base, load_base
+from ptkit.training.adapter_trainer import Job
 from ptkit.training.checkpoint import Progress, remove_checkpoints
-from ptkit.training.claim import claim as claim_folder
-from ptkit.training.claim import start_over as claimed_anew
 from ptkit.training.experiment import Experiment, prepare
 from ptkit.training.loop import fit
-from ptkit.training.provenance import FORMAT, base_info, claim, described_data, versions
+from ptkit.training.provenance import FORMAT, as_recorded, base_info, described_data, versions
 from ptkit.training.record import scored_rows
-from ptkit.training.run import Observer, demonstrations
-from ptkit.training.trainee import Job
+from ptkit.training.run import RunObserver, demonstrations
+from ptkit.training.run_folder import delete_run_folder, open_run_folder
 
 #: The file that says what a folder is, and what that is called.
-CLAIM, WHAT = "multitask.json", "multi-task prompt"
+IDENTITY, WHAT = "multitask.json", "multi-task prompt"
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def multitask(
     *,
     rank: int = 1,
     task_learning_rate: float = 0.1,
-    observer: Observer | None = None,
+    observer: RunObserver | None = None,
     base: Base | None = None,
 ) -> Multitask:
     """Train one multi-task prompt on the tasks of `recipes`, with the settings of their prompt
@@ -139,7 +138,7 @@ def multitask(
     A killed run goes on when it is called again. Raises UserError for recipes that do not belong
     together, or when `out` holds something else.
     """
-    observer, out = observer or Observer(), Path(out)
+    observer, out = observer or RunObserver(), Path(out)
     section, seed = _common(recipes, rank, task_learning_rate)
     first = recipes[0].recipe
     base = base or load_base(**first.model.model_dump())
@@ -150,7 +149,7 @@ def multitask(
         )
     experiments = {r.recipe.name: prepare(_without_retention(r), base) for r in recipes}
     with held(out):
-        _claim(out, section, seed, experiments)
+        _open_folder(out, section, seed, experiments)
         if (out / "record.json").exists():
             remove_checkpoints(out)  # it may have been killed just after its record
             return Multitask.read(out)
@@ -188,7 +187,7 @@ def of_tasks(rows: Sequence[Sequence[EncodedExample]]) -> list[TaskExample]:
 
 def start_over(folder: Path) -> None:
     """Delete the multi-task prompt in `folder`. Raises UserError when it holds something else."""
-    claimed_anew(folder / CLAIM, WHAT)
+    delete_run_folder(folder / IDENTITY, WHAT)
 
 
 def _common(
@@ -249,7 +248,7 @@ def _without_retention(loaded: LoadedRecipe) -> LoadedRecipe:
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"retention": None}))
 
 
-def _claim(
+def _open_folder(
     out: Path, section: MultitaskSection, seed: int, experiments: dict[str, Experiment]
 ) -> None:
     """Write what the prompt is to `out`, or raise UserError when another one is there."""
@@ -265,7 +264,7 @@ def _claim(
         },
         "test_rows": {name: e.test_fingerprint() for name, e in experiments.items()},
     }
-    claim_folder(out / CLAIM, identity, WHAT, alone=True, added=("test_rows",))
+    open_run_folder(out / IDENTITY, identity, WHAT, alone=True, added=("test_rows",))
 
 
 def _created(
@@ -292,7 +291,7 @@ def _measured(
     progress: Progress,
     experiments: dict[str, Experiment],
     seed: int,
-    observer: Observer,
+    observer: RunObserver,
 ) -> Multitask:
     """Write the adapters and what they make of the test rows, then the record."""
     scores = {}
@@ -314,7 +313,7 @@ def _measured(
             "recipe": name,
             "task": recipe.task.model_dump(mode="json", exclude={"data"}),
             "data": described_data(recipe.task.data),
-            "metrics": {name: claim(interval) for name, interval in found.items()},
+            "metrics": {name: as_recorded(interval) for name, interval in found.items()},
             "n_train": scores[name].n_train,
             "n_test": scores[name].n_test,
             "test_split": scores[name].test_split,

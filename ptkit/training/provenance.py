@@ -38,7 +38,7 @@ def adapter_info(
         "seed": record.seed,
         "task": task.model_dump(mode="json", exclude={"data"}),
         "data": described_data(task.data),
-        "metrics": {name: claim(interval) for name, interval in metrics.items()},
+        "metrics": {name: as_recorded(interval) for name, interval in metrics.items()},
         "n_train": record.n_train,
         "n_test": record.n_test,
         "test_split": record.test_split,
@@ -65,7 +65,7 @@ def base_info(base: Base) -> dict[str, Any]:
     }
 
 
-def claim(interval: Interval) -> dict[str, float | None]:
+def as_recorded(interval: Interval) -> dict[str, float | None]:
     """A score as an adapter's record states it."""
     values = asdict(interval)
     return {"value": values["mean"], "low": values["low"], "high": values["high"]}

@@ -58,9 +58,9 @@ from ptkit.runtime.base_model import no_weights_bar
 from ptkit.runtime.dropout import require_no_dropout
 from ptkit.runtime.gate import Gate
 from ptkit.section import MethodSection
+from ptkit.training.adapter_trainer import Job, StepReport
+from ptkit.training.autotune import Autotuned, autotune
 from ptkit.training.checkpoint import Progress, remove_checkpoints
-from ptkit.training.choose import Choice, choose
-from ptkit.training.claim import claim as claim_folder
 from ptkit.training.experiment import Experiment
 from ptkit.training.failure import FAILED, Failure
 from ptkit.training.gate import fit_gate, require_gate_fits, share_open
@@ -68,13 +68,13 @@ from ptkit.training.loop import fit
 from ptkit.training.processes import processes, shared
 from ptkit.training.provenance import adapter_info, hardware, recipe_of_cell, versions
 from ptkit.training.record import CellRecord
-from ptkit.training.trainee import Job, StepReport
+from ptkit.training.run_folder import open_run_folder
 
 if TYPE_CHECKING:
     from ptkit.training.forecast import Forecast
 
 
-class Observer:
+class RunObserver:
     """Told what a run is doing; every method does nothing unless overridden."""
 
     def prepared(self, data: Sequence[str]) -> None:
@@ -153,7 +153,7 @@ class Cell:
 
 
 def run_cells(
-    experiment: Experiment, cells: Sequence[Cell], observer: Observer | None = None
+    experiment: Experiment, cells: Sequence[Cell], observer: RunObserver | None = None
 ) -> list[CellRecord]:
     """Train `cells` in one batch, measure and save each; finished ones are read back, killed
     ones go on where they were.
@@ -164,15 +164,15 @@ def run_cells(
     with ExitStack() as locks:
         for cell in cells:
             locks.enter_context(held(cell.folder))
-        return _run_cells(experiment, cells, observer or Observer())
+        return _run_cells(experiment, cells, observer or RunObserver())
 
 
 def _run_cells(
-    experiment: Experiment, cells: Sequence[Cell], observer: Observer
+    experiment: Experiment, cells: Sequence[Cell], observer: RunObserver
 ) -> list[CellRecord]:
     records: dict[Cell, CellRecord] = {}
     for cell in cells:
-        claim(experiment, cell)
+        open_cell_folder(experiment, cell)
         if cell.done.exists():
             records[cell] = CellRecord.read(cell.done)
             _tidy(cell.folder)  # it may have been killed just after its record
@@ -183,7 +183,7 @@ def _run_cells(
     return [records[cell] for cell in cells]
 
 
-def run_trial(experiment: Experiment, cell: Cell, observer: Observer | None = None) -> float:
+def run_trial(experiment: Experiment, cell: Cell, observer: RunObserver | None = None) -> float:
     """Train `cell` and return its lowest validation loss; nothing is measured on the test rows.
 
     The result stays in `trial.json`, from which the next call reads it.
@@ -192,11 +192,11 @@ def run_trial(experiment: Experiment, cell: Cell, observer: Observer | None = No
         return _run_trial(experiment, cell, observer)
 
 
-def _run_trial(experiment: Experiment, cell: Cell, observer: Observer | None) -> float:
+def _run_trial(experiment: Experiment, cell: Cell, observer: RunObserver | None) -> float:
     done = cell.folder / "trial.json"
-    claim(experiment, cell)
+    open_cell_folder(experiment, cell)
     if not done.exists():
-        observer = observer or Observer()
+        observer = observer or RunObserver()
         observer.cell_started(cell.name, experiment.recipe.train.steps)
         method = _chosen(experiment, cell).section
         set_seed(cell.seed)
@@ -214,7 +214,7 @@ def _run_trial(experiment: Experiment, cell: Cell, observer: Observer | None) ->
 
 
 def _train_and_measure(
-    experiment: Experiment, cells: Sequence[Cell], observer: Observer
+    experiment: Experiment, cells: Sequence[Cell], observer: RunObserver
 ) -> list[CellRecord]:
     trains = cells[0].method.trains
     title = " + ".join(cell.name for cell in cells)
@@ -267,7 +267,7 @@ def _tidy(folder: Path) -> None:
     atomic.remove_leftovers(folder)
 
 
-def claim(experiment: Experiment, cell: Cell) -> None:
+def open_cell_folder(experiment: Experiment, cell: Cell) -> None:
     """Write what `cell` is to its folder, or raise FolderError when it already is another."""
     recipe = experiment.recipe
     identity = {
@@ -285,7 +285,7 @@ def claim(experiment: Experiment, cell: Cell) -> None:
         "seed": cell.seed,
         "start_from": str(cell.start_from) if cell.start_from else None,
     }
-    claim_folder(cell.folder / "cell.json", identity, "run", added=ADDED)
+    open_run_folder(cell.folder / "cell.json", identity, "run", added=ADDED)
 
 
 def named_adapters(method: MethodSection, folder: Path) -> dict[str, str]:
@@ -300,7 +300,7 @@ def named_adapters(method: MethodSection, folder: Path) -> dict[str, str]:
     return found
 
 
-def _chosen(experiment: Experiment, cell: Cell) -> Choice:
+def _chosen(experiment: Experiment, cell: Cell) -> Autotuned:
     """The cell's method with nothing left to `auto`."""
     method = cell.method
     if cell.start_from is not None and getattr(method, "start", None) == "auto":
@@ -313,7 +313,7 @@ def _chosen(experiment: Experiment, cell: Cell) -> Choice:
     examples = experiment.training(cell.seed).examples
     # The others read what the first process found: rounding may tell two devices different things.
     with processes(experiment.base.model.device).main_process_first():
-        return choose(method, make, experiment.recipe.task, examples, cell.folder)
+        return autotune(method, make, experiment.recipe.task, examples, cell.folder)
 
 
 def demonstrations(experiment: Experiment, seed: int) -> Demonstrations:
@@ -349,7 +349,7 @@ def _fit(
     experiment: Experiment,
     cells: Sequence[Cell],
     adapters: Sequence[Adapter],
-    observer: Observer,
+    observer: RunObserver,
 ) -> list[Progress]:
     if len(cells) > 1:
         require_no_dropout(experiment.base)
@@ -402,7 +402,7 @@ def _openings(experiment: Experiment, adapter: Adapter) -> dict[str, float] | No
     return shares
 
 
-def _predicted(experiment: Experiment, adapter: Adapter, observer: Observer) -> list[Prediction]:
+def _predicted(experiment: Experiment, adapter: Adapter, observer: RunObserver) -> list[Prediction]:
     """Predictions for the test rows, in every process; each makes an equal part of them."""
     recipe = experiment.recipe
 

@@ -27,7 +27,7 @@ BATCH = 128
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchedPrompt:
     """A searched prompt.
 
     loss: per target token of the rows searched on, in nats; validation_loss: of the validation
@@ -54,7 +54,7 @@ def search_prompt(
     rows: int = 32,
     seed: int = 0,
     report: Callable[[str, float], None] | None = None,
-) -> Found:
+) -> SearchedPrompt:
     """The text found from `text`, of as many tokens, and its losses.
 
     rounds: how often every position is tried; it ends earlier when a round changes nothing
@@ -89,7 +89,9 @@ def search_prompt(
         if ids == before:
             break
     (judged,) = _losses(base, [_compiled(base, ids)], validation)
-    return Found(str(base.tokenizer.decode(ids)), tuple(ids), best, judged, tuple(losses), scored)
+    return SearchedPrompt(
+        str(base.tokenizer.decode(ids)), tuple(ids), best, judged, tuple(losses), scored
+    )
 
 
 def _behind(base: Base, rows: Sequence[EncodedExample]) -> list[EncodedExample]:

@@ -95,7 +95,7 @@ def read_in_chunks(
 
 
 @dataclass(frozen=True)
-class Texts:
+class StudySplits:
     """Studied texts, no two alike: to learn from, to choose the best checkpoint, to judge."""
 
     train: list[StudiedText] = field(default_factory=list)
@@ -124,7 +124,7 @@ def study(
     seed: int,
     inputs: Inputs | None = None,
     report: Callable[[int, int], None] | None = None,
-) -> Texts:
+) -> StudySplits:
     """Let the base write about `document`; what is in `folder` already is read back.
 
     prefixes: `document.compiled`; folder: one file per chunk, written when it is complete
@@ -168,7 +168,7 @@ def study(
     return _distinct(found)
 
 
-def _distinct(found: Mapping[str, list[StudiedText]]) -> Texts:
+def _distinct(found: Mapping[str, list[StudiedText]]) -> StudySplits:
     """The texts that were written, each once: what is judged on is never trained on."""
     seen: set[tuple[int, ...]] = set()
     kept: dict[str, list[StudiedText]] = {}
@@ -184,7 +184,7 @@ def _distinct(found: Mapping[str, list[StudiedText]]) -> Texts:
                 "the base writes nothing, or always the same, with this document in view; write "
                 "more texts (--texts), or give inputs of your own (--inputs)"
             )
-    return Texts(**kept)
+    return StudySplits(**kept)
 
 
 def _openings(

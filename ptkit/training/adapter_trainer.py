@@ -105,7 +105,7 @@ def validate_every(job: Job, processes: int) -> int:
     return min(SELDOM_STEPS, math.ceil(max(len(job.train), len(job.validation)) / rows_a_step))
 
 
-class Trainee:
+class AdapterTrainer:
     """The state of one job. What happens to it depends on its own data and seed only.
 
     process, processes: which part of every batch order is this process's.

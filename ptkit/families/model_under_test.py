@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from ptkit.families.kinds import Kind
+from ptkit.families.kinds import ModelKind
 from ptkit.families.shapes import FIRST_WORD, VOCABULARY
 from ptkit.runtime.attention import attention_of
 from ptkit.runtime.base_model import Base, frozen_base, headed_base
@@ -27,7 +27,7 @@ class NotApplicable(Exception):
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenRow:
     """Token ids that are read, and those that are to be written after them.
 
     labelled: `answer` are numbers of labels instead, of the input or of each of its tokens
@@ -44,7 +44,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelUnderTest:
     """A way to make the same base model again and again, so that no check spoils the next.
 
     config: what it is made of; None for a real model, which is copied
@@ -54,10 +54,10 @@ class Subject:
     """
 
     name: str
-    make_model: Callable[[Subject], PreTrainedModel]
+    make_model: Callable[[ModelUnderTest], PreTrainedModel]
     tokenizer: Any
     words: list[int]
-    kind: Kind
+    kind: ModelKind
     config: PretrainedConfig | None = None
     attention: str | None = None
     dtype: torch.dtype = torch.float32
@@ -75,11 +75,11 @@ class Subject:
         new = () if self.config is None else _new_names(self.kind, model)
         return headed_base(model, self.tokenizer, name, self.labels, fresh=new)
 
-    def loaded_again(self) -> Subject:
+    def loaded_again(self) -> ModelUnderTest:
         """The same in another process, where a new head starts anew."""
         return replace(self, again=True)
 
-    def attending(self, implementation: str) -> Subject:
+    def attending(self, implementation: str) -> ModelUnderTest:
         """The same with another attention. Raises NotApplicable where transformers has none."""
         own = self.base().model
         has = {"eager": True, "sdpa": own._supports_sdpa}[implementation]
@@ -87,7 +87,7 @@ class Subject:
             raise NotApplicable(f"{type(own).__name__} has no {implementation} attention to change")
         return replace(self, attention=implementation)
 
-    def changed(self, **settings: Any) -> Subject:
+    def changed(self, **settings: Any) -> ModelUnderTest:
         """The same with other settings of its config (small models only)."""
         assert self.config is not None
         config = copy.deepcopy(self.config)
@@ -95,14 +95,14 @@ class Subject:
             setattr(config, name, value)
         return replace(self, config=config)
 
-    def rows(self, *lengths: tuple[int, int]) -> list[Row]:
+    def rows(self, *lengths: tuple[int, int]) -> list[TokenRow]:
         """Rows of random words: the lengths of each one's input and answer (which with a
         classification head is as long as it has to be)."""
         draw = random.Random(7)
         if self.kind.head is not None:
             labelled = [1 if self.kind.head == "sequence" else read for read, _ in lengths]
             return [
-                Row(
+                TokenRow(
                     draw.choices(self.words, k=read),
                     draw.choices(range(len(self.labels)), k=count),
                     labelled=True,
@@ -110,11 +110,11 @@ class Subject:
                 for (read, _), count in zip(lengths, labelled, strict=True)
             ]
         rows = [
-            Row(draw.choices(self.words, k=read), draw.choices(self.words, k=written))
+            TokenRow(draw.choices(self.words, k=read), draw.choices(self.words, k=written))
             for read, written in lengths
         ]
         if self._language is not None:
-            rows = [Row(row.input, [*row.answer[:-1], self._language]) for row in rows]
+            rows = [TokenRow(row.input, [*row.answer[:-1], self._language]) for row in rows]
         return rows
 
     @cached_property
@@ -128,52 +128,52 @@ class Subject:
         return str(self.tokenizer.decode(random.Random(8).choices(self.words, k=tokens)))
 
 
-def small_subject(name: str, config: PretrainedConfig, kind: Kind) -> Subject:
+def small_model(name: str, config: PretrainedConfig, kind: ModelKind) -> ModelUnderTest:
     """A random model of `config`, with a word for every id, used as `kind`."""
     words = list(range(FIRST_WORD, VOCABULARY - 1))
     if kind.head is not None:
         config = copy.deepcopy(config)
         config.num_labels = len(LABELS)
-    return Subject(name, _random_model, word_tokenizer(config), words, kind, config)
+    return ModelUnderTest(name, _random_model, word_tokenizer(config), words, kind, config)
 
 
-def real_subject(base: Base, kind: Kind) -> Subject:
+def real_model(base: Base, kind: ModelKind) -> ModelUnderTest:
     """The model of `base` itself, used as `kind`, copied for every check."""
     size = min(len(base.tokenizer), base.embedding.num_embeddings)
     special = set(base.tokenizer.all_special_ids)
     words = [i for i in range(size // 4, size // 2) if i not in special]
 
-    def copied(subject: Subject) -> PreTrainedModel:
+    def copied(tested: ModelUnderTest) -> PreTrainedModel:
         model = copy.deepcopy(base.model)
-        if subject.attention is not None:
-            model.set_attn_implementation(subject.attention)
+        if tested.attention is not None:
+            model.set_attn_implementation(tested.attention)
         return model
 
     labels = LABELS if base.head is None else base.head.labels
-    return Subject(base.id, copied, base.tokenizer, words, kind, labels=labels)
+    return ModelUnderTest(base.id, copied, base.tokenizer, words, kind, labels=labels)
 
 
-def _random_model(subject: Subject) -> PreTrainedModel:
+def _random_model(tested: ModelUnderTest) -> PreTrainedModel:
     """Weights large enough to make different words give different answers."""
-    config = copy.deepcopy(subject.config)
+    config = copy.deepcopy(tested.config)
     assert config is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = subject.kind.loader.from_config(config, attn_implementation=subject.attention)
+        model = tested.kind.loader.from_config(config, attn_implementation=tested.attention)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.mul_(1.5 if config.model_type == "t5" else 6)
                 else:
                     parameter.add_(0.1 * torch.randn_like(parameter))
-            if subject.again:
-                for name in _new_names(subject.kind, model):
+            if tested.again:
+                for name in _new_names(tested.kind, model):
                     parameter = model.get_parameter(name)
                     parameter.copy_(0.1 * torch.randn_like(parameter))
     return model.eval()
 
 
-def _new_names(kind: Kind, model: PreTrainedModel) -> list[str]:
+def _new_names(kind: ModelKind, model: PreTrainedModel) -> list[str]:
     """Names of the parameters that the checkpoints `model` starts from have no weights for."""
     loader = next((c for c in kind.pretrained if type(model.config) in c._model_mapping), None)
     if loader is None:

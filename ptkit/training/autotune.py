@@ -31,9 +31,9 @@ from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_counts, supervised_losses
 from ptkit.runtime.precision import mixed_precision
 from ptkit.section import MethodSection
+from ptkit.training.adapter_trainer import Job
 from ptkit.training.loop import fit
 from ptkit.training.processes import processes
-from ptkit.training.trainee import Job
 
 #: Of the rows that a run's steps read, what the starts and the rates may read. A row that is
 #: scored only counts half: the base is frozen, so its backward pass costs what its forward does.
@@ -56,7 +56,7 @@ Make = Callable[[MethodSection], Job]
 
 
 @dataclass(frozen=True)
-class Choice:
+class Autotuned:
     """A method with its `auto`s replaced by what was found, and the record of how; None where
     nothing was left open."""
 
@@ -69,13 +69,13 @@ def is_open(section: MethodSection) -> bool:
     return "auto" in (getattr(section, "start", None), getattr(section, "learning_rate", None))
 
 
-def choose(
+def autotune(
     section: MethodSection,
     make: Make,
     task: Task,
     examples: Sequence[Example],
     folder: Path,
-) -> Choice:
+) -> Autotuned:
     """Find what `section` leaves to `auto`; what was found before, in `folder`, is read back.
 
     examples: the training rows, in the order of the jobs' own. Where a run is too short to tell
@@ -83,7 +83,7 @@ def choose(
     for a rate that cannot be found.
     """
     if not is_open(section):
-        return Choice(section, None)
+        return Autotuned(section, None)
     done = folder / "chosen.json"
     if not done.exists():
         found: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def choose(
         atomic.write_json(done, found)
         shutil.rmtree(folder / "rates", ignore_errors=True)
     found = json.loads(done.read_text(encoding="utf-8"))
-    return Choice(_settled(section, found), found)
+    return Autotuned(_settled(section, found), found)
 
 
 def _settled(section: MethodSection, found: dict[str, Any]) -> MethodSection:

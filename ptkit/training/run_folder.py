@@ -13,7 +13,7 @@ from ptkit.formats import atomic
 from ptkit.formats.folder_lock import require_free
 
 
-def claim(
+def open_run_folder(
     path: Path,
     identity: dict[str, Any],
     what: str,
@@ -42,8 +42,8 @@ def claim(
         )
 
 
-def start_over(path: Path, what: str) -> None:
-    """Delete the folder that the file `path` claims. Raises UserError when it is not there."""
+def delete_run_folder(path: Path, what: str) -> None:
+    """Delete the folder of the run whose file `path` is. Raises UserError when it is not there."""
     folder = path.parent
     if not folder.exists():
         return

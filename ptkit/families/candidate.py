@@ -24,10 +24,10 @@ from ptkit.families.oracle import (
     Listened,
     Merged,
     Oracle,
-    Written,
+    TextPromptOracle,
 )
 from ptkit.families.prefix_oracle import prefix_oracle
-from ptkit.families.subject import NotApplicable, Row, Subject
+from ptkit.families.tested import ModelUnderTest, NotApplicable, TokenRow
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, create_adapter
 from ptkit.methods.catalogue import all_sections
@@ -71,7 +71,7 @@ NOT_ASKED: dict[str, str] = {
 }
 
 
-class Contender(ABC):
+class Candidate(ABC):
     """An adapter on a model, made by some program."""
 
     @property
@@ -89,11 +89,11 @@ class Contender(ABC):
         """All that is trained."""
 
     @abstractmethod
-    def logits(self, rows: Sequence[Row], *, left: bool) -> list[Tensor]:
+    def logits(self, rows: Sequence[TokenRow], *, left: bool) -> list[Tensor]:
         """Logits of each row's answer (see `Oracle.logits`), the rows being padded."""
 
     @abstractmethod
-    def loss(self, rows: Sequence[Row]) -> Tensor:
+    def loss(self, rows: Sequence[TokenRow]) -> Tensor:
         """Mean cross-entropy of the answers' tokens, differentiable."""
 
     @abstractmethod
@@ -105,7 +105,7 @@ class Contender(ABC):
         """Answers to `inputs` as turns of one conversation, the cache kept between them."""
 
     @abstractmethod
-    def reloaded(self, folder: Path) -> Contender:
+    def reloaded(self, folder: Path) -> Candidate:
         """What comes back when the adapter is saved to `folder` and read on a fresh base."""
 
     @abstractmethod
@@ -117,33 +117,33 @@ class Contender(ABC):
         """Within this context losses are computed as in training."""
 
 
-class Ours(Contender):
+class PtkitCandidate(Candidate):
     """ptkit."""
 
-    def __init__(self, subject: Subject, method: str, adapter: Adapter) -> None:
-        self.subject, self.method, self.adapter = subject, method, adapter
+    def __init__(self, tested: ModelUnderTest, method: str, adapter: Adapter) -> None:
+        self.tested, self.method, self.adapter = tested, method, adapter
         self._oracle: Oracle | None = None
 
     @classmethod
-    def made(cls, subject: Subject, method: str) -> Ours:
+    def made(cls, tested: ModelUnderTest, method: str) -> PtkitCandidate:
         """A fresh adapter. Raises ModelError where the method does not fit."""
         settings = dict(METHODS[method])
         if method == "infix":
-            settings["start_text"] = subject.text(VIRTUAL_TOKENS)
+            settings["start_text"] = tested.text(VIRTUAL_TOKENS)
         elif method == "text prompt":
-            settings["instruction"] = subject.text(VIRTUAL_TOKENS)
+            settings["instruction"] = tested.text(VIRTUAL_TOKENS)
             settings["examples"] = 0
         section = ADAPTERS[settings["kind"]].section_class(**settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(11)
-            adapter = create_adapter(section, subject.base(), Demonstrations([], 0))
+            adapter = create_adapter(section, tested.base(), Demonstrations([], 0))
             for name, parameter in adapter.named_parameters():
                 if "lora_B" in name:  # starts at zero, where LoRA does nothing
                     torch.nn.init.normal_(parameter, std=0.05)
             if adapter.head is not None:  # as after some training
                 for parameter in adapter.head.copies.parameters():
                     parameter.data.add_(0.1 * torch.randn_like(parameter))
-        return cls(subject, method, adapter)
+        return cls(tested, method, adapter)
 
     @property
     def oracle(self) -> Oracle:
@@ -152,11 +152,11 @@ class Ours(Contender):
         return self._oracle
 
     def _make_oracle(self) -> Oracle:
-        adapter, kind = self.adapter, self.subject.kind
+        adapter, kind = self.adapter, self.tested.kind
         if self.method == "lora":
             merged: Any = copy.deepcopy(adapter.peft_model)
             return Merged(self._with_head(merged.merge_and_unload()))
-        model = self._with_head(self.subject.base().model)
+        model = self._with_head(self.tested.base().model)
         if isinstance(adapter, SoftPrompt):
             soft = adapter.embeddings().detach()
             if adapter.base.encoder_decoder:
@@ -165,10 +165,10 @@ class Ours(Contender):
                 model, soft
             )  # fmt: skip
         if isinstance(adapter, TextPrompt):
-            return Written(model, adapter.token_ids.tolist())
+            return TextPromptOracle(model, adapter.token_ids.tolist())
         if self.method == "infix":
             tokens = adapter.base.tokenizer(
-                self.subject.text(VIRTUAL_TOKENS), add_special_tokens=False
+                self.tested.text(VIRTUAL_TOKENS), add_special_tokens=False
             )["input_ids"]
             return Inside(model, tokens)
         prefix = adapter.prefix()
@@ -199,7 +199,7 @@ class Ours(Contender):
             return None
         return PrefixBatch.shared(prefix.detach() if detached else prefix, rows)
 
-    def _read(self, rows: Sequence[Row], batch: PrefixBatch | None, left: bool) -> Any:
+    def _read(self, rows: Sequence[TokenRow], batch: PrefixBatch | None, left: bool) -> Any:
         base = self.adapter.base
         if base.head is not None:
             read = collate([EncodedExample(row.input, row.answer) for row in rows], base)
@@ -220,12 +220,12 @@ class Ours(Contender):
         ids, mask, labels = (t.to(base.model.device) for t in (ids, mask, labels))
         return supervised_logits(self.adapter.model, ids, mask, labels, batch)
 
-    def logits(self, rows: Sequence[Row], *, left: bool) -> list[Tensor]:
+    def logits(self, rows: Sequence[TokenRow], *, left: bool) -> list[Tensor]:
         with torch.no_grad():
             logits, _ = self._read(rows, self._batch(len(rows)), left)
         return list(logits.split([len(row.answer) for row in rows]))
 
-    def loss(self, rows: Sequence[Row]) -> Tensor:
+    def loss(self, rows: Sequence[TokenRow]) -> Tensor:
         batch = self._batch(len(rows), detached=False)
         return token_losses(*self._read(rows, batch, False)).mean()
 
@@ -256,13 +256,13 @@ class Ours(Contender):
             answers.append(answer)
         return answers
 
-    def reloaded(self, folder: Path) -> Ours:
+    def reloaded(self, folder: Path) -> PtkitCandidate:
         if not self.parameters():
             raise NotApplicable("nothing is trained")
         write_adapter(folder / "adapter", self.adapter.files())
-        base = self.subject.loaded_again().base()
+        base = self.tested.loaded_again().base()
         adapter = adapter_from_files(read_adapter(folder / "adapter"), base)
-        return Ours(self.subject, self.method, adapter)
+        return PtkitCandidate(self.tested, self.method, adapter)
 
     @contextmanager
     def off(self) -> Iterator[Any]:

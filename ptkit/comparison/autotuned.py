@@ -13,7 +13,7 @@ from ptkit.training.record import CellRecord
 SHOWN = 32
 
 
-def found(records: Sequence[CellRecord]) -> str | None:
+def autotuned(records: Sequence[CellRecord]) -> str | None:
     """The start (and rate) of a method's runs, the most frequent first; with how many of the runs
     where they differ. None where the recipe left nothing open."""
     chosen = [_of_run(record.chosen) for record in records if record.chosen is not None]

@@ -14,7 +14,7 @@ from test_encoder_decoder import random_pair
 from test_peft_parity import LEARNT
 from test_train import Killed, rows
 
-from ptkit.comparison.found import found
+from ptkit.comparison.autotuned import autotuned
 from ptkit.comparison.grid import run_grid
 from ptkit.comparison.outputs import write_outputs
 from ptkit.data.encode import EncodedExample
@@ -28,11 +28,11 @@ from ptkit.recipe.schema import ClassificationTask, SequenceClassificationTask, 
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_losses
 from ptkit.section import MethodSection
-from ptkit.training import choose as choosing
+from ptkit.training import autotune as choosing
+from ptkit.training.adapter_trainer import Job
+from ptkit.training.autotune import Autotuned, autotune
 from ptkit.training.checkpoint import Progress
-from ptkit.training.choose import Choice, choose
 from ptkit.training.loop import fit
-from ptkit.training.trainee import Job
 
 TASK = ClassificationTask(
     kind="classification", data={"builtin": "message-routing"}, input="w1 {text} w2",
@@ -49,7 +49,7 @@ def demonstrations(seed: int = 0) -> Demonstrations:
 
 def run(
     base: Base, folder: Path, steps: TrainSection = STEPS, seed: int = 0, **settings: object
-) -> tuple[Choice, list[Job]]:
+) -> tuple[Autotuned, list[Job]]:
     """What is chosen, and the jobs that were made for it."""
     kind = settings.pop("kind", "prefix_tuning")
     section = method_section({"kind": kind, "num_virtual_tokens": 4, **settings})
@@ -62,7 +62,7 @@ def run(
         made.append(Job(adapter, rows(30, 1), rows(12, 2), steps, rate, seed, folder))
         return made[-1]
 
-    return choose(section, make, TASK, EXAMPLES, folder), made
+    return autotune(section, make, TASK, EXAMPLES, folder), made
 
 
 def test_what_is_given_stays_as_it_is(tmp_path: Path) -> None:
@@ -160,11 +160,11 @@ def test_the_rate_nearest_the_default_that_learns_enough(learnt: list, chosen: f
 def test_rates_are_judged_by_miniature_runs(tmp_path: Path) -> None:
     base = random_base("llama")
     choice, made = run(base, tmp_path / "a", start="task", learning_rate="auto")
-    found = choice.record
-    assert found is not None
-    tried = {t["rate"]: t["loss"] for t in found["rates"]}
+    autotuned = choice.record
+    assert autotuned is not None
+    tried = {t["rate"]: t["loss"] for t in autotuned["rates"]}
     assert sorted(tried) == [0.01, 0.03, 0.1, 0.3]
-    learnt = [found["rate_loss_before"] - loss for loss in tried.values()]
+    learnt = [autotuned["rate_loss_before"] - loss for loss in tried.values()]
     assert choice.section.learning_rate == choosing.nearest_good(  # type: ignore[attr-defined]
         [*tried], learnt, 0.1
     )
@@ -174,7 +174,7 @@ def test_rates_are_judged_by_miniature_runs(tmp_path: Path) -> None:
     fresh = create_adapter(job.adapter.section, base, demonstrations())
     (alone,) = fit([Job(**{**vars(job), "adapter": fresh})])
     assert alone.best_loss == pytest.approx(tried[made[1].learning_rate], abs=1e-4)
-    assert alone.step == found["rate_steps"]
+    assert alone.step == autotuned["rate_steps"]
 
 
 def test_a_rate_that_blows_up_is_given_up(tmp_path: Path, monkeypatch) -> None:
@@ -196,11 +196,11 @@ def test_both_cost_at_most_fifteen_percent_of_the_rows(tmp_path: Path) -> None:
     ):  # fmt: skip
         folder = tmp_path / f"{steps.steps}"
         choice, _ = run(random_base("gpt2"), folder, steps, start="auto", learning_rate="auto")
-        found = choice.record
-        assert found is not None
-        scored = len(found["starts"]) * found["start_rows"]
-        judged = (1 + len(found["rates"])) * found["rate_judged"]
-        stepped = len(found["rates"]) * found["rate_steps"] * found["rate_batch"]
+        autotuned = choice.record
+        assert autotuned is not None
+        scored = len(autotuned["starts"]) * autotuned["start_rows"]
+        judged = (1 + len(autotuned["rates"])) * autotuned["rate_judged"]
+        stepped = len(autotuned["rates"]) * autotuned["rate_steps"] * autotuned["rate_batch"]
         whole = steps.steps * steps.batch_size * steps.gradient_accumulation
         assert stepped + (scored + judged) / 2 <= 0.15 * whole
         assert stepped > 0.03 * whole
@@ -277,8 +277,8 @@ def test_with_a_head_the_start_is_its_own_and_no_rate_is_found(tmp_path: Path) -
 
     section = method_section({"kind": "prefix_tuning", "learning_rate": "auto"})
     with pytest.raises(UserError, match="classification head of its own; give a rate"):
-        choose(section, make, task, EXAMPLES, tmp_path)
-    choice = choose(method_section({"kind": "prefix_tuning"}), make, task, EXAMPLES, tmp_path)
+        autotune(section, make, task, EXAMPLES, tmp_path)
+    choice = autotune(method_section({"kind": "prefix_tuning"}), make, task, EXAMPLES, tmp_path)
     assert choice.section.start == "task"  # type: ignore[attr-defined]
 
 
@@ -291,7 +291,7 @@ def test_killed_while_choosing_the_same_is_chosen(tmp_path: Path, monkeypatch) -
 
     for place in ("fit", "atomic.write_json"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"ptkit.training.choose.{place}", killed)
+            patch.setattr(f"ptkit.training.autotune.{place}", killed)
             with pytest.raises(Killed):
                 run(random_base("llama"), tmp_path / "cut", **settings)
     resumed, _ = run(random_base("llama"), tmp_path / "cut", **settings)
@@ -324,14 +324,14 @@ def test_what_was_found_is_told_with_how_many_runs_it_holds_for(
 ) -> None:
     loaded = load_recipe(recipe_file, ["methods=[{kind: base}, {kind: prompt_tuning}]"])
     base, *runs = run_grid(loaded, tmp_path, base=random_base("llama"))
-    assert found([base]) is None
+    assert autotuned([base]) is None
     text = {"start": "text", "start_text": "w1 " * 20, "learning_rate": 0.3, "rates": []}
     records = [run.updated(chosen=text) for run in runs for _ in range(2)]
     records.append(runs[0].updated(chosen={"start": "task", "starts": []}))
     shown = repr(("w1 " * 20)[:31] + "…")
     of = len(records)
-    assert found(records) == f"{shown}, rate 0.3 ({of - 1} of {of} runs); task (1 of {of} runs)"
-    assert found(records[:1]) == f"{shown}, rate 0.3"
+    assert autotuned(records) == f"{shown}, rate 0.3 ({of - 1} of {of} runs); task (1 of {of} runs)"
+    assert autotuned(records[:1]) == f"{shown}, rate 0.3"
 
 
 def test_a_comparison_records_what_each_cell_chose_and_resumes_with_it(
@@ -350,7 +350,7 @@ def test_a_comparison_records_what_each_cell_chose_and_resumes_with_it(
     (summary,) = write_outputs(tmp_path / "whole", whole, loaded.recipe)
     report = (tmp_path / "whole" / "report.html").read_text()
     assert "What <code>auto</code> found before training" in report
-    assert f"<b>prefix_tuning</b>: {escape(found(summary.records) or '')}</li>" in report
+    assert f"<b>prefix_tuning</b>: {escape(autotuned(summary.records) or '')}</li>" in report
     assert f"Up to {len(whole[0].chosen['starts'])} starts" in report  # type: ignore[index]
 
     with monkeypatch.context() as patch:

@@ -19,16 +19,16 @@ from peft import (
     get_peft_model,
 )
 from peft.utils import ModulesToSaveWrapper
+from ptkit.families.tested import ModelUnderTest, NotApplicable, TokenRow
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from ptkit.errors import AdapterError
-from ptkit.families.contender import VIRTUAL_TOKENS, Contender
-from ptkit.families.kinds import ENCODER_DECODER, SEQUENCE_ENCODER, TOKEN_ENCODER, Kind
+from ptkit.families.candidate import VIRTUAL_TOKENS, Candidate
+from ptkit.families.kinds import ENCODER_DECODER, SEQUENCE_ENCODER, TOKEN_ENCODER, ModelKind
 from ptkit.families.oracle import Embedded, Labelled, Merged, Oracle
 from ptkit.families.prefix_oracle import prefix_oracle
 from ptkit.families.properties import Mismatch
-from ptkit.families.subject import NotApplicable, Row, Subject
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.attention_sites import takes_positions
 from ptkit.runtime.compile import kv_layout
@@ -49,7 +49,7 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
 TASK_TYPES = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", None: "CAUSAL_LM"}
 
 
-def _task_type(kind: Kind) -> str:
+def _task_type(kind: ModelKind) -> str:
     return "SEQ_2_SEQ_LM" if kind is ENCODER_DECODER else TASK_TYPES[kind.head]
 
 
@@ -61,7 +61,7 @@ class DecoderPrefix(Oracle):
         super().__init__(model)
         self.prefix = prefix
 
-    def logits(self, row: Row) -> Tensor:
+    def logits(self, row: TokenRow) -> Tensor:
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         for layer, (key, value) in enumerate(
             zip(self.prefix.keys, self.prefix.values, strict=True)
@@ -75,22 +75,22 @@ class DecoderPrefix(Oracle):
             ).logits[0]  # fmt: skip
 
 
-class Peft(Contender):
+class Peft(Candidate):
     """A PEFT model used as PEFT's documentation does."""
 
-    def __init__(self, subject: Subject, method: str, peft: PeftModel) -> None:
-        self.subject, self.method, self.peft = subject, method, peft.eval()
-        self.pairs, self.head = subject.kind is ENCODER_DECODER, subject.kind.head
+    def __init__(self, tested: ModelUnderTest, method: str, peft: PeftModel) -> None:
+        self.tested, self.method, self.peft = tested, method, peft.eval()
+        self.pairs, self.head = tested.kind is ENCODER_DECODER, tested.kind.head
         self._oracle: Oracle | None = None
 
     @classmethod
-    def made(cls, subject: Subject, method: str) -> Peft:
+    def made(cls, tested: ModelUnderTest, method: str) -> Peft:
         """A fresh adapter."""
         if method not in CONFIGS:
             raise NotApplicable("PEFT has no such method")
         kind, settings = CONFIGS[method]
-        config = subject.base().model.config
-        if method == "lora" and (subject.kind.head == "token" or config.model_type == "distilbert"):
+        config = tested.base().model.config
+        if method == "lora" and (tested.kind.head == "token" or config.model_type == "distilbert"):
             # PEFT leaves the head of other classifiers out of `all-linear` by itself.
             settings = {**settings, "exclude_modules": ["classifier", "pre_classifier"]}
         if method != "lora" and not {"hidden_size", "n_embd", "d_model"} & {*config.to_dict()}:
@@ -98,18 +98,18 @@ class Peft(Contender):
             settings = {**settings, "token_dim": config.hidden_size,
                         "num_layers": config.num_hidden_layers,
                         "num_attention_heads": config.num_attention_heads}  # fmt: skip
-        task = _task_type(subject.kind)
+        task = _task_type(tested.kind)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(11)
-            peft = get_peft_model(subject.base().model, kind(task_type=task, **settings))
+            peft = get_peft_model(tested.base().model, kind(task_type=task, **settings))
             for name, parameter in peft.named_parameters():
                 if "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=0.05)
             for name, parameter in peft.named_parameters():
-                if subject.kind.head is not None and ".modules_to_save." in name:  # trained a bit
+                if tested.kind.head is not None and ".modules_to_save." in name:  # trained a bit
                     parameter.data.add_(0.1 * torch.randn_like(parameter))
-        return cls(subject, method, peft)
+        return cls(tested, method, peft)
 
     @property
     def oracle(self) -> Oracle:
@@ -121,9 +121,9 @@ class Peft(Contender):
         if self.method == "lora":
             return Merged(copy.deepcopy(self.peft).merge_and_unload())
         learnt = self.peft.get_prompt_embedding_to_save("default").detach()
-        model = self._with_head(self.subject.base().model)
+        model = self._with_head(self.tested.base().model)
         if self.method in ("prompt", "p-tuning"):
-            if self.subject.kind in (SEQUENCE_ENCODER, TOKEN_ENCODER):
+            if self.tested.kind in (SEQUENCE_ENCODER, TOKEN_ENCODER):
                 return Labelled(model, learnt, as_text=True)
             return Embedded(model, learnt[:VIRTUAL_TOKENS])
         if self.pairs:
@@ -157,8 +157,8 @@ class Peft(Contender):
     def parameters(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.peft.named_parameters() if p.requires_grad}
 
-    def _tensors(self, rows: Sequence[Row], left: bool) -> dict[str, Tensor]:
-        pad = self.subject.base().pad_token_id
+    def _tensors(self, rows: Sequence[TokenRow], left: bool) -> dict[str, Tensor]:
+        pad = self.tested.base().pad_token_id
         if self.pairs or self.head is not None:
             ids, mask = pad_rows([r.input for r in rows], pad, left=left)
             labels, written = pad_rows([r.answer for r in rows], pad, left=False)
@@ -175,7 +175,7 @@ class Peft(Contender):
             tensors["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         return tensors
 
-    def logits(self, rows: Sequence[Row], *, left: bool) -> list[Tensor]:
+    def logits(self, rows: Sequence[TokenRow], *, left: bool) -> list[Tensor]:
         tensors = self._tensors(rows, left)
         labels = tensors["labels"] if self.head is None else tensors.pop("labels")
         with torch.no_grad(), warnings.catch_warnings():
@@ -190,11 +190,11 @@ class Peft(Contender):
         logits = logits[:, -labels.shape[1] :]  # behind the virtual tokens
         return [logits[i, :-1][labels[i, 1:] != IGNORED] for i in range(len(rows))]
 
-    def loss(self, rows: Sequence[Row]) -> Tensor:
+    def loss(self, rows: Sequence[TokenRow]) -> Tensor:
         return self.peft(**self._tensors(rows, False)).loss
 
     def generate(self, inputs: Sequence[list[int]], **options: Any) -> list[list[int]]:
-        pad = self.subject.base().pad_token_id
+        pad = self.tested.base().pad_token_id
         ids, mask = pad_rows(list(inputs), pad, left=not self.pairs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -217,9 +217,9 @@ class Peft(Contender):
 
     def reloaded(self, folder: Path) -> Peft:
         self.peft.save_pretrained(folder)
-        base = self.subject.loaded_again().base()
+        base = self.tested.loaded_again().base()
         again = PeftModel.from_pretrained(base.model, str(folder))
-        return Peft(self.subject, self.method, again)
+        return Peft(self.tested, self.method, again)
 
     @contextmanager
     def off(self) -> Iterator[Any]:

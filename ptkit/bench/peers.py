@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from ptkit.bench.subjects import GPT2_SMALL, LARGE_VOCABULARY
+from ptkit.bench.bases import GPT2_SMALL, LARGE_VOCABULARY
 from ptkit.data.encode import EncodedExample, length_grouped_batches
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, create_adapter
 from ptkit.recipe.schema import TrainSection
@@ -22,7 +22,7 @@ from ptkit.runtime.base_model import Base
 
 
 @dataclass(frozen=True)
-class Contest:
+class BenchMethod:
     """A method's settings, and how many times faster than PEFT + Trainer it should be."""
 
     settings: dict[str, Any]
@@ -59,17 +59,17 @@ class Contest:
 
 
 _MLP = {"encoder_hidden_size": 512}
-CONTESTS = {
-    "prefix": Contest({"kind": "prefix_tuning", "num_virtual_tokens": 10}, 1.6, 1e-2),
-    "prefix-mlp": Contest(
+METHODS = {
+    "prefix": BenchMethod({"kind": "prefix_tuning", "num_virtual_tokens": 10}, 1.6, 1e-2),
+    "prefix-mlp": BenchMethod(
         {"kind": "prefix_tuning", "num_virtual_tokens": 10, "reparameterize": True, **_MLP},
         1.7, 1e-3,
     ),
-    "prompt-20": Contest({"kind": "prompt_tuning", "num_virtual_tokens": 20}, 2.2, 1e-2),
-    "prompt-100": Contest({"kind": "prompt_tuning", "num_virtual_tokens": 100}, 3.5, 1e-2),
-    "p-tuning": Contest({"kind": "p_tuning", "num_virtual_tokens": 20, **_MLP}, 2.2, 1e-3),
-    "lora": Contest({"kind": "lora", "rank": 8}, 1.0, 1e-3),
-    "full": Contest({"kind": "full"}, 1.0, 1e-4),
+    "prompt-20": BenchMethod({"kind": "prompt_tuning", "num_virtual_tokens": 20}, 2.2, 1e-2),
+    "prompt-100": BenchMethod({"kind": "prompt_tuning", "num_virtual_tokens": 100}, 3.5, 1e-2),
+    "p-tuning": BenchMethod({"kind": "p_tuning", "num_virtual_tokens": 20, **_MLP}, 2.2, 1e-3),
+    "lora": BenchMethod({"kind": "lora", "rank": 8}, 1.0, 1e-3),
+    "full": BenchMethod({"kind": "full"}, 1.0, 1e-4),
 }  # fmt: skip
 
 
@@ -81,7 +81,7 @@ class Round:
     """
 
     base: Base
-    contest: Contest
+    method: BenchMethod
     rows: list[EncodedExample]
     settings: TrainSection
     seed: int
@@ -95,7 +95,7 @@ class Round:
 
     def started(self) -> Adapter:
         """The adapter this round starts from."""
-        return self.contest.started(self.base, self.seed)
+        return self.method.started(self.base, self.seed)
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Trained:
-    """What one contender did: the loss of every step, seconds per step, and peak memory beyond
+    """What one candidate did: the loss of every step, seconds per step, and peak memory beyond
     what was in use when training began."""
 
     losses: list[float]
@@ -129,14 +129,14 @@ class Peer(Protocol):
     title: ClassVar[str]
     """Its name in the figures."""
     aimed_at: ClassVar[bool]
-    """Whether a contest's targets are about this peer."""
+    """Whether a method's targets are about this peer."""
 
     @property
     def versions(self) -> str:
         """The library's version, and those of what it runs on."""
 
-    def lacks(self, base: Base, contest: Contest) -> str | None:
-        """Why it cannot take part in `contest`; None where it can."""
+    def lacks(self, base: Base, method: BenchMethod) -> str | None:
+        """Why it cannot take part in `method`; None where it can."""
 
     def train(self, turn: Round) -> Trained:
         """Take the steps of `turn`."""

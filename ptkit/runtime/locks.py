@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ptkit.runtime.facts import known
 
 
-class Turn:
+class ReadWriteLock:
     """A lock for one changing thread or many reading ones. It is re-entrant, and handed over in
     the order in which threads asked for it.
 
@@ -93,16 +93,16 @@ class Turn:
             self._changed.notify_all()
 
 
-def turn(model: PreTrainedModel) -> Turn:
+def lock_of(model: PreTrainedModel) -> ReadWriteLock:
     """The one lock of `model`, whoever uses it: several banks, a `LoadedAdapter`, a server.
 
     It is of the backbone, which models that differ in their heads share.
     """
-    return known(model.base_model, _new_turn)
+    return known(model.base_model, _new_lock)
 
 
-def _new_turn(_: nn.Module) -> Turn:
-    return Turn()
+def _new_lock(_: nn.Module) -> ReadWriteLock:
+    return ReadWriteLock()
 
 
 def running(model: PreTrainedModel) -> AbstractContextManager[Any]:
@@ -113,7 +113,7 @@ def running(model: PreTrainedModel) -> AbstractContextManager[Any]:
     """
     if torch.compiler.is_compiling():  # the compiler traces no locks: who runs what it made has it
         return nullcontext()
-    lock = turn(model)
+    lock = lock_of(model)
     return lock if known(model.base_model, _reads_alone) else lock.shared()
 
 

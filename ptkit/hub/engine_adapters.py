@@ -1,0 +1,91 @@
+"""The adapters that are written for an engine: read, checked and named alike for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ptkit.bank.source import name_of
+from ptkit.errors import AdapterError, UserError
+from ptkit.evaluation.evaluate import find_adapter
+from ptkit.formats.adapter_files import AdapterFiles, read_adapter
+from ptkit.methods import Adapter, adapter_from_files, base_of, require_same_base
+from ptkit.prefix import KVPrefix
+from ptkit.runtime.base_model import Base
+
+
+@dataclass(frozen=True)
+class EngineSource:
+    """An adapter to write. name: no other one's, without slashes; template: of its inputs."""
+
+    path: Path
+    name: str
+    files: AdapterFiles
+    template: str | None
+
+
+def engine_adapters(
+    sources: Sequence[Path], base: Base | None
+) -> Iterator[tuple[EngineSource, Adapter]]:
+    """Each of `sources` (runs or adapter folders) on their one base, which is loaded unless given.
+
+    An adapter is closed when the next one is asked for. Raises AdapterError for adapters of
+    encoders, encoder-decoders and other bases, UserError when two have one name or the base's
+    weights are in blocks.
+    """
+    names: set[str] = set()
+    for source in sources:
+        path = find_adapter(source)
+        files = read_adapter(path)
+        if base is None:
+            base = base_of(files, None, str(source))
+        require_same_base(files, base, str(source))
+        if base.encoder_decoder or base.head is not None:
+            raise AdapterError(f"{source}: only adapters of causal models can be exported so")
+        if base.quantized:
+            raise UserError(
+                f"`{base.id}` is loaded in {base.precision}; engines are given "
+                "floating-point weights: leave `quantize` out"
+            )
+        name = name_of(path).replace("/", "--")
+        if name in names:
+            raise UserError(f"two adapters are called `{name}`; export one from a renamed folder")
+        names.add(name)
+        adapter = adapter_from_files(files, base)
+        try:
+            yield (
+                EngineSource(source, name, files, files.info.get("task", {}).get("input")),
+                adapter,
+            )
+        finally:
+            adapter.close()
+
+
+def engine_prefix(source: EngineSource, adapter: Adapter) -> KVPrefix:
+    """The keys and values that an engine's cache begins with; nothing else is left of `adapter`.
+
+    Raises AdapterError where there is more to it, with what that is.
+    """
+    why = _more_than_a_prefix(adapter)
+    prefix = None if why else adapter.prefix()
+    if prefix is not None and prefix.infix:
+        why = "its virtual tokens stand before the last word of each input, not at the front"
+    if why is None and prefix is None:
+        why = "it has no virtual tokens"
+    if why is not None or prefix is None:
+        raise AdapterError(
+            f"{source.path} is a {source.files.peft_type} adapter: {why}, so no engine's cache can "
+            "hold it; serve it with `ptkit serve`"
+        )
+    return prefix.detach()
+
+
+def _more_than_a_prefix(adapter: Adapter) -> str | None:
+    if adapter.changes_weights:
+        return "it changes the base's weights"
+    if adapter.input_gate is not None:
+        return "a gate sets its strength for each input"
+    if adapter.depends_on_input:
+        return "its keys and values depend on the input"
+    return None
