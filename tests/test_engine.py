@@ -350,7 +350,7 @@ def test_an_answer_that_cannot_be_begun_fails_alone_and_is_told(
     bad.answer.adapters = (RequestAdapter("bad", BadPrefix()),)  # type: ignore[arg-type]
     alone = Asked(bank, [None], [7] * 30)
     alone.answer.adapters = bad.answer.adapters
-    unsampled = Asked(bank, ["a2"], [9], seed="none that torch takes")
+    unsampled = Asked(bank, ["a2"], [9], seed=["no number"])
     engine.submit([a.answer for a in (good[0], bad, unsampled, alone, good[1])])
     for a in good:
         (expected,) = bank.generate_ids(
@@ -547,31 +547,29 @@ def test_several_answers_of_one_request_are_read_once(
 # Sampling
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
-    vocabulary=st.sampled_from([3, 40, 700]), temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    vocabulary=st.sampled_from([3, 12]), temperature=st.sampled_from([0.3, 1.0, 2.5]),
     top_p=st.sampled_from([0.01, 0.4, 0.9, 1.0]), seed=st.integers(0, 2**16),
     spread=st.sampled_from([0.1, 3.0]),
 )  # fmt: skip
-def test_tokens_are_drawn_as_transformers_warps_them(
+def test_tokens_are_drawn_with_the_probabilities_of_transformers_warpers(
     vocabulary: int, temperature: float, top_p: float, seed: int, spread: float
 ) -> None:
-    """The random number picks the place in the probabilities of transformers' warpers, the
-    likeliest first."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(5, vocabulary, generator=generator) * spread
-    sampling = Sampling(1, temperature=temperature, top_p=top_p, seed=seed)
-    states = [SamplerState(sampling) for _ in range(5)]
-    found = [token.id for token in sample(logits, states)]
-    draw = SamplerState(sampling).draw()
+    logits = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(seed)) * spread
     warped = TemperatureLogitsWarper(temperature)(None, logits.clone())
     if top_p < 1:
         warped = TopPLogitsWarper(top_p)(None, warped)
-    probabilities = warped.softmax(-1).double()
-    for row, id in enumerate(found):
-        own = probabilities[row]
-        before = float((own[own > own[id]] if top_p < 1 else own[:id]).sum())
-        assert before - 1e-5 <= draw <= before + float(own[id]) + 1e-5
+    expected = warped.softmax(-1)[0].double()
+    count = 4000
+    states = [
+        SamplerState(Sampling(1, temperature=temperature, top_p=top_p, seed=seed + n))
+        for n in range(count)
+    ]
+    found = [token.id for token in sample(logits.expand(count, -1), states)]
+    shares = torch.bincount(torch.tensor(found), minlength=vocabulary) / count
+    deviation = (expected * (1 - expected) / count).sqrt()
+    assert ((shares - expected).abs() <= 5.5 * deviation + 1e-9).all()
 
 
 def test_rows_of_all_kinds_are_sampled_in_one_go_as_alone() -> None:

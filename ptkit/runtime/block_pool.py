@@ -22,7 +22,7 @@ from ptkit.prefix import KVLayout
 #: Positions of a block unless said otherwise.
 BLOCK_SIZE = 16
 #: A pool grows by this many blocks at least, or by this part of what it has.
-_LEAST_GROWTH, _GROWTH_PART = 8, 32
+_LEAST_GROWTH, _GROWTH_PART = 16, 32
 
 
 def position_bytes(layout: KVLayout, dtype: torch.dtype) -> int:

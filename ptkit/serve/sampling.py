@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,6 @@ from ptkit.errors import PtkitError
 
 #: Below this temperature no other token than the likeliest has a probability float32 can hold.
 _COLDEST = 1e-6
-#: Of so many of the likeliest tokens `top_p` is looked for first, at least.
-_LIKELIEST = 128
 
 
 class NotFiniteError(PtkitError):
@@ -75,17 +74,7 @@ class SamplerState:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self.seen: Counter[int] = Counter()
-        generator = torch.Generator()
-        if sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(sampling.seed)
-        count = 0 if sampling.greedy else sampling.max_tokens
-        self._drawn = iter(torch.rand(count, generator=generator, dtype=torch.float64).tolist())
-
-    def draw(self) -> float:
-        """The next of its random numbers, in [0, 1)."""
-        return float(next(self._drawn))
+        self.random = random.Random(sampling.seed)
 
 
 def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Token | None]:
@@ -143,67 +132,42 @@ def _penalised(scores: Tensor, states: Sequence[SamplerState]) -> Tensor:
 
 
 def _drawn(scores: Tensor, states: Sequence[SamplerState]) -> list[int]:
-    """A token for each row of `scores` `[answers, vocabulary]`."""
+    """A token for each row of `scores` `[answers, vocabulary]`.
+
+    With `top_p` it is one of the likeliest, whose probabilities add up to that (Holtzman et al.
+    2020, "The curious case of neural text degeneration", section 3.1). Nothing is sorted: a token
+    is drawn from all, and kept where those that are likelier add up to less. Otherwise it and all
+    that are no likelier are left out, and another one is drawn.
+    """
     chosen = [0] * len(states)
     greedy = [i for i, s in enumerate(states) if s.sampling.greedy]
     for i, id in zip(greedy, scores[greedy].argmax(-1).tolist() if greedy else (), strict=True):
         chosen[i] = id
-    for whole in (False, True):
-        rows = [
-            i for i, s in enumerate(states)
-            if not s.sampling.greedy and (s.sampling.top_p >= 1) == whole
-        ]  # fmt: skip
-        if not rows:
-            continue
-        asked = [states[i].sampling for i in rows]
+    left = [i for i, s in enumerate(states) if not s.sampling.greedy]
+    if not left:
+        return chosen
 
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, device=scores.device, dtype=torch.float32)[:, None]
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, device=scores.device)[:, None]
 
-        own = (scores if len(rows) == len(states) else scores[rows]) / column(
-            [s.temperature for s in asked]
-        )
-        draws = column([states[i].draw() for i in rows])
-        if whole:
-            found = _inverse(own.softmax(-1), draws)[:, 0].tolist()
-        else:
-            found = _of_likeliest(own, draws, column([s.top_p for s in asked]))
-        for i, id in zip(rows, found, strict=True):
-            chosen[i] = id
-    return chosen
-
-
-def _of_likeliest(scores: Tensor, draws: Tensor, top_p: Tensor) -> list[int]:
-    """A token of each row of `scores` `[answers, vocabulary]`, of the likeliest ones whose
-    probabilities add up to `top_p` `[answers, 1]` (Holtzman et al. 2020, "The curious case of
-    neural text degeneration", section 3.1).
-
-    Few tokens mostly are, so the vocabulary is not sorted: only where those are not enough, more
-    are looked at.
-    """
-    vocabulary = scores.shape[-1]
-    whole = scores.logsumexp(-1, keepdim=True)
-    count = min(vocabulary, max(_LIKELIEST, vocabulary // 64))
-    chosen = [0] * len(scores)
-    left = list(range(len(scores)))
+    temperatures = column([states[i].sampling.temperature for i in left])
+    warped = (scores if len(left) == len(states) else scores[left]) / temperatures
+    probabilities = warped.softmax(-1)
     while left:
-        if len(left) < len(scores):
-            index = torch.tensor(left, device=scores.device)
-            parts = [t.index_select(0, index) for t in (scores, draws, top_p, whole)]
-        else:
-            parts = [scores, draws, top_p, whole]
-        own, drawn, most, total = parts
-        likely, ids = own.topk(count)
-        probabilities = (likely - total).exp()
-        before = probabilities.cumsum(-1) - probabilities
-        place = _inverse(probabilities * (before < most), drawn)
-        enough = (before[:, -1:] + probabilities[:, -1:] >= most) | (count == vocabulary)
-        found = torch.cat([ids.gather(1, place), enough.long()], dim=1).tolist()
-        for i, (id, is_enough) in zip(left, found, strict=True):
-            if is_enough:
+        place = _inverse(probabilities, column([states[i].random.random() for i in left]))
+        own = probabilities.gather(1, place)
+        likelier = probabilities * (probabilities > own)
+        top_p = [states[i].sampling.top_p for i in left]
+        inside = likelier.sum(-1, keepdim=True) < column(top_p)
+        found = torch.cat([place, inside.long()], dim=1).tolist()
+        again = []
+        for row, (i, (id, is_inside)) in enumerate(zip(left, found, strict=True)):
+            if is_inside or top_p[row] >= 1:
                 chosen[i] = id
-        left = [i for i, (_, is_enough) in zip(left, found, strict=True) if not is_enough]
-        count = min(vocabulary, 16 * count)
+            else:
+                again.append(row)
+        left = [left[row] for row in again]
+        probabilities = likelier[again]
     return chosen
 
 
