@@ -30,7 +30,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("ptkit needs Python 3.11 or newer, found " + sys.version.split()[0] + "; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt torch
-	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e .
+	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[report]'
 	@touch $@
 
 # What only the tests need: Ray, a browser's driver, linters.

@@ -22,6 +22,7 @@ from ptkit.comparison.summary import MethodSummary
 from ptkit.data.tokens import listed
 from ptkit.errors import AdapterError, ModelError, PtkitError, UserError
 from ptkit.evaluation.evaluate import find_adapter
+from ptkit.extras import require
 from ptkit.formats.adapter_files import CONFIG, read_adapter
 from ptkit.formats.folder_lock import held, require_free
 from ptkit.methods import base_of, compile_files, require_same_base
@@ -34,11 +35,13 @@ from ptkit.runtime.cache import ReservedCache, prefilled_cache, sees_everything
 from ptkit.runtime.forward import rows_for
 from ptkit.runtime.generation import generate
 from ptkit.section import MethodSection
+from ptkit.training.cell import Cell, cell_name
 from ptkit.training.experiment import prepare
 from ptkit.training.failure import Failure, failed_cells
 from ptkit.training.forecast import Forecast, forecast, is_long
+from ptkit.training.observer import RunObserver
 from ptkit.training.record import CellRecord
-from ptkit.training.run import Cell, RunObserver, cell_name, run_cells
+from ptkit.training.run import run_cells
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,9 @@ def plan_training(
     start_from: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> tuple[list[str], Forecast]:
-    """What `train` with these arguments would do: what was decided about the data, in lines, and
-    what the run would take, measured on a few steps. Nothing is written to its folder."""
+    """What `train` with these arguments would do. It tells what was decided about the data, in
+    lines, and what the run would take, measured on a few steps. Nothing is written to its
+    folder."""
     loaded, section, used_seed, folder = _chosen(recipe, method, seed, out, overrides)
     cell = _cell(section, used_seed, folder, start_from)
     experiment = prepare(loaded)
@@ -174,8 +178,9 @@ def compare(
     """Run every method of a recipe with every seed, as `ptkit compare` does.
 
     out: default `comparisons/RECIPE`; a comparison that was stopped there goes on
-    ray: run the cells as tasks of a Ray cluster: its address `ray://HOST:PORT`, or True for one
-        on this machine; cell_cpus, cell_gpus: what one cell needs there
+    ray: run the cells as tasks of a Ray cluster: its address `ray://HOST:PORT`, or True for one on
+        this machine
+    cell_cpus, cell_gpus: what one cell needs there
 
     A cell that fails, for its loss is not finite, say, leaves the others alone and is in the
     result's `failed`. Raises PtkitError where none has a result. For the other arguments, and what
@@ -183,6 +188,7 @@ def compare(
     """
     loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
     folder = Path("comparisons") / loaded.recipe.name if out is None else Path(out)
+    require("report", "`ptkit compare`")
     if fresh:
         start_over(folder)
     with held(folder):
@@ -216,8 +222,8 @@ class LoadedAdapter:
             several rows of unequal length are padded at the left (`padding_side="left"`)
 
         The answers start after `inputs["input_ids"].shape[1]` positions. Beam search and several
-        returned sequences need the rows repeated first, and logits processors and lengths count
-        the placeholders and the padding: use `generate` of this class for those.
+        returned sequences need the rows repeated first. Logits processors and lengths count the
+        placeholders and the padding. Use `generate` of this class for those.
         """
         if self.prefix.infix:
             raise AdapterError(
@@ -270,7 +276,8 @@ def load_adapter(
     tokenizer: its tokenizer, where `model` is a transformers model
 
     Raises AdapterError when it is damaged, unsafe, for another base, or has no virtual tokens
-    (LoRA: give it to PEFT, or to an `AdapterBank`), ModelError when the base cannot be loaded.
+    (LoRA: give it to PEFT, or to an `AdapterBank`). Raises ModelError when the base cannot be
+    loaded.
     """
     path = find_adapter(Path(source))
     files = read_adapter(path)

@@ -52,10 +52,11 @@ Asked = tuple[str, ModelKind]
 
 HEAD = """# Models
 
-Every family below was made small and random (few layers, narrow, the same kinds of layers,
-heads, windows and positions) and asked the same, by the same program, of the methods named below,
-with ptkit and with plain PEFT. What is right is said by an *oracle*: the plain model reading one
-row at a time, unpadded, nothing cached between tokens. `ptkit models check` asks it of your model:
+This page says which methods work on which family of models, in ptkit and in plain PEFT. One program
+asked both the same questions. Each family was made small and random: few layers, narrow, with the
+family's own kinds of layers, heads, windows and positions. An *oracle* decides what is right: the
+plain model that reads one row at a time, unpadded, with no cache. `ptkit models check` asks the
+same questions of your model:
 
 ```console
 $ ptkit models check llama
@@ -71,22 +72,32 @@ This page is made by `scripts/make_models_reference.py`; a test runs parts of it
 
 ORACLES = """## What is asked
 
-The oracle of a soft prompt is its embeddings before those of the words; of a text prompt, its
-tokens before the row's; of a prefix, softmax(q [p; k]) [p; v] written out in every attention, where
-every word sees all of the prefix (Li & Liang 2021, section 4), or the model's own cache where
-attention cannot be replaced; of an infix, on one layer, the base reading it in its place; of LoRA,
-the weights with the matrices added; of a linear probe, the base with the trained head. A layer's
-window hides a soft prompt or a text prompt as it hides text, but never a prefix.
+Each method has an oracle of its own:
 
-In encoders, also those of encoder-decoders, ptkit's virtual tokens take no positions: words keep
-theirs, and a head finds `[CLS]`, or the mean of the words, where it always is. In PEFT they take
-the first positions, which is judged as PEFT means it; so is its prefix of an encoder-decoder, the
-decoder's part only. Wrong whatever one means: to pool a virtual token in place of `[CLS]`, to read
-words as the base does not (Marian and Pegasus scale their embeddings), to lose the prefix, and to
-come back with a part of the head at random (DeBERTa's layer before the classifier, which pretrained
-checkpoints have no weights for). Each classifier is asked with the task type PEFT has for it; its
-LoRA of token classifiers and of DistilBERT is told to leave the head alone, and its prompts of
-DistilBERT are told the sizes PEFT asks for.
+- soft prompt: its embeddings before those of the words;
+- text prompt: its tokens before the row's;
+- prefix: `softmax(q [p; k]) [p; v]` written out in every attention (Li & Liang 2021, section 4),
+  where every word sees the whole prefix; the model's own cache where attention cannot be replaced;
+- infix: on one layer, the base that reads it in its place;
+- LoRA: the weights with the matrices added;
+- linear probe: the base with the trained head.
+
+A layer's window hides a soft prompt or a text prompt as it hides text. It never hides a prefix.
+
+In encoders, also those of encoder-decoders, ptkit's virtual tokens take no positions. Words keep
+theirs, and a head finds `[CLS]`, or the mean of the words, at its usual place. In PEFT virtual
+tokens take the first positions. This is judged as PEFT defines it, and so is its prefix of an
+encoder-decoder, the decoder's part only. These results are wrong under either definition:
+
+- a virtual token is pooled in place of `[CLS]`;
+- words are read as the base does not read them (Marian and Pegasus scale their embeddings);
+- the prefix is lost;
+- a part of the head comes back at random (DeBERTa's layer before the classifier, for which
+  pretrained checkpoints have no weights).
+
+Each classifier is asked with the task type that PEFT has for it. PEFT's LoRA of token classifiers
+and of DistilBERT gets the setting to leave the head alone. Its prompts of DistilBERT get the sizes
+that PEFT asks for.
 """
 
 
@@ -177,9 +188,11 @@ def _summary(results: Results, versions: dict[str, str]) -> str:
     names = ", ".join(dict.fromkeys(method for kind in KINDS for method in kind.methods))
     return "\n".join([
         "## In short", "", *lines, "", f"Measured with {said}.", "",
-        f"Asked about: {names}; each on the kinds of models that have a table for it below.", "",
-        "Not asked about:", "", *(f"- `{kind}`: {why}" for kind, why in NOT_ASKED.items()), "",
-        "Methods of these have tests of their own, on small models of a few families.", "",
+        f"Methods asked about: {names}.", "",
+        "Each was asked on the kinds of models that have a table for it below.", "",
+        "Methods not asked about:", "",
+        *(f"- `{kind}`: {why}" for kind, why in NOT_ASKED.items()), "",
+        "These have tests of their own, on small models of a few families.", "",
     ])  # fmt: skip
 
 
@@ -202,8 +215,8 @@ def _tables(results: Results, kind: ModelKind) -> str:
     }
     title, _, use = kind.name.partition(" ")
     lines = [f"## {title.capitalize()}s{use and f' {use}s'}", "",
-             "Left ptkit, right PEFT: ✓ works, ✗ silently wrong, ! raises, r refused with the "
-             "reason, · nothing to ask.", ""]  # fmt: skip
+             "Left ptkit, right PEFT: ✓ works, ✗ silently wrong, ! raises an error, r refused with "
+             "the reason, · nothing to ask.", ""]  # fmt: skip
     for method in kind.methods:
         asked = [p for p in PROPERTIES if any(
             marks["ptkit", f, method, p] != "·" for f in families)]  # fmt: skip
@@ -233,7 +246,7 @@ def _reasons(results: Results) -> str:
 
 
 def _grouped(cells: Sequence[MatrixCell], *, with_detail: bool) -> list[str]:
-    """One line per reason (or per method and property): who it is about."""
+    """A table with a row per reason (or per method and property) and whom it is about."""
     groups: dict[str, list[MatrixCell]] = {}
     for cell in cells:
         # Sentences name the model and its class: the same reason whoever it is.
@@ -241,12 +254,13 @@ def _grouped(cells: Sequence[MatrixCell], *, with_detail: bool) -> list[str]:
         reason = functools.reduce(lambda s, n: s.replace(n, "the model"), named, cell.detail)
         key = reason if with_detail else f"{cell.method}: {cell.property}"
         groups.setdefault(key, []).append(cell)
-    lines = []
+    head = ("reason", "methods") if with_detail else ("property", "method")
+    lines = [f"| {head[0]} | {head[1]} | families |", "|---|---|---|"]
     for reason, about in groups.items():
         families = ", ".join(_names(about))
         methods = ", ".join(dict.fromkeys(c.method for c in about))
-        what = f"{methods} of {families}" if with_detail else families
-        lines.append(f"- {reason.replace('|', chr(92) + '|')} ({what})")
+        what = reason if with_detail else about[0].property
+        lines.append(f"| {what.replace('|', chr(92) + '|')} | {methods} | {families} |")
     return lines
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from ptkit.methods.catalogue import method_sections
-from ptkit.recipe import schema
+from ptkit.recipe import schema, tasks
 from ptkit.recipe.values import Range
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
@@ -25,13 +25,13 @@ key for one run. This page is made from the schema by `scripts/make_recipe_refer
 SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("Top level", schema.Recipe),
     ("`model`", schema.ModelSection),
-    ("`task` with `kind: generation`", schema.GenerationTask),
-    ("`task` with `kind: classification`", schema.ClassificationTask),
-    ("`task` with `kind: sequence_classification`", schema.SequenceClassificationTask),
-    ("`task` with `kind: token_classification`", schema.TokenClassificationTask),
-    ("`task.data`", schema.DataSection),
-    ("`task.data.splits`", schema.Splits),
-    ("`task.data.limits`", schema.Limits),
+    ("`task` with `kind: generation`", tasks.GenerationTask),
+    ("`task` with `kind: classification`", tasks.ClassificationTask),
+    ("`task` with `kind: sequence_classification`", tasks.SequenceClassificationTask),
+    ("`task` with `kind: token_classification`", tasks.TokenClassificationTask),
+    ("`task.data`", tasks.DataSection),
+    ("`task.data.splits`", tasks.Splits),
+    ("`task.data.limits`", tasks.SplitLimits),
     ("`train`", schema.TrainSection),
     ("`evaluate`", schema.EvaluateSection),
     ("`retention`", schema.RetentionSection),

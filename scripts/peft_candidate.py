@@ -19,16 +19,16 @@ from peft import (
     get_peft_model,
 )
 from peft.utils import ModulesToSaveWrapper
-from ptkit.families.tested import ModelUnderTest, NotApplicable, TokenRow
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from ptkit.errors import AdapterError
 from ptkit.families.candidate import VIRTUAL_TOKENS, Candidate
 from ptkit.families.kinds import ENCODER_DECODER, SEQUENCE_ENCODER, TOKEN_ENCODER, ModelKind
+from ptkit.families.model_under_test import ModelUnderTest, NotApplicable, TokenRow
 from ptkit.families.oracle import Embedded, Labelled, Merged, Oracle
 from ptkit.families.prefix_oracle import prefix_oracle
-from ptkit.families.properties import Mismatch
+from ptkit.families.property_case import Mismatch
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.attention_sites import takes_positions
 from ptkit.runtime.compile import kv_layout

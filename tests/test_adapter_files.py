@@ -38,7 +38,7 @@ from ptkit.methods import (
     compile_files,
     require_same_base,
 )
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits
 

@@ -25,15 +25,16 @@ LAYERS = [
     {"comparison"},
     {"training"},
     {"evaluation"},
+    {"metrics.*"},
     {"bank"},
     {"methods"},
     {"runtime"},
-    {"prefix"},
+    {"prefix", "prefix_batch"},
     {"data"},
     {"recipe", "formats"},
-    {"methods.catalogue"},
+    {"methods.catalogue", "metrics"},
     {"methods.*.settings", "methods.prompt_settings"},
-    {"section", "options", "plugins"},
+    {"section", "options", "plugins", "extras", "declared"},
     {"errors"},
 ]
 #: Free of every layer: the package's own doors, which load what is asked of them.
@@ -132,6 +133,44 @@ def test_no_module_needs_itself_by_way_of_others() -> None:
         sorter.prepare()
     except CycleError as error:
         pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+#: What measures the package, and the commands for it.
+MEASURING = ("ptkit.bench", "ptkit.families")
+COMMANDS_THAT_MEASURE = {"ptkit.cli.main", "ptkit.cli.bench", "ptkit.cli.models"}
+
+
+def test_what_measures_the_package_is_needed_by_none_of_it() -> None:
+    checked = 0
+    for module, path in MODULES.items():
+        if module.startswith(MEASURING) or module in COMMANDS_THAT_MEASURE:
+            continue
+        checked += 1
+        needed = uses(module, ast.parse(path.read_text()))
+        assert not [name for name in needed if name.startswith(MEASURING)], module
+    assert checked > 200
+
+
+def test_the_package_and_its_commands_load_nothing_that_measures_it() -> None:
+    code = (
+        "import sys, ptkit, ptkit.cli.main\n"
+        "[getattr(ptkit, name) for name in ptkit.__all__]\n"
+        f"measuring = [m for m in sys.modules if m.startswith({MEASURING})]\n"
+        "sys.exit(f'loaded {measuring}' if measuring else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+#: Lines of a module beyond which its docstring says why it is one.
+LONGEST = 400
+
+
+def test_long_modules_say_why() -> None:
+    assert MODULES
+    for module, path in MODULES.items():
+        lines = len(path.read_text().splitlines())
+        told = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert lines <= LONGEST or "lines, because" in told, f"{module} has {lines} lines"
 
 
 def test_imports_within_functions_and_by_name_are_seen() -> None:

@@ -22,9 +22,10 @@ from ptkit.data.task import Example
 from ptkit.errors import PtkitError, UserError
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe import load_recipe
-from ptkit.recipe.schema import ClassificationTask, SequenceClassificationTask, TrainSection
+from ptkit.recipe.schema import TrainSection
+from ptkit.recipe.tasks import ClassificationTask, SequenceClassificationTask
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_losses
 from ptkit.section import MethodSection

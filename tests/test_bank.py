@@ -16,7 +16,8 @@ from ptkit.bank import AdapterBank
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.generation import generate
 from ptkit.runtime.scoring import continuation_scores
 

@@ -38,12 +38,9 @@ from ptkit.formats.adapter_files import write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
-from ptkit.prefix import PrefixBatch
-from ptkit.recipe.schema import (
-    GenerationTask,
-    RetainSection,
-    SequenceClassificationTask,
-)
+from ptkit.prefix_batch import PrefixBatch
+from ptkit.recipe.schema import RetainSection
+from ptkit.recipe.tasks import GenerationTask, SequenceClassificationTask
 from ptkit.runtime.base_model import Base, frozen_base, load_base
 from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.forward import all_logits

@@ -13,7 +13,6 @@ from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 from hypothesis import given
 from hypothesis import strategies as st
-from ptkit.families.tested import real_model
 from test_cli import ptkit, refused
 from test_gguf import TOKENS, write
 from torch import nn
@@ -23,6 +22,7 @@ from ptkit.data.encode import EncodedExample
 from ptkit.errors import AdapterError, ModelError
 from ptkit.families.kinds import used_as
 from ptkit.families.matrix import Status, run_matrix
+from ptkit.families.model_under_test import real_model
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter, require_same_base
 from ptkit.recipe.schema import TrainSection

@@ -26,8 +26,10 @@ from ptkit.hub.export import export_run
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
 from ptkit.recipe import load_recipe
 from ptkit.training.adapter_trainer import StepReport
+from ptkit.training.cell import Cell
 from ptkit.training.experiment import prepare
-from ptkit.training.run import Cell, RunObserver, run_cells
+from ptkit.training.observer import RunObserver
+from ptkit.training.run import run_cells
 
 RECIPE = """
 name: small
@@ -141,7 +143,7 @@ def test_finished_cells_are_not_run_again(comparison, monkeypatch) -> None:
         raise AssertionError("a finished cell was trained again")
 
     monkeypatch.setattr("ptkit.training.run.fit", fails)
-    monkeypatch.setattr("ptkit.training.run.predict", fails)
+    monkeypatch.setattr("ptkit.training.measure.predict", fails)
     assert run_grid(loaded, out, base=random_base("llama")) == records
 
 

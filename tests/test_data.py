@@ -16,7 +16,7 @@ from ptkit.data.encode import encode_examples
 from ptkit.data.sources import builtin_sets
 from ptkit.data.templates import Template
 from ptkit.errors import DataError
-from ptkit.recipe.schema import ClassificationTask, GenerationTask
+from ptkit.recipe.tasks import ClassificationTask, GenerationTask
 
 
 def generation(folder: Path, files: dict, **changes) -> GenerationTask:

@@ -18,7 +18,7 @@ from ptkit.data.general_text import read_text
 from ptkit.errors import DataError, ModelError, UserError
 from ptkit.evaluation.divergence import measure_divergence
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base
@@ -26,7 +26,7 @@ from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.forward import all_logits, collate, supervised_divergences, supervised_logits
 from ptkit.training.adapter_trainer import Job, StepReport
 from ptkit.training.distill import DISTILLED, FIRST_TOKENS, NOTHING, Distilled, distill
-from ptkit.training.run import RunObserver
+from ptkit.training.observer import RunObserver
 from ptkit.training.self_study import GENERIC, read_in_chunks, study
 from ptkit.training.teacher import Teacher
 

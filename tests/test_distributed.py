@@ -29,9 +29,9 @@ from ptkit.formats.adapter_files import WEIGHTS
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import method_section
+from ptkit.training.observer import RunObserver
 from ptkit.training.processes import current, require_own
 from ptkit.training.record import CellRecord
-from ptkit.training.run import RunObserver
 
 # A grid small enough to be killed at every file it writes.
 SMALL = "methods=[{kind: base}, {kind: prefix_tuning, num_virtual_tokens: 4}]"
@@ -93,13 +93,14 @@ PROGRAM = """
 import json, os, sys
 import torch
 import ptkit.evaluation.retention as retention
+import ptkit.training.measure as measuring
 import ptkit.training.run as run
 from ptkit.training.loop import Objective
 
 read = {"predicted": 0, "validated": 0, "general": 0}
 retention.MAX_LOGITS = 97 * 40  # one window of general text at a time
 measure = retention._read
-predict, forward = run.predict, Objective.forward
+predict, forward = measuring.predict, Objective.forward
 
 def counted(adapter, examples, *rest):
     read["predicted"] += len(examples)
@@ -118,7 +119,7 @@ def only_adapters(*given):
     return measured(*given)
 
 measured, run.measure_retention = run.measure_retention, only_adapters
-run.predict, Objective.forward = counted, losses
+measuring.predict, Objective.forward = counted, losses
 import ptkit
 recipe, out, *overrides = sys.argv[1:]
 done = ptkit.train(recipe, method="prefix_tuning", out=out, overrides=overrides)
@@ -262,7 +263,7 @@ def test_forgetting_is_the_same_for_any_number_of_processes(
 
 
 def test_every_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ptkit.runtime.base_model import own_device
+    from ptkit.runtime.devices import own_device
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import re
 import shlex
@@ -10,9 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 
 import ptkit
+from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.runtime.runner import ModelRunner
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -59,11 +63,11 @@ def test_recipe_reference_is_up_to_date() -> None:
 
 
 def test_readme_python_examples_run() -> None:
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(code) == 2
+    own, peft = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in own.splitlines() if line]) == 6
     with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()):
-        exec(code[1], {})
-    imports = [line for line in code[0].splitlines() if line.startswith(("from", "import"))]
+        exec(own, {})
+    imports = [line for line in peft.splitlines() if line.startswith(("from", "import"))]
     exec("\n".join(imports), {})
 
 
@@ -105,8 +109,57 @@ def test_answers_through_transformers_own_generate_are_the_banks() -> None:
 PAGES = ["README.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 
 
+def links(page: Path) -> list[str]:
+    """The targets of the links and pictures of a page that are in the project."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    return re.findall(r"\]\((?!\w+:)([^)\s]+)\)", prose)
+
+
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are linked by, as GitHub names them."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    titles = re.findall(r"^#+ +(.+?) *$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("name", PAGES)
-def test_links_to_files_of_the_project_resolve(name: str) -> None:
+def test_links_to_files_and_headings_of_the_project_resolve(name: str) -> None:
     page = ROOT / name
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
-        assert (page.parent / target).exists(), f"{name} links to {target}"
+    for target in links(page):
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{name} links to {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{name} links to {target}: no such heading"
+
+
+def test_links_with_a_fault_are_found() -> None:
+    assert "pefts-other-methods" in anchors(ROOT / "docs/how-it-works.md")
+    assert "pefts-other" not in anchors(ROOT / "docs/how-it-works.md")
+    assert sum(len(links(ROOT / name)) for name in PAGES) > 80
+
+
+@pytest.mark.parametrize("name", PAGES[2:])
+def test_files_that_pages_name_are_there(name: str) -> None:
+    """A path is below the project or below the package, as the sentences write it."""
+    for path in re.findall(r"`((?:\w+/)+\w+\.(?:py|yaml))`", (ROOT / name).read_text()):
+        there = [ROOT / path, ROOT / "ptkit" / path, Path(peft.__file__).parents[1] / path]
+        assert any(place.exists() for place in there), f"{name} names {path}"
+
+
+def test_the_index_names_every_page_once() -> None:
+    named = [target for target in links(ROOT / "docs/README.md") if target.endswith(".md")]
+    pages = {p.name for p in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert sorted(named) == sorted([*pages, "../README.md"])
+
+
+def test_the_pictures_text_names_what_the_code_has() -> None:
+    """The picture is drawn by hand; a renamed part must be renamed there too."""
+    picture = (ROOT / "docs/how-it-works.svg").read_text()
+    package = {p.name for p in (ROOT / "ptkit").iterdir() if (p / "__init__.py").exists()}
+    words = set(re.findall(r"\w+", re.sub(r"<[^>]*>", " ", picture.partition("</style>")[2])))
+    assert package - words == set()
+    forward = inspect.signature(ModelRunner.forward)
+    shown = ", ".join(name for name in forward.parameters if name != "self")
+    assert f"ModelRunner.forward({shown})" in picture
+    assert {KVPrefix.__name__, PrefixBatch.__name__, KVPrefix.for_rows.__name__} <= words

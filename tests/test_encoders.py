@@ -24,10 +24,11 @@ from transformers.masking_utils import eager_mask
 from ptkit import AdapterBank, load_adapter
 from ptkit.data.encode import IGNORED, EncodedExample
 from ptkit.errors import AdapterError, ModelError
-from ptkit.evaluation.metrics import metric
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, create_adapter
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.metrics.registry import metric
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.attention import Call, Repeats
 from ptkit.runtime.attention_sites import attention_modules
 from ptkit.runtime.backends import backend_of
@@ -337,7 +338,8 @@ def test_heads_are_trained_in_float32_on_a_backbone_in_bfloat16(encoder: str, me
 def test_heads_start_anew_with_every_seed_unless_the_checkpoint_has_one(
     encoder: str, tmp_path: Path
 ) -> None:
-    from ptkit.runtime.base_model import Labels, load_base
+    from ptkit.runtime.base_model import load_base
+    from ptkit.runtime.heads import Labels
 
     source = random_classifier(encoder)
     source.model.base_model.save_pretrained(tmp_path / "backbone")
@@ -662,7 +664,7 @@ def test_words_that_were_not_read_count_as_wrong() -> None:
     from ptkit.data.encode import encode_examples
     from ptkit.data.task import Example
     from ptkit.evaluation.predict import predict
-    from ptkit.recipe.schema import TokenClassificationTask
+    from ptkit.recipe.tasks import TokenClassificationTask
 
     base = random_classifier("bert", "token")
     task = TokenClassificationTask(

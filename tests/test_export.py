@@ -81,7 +81,7 @@ assert not any(name.startswith("ptkit") for name in sys.modules)
 @pytest.mark.parametrize("method", ["prefix-mlp", "prompt", "p-tuning-lstm"])
 def test_plain_peft_in_bfloat16_in_another_process(method: str, tmp_path: Path) -> None:
     from ptkit.methods import adapter_from_files
-    from ptkit.prefix import PrefixBatch
+    from ptkit.prefix_batch import PrefixBatch
     from ptkit.runtime.base_model import frozen_base
     from ptkit.runtime.forward import all_logits
 

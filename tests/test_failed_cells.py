@@ -24,9 +24,11 @@ from ptkit.comparison.overview import write_overview
 from ptkit.comparison.table import summary_table
 from ptkit.errors import AdapterError, FolderError, PtkitError, UserError
 from ptkit.recipe import load_recipe
+from ptkit.training.cell import Cell
 from ptkit.training.failure import FAILED, attempted
+from ptkit.training.observer import RunObserver
 from ptkit.training.record import CellRecord
-from ptkit.training.run import Cell, RunObserver, fit
+from ptkit.training.run import fit
 
 #: A rate at which the second step's loss is no number.
 DIVERGING = "{kind: lora, label: wild, rank: 1, learning_rate: 1.0e+30}"

@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
-from ptkit.families.tested import ModelUnderTest, TokenRow, small_model
 from test_cli import ptkit, refused
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
@@ -39,6 +38,7 @@ from ptkit.families.matrix import (
     models_under_test,
     run_matrix,
 )
+from ptkit.families.model_under_test import ModelUnderTest, TokenRow, small_model
 from ptkit.families.oracle import Labelled, Merged
 from ptkit.families.prefix_oracle import Attended
 from ptkit.families.properties import PROPERTIES
@@ -47,7 +47,7 @@ from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, adapter_from_files, create_adapter
 from ptkit.methods.catalogue import all_sections
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.attention import attention_of
 from ptkit.runtime.base_model import Base

@@ -21,7 +21,7 @@ from ptkit.data.splits import drawn
 from ptkit.data.summary import data_lines
 from ptkit.data.templates import Template, filled
 from ptkit.errors import DataError, UserError
-from ptkit.recipe.schema import ClassificationTask, GenerationTask
+from ptkit.recipe.tasks import ClassificationTask, GenerationTask
 from ptkit.recipe.yaml_source import parse_yaml
 
 ODD = ["NA", "null", "None", "nan", "02108", "3.10", "+4722334455", "TRUE", "12E4", "1996-12-19",

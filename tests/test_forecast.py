@@ -21,9 +21,9 @@ from ptkit.errors import UserError
 from ptkit.formats.sizes import in_bytes, read_bytes
 from ptkit.recipe import load_recipe
 from ptkit.training.adapter_trainer import StepReport
+from ptkit.training.cell import Cell
 from ptkit.training.experiment import prepare
 from ptkit.training.forecast import forecast, in_time, is_long
-from ptkit.training.run import Cell
 
 SMALL = [
     "train.steps=6", "train.batch_size=2", "task.data.limits={train: 12, validation: 4, test: 4}",

@@ -47,7 +47,7 @@ from ptkit.hub.verify import check_files, verify
 from ptkit.methods import adapter_from_files, base_of, compile_files
 from ptkit.methods.base_names import hub_name, is_local_path
 from ptkit.methods.saved_modules import saved_modules
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.forward import supervised_logits
 

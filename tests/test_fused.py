@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 from transformers.activations import NewGELUActivation
 
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import (
     IGNORED,

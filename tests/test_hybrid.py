@@ -34,7 +34,7 @@ from ptkit.hub.parts import export_parts
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, parts_of
 from ptkit.methods.catalogue import method_section
 from ptkit.methods.prefix_lora.adapter import PREFIX_LORA
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base

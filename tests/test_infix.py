@@ -21,7 +21,8 @@ from ptkit.data.encode import EncodedExample
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import adapter_from_files, compile_files
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.forward import (

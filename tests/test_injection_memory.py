@@ -9,12 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import random_base
-from ptkit.families.tested import small_model
 from test_peft_parity import LEARNT, make_adapter, rows_of
 
 from ptkit.families.kinds import DECODER
+from ptkit.families.model_under_test import small_model
 from ptkit.families.shapes import FAMILIES, small
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.attention import Placed
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits

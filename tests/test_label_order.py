@@ -17,8 +17,9 @@ from ptkit.data.encode import EncodedExample
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods.linear_probe.settings import LinearProbeSection
 from ptkit.recipe import load_recipe
-from ptkit.runtime.base_model import Base, Labels, load_base
+from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import collate, head_logits
+from ptkit.runtime.heads import Labels
 from ptkit.runtime.label_order import order_of
 from ptkit.training.experiment import prepare
 

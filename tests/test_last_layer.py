@@ -9,14 +9,14 @@ import torch
 from conftest import random_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ptkit.families.tested import small_model
 from test_fused import batch_of
 from test_peft_parity import LEARNT, make_adapter
 from torch import Tensor, nn
 
 from ptkit.families.kinds import DECODER
+from ptkit.families.model_under_test import small_model
 from ptkit.families.shapes import FAMILIES, small
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import IGNORED, supervised_logits, supervised_losses, token_losses
 from ptkit.runtime.last_layer import last_block

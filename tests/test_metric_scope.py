@@ -12,7 +12,7 @@ from seqeval.scheme import BILOU, IOBES
 from sklearn.metrics import f1_score as label_f1
 
 from ptkit.errors import UserError
-from ptkit.evaluation.metrics import metric
+from ptkit.metrics.registry import metric
 
 CHINESE = ["今天的会议改到下午三点。", "请把报告发给王经理。"]
 GERMAN = ["Grüße aus Köln", "Größe der Tür"]

@@ -20,8 +20,11 @@ from sklearn.metrics import accuracy_score, f1_score
 from test_cli import ptkit
 
 from ptkit.errors import UserError
-from ptkit.evaluation.metrics import METRICS, metric
 from ptkit.evaluation.statistics import bootstrap_interval, seeds_interval
+from ptkit.metrics import metric_modules
+from ptkit.metrics.registry import metric
+
+METRIC_NAMES = metric_modules().keys()
 
 WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", ".", "red"]
 TEXT = st.lists(st.sampled_from(WORDS), max_size=8).map(" ".join)
@@ -29,7 +32,7 @@ CORPUS = st.lists(
     st.tuples(TEXT, st.lists(TEXT.filter(bool), min_size=1, max_size=3)), min_size=1, max_size=6
 )
 #: They need data or packages that are not there.
-APART = {"meteor", *(n for n in METRICS if n.endswith(("mecab", "flores200")))}
+APART = {"meteor", *(n for n in METRIC_NAMES if n.endswith(("mecab", "flores200")))}
 LABELS = st.lists(st.tuples(*[st.sampled_from("abcd")] * 2), min_size=1, max_size=30)
 
 
@@ -105,7 +108,7 @@ def test_exact_match_accepts_any_reference() -> None:
     assert metric("exact_match")(["a b ", "c"], [["x", "a b"], ["d"]]) == 50.0
 
 
-@pytest.mark.parametrize("name", sorted(METRICS.keys() - APART))
+@pytest.mark.parametrize("name", sorted(METRIC_NAMES - APART))
 def test_examples_that_do_not_match_up_are_refused(name: str) -> None:
     measure = metric(name)
     with pytest.raises(ValueError, match="2 predictions and 1 lists"):
@@ -127,13 +130,13 @@ def test_signature_is_sacrebleus_own(name: str, references: list[list[str]]) -> 
 
 
 def test_every_metric_says_how_it_is_computed() -> None:
-    assert all(metric(name).signature([["O"]]) for name in METRICS.keys() - APART)
+    assert all(metric(name).signature([["O"]]) for name in METRIC_NAMES - APART)
 
 
 def test_unknown_metric_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean `bleu`"):
         metric("blue")
-    assert len(METRICS) >= 8
+    assert len(METRIC_NAMES) >= 8
 
 
 def test_bootstrap_of_bleu_agrees_with_sacrebleus_own() -> None:
@@ -268,7 +271,7 @@ def test_perplexity_is_exp_of_transformers_own_loss(base) -> None:
     from ptkit.data.task import Example
     from ptkit.evaluation.predict import predict
     from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
-    from ptkit.recipe.schema import GenerationTask
+    from ptkit.recipe.tasks import GenerationTask
 
     task = GenerationTask(
         kind="generation", data={"builtin": "facts-to-text"}, input="{a}", target="{b}",
@@ -323,3 +326,46 @@ def test_scores_of_a_run_are_the_libraries_on_its_saved_predictions(tmp_path: Pa
     assert record["macro_f1"] == pytest.approx(
         100 * f1_score(gold, predicted, average="macro", zero_division=0)
     )
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(JSON, JSON)
+def test_json_is_equal_whatever_its_spaces_and_keys_order(value: object, other: object) -> None:
+    """Python's own canonical text of both is the oracle."""
+
+    def canonical(thing: object) -> str:
+        return json.dumps(thing, sort_keys=True)
+
+    def shuffled(thing: object) -> object:
+        if isinstance(thing, dict):
+            return {key: shuffled(thing[key]) for key in reversed(thing)}
+        return [shuffled(inner) for inner in thing] if isinstance(thing, list) else thing
+
+    told = json.dumps(shuffled(value), indent=2)
+    assert metric("json_valid")([told], [[""]]) == 100
+    assert metric("json_equal")([told], [[json.dumps(value)]]) == 100
+    same = canonical(value) == canonical(other)
+    assert metric("json_equal")([told], [[json.dumps(other)]]) == 100 * same
+
+
+@pytest.mark.parametrize("text", ["", "{", "NaN", '{"a": 1, "a": 2}', "{'a': 1}", "1 2", "[1,]"])
+def test_what_is_no_json_is_neither_valid_nor_equal(text: str) -> None:
+    assert metric("json_valid")([text], [["1"]]) == 0
+    assert metric("json_equal")([text], [["1"]]) == 0
+
+
+def test_truth_is_no_number_in_json() -> None:
+    assert metric("json_equal")(["true", "1.0"], [["1"], ["1"]]) == 50
+
+
+def test_a_reference_that_is_no_json_is_said_before_a_run() -> None:
+    with pytest.raises(UserError, match="the reference of example 2 is not JSON"):
+        metric("json_equal").require([["1"], ["Hello"]])

@@ -47,7 +47,8 @@ from ptkit.methods.catalogue import method_section
 from ptkit.methods.prefix_mixture.adapter import PREFIX_MIXTURE
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import load_recipe
-from ptkit.recipe.schema import ClassificationTask, GenerationTask, TrainSection
+from ptkit.recipe.schema import TrainSection
+from ptkit.recipe.tasks import ClassificationTask, GenerationTask
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits, collate, head_logits, rows_for, supervised_losses
 from ptkit.runtime.generation import generate

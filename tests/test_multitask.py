@@ -28,7 +28,7 @@ from ptkit.runtime.forward import all_logits, collate, supervised_losses
 from ptkit.training.adapter_trainer import StepReport
 from ptkit.training.multitask import Multitask, multitask, of_tasks
 from ptkit.training.objective import Objective
-from ptkit.training.run import RunObserver
+from ptkit.training.observer import RunObserver
 
 QUICK = [
     "train.steps=4", "train.eval_every=2", "train.save_every=2", "train.batch_size=4",

@@ -13,7 +13,7 @@ from conftest import VOCABULARY, random_base, random_model
 from peft import get_peft_model
 
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import IGNORED, all_logits, supervised_logits, token_losses
 from ptkit.runtime.generation import generate

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ptkit.data.encode import EncodedExample
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, create_adapter
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.attention import attention_of

@@ -27,7 +27,7 @@ def make(family: str, **settings: object) -> PrefixTuning:
 
 def step(adapter: PrefixTuning) -> None:
     """One gradient step."""
-    from ptkit.prefix import PrefixBatch
+    from ptkit.prefix_batch import PrefixBatch
 
     ids = torch.tensor([[1, 2, 3, 4]])
     batch = PrefixBatch.shared(adapter.prefix(), 1)

@@ -9,7 +9,6 @@ import torch
 from conftest import random_base
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ptkit.families.tested import small_model
 from test_peft_parity import LEARNT, make_adapter, peft_twin, rows_of
 from transformers import (
     DynamicCache,
@@ -22,8 +21,9 @@ from transformers.generation import LogitsProcessor, StoppingCriteria
 from ptkit import AdapterBank
 from ptkit.errors import ModelError
 from ptkit.families.kinds import DECODER, ENCODER_DECODER
+from ptkit.families.model_under_test import small_model
 from ptkit.families.shapes import FAMILIES, small
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.cache import prefilled_cache
 from ptkit.runtime.generation import generate

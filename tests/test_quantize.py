@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from ptkit.families.tested import ModelUnderTest, real_model
 
 from ptkit import load_base
-from ptkit.errors import ModelError
+from ptkit.errors import ModelError, UserError
 from ptkit.families.kinds import used_as
 from ptkit.families.matrix import Status, model_under_test, run_matrix
+from ptkit.families.model_under_test import ModelUnderTest, real_model
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import (
     ADAPTERS,
@@ -118,8 +118,8 @@ def test_what_cannot_be_done_says_so(kind: str, tmp_path: Path) -> None:
 def test_without_the_package_the_way_to_it_is_named(
     kind: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ptkit.runtime.quantize.find_spec", lambda _: None)
-    with pytest.raises(ModelError, match=rf"{package}: pip install 'ptkit\[quantize\]'"):
+    monkeypatch.setattr("ptkit.extras.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=rf'{package}, .*: pip install "ptkit\[quantize\]"'):
         load_base("tiny-en", quantize=kind)
 
 

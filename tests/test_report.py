@@ -21,8 +21,8 @@ from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import MethodSummary
 from ptkit.comparison.table import markdown_table, summary_table
 from ptkit.recipe import load_recipe
+from ptkit.training.cell import folder_name
 from ptkit.training.record import CellRecord
-from ptkit.training.run import folder_name
 
 #: title, kind, trained parameters, how many of ten words it gets right, forgetting
 METHODS = [

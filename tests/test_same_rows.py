@@ -18,7 +18,7 @@ from ptkit.errors import FolderError, UserError
 from ptkit.evaluation.retention import LanguageModelling, Retention
 from ptkit.recipe import load_recipe
 from ptkit.training.experiment import prepare
-from ptkit.training.run import RunObserver
+from ptkit.training.observer import RunObserver
 
 GOOD = "methods=[{kind: base}, {kind: prompt_tuning, num_virtual_tokens: 2}]"
 

@@ -16,7 +16,7 @@ from ptkit.data.encode import EncodedExample
 from ptkit.errors import ModelError, UserError
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_losses
 from ptkit.training.search_prompt import search_prompt

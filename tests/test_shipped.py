@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from ptkit.bank import AdapterBank
 from ptkit.formats.adapter_files import WEIGHTS, read_adapter
 from ptkit.methods import adapter_from_files, require_same_base
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits
 from ptkit.runtime.named_models import TINY_EN_FOLDER

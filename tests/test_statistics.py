@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ptkit.comparison.statistics import holm, paired_difference, share_of_way
-from ptkit.evaluation.metrics import Statistics, metric
 from ptkit.evaluation.statistics import bootstrap_interval
+from ptkit.metrics.metric import Statistics
+from ptkit.metrics.registry import metric
 
 EXACT = metric("exact_match")
 ROWS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40)

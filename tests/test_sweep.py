@@ -18,7 +18,7 @@ from ptkit.errors import RecipeError, UserError
 from ptkit.recipe import load_recipe
 from ptkit.recipe.expansion import expand, values_of
 from ptkit.recipe.values import Range
-from ptkit.training.run import RunObserver
+from ptkit.training.observer import RunObserver
 
 PREFIX = "methods=[{kind: base}, {kind: prefix_tuning, num_virtual_tokens: 4}]"
 

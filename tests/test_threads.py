@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import VOCABULARY, random_base, word_tokenizer
-from ptkit.families.tested import small_model
 from test_composition import save_lora
 from test_encoder_decoder import learnt, random_pair
 from test_paged_batch import random_prefix
@@ -34,9 +33,11 @@ from transformers import (
 from ptkit import AdapterBank
 from ptkit.api import LoadedAdapter
 from ptkit.families.kinds import DECODER, ENCODER_DECODER, SEQUENCE_ENCODER
+from ptkit.families.model_under_test import small_model
 from ptkit.families.shapes import FAMILIES, small
 from ptkit.formats.adapter_files import write_adapter
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.forward import all_logits, head_logits, pad_rows, supervised_losses
 from ptkit.runtime.generation import generate

@@ -12,7 +12,7 @@ from ptkit.data import token_cache
 from ptkit.data.encode import encode_examples
 from ptkit.data.task import Example
 from ptkit.data.token_cache import cache_folder, encode_cached
-from ptkit.recipe.schema import GenerationTask, SequenceClassificationTask, TokenClassificationTask
+from ptkit.recipe.tasks import GenerationTask, SequenceClassificationTask, TokenClassificationTask
 
 DATA = {"builtin": "facts-to-text"}
 TASK = GenerationTask(kind="generation", data=DATA, input="{a}", target="{b}")

@@ -19,7 +19,7 @@ from ptkit.data.task import Example
 from ptkit.errors import DataError, ModelError, UserError
 from ptkit.evaluation.classify import Classifier
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
-from ptkit.recipe.schema import ClassificationTask, GenerationTask, TokenClassificationTask
+from ptkit.recipe.tasks import ClassificationTask, GenerationTask, TokenClassificationTask
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.generation import end_ids
 from ptkit.runtime.precision import mixed_precision

@@ -21,9 +21,10 @@ from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.dropout import dropout_of
 from ptkit.training.adapter_trainer import Job, StepReport
+from ptkit.training.cell import Cell
 from ptkit.training.experiment import prepare
 from ptkit.training.loop import fit
-from ptkit.training.run import Cell, run_cells
+from ptkit.training.run import run_cells
 
 #: Different methods, lengths, learning rates, seeds, batch sizes, schedules and data.
 VARIED = [

@@ -19,7 +19,7 @@ from ptkit.prefix import KVPrefix
 from ptkit.recipe import load_recipe
 from ptkit.runtime.base_model import load_base
 from ptkit.runtime.compile import compile_tokens
-from ptkit.training.run import RunObserver
+from ptkit.training.observer import RunObserver
 
 QUICK = [
     "train.steps=2", "train.eval_every=2", "train.save_every=2", "train.batch_size=4",

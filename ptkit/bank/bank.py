@@ -18,21 +18,21 @@ from ptkit.runtime.scoring import continuation_scores
 class AdapterBank(ResidentAdapters):
     """Compiled adapters by name, for one base model.
 
-    Each adapter is compiled once, when it is loaded; at request time no encoder, MLP or prompt
-    token runs. Prefixes live on the model's device within `budget` bytes; the least recently
-    used move to host memory within `host_budget` bytes, and from there leave memory: their files
-    are read again when needed. Files that change on disk are noticed at most `check_every`
-    seconds later; a bad file changes nothing but the adapter's `fault`.
+    Each adapter is compiled once, when it is loaded. At request time no encoder, MLP or prompt
+    token runs. Prefixes live on the model's device within `budget` bytes. The least recently used
+    move to host memory within `host_budget` bytes, and from there leave memory. Their files are
+    then read again when needed. Files that change on disk are noticed at most `check_every` seconds
+    later. A bad file changes nothing but the adapter's `fault`.
 
     Raises ModelError for a classifier: its adapters bring a head each.
 
     budget, host_budget: bytes, None for no limit. On a CPU both are the same memory, so there
         the second tier is off unless asked for.
 
-    Safe to use from several threads, whose batches run at the same time, in all banks of the base
-    together; only LoRA adapters come and go while none is under way. A `PrefixBatch` holds the
-    prefixes it was made of: rows under way finish with the version they started with, whatever is
-    swapped or unloaded.
+    Safe to use from several threads. Their batches run at the same time, in all banks of the base
+    together. Only LoRA adapters are added and removed while no batch runs. A `PrefixBatch` holds
+    the prefixes it was made of. So running rows finish with the version they started with, whatever
+    is swapped or unloaded.
     """
 
     def behind(self, row: RowNames, ids: Sequence[int]) -> list[int]:
@@ -90,8 +90,8 @@ class AdapterBank(ResidentAdapters):
         """One answer per text from all of `names` together, in one batch (Lester et al. 2021,
         section 6: prompt ensembling).
 
-        by: `vote` takes the commonest of the adapters' answers (the earliest adapter's on a tie);
-            `average` generates from the mean of their log-probabilities at every token
+        by: `vote` takes the most frequent of the adapters' answers (the earliest adapter's on a
+            tie). `average` generates from the mean of their log-probabilities at every token
         options: anything transformers' `generate` takes
         """
         texts, names = listed(texts), listed(names)

@@ -47,12 +47,12 @@ class _Memory:
 class Conversation:
     """Turns with one adapter or several, one after the other.
 
-    What was said stays in memory as keys and values: a new turn reads its own tokens only. Keys
-    and values depend on the prefix before them, so every adapter has its own; one that comes in
-    later reads the conversation so far once, and answers as if it had been there from the start.
+    The conversation stays in memory as keys and values: a new turn reads its own tokens only. Keys
+    and values depend on the prefix before them, so every adapter has its own. An adapter that joins
+    later reads the conversation so far once. It answers as if it had been there from the start.
 
-    With a chat template the tokenizer's is used; without one, texts and answers follow each other
-    line by line, the way adapters of plain language models are trained.
+    With a chat template the tokenizer's is used. Without one, texts and answers follow each other
+    line by line, as in the training of plain language models' adapters.
 
     adapter: the first speaker, None for the plain base
     system: a text before the conversation (the chat template's system message, or a first line)
@@ -72,8 +72,8 @@ class Conversation:
 
     def use(self, adapter: RowNames) -> None:
         """Let `adapter` answer from now on. Raises AdapterError when the bank has none such, and
-        for one whose prefix depends on the input: it would be another at every turn, and nothing
-        that was read could be kept."""
+        for one whose prefix depends on the input. Its prefix would differ at every turn, and
+        nothing that was read could be kept."""
         if self.bank.depends_on_input(adapter):
             raise AdapterError(
                 f"`{adapter}` makes its prefix from the input, which grows with every turn of a "

@@ -1,7 +1,7 @@
 """Several adapters answering as one: prompt ensembling (Lester et al. 2021, section 6).
 
-The K adapters read the same input as K rows of one batch, so an ensemble costs one batch of the
-shared base, where an ensemble of fine-tuned models needs K models.
+The K adapters read the same input as K rows of one batch. So an ensemble costs one batch of the
+shared base. An ensemble of fine-tuned models needs K models.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ class LoadedLora:
 class LoraRows:
     """LoRA adapters put into one base model, inactive except in rows that name them.
 
-    Putting one in or out replaces modules of the model: it waits for its turn, until no batch is
-    under way, and new batches wait for it.
+    Adding or removing one replaces modules of the model. It waits for its turn, until no batch
+    runs, and new batches wait for it.
     """
 
     def __init__(self, base: Base) -> None:
@@ -79,7 +79,7 @@ class LoraRows:
     ) -> None:
         """Put the LoRA adapter `files` into the base under `name`; nothing runs with it yet.
 
-        along: called in the same moment, when all else has succeeded, while no batch is under way;
+        along: called in the same moment, when all else has succeeded, while no batch runs. It
             returns where the files are from now on, instead of `path`
 
         Raises AdapterError for kinds of LoRA that PEFT cannot mix within a batch, and when the

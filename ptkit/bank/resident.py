@@ -1,4 +1,4 @@
-"""The adapters of a base that are at hand by name: how they come and go, and what rows use."""
+"""The adapters of a base that are resident by name: how they are loaded, swapped and unloaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ptkit.bank.store import AdapterStatus, BankCounts, PrefixStore
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import adapter_folders
 from ptkit.methods import Adapter, compile_files, mixes_in_batch, parts_of
-from ptkit.prefix import Compiled, KVPrefix, PrefixBatch
+from ptkit.prefix import Compiled, KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.locks import running
 
@@ -99,13 +100,13 @@ class ResidentAdapters:
         source: an adapter folder, or a hub id `user/repo[@revision]`
         publish: moves the folder to its own place and returns that; called when all has been
             checked, right before `name` stands for the adapter
-        chosen: the user named this base for it: that settles it where the adapter knows its base
-            by another name only, and a warning says so
+        chosen: the user named this base for it. That decides where the adapter knows its base by
+            another name only, with a warning
 
-        Returns the name (default: the folder's). Raises AdapterError, leaving everything as it
-        was, when it is damaged, unsafe or for another base. LoRA adapters are taken too: they
-        make no prefix, but a row may name one beside its prefix (see `rows`); they stay on the
-        device, outside the budget. An adapter that is a prefix and a LoRA is both under one name.
+        Returns the name (default: the folder's). Raises AdapterError when it is damaged, unsafe or
+        for another base, and changes nothing then. LoRA adapters are taken too. They make no
+        prefix, but a row may name one beside its prefix (see `rows`). They stay on the device,
+        outside the budget. An adapter that is a prefix and a LoRA is both under one name.
         """
         path = locate(source)
         name = name or name_of(path)
@@ -144,7 +145,7 @@ class ResidentAdapters:
         return name
 
     def swap(self, name: str, source: str | Path) -> None:
-        """Replace the adapter `name` by the one in `source`; rows under way keep the old one.
+        """Replace the adapter `name` by the one in `source`; running rows keep the old one.
 
         Raises AdapterError, leaving the old one in use, when the new one cannot be loaded.
         """
@@ -192,8 +193,8 @@ class ResidentAdapters:
     def prefix(self, name: str) -> KVPrefix:
         """The compiled adapter `name`, on the device; fetched from its tier if need be.
 
-        Raises AdapterError when there is none, when its files, needed now, are bad, when the
-        prefix is not all of it, and when every input has another.
+        Raises AdapterError when there is none, and when its files are needed now and are bad. The
+        same holds when the prefix is not all of it, and when every input has another.
         """
         if name in self._lora and name in self._store:
             raise AdapterError(
@@ -219,8 +220,8 @@ class ResidentAdapters:
 
         inputs: token ids of what each row reads; needed where an adapter's prefix depends on it
 
-        A sequence of names concatenates their prefixes in that order; LoRA adapters among them
-        add no virtual tokens (run the model within `weights(names)` for their part). Raises
+        A sequence of names concatenates their prefixes in that order. LoRA adapters among them add
+        no virtual tokens (run the model within `weights(names)` for their part). Raises
         AdapterError as `prefix` does, and when inputs are needed and not given.
         """
         read = [None] * len(names) if inputs is None else inputs
@@ -236,7 +237,7 @@ class ResidentAdapters:
     def weights(self, names: Sequence[RowNames]) -> Iterator[None]:
         """Within this context, row i of a batch runs with the LoRA adapter among `names[i]`.
 
-        Other threads' batches run beside it; LoRA adapters come and go when it has ended.
+        Other threads' batches run beside it; LoRA adapters are added and removed when it has ended.
         """
         # Names are looked up while no LoRA adapter comes or goes.
         with running(self.base.model), self._lora.rows([self._lora_of(row) for row in names]):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ptkit.errors import AdapterError
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 
 

@@ -48,8 +48,10 @@ class AdapterStatus:
 class BankCounts:
     """What a bank has done so far.
 
-    hits: uses of a prefix that was on the device; from_host, from_disk: uses that moved or read
-    it first; evictions: prefixes that left the device; reloads: changed files taken over;
+    hits: uses of a prefix that was on the device
+    from_host, from_disk: uses that moved or read it first
+    evictions: prefixes that left the device
+    reloads: changed files that replaced an adapter
     refusals: changed files that were bad
     """
 
@@ -98,9 +100,9 @@ class _Entry:
 class PrefixStore:
     """Compiled adapters by name in three tiers; safe to use from several threads.
 
-    A name is looked up under one lock; files are read, verified and compiled outside of it, one
-    thread per adapter, so that a slow or bad file holds up nobody who does not want it.
-    See `AdapterBank` for the parameters.
+    A name is looked up under one lock. Files are read, verified and compiled outside of it, one
+    thread per adapter. So a slow or bad file delays only those who want it. See `AdapterBank` for
+    the parameters.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """AdapterHub's `adapters` as a peer of `ptkit bench train`, in a process and an environment of its
 own: it needs transformers 4, ptkit 5.
 
-The process lives as long as the bench and is spoken to in turn with ptkit's own steps, so that only
-one of them works at a time. What it does is in `adapterhub_peer.py`.
+The process lives as long as the bench. It takes turns with ptkit's own steps, so that only one of
+them works at a time. What it does is in `adapterhub_peer.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from ptkit.bench.peers import BenchMethod, Clock, Round, Trained
 from ptkit.errors import PtkitError, UserError
-from ptkit.runtime.base_model import Base, no_weights_bar
+from ptkit.runtime.base_model import Base
+from ptkit.runtime.progress import no_weights_bar
 from ptkit.training import memory
 
 #: What is run over there; no module of ptkit's can be imported there.

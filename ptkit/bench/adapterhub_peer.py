@@ -3,9 +3,9 @@ transformers than ptkit. Run by `ptkit bench train --against adapters` (`ptkit.b
 
     python adapterhub_peer.py
 
-It reads a request per line from stdin, JSON, and answers each with one line of JSON on stdout: an
-object with `done`, or with `lacks`: why the library cannot do that, or with `failed`: a traceback.
-Tensors and rows come as files. Between requests it waits and does nothing.
+It reads one JSON request per line from stdin and answers each with one line of JSON on stdout. The
+answer is an object with `done`, with `lacks` (why the library cannot do that), or with `failed` (a
+traceback). Tensors and rows come as files. Between requests it waits and does nothing.
 
 It imports nothing of ptkit's but `memory`, which is `ptkit/training/memory.py`, copied beside it:
 both sides' memory is measured alike.
@@ -175,11 +175,11 @@ def collated(
     """Right-padded `input_ids`, `labels` and `position_ids` `[rows, longest]`, `attention_mask`
     `[rows, 1, longest, longest]`.
 
-    Two things are told that `adapters` 1.3 would settle otherwise, so that it computes what PEFT
-    and ptkit compute. Tokens are counted from after the prefix: by itself it gives the first of
-    them position 0. And the mask is made here, in numbers to be added: left to transformers it is
-    boolean, which the library takes for its opposite and masks the whole prefix, or, where no row
-    is padded, none at all, with which fused attention lets the first tokens read nothing but the
+    Two things are set that `adapters` 1.3 would do otherwise, so that it computes what PEFT and
+    ptkit compute. Tokens are counted from after the prefix: by itself it gives the first of them
+    position 0. And the mask is made here, in numbers to be added. transformers makes a boolean one,
+    which the library takes for its opposite, so that it masks the whole prefix. Where no row is
+    padded, transformers makes no mask. Fused attention then lets the first tokens read only the
     beginning of the prefix.
     """
     longest = max(len(given) + len(targets) for given, targets in rows)

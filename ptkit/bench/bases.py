@@ -16,7 +16,8 @@ from ptkit.formats.adapter_files import AdapterFiles, write_adapter
 from ptkit.methods import Demonstrations
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
-from ptkit.runtime.base_model import Base, frozen_base, load_base, resolve_device
+from ptkit.runtime.base_model import Base, frozen_base, load_base
+from ptkit.runtime.devices import resolve_device
 from ptkit.runtime.named_models import TINY_EN
 
 #: Name of the random base; its shape is the one PEFT's and S-LoRA's papers and issues talk about.
@@ -103,4 +104,4 @@ def load_beside_peft(bank: AdapterBank, paths: list[Path]) -> PeftModel:
 
 
 class ParityError(PtkitError):
-    """Contenders gave different results: a faster wrong answer is not reported."""
+    """Candidates gave different results: a faster wrong answer is not reported."""

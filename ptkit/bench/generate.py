@@ -30,7 +30,7 @@ def bench_generate(
 ) -> BenchResult:
     """`rows` prompts answered with one soft prompt of `virtual_tokens`, greedily.
 
-    Contenders: the base alone; ptkit with the prompt compiled once, before; PEFT.
+    Candidates: the base alone; ptkit with the prompt compiled once, before; PEFT.
     """
     base = bench_base(model)
     prompts = random_prompts(base, rows, input_tokens)

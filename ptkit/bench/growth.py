@@ -14,7 +14,11 @@ from peft import get_peft_model
 from ptkit.bench.bases import ParityError, bench_base, random_prompts
 from ptkit.bench.result import BenchResult, Figure
 from ptkit.bench.timing import interleaved, ratio
+from ptkit.comparison.drawing import paper, written
 from ptkit.data.encode import EncodedExample
+from ptkit.extras import require
+from ptkit.formats import atomic
+from ptkit.formats.sizes import in_bytes
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate
@@ -56,6 +60,8 @@ def bench_memory(
 
     Sizes beyond the base's positions are left out. The losses of both sides must agree.
     """
+    if plot is not None:
+        require("report", "`ptkit bench memory --plot`")
     base = bench_base(model)
     base.model.eval()  # without dropout, so that losses can be compared
     points = []
@@ -133,34 +139,34 @@ def _cleared(loss: torch.Tensor, parameters: Any) -> float:
 
 
 def _draw(points: Sequence[GrowthPoint], path: Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import ticker
+    from matplotlib.figure import Figure
 
     names = {"virtual": "virtual tokens", "input": "input tokens", "rows": "rows"}
     axes = list(dict.fromkeys(p.axis for p in points))
-    figure, grid = pyplot.subplots(
-        2, len(axes), figsize=(3.6 * len(axes), 5.6), squeeze=False, layout="constrained"
-    )
-    for column, axis in enumerate(axes):
-        own = [p for p in points if p.axis == axis]
-        sizes = [p.size for p in own]
-        for side, label, colour in (("peft", "PEFT", "#cc3311"), ("ptkit", "ptkit", "#0077bb")):
+    with paper():
+        figure = Figure(figsize=(3.6 * len(axes), 5.6), layout="constrained")
+        grid = figure.subplots(2, len(axes), squeeze=False)
+        for column, axis in enumerate(axes):
+            own = [p for p in points if p.axis == axis]
+            sizes = [p.size for p in own]
             top, bottom = grid[0][column], grid[1][column]
-            top.plot(sizes, [p.seconds[side] for p in own], "o-", color=colour, label=label)
-            bottom.plot(sizes, [p.memory[side] / 1e6 for p in own], "o-", color=colour, label=label)
-        for part, what in ((grid[0][column], "seconds"), (grid[1][column], "peak memory, MB")):
-            part.set(xscale="log", yscale="log", xlabel=names[axis])
-            part.set_xticks(sizes, [str(s) for s in sizes])
-            part.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-            part.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
-            part.minorticks_off()
-            part.grid(alpha=0.3)
-            if column == 0:
-                part.set_ylabel(what)
-    grid[0][0].legend(frameon=False)
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
+            for side, label, colour in (("peft", "PEFT", "#cc3311"), ("ptkit", "ptkit", "#0077bb")):
+                style: dict[str, Any] = {"color": colour, "label": label}
+                top.plot(sizes, [p.seconds[side] for p in own], "o-", **style)
+                bottom.plot(sizes, [p.memory[side] for p in own], "o-", **style)
+            for part, what, shown in (
+                (top, "seconds", lambda value, _: f"{value:,g}"),
+                (bottom, "peak memory", lambda value, _: in_bytes(value)),
+            ):
+                part.set(xscale="log", yscale="log", xlabel=names[axis])
+                part.set_xticks(sizes, [str(s) for s in sizes])
+                part.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+                part.yaxis.set_major_formatter(ticker.FuncFormatter(shown))
+                part.minorticks_off()
+                if column == 0:
+                    part.set_ylabel(what)
+        grid[0][0].legend()
+        figure.suptitle(title)
+        form: Literal["png", "svg"] = "svg" if path.suffix == ".svg" else "png"
+        atomic.write_bytes(path, written(figure, form))

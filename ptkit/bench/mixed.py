@@ -34,8 +34,8 @@ def bench_mixed(
 ) -> BenchResult:
     """`adapters` requests, each for its own adapter, `new_tokens` greedy tokens each.
 
-    Contenders: the base alone on the same batch; ptkit's mixed batch; PEFT's loop of set_adapter
-    and generate, which is the only way it has (`adapter_names=` is ignored for prompt methods).
+    Candidates: the base alone on the same batch; ptkit's mixed batch; PEFT's loop of set_adapter
+        and generate. PEFT has no other way (`adapter_names=` is ignored for prompt methods).
     """
     base = bench_base(model)
     prompts = random_prompts(base, adapters, input_tokens)

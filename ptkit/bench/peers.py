@@ -1,8 +1,8 @@
 """What ptkit and its peers train alike in `ptkit bench train`, and what a peer is.
 
-Whoever takes part is given the same base, the same values to start from, the same rows in the same
-order and the same optimiser settings, and tells the loss of every step, so that who computes
-something else is found out before a time is reported.
+All candidates get the same base, the same values to start from, and the same rows in the same
+order. They have the same optimiser settings, and report the loss of every step. So a candidate that
+computes something else is found before a time is reported.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from ptkit.bench.result import BenchResult, Figure, times
 from ptkit.bench.timing import Timing, ratio
 from ptkit.data.sources import BUILTIN
 from ptkit.errors import UserError
+from ptkit.extras import require
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.named_models import TINY_EN, TINY_EN_FOLDER
 
@@ -79,12 +80,13 @@ def bench_serve(
     rounds: int = 6,
     against: Collection[str] = PEERS,
 ) -> BenchResult:
-    """`clients` at once over `adapters` for `seconds` in all, in `rounds`; between them the same
-    requests one at a time, the same load on the base alone, and the peers under the same load:
+    """`clients` at once over `adapters` for `seconds` in all, in `rounds`. Between them run the
+    same requests one at a time, and the same load on the base alone. The peers get the same load:
     PEFT + `set_adapter` behind FastAPI, and `transformers serve` for the base.
 
     Every answer is compared with its solo greedy run.
     """
+    require("serve", "`ptkit bench serve`")
     base = load_base(model)
     scratch = Path(tempfile.mkdtemp())
     folder = str(TINY_EN_FOLDER) if model == TINY_EN else model

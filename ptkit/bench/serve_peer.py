@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
-from fastapi import FastAPI
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ptkit.extras import extra
+
+with extra("serve", "`ptkit bench serve`"):
+    import uvicorn
+    from fastapi import FastAPI
 
 
 def peer_app(model_folder: str, adapters: Path) -> FastAPI:

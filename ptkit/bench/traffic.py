@@ -40,9 +40,9 @@ def bench_traffic(
     """Requests for `adapters` registered adapters with Zipf's frequencies (rank ** -exponent).
 
     The bank's budget holds `budget_adapters` of them; the rest stay on disk, one bfloat16 file
-    each. Fetches are timed one by one over `requests` requests; then batches of that traffic are
-    generated, in turn with batches for one adapter. folder: where the files go (several GB for
-    the default); it is created, and removed at the end.
+    each. Fetches are timed one by one over `requests` requests. Then batches of that traffic are
+    generated, in turn with batches for one adapter.
+    folder: where the files go (several GB for the default); it is created, and removed at the end.
     """
     base = bench_base(model)
     scratch = Path(tempfile.mkdtemp(dir=folder))

@@ -62,10 +62,10 @@ def bench_train(
     recipe: whose data is trained on; against: the peers, of `PEERS`; peer_python: the Python of the
     environment of a peer that needs its own.
 
-    All start from the same values and read the same batches in the same order; the loss of every
+    All start from the same values and read the same batches in the same order. The loss of every
     step must agree before a time is reported. The first step of each run is not timed. What a peer
-    has not is left out and said so, and so is a method whose losses differ. Raises UserError for
-    unknown methods and peers, and for an environment that is none.
+    does not have is left out and reported, and so is a method whose losses differ. Raises UserError
+    for unknown methods and peers, and for an environment that is none.
     """
     for what, names, known in (("method", methods, METHODS), ("peer", against, PEERS)):
         unknown = [name for name in names if name not in known]

@@ -1,9 +1,9 @@
 """`ptkit bench run`: whole training runs on the same rows, each side as it comes.
 
 `ptkit bench train` gives both sides the same batches in the same order and checks every step. Here
-each reads the rows as its users' runs do: the Trainer draws them at random and pads a batch to its
-longest row, ptkit puts rows of similar length together. So the steps differ, and what has to agree
-is where they lead: the loss on rows that neither trained on.
+each reads the rows as its users' runs do. The Trainer draws them at random and pads a batch to its
+longest row. ptkit puts rows of similar length together. So the steps differ, and their result has
+to agree: the loss on rows that neither trained on.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from ptkit.data.encode import EncodedExample, encode_examples, length_grouped_ba
 from ptkit.errors import UserError, did_you_mean
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import TrainSection
-from ptkit.runtime.base_model import no_weights_bar
 from ptkit.runtime.forward import collate
+from ptkit.runtime.progress import no_weights_bar
 from ptkit.training.adapter_trainer import Job
 from ptkit.training.loop import fit
 from ptkit.training.memory import PeakMemory
@@ -43,8 +43,8 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class WholeRun:
-    """One run: seconds from rows to a saved result, peak bytes beyond what was in use before, and
-    the loss per target token on the validation rows, in nats."""
+    """One run: seconds from rows to a saved result, and peak bytes beyond what was in use before.
+    It has the loss per target token on the validation rows, in nats."""
 
     seconds: float
     memory: int
@@ -64,13 +64,15 @@ def bench_run(
     autocast: str = "no",
     peer_autocast: str | None = None,
 ) -> BenchResult:
-    """Train each of `methods` (of `METHODS`) for `steps` by ptkit and by PEFT with the Trainer,
-    with another seed in each of `rounds`; both validate and save at the end.
+    """Train each of `methods` (of `METHODS`) for `steps` by ptkit and by PEFT with the Trainer.
+    Each of `rounds` has another seed; both sides validate and save at the end.
 
-    rows, validation: how many of the recipe's rows are trained and judged on; peer_autocast: the
-    Trainer's mixed precision, where it is not to be ptkit's `autocast`. Both start from the
-    same values, with the same optimiser. A method is not reported where their losses on the
-    validation rows are further apart than those of different seeds, and than `TOLERANCE`.
+    rows, validation: how many of the recipe's rows are trained and judged on
+    peer_autocast: the Trainer's mixed precision, where it is not to be ptkit's `autocast`.
+
+    Both start from the same values, with the same optimiser. A method is reported only where their
+    losses on the validation rows agree. They may differ by as much as those of different seeds, or
+    by `TOLERANCE`.
     """
     unknown = [name for name in methods if name not in METHODS]
     if unknown:

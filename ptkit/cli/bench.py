@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from ptkit.cli.bench_table import printed, show
 from ptkit.cli.options import JsonOutput
 from ptkit.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from ptkit.bench.result import BenchResult, Figure
+    pass
 
 app = typer.Typer(
     help="Measure ptkit beside PEFT on this machine; results are checked against each other first.",
@@ -84,7 +84,7 @@ def train(
         rounds=rounds, autocast=autocast.value, against=peers,
         peer_python=peer_python,
     )  # fmt: skip
-    _show(result, json_output)
+    show(result, json_output)
 
 
 @app.command()
@@ -115,7 +115,7 @@ def quantize(
     trial = QuantizeSettings(
         model, recipe, steps, batch_size, virtual_tokens, checkpointing, device
     )
-    _show(bench_quantize(trial, _named(precision) or ["float32", "blocks"]), json_output)
+    show(bench_quantize(trial, _named(precision) or ["float32", "blocks"]), json_output)
 
 
 @app.command()
@@ -144,7 +144,7 @@ def run(
         steps=steps, batch_size=batch_size, rounds=rounds, autocast=autocast.value,
         peer_autocast=peer_autocast.value if peer_autocast else None,
     )  # fmt: skip
-    _show(result, json_output)
+    show(result, json_output)
 
 
 @app.command()
@@ -164,7 +164,7 @@ def generate(
         model, virtual_tokens=virtual_tokens, rows=rows, input_tokens=input_tokens,
         new_tokens=new_tokens, rounds=rounds,
     )  # fmt: skip
-    _show(result, json_output)
+    show(result, json_output)
 
 
 @app.command()
@@ -184,7 +184,7 @@ def infix(
         model, virtual_tokens=virtual_tokens, input_tokens=input_tokens,
         target_tokens=target_tokens, rows=rows, rounds=rounds,
     )  # fmt: skip
-    _show(result, json_output)
+    show(result, json_output)
 
 
 @app.command()
@@ -192,7 +192,7 @@ def startup(rounds: Rounds = 5, json_output: JsonOutput = False) -> None:
     """Whole processes: help, an import, and the first answer of an adapter."""
     from ptkit.bench.startup import bench_startup
 
-    _show(bench_startup(rounds=rounds), json_output)
+    show(bench_startup(rounds=rounds), json_output)
 
 
 class PromptMethod(StrEnum):
@@ -219,7 +219,7 @@ def memory(
     """Time and memory of a training step as virtual tokens, inputs and rows grow."""
     from ptkit.bench.growth import bench_memory
 
-    _show(bench_memory(model, method=method.value, rounds=rounds, plot=plot), json_output)
+    show(bench_memory(model, method=method.value, rounds=rounds, plot=plot), json_output)
 
 
 @app.command()
@@ -232,7 +232,7 @@ def swap(
     """Swap to a resident adapter; load one from disk and activate it."""
     from ptkit.bench.swap import bench_swap
 
-    _show(bench_swap(model, virtual_tokens=virtual_tokens, rounds=rounds), json_output)
+    show(bench_swap(model, virtual_tokens=virtual_tokens, rounds=rounds), json_output)
 
 
 @app.command()
@@ -256,7 +256,7 @@ def mixed(
         new_tokens=new_tokens,
         rounds=rounds,
     )
-    _show(result, json_output)
+    show(result, json_output)
 
 
 @app.command()
@@ -285,7 +285,7 @@ def traffic(
         rounds=rounds,
         folder=folder,
     )
-    _show(result, json_output)
+    show(result, json_output)
 
 
 @app.command()
@@ -309,7 +309,7 @@ def together(
         steps=steps,
         rounds=rounds,
     )
-    _show(result, json_output)
+    show(result, json_output)
 
 
 @app.command()
@@ -322,7 +322,7 @@ def soak(
     """Swaps, loads, bad files and generation from many threads at once; every answer checked."""
     from ptkit.bench.soak import bench_soak
 
-    _show(bench_soak(model, minutes=minutes, threads=threads), json_output)
+    show(bench_soak(model, minutes=minutes, threads=threads), json_output)
 
 
 @app.command()
@@ -350,7 +350,7 @@ def serve(
         model, adapters=adapters, clients=clients, seconds=seconds, new_tokens=new_tokens,
         rounds=rounds, against=peers,
     )  # fmt: skip
-    _show(result, json_output)
+    show(result, json_output)
 
 
 def _named(peers: list[str] | None) -> list[str]:
@@ -386,63 +386,6 @@ def every(model: BenchModel = "gpt2-small", json_output: JsonOutput = False) -> 
         bench_serve,
         bench_startup,
     )
-    missed = [_printed(run(), json_output) for run in benches]
+    missed = [printed(run(), json_output) for run in benches]
     if any(missed):
         raise typer.Exit(1)
-
-
-def _show(result: BenchResult, json_output: bool) -> None:
-    """Print the result; exit code 1 where a target is missed or candidates disagree, so that
-    scripts notice."""
-    if _printed(result, json_output):
-        raise typer.Exit(1)
-
-
-def _printed(result: BenchResult, json_output: bool) -> bool:
-    """Print the result; returns whether a target is missed, or candidates disagree."""
-    if json_output:
-        typer.echo(json.dumps(result.as_dict()))
-    else:
-        _print(result)
-    return bool(result.disagreed) or any(figure.met is False for figure in result.figures)
-
-
-def _print(result: BenchResult) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    settings = ", ".join(f"{name} {value}" for name, value in result.settings.items())
-    table = Table(title=f"ptkit bench {result.name}: {settings}", box=None, title_justify="left")
-    for name in ("", "measured", "quartiles", "target", ""):
-        table.add_column(name, justify="left" if not name else "right")
-    for figure in result.figures:
-        spread = ""
-        if figure.low is not None and figure.high is not None:
-            spread = f"{_value(figure, figure.low)} to {_value(figure, figure.high)}"
-        mark = {True: "met", False: "missed", None: ""}[figure.met]
-        table.add_row(figure.what, _value(figure, figure.value), spread, _target(figure), mark)
-    for what in result.left_out:
-        table.add_row(what, "not available")
-    console = Console()
-    console.width = max(console.width, 100)
-    console.print(table)
-    for what, why in result.left_out.items():
-        console.print(f"{what}: not available: {why}.", markup=False, highlight=False)
-    for what, how in result.disagreed.items():
-        console.print(f"{what}: not reported: {how}.", markup=False, highlight=False)
-    console.print(f"Checked first: {result.parity}.", markup=False, highlight=False)
-
-
-def _target(figure: Figure) -> str:
-    if figure.at_least is not None:
-        return f"≥ {_value(figure, figure.at_least)}"
-    return "" if figure.at_most is None else f"≤ {_value(figure, figure.at_most)}"
-
-
-def _value(figure: Figure, value: float) -> str:
-    if figure.unit == "bytes":
-        return f"{value / 1e6:,.1f} MB"
-    if figure.unit == "":
-        return f"{value:,.0f}"
-    digits = 1 if figure.unit in ("us", "%") else 2
-    return f"{value:,.{digits}f} {figure.unit.replace('us', 'µs').replace('x', '×')}"

@@ -45,7 +45,7 @@ def classify(
     from ptkit.data.inputs import table_inputs, table_sentences
     from ptkit.errors import UserError
     from ptkit.evaluation.classify import classifier
-    from ptkit.recipe.schema import TokenClassificationTask
+    from ptkit.recipe.tasks import TokenClassificationTask
 
     table = input_file if is_data_file(text, input_file) else None
     if table is not None and raw:

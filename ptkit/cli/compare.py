@@ -38,8 +38,8 @@ def compare(
 ) -> None:
     """Compare the methods of a recipe: report.html, tables, plots, results.jsonl and results.csv.
 
-    Interrupted comparisons go on when the same command is given again; finished cells are kept.
-    A cell that fails is a row that says so; the exit code is then 1, and the same command tries it
+    Interrupted comparisons resume when the same command is given again; finished cells are kept. A
+    cell that fails is a row with the reason. The exit code is then 1, and the same command tries it
     again.
     """
     from rich.console import Console

@@ -24,12 +24,12 @@ from rich.progress import (
 from ptkit.training.adapter_trainer import StepReport
 from ptkit.training.failure import Failure
 from ptkit.training.forecast import Forecast, in_time
+from ptkit.training.observer import RunObserver
 from ptkit.training.record import CellRecord
-from ptkit.training.run import RunObserver
 
 
 class LiveDisplay(RunObserver):
-    """A bar for the whole grid and one for the cell under way, with its losses.
+    """A bar for the whole grid and one for the running cell, with its losses.
 
     Written to stderr, so that stdout stays for results. Without a terminal a line is printed every
     `EVERY` seconds, and one per finished cell; `quiet` prints nothing.

@@ -11,6 +11,7 @@ import typer
 
 from ptkit.cli.options import JsonOutput, Set
 from ptkit.errors import UserError
+from ptkit.extras import require
 
 if TYPE_CHECKING:
     from ptkit.evaluation.evaluate import Evaluation
@@ -65,7 +66,7 @@ def evaluate(
 ) -> None:
     """Score saved adapters (or the base) on the test rows of a recipe, with 95 % intervals.
 
-    With --harness, on standard tasks (needs `pip install ptkit\\[harness]`).
+    With --harness, on standard tasks (needs `pip install "ptkit\\[harness]"`).
     """
     places: list[Path | None] = [*adapter] if adapter else [None]
     if harness is not None:
@@ -172,10 +173,7 @@ def _standard_tasks(
     json_output: bool,
     options: dict[str, Any],
 ) -> None:
-    from importlib.util import find_spec
-
-    if find_spec("lm_eval") is None:
-        raise UserError("--harness needs lm-evaluation-harness: `pip install 'ptkit[harness]'`")
+    require("harness", "`ptkit evaluate --harness`")
     from ptkit.evaluation.evaluate import adapter_at
     from ptkit.evaluation.harness import evaluate_tasks
     from ptkit.runtime.base_model import Base

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ptkit.errors import UserError
+from ptkit.formats.sizes import in_bytes
 from ptkit.hub.engines import engines, writer
 
 
@@ -113,7 +114,7 @@ def export(
         replace_out=force, recipe=recipe, license=license, language=language,
     )  # fmt: skip
     typer.echo(f"{done.path}")
-    size = f"{done.bytes / 1000:.1f} KB"
+    size = in_bytes(done.bytes)
     notes = [f"{done.parameters:,} parameters", f"{size}, verified by reloading"]
     if done.largest_rounding:
         notes.append(f"largest rounding {done.largest_rounding:.2g}")
@@ -147,5 +148,5 @@ def _for_engine(
     done = write(runs, out, replace_out=force, **given)
     typer.echo(f"{done.path}")
     count = "1 adapter" if len(runs) == 1 else f"{len(runs)} adapters"
-    notes = f"{count}, {done.virtual_tokens} virtual tokens, {done.bytes / 1000:.1f} KB"
+    notes = f"{count}, {done.virtual_tokens} virtual tokens, {in_bytes(done.bytes)}"
     typer.secho(f"{notes}; README.md there says how to ask for them", err=True)

@@ -55,11 +55,11 @@ def check(
 ) -> None:
     """Try methods on MODEL's shape, small and random, and say what works, in seconds.
 
-    An encoder is tried as a sequence and as a token classifier, a decoder as a language model and
-    as a sequence classifier; with --full, MODEL as what its checkpoint is for.
+    An encoder is tried as a sequence and as a token classifier. A decoder is tried as a language
+    model and as a sequence classifier. With --full, MODEL is tried as what its checkpoint is for.
 
-    Each answer is compared with what the plain model makes of the same words. Exit code 2 when
-    one is wrong or fails; what is refused with a reason is no fault.
+    Each answer is compared with what the plain model makes of the same words. Exit code 2 when one
+    is wrong or fails; a refusal with a reason is no failure.
     """
     from ptkit.families.matrix import Status, models_under_test, require_method, run_matrix
 

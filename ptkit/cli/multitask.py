@@ -39,9 +39,9 @@ def multitask(
     """Train one soft prompt for several tasks at once, each with a small matrix of its own.
 
     Model, training and prompt tuning's settings are those of the recipes, which have to agree in
-    them. Written are all tasks as one of PEFT's multi-task prompts, each task's prompt, which is
-    used like any other, and their mean, to start another task from.
-    A run that was stopped goes on when the same command is given again.
+    them. The command writes three things: all tasks as one of PEFT's multi-task prompts, each
+    task's prompt, and their mean. A task's prompt is used like any other, and the mean starts
+    another task. A stopped run resumes when the same command is given again.
     """
     from ptkit.cli.display import LiveDisplay
     from ptkit.recipe import load_recipe

@@ -81,8 +81,8 @@ def is_data_file(prompts: list[str] | None, file: Path | None) -> bool:
 def input_lines(prompts: list[str] | None, file: Path | None) -> list[str]:
     """Inputs given as arguments, else the lines of `file` or of standard input that say something.
 
-    Raises UserError when there is none, or two of these are given, and for a file whose lines are
-    no inputs: one of rows and columns, or not UTF-8.
+    Raises UserError when there is none, or when two of these are given. It also raises it for a
+    file of rows and columns, and for one that is not UTF-8.
     """
     import sys
 

@@ -84,8 +84,8 @@ def validate(
 ) -> None:
     """Check recipes and their data; every fault is named with its place (exit code 2).
 
-    Files and built-in sets are read, what was decided about them is told, and whether the metrics
-    can judge them; data of the Hub are not fetched.
+    Files and built-in sets are read. The command shows what was decided about them, and whether the
+    metrics can judge them. Data of the Hub are not fetched.
     """
     from ptkit.data import load_task
     from ptkit.data.summary import data_lines

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from ptkit.errors import UserError
+from ptkit.extras import require
 
 
 def report(
@@ -37,6 +38,7 @@ def report(
     from ptkit.comparison.overview import write_overview
     from ptkit.comparison.table import summary_table
 
+    require("report", "`ptkit report`")
     if out is None and (len(folders) > 1 or overview is not None):
         raise UserError("several comparisons become one in a new folder: give --out")
     parts = [read_comparison(folder) for folder in folders]

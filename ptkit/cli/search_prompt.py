@@ -33,7 +33,7 @@ def search_prompt(
     from ptkit.data.templates import Template
     from ptkit.errors import UserError
     from ptkit.recipe import load_recipe
-    from ptkit.recipe.schema import HeadedTask
+    from ptkit.recipe.tasks import HeadedTask
     from ptkit.training.experiment import prepare
     from ptkit.training.search_prompt import search_prompt as run
 

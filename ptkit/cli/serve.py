@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -10,6 +9,7 @@ import typer
 
 from ptkit.cli.options import ModelOption
 from ptkit.errors import UserError
+from ptkit.extras import require
 from ptkit.formats.sizes import read_bytes
 
 
@@ -79,8 +79,7 @@ def serve(
     Each request's `model` picks its adapter; different ones share one running batch. Any OpenAI
     client works: base URL http://HOST:PORT/v1.
     """
-    if find_spec("fastapi") is None or find_spec("uvicorn") is None:
-        raise UserError("serving needs the extra: pip install 'ptkit[serve]'")
+    require("serve", "`ptkit serve`")
 
     from ptkit.serve.run import is_loopback, read_keys, run_server
 

@@ -37,15 +37,15 @@ def train(
 ) -> None:
     """Train one method of a recipe and measure it.
 
-    A run that was stopped (Ctrl-C, kill, power) goes on where it last saved when the same
-    command is given again, and ends with the same weights.
+    A stopped run (Ctrl-C, kill, power) resumes where it last saved when the same command is given
+    again. It ends with the same weights.
     """
     from ptkit.api import one_method, plan_training, run_folder, start_over
     from ptkit.api import train as run
     from ptkit.cli.display import LiveDisplay, say_plan
     from ptkit.comparison.autotuned import autotuned
     from ptkit.recipe import load_recipe
-    from ptkit.runtime.base_model import resolve_device
+    from ptkit.runtime.devices import resolve_device
     from ptkit.training.processes import processes
 
     loaded = load_recipe(recipe, set_ or [])

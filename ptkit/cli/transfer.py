@@ -38,9 +38,9 @@ def transfer(
 ) -> None:
     """Map which task's adapter is a good start for which other task (SPoT).
 
-    The method is trained once per recipe; then every target is trained from each of these adapters
-    and from its own start, with its seeds. matrix.md, matrix.json and matrix.png show the
-    differences and how alike the adapters are. Interrupted, the same command goes on.
+    The method is trained once per recipe. Then every target is trained from each of these adapters
+    and from its own start, with its seeds. The files matrix.md, matrix.json and matrix.png show the
+    differences and how alike the adapters are. Interrupted, the same command resumes.
     """
     from ptkit.cli.display import LiveDisplay
     from ptkit.comparison.transfer import as_markdown, plan, run_transfer, start_over

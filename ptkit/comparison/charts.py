@@ -1,112 +1,51 @@
-"""Which charts a comparison has, as data; `svg` draws them for the page, `plots` for a paper."""
+"""Which charts a comparison has, and what each one draws."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from ptkit.comparison.drawing import Draw, as_file, say, short
 from ptkit.comparison.summary import MethodSummary, best_of
 from ptkit.evaluation.statistics import Interval
+from ptkit.formats import atomic
 from ptkit.training.record import written
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 #: Lines of a chart beyond which each method keeps only its best one.
 MOST_LINES = 8
+#: A method is told by its colour and by the shape of its marks; of one method's lines by the dash.
+MARKS = "osD^vPX*<>"
+DASHES = ("-", "-.", ":", (0, (3, 1, 1, 1, 1, 1)))
 
 
 @dataclass(frozen=True)
-class Point:
-    """A method in a scatter chart, with the interval of its y value and, if known, of its x.
-
-    label: the whole name, for the tooltip; shown: what stands beside the point, "" for nothing
-    """
-
-    label: str
-    shown: str
-    colour: int
-    x: float
-    y: float
-    low: float
-    high: float
-    x_low: float | None = None
-    x_high: float | None = None
-
-
-@dataclass(frozen=True)
-class Scatter:
-    """One point per method; higher and further left is better, unless less y is.
-
-    front: join the points that no other beats with no more x
-    """
+class Chart:
+    """A chart: what stands above it, and what draws it into a pair of axes."""
 
     title: str
     note: str
-    x_name: str
-    y_name: str
-    points: tuple[Point, ...]
-    logarithmic: bool = False
-    front: bool = False
-    higher_is_better: bool = True
-
-    def pareto(self) -> list[Point]:
-        """The points no other point beats with no more x, in order of x."""
-        sign = 1 if self.higher_is_better else -1
-        front: list[Point] = []
-        for point in sorted(self.points, key=lambda p: (p.x, -sign * p.y)):
-            if not front or sign * point.y > sign * front[-1].y:
-                front.append(point)
-        return front
-
-
-@dataclass(frozen=True)
-class LinePoint:
-    """A value of a line, with its interval if known."""
-
-    x: float
-    y: float
-    low: float | None = None
-    high: float | None = None
+    draw: Draw
 
 
 @dataclass(frozen=True)
 class Line:
-    """A named line.
+    """A named line over the values of a key, or over steps.
 
-    reference: of a method that does not vary along x; others: the values of the swept keys that
-    do not vary along it
+    points: x, and the y value there with its bounds where it has them
+    dash: how manieth line of its method; None where the method does not vary along x
     """
 
-    label: str
+    name: str
     colour: int
-    points: tuple[LinePoint, ...]
-    reference: bool = False
-    family: str = ""
-    others: tuple[tuple[str, object], ...] = ()
-
-    def holds(self, summaries: Iterable[MethodSummary], key: str) -> bool:
-        """Whether one of `summaries` is a point of this line over `key`."""
-        return any(
-            s.family == self.family
-            and tuple((k, v) for k, v in s.sweep.items() if k != key) == self.others
-            for s in summaries
-        )
-
-
-@dataclass(frozen=True)
-class Lines:
-    """Lines over a common axis. ticks: the x values to label, None for round ones"""
-
-    title: str
-    note: str
-    x_name: str
-    y_name: str
-    lines: tuple[Line, ...]
-    logarithmic: bool = False
-    from_zero: bool = False
-    ticks: tuple[float, ...] | None = None
-
-
-Chart = Scatter | Lines
+    points: tuple[tuple[float, Interval], ...]
+    dash: int | None = 0
 
 
 def charts_of(summaries: Sequence[MethodSummary]) -> list[Chart]:
@@ -114,92 +53,18 @@ def charts_of(summaries: Sequence[MethodSummary]) -> list[Chart]:
     return [*_swept(summaries), *_scatters(summaries), *_curves(summaries)]
 
 
+def write_charts(charts: Sequence[Chart], folder: Path) -> None:
+    """Write every chart to `folder` as `NAME.png` and `NAME.svg`."""
+    for chart in charts:
+        name = re.sub(r"[^a-z0-9]+", "-", chart.title.lower()).strip("-")
+        atomic.write_bytes(folder / f"{name}.png", as_file(chart.draw, "png"))
+        atomic.write_bytes(folder / f"{name}.svg", as_file(chart.draw, "svg"))
+
+
 def colours(summaries: Sequence[MethodSummary]) -> dict[str, int]:
     """Title -> colour; the values of a sweep share their family's."""
     families = list(dict.fromkeys(s.family for s in summaries))
     return {s.title: families.index(s.family) for s in summaries}
-
-
-def _scatters(summaries: Sequence[MethodSummary]) -> Iterator[Scatter]:
-    name, higher = summaries[0].score, summaries[0].higher_is_better
-    better = "Higher" if higher else "Lower"
-    trained = [s for s in summaries if s.trains]
-    if trained:
-        yield Scatter(
-            f"{name} against trained parameters",
-            f"{better} and further left is better. The line joins the methods no other beats with "
-            "fewer parameters; bars are 95 % intervals.",
-            "trained parameters (log)",
-            name,
-            tuple(_point(s, summaries, s.trainable_parameters) for s in trained),
-            logarithmic=True,
-            front=True,
-            higher_is_better=higher,
-        )
-    measured = [s for s in summaries if s.forgetting is not None]
-    if len(measured) > 1:
-        yield Scatter(
-            f"{name} against forgetting",
-            f"{better} and further left is better: more of the task learnt, less of the base lost "
-            "while the adapter is on.",
-            "forgetting (nats per token)",
-            name,
-            tuple(
-                _point(s, summaries, s.forgetting.mean, s.forgetting)
-                for s in measured if s.forgetting
-            ),
-            higher_is_better=higher,
-        )  # fmt: skip
-
-
-def _point(
-    summary: MethodSummary,
-    summaries: Sequence[MethodSummary],
-    x: float,
-    spread: Interval | None = None,
-) -> Point:
-    low, high = _bounds(summary.leading)
-    # Of a sweep only the best of each method is named; a label at every point hides them all.
-    shown = summary.family if summary in best_of_families(summaries) else ""
-    return Point(
-        summary.title, shown, colours(summaries)[summary.title], x, summary.leading.mean, low, high,
-        spread.low if spread else None, spread.high if spread else None,
-    )  # fmt: skip
-
-
-def _bounds(interval: Interval) -> tuple[float, float]:
-    assert interval.low is not None
-    assert interval.high is not None
-    return interval.low, interval.high
-
-
-def _swept(summaries: Sequence[MethodSummary]) -> Iterator[Lines]:
-    """Score over every swept key whose values are numbers."""
-    name = summaries[0].score
-    for key in dict.fromkeys(k for s in summaries for k in s.sweep):
-        values = sorted({s.sweep[key] for s in summaries if _is_number(s.sweep.get(key))})
-        if len(values) < 2:
-            continue
-        lines = tuple(_lines_over(key, values, summaries))
-        others = ", ".join(dict.fromkeys(k for s in summaries for k in s.sweep if k != key))
-        note = "Mean over seeds; bars are 95 % intervals."
-        if any(line.reference for line in lines):
-            note += " Dashed: methods that do not depend on it."
-        if others and len(lines) > MOST_LINES:
-            best = {s.family: s for s in best_of_families(summaries)}
-            lines = tuple(line for line in lines if line.holds(best.values(), key))
-            note += f" Each method at its best {others}."
-        elif others:
-            note += f" After a method's name: its {others}."
-        yield Lines(
-            f"{name} over {key}",
-            note,
-            key,
-            name,
-            lines,
-            logarithmic=values[0] > 0 and values[-1] >= 20 * values[0],
-            ticks=tuple(values),
-        )
 
 
 def best_of_families(summaries: Sequence[MethodSummary]) -> list[MethodSummary]:
@@ -210,33 +75,145 @@ def best_of_families(summaries: Sequence[MethodSummary]) -> list[MethodSummary]:
     return [best_of(own) for own in families.values()]
 
 
+def _scatters(summaries: Sequence[MethodSummary]) -> Iterator[Chart]:
+    name, higher = summaries[0].score, summaries[0].higher_is_better
+    better = "Higher" if higher else "Lower"
+    shade = colours(summaries)
+    trained = [s for s in summaries if s.trains]
+    if trained:
+        yield Chart(
+            f"{name} against trained parameters",
+            f"{better} and further left is better. The line joins the methods no other beats with "
+            "fewer parameters; bars are 95 % intervals.",
+            partial(
+                _scatter,
+                points=[(s, s.trainable_parameters, None) for s in trained],
+                shade=shade,
+                names=("trained parameters (log)", name),
+                logarithmic=True,
+                front=True,
+            ),
+        )
+    measured = [(s, s.forgetting.mean, s.forgetting) for s in summaries if s.forgetting is not None]
+    if len(measured) > 1:
+        yield Chart(
+            f"{name} against forgetting",
+            f"{better} and further left is better: more of the task learnt, less of the base lost "
+            "while the adapter is on.",
+            partial(
+                _scatter, points=measured, shade=shade, names=("forgetting (nats per token)", name)
+            ),
+        )
+
+
+def pareto(points: Sequence[tuple[float, float]], *, higher: bool) -> list[tuple[float, float]]:
+    """The points (x, y) that no other beats with no more x, in order of x."""
+    sign = 1 if higher else -1
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -sign * point[1])):
+        if not front or sign * y > sign * front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+def _scatter(
+    axes: Axes,
+    *,
+    points: Sequence[tuple[MethodSummary, float, Interval | None]],
+    shade: dict[str, int],
+    names: tuple[str, str],
+    logarithmic: bool = False,
+    front: bool = False,
+) -> None:
+    """A mark per summary, at its x and its score, with the intervals of both."""
+    from matplotlib import rcParams
+
+    _across(axes, [x for _, x, _ in points], logarithmic=logarithmic)
+    axes.set(xlabel=names[0], ylabel=names[1])
+    if front:
+        higher = points[0][0].higher_is_better
+        best = pareto([(x, s.leading.mean) for s, x, _ in points], higher=higher)
+        soft = rcParams["axes.labelcolor"]
+        axes.plot(*zip(*best, strict=True), "--", color=soft, linewidth=1, zorder=1)
+    named: set[str] = set()
+    for summary, x, spread in points:
+        score, colour = summary.leading, shade[summary.title]
+        container = axes.errorbar(
+            [x], [score.mean], yerr=_bars(score), xerr=_bars(spread), fmt=_mark(colour),
+            color=f"C{colour % 10}", elinewidth=1.3,
+            label=None if summary.family in named else short(summary.family),
+        )  # fmt: skip
+        named.add(summary.family)
+        say(
+            container.get_children(),
+            f"{summary.title}: {score.mean:.1f} [{score.low:.1f}, {score.high:.1f}]",
+        )
+
+
+def _swept(summaries: Sequence[MethodSummary]) -> Iterator[Chart]:
+    """Score over every swept key whose values are numbers."""
+    name = summaries[0].score
+    for key in dict.fromkeys(k for s in summaries for k in s.sweep):
+        values = sorted({s.sweep[key] for s in summaries if _is_number(s.sweep.get(key))})
+        if len(values) < 2:
+            continue
+        own = list(summaries)
+        others = ", ".join(dict.fromkeys(k for s in summaries for k in s.sweep if k != key))
+        note = "Mean over seeds; bars are 95 % intervals."
+        if any(key not in s.sweep for s in summaries):
+            note += " Dashed: methods that do not depend on it."
+        if others and len(list(_lines_over(key, values, own))) > MOST_LINES:
+            best = [(s.family, _others(s, key)) for s in best_of_families(summaries)]
+            own = [s for s in own if (s.family, _others(s, key)) in best]
+            note += f" Each method at its best {others}."
+        elif others:
+            note += f" After a method's name: its {others}."
+        yield Chart(
+            f"{name} over {key}",
+            note,
+            partial(
+                _plot,
+                lines=list(_lines_over(key, values, own, colours(summaries))),
+                names=(key, name),
+                logarithmic=values[0] > 0 and values[-1] >= 20 * values[0],
+                ticks=values,
+            ),
+        )
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _others(summary: MethodSummary, key: str) -> tuple[tuple[str, Any], ...]:
+    """The values of the swept keys other than `key`."""
+    return tuple((k, v) for k, v in summary.sweep.items() if k != key)
+
+
 def _lines_over(
-    key: str, values: Sequence[float], summaries: Sequence[MethodSummary]
+    key: str,
+    values: Sequence[float],
+    summaries: Sequence[MethodSummary],
+    shade: dict[str, int] | None = None,
 ) -> Iterator[Line]:
     """One line per family and combination of the other swept values."""
     groups: dict[Any, list[MethodSummary]] = {}
     for summary in summaries:
-        others = tuple((k, v) for k, v in summary.sweep.items() if k != key)
-        groups.setdefault((summary.family, others), []).append(summary)
-    shade = colours(summaries)
+        groups.setdefault((summary.family, _others(summary, key)), []).append(summary)
+    count: dict[str, int] = {}
     for (family, others), own in groups.items():
-        label = " ".join([family, *(written(value) for _, value in others)])
-        colour = shade[own[0].title]
-        reference = key not in own[0].sweep
-        if reference:
-            mean = own[0].leading.mean
-            points = [LinePoint(values[0], mean), LinePoint(values[-1], mean)]
-        else:
-            along = sorted(own, key=lambda s: s.sweep[key])
-            points = [LinePoint(s.sweep[key], s.leading.mean, *_bounds(s.leading)) for s in along]
-        yield Line(label, colour, tuple(points), reference, family, others)
+        name = " ".join([family, *(written(value) for _, value in others)])
+        colour = (shade or colours(summaries))[own[0].title]
+        if key not in own[0].sweep:
+            level = Interval(own[0].leading.mean, None, None, None, 1)
+            yield Line(name, colour, ((values[0], level), (values[-1], level)), None)
+            continue
+        along = sorted(own, key=lambda s: s.sweep[key])
+        dash = count[family] = count.get(family, -1) + 1
+        yield Line(name, colour, tuple((s.sweep[key], s.leading) for s in along), dash)
 
 
-def _curves(summaries: Sequence[MethodSummary]) -> Iterator[Lines]:
+def _curves(summaries: Sequence[MethodSummary]) -> Iterator[Chart]:
     """Validation loss by step, mean over seeds; one line per trained method."""
     trained = [s for s in best_of_families(summaries) if s.trains]
     if not trained or not all(record.curve for s in trained for record in s.records):
@@ -248,14 +225,88 @@ def _curves(summaries: Sequence[MethodSummary]) -> Iterator[Lines]:
         for record in summary.records:
             for entry in record.curve:
                 by_step.setdefault(int(entry["step"]), []).append(entry["validation_loss"])
-        mean = (LinePoint(step, sum(v) / len(v)) for step, v in sorted(by_step.items()))
-        lines.append(Line(summary.family, shade[summary.title], tuple(mean)))
-    yield Lines(
+        points = [
+            (step, Interval(sum(losses) / len(losses), None, None, None, len(losses)))
+            for step, losses in sorted(by_step.items())
+        ]
+        lines.append(Line(summary.family, shade[summary.title], tuple(points)))
+    yield Chart(
         "Learning curves",
         "Validation loss, mean over seeds."
         + (" Of a sweep, the best of each method." if any(s.sweep for s in summaries) else ""),
-        "optimiser step",
-        "validation loss (nats per token)",
-        tuple(lines),
-        from_zero=True,
+        partial(_plot, lines=lines, names=("optimiser step", "validation loss (nats per token)")),
     )
+
+
+def _plot(
+    axes: Axes,
+    *,
+    lines: Sequence[Line],
+    names: tuple[str, str],
+    logarithmic: bool = False,
+    ticks: Sequence[float] = (),
+) -> None:
+    """`lines` with marks where intervals are known. ticks: the x values to name"""
+    _across(axes, [x for line in lines for x, _ in line.points], logarithmic=logarithmic)
+    axes.set(xlabel=names[0], ylabel=names[1])
+    if ticks:
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+    for number, line in enumerate(lines):
+        marked = line.dash is not None and (
+            len(line.points) == 1 or any(y.low is not None for _, y in line.points)
+        )
+        container = axes.errorbar(
+            [x for x, _ in line.points],
+            [y.mean for _, y in line.points],
+            yerr=_bars(*(y for _, y in line.points)),
+            linestyle="--" if line.dash is None else DASHES[line.dash % len(DASHES)],
+            marker=_mark(number) if marked else "",
+            color=f"C{line.colour % 10}",
+            elinewidth=1.3,
+            label=short(line.name),
+        )
+        say(container.get_children(), line.name)
+
+
+def _mark(number: int) -> str:
+    """A shape that goes with colour `number`; the next ten have other pairs of both."""
+    return MARKS[(number + number // len(MARKS)) % len(MARKS)]
+
+
+def _bars(*intervals: Interval | None) -> list[list[float]] | None:
+    """Lengths of error bars below and above, `[2, points]`; None where an interval is not known."""
+    known = [i for i in intervals if i is not None and i.low is not None and i.high is not None]
+    if len(known) < len(intervals):
+        return None
+    return [
+        [max(0.0, i.mean - (i.low or 0.0)) for i in known],
+        [max(0.0, (i.high or 0.0) - i.mean) for i in known],
+    ]
+
+
+def _across(axes: Axes, values: Sequence[float], *, logarithmic: bool) -> None:
+    """Axes with few ticks, and room around the `values` of x, which may all be the same."""
+    from matplotlib.ticker import (
+        EngFormatter,
+        LogLocator,
+        MaxNLocator,
+        NullFormatter,
+        StrMethodFormatter,
+    )
+
+    low, high = min(values), max(values)
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.8, high * 1.8)
+        steps = (1.0,) if high >= 100 * low else (1.0, 2.0, 5.0)
+        axes.xaxis.set_major_locator(LogLocator(subs=steps))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        room = 0.08 * (high - low) or abs(high) * 0.08 or 1.0
+        axes.set_xlim(low - room, high + room)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    thousands = EngFormatter(sep="") if high >= 1000 else StrMethodFormatter("{x:g}")
+    axes.xaxis.set_major_formatter(thousands)
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.tick_params(which="both", length=0)

@@ -14,12 +14,14 @@ from ptkit.recipe.expansion import Entry, Variant, expand
 from ptkit.recipe.schema import ModelSection, Recipe
 from ptkit.runtime.base_model import Base
 from ptkit.section import MethodSection
+from ptkit.training.cell import Cell, cell_name, folder_name
 from ptkit.training.experiment import Experiment, prepare
 from ptkit.training.failure import FAILED, Failure, attempted
 from ptkit.training.forecast import Forecast, forecast, is_long
+from ptkit.training.observer import RunObserver
 from ptkit.training.ready import require_ready
 from ptkit.training.record import CellRecord
-from ptkit.training.run import Cell, RunObserver, cell_name, folder_name, run_cells
+from ptkit.training.run import run_cells
 
 
 @dataclass(frozen=True)

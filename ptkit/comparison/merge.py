@@ -48,10 +48,14 @@ def read_comparison(folder: Path) -> MergedComparison:
 def merge(parts: Sequence[MergedComparison], out: Path) -> MergedComparison:
     """One comparison in `out` with the methods, seeds and cells of all `parts`.
 
-    Only records, predictions and the reasons of failed cells are copied. Raises UserError when the
-    parts' recipes differ in more than name, seeds, methods and what a result does not depend on,
-    when they call different settings by one name, when two hold different results for one cell, and
-    when their cells were scored on other rows or texts, or made of another base.
+    Only records, predictions and the reasons of failed cells are copied. Raises UserError in these
+    cases:
+
+    - The parts' recipes differ in more than name, seeds, methods and what a result does not depend
+      on.
+    - They call different settings by one name.
+    - Two parts hold different results for one cell.
+    - Their cells were scored on other rows or texts, or made of another base.
     """
     first = parts[0]
     shared = first.loaded.recipe.model_dump(exclude=OWN)

@@ -12,11 +12,13 @@ from typing import Any
 from ptkit.comparison.grid import Experiments, Group, open_output_folder, plan, run_group
 from ptkit.comparison.search import Searches, require_sampler, trials_folder
 from ptkit.errors import PtkitError, UserError
+from ptkit.extras import extra
 from ptkit.formats import atomic
 from ptkit.recipe import LoadedRecipe, load_recipe
+from ptkit.training.cell import Cell
 from ptkit.training.failure import FAILED, Failure
+from ptkit.training.observer import RunObserver
 from ptkit.training.record import CellRecord
-from ptkit.training.run import Cell, RunObserver
 
 #: How often a task is given to another node after its own was lost.
 RETRIES = 10
@@ -39,12 +41,11 @@ def run_on_ray(
 
     Nodes need the same ptkit, and the files the recipe names (model, data) in the same places;
     results travel as bytes and are written here. A cell whose node is lost runs again on another.
-    Raises UserError when Ray is not installed or the cluster cannot be reached.
+    Raises MissingExtraError when Ray is not installed, UserError when the cluster cannot be
+    reached.
     """
-    try:
+    with extra("ray", "`ptkit compare --on ray`"):
         import ray
-    except ImportError as error:
-        raise UserError("`--on ray` needs Ray: pip install 'ptkit[ray]'") from error
     observer = observer or RunObserver()
     require_sampler(loaded.recipe.budget)
     open_output_folder(loaded, out)

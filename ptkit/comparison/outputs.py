@@ -8,9 +8,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptkit.comparison.charts import charts_of
+from ptkit.comparison.charts import charts_of, write_charts
 from ptkit.comparison.grid import failures
-from ptkit.comparison.plots import write_plots
 from ptkit.comparison.report import render_report
 from ptkit.comparison.summary import MethodSummary, summarise
 from ptkit.comparison.table import latex_table, markdown_table
@@ -35,7 +34,7 @@ def write_outputs(
     atomic.write_text(folder / "results.csv", _csv(records, failed))
     atomic.write_text(folder / "table.md", markdown_table(summaries, failed))
     atomic.write_text(folder / "table.tex", latex_table(summaries, failed))
-    write_plots(charts_of(summaries), folder / "plots")
+    write_charts(charts_of(summaries), folder / "plots")
     recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
     atomic.write_text(folder / "report.html", render_report(recipe, summaries, recipe_text, failed))
     return summaries

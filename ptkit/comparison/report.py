@@ -10,11 +10,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ptkit.comparison import figures
 from ptkit.comparison.autotuned import autotuned, starts_tried
 from ptkit.comparison.charts import best_of_families, charts_of, colours
+from ptkit.comparison.drawing import on_page
 from ptkit.comparison.summary import MethodSummary, baseline_of, best_of
-from ptkit.comparison.svg import draw
-from ptkit.evaluation.metrics import metric
 from ptkit.evaluation.statistics import Interval
-from ptkit.recipe.schema import GenerationTask, Recipe
+from ptkit.metrics.registry import metric
+from ptkit.recipe.schema import Recipe
+from ptkit.recipe.tasks import GenerationTask
 from ptkit.training.failure import Failure
 from ptkit.training.record import written
 
@@ -72,7 +73,10 @@ def page_values(
         ],
         "failed": list(failed),
         "rows": [_row(s, summaries, shade, best=s is best) for s in summaries],
-        "charts": [(chart.title, chart.note, draw(chart)) for chart in charts_of(summaries)],
+        "charts": [
+            (chart.title, chart.note, on_page(chart.draw, chart.title))
+            for chart in charts_of(summaries)
+        ],
         "samples": _samples(summaries, generation=generation),
         "n_seeds": max(len(s.records) for s in summaries),
         "signatures": _signatures(summaries),
@@ -111,32 +115,31 @@ def _highlights(summaries: Sequence[MethodSummary]) -> list[dict[str, Any]]:
     """
     best = best_of(summaries)
     most = "highest" if best.higher_is_better else "lowest"
-    tiles = [_highlight(f"{most} {best.score}", best, figures.score(best.leading), "")]
+    tiles = [_measured_tile(f"{most} {best.score}", best, figures.score(best.leading), "")]
     trained = [s for s in summaries if s.trains]
     kept = [s for s in trained if s.forgetting is not None]
     if kept:
         least = min(kept, key=lambda s: s.forgetting.mean if s.forgetting else 0.0)
         shown = figures.forgetting(least.forgetting)
         note = f"nats per token, at {least.score} {figures.score(least.leading)}"
-        tiles.append(_highlight("least forgetting of those trained", least, shown, note))
+        tiles.append(_measured_tile("least forgetting of those trained", least, shown, note))
     if trained:
         small = min(trained, key=lambda s: (s.bytes_on_disk, -s.leading.mean))
         note = f"on disk, at {small.score} {figures.score(small.leading)}"
         shown = figures.size(small.bytes_on_disk)
-        tiles.append(_highlight("smallest of those trained", small, shown, note))
+        tiles.append(_tile("smallest of those trained", small, shown, note))
     return tiles
 
 
-def _highlight(name: str, summary: MethodSummary, value: str, note: str) -> dict[str, Any]:
-    """One tile: what is said, of which method, the figure and what it stands beside."""
-    main, _, interval = value.partition(" ")
-    unit = interval if interval in ("B", "KB", "MB", "GB") else ""
-    return {
-        "name": name,
-        "title": summary.title,
-        "value": value if unit else main,
-        "note": note if unit else f"{interval} {note}".strip(),
-    }
+def _measured_tile(name: str, summary: MethodSummary, shown: str, note: str) -> dict[str, Any]:
+    """A tile of a figure that has an interval: the interval stands beside the figure."""
+    value, _, interval = shown.partition(" ")
+    return _tile(name, summary, value, f"{interval} {note}".strip())
+
+
+def _tile(name: str, summary: MethodSummary, value: str, note: str) -> dict[str, Any]:
+    """One tile: what is said, of which method, the figure and what stands beside it."""
+    return {"name": name, "title": summary.title, "value": value, "note": note}
 
 
 def _signatures(summaries: Sequence[MethodSummary]) -> dict[str, str]:

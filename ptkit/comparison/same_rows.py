@@ -23,10 +23,11 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
 
 def require_same_rows(cells: Sequence[tuple[Path, CellRecord]]) -> None:
     """Raise UserError, which names both, when two of `cells` (folder, record) that stand beside
-    each other were scored on unlike test rows or general texts, or made of unlike bases.
+    each other cannot be compared. They were scored on unlike test rows or general texts, or made of
+    unlike bases.
 
-    Cells of one variant of a sweep stand beside each other. What a record says nothing of cannot
-    differ, but rows are compared by what was written of them, too: records of earlier versions
+    Cells of one variant of a sweep stand beside each other. What a record does not hold cannot
+    differ. But rows are compared by their written content too, because records of earlier versions
     have no fingerprints.
     """
     seen: dict[tuple[PurePosixPath, str], tuple[Path, Any]] = {}

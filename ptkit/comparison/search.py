@@ -6,20 +6,24 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ptkit.errors import PtkitError, UserError
+from ptkit.errors import PtkitError
+from ptkit.extras import extra, require
 from ptkit.recipe.expansion import Settings, changed, values_of
 from ptkit.recipe.schema import BudgetSection
 from ptkit.recipe.values import Range, Values
 from ptkit.section import MethodSection
+from ptkit.training.cell import Cell, folder_name, open_cell_folder
 from ptkit.training.experiment import Experiment
 from ptkit.training.failure import FAILED, Failure, attempted
-from ptkit.training.run import Cell, RunObserver, folder_name, open_cell_folder, run_trial
+from ptkit.training.observer import RunObserver
+from ptkit.training.run import run_trial
+
+_OPTUNA = "`budget.sampler: optuna`"
 
 
 class SearchFailedError(PtkitError):
@@ -90,12 +94,10 @@ def trials_folder(out: Path, cell: Cell) -> Path:
 
 
 def require_sampler(budget: BudgetSection | None) -> None:
-    """Raise UserError when the sampler of `budget` is not installed."""
+    """Raise MissingExtraError when the sampler of `budget` is not installed."""
     asked = budget is not None and budget.search and budget.sampler == "optuna"
-    if asked and find_spec("optuna") is None:
-        raise UserError(
-            "`budget.sampler: optuna` needs Optuna: pip install optuna, or use `random`"
-        )
+    if asked:
+        require("optuna", _OPTUNA)
 
 
 def tune(
@@ -172,8 +174,9 @@ def _drawn(values: Values, generator: np.random.Generator) -> Any:
 
 def _optuna(space: dict[str, Values], seed: int, before: Sequence[Trial]) -> Settings:
     """What Optuna's TPE asks for after the trials before; it keeps no state between calls."""
-    import optuna
-    from optuna.trial import TrialState, create_trial
+    with extra("optuna", _OPTUNA):
+        import optuna
+        from optuna.trial import TrialState, create_trial
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = dict(_distributions(space))
@@ -189,7 +192,8 @@ def _optuna(space: dict[str, Values], seed: int, before: Sequence[Trial]) -> Set
 
 
 def _distributions(space: dict[str, Values]) -> Iterator[tuple[str, Any]]:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
+    with extra("optuna", _OPTUNA):
+        from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     for key, values in space.items():
         if isinstance(values, Range) and values.steps is None:

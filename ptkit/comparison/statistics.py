@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ptkit.evaluation.metrics import Metric, Statistics
 from ptkit.evaluation.statistics import Interval
+from ptkit.metrics.metric import Metric, Statistics
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ def paired_difference(
 ) -> Difference:
     """Paired bootstrap test of `method` against `baseline` on the same examples.
 
-    method, baseline: one `[examples, k]` array per seed, the same examples in the same order;
-    the sides may have different numbers of seeds. Each replicate draws examples once for all
-    arrays, since all were tested on them, and seeds on each side by themselves, since seed 0 of
-    one method has nothing in common with seed 0 of another. A side with one seed says nothing
-    about how far its seeds differ, and with two or three the interval is too narrow for it.
+    method, baseline: one `[examples, k]` array per seed, the same examples in the same order; the
+        sides may have different numbers of seeds. Each replicate draws examples once for all
+        arrays, because all were tested on them. It draws seeds on each side separately, because
+        seed 0 of one method has nothing in common with seed 0 of another. A side with one seed does
+        not show how far its seeds differ. With two or three the interval is too narrow for it.
 
-    The interval holds the percentiles of the replicates; the p value is the share of replicates
-    that lie as far from their own mean as the observed difference lies from zero (Koehn 2004;
-    Efron & Tibshirani 1993, ch. 16). Raises ValueError when the sides have different examples.
+    The interval holds the percentiles of the replicates. The p value is the share of replicates
+    that lie as far from their own mean as the observed difference lies from zero. (Koehn 2004;
+    Efron & Tibshirani 1993, ch. 16.) Raises ValueError when the sides have different examples.
     """
     sizes = {len(rows) for rows in (*method, *baseline)}
     if len(sizes) != 1:
@@ -82,8 +82,8 @@ def share_of_way(
     """How far `method` gets from `start` to `end`: (method - start) / (end - start) of their mean
     scores, 1 being all the way. None where start and end are one.
 
-    Arguments as `paired_difference`'s, and so are the replicates: examples are drawn once for all
-    arrays, seeds on each side by themselves; the interval holds the percentiles of their ratios.
+    Arguments and replicates are those of `paired_difference`: examples are drawn once for all
+    arrays, seeds on each side separately. The interval holds the percentiles of their ratios.
     """
     way = _mean(metric, end) - _mean(metric, start)
     if not way:

@@ -12,9 +12,10 @@ import numpy as np
 
 from ptkit.comparison.same_rows import read_predictions, require_same_rows, say_unknown
 from ptkit.comparison.statistics import Difference, holm, paired_difference, share_of_way
-from ptkit.evaluation.metrics import Statistics, metric
 from ptkit.evaluation.predict import Prediction, statistics_of
 from ptkit.evaluation.statistics import Interval, bootstrap_interval, seeds_interval
+from ptkit.metrics.metric import Statistics
+from ptkit.metrics.registry import metric
 from ptkit.recipe.schema import Recipe
 from ptkit.training.record import CellRecord, titled
 

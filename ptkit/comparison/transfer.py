@@ -1,8 +1,8 @@
 """What one task's adapter is worth as the start of another's: a map of transfer.
 
-SPoT (Vu et al. 2022, https://arxiv.org/abs/2110.07904): a prompt is trained on each source task,
-every target task is trained from each of them (section 2.1), and prompts are compared by the cosine
-of their averaged tokens (section 4.1). The same for any method with virtual tokens.
+SPoT (Vu et al. 2022, https://arxiv.org/abs/2110.07904) trains a prompt on each source task. It
+trains every target task from each of them (section 2.1), and compares prompts by the cosine of
+their averaged tokens (section 4.1). The same is done here for any method with virtual tokens.
 
 Folder of a map:
     transfer.json       what it is; a resumed one must match it
@@ -13,7 +13,6 @@ Folder of a map:
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,10 +23,12 @@ import torch
 from torch import Tensor
 
 from ptkit.comparison import figures
+from ptkit.comparison.drawing import paper, written
 from ptkit.comparison.grid import cells, failures, run_grid
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import MethodSummary
 from ptkit.errors import AdapterError, PtkitError, UserError
+from ptkit.extras import require
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import read_adapter
 from ptkit.formats.folder_lock import held
@@ -38,10 +39,12 @@ from ptkit.methods.prompt_settings import PromptMethodSection
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.expansion import changed
-from ptkit.recipe.schema import HeadedTask, Recipe
+from ptkit.recipe.schema import Recipe
+from ptkit.recipe.tasks import HeadedTask
 from ptkit.runtime.base_model import Base, load_base
+from ptkit.training.cell import cell_name
 from ptkit.training.failure import Failure, failed_cells
-from ptkit.training.run import RunObserver, cell_name
+from ptkit.training.observer import RunObserver
 from ptkit.training.run_folder import delete_run_folder
 
 #: The method's own start, in every target's comparison.
@@ -141,8 +144,8 @@ def plan(
 ) -> Plan:
     """What to run for `method` (a label or kind; may be left out where a recipe trains only one).
 
-    Raises UserError for recipes that have no adapters to hand on to each other: two of one name,
-    another base, another number of virtual tokens, a head, a method without a start.
+    Raises UserError for recipes whose adapters cannot start each other. Reasons are two of one
+    name, another base, another number of virtual tokens, a head, and a method without a start.
     """
     for recipes in (sources, targets):
         names = [loaded.recipe.name for loaded in recipes]
@@ -207,10 +210,12 @@ def run_transfer(
 ) -> TransferMap:
     """Train what is not there yet and write the map; killed, the next call goes on from there.
 
-    base: a loaded one, instead of loading the recipes'. Raises FolderError when `out` holds another
-    map, PtkitError when cells failed: those that depend on them are not run, the others are; there
-    is no map until the next call has all.
+    base: a loaded one, instead of loading the recipes'.
+
+    Raises FolderError when `out` holds another map. Raises PtkitError when cells failed: the cells
+    that depend on them are not run, the others are. There is no map until the next call has all.
     """
+    require("report", "`ptkit transfer`")
     with held(out):
         _open_folder(planned, out)
         loaded_bases: dict[str, Base] = {}
@@ -287,8 +292,8 @@ def _compiled(path: Path, base: Base) -> KVPrefix:
 
 def cosine(first: KVPrefix, second: KVPrefix) -> float:
     """How alike two adapters are, -1..1: the cosine of their averaged virtual tokens (Vu et al.
-    2022, section 4.1), the mean over all layers' keys and values, whose sizes differ too much for
-    one vector; for an encoder's soft prompt, that of its embeddings."""
+    2022, section 4.1). It is the mean over all layers' keys and values, whose sizes differ too much
+    for one vector. For an encoder's soft prompt it is that of its embeddings."""
 
     def averages(prefix: KVPrefix) -> list[Tensor]:
         if prefix.embeddings is not None:
@@ -338,10 +343,7 @@ def _note(done: TransferMap) -> str:
 
 def _drawn(done: TransferMap) -> bytes:
     """The two matrices as a heat map, PNG."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     gains = [
         [0.0 if s.against is None else s.against.interval.mean for s in t.starts.values()]
@@ -357,11 +359,11 @@ def _drawn(done: TransferMap) -> bytes:
     ]
     names, count = list(done.sources), len(done.sources)
     rows = [f"{t.name} ({t.own.score})" for t in done.targets]
-    with pyplot.rc_context({"font.size": 8}):
-        figure, (left, right) = pyplot.subplots(
-            1, 2, figsize=(3.2 + 1.8 * count, 1.6 + 0.6 * max(count, len(rows))),
-            layout="constrained",
-        )  # fmt: skip
+    with paper():
+        figure = Figure(
+            figsize=(3.2 + 1.8 * count, 1.6 + 0.6 * max(count, len(rows))), layout="constrained"
+        )
+        left, right = figure.subplots(1, 2)
         left.imshow(colours, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
         left.set(title="score minus own start (* p < 0.05)", xlabel="source", ylabel="target")
         left.set_yticks(range(len(rows)), rows)
@@ -369,6 +371,7 @@ def _drawn(done: TransferMap) -> bytes:
         right.set(title="cosine of the sources' adapters")
         right.set_yticks(range(count), names)
         for axes in (left, right):
+            axes.grid(visible=False)
             axes.set_xticks(range(count), names, rotation=30, ha="right")
         for y, row in enumerate(gains):
             for x, gain in enumerate(row):
@@ -383,7 +386,4 @@ def _drawn(done: TransferMap) -> bytes:
                     x, y, f"{value:.2f}", ha="center", va="center",
                     color="white" if value > 0.6 else "black",
                 )  # fmt: skip
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=200)
-        pyplot.close(figure)
-    return drawn.getvalue()
+        return written(figure, "png")

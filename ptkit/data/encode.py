@@ -19,7 +19,7 @@ from ptkit.data.tokens import (
     without_lead,
 )
 from ptkit.errors import DataError
-from ptkit.recipe.schema import (
+from ptkit.recipe.tasks import (
     ClassificationTask,
     GenerationTask,
     HeadedTask,
@@ -35,8 +35,8 @@ IGNORED = -100
 class EncodedExample:
     """One example as numbers: the input's token ids, and what is learnt.
 
-    target_ids: token ids that follow the input; for a classification head numbers of labels, one
-        for the whole input or one per token of it (`IGNORED` where a token has none)
+    target_ids: token ids that follow the input. For a classification head, numbers of labels: one
+        for the whole input, or one per token of it (`IGNORED` where a token has none)
     """
 
     input_ids: list[int]
@@ -94,8 +94,8 @@ def encode_examples(
     `max_target_tokens` lose their right end. Generated targets end with the end-of-text token, so
     that the model learns to stop.
 
-    pairs: for an encoder-decoder. Inputs and targets get the tokenizer's own special tokens, and
-        inputs lose their right end: in a text to be summed up, say, the beginning matters most.
+    pairs: for an encoder-decoder. Inputs and targets get the tokenizer's own special tokens. Inputs
+        lose their right end, because the beginning matters most in a text that is summed up
 
     Raises DataError for a tokenizer without an end token where targets need one, and for label
     words that `require_apart` refuses.
@@ -235,9 +235,9 @@ def length_grouped_batches(
 ) -> Iterator[list[int]]:
     """Endless batches of row indices, rows of similar length together.
 
-    Each epoch is a fresh shuffle that depends on `seed` and the epoch only; within pools of 50
-    batches rows are sorted by length, then the batches are shuffled. A resumed run therefore
-    sees the same order by skipping what it has read.
+    Each epoch is a fresh shuffle that depends on `seed` and the epoch only. Within pools of 50
+    batches, rows are sorted by length; then the batches are shuffled. So a resumed run sees the
+    same order by skipping what it has read.
     """
     pool = batch_size * 50
     epoch = 0

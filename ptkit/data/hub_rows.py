@@ -1,9 +1,9 @@
 """Rows of the Hub's data sets.
 
-`datasets` reads them, and keeps what it read in its cache. Of CSV and JSON files it would infer
-types, so those are read here by the rule for files (`ptkit.data.read_files`): a cell is its text,
-and an empty one is missing. What came of them is kept apart, in `$PTKIT_CACHE/hub-data`: the common
-cache may hold the same files with other types.
+`datasets` reads them, and keeps what it read in its cache. It would infer types of CSV and JSON
+files. So those are read here by the rule for files (`ptkit.data.read_files`): a cell is its text,
+and an empty one is missing. The result is kept apart, in `$PTKIT_CACHE/hub-data`, because the
+common cache may hold the same files with other types.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ptkit.data.read_files import json_rows
 from ptkit.data.table import Row, Table
 from ptkit.errors import DataError
 from ptkit.formats.cache_home import cache_home
-from ptkit.recipe.schema import DataSection
+from ptkit.recipe.tasks import DataSection
 
 #: The one column of rows that are JSON objects.
 _ROW = "row, as JSON"

@@ -1,7 +1,7 @@
 """Rows of the three splits, from a built-in set, the hub or files.
 
-Missing splits: without `test` the validation rows are the test rows, and everything that states a
-score says so; without `validation` a tenth of the training rows (at least one) is held out for it.
+Missing splits: without `test`, the validation rows are the test rows, and every score is shown with
+that fact. Without `validation`, a tenth of the training rows (at least one) is held out for it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ptkit.data.read_files import read_files
 from ptkit.data.splits import SplitRows, divide
 from ptkit.data.table import Table
 from ptkit.errors import DataError, did_you_mean
-from ptkit.recipe.schema import DataSection, Splits
+from ptkit.recipe.tasks import DataSection, Splits
 from ptkit.section import resolve_path
 
 BUILTIN = Path(__file__).resolve().parent / "builtin"

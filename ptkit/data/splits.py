@@ -1,6 +1,6 @@
 """From what a source has to the three splits: what is held out, what limits keep, where it is from.
 
-Nothing here depends on the order of a source's rows unless the recipe says `draw: first`: a file
+Nothing here depends on the order of a source's rows unless the recipe has `draw: first`. A file
 sorted by label would otherwise hold out one label, and limits would keep another.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ptkit.data.table import Table
 from ptkit.errors import DataError
-from ptkit.recipe.schema import DataSection
+from ptkit.recipe.tasks import DataSection
 
 #: Of every draw that is the same for all seeds of a recipe.
 SEED = 0

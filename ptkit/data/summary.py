@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from ptkit.data.encode import EncodedExample
 from ptkit.data.splits import Origin
 from ptkit.data.task import Example, TaskData
-from ptkit.recipe.schema import ClassificationTask, GenerationTask, HeadedTask, Task
+from ptkit.recipe.tasks import ClassificationTask, GenerationTask, HeadedTask, Task
 
 #: Labels that are listed with their counts; of more, only how many there are.
 MOST_LISTED = 20

@@ -1,7 +1,8 @@
 """Rows of named columns whose values are what their file says: texts, lists, mappings.
 
-A value is a text, None (missing), a list or mapping of values, or something that has no text of
-its own (bytes, a timestamp, an image). Those are kept as they are, and refused where they are used.
+A value is a text, None (missing), a list or mapping of values, or something without a text of its
+own. Bytes, timestamps and images are examples. Those are kept as they are, and refused where they
+are used.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class Table:
             yield {c: plain(row.get(c), features.get(c)) for c in self.columns}
 
     def placed(self) -> Iterator[tuple[int, Row]]:
-        """The rows, each with its number where it was read, from 1: what a message names, so that
-        it is found there whatever was drawn from those rows."""
+        """The rows, each with its number where it was read, from 1. Messages name this number, so
+        that the row is found there whatever was drawn."""
         places = range(1, len(self) + 1) if self.places is None else self.places
         yield from zip(places, self, strict=True)
 
@@ -74,8 +75,9 @@ class Table:
 
 
 def plain(value: Any, feature: Any = None) -> Any:
-    """`value` as text where it has one: numbers as Python writes them, truth values as `true` and
-    `false`, dates in ISO 8601, numbered labels by name. None for what is missing, NaN included."""
+    """`value` as text where it has one. Numbers are as Python writes them, truth values `true` and
+    `false`, dates in ISO 8601, and numbered labels by name. None for what is missing, NaN
+    included."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(feature, ClassLabel) and isinstance(value, int):

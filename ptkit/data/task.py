@@ -13,7 +13,7 @@ from ptkit.data.splits import Origin
 from ptkit.data.table import Table, kind_of
 from ptkit.data.templates import Template
 from ptkit.errors import DataError, did_you_mean
-from ptkit.recipe.schema import (
+from ptkit.recipe.tasks import (
     ClassificationTask,
     GenerationTask,
     SequenceClassificationTask,
@@ -27,8 +27,9 @@ class Example:
     """One row of a task.
 
     target: what follows the input in training; references: acceptable texts (generation);
-    label: the gold label (classification); words: those of the input, where each has a label of
-    its own (token classification), and `target` their labels with spaces between.
+    label: the gold label (classification)
+    words: those of the input, where each has a label of its own (token classification), and
+        `target` their labels with spaces between.
     """
 
     input: str
@@ -104,9 +105,9 @@ class _Unknown:
 def load_task(task: Task, folder: Path) -> TaskData:
     """Read and render the data of `task`; relative paths start at `folder`.
 
-    Raises DataError for data that cannot be read, templates that name a missing column, targets
-    and labels that are missing, labels the task does not have, values that have no text, and
-    references that are not lists of texts.
+    Raises DataError for data that cannot be read, and for templates that name a missing column.
+    Other reasons are missing targets and labels, labels the task does not have, values without a
+    text, and references that are not lists of texts.
     """
     label = (
         task.label if isinstance(task, ClassificationTask | SequenceClassificationTask) else None

@@ -18,9 +18,9 @@ _STEP = re.compile(r"\.([^.\[\]]+)|\[(-?\d+)\]")
 class Template:
     """Text with `{column}` placeholders; `{{` and `}}` stand for braces.
 
-    A column that holds a list is written one entry per line, an entry that is itself a list with
-    its parts between bars: the triples of WebNLG and DART. `{answers.text}` is a field of a
-    mapping, `{answers.text[0]}` one entry of a list; a column that is called so comes first.
+    A column that holds a list is written one entry per line. An entry that is itself a list is
+    written with its parts between bars: the triples of WebNLG and DART. `{answers.text}` is a field
+    of a mapping, and `{answers.text[0]}` one entry of a list. A column with that name comes first.
 
     No attributes, conversions or format specifications: a recipe names what the data holds, it
     does not run code. Raises DataError when `text` is not such a template.
@@ -123,7 +123,7 @@ class Template:
 def filled(pattern: str | None, text: str) -> str:
     """`text` in the template `pattern`, whose one column it is; as it is without a template.
 
-    Raises DataError for a template of several columns: which one it is, nobody can tell.
+    Raises DataError for a template of several columns, because it cannot tell which one is meant.
     """
     if pattern is None:
         return text

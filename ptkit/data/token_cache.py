@@ -1,8 +1,8 @@
 """Rows as token ids, kept on disk: tokenising is most of a run's start, and the same every time.
 
-Files lie in `$PTKIT_CACHE/tokens` (default `~/.cache/ptkit/tokens`), named by a digest of all that
-the ids depend on: the tokenizer, the task's lengths and labels, and every row. They may be deleted
-at any time.
+Files lie in `$PTKIT_CACHE/tokens` (default `~/.cache/ptkit/tokens`). Their name is a digest of all
+that the ids depend on: the tokenizer, the task's lengths and labels, and every row. They may be
+deleted at any time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ptkit.data.encode import EncodedExample, encode_examples
 from ptkit.data.task import Example
 from ptkit.formats import atomic
 from ptkit.formats.cache_home import cache_home
-from ptkit.recipe.schema import Task
+from ptkit.recipe.tasks import Task
 
 #: Fewer rows are tokenised as fast as they are read.
 FEWEST_ROWS = 1_000

@@ -11,7 +11,8 @@ from ptkit.data.tokens import text_ids
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter, weights_path
 from ptkit.methods import adapter_from_files, require_same_base
 from ptkit.methods.soft_prompt import SoftPrompt
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.runner import ModelRunner, Tokens
@@ -96,8 +97,8 @@ SENTENCE = "The committee published its report on Monday, and nobody was surpris
 
 @torch.no_grad()
 def attention_shares(prefix: KVPrefix, base: Base, text: str = SENTENCE) -> list[float]:
-    """The share of attention each virtual token gets while the base reads `text`: the mean of
-    the attention weights over layers, heads and the tokens of the text."""
+    """The share of attention that each virtual token gets while the base reads `text`. It is the
+    mean of the attention weights over layers, heads and the tokens of the text."""
     model = base.model
     ids = torch.tensor([text_ids(base.tokenizer, text)]).to(model.device)
     last = torch.tensor([ids.shape[1] - 1], device=ids.device)

@@ -20,7 +20,7 @@ from ptkit.evaluation.predict import label_scores, require_room, word_labels
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter
 from ptkit.methods import Adapter, adapter_from_files, base_of, require_same_base
 from ptkit.methods.head import labels_of_files
-from ptkit.recipe.schema import (
+from ptkit.recipe.tasks import (
     ClassificationTask,
     SequenceClassificationTask,
     Task,

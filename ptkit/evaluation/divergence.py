@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from ptkit.data.encode import StudiedText
-from ptkit.evaluation.metrics import Statistics
 from ptkit.evaluation.retention import MAX_LOGITS
 from ptkit.evaluation.statistics import Interval, bootstrap_interval
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.metrics.metric import Statistics
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_logits
 
@@ -24,8 +25,8 @@ BATCH = 32
 class Divergence:
     """A student beside its teacher.
 
-    kl: KL(teacher || student), nats per token; agreement: share of tokens, 0..1, where both put
-    the same token first; each with its 95 % bootstrap interval over texts
+    kl: KL(teacher || student), nats per token, with its 95 % bootstrap interval over texts
+    agreement: share of tokens, 0..1, where both put the same token first, with its interval
     tokens: predicted, in all texts
     """
 

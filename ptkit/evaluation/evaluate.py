@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
 
 def find_adapter(path: Path, *, whole: bool = False) -> Path:
-    """The adapter folder `path` means: itself, the `adapter` folder of a run, or, where nothing
-    is called that here, the adapter with this hub id (`user/repo[@revision]`).
+    """The adapter folder that `path` means. It is `path` itself or the `adapter` folder of a run.
+    Where no folder is called that here, it is the adapter with this hub id
+    (`user/repo[@revision]`).
 
     whole: fetch the recipe and the card too
     """

@@ -1,7 +1,7 @@
 """Standard tasks by EleutherAI's lm-evaluation-harness, with an adapter on the base.
 
 The harness owns tasks, prompts and metrics; here is what it asks of a model: log-probabilities of
-given continuations, and generated text. Needs `pip install ptkit[harness]`.
+given continuations, and generated text.
 """
 
 from __future__ import annotations
@@ -11,23 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval import simple_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ptkit.data.encode import EncodedExample
 from ptkit.data.tokens import cut_left
 from ptkit.errors import DataError, ModelError, UserError
+from ptkit.extras import extra
 from ptkit.methods import Adapter
 from ptkit.runtime.forward import collate, rows_for, supervised_logits, token_losses
 from ptkit.runtime.generation import generate
+
+with extra("harness", "`ptkit evaluate --harness`"):
+    from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import (
+        handle_stop_sequences,
+        normalize_gen_kwargs,
+        postprocess_generated_text,
+    )
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 #: Of models whose positions are not bounded.
 _UNBOUNDED = 2048

@@ -15,11 +15,12 @@ from ptkit.data.encode import (
     tokens_of_words,
 )
 from ptkit.data.task import Example
-from ptkit.evaluation.metrics import Metric, Statistics, metric
-from ptkit.evaluation.scope import UNREAD
 from ptkit.methods import Adapter
+from ptkit.metrics.metric import Metric, Statistics
+from ptkit.metrics.registry import metric
+from ptkit.metrics.scope import UNREAD
 from ptkit.prefix import Compiled
-from ptkit.recipe.schema import (
+from ptkit.recipe.tasks import (
     ClassificationTask,
     GenerationTask,
     HeadedTask,

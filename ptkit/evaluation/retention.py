@@ -96,9 +96,9 @@ class Retention:
     def overall(self) -> dict[str, Any]:
         """Over all tokens of all domains.
 
-        forgetting: nats per token lost with the adapter on, 0 for the base itself; retention:
-        next-token accuracy with the adapter on, relative to the base's; None where the base
-        predicts no token.
+        forgetting: nats per token lost with the adapter on, 0 for the base itself
+        retention: next-token accuracy with the adapter on, relative to the base's; None where the
+            base predicts no token.
         """
         base, adapter = (
             LanguageModelling.pooled(list(side.values())) for side in (self.base, self.adapter)
@@ -258,8 +258,9 @@ def _alone(
 def measure_retention(adapter: Adapter, probe: GeneralProbe, share: Share = _alone) -> Retention:
     """Compare `adapter` with the base's own results on the same windows.
 
-    share: what divides the work between processes. They take whole batches: what is read together
-        is the same for any number of them, and so is the result, to the bit on one kind of device
+    share: what divides the work between processes. They take whole batches, so what is read
+        together is the same for any number of them. The result is the same too, to the bit on one
+        kind of device
 
     Raises ModelError when a window does not fit beside the virtual tokens.
     """

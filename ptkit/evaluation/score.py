@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ptkit.evaluation.metrics import metric
 from ptkit.evaluation.predict import Prediction, statistics_of
 from ptkit.evaluation.statistics import Interval, bootstrap_interval
+from ptkit.metrics.registry import metric
 
 
 def require_metrics(metrics: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     """Raise UserError for a metric that is not there, or that cannot judge `references` (of each
-    row the acceptable texts): what trains for hours should not end in that."""
+    row the acceptable texts). Training for hours should not end in that."""
     for name in metrics:
         metric(name).require(references)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from scipy import stats
 
-from ptkit.evaluation.metrics import Statistics
+from ptkit.extras import extra
+from ptkit.metrics.metric import Statistics
 
 
 class Scores(Protocol):
@@ -66,6 +66,8 @@ def seeds_interval(values: Sequence[float]) -> Interval:
     mean, count = float(np.mean(values)), len(values)
     if count < 2:
         return Interval(mean, None, None, None, count)
+    with extra("report", "an interval over several seeds"):
+        from scipy import stats
     half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
     return Interval(mean, mean - half, mean + half, _std(values), count)
 

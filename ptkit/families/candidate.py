@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptkit.data.encode import EncodedExample
+from ptkit.families.model_under_test import ModelUnderTest, NotApplicable, TokenRow
 from ptkit.families.oracle import (
     Embedded,
     Inside,
@@ -27,13 +28,12 @@ from ptkit.families.oracle import (
     TextPromptOracle,
 )
 from ptkit.families.prefix_oracle import prefix_oracle
-from ptkit.families.tested import ModelUnderTest, NotApplicable, TokenRow
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, create_adapter
 from ptkit.methods.catalogue import all_sections
 from ptkit.methods.soft_prompt import SoftPrompt
 from ptkit.methods.text_prompt.adapter import TextPrompt
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.cache import conversation_cache
 from ptkit.runtime.forward import (
     IGNORED,

@@ -29,8 +29,8 @@ class ModelKind:
     loader: transformers' class of the whole model, head included
     methods: those that are asked about, by their columns
     head: what its classification head labels; None for a language model
-    pretrained: classes of the checkpoints it starts from (the first that there is in a family),
-        where that is another one: what they have no weights for is new whenever one is loaded
+    pretrained: classes of the checkpoints it starts from (the first that a family has), where that
+        is another one. What they have no weights for is new whenever one is loaded
     padded_left: rows may be padded at the left, too (an encoder numbers its tokens from the first)
     goes_on: its text goes on after an answer, in a cache that may be of fixed size
     takes_positions: virtual tokens take positions that words could have had

@@ -16,11 +16,13 @@ from transformers.utils import logging
 from ptkit.errors import ModelError, UserError, did_you_mean
 from ptkit.families.candidate import Candidate, PtkitCandidate
 from ptkit.families.kinds import KINDS, ModelKind, kinds_of, used_as
+from ptkit.families.model_under_test import ModelUnderTest, NotApplicable, real_model, small_model
 from ptkit.families.oracle import Merged
-from ptkit.families.properties import PROPERTIES, Mismatch, PropertyCase
+from ptkit.families.properties import PROPERTIES
+from ptkit.families.property_case import Mismatch, PropertyCase
 from ptkit.families.shapes import FAMILIES, small
-from ptkit.families.tested import ModelUnderTest, NotApplicable, real_model, small_model
-from ptkit.runtime.base_model import Labels, load_base
+from ptkit.runtime.base_model import load_base
+from ptkit.runtime.heads import Labels
 from ptkit.runtime.named_models import source_of
 
 
@@ -170,8 +172,8 @@ def _outcome(trial: PropertyCase, name: str) -> tuple[Status, str]:
 
 
 def one_layer(tested: ModelUnderTest) -> ModelUnderTest:
-    """`subject` with its last kind of layer only and no window, where an infix of real tokens is
-    the base reading them; a real model as it is."""
+    """`tested` with its last kind of layer only and no window. There an infix of real tokens is
+    the base reading them. A real model is returned as it is."""
     config = copy.deepcopy(tested.config)
     if config is None:
         return tested

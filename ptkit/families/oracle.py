@@ -1,7 +1,7 @@
 """What an adapter should make of a row, worked out by the plain model, without ptkit or PEFT.
 
-One row at a time, nothing padded, nothing cached between tokens unless it is the very thing the
-oracle stands on: every shortcut that the programs under test take is left out.
+One row at a time, nothing padded, and nothing cached between tokens unless the oracle is about the
+cache. Every shortcut of the programs under test is left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ptkit.families.tested import TokenRow
+from ptkit.families.model_under_test import TokenRow
 
 
 class Oracle(ABC):
@@ -107,8 +107,8 @@ class Embedded(Oracle):
 
 
 class Listened(Oracle):
-    """A soft prompt in the encoder of an encoder-decoder, written out: words keep their absolute
-    positions, virtual tokens have none, and the decoder reads what became of all of them (Lester et
+    """A soft prompt in the encoder of an encoder-decoder, written out. Words keep their absolute
+    positions, and virtual tokens have none. The decoder reads the outputs at all of them (Lester et
     al. 2021, section 2)."""
 
     def __init__(self, model: PreTrainedModel, embeddings: Tensor) -> None:
@@ -139,8 +139,8 @@ class Labelled(Oracle):
     """A soft prompt that an encoder reads, in front of the words. Its outputs go no further than
     the last layer: the head finds the first word, or all of them, where they always are.
 
-    as_text: virtual tokens have the first positions and words those after them; otherwise words
-        have their own, and virtual tokens all that of the first word
+    as_text: virtual tokens have the first positions and words those after them. Otherwise words
+        have their own, and virtual tokens all have that of the first word
     """
 
     def __init__(self, model: PreTrainedModel, embeddings: Tensor, *, as_text: bool) -> None:
@@ -198,8 +198,9 @@ class TextPromptOracle(Oracle):
 
 
 class Inside(Oracle):
-    """An infix of real tokens on a model of one layer, where it is the base reading them just
-    before the last token of the input (deeper, real tokens would read what comes before them)."""
+    """An infix of real tokens on a model of one layer. There it is the base reading them just
+    before the last token of the input. In a deeper model, real tokens would read what comes before
+    them."""
 
     def __init__(self, model: PreTrainedModel, tokens: Sequence[int]) -> None:
         super().__init__(model)

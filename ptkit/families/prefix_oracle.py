@@ -16,8 +16,8 @@ from transformers import (
 )
 from transformers.masking_utils import eager_mask
 
+from ptkit.families.model_under_test import TokenRow
 from ptkit.families.oracle import Oracle, own_positions
-from ptkit.families.tested import TokenRow
 
 
 class Attended(Oracle):
@@ -88,9 +88,9 @@ class Attended(Oracle):
 
 
 class DisentangledOracle(Oracle):
-    """A prefix in DeBERTa's attention, which cannot be replaced: what a module makes of the words
-    and what the prefix gives, each in the share of its exponentials. Virtual tokens have contents
-    and no distances (He et al. 2021, section 3.1)."""
+    """A prefix in DeBERTa's attention, which cannot be replaced. The result adds what a module
+    makes of the words and what the prefix gives, each in the share of its exponentials. Virtual
+    tokens have contents and no distances (He et al. 2021, section 3.1)."""
 
     def __init__(
         self, model: PreTrainedModel, keys: Sequence[Tensor], values: Sequence[Tensor]

@@ -1,14 +1,14 @@
 """What is asked of every method on every family: one function per property.
 
-Each takes a `Trial` and raises `Mismatch` when the answer is wrong by the oracle; whatever the
-program under test raises itself is the caller's to record.
+Each takes a `PropertyCase` and raises `Mismatch` when the answer is wrong by the oracle. Whatever
+the program under test raises itself is the caller's to record.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +16,30 @@ import torch
 from torch import Tensor
 
 from ptkit.families.candidate import Candidate
+from ptkit.families.model_under_test import ModelUnderTest, NotApplicable, TokenRow
 from ptkit.families.oracle import Merged
-from ptkit.families.tested import ModelUnderTest, NotApplicable, TokenRow
+from ptkit.families.property_case import (
+    EQUAL,
+    LENGTHS,
+    NEW_TOKENS,
+    TOLERANCE,
+    Mismatch,
+    PropertyCase,
+    check_logits,
+    check_tokens,
+    require_close,
+    require_equal,
+    require_going_on,
+    require_of_base,
+    require_words,
+    trained,
+)
 from ptkit.runtime.attention import attention_of
 
-#: Largest difference of two logits in float32, of the largest logit.
-TOLERANCE = 2e-4
-#: Longer than the window of small models.
-LENGTHS = ((9, 6), (4, 3), (14, 5))
-EQUAL = ((9, 6), (9, 6))
-NEW_TOKENS = 8
 #: The longest row an attention is written out for, in words.
 _LONG = 1024
 #: Share of trained values that may be without a gradient in a step (units that are off).
 _DEAD = 0.4
-
-
-class Mismatch(Exception):
-    """The program answered, and the oracle says otherwise."""
-
-
-@dataclass(frozen=True)
-class PropertyCase:
-    """One method of one program on one subject.
-
-    make: a fresh contender on another subject (of the same family)
-    """
-
-    tested: ModelUnderTest
-    make: Callable[[ModelUnderTest], Candidate]
-
-    def candidate(self) -> Candidate:
-        """A fresh one, which no earlier check has touched."""
-        return self.make(self.tested)
 
 
 Property = Callable[[PropertyCase], None]
@@ -63,35 +54,12 @@ def _property(title: str) -> Callable[[Property], Property]:
     return add
 
 
-def _require_close(found: Tensor, expected: Tensor, what: str) -> None:
-    worst = float((found.float() - expected.float()).abs().max())
-    allowed = TOLERANCE * max(1.0, float(expected.float().abs().max()))
-    if not worst <= allowed:  # also for NaN
-        raise Mismatch(f"{what}: logits differ by {worst:.2g}, allowed {allowed:.1g}")
-
-
-def _require_equal(found: Sequence[list[int]], expected: Sequence[list[int]], what: str) -> None:
-    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-        if one != other:
-            first = next(
-                (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
-                min(len(one), len(other)),
-            )
-            raise Mismatch(f"{what}: row {i} differs at token {first}")
-
-
-def _check_logits(candidate: Candidate, rows: Sequence[TokenRow], *, left: bool, what: str) -> None:
-    found = candidate.logits(rows, left=left)
-    for row, logits in zip(rows, found, strict=True):
-        _require_close(logits, candidate.oracle.logits(row), what)
-
-
 @_property("exact")
 def exact(trial: PropertyCase) -> None:
     """Logits and loss of rows of one length are the oracle's."""
     candidate = trial.candidate()
     rows = trial.tested.rows((9, 6), (9, 6))
-    _check_logits(candidate, rows, left=False, what="equal lengths")
+    check_logits(candidate, rows, left=False, what="equal lengths")
     right = [candidate.oracle.logits(row).float() for row in rows]
     targets = torch.tensor([token for row in rows for token in row.answer])
     expected = torch.nn.functional.cross_entropy(torch.cat(right), targets.to(right[0].device))
@@ -106,9 +74,9 @@ def padding(trial: PropertyCase) -> None:
     classifiers: at the right)."""
     candidate = trial.candidate()
     rows = trial.tested.rows(*LENGTHS)
-    _check_logits(candidate, rows, left=False, what="padded at the right")
+    check_logits(candidate, rows, left=False, what="padded at the right")
     if trial.tested.kind.padded_left:
-        _check_logits(candidate, rows, left=True, what="padded at the left")
+        check_logits(candidate, rows, left=True, what="padded at the left")
 
 
 @_property("whole length")
@@ -120,14 +88,14 @@ def whole_length(trial: PropertyCase) -> None:
         raise NotApplicable("virtual tokens take positions, as words do")
     row = _longest(tested)
     candidate = trial.candidate()
-    _check_logits(candidate, [row], left=False, what=f"{len(row.input)} words")
+    check_logits(candidate, [row], left=False, what=f"{len(row.input)} words")
 
 
 @_property("gradients")
 def gradients(trial: PropertyCase) -> None:
     """The gradient is the loss's slope, along itself and along a random direction, by central
     differences in float64; the base gets none."""
-    candidate = _trained(trial)
+    candidate = trained(trial)
     candidate.model.double()
     if candidate.model._can_set_experts_implementation():
         candidate.model.set_experts_implementation("eager")  # others have no float64
@@ -194,7 +162,7 @@ def _slope(
 @_property("checkpointing")
 def checkpointing(trial: PropertyCase) -> None:
     """Gradient checkpointing changes neither the loss nor the gradients."""
-    _trained(trial)
+    trained(trial)
     rows = trial.tested.rows(*LENGTHS[:2])
 
     def step(checkpointed: bool) -> tuple[Tensor, list[Tensor | None]]:
@@ -221,73 +189,73 @@ def checkpointing(trial: PropertyCase) -> None:
 @_property("generation")
 def generation(trial: PropertyCase) -> None:
     """Greedy tokens are the oracle's (inputs of one length, here and below)."""
-    _check_tokens(trial, "greedy search")
+    check_tokens(trial, "greedy search")
 
 
 @_property("padded generation")
 def padded_generation(trial: PropertyCase) -> None:
     """So they are in a batch of unequal inputs, row by row."""
-    _check_tokens(trial, "padded batch", lengths=LENGTHS)
+    check_tokens(trial, "padded batch", lengths=LENGTHS)
 
 
 @_property("beams")
 def beams(trial: PropertyCase) -> None:
     """Beam search finds what it finds over the oracle."""
-    _require_words(trial)
+    require_words(trial)
     candidate = trial.candidate()
     inputs = [row.input for row in trial.tested.rows(*EQUAL)]
     found = candidate.generate(inputs, max_new_tokens=4, num_beams=3)
     expected = [candidate.oracle.beam(read, 4, 3) for read in inputs]
-    _require_equal(found, expected, "beam search")
+    require_equal(found, expected, "beam search")
 
 
 @_property("static cache")
 def static_cache(trial: PropertyCase) -> None:
     """A cache of fixed size gives the same tokens."""
-    _require_going_on(trial)
-    _require_of_base(trial, cache_implementation="static")
-    _check_tokens(trial, "static cache", cache_implementation="static")
+    require_going_on(trial)
+    require_of_base(trial, cache_implementation="static")
+    check_tokens(trial, "static cache", cache_implementation="static")
 
 
 @_property("no cache")
 def no_cache(trial: PropertyCase) -> None:
     """So does reading everything again at every token."""
-    _check_tokens(trial, "no cache", use_cache=False)
+    check_tokens(trial, "no cache", use_cache=False)
 
 
 @_property("lookup")
 def lookup(trial: PropertyCase) -> None:
     """So does prompt lookup decoding (drafts of the answer copied from the input)."""
-    _require_words(trial)
-    _require_of_base(trial, prompt_lookup_num_tokens=2)
+    require_words(trial)
+    require_of_base(trial, prompt_lookup_num_tokens=2)
     candidate = trial.candidate()
     word = trial.tested.rows((3, 1))[0].input
     (found,) = candidate.generate([word * 3], max_new_tokens=NEW_TOKENS, prompt_lookup_num_tokens=2)
-    _require_equal([found], [candidate.oracle.greedy(word * 3, NEW_TOKENS)], "prompt lookup")
+    require_equal([found], [candidate.oracle.greedy(word * 3, NEW_TOKENS)], "prompt lookup")
 
 
 @_property("turns")
 def turns(trial: PropertyCase) -> None:
     """A second turn on the cache of the first answers as if everything had been read at once."""
-    _require_going_on(trial)
+    require_going_on(trial)
     candidate = trial.candidate()
     first, second = (row.input for row in trial.tested.rows((6, 1), (5, 1)))
     found = candidate.turns([first, second], 5)
     said = candidate.oracle.greedy(first, 5)
     expected = [said, candidate.oracle.greedy([*first, *said, *second], 5)]
-    _require_equal(found, expected, "conversation")
+    require_equal(found, expected, "conversation")
 
 
 @_property("saved")
 def saved(trial: PropertyCase) -> None:
-    """Saved and read back on the base loaded anew, it gives the oracle's logits still; whatever of
-    a head the pretrained checkpoint has no weights for is at random there."""
-    candidate = _trained(trial)
+    """Saved and read back on the base loaded anew, it gives the oracle's logits. Only a part of a
+    head that the pretrained checkpoint has no weights for is at random there."""
+    candidate = trained(trial)
     rows = trial.tested.rows((8, 4))
     with tempfile.TemporaryDirectory() as folder:
         again = candidate.reloaded(Path(folder))
     found = again.logits(rows, left=False)
-    _require_close(found[0], candidate.oracle.logits(rows[0]), "read back")
+    require_close(found[0], candidate.oracle.logits(rows[0]), "read back")
 
 
 @_property("off")
@@ -308,7 +276,7 @@ def off(trial: PropertyCase) -> None:
         raise Mismatch("the base is not what it was")
     if again is not None:
         written = base.greedy(row.input, 4)
-        _require_equal([again], [written], "generation without the adapter")
+        require_equal([again], [written], "generation without the adapter")
 
 
 def _four_words(model: Any, row: TokenRow) -> list[int]:
@@ -325,7 +293,7 @@ def other_attention(trial: PropertyCase) -> None:
     own = attention_of(trial.tested.base().model)
     other = trial.tested.attending("sdpa" if own == "eager" else "eager")
     candidate = trial.make(other)
-    _check_logits(candidate, other.rows(*LENGTHS), left=False, what="other attention")
+    check_logits(candidate, other.rows(*LENGTHS), left=False, what="other attention")
 
 
 @_property("bfloat16")
@@ -346,7 +314,7 @@ def bfloat16(trial: PropertyCase) -> None:
 @_property("tied")
 def tied(trial: PropertyCase) -> None:
     """The same with input and output embeddings shared, where they were not, or the reverse."""
-    _require_words(trial)
+    require_words(trial)
     config = trial.tested.config
     if config is None:
         raise NotApplicable("asked of small models")
@@ -356,7 +324,7 @@ def tied(trial: PropertyCase) -> None:
     if reader.get_input_embeddings().weight is not model.get_input_embeddings().weight:
         raise NotApplicable("untied, the encoder would have words of its own")
     candidate = trial.make(other)
-    _check_logits(candidate, other.rows((9, 6), (9, 6)), left=False, what="embeddings")
+    check_logits(candidate, other.rows((9, 6), (9, 6)), left=False, what="embeddings")
 
 
 def _longest(tested: ModelUnderTest) -> TokenRow:
@@ -375,44 +343,3 @@ def _longest(tested: ModelUnderTest) -> TokenRow:
             continue
         return row
     raise NotApplicable(f"the plain base does not read {base.max_positions} words")
-
-
-def _require_words(trial: PropertyCase) -> None:
-    if trial.tested.kind.head is not None:
-        raise NotApplicable("a classification head writes no words")
-
-
-def _require_going_on(trial: PropertyCase) -> None:
-    _require_words(trial)
-    if not trial.tested.kind.goes_on:
-        raise NotApplicable(f"an {trial.tested.kind.name} answers one input")
-
-
-def _require_of_base(trial: PropertyCase, **options: object) -> None:
-    """Raise NotApplicable for what the model cannot do without any adapter, either."""
-    model: Any = trial.tested.base().model
-    read = torch.tensor([trial.tested.rows((6, 1))[0].input], device=model.device)
-    try:
-        model.generate(
-            input_ids=read, max_new_tokens=2, do_sample=False, eos_token_id=None, **options
-        )
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise NotApplicable(f"the plain base raises {str(error).splitlines()[0]}") from error
-
-
-def _check_tokens(
-    trial: PropertyCase, what: str, lengths: Sequence[tuple[int, int]] = EQUAL, **options: object
-) -> None:
-    _require_words(trial)
-    candidate = trial.candidate()
-    inputs = [row.input for row in trial.tested.rows(*lengths)]
-    found = candidate.generate(inputs, max_new_tokens=NEW_TOKENS, **options)
-    expected = [candidate.oracle.greedy(read, NEW_TOKENS) for read in inputs]
-    _require_equal(found, expected, what)
-
-
-def _trained(trial: PropertyCase) -> Candidate:
-    candidate = trial.candidate()
-    if not candidate.parameters():
-        raise NotApplicable("nothing is trained")
-    return candidate

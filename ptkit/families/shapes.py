@@ -118,9 +118,9 @@ HIDDEN, HEADS, HEAD, WINDOW = 64, 4, 16, 8
 def small(config: PretrainedConfig) -> PretrainedConfig:
     """A config of the same kind with few layers and small widths.
 
-    Kept: kinds of layers in their order, windows (but shorter than a few words), heads that share
-    keys or not, heads whose width is not hidden / heads, tied or untied embeddings, depths of
-    encoder and decoder that differ, what is done to logits. Dropout is off.
+    These are kept: kinds of layers in their order, windows (but shorter than a few words), and
+    heads that share keys or not. So are heads whose width is not hidden / heads, tied or untied
+    embeddings, different depths of encoder and decoder, and operations on logits. Dropout is off.
     Raises ModelError for models without attention.
     """
     if not config.is_encoder_decoder:

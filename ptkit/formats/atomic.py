@@ -99,8 +99,8 @@ def scratch(path: Path) -> Iterator[Path]:
 def publish(written: Path, path: Path) -> None:
     """Let the folder `written`, made by `scratch`, become `path`, in place of what was there.
 
-    At every moment `path` is the old folder or the new one, or (only where the system has no
-    exchange) `settle` makes it one of them. On an error it is the old one.
+    At every moment `path` is the old folder or the new one. Only where the system has no exchange,
+    `settle` makes it one of them. On an error it is the old one.
     """
     for found in written.rglob("*"):
         if found.is_file():
@@ -155,7 +155,7 @@ def settle_all(path: Path) -> None:
 def remove_leftovers(path: Path) -> None:
     """Delete what writers that were killed left in the folder `path` (hidden, never read).
 
-    What is the only copy of a folder becomes that folder. Only where nobody else is writing.
+    What is the only copy of a folder becomes that folder. Only where no other process is writing.
     """
     settle_all(path)
     for left in [*path.glob(f".*{_WRITTEN}"), *path.glob(f".*{_RETIRED}")]:

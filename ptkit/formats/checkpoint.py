@@ -1,7 +1,7 @@
 """A few values of every tensor of a checkpoint, without reading the checkpoint.
 
-safetensors names each tensor's place in its file (https://huggingface.co/docs/safetensors), so that
-single values are read: as fast for a large model as for a small one.
+safetensors names each tensor's place in its file (https://huggingface.co/docs/safetensors). So
+single values are read, as fast for a large model as for a small one.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def of_model(model: PreTrainedModel, without: Iterable[str] = ()) -> list[Sample
 def of_files(
     source: str, revision: str | None, without: Iterable[str] = ()
 ) -> list[Sampled] | None:
-    """The tensors of the checkpoint that transformers loads from `source`, sorted by name; None
+    """The tensors of the checkpoint that transformers loads from `source`, sorted by name. None
     where its files are not on this machine, or hold types that have no floating values here.
 
     source: folder or hub id; without: names of modules that are left out

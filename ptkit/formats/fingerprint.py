@@ -1,9 +1,9 @@
 """A fingerprint of a base model: which weights and tokenizer an adapter was made for.
 
-The model and its precision are told apart. The fingerprint is of the checkpoint's own names and
-values, so it is one for whatever type or quantisation the checkpoint is loaded in. Checkpoints of
-one model in different precisions (a GGUF file of four bits, the original) have different values;
-their sketches, a few values of all layers, are as close as the coarser precision allows.
+The model and its precision are separate. The fingerprint is of the checkpoint's own names and
+values. So it is one for whatever type or quantisation the checkpoint is loaded in. Checkpoints of
+one model in different precisions (a GGUF file of four bits, the original) have different values.
+Their sketches, a few values of all layers, are as close as the coarser precision allows.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Identity:
     """What a base model is.
 
     fingerprint: 16 hex digits over names, shapes and sampled values of all its tensors
-    sketch: a digest of the names and shapes of its layers, and values of them, as text; empty where
-        the model is nothing but layers without numbers
+    sketch: a digest of the names and shapes of its layers, and values of them, as text. It is empty
+        where the model is nothing but layers without numbers
     """
 
     fingerprint: str

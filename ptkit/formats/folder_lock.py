@@ -1,7 +1,7 @@
 """One process at a time works in a folder.
 
-The operating system holds the lock, so that of a process that was killed is free at once; a file
-beside it says whose it is, for the message to the next one.
+The operating system holds the lock, so the lock of a killed process is free at once. A file beside
+it names its owner, for the message to the next one.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from ptkit.formats.adapter_files import (
     is_adapterhubs,
     is_pickle,
 )
-from ptkit.formats.sizes import in_bytes
+from ptkit.formats.sizes import MEGABYTE, in_bytes
 
 #: The most that one adapter's files may be, in megabytes, unless `DOWNLOAD_LIMIT` says otherwise.
 MAX_DOWNLOAD_MB = 4000
@@ -97,9 +97,10 @@ def fetch_adapter(hub_id: str, *, whole: bool = False) -> Path:
     whole: with the recipe and the card
 
     Only files ptkit reads are asked for; whatever else the repository holds stays there. Raises
-    AdapterError when the repository, revision or files are missing, only pickled, larger than the
-    limit (see `DOWNLOAD_LIMIT`; nothing is then downloaded), or not public for the token in use,
-    HubError when the Hub fails, and AdapterError when it cannot be reached and nothing is cached.
+    AdapterError when the repository, revision or files are missing, only pickled, or not public for
+    the token in use. It raises it too for files larger than the limit (see `DOWNLOAD_LIMIT`), and
+    then downloads nothing. Raises HubError when the Hub fails, and AdapterError when it cannot be
+    reached and nothing is cached.
     """
     from huggingface_hub import snapshot_download
 
@@ -145,7 +146,7 @@ def _require_small(source: HubId, wanted: list[str]) -> None:
         raise AdapterError(
             f"{source} holds {in_bytes(size)} of an adapter's files, more than the limit of "
             f"{in_bytes(limit)}; to load it all the same, set {DOWNLOAD_LIMIT}="
-            f"{-(-size // 1_000_000)}"
+            f"{-(-size // MEGABYTE)}"
         )
 
 
@@ -157,7 +158,7 @@ def _limit_in_bytes() -> int:
         limit = 0.0
     if not 0 < limit < float("inf"):
         raise UserError(f"{DOWNLOAD_LIMIT} is `{text}`; expected a number of megabytes above 0")
-    return int(limit * 1_000_000)
+    return int(limit * MEGABYTE)
 
 
 def hub_files(source: HubId) -> list[str]:

@@ -6,6 +6,7 @@ import re
 
 from ptkit.errors import UserError
 
+MEGABYTE = 10**6
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*((?:[KMG]I?)?)B?\s*", re.IGNORECASE)
 

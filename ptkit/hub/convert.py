@@ -1,7 +1,7 @@
 """Between soft prompts and KV prefixes.
 
-A soft prompt compiles to a prefix exactly. The way back is a fit: a prefix has twice as many
-values per layer as a soft prompt has in all, so most prefixes are no soft prompt's.
+A soft prompt compiles to a prefix exactly. The way back is a fit. A prefix has twice as many values
+per layer as a soft prompt has in all, so most prefixes are no soft prompt's.
 """
 
 from __future__ import annotations

@@ -61,9 +61,9 @@ def export_run(
 ) -> Exported:
     """Write the adapter of `run` (a finished run or an adapter folder) to `out` in `dtype`.
 
-    The result is read back, compared with what was trained and loaded on its base; int8 is
+    The result is read back, compared with what was trained, and loaded on its base. An int8 file is
     scored on the recipe's test rows (`recipe`: instead of the run's own). Raises UserError when
-    `out` exists, AdapterError when the run is not finished or for another base.
+    `out` exists, and AdapterError when the run is not finished or for another base.
     """
     path = find_adapter(run)
     trained = read_adapter(path)

@@ -53,9 +53,9 @@ def export_parts(
 ) -> Parts:
     """Write the parts of the adapter of `run` (a finished run or an adapter folder) to `out`.
 
-    Raises AdapterError for an adapter that is one as it is, for one with a prefix that PEFT does
-    not know (an infix, a prefix of an encoder), and for a classifier, whose head is trained for
-    both parts.
+    Raises AdapterError for an adapter that is one as it is. It raises it for one with a prefix that
+    PEFT does not know (an infix, a prefix of an encoder). It raises it too for a
+    classifier, whose head is trained for both parts.
     """
     path = find_adapter(run)
     files = read_adapter(path)

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 def public_base(named: str | None, chosen: str | None, where: str) -> str | None:
     """The id on the Hub of the base that the adapter `where` calls `named`.
 
-    chosen: the user's word for it. Raises UserError where there is none and `named` is a place on
-    this machine, which is of no use to others, and where `chosen` is no id.
+    chosen: the name that the user gave. Raises UserError where there is none and `named` is a place
+        on this machine, which is of no use to others. It raises it too where `chosen` is no id.
     """
     if chosen is not None:
         if HubId.read(chosen).revision is not None:

@@ -1,7 +1,7 @@
 """Adapters to and from the Hugging Face Hub; huggingface_hub does the transport.
 
-Its settings are honoured (`HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`), and one commit
-holds all files: a push that is cut off leaves the repository as it was.
+Its settings hold (`HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`). One commit holds all
+files, so a push that is cut off leaves the repository as it was.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ def push(
     private: of a repository that is made; default: the account's own
     revision: branch to commit to, made if it is not there; create_pr: propose the commit instead
     dry_run: check everything here, ask the Hub nothing
-    base_model: the base's id on the Hub, where the adapter names a place on this machine; what is
-        uploaded then names it, the files here stay
+    base_model: the base's id on the Hub, where the adapter names a place on this machine. What is
+        uploaded then names it, and the files here stay
 
-    A folder without a card gets one, and the card in it the repository's name. Raises
-    AdapterError for an adapter that is damaged or not what its record says, UserError when its base
-    is a place on this machine or the Hub refuses, HubError when it fails.
+    A folder without a card gets one, and the card in it the repository's name. Raises AdapterError
+    for an adapter that is damaged or not what its record says. Raises UserError when its base is a
+    place on this machine or the Hub refuses, HubError when it fails.
     """
     target = HubId.read(repository)
     if target.revision is not None:
@@ -136,9 +136,9 @@ def pull(source: str, out: str | Path | None = None, *, force: bool = False) -> 
 
     out: default `adapters/REPO`
 
-    Only the files ptkit reads are asked for, and the folder appears complete or not at all.
-    Raises UserError when it exists and `force` is False, AdapterError when the adapter is
-    damaged, pickled, or not what its record says, HubError when the Hub fails.
+    Only the files ptkit reads are asked for, and the folder appears complete or not at all. Raises
+    UserError when it exists and `force` is False. Raises AdapterError when the adapter is damaged,
+    pickled, or not what its record says, HubError when the Hub fails.
     """
     wanted = HubId.read(source)
     folder = Path(out) if out is not None else Path("adapters") / wanted.name

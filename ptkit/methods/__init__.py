@@ -1,7 +1,7 @@
 """What is learnt: one folder per method, found by being here.
 
-The names below are loaded when first used: the settings of methods lie in this package as well,
-and reading a recipe loads no tensor library.
+The names below are loaded when first used. The settings of methods are in this package too, and
+reading a recipe loads no tensor library.
 """
 
 from __future__ import annotations

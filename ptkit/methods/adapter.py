@@ -20,7 +20,8 @@ from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.gate_files import with_gate
 from ptkit.methods.head import TrainedHead
-from ptkit.prefix import Compiled, KVPrefix, PrefixBatch
+from ptkit.prefix import Compiled, KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.gate import Gate, Gated
 from ptkit.section import MethodSection
@@ -28,9 +29,10 @@ from ptkit.section import MethodSection
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """What a method may start from: training rows as texts `input + target`, in the data's order,
-    the words of a classification task's labels, those of its template around the columns, and the
-    folder that paths of a recipe start at."""
+    """What a method may start from: training rows as texts `input + target`, in the data's order.
+
+    Of a classification task it has the words of the labels, and those of the template around the
+    columns. Paths of a recipe start at its folder."""
 
     texts: Sequence[str]
     seed: int

@@ -1,7 +1,7 @@
 """Names of base models as adapters write them, and the shapes PEFT's settings say of the base.
 
-An adapter of plain PEFT has no fingerprint of its base: the name it was loaded by, and the shapes
-in `adapter_config.json`, are all there is to tell one base from another.
+An adapter of plain PEFT has no fingerprint of its base. Only the name it was loaded by, and the
+shapes in `adapter_config.json`, separate one base from another.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def is_local_path(name: str) -> bool:
 
 
 def is_here(name: str) -> bool:
-    """Whether a base's name is a place on this machine: a path, or a file or folder of that name
-    (which is what would be loaded), and not one of ptkit's own names."""
+    """Whether a base's name is a place on this machine, and not one of ptkit's own names. It is a
+    path, or a file or folder of that name (which is what would be loaded)."""
     if name == TINY_EN or name in PACKAGED or name in WHEELS:
         return False
     return is_local_path(name) or Path(name).exists()

@@ -1,8 +1,8 @@
 """The classification head that is trained with every method: each adapter has a copy of its own.
 
-PEFT calls this `modules_to_save`, and so do the files. What is copied is all that the checkpoint
-had no weights for, and all that is not its backbone: PEFT's own list, `classifier` and `score`,
-leaves DeBERTa's pooler at random values for ever.
+PEFT calls this `modules_to_save`, and so do the files. The copy has all that the checkpoint had no
+weights for, and all that is not its backbone. PEFT's own list, `classifier` and `score`, leaves
+DeBERTa's pooler at random values for ever.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.catalogue import file_type
 from ptkit.methods.saved_modules import KEY, modules_named, saved_modules
 from ptkit.runtime.architecture import HeadKind
-from ptkit.runtime.base_model import Base, Labels
+from ptkit.runtime.base_model import Base
+from ptkit.runtime.heads import Labels
 
 #: PEFT's names of the tasks.
 TASK_TYPES: dict[HeadKind, str] = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS"}

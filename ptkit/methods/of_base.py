@@ -26,9 +26,9 @@ def require_same_base(files: AdapterFiles, base: Base, where: str, *, chosen: bo
     chosen: the user named this base for this adapter; that settles it where the adapter has no
         fingerprint, and a warning names both
 
-    ptkit's own files carry a fingerprint of the weights; for files of plain PEFT the name of
-    the base is all there is (its last part is compared: `gpt2` is `openai-community/gpt2`). The
-    same model in another precision is warned of, once.
+    ptkit's own files have a fingerprint of the weights. Files of plain PEFT have only the name of
+    the base. Its last part is compared: `gpt2` is `openai-community/gpt2`. The same model in
+    another precision is warned of, once.
     """
     made_for = files.info.get("base", {})
     name = files.base_id

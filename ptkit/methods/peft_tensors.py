@@ -17,8 +17,8 @@ _COLUMNS, _ROWS = "prefix_task_cols", "prefix_task_rows"
 def virtual_tokens_of(files: AdapterFiles) -> Tensor:
     """What `files` hold per virtual token: `[virtual tokens, width]`.
 
-    Raises AdapterError when there is no such matrix, when it disagrees with the settings, for
-    adapters of several tasks, and for those that hold more than virtual tokens.
+    Raises AdapterError when there is no such matrix, or when it disagrees with the settings. It
+    raises it too for adapters of several tasks, and for those that hold more than virtual tokens.
     """
     if files.peft_type == MULTITASK:
         files = task_of(files, None)

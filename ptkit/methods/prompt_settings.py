@@ -26,13 +26,13 @@ class PromptMethodSection(MethodSection):
     num_virtual_tokens: int = Field(default=10, ge=1, le=4096)
     """Virtual tokens: learnt positions before the input."""
     start: Start = "auto"
-    """Values before training: `task` (in classification the template's own words, once with the
-    words of each label; in generation as `examples`), `examples` (tokens of training rows), `text`
-    (of `start_text`), `labels` (the words of a classification task's labels), `vocabulary` (random
-    tokens), `adapter` (what `start_adapter` learnt), `random` (noise; PEFT's default, and the
-    worst), `auto` (`task`, or where its loss on a few training rows is clearly lower one of the
-    others or a text made from the task; `task` where a run is too short to tell, and with a
-    classification head)."""
+    """Values before training. `task`: in classification the template's own words, once with the
+    words of each label; in generation as `examples`. `examples`: tokens of training rows. `text`:
+    of `start_text`. `labels`: the words of a classification task's labels. `vocabulary`: random
+    tokens. `adapter`: what `start_adapter` learnt. `random`: noise, PEFT's default and the worst.
+    `auto`: `task`, unless another of these, or a text made from the task, has a clearly lower loss
+    on a few training rows. It is `task` where a run is too short to tell, and with a classification
+    head."""
     start_text: str | None = None
     """The text `start: text` reads; repeated or cut to `num_virtual_tokens` tokens."""
     start_adapter: Annotated[list[str], Field(min_length=1)] | None = None
@@ -44,9 +44,9 @@ class PromptMethodSection(MethodSection):
     """AdamW's peak learning rate, or `auto`: of a few, the one nearest the default that learns
     enough in a short test before the run."""
     beta2: float = Field(default=0.95, gt=0, lt=1)
-    """How long AdamW remembers the size of gradients. Those of a prompt's first steps, which learn
-    what answers look like, are many times the later ones; with 0.999 (PyTorch's default) they keep
-    the steps small for the rest of a short run."""
+    """How long AdamW remembers the size of gradients. A prompt's first steps learn what answers
+    look like, and their gradients are many times the later ones. With 0.999 (PyTorch's default)
+    they keep the steps small for the rest of a short run."""
 
     @field_validator("start", "learning_rate")
     @classmethod

@@ -1,9 +1,9 @@
 """A prefix's start that learns: embeddings of virtual tokens, which the base reads.
 
-What a virtual token is at one layer and what it is at the next belong together in the base: it
-makes both of one embedding. Keys and values learnt layer by layer know nothing of that, and a short
-run does not find it out; one change of an embedding moves them all together. Prompt tuning has only
-that change, a prefix has both.
+In the base, what a virtual token is at one layer and at the next belong together: it makes both of
+one embedding. Keys and values learnt layer by layer do not have this relation, and a short run does
+not find it. One change of an embedding moves them all together. Prompt tuning has only that change,
+a prefix has both.
 """
 
 from __future__ import annotations

@@ -100,8 +100,8 @@ def restored(
 
 
 def compile_files(files: AdapterFiles, base: Base) -> Compiled | None:
-    """The adapter that `files` hold as a KV prefix, or as what makes one for each row, detached;
-    None if it has none (LoRA), and the files fit the base.
+    """The adapter that `files` hold as a KV prefix, or as what makes one for each row, detached. It
+    is None if it has none (LoRA) and the files fit the base.
 
     Raises AdapterError for PEFT types no method of ptkit reads.
     """

@@ -1,5 +1,7 @@
-"""What prompt tuning and P-tuning share: they learn input embeddings, compiled by the base where
-it reads from left to right, and read with every input where it does not."""
+"""What prompt tuning and P-tuning share: they learn input embeddings.
+
+The base compiles them where it reads from left to right, and reads them with every input where it
+does not."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 """Where a prompt method starts from: the choice that, with the learning rate, decides most.
 
-Real tokens are the good start (PEFT's own benchmark: a prefix from real activations forgets
-2x less than a zero start and 9x less than a random one). The token ids chosen here become
-soft embeddings in prompt tuning and P-tuning, and keys and values in prefix tuning. Another
-adapter is a start as well (Vu et al. 2022, SPoT, https://arxiv.org/abs/2110.07904), and so is
-a mean of several.
+Real tokens are the good start. In PEFT's own benchmark a prefix from real activations forgets 2x
+less than a zero start and 9x less than a random one. The token ids chosen here become soft
+embeddings in prompt tuning and P-tuning, and keys and values in prefix tuning. Another adapter is a
+start as well (Vu et al. 2022, SPoT, https://arxiv.org/abs/2110.07904), and so is a mean of several.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ValidationError
 
 from ptkit.errors import did_you_mean, nearest
 from ptkit.methods.catalogue import method_sections
-from ptkit.recipe.schema import Recipe, Task
+from ptkit.recipe.schema import Recipe
+from ptkit.recipe.tasks import Task
 from ptkit.recipe.yaml_source import KeyPath, YamlSource
 from ptkit.section import MethodSection
 

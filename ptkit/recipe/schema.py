@@ -22,8 +22,8 @@ from pydantic import (
 from ptkit.errors import UserError, did_you_mean
 from ptkit.methods.catalogue import method_section
 from ptkit.options import Attention, Dtype, Quantize
-from ptkit.plugins import brought
 from ptkit.recipe.expansion import check_budget, check_sweep
+from ptkit.recipe.tasks import HeadedTask, Task
 from ptkit.recipe.values import Values
 from ptkit.section import MethodSection, Section
 
@@ -52,7 +52,7 @@ class ModelSection(Section):
     quantize: Quantize | None = None
     """Keeps the frozen weights in fewer bits, from the moment they are read; adapters are trained
     through them in float32. `int8` (torchao) and `nf4` (bitsandbytes, four bits, QLoRA's) round the
-    linear layers of any checkpoint (`pip install 'ptkit[quantize]'`): the base answers a little
+    linear layers of any checkpoint (`pip install "ptkit[quantize]"`): the base answers a little
     differently. `blocks` keeps a GGUF file in its own blocks: nothing is rounded again. All need
     less memory and take longer, most of all to generate on a CPU."""
     device: str = "auto"
@@ -75,231 +75,6 @@ class ModelSection(Section):
         return self.model_copy(update={**plain, known[name]: name})
 
 
-class Splits(Section):
-    """The source's names for the three splits."""
-
-    train: str = "train"
-    """Training rows."""
-    validation: str | None = "validation"
-    """Rows that choose the best checkpoint and, in a search, the settings; null holds a tenth of
-    the training rows out for it (use it where `test` is the source's validation)."""
-    test: str | None = "test"
-    """Rows every figure is about; null takes the validation rows, which have also chosen the
-    checkpoint: record, table, report and card then say so."""
-
-
-class SplitLimits(Section):
-    """Use only so many rows of each split."""
-
-    train: Annotated[int, Field(gt=0)] | None = None
-    validation: Annotated[int, Field(gt=0)] | None = None
-    test: Annotated[int, Field(gt=0)] | None = None
-
-
-class DataSection(Section):
-    """Where the rows come from: exactly one of `builtin`, `hub` or `files`."""
-
-    builtin: str | None = None
-    """A set that ships with ptkit: `facts-to-text`, `message-routing`, `captions-en-de`,
-    `report-summary`, `persona-reply`, `passage-question`."""
-    hub: str | None = None
-    """Id of a dataset on the Hugging Face Hub. Its CSV and JSON files are read as `files` are: a
-    cell is its text."""
-    config: str | None = None
-    """Configuration (subset) of the hub dataset."""
-    revision: str | None = None
-    """Revision of the hub dataset."""
-    data_dir: str | None = None
-    """Folder of the hub dataset to read, where its files are not described by configurations."""
-    files: dict[str, str | list[str]] | None = None
-    """Split -> JSONL, JSON, CSV or Parquet file(s); relative paths start at the recipe's folder."""
-    splits: Splits = Splits()
-    """The source's names for the three splits. What is missing falls back: test to the validation
-    rows, validation to a tenth of the training rows (both as if the name were null)."""
-    limits: SplitLimits = SplitLimits()
-    """Use only so many rows of each split."""
-    draw: Literal["balanced", "first", "seed"] = "balanced"
-    """Which rows `limits` keep and which are held out for a missing validation split. `balanced`: a
-    random draw, the same for all seeds, that gives every label its share (built-in sets lie in
-    random order: their first rows are one). `first`: in the order of the source, limits keep the
-    first and the last tenth is held out, as for rows in the order of time. `seed`: `limits.train`
-    draws by the cell's seed, so that the seeds of a low-data comparison differ in their data."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fall_backs_are_written_out(cls, data: Any) -> Any:
-        """What the splits of files are is known here, and part of the recipe that is kept."""
-        if not isinstance(data, dict) or not isinstance(data.get("files"), dict):
-            return data
-        splits = data.get("splits", {})
-        if not isinstance(splits, dict):
-            return data
-        absent = {s: None for s in ("validation", "test") if s not in data["files"]}
-        return {**data, "splits": {**absent, **splits}}
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DataSection:
-        given = [n for n in ("builtin", "hub", "files") if getattr(self, n)]
-        if len(given) != 1:
-            raise ValueError(
-                "expected exactly one of `builtin`, `hub`, `files`"
-                + (f", found {', '.join(given)}" if given else "")
-            )
-        return self
-
-
-#: Tokenisers of sacrebleu's that a metric may be told to use, as in `bleu-zh`; the metrics.
-TOKENIZERS = ("zh", "char", "intl", "ja-mecab", "ko-mecab", "flores200")
-TOKENIZED = ("bleu", "rouge1", "rouge2", "rougeL", "rougeLsum")
-#: A metric's name, of ptkit's own or brought by another package, or `module:function`.
-MetricName = Annotated[str, Field(min_length=1)]
-
-
-def _require_metrics(cls: Any, names: list[str]) -> list[str]:
-    """Raise ValueError for a metric the task does not have, or one named twice."""
-    known = (*cls._known_metrics, *brought("ptkit.metrics"))
-    for name in names:
-        if ":" not in name and name not in known:
-            raise ValueError(f"no metric `{name}`; {did_you_mean(name, known)}")
-    if len(set(names)) < len(names):
-        raise ValueError("a metric is named twice")
-    return names
-
-
-class GenerationTask(Section):
-    """The model writes the target after the input."""
-
-    kind: Literal["generation"]
-    """`generation`."""
-    data: DataSection
-    """Where the rows come from."""
-    input: str
-    """Template of what the model reads, with `{column}` placeholders."""
-    target: str
-    """Template of what the model learns to write after it (an end-of-text token is added)."""
-    references: str | None = None
-    """Column holding the list of acceptable texts; without it the target alone is the reference."""
-    max_input_tokens: Annotated[int, Field(gt=0)] = 256
-    """Inputs are cut on the left to this many tokens, and keep a begin-of-text token that the
-    tokenizer adds; for an encoder-decoder on the right."""
-    max_target_tokens: Annotated[int, Field(gt=0)] = 128
-    """Targets are cut to, and generation stops at, this many tokens."""
-    num_beams: Annotated[int, Field(ge=1)] = 1
-    """Beams of the search used for evaluation; 1 is greedy."""
-    metrics: list[MetricName] = Field(default=["bleu", "chrf"], min_length=1)
-    """`bleu`, `chrf`, `ter`, `rouge1`, `rouge2`, `rougeL`, `rougeLsum` (of summaries, a sentence a
-    line), `meteor`, `exact_match`, `perplexity` of the target, or your own `module:function`; the
-    first is *the score* in tables. `bleu-zh`, `rougeL-char`: with sacrebleu's tokeniser `zh`,
-    `char`, `intl`, `ja-mecab`, `ko-mecab` or `flores200`, for other languages than English."""
-    _known_metrics: ClassVar[tuple[str, ...]] = (
-        "bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "rougeLsum", "meteor", "exact_match",
-        "perplexity", *(f"{name}-{own}" for name in TOKENIZED for own in TOKENIZERS),
-    )  # fmt: skip
-
-    _metrics_are_known = field_validator("metrics")(_require_metrics)
-
-
-class ClassificationTask(Section):
-    """The model chooses the label whose words it finds likeliest after the input."""
-
-    kind: Literal["classification"]
-    """`classification`."""
-    data: DataSection
-    """Where the rows come from."""
-    input: str
-    """Template of what the model reads, with `{column}` placeholders."""
-    label: str = "label"
-    """Column with the label."""
-    verbalizer: dict[str, str] = Field(min_length=2)
-    """Label -> the words that stand for it after the input (keep the leading space). No
-    label's words may begin another's: they would always be the likelier ones."""
-    max_input_tokens: Annotated[int, Field(gt=0)] = 256
-    """Inputs are cut on the left to this many tokens, and keep a begin-of-text token that the
-    tokenizer adds."""
-    metrics: list[MetricName] = Field(default=["accuracy", "macro_f1"], min_length=1)
-    """`accuracy`, `macro_f1`, `macro_precision`, `macro_recall`, `roc_auc`, or your own
-    `module:function`; the first is *the score* in tables."""
-    _known_metrics: ClassVar[tuple[str, ...]] = (
-        "accuracy", "macro_f1", "macro_precision", "macro_recall", "roc_auc",
-    )  # fmt: skip
-
-    _metrics_are_known = field_validator("metrics")(_require_metrics)
-
-    @field_validator("verbalizer")
-    @classmethod
-    def _distinct_words(cls, words: dict[str, str]) -> dict[str, str]:
-        if len(set(words.values())) < len(words):
-            raise ValueError("two labels have the same words")
-        for label, own in words.items():
-            if not own:
-                raise ValueError(f"the label `{label}` has no words")
-            for other, longer in words.items():
-                if longer.startswith(own) and longer[len(own) :][:1].isspace():
-                    raise ValueError(
-                        f"the words of `{label}` begin those of `{other}`, so `{other}` could "
-                        "never be chosen; give one of them words that begin otherwise"
-                    )
-        return words
-
-
-class HeadedTask(Section):
-    """What tasks share that are solved by a classification head instead of by words: the head is
-    new, and trained with every method. For encoders, and for decoders used as classifiers."""
-
-    data: DataSection
-    """Where the rows come from."""
-    labels: list[Annotated[str, Field(pattern=r"^\S+$")]] = Field(min_length=2)
-    """All labels, in any order (a checkpoint's own head is matched by name); no spaces within
-    one."""
-    max_input_tokens: Annotated[int, Field(gt=0)] = 256
-    """Inputs are cut on the right to this many tokens."""
-    metrics: list[MetricName] = Field(min_length=1)
-    """The first is *the score* in tables."""
-    _known_metrics: ClassVar[tuple[str, ...]]
-
-    _metrics_are_known = field_validator("metrics")(_require_metrics)
-
-    @field_validator("labels")
-    @classmethod
-    def _distinct_labels(cls, labels: list[str]) -> list[str]:
-        if len(set(labels)) < len(labels):
-            raise ValueError("a label is listed twice")
-        return labels
-
-
-class SequenceClassificationTask(HeadedTask):
-    """A trained head chooses one label for the whole input."""
-
-    kind: Literal["sequence_classification"]
-    """`sequence_classification`."""
-    input: str
-    """Template of what the model reads, with `{column}` placeholders."""
-    label: str = "label"
-    """Column with the label."""
-    metrics: list[MetricName] = Field(default=["accuracy", "macro_f1"], min_length=1)
-    """`accuracy`, `macro_f1`, `macro_precision`, `macro_recall`, `roc_auc`, or your own
-    `module:function`; the first is *the score* in tables."""
-    _known_metrics: ClassVar[tuple[str, ...]] = ClassificationTask._known_metrics
-
-
-class TokenClassificationTask(HeadedTask):
-    """A trained head chooses one label for every word: names, parts of speech."""
-
-    kind: Literal["token_classification"]
-    """`token_classification`."""
-    words: str = "tokens"
-    """Column with the list of words."""
-    tags: str = "tags"
-    """Column with the list of their labels, as long as the list of words."""
-    metrics: list[MetricName] = Field(default=["word_accuracy", "word_macro_f1"], min_length=1)
-    """`word_accuracy`, `word_macro_f1`, `entity_f1` (of labels in IOB, IOBES or BILOU), or your own
-    `module:function`; the first is *the score* in tables."""
-    _known_metrics: ClassVar[tuple[str, ...]] = ("word_accuracy", "word_macro_f1", "entity_f1")
-
-
-Task = GenerationTask | ClassificationTask | SequenceClassificationTask | TokenClassificationTask
-
-
 class RetainSection(Section):
     """Stay the base on general text, by learning the base's own distribution there (KL divergence,
     per token) or by keeping away. Not for full fine-tuning, which has no base left beside it."""
@@ -311,7 +86,7 @@ class RetainSection(Section):
     the task's inputs from general text: an input unlike them is read by the base alone."""
     text: str | None = None
     """A UTF-8 text file (relative paths start at the recipe's folder), other than the text that
-    forgetting is measured on; null: texts that the frozen base writes itself."""
+    forgetting is measured on. null: texts that the frozen base writes itself."""
     weight: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     """What a nat of divergence counts beside a nat of the task's loss; `auto` raises and lowers it
     so that the divergence stays near `target`."""
@@ -365,9 +140,9 @@ class TrainSection(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     eval_every: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
-    """Steps between validation losses; the best checkpoint by that loss is what is kept. `auto` is
-    50, or where there are fewer the steps in which as many rows are trained on as there are of
-    training or of validation, whichever are more: with few rows the best step comes early."""
+    """Steps between validation losses; the best checkpoint by that loss is kept. `auto` is 50, or
+    fewer: the steps that train on as many rows as there are of training or of validation, whichever
+    are more. With few rows the best step comes early."""
     save_every: Annotated[int, Field(gt=0)] = 50
     """Steps between saves from which a killed run resumes."""
     context_cache_mb: Annotated[int, Field(ge=0)] = 2000
@@ -377,8 +152,9 @@ class TrainSection(Section):
     """Keep the base's behaviour on general text while learning; null: learn the task alone."""
     together: Annotated[int, Field(gt=0)] = 1
     """Seeds of a prompt method that `ptkit compare` trains in one batch, each with the result it
-    has alone; for that the base must have no dropout. Faster where a single batch is too small to
-    fill the machine; a cell's time is then its share, its peak memory that of the whole batch."""
+    has alone. The base must have no dropout for that. It is faster where a single batch is too
+    small to fill the machine. A cell's time is then its share, its peak memory that of the whole
+    batch."""
     patience: Annotated[int, Field(gt=0)] | None = None
     """Stop after this many validations without improvement; null trains all steps."""
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(default=[])
@@ -400,7 +176,7 @@ class EvaluateSection(Section):
     """Resamples (over seeds and examples) behind every 95 % interval."""
     baseline: str | None = None
     """Method (label or name) that the others are compared with by a paired bootstrap test,
-    corrected for their number (Holm); default: `full` where the recipe has it, else the first."""
+    corrected for their number (Holm). Default: `full` where the recipe has it, else the first."""
 
 
 class RetentionSection(Section):
@@ -421,7 +197,7 @@ class BudgetSection(Section):
     """Settings tried for each method in `search`; the one with the lowest validation loss is run
     with all seeds. Test rows of their own play no part in it."""
     sampler: Literal["random", "optuna"] = "random"
-    """Random search (Bergstra & Bengio 2012), or Optuna's TPE (needs `pip install optuna`)."""
+    """Random search (Bergstra & Bengio 2012), or Optuna's TPE (`pip install "ptkit[optuna]"`)."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the search, and of the trials' training."""
     search: dict[str, dict[str, Values]] = Field(min_length=1)

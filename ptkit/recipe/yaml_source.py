@@ -1,7 +1,7 @@
 """Reading YAML with line numbers, strictly: no duplicate keys, no tags, YAML 1.2.
 
-In YAML 1.2 `1e-5` is a number and `off` a word, which is what people mean; PyYAML (1.1) reads
-them the other way round and keeps the last of two equal keys without a word.
+In YAML 1.2 `1e-5` is a number and `off` a word, which is what people mean. PyYAML (1.1) reads them
+the other way round, and silently keeps the last of two equal keys.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How the prefixes of a forward pass reach a model's attention: they are handed over with the call.
 
-transformers gives keyword arguments of a model's forward to its attention function, so a registered
+transformers gives keyword arguments of a model's forward to its attention function. So a registered
 function finds the prefixes among its own arguments and puts them before the layer's keys and
 values. Nothing is cached and nothing is written into the model: gradient checkpointing recomputes
 with the same arguments, and passes of other threads have theirs. Without a prefix the function is
@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ptkit.errors import ModelError
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.attention_sites import layer_table, require_attention
 from ptkit.runtime.facts import known
 
@@ -327,9 +327,9 @@ def _layers_read(model: PreTrainedModel) -> Mapping[nn.Module, int]:
 def prefixed_positions(batch: PrefixBatch, attention_mask: Tensor) -> Tensor:
     """Position ids `[rows, tokens]` of real tokens around each row's own virtual tokens.
 
-    attention_mask: `[rows, tokens]`, 1 on real tokens, padding on either side. Virtual tokens
-    take the first positions, as in PEFT and in both prefix-tuning and prompt-tuning papers; an
-    infix takes those between the tokens before `batch.seen_from` and the others.
+    attention_mask: `[rows, tokens]`, 1 on real tokens, padding on either side. Virtual tokens take
+        the first positions, as in PEFT and in both prefix-tuning and prompt-tuning papers. An infix
+        takes those between the tokens before `batch.seen_from` and the others.
     """
     lengths = batch.visible.sum(-1, keepdim=True).to(attention_mask.device)
     if batch.seen_from is not None:

@@ -26,8 +26,8 @@ def takes_positions(model: PreTrainedModel) -> bool:
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The attention modules of `model`, one per entry of its layout (see `layer_table`).
 
-    In an encoder-decoder: those of the encoder, then the decoder's own, then those through which
-    the decoder reads the encoder, each from the first layer up.
+    An encoder-decoder has three groups, each from the first layer up. They are those of the
+    encoder, the decoder's own, and those through which the decoder reads the encoder.
     """
     if not (model.config.is_encoder_decoder or is_encoder(model)):
         return [

@@ -3,71 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptkit.errors import ModelError, did_you_mean
 from ptkit.formats import checkpoint
-from ptkit.formats.fingerprint import (
-    Identity,
-    legacy_fingerprint,
-    of_loaded,
-    tokenizer_fingerprint,
-)
+from ptkit.formats.fingerprint import Identity, legacy_fingerprint, of_loaded, tokenizer_fingerprint
 from ptkit.options import Attention, Dtype, Quantize
 from ptkit.prefix import KVLayout
-from ptkit.runtime.architecture import HeadKind, first_position, head_kind, is_encoder
+from ptkit.runtime.architecture import first_position, head_kind, is_encoder
 from ptkit.runtime.block_layers import BlockEmbedding, unpacked
 from ptkit.runtime.compile import kv_layout
+from ptkit.runtime.devices import resolve_device
+from ptkit.runtime.freezing import freeze
 from ptkit.runtime.gguf_blocks import in_blocks
 from ptkit.runtime.gguf_model import is_gguf, stored_type
+from ptkit.runtime.heads import Head, Labels, class_for, label_names
 from ptkit.runtime.label_order import order_of, reorder, told
 from ptkit.runtime.named_models import TINY_EN, gguf_behind, source_of
+from ptkit.runtime.progress import no_weights_bar
 from ptkit.runtime.quantize import logical_size, quantization_config, require_quantized
 from ptkit.runtime.runner import ModelRunner
-from ptkit.runtime.tokenization import TokenizerMixin, embedded_tokens, own_ends
-
-
-class Labels(NamedTuple):
-    """What a classification head is asked for: what it labels, and the labels in order."""
-
-    kind: HeadKind
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Head:
-    """A classification head: what it labels, its labels in order, and the modules it is made of.
-
-    modules: names within the model of everything that is not the pretrained backbone, and of what
-        the checkpoint had no weights for; every adapter trains a copy of its own
-    fresh: of those, the modules without weights in the checkpoint
-    told: what was decided about the checkpoint's own labels, in a sentence; empty for nothing
-    """
-
-    kind: HeadKind
-    labels: tuple[str, ...]
-    modules: tuple[str, ...]
-    fresh: frozenset[str] = frozenset()
-    told: str = ""
+from ptkit.runtime.tokenization import TokenizerMixin
 
 
 @dataclass(frozen=True)
@@ -205,46 +169,6 @@ class Base(TokenizerMixin):
             )
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` picks CUDA, then MPS, then CPU; `cuda` is this process's own where several run on one
-    machine. Raises ModelError for a device that is not there."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available():
-            name = "mps"
-        else:
-            name = "cpu"
-    name = own_device(name)
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device `{name}` is not available here ({error})") from error
-    return device
-
-
-def own_device(name: str) -> str:
-    """`cuda` with the number that this process has on its machine, as torchrun and accelerate give
-    numbers (accelerate picks the same one); other names as they are."""
-    rank = int(os.environ.get("LOCAL_RANK", "-1"))
-    if name != "cuda" or rank < 0 or not torch.cuda.is_available():
-        return name
-    return f"cuda:{rank % torch.cuda.device_count()}"
-
-
-@contextmanager
-def no_weights_bar() -> Iterator[None]:
-    """Hide the bars of reading and writing weights; downloads keep theirs."""
-    active = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if active:
-            logging.enable_progress_bar()
-
-
 def load_base(
     id: str | os.PathLike[str] = TINY_EN,
     *,
@@ -281,7 +205,7 @@ def load_base(
         if file is None:
             raise ModelError(
                 f"`model.quantize: blocks` keeps the blocks of a GGUF file, and `{id}` is "
-                "none; use nf4 or int8, which round any checkpoint (pip install 'ptkit[quantize]')"
+                'none; use nf4 or int8, which round any checkpoint (pip install "ptkit[quantize]")'
             )
         weights = str(in_blocks(file, Path(source)))
     values = getattr(torch, dtype)
@@ -297,7 +221,7 @@ def load_base(
         ) from error
     try:
         with no_weights_bar():
-            kind, extra = _class_for(config, labels)
+            kind, extra = class_for(config, labels)
             rounding = quantization_config(quantize, values)
             if rounding is not None:
                 extra |= {"quantization_config": rounding, "device_map": {"": place}}
@@ -324,7 +248,7 @@ def load_base(
     if labels is not None:
         return _with_its_labels(
             model, tokenizer, id, revision, labels, free_attention=attention == "auto",
-            own=_label_names(config), loader=kind, found=found, source=source,
+            own=label_names(config), loader=kind, found=found, source=source,
         )  # fmt: skip
     base = frozen_base(model, tokenizer, id, revision)
     if quantize is not None:
@@ -350,11 +274,6 @@ def _identity(source: str, revision: str | None, without: Collection[str] = ()) 
     """Of the checkpoint's files; None where they do not tell."""
     tensors = checkpoint.of_files(source, revision, without)
     return None if tensors is None else Identity.of(tensors)
-
-
-def _label_names(config: Any) -> list[str]:
-    """The names of a checkpoint's labels, in the order of its outputs."""
-    return [str(config.id2label[number]) for number in sorted(config.id2label)]
 
 
 def _with_its_labels(
@@ -397,25 +316,6 @@ def _with_its_labels(
     return base
 
 
-def _class_for(config: Any, labels: Labels | None) -> tuple[Any, dict[str, Any]]:
-    """The class that loads a model with these labels (None: a language model), and its options."""
-    if labels is None:
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return kind, {}
-    numbered = dict(enumerate(labels.names))
-    return (
-        AutoModelForTokenClassification
-        if labels.kind == "token"
-        else AutoModelForSequenceClassification,
-        {
-            "id2label": numbered,
-            "label2id": {label: number for number, label in numbered.items()},
-            # A checkpoint of a classifier with other labels: its head is replaced.
-            "ignore_mismatched_sizes": True,
-        },
-    )
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -433,7 +333,7 @@ def frozen_base(
             f"{id} is an encoder ({model.config.model_type}): it writes no text; give the recipe a "
             "task of `kind: sequence_classification` or `token_classification`, which trains a head"
         )
-    _freeze(model, tokenizer, id)
+    freeze(model, tokenizer, id)
     return Base(model, tokenizer, id, revision)
 
 
@@ -457,7 +357,7 @@ def headed_base(
         raise ModelError(
             f"{type(model).__name__} is not an encoder or decoder with a classification head"
         )
-    _freeze(model, tokenizer, id)
+    freeze(model, tokenizer, id)
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders look for the last real token
     names = {name for name, _ in model.named_parameters()}
     outside = {name for name in names if not name.startswith(f"{model.base_model_prefix}.")}
@@ -467,28 +367,3 @@ def headed_base(
     untrained = frozenset(m for m in modules if any(name.startswith(f"{m}.") for name in new))
     head = Head(kind, tuple(labels), tuple(sorted(modules)), untrained)
     return Base(model, tokenizer, id, revision, head)
-
-
-def _freeze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id: str) -> None:
-    model.requires_grad_(False)
-    model.eval()
-    ModelRunner(model).prepare()
-    pad, known = tokenizer.pad_token_id, embedded_tokens(model)
-    # Padding is not read, but looked up: a token that was added for it may have no embedding.
-    if pad is None or (known is not None and pad >= known):
-        if tokenizer.eos_token is None:
-            raise ModelError(f"the tokenizer of {id} has neither a padding nor an end token")
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.can_generate():
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        _end_where_the_tokenizer_ends(model, tokenizer)
-
-
-def _end_where_the_tokenizer_ends(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Let generation stop at the tokenizer's end token too, which is the one targets are learnt
-    with. Chat models often name another one in their generation config."""
-    ends, end = own_ends(model), tokenizer.eos_token_id
-    if end is not None and end not in ends:
-        model.generation_config.eos_token_id = [*ends, end]

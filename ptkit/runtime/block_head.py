@@ -1,8 +1,8 @@
 """Losses under an output head that is stored in blocks: its weight is never unpacked whole.
 
-The head is read a piece of the vocabulary at a time, and what is summed over the vocabulary is kept
-relative to the largest logit so far, as in Milakov & Gimelshein 2018 ("Online normalizer
-calculation for softmax", algorithm 3).
+The head is read a piece of the vocabulary at a time. Sums over the vocabulary are kept relative to
+the largest logit so far, as in Milakov & Gimelshein 2018 ("Online normalizer calculation for
+softmax", algorithm 3).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Linear layers and embeddings whose frozen weights stay in the blocks of a GGUF file.
 
 A block is a few values of one row: small integers with a scale of their own (ggml's types, such as
-`Q4_1`). A weight is unpacked when it is read, a piece at a time, and again for the backward pass,
-so that no unpacked weight outlives its product.
+`Q4_1`). A weight is unpacked when it is read, a piece at a time, and again for the backward pass.
+So no unpacked weight outlives its product.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def row_bytes(kind: int, width: int) -> int:
 def unpacked(blocks: Tensor, kind: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values of `blocks`, `[rows, bytes]` uint8, as `[rows, width]` in `dtype`.
 
-    ggml-common.h has the layouts. Of the four types that laptops meet most, low and high halves of
-    a byte are written where they belong at once: two and a half times as fast as transformers'
-    reader, which the other types are left to. Values are equal bit for bit.
+    ggml-common.h has the layouts. For the four types most frequent on laptops, low and high halves
+    of a byte are written to their place at once. This is two and a half times as fast as
+    transformers' reader, which reads the other types. Values are equal bit for bit.
     """
     rows = blocks.shape[0]
     flat = blocks.reshape(-1, BLOCKS[kind][1])

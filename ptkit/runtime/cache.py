@@ -1,7 +1,7 @@
 """The caches that generation fills: prefilled with prefixes, and grown without copying.
 
-transformers' `DynamicCache` concatenates, so every new token copies all keys and values before it:
-a quarter of the time of a batch of 16 on a CPU. Here the memory is reserved first.
+transformers' `DynamicCache` concatenates, so every new token copies all keys and values before it.
+That is a quarter of the time of a batch of 16 on a CPU. Here the memory is reserved first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from ptkit.errors import ModelError
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 
 CacheT = TypeVar("CacheT", bound=Cache)
 
@@ -143,8 +143,8 @@ def whole_cache(model: PreTrainedModel) -> DynamicCache:
 
 def cache_for(model: PreTrainedModel, batch: PrefixBatch | None, positions: int) -> DynamicCache:
     """An empty cache with memory for the rows' prefixes and `positions` more, reserved where all
-    layers attend to everything. Layers with a window or a state keep the kind of cache `model`
-    would take itself; a prefix is then put into their attention instead of the cache.
+    layers attend to everything. Layers with a window or a state keep the kind of cache that `model`
+    would take itself. A prefix is then put into their attention instead of the cache.
     """
     if not sees_everything(model):
         return DynamicCache(config=model.config)

@@ -44,9 +44,9 @@ def _cache_as_prefix(cache: DynamicCache) -> KVPrefix:
 def compile_embeddings(model: PreTrainedModel, embeddings: Tensor) -> KVPrefix:
     """The KV prefix of soft embeddings `[virtual_tokens, hidden]`; differentiable in them.
 
-    Costs one forward of the backbone (no LM head) over `virtual_tokens` positions with a batch
-    of one, whatever the number of rows that will use it. Raises ModelError for models with layers
-    that keep a state, or that look up token ids.
+    Costs one forward of the backbone (no LM head) over `virtual_tokens` positions with a batch of
+    one. The number of rows that will use it does not matter. Raises ModelError for models with
+    layers that keep a state, or that look up token ids.
     """
     require_no_state(model)
     require_no_ids(model)

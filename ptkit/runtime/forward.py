@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptkit.data.encode import IGNORED, EncodedExample
-from ptkit.prefix import Compiled, PrefixBatch
-from ptkit.recipe.schema import HeadedTask, Task
+from ptkit.prefix import Compiled
+from ptkit.prefix_batch import PrefixBatch
+from ptkit.recipe.tasks import HeadedTask, Task
 from ptkit.runtime.architecture import head_kind, is_encoder
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.fused import has_plain_head, head_divergences
@@ -125,9 +126,9 @@ def teacher_outputs(
     labels: Tensor,
     batch: PrefixBatch | None,
 ) -> Tensor:
-    """What `supervised_divergences` compares a student with, `[n, width]`: what the output head of
-    a causal model reads at each supervised token, or its logits where it takes more to make them;
-    parameters as for `supervised_logits`."""
+    """What `supervised_divergences` compares a student with, `[n, width]`. It is what the output
+    head of a causal model reads at each supervised token, or its logits where more than that head
+    makes them. Parameters are those of `supervised_logits`."""
     tokens, at, _ = _supervised(model, input_ids, attention_mask, labels)
     what: Any = "hidden" if has_plain_head(model) else "logits"
     want = Want(what, at, nothing_else=True)

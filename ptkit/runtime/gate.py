@@ -1,8 +1,8 @@
 """A gate before an adapter: inputs unlike its task's are read by the base alone.
 
-An adapter that is on for everything changes everything the base reads. Whether an input is one
-that it was trained for is easier to tell: here by a linear classifier of what the input is made of
-and how it ends, as the frozen base embeds it. The decision falls once, before the row is read.
+An adapter that is on for everything changes everything the base reads. A linear classifier decides
+here whether an input is one that the adapter was trained for. It reads what the input is made of
+and how it ends, as the frozen base embeds it. It decides once, before the row is read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ptkit.prefix import Compiled, KVLayout, KVPrefix, PrefixBatch
+from ptkit.prefix import Compiled, KVLayout, KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 
 #: Tokens of an input's end.
 ENDING = 3

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 
 from ptkit.errors import ModelError
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.architecture import evaluating
 from ptkit.runtime.attention import Repeats, prefixed_positions
 from ptkit.runtime.attention_sites import require_attention, takes_positions

@@ -1,10 +1,10 @@
 """A GGUF file as a base that keeps the file's own blocks: a quarter of the memory and less.
 
 The file's float conversion (`ptkit.runtime.gguf_model`) says what every weight of the model is.
-Here each is looked up among the file's tensors by its rows: a weight whose rows are a tensor's, in
-any order, keeps that tensor's blocks, and is equal to the float weight bit for bit. That needs no
-table of names, and it finds what converters do (Llama's queries and keys change the order of their
-rows). A weight without such a tensor stays in float32.
+Here each weight is looked up among the file's tensors by its rows. A weight whose rows are a
+tensor's, in any order, keeps that tensor's blocks, and is equal to the float weight bit for bit.
+That needs no table of names, and it finds what converters do (Llama's queries and keys change the
+order of their rows). A weight without such a tensor stays in float32.
 """
 
 from __future__ import annotations

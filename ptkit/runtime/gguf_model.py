@@ -1,8 +1,8 @@
 """GGUF files as base models: read once by transformers, kept in its own format from then on.
 
-A file's weights are rounded in blocks. transformers unpacks them into float32; the result is
-written to the cache under the SHA-256 of the file, so that the same content is converted once
-wherever it lies. Values are those of the file, bit for bit.
+A file's weights are rounded in blocks. transformers unpacks them into float32. The result is
+written to the cache under the SHA-256 of the file, so the same content is converted once, wherever
+the file is. Values are those of the file, bit for bit.
 """
 
 from __future__ import annotations
@@ -115,9 +115,9 @@ def converted(path: Path, folder: Path | None = None) -> Path:
     folder: where to keep it, its name ending in `-CONVERTER`; default: in the cache, under the
         SHA-256 of the file
 
-    It is made when it is not there yet, and appears whole or not at all; those that an earlier
-    converter made of the file are then deleted. Raises ModelError for a
-    file that is damaged, or of an architecture that transformers does not read.
+    It is made when it is not there yet, and appears whole or not at all. Then those that an earlier
+    converter made of the file are deleted. Raises ModelError for a file that is damaged, or of an
+    architecture that transformers does not read.
     """
     _require_readable(path)
     if folder is None:

@@ -1,5 +1,6 @@
-"""A prefix that a model takes for something it has cached: families whose attention is their own
-and may be handed a cache (bloom, falcon, gptj).
+"""A prefix that a model takes for something it has cached.
+
+It is for families with an attention of their own that may be handed a cache (bloom, falcon, gptj).
 
 Mask, positions and ALiBi's distances are then the model's own. No infix: all tokens see what is in
 a cache (`ptkit.runtime.infix` refuses it).
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.attention import Call, Noted, Repeats, layers_read
 from ptkit.runtime.views import StandIn, name_of
 

@@ -4,9 +4,9 @@ Everything before that token is read as by the plain base, so it depends on noth
 learnt. The last token stays behind the virtual ones, for something real must be read after them:
 the first word of the answer is predicted there.
 
-A learnt key is that of one of the first positions. In models with rotary position embeddings
-(Su et al. 2021, section 3.4.2) a key further right is the same key turned by an angle that
-depends on the distance alone; elsewhere positions are added to the input and a key has none.
+A learnt key is that of one of the first positions. Models with rotary position embeddings (Su et
+al. 2021, section 3.4.2) turn a key by an angle that depends on the distance alone. A key further
+right is the same key, turned. Elsewhere positions are added to the input and a key has none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from ptkit.errors import ModelError
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.cache import layers_with_keys, whole_cache
 from ptkit.runtime.compile import reading
 from ptkit.runtime.facts import known

@@ -1,8 +1,8 @@
 """The last layer's feed-forward block at the positions that are read, and nowhere else.
 
-What the last layer computes at a position is read by the output head of that position only, and
-the head is asked for the positions that carry a label. A feed-forward block treats positions one
-by one, so the others can be left out: two thirds of the layer's products there.
+The output head reads the last layer at single positions, and the head is asked for the positions
+that carry a label. A feed-forward block treats positions one by one, so the others can be left out.
+That is two thirds of the layer's products there.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ptkit.runtime.views import StandIn, name_of, viewed
 
 
 def last_block_on(model: PreTrainedModel, positions: Tensor) -> dict[str, nn.Module]:
-    """What a forward pass of `model` runs in place of its own modules, by name, so that the hidden
-    states it ends with are right at `positions` only.
+    """What a forward pass of `model` runs in place of its own modules, by name. The hidden states
+    it ends with are then right at `positions` only.
 
-    positions: `[rows, tokens]` bool. Nothing is replaced in models whose last block cannot be told
-    apart or that recompute layers in the backward pass, and in batches whose rows run with weights
-    of their own: a block that reads single positions could not tell whose they are.
+    positions: `[rows, tokens]` bool. Nothing is replaced in models whose last block cannot be
+        recognised, or that recompute layers in the backward pass. Nor in batches whose rows run
+        with weights of their own: a block that reads single positions does not know their rows.
     """
     if model.is_activation_checkpointing or row_adapters():
         return {}

@@ -52,7 +52,7 @@ class ReadWriteLock:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Within this context nobody changes the model; others may read, too."""
+        """Within this context no other thread changes the model; others may read, too."""
         self._enter(alone=False)
         try:
             yield
@@ -106,9 +106,9 @@ def _new_lock(_: nn.Module) -> ReadWriteLock:
 
 
 def running(model: PreTrainedModel) -> AbstractContextManager[Any]:
-    """A context to read with `model` in: other threads read, too, and nobody changes it.
+    """A context to read with `model` in: other threads read, too, and none changes it.
 
-    In a model whose rotary frequencies follow the longest text read (`longrope`, `dynamic`),
+    Some models have rotary frequencies that follow the longest text read (`longrope`, `dynamic`).
     transformers keeps them in the model, so there one thread reads at a time.
     """
     if torch.compiler.is_compiling():  # the compiler traces no locks: who runs what it made has it

@@ -1,7 +1,7 @@
 """Several prefixes of which every row gets a mean of its own: an input-dependent prompt, compiled.
 
 The weights come from the row's input alone, before the model reads it, so a row's prefix is made
-once; from then on it is a prefix like any other.
+once. From then on it is a prefix like any other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ptkit.prefix import KVLayout, KVPrefix, PrefixBatch
+from ptkit.prefix import KVLayout, KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.gate import input_features
 
 
@@ -56,8 +57,9 @@ class MixedPrefixes:
     def weights(self, input_ids: Tensor, read: Tensor) -> Tensor:
         """What each prefix counts in each row, `[rows, prefixes]`, adding up to 1.
 
-        input_ids: `[rows, tokens]`; read: the same, true at the tokens of the rows' inputs (of
-            which the mean embedding is taken, at a length of 1); without any, the bias decides
+        input_ids: `[rows, tokens]`
+        read: the same, true at the tokens of the rows' inputs. Their mean embedding is taken, at a
+            length of 1; without any, the bias decides
 
         With `top`, the others count nothing, and the gradient is that of all prefixes' weights
         (straight through; Bengio et al. 2013, https://arxiv.org/abs/1308.3432).

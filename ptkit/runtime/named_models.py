@@ -1,7 +1,7 @@
 """Models that ptkit knows by a short name, and where their files are.
 
-`tiny-en` ships inside the package, `minilm-l6` comes as a Python package, and `smollm2-135m` is
-fetched by `ptkit models get`: from a Python package that carries it, or from the Hub.
+`tiny-en` ships inside the package, and `minilm-l6` comes as a Python package. `ptkit models get`
+fetches `smollm2-135m`, from a Python package that carries it or from the Hub.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from ptkit.errors import ModelError, PtkitError, did_you_mean
+from ptkit.extras import require
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import sha256
 from ptkit.formats.cache_home import cache_home
@@ -67,15 +68,17 @@ def source_of(id: str, revision: str | None = None) -> str:
     """Where transformers finds the model called `id`.
 
     A GGUF file is converted on the way, once (`ptkit.runtime.gguf_model`). Raises ModelError for a
-    known name whose files are not here, and for a file that cannot be read.
+    known name whose files are not here, and for a file that cannot be read. Raises
+    MissingExtraError for a model whose package is not installed.
     """
     if id == TINY_EN:
         return str(TINY_EN_FOLDER)
     if id in PACKAGED:
         package, folder, extra = PACKAGED[id]
+        require(extra, f"the model `{id}`", package)
         spec = find_spec(package)
-        if spec is None or spec.origin is None:
-            raise ModelError(f"`{id}` comes as a Python package: `pip install 'ptkit[{extra}]'`")
+        assert spec is not None
+        assert spec.origin is not None
         return str(Path(spec.origin).parent / folder)
     if id in WHEELS:
         return str(_fetched(id))

@@ -85,10 +85,10 @@ def fastest_attention(model: PreTrainedModel, precision: str, longest: int) -> I
 def weights_cast_once(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
     """Within this context the frozen matrices that autocast multiplies in `dtype` are in it.
 
-    autocast keeps its copy of a weight that learns, for one pass; of a frozen one it makes another
-    in every forward, and the backward pass keeps it alive. Results are the same bit for bit, and
-    so are the weights afterwards. Embeddings tied to the output head stay in float32: only what a
-    linear layer multiplies with is replaced.
+    autocast keeps its copy of a weight that learns, for one pass. It copies a frozen weight again
+    in every forward, and the backward pass keeps the copy alive. Results are the same bit for bit,
+    and so are the weights afterwards. Embeddings tied to the output head stay in float32: only what
+    a linear layer multiplies with is replaced.
     """
     held = [
         (module, module.weight)

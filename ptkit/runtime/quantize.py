@@ -6,7 +6,6 @@ Only what is frozen is rounded; keys, values, soft prompts and gradients stay in
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from ptkit.errors import ModelError
+from ptkit.extras import extra, require
 from ptkit.runtime.block_layers import BlockEmbedding, BlockLinear
 
 #: `model.quantize` -> the package it needs. `blocks` needs none (`ptkit.runtime.gguf_blocks`).
@@ -28,20 +28,19 @@ def quantization_config(kind: str | None, dtype: torch.dtype) -> Any:
         al. 2023, "QLoRA", section 3); products are computed in `dtype`
 
     Output heads stay as they are: losses read them in pieces, and rounding them costs the most.
-    Raises ModelError without the package.
+    Raises MissingExtraError without the package.
     """
     if kind is None or kind == "blocks":
         return None
-    if find_spec(_PACKAGES[kind]) is None:
-        raise ModelError(
-            f"`model.quantize: {kind}` needs {_PACKAGES[kind]}: pip install 'ptkit[quantize]'"
-        )
+    wanted_by = f"`model.quantize: {kind}`"
+    require("quantize", wanted_by, _PACKAGES[kind])
     if kind == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )  # fmt: skip
-    from torchao.quantization import Int8WeightOnlyConfig
+    with extra("quantize", wanted_by):
+        from torchao.quantization import Int8WeightOnlyConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig())
 

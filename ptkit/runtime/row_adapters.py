@@ -1,4 +1,4 @@
-"""Which weights each row of the batch under way runs with, for layers that can tell rows apart.
+"""Which weights each row of the running batch uses, for layers that can tell rows apart.
 
 `ptkit.bank.lora_rows` says it, for the rows of its batch. Whatever else is read meanwhile (a soft
 prompt being compiled, a model being tried out) is read by the base alone.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from ptkit.errors import ModelError
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.architecture import is_encoder
 from ptkit.runtime.attention import Call, Repeats, prefixed_positions, take_prefixes
 from ptkit.runtime.attention_sites import takes_positions
@@ -44,7 +44,7 @@ class Tokens:
 
     ids, mask: `[rows, tokens]`; the mask is 1 on real tokens, and covers what is in a cache, too
     positions: `[rows, tokens]`; None: they follow from the mask and the prefixes
-    last: `[rows]`, index of the last token of each row's input (an infix stands before it); None
+    last: `[rows]`, index of the last token of each row's input (an infix stands before it). None
         where virtual tokens have no positions: in encoders and encoder-decoders
     written: `[rows, target tokens]` that an encoder-decoder's decoder is given
     encoded: what its encoder made of `ids`, where that is known

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.cache import prefilled_cache, sees_everything
 from ptkit.runtime.forward import IGNORED, pad_rows, supervised_losses
 from ptkit.runtime.infix import read_before_last

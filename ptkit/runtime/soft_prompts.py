@@ -1,15 +1,17 @@
-"""Soft prompts that cannot be compiled to keys and values: every input is read with its own, where
-tokens see those after them, and where layers keep a running state.
+"""Soft prompts that cannot be compiled to keys and values.
+
+Every input is read with its own, where tokens see those after them, and where layers keep a running
+state.
 
 In an encoder what a virtual token leaves in a layer depends on the input. Its embeddings go before
-those of the input, row by row. They take no positions: in models with absolute ones all stand
-where the first token does (in encoder-decoders, nowhere). An encoder's outputs at virtual tokens
-are dropped, so a head finds `[CLS]` where it always is; a decoder does read them, as in Lester et
-al. (2021), section 2, where the prompt is part of what T5's encoder has read.
+those of the input, row by row. They take no positions: in models with absolute ones all stand where
+the first token does (in encoder-decoders, nowhere). An encoder's outputs at virtual tokens are
+dropped, so a head finds `[CLS]` at its usual place. A decoder does read them, as in Lester et al.
+(2021), section 2, where the prompt is part of what T5's encoder has read.
 
-In a decoder with layers that keep a state (linear attention, convolutions) a prompt's embeddings
-are read as text is, with positions of their own, right before the row's first token: a state
-fades over padding in between.
+A decoder may have layers that keep a state (linear attention, convolutions). There a prompt's
+embeddings are read as text is, with positions of their own, right before the row's first token. A
+state fades over padding in between.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.architecture import first_position, is_encoder
 from ptkit.runtime.attention import Call
 from ptkit.runtime.views import StandIn, name_of, viewed
@@ -65,9 +67,9 @@ def _padding_first(mask: Tensor) -> Tensor:
 def put_soft_prompts(model: PreTrainedModel, batch: PrefixBatch, call: Call) -> None:
     """Change `call`, a forward pass of `model`, so that it reads the soft prompts of `batch`.
 
-    An encoder or a decoder is still called with `input_ids`: the prompts are put in where its
-    backbone begins, and their outputs taken out where its layers end. An encoder-decoder is called
-    with `with_embeddings`.
+    An encoder or a decoder is still called with `input_ids`. The prompts are put in where its
+    backbone begins, and their outputs are taken out where its layers end. An encoder-decoder is
+    called with `with_embeddings`.
     """
     assert batch.embeddings is not None
     longest = batch.embeddings.shape[1]

@@ -1,8 +1,8 @@
 """Views of a model: a few of its modules replaced, for one forward pass.
 
-What a pass does otherwise than the model (its head reads some positions only, an encoder reads a
-soft prompt) is in a view of the model. The model itself stays as it is, so passes of other threads
-never see it, and a checkpointed layer is recomputed as it was computed.
+A pass may differ from the model: its head reads some positions only, or an encoder reads a soft
+prompt. The difference is in a view of the model. The model itself stays as it is. So passes of
+other threads never see it, and a checkpointed layer is recomputed as it was computed.
 """
 
 from __future__ import annotations

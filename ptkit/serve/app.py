@@ -9,14 +9,8 @@ from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Path, Query, Request, UploadFile
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-
 from ptkit.errors import AdapterError, HubError, PtkitError, UserError
+from ptkit.extras import extra
 from ptkit.serve.answer import (
     DrainingError,
     InUseError,
@@ -44,6 +38,14 @@ from ptkit.serve.protocol import (
     ServedModel,
     UnloadRequest,
 )
+
+with extra("serve", "`ptkit serve`"):
+    from fastapi import FastAPI, Path, Query, Request, UploadFile
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import psutil
 import torch
-from fastapi import FastAPI
 
 from ptkit.bank import AdapterBank
+from ptkit.extras import extra
 from ptkit.methods.base_names import is_here
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.named_models import TINY_EN
@@ -18,6 +18,9 @@ from ptkit.serve.app import create_app
 from ptkit.serve.engine import Engine
 from ptkit.serve.library import Library
 from ptkit.serve.metrics import Metrics
+
+with extra("serve", "`ptkit serve`"):
+    from fastapi import FastAPI
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,10 @@ import hmac
 import json
 from collections.abc import Sequence
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from ptkit.extras import extra
+
+with extra("serve", "`ptkit serve`"):
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 #: Open to everybody: the page (which asks for a key itself) and the probes.
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})

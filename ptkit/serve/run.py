@@ -10,11 +10,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import uvicorn
-from fastapi import FastAPI
-
 from ptkit.errors import UserError
+from ptkit.extras import extra
 from ptkit.serve.engine import Engine
+
+with extra("serve", "`ptkit serve`"):
+    import uvicorn
+    from fastapi import FastAPI
 
 logger = logging.getLogger(__name__)
 

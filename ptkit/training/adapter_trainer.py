@@ -96,8 +96,8 @@ def _groups(job: Job) -> list[dict[str, Any]]:
 
 def validate_every(job: Job, processes: int) -> int:
     """Steps between validations. With `auto`, no more rows are validated on than were trained on
-    since the last time, as long as `SELDOM_STEPS` is not sooner: a quarter of the time at most, for
-    a row that is trained on is read backwards, too."""
+    since the last time, as long as `SELDOM_STEPS` is not sooner. That is a quarter of the time at
+    most, because a row that is trained on has a backward pass too."""
     settings = job.settings
     if settings.eval_every != "auto":
         return settings.eval_every

@@ -1,6 +1,6 @@
 """`start: auto` and `learning_rate: auto`: what a cell begins with, found before its run.
 
-Starts are texts made from the task; each is compiled as the method would, and all are scored on the
+Starts are texts made from the task. Each is compiled as the method would, and all are scored on the
 same training rows, in mixed batches. Rates are miniature runs, schedule included, that take their
 steps in one batch and are judged on validation rows. Neither reads a test row, and both together
 cost at most `START_SHARE` and `RATE_SHARE` of the run.
@@ -25,8 +25,9 @@ from ptkit.data.templates import Template
 from ptkit.errors import PtkitError, UserError
 from ptkit.formats import atomic
 from ptkit.methods import Adapter
-from ptkit.prefix import PrefixBatch
-from ptkit.recipe.schema import ClassificationTask, GenerationTask, HeadedTask, Task, TrainSection
+from ptkit.prefix_batch import PrefixBatch
+from ptkit.recipe.schema import TrainSection
+from ptkit.recipe.tasks import ClassificationTask, GenerationTask, HeadedTask, Task
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_counts, supervised_losses
 from ptkit.runtime.precision import mixed_precision
@@ -238,8 +239,9 @@ def _rate(section: MethodSection, make: Make, folder: Path) -> dict[str, Any]:
 
 def nearest_good(rates: Sequence[float], learnt: Sequence[float], default: float) -> float:
     """Of `rates`, the one nearest to `default` (as a ratio) that learns at least `ENOUGH` of what
-    the best one does; where none learns anything, the one that harms least. None above the default
-    while one below it is good: the default is too high then, and what is higher has been lucky.
+    the best one does. Where none learns anything, it is the one that harms least. It is none above
+    the default while one below it is good: the default is too high then, and what is higher has
+    been lucky.
 
     learnt: by how much each lowered the loss
     """

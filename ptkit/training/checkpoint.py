@@ -148,8 +148,8 @@ def _load_optimizer(
 
 
 def state_device(value: Tensor, parameter: Tensor, group: Mapping[str, Any]) -> torch.device:
-    """Where AdamW expects `value` of its state of `parameter`: moments beside it, the step count
-    on the CPU unless one kernel reads it there (`fused`, `capturable`)."""
+    """Where AdamW expects `value` of its state of `parameter`. Moments are beside it, and the step
+    count is on the CPU unless one kernel reads it there (`fused`, `capturable`)."""
     in_kernel = bool(group.get("fused")) or bool(group.get("capturable"))
     return parameter.device if value.ndim or in_kernel else torch.device("cpu")
 

@@ -1,8 +1,8 @@
 """Inputs read once for all epochs: what an infix comes after does not depend on it.
 
-An infix stands before the last token of the input. Everything earlier is read as by the plain
-base, so its keys and values stay what they are while the infix is trained: they are computed once
-and kept, and every later epoch runs the virtual tokens, one token of input and the target only.
+An infix stands before the last token of the input. Everything earlier is read as by the plain base,
+so its keys and values stay the same while the infix is trained. They are computed once and kept.
+Every later epoch runs the virtual tokens, one token of input and the target only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ptkit.data.encode import EncodedExample
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.locks import running
 
@@ -40,9 +40,9 @@ class _Context:
 class ContextCache:
     """Contexts of the rows it is asked for, kept while they fit into `budget` bytes.
 
-    Those that do not fit are read again each time, which still costs no backward pass. Each is
-    read alone, so that what is computed does not depend on the company of a row: a resumed run
-    ends with the same weights.
+    Those that do not fit are read again each time, which still costs no backward pass. Each is read
+    alone, so what is computed does not depend on the other rows. A resumed run ends with the same
+    weights.
     """
 
     def __init__(self, base: Base, budget: int) -> None:

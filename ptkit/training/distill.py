@@ -37,7 +37,8 @@ from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import LoadedRecipe
-from ptkit.recipe.schema import HeadedTask, Task, TrainSection
+from ptkit.recipe.schema import TrainSection
+from ptkit.recipe.tasks import HeadedTask, Task
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.cache import has_state
 from ptkit.runtime.compile import compile_tokens
@@ -45,8 +46,8 @@ from ptkit.runtime.forward import require_embedded
 from ptkit.training.adapter_trainer import Job
 from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.loop import fit
+from ptkit.training.observer import RunObserver
 from ptkit.training.provenance import FORMAT, as_recorded, base_info, versions
-from ptkit.training.run import RunObserver
 from ptkit.training.run_folder import delete_run_folder, open_run_folder
 from ptkit.training.self_study import (
     SPLITS,
@@ -71,8 +72,9 @@ class Distilled:
 
     tokens: of the prefix; document_tokens, chunks: of the text; bytes, document_bytes: of their
     keys and values in the base's precision
-    texts: split -> how many; figures: what stands before the texts -> how close the base comes to
-    itself with the document in view, on the `test` texts, which were not learnt from
+    texts: split -> how many
+    figures: what stands before the texts -> how close the base comes to itself with the document in
+        view. It is measured on the `test` texts, which were not learnt from
     curve: `{step, train_loss, validation_loss}`, KL in nats per token
     """
 
@@ -138,8 +140,9 @@ def distill(
     out: folder of the result; a distillation that was stopped there goes on, a finished one is
         read back
     model: the base's id, default the recipe's or `tiny-en`; base: a loaded one instead
-    inputs: what the texts begin with, at least three; recipe: take its task's inputs, and its
-        template for the adapter; default: pieces of the document and a few words of none
+    inputs: what the texts begin with, at least three
+    recipe: take its task's inputs, and its template for the adapter; default: pieces of the
+        document and a few words of none
     sink: the document is read after the base's begin-of-text token, which stays frozen as the
         first virtual token
     chunk_tokens: the most tokens of the document that are in view at a time; default: as many as

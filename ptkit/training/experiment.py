@@ -15,14 +15,16 @@ from ptkit.data.encode import EncodedExample
 from ptkit.data.summary import data_lines
 from ptkit.data.token_cache import encode_cached
 from ptkit.errors import UserError
-from ptkit.evaluation.metrics import metric
 from ptkit.evaluation.retention import GeneralProbe, off_probe, probe_base
 from ptkit.evaluation.score import require_metrics
+from ptkit.metrics.registry import metric
 from ptkit.recipe import LoadedRecipe
-from ptkit.recipe.schema import HeadedTask, Recipe, Task, TokenClassificationTask
+from ptkit.recipe.schema import Recipe
+from ptkit.recipe.tasks import HeadedTask, Task, TokenClassificationTask
 from ptkit.runtime.architecture import HeadKind
-from ptkit.runtime.base_model import Base, Labels, load_base
+from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import require_embedded
+from ptkit.runtime.heads import Labels
 from ptkit.training.retain import general_windows
 
 

@@ -18,7 +18,7 @@ from ptkit.formats import atomic
 from ptkit.training.record import titled
 
 if TYPE_CHECKING:
-    from ptkit.training.run import Cell
+    from ptkit.training.cell import Cell
 
 #: In the folder of a cell or a trial.
 FAILED = "failed.json"

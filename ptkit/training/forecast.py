@@ -1,8 +1,8 @@
 """What a run will take, measured on a few of its own steps before it begins.
 
-Each method takes a few steps and predicts a few rows, in a folder that is thrown away. What a
-method leaves to `auto` is measured with the method's own start and rate; finding it comes on top
-(`ptkit.training.autotune` says how much at most).
+Each method takes a few steps and predicts a few rows, in a folder that is deleted afterwards. What
+a method leaves to `auto` is measured with the method's own start and rate. Finding it takes
+additional time (`ptkit.training.autotune` says how much at most).
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from ptkit.methods import Adapter
 from ptkit.section import MethodSection
 from ptkit.training.adapter_trainer import Job, validate_every
 from ptkit.training.autotune import is_open
+from ptkit.training.cell import Cell
 from ptkit.training.experiment import Experiment
 from ptkit.training.loop import fit
 from ptkit.training.memory import PeakMemory
-from ptkit.training.run import Cell, new_adapter, new_job
+from ptkit.training.run import new_adapter, new_job
 
 #: Steps that are timed, after one that is not: the first one allocates.
 TIMED_STEPS = 3

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from ptkit.data.encode import EncodedExample
 from ptkit.errors import UserError
+from ptkit.extras import extra, require
 from ptkit.methods import Adapter
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.gate import Gate, gate_features
@@ -21,10 +21,13 @@ ROWS, PIECES = 2000, 2000
 #: Inverse weight of the L2 penalty; features have a length of 1.
 _LOOSENESS = 100.0
 _READ_AT_ONCE = 256
+_WANTED_BY = "`train.retain: {by: gate}`"
 
 
 def require_gate_fits(adapter: Adapter) -> None:
-    """Raise UserError for an adapter that acts by changing weights: no row can be spared it."""
+    """Raise UserError for an adapter that acts by changing weights: no row can be spared it; and
+    where what fits a gate is not installed."""
+    require("gate", _WANTED_BY)
     if adapter.changes_weights or not adapter.virtual_tokens:
         raise UserError(
             f"`train.retain: {{by: gate}}` leaves a row its adapter or takes it away, and "
@@ -45,6 +48,8 @@ def fit_gate(base: Base, rows: Sequence[EncodedExample], windows: Tensor, seed: 
     lead = base.lead  # every input has it; it must not give inputs away
     texts = [[*lead, *_piece(window[len(lead) :], draw)] for window in _cycled(windows, PIECES)]
     features = np.concatenate([_features(base, inputs), _features(base, texts)])
+    with extra("gate", _WANTED_BY):
+        from sklearn.linear_model import LogisticRegression
     classifier = LogisticRegression(C=_LOOSENESS, class_weight="balanced", max_iter=1000)
     classifier.fit(features, [1] * len(inputs) + [0] * len(texts))
     device = base.model.device

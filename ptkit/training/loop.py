@@ -1,14 +1,14 @@
 """The training loop, on accelerate: one adapter, or several in one forward and backward.
 
-Accelerate places, distributes and autocasts; the order of the data, the choice of the best
+Accelerate places, distributes and autocasts. The order of the data, the choice of the best
 checkpoint and exact resumption are ours (`ptkit.training.adapter_trainer`). transformers' Trainer
-is not used because it resumes from pickles, may leave half-written checkpoints, recomputes the
-prompt for every row, and trains one set of parameters at a time.
+is not used for four reasons. It resumes from pickles, may leave half-written checkpoints,
+recomputes the prompt for every row, and trains one set of parameters at a time.
 
-Several adapters share the base, not a gradient: every row reads its own adapter's prefix, every
-adapter's loss is divided by its own tokens, and each has its own optimiser. The result of each
-is the one it has alone, but for dropout in the base, whose draws depend on the whole batch; what is
-shared is the cost of running a small batch.
+Several adapters share the base, not a gradient. Every row reads its own adapter's prefix, every
+adapter's loss is divided by its own tokens, and each has its own optimiser. The result of each is
+the one it has alone. Dropout in the base is the exception: its draws depend on the whole batch.
+They share the cost of running a small batch.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ class _Loop:
 
     @torch.no_grad()
     def validation_loss(self, index: int) -> float:
-        """Mean loss per target token of an adapter's validation rows, in nats; every process reads
+        """Mean loss per target token of an adapter's validation rows, in nats. Every process reads
         an equal part of the rows, and all have the same result."""
         self.model.eval()
         accelerator, trainer = self.accelerator, self.trainers[index]

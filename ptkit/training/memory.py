@@ -1,6 +1,6 @@
 """Peak memory of a piece of work: CUDA's own count, or the process's resident set.
 
-What is measured here is reported and decides nothing: where a system does not tell it (a container
+What is measured here is reported and decides nothing. Where a system does not tell it (a container
 without `/proc`, a sandbox), there is no figure, and the work goes on.
 """
 
@@ -23,8 +23,9 @@ _M_MMAP_THRESHOLD = -3
 class PeakMemory:
     """Bytes above what was in use when this was made.
 
-    On CUDA the allocator's peak. On Linux the kernel's high-water mark of the resident set, reset
-    first where that is allowed; otherwise it cannot be reset and the value is a lower bound.
+    On CUDA it is the allocator's peak. On Linux it is the kernel's high-water mark of the resident
+    set, reset first where that is allowed. Otherwise it cannot be reset and the value is a lower
+    bound.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -75,9 +76,9 @@ def give_back_what_is_freed() -> None:
     """Let the C library give every freed tensor of 128 KB or more back to the system at once.
 
     glibc keeps such memory for later and raises the size from which it does not (mallopt(3),
-    `M_MMAP_THRESHOLD`), so that a process takes twice what its tensors do. It is for whoever gives
-    up time for memory already: pages are zeroed anew. Elsewhere nothing happens. It holds for the
-    rest of the process.
+    `M_MMAP_THRESHOLD`). A process then takes twice what its tensors do. This is for callers who
+    already trade time for memory, because pages are zeroed anew. Elsewhere nothing happens. It
+    holds for the rest of the process.
     """
     try:
         if sys.platform == "linux":

@@ -35,15 +35,16 @@ from ptkit.methods.multitask_prompt.settings import MultitaskSection
 from ptkit.methods.prompt_tuning.settings import PromptTuningSection
 from ptkit.methods.start import start_embeddings, start_tokens
 from ptkit.recipe import LoadedRecipe
-from ptkit.recipe.schema import HeadedTask
+from ptkit.recipe.tasks import HeadedTask
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.training.adapter_trainer import Job
 from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.experiment import Experiment, prepare
 from ptkit.training.loop import fit
+from ptkit.training.observer import RunObserver
 from ptkit.training.provenance import FORMAT, as_recorded, base_info, described_data, versions
 from ptkit.training.record import scored_rows
-from ptkit.training.run import RunObserver, demonstrations
+from ptkit.training.run import demonstrations
 from ptkit.training.run_folder import delete_run_folder, open_run_folder
 
 #: The file that says what a folder is, and what that is called.
@@ -129,8 +130,8 @@ def multitask(
     observer: RunObserver | None = None,
     base: Base | None = None,
 ) -> Multitask:
-    """Train one multi-task prompt on the tasks of `recipes`, with the settings of their prompt
-    tuning and their first seed, and measure each task's prompt on its test rows.
+    """Train one multi-task prompt on the tasks of `recipes` and measure each task's prompt on its
+    test rows. It has the settings of their prompt tuning and their first seed.
 
     rank: of each task's matrix; task_learning_rate: of the matrices
     base: a loaded one, instead of loading the recipes'
@@ -173,7 +174,7 @@ def multitask(
 def of_tasks(rows: Sequence[Sequence[EncodedExample]]) -> list[TaskExample]:
     """The rows of all tasks, each with its task's number and weight.
 
-    A task counts by its rows: the losses of one with long targets are weighed down, so that over
+    A task counts by its rows. The losses of one with long targets get lower weights, so that over
     all rows the weights of the targets add up to their number.
     """
     targets = [sum(row.supervised for row in own) for own in rows]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptkit.methods import Adapter
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.architecture import evaluating
 from ptkit.runtime.forward import (
     input_tokens,

@@ -13,7 +13,8 @@ import torch
 
 from ptkit.evaluation.statistics import Interval
 from ptkit.recipe.load import recipe_as_yaml
-from ptkit.recipe.schema import DataSection, Recipe
+from ptkit.recipe.schema import Recipe
+from ptkit.recipe.tasks import DataSection
 from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import Experiment
 from ptkit.training.record import CellRecord

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from ptkit.evaluation.predict import require_positions
 from ptkit.methods import require_method_fits
 from ptkit.runtime.dropout import require_no_dropout
+from ptkit.training.cell import Cell, named_adapters
 from ptkit.training.experiment import Experiment
-from ptkit.training.run import Cell, named_adapters
 
 
 def require_ready(experiment: Experiment, cells: Sequence[Cell]) -> None:
-    """Raise UserError for what a recipe asks of `cells` and cannot be carried out: a method that
-    does not fit the base, adapters to start from that are not there, too few positions, seeds in
-    one batch on a base with dropout."""
+    """Raise UserError for what a recipe asks of `cells` and cannot be carried out.
+
+    Cases are a method that does not fit the base, and adapters to start from that are not there.
+    Others are too few positions, and seeds in one batch on a base with dropout."""
     together = [cell for cell in cells if cell.method.shares_batch]
     if experiment.recipe.train.together > 1 and len({cell.seed for cell in together}) > 1:
         require_no_dropout(experiment.base)

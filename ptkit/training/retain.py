@@ -90,9 +90,9 @@ def written_by_base(base: Base, count: int = WRITTEN, seed: int = 0) -> Tensor:
 class Retainer:
     """The divergence of one adapter in training, a few pieces of text a step.
 
-    weight: what it counts beside the loss per target token; `auto` begins at 1 and is moved
-        towards the weight that keeps the divergence at the target, as Ziegler et al. 2019
-        (section 2.2) do for language models fine-tuned from preferences
+    weight: what it counts beside the loss per target token. `auto` begins at 1 and is moved towards
+        the weight that keeps the divergence at the target. Ziegler et al. 2019 (section 2.2) do so
+        for language models fine-tuned from preferences
     """
 
     def __init__(
@@ -131,8 +131,8 @@ class Retainer:
         return total / ids.numel()
 
     def score(self, validation_loss: float, divergence: float) -> float:
-        """What a checkpoint is judged by: the task's loss, and the divergence where it is weighed
-        or, with an automatic weight, where it is clearly beyond the target."""
+        """What a checkpoint is judged by: the task's loss, and the divergence where it is weighed.
+        With an automatic weight it counts where it is clearly beyond the target."""
         if self._section.weight != "auto":
             return validation_loss + self._section.weight * divergence
         return validation_loss + _BEYOND * max(0.0, divergence - _MARGIN * self._section.target)

@@ -1,8 +1,8 @@
 """The hard-prompt baseline: a text before the input, searched for word by word.
 
 Greedy coordinate search after AutoPrompt (Shin et al. 2020, section 2.2,
-https://arxiv.org/abs/2010.15980): for one position at a time the gradient at its embedding
-proposes tokens, and the proposals are scored on training rows, all of them in one mixed batch.
+https://arxiv.org/abs/2010.15980). For one position at a time, the gradient at its embedding
+proposes tokens. The proposals are scored on training rows, all of them in one mixed batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 from ptkit.data.encode import EncodedExample
 from ptkit.data.tokens import part_ids, without_lead
 from ptkit.errors import ModelError, UserError
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.compile import compile_embeddings, compile_tokens
 from ptkit.runtime.forward import collate, supervised_counts, supervised_losses
@@ -30,8 +31,9 @@ BATCH = 128
 class SearchedPrompt:
     """A searched prompt.
 
-    loss: per target token of the rows searched on, in nats; validation_loss: of the validation
-    rows; losses: after every position tried, the first of the text the search began with
+    loss: per target token of the rows searched on, in nats
+    validation_loss: of the validation rows
+    losses: after every position tried, the first of the text the search began with
     scored: prompts that were scored
     """
 

@@ -1,10 +1,9 @@
 """Self-study: what a base writes with a document in view, as texts to learn the document from.
 
-After Cartridges (Eyuboglu et al. 2025, section 4, https://arxiv.org/abs/2506.06266): a document is
-read in chunks, and each text is written with one of them in view, so that a document may be longer
-than the base's positions. Their openings are questions put to a chat model; a base model of any
-kind goes on with pieces of the document itself and with a few words of no document, or with inputs
-of your own.
+After Cartridges (Eyuboglu et al. 2025, section 4, https://arxiv.org/abs/2506.06266). A document is
+read in chunks, and each text is written with one of them in view. So a document may be longer than
+the base's positions. Their openings are questions put to a chat model. Here a base model of any
+kind continues pieces of the document itself, a few words of no document, or inputs of your own.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from ptkit.data.encode import StudiedText
 from ptkit.data.tokens import without_lead
 from ptkit.errors import DataError, ModelError, UserError
 from ptkit.formats import atomic
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.generation import end_ids, generate
@@ -45,8 +45,10 @@ SMALLEST_CHUNK = 16
 class Document:
     """A text as token ids, and the chunks it is read in.
 
-    ids: of the whole; chunks: consecutive pieces of it; lead: what stands before each of them and
-    before the whole, the base's begin-of-text token as a sink, or nothing
+    ids: of the whole
+    chunks: consecutive pieces of it
+    lead: what stands before each of them and before the whole: the base's begin-of-text token as a
+        sink, or nothing
     """
 
     ids: list[int]
@@ -128,8 +130,9 @@ def study(
     """Let the base write about `document`; what is in `folder` already is read back.
 
     prefixes: `document.compiled`; folder: one file per chunk, written when it is complete
-    texts: to learn from, half as many more are written for validation and test, of every chunk at
-    least one for each; tokens: of a text, at most, after its opening
+    texts: to learn from; half as many more are written for validation and test, at least one of
+        each for every chunk
+    tokens: of a text, at most, after its opening
     inputs: what the texts begin with; default: openings from the chunk and of no document
     report: told (texts written, texts in all) after every batch
 

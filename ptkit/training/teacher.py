@@ -1,6 +1,6 @@
 """What a teacher makes of the texts a student learns from, read once for all epochs.
 
-The teacher is frozen and has a document in view, so what it predicts for a text never changes: a
+The teacher is frozen and has a document in view, so what it predicts for a text never changes. A
 step then costs what it costs without a document, however long that is.
 """
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ptkit.data.encode import StudiedText
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.architecture import evaluating
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, teacher_outputs
@@ -26,10 +27,10 @@ class Teacher:
 
     lead: what the prefixes begin with and every text too; the teacher reads it once
 
-    What it makes of texts is kept while it fits into `budget` bytes: what its output head reads at
-    every token that is learnt, where the head is a frozen matrix (else the logits themselves, which
-    are wider). Texts that do not fit are read again each time, alone; those that do are read in
-    batches that depend on their order only. Either way what a resumed run learns from is the same.
+    What it makes of texts is kept while it fits into `budget` bytes. It is what its output head
+    reads at every token that is learnt, where the head is a frozen matrix (else the wider logits).
+    Texts that do not fit are read again each time, alone. Those that do are read in batches that
+    depend on their order only. Either way what a resumed run learns from is the same.
     """
 
     def __init__(

@@ -13,14 +13,14 @@ nothing for that.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from ptkit.declared import declared
 
 if TYPE_CHECKING:
     from ptkit.runtime.base_model import Base
@@ -54,19 +54,11 @@ class Write(Protocol):
 @cache
 def engines() -> dict[str, str]:
     """Each engine's name, and in a line what is written for it."""
-    folder = Path(__file__).parent
-    names = sorted(module.name for module in iter_modules([str(folder)]))
-    return {
-        name.replace("_", "-"): _first_line((folder / f"{name}.py").read_text(encoding="utf-8"))
-        for name in names
-    }
+    said = declared(Path(__file__).parent, "__doc__")
+    return {name.replace("_", "-"): line for name, line in said.items()}
 
 
 def writer(engine: str) -> Write:
     """What writes adapters for `engine`, one of `engines()`."""
     module = import_module(f"{__name__}.{engine.replace('-', '_')}")
     return cast(Write, module.write)
-
-
-def _first_line(source: str) -> str:
-    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]

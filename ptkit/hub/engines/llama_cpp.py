@@ -72,8 +72,8 @@ def write(
     dtype: the server's `--cache-type-k` and `--cache-type-v`: f32, f16, or q8_0 for int8
     flash_attention: whether the server uses it
 
-    Raises UserError without `gguf` and for an architecture that was not tried, AdapterError for an
-    adapter of another model and for what is more than a KV prefix (see `engine_prefix`).
+    Raises UserError without `gguf` and for an architecture that was not tried. Raises AdapterError
+    for an adapter of another model and for what is more than a KV prefix (see `engine_prefix`).
     """
     if gguf is None:
         raise UserError("--as llama-cpp needs --gguf FILE, the file that llama-server loads")
@@ -105,9 +105,9 @@ def write(
 def slot_file(prefix: KVPrefix, ids: Sequence[int], layout: _Layout) -> bytes:
     """A slot that has read `ids` and holds the keys and values of `prefix`.
 
-    ids: one for each virtual token. The parts are those that llama.cpp's server writes itself: the
-    slot's tokens; a cell for each with its position and sequence; the keys of every layer, then
-    the values of every layer, each with type and size.
+    ids: one for each virtual token. The parts are those that llama.cpp's server writes itself.
+    First are the slot's tokens, and a cell for each with its position and sequence. Then follow the
+    keys of every layer and the values of every layer, each with type and size.
     """
     count = prefix.virtual_tokens
     packed = [_SLOT_MARKER, _SLOT_VERSION, count, *ids, _NO_MEDIA]

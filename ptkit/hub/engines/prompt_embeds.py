@@ -24,8 +24,8 @@ def write(
 ) -> Written:
     """Write the soft prompts of `sources` and a client that sends them with each request.
 
-    The client puts the embeddings of the text behind those of the adapter, as vLLM's
-    `prompt_embeds` wants them; the server is a plain vLLM with `--enable-prompt-embeds`.
+    The client puts the embeddings of the text behind those of the adapter, in the form of vLLM's
+    `prompt_embeds`. The server is a plain vLLM with `--enable-prompt-embeds`.
     """
     base, softs = soft_prompts(sources, base)
     with atomic.folder(out, replace=replace_out) as scratch:

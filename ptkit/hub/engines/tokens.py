@@ -17,10 +17,11 @@ from ptkit.errors import PtkitError, UserError
 from ptkit.formats import atomic
 from ptkit.hub.engines import Written
 from ptkit.hub.soft_prompts import PROMPTS, Soft, embedding_scale, prompts_file, soft_prompts
-from ptkit.prefix import PrefixBatch
-from ptkit.runtime.base_model import Base, no_weights_bar
+from ptkit.prefix_batch import PrefixBatch
+from ptkit.runtime.base_model import Base
 from ptkit.runtime.compile import compile_embeddings
 from ptkit.runtime.forward import all_logits
+from ptkit.runtime.progress import no_weights_bar
 
 #: Largest difference of a logit between the exported tokens and the adapter.
 _TOLERANCE = 1e-3
@@ -32,10 +33,10 @@ def write(
     """Write a copy of the base to `out` whose vocabulary holds the soft prompts of `sources`.
 
     A request for an adapter begins with its tokens' text (in `prompts.json`). Their rows of the
-    output head are the mean of all others', so that their logit, the mean logit, never exceeds
-    the largest: no engine generates one greedily; `generation_config.json` suppresses them
-    altogether where it is read. A base with tied embeddings is untied. The result is read back
-    and compared with the adapters' own logits.
+    output head are the mean of all others'. So their logit, the mean logit, never exceeds the
+    largest, and no engine generates one greedily. `generation_config.json` suppresses them
+    altogether where it is read. A base with tied embeddings is untied. The result is read back and
+    compared with the adapters' own logits.
     """
     given = base is not None
     base, softs = soft_prompts(sources, base)

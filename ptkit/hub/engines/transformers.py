@@ -17,7 +17,8 @@ from ptkit.errors import AdapterError, PtkitError
 from ptkit.formats import atomic
 from ptkit.hub.engine_adapters import EngineSource, engine_adapters, engine_prefix
 from ptkit.hub.engines import Written
-from ptkit.prefix import KVPrefix, PrefixBatch
+from ptkit.prefix import KVPrefix
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.cache import has_state, sees_everything, shares_keys
 from ptkit.runtime.generation import generate

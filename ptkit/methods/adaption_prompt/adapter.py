@@ -1,8 +1,8 @@
 """LLaMA-Adapter: learnt tokens that every layer attends to beside its input, behind a zero gate.
 
-Zhang et al. 2023, section 3, https://arxiv.org/abs/2303.16199; PEFT's ADAPTION_PROMPT. It looks
-like a prefix and is none: the tokens have a softmax of their own, so keys and values before the
-input cannot stand for them.
+Zhang et al. 2023, section 3, https://arxiv.org/abs/2303.16199; PEFT's ADAPTION_PROMPT. It resembles
+a prefix and is none. The tokens have a softmax of their own, so keys and values before the input
+cannot replace them.
 """
 
 from __future__ import annotations

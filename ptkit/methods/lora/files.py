@@ -1,7 +1,7 @@
 """LoRA adapters of unknown origin: what their files say, checked before PEFT sees it.
 
-PEFT puts its layers into the base while it reads settings and matrices; by the time it notices
-that something is wrong, the base has been changed.
+PEFT puts its layers into the base while it reads settings and matrices. By the time it finds a
+fault, the base has been changed.
 """
 
 from __future__ import annotations

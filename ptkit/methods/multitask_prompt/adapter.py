@@ -23,7 +23,7 @@ from ptkit.methods.prompt_tuning.adapter import PromptTuning
 from ptkit.methods.prompt_tuning.settings import PromptTuningSection
 from ptkit.methods.soft_prompt import prompt_learning_shape, soft_prefix
 from ptkit.methods.start import rms
-from ptkit.prefix import PrefixBatch
+from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 
 #: Values of a task's further columns before training, where its rank is above 1.

@@ -31,10 +31,10 @@ EMBEDDING_RATE = 200.0
 class PTuning(SoftPrompt):
     """Embeddings made by PEFT's prompt encoder, on top of a start of real tokens.
 
-    With a start other than `random` the encoder's last layer begins at zero and its output is
-    added to the start's embeddings, in units of `OUTPUT_SCALE` times their RMS, so training departs
-    from real tokens. So does a change `[num_virtual_tokens, hidden]` learnt beside it; the exported
-    file holds the sum, as PEFT expects.
+    With a start other than `random`, the encoder's last layer begins at zero. Its output is added
+    to the start's embeddings, in units of `OUTPUT_SCALE` times their RMS, so training departs from
+    real tokens. So does a change `[num_virtual_tokens, hidden]` learnt beside it. The exported file
+    holds the sum, as PEFT expects.
     """
 
     section_class = PTuningSection

@@ -1,9 +1,9 @@
 """A prefix and LoRA trained together: what is read before the input, and how everything is read.
 
-He et al. 2022, "Towards a Unified View of Parameter-Efficient Transfer Learning", section 4.6
-(https://arxiv.org/abs/2110.04366), and Mao et al. 2022, UniPELT (https://arxiv.org/abs/2110.07577)
-find the two to add up. The prefix is prefix tuning's, the rest is LoRA's; here is only what holds
-them together.
+Two papers find that the two add up. They are He et al. 2022, "Towards a Unified View of
+Parameter-Efficient Transfer Learning", section 4.6 (https://arxiv.org/abs/2110.04366), and Mao et
+al. 2022, UniPELT (https://arxiv.org/abs/2110.07577). The prefix is prefix tuning's, and the rest is
+LoRA's. Here is only what holds them together.
 """
 
 from __future__ import annotations

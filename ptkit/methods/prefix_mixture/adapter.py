@@ -1,10 +1,10 @@
 """An input-dependent prompt: a mean of several prefixes, weighed anew for every row.
 
-A gate reads the row's input as the frozen base embeds it and says what each prefix counts. Wu et
-al. 2022, IDPG (https://arxiv.org/abs/2204.04497), make the prompt itself from the input; weighing
-whole prompts, one's own or those of other tasks, is ATTEMPT (Asai et al. 2022, section 3.2,
-https://arxiv.org/abs/2205.11961), here with keys and values in place of embeddings, so that a row
-costs what it costs with one prefix.
+A gate reads the row's input as the frozen base embeds it, and gives the weight of each prefix. Wu
+et al. 2022, IDPG (https://arxiv.org/abs/2204.04497), make the prompt itself from the input. ATTEMPT
+weighs whole prompts, its own or those of other tasks (Asai et al. 2022, section 3.2,
+https://arxiv.org/abs/2205.11961). Here the same is done with keys and values in place of
+embeddings, so a row costs what it costs with one prefix.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 "Prefix-Tuning: Optimizing Continuous Prompts for Generation", https://arxiv.org/abs/2101.00190.
 With `reparameterize`, an MLP makes them (section 4.3); PEFT's `PrefixEncoder` is the MLP. Where the
-base can read a soft prompt, the embeddings that it makes the start of learn, too
-(`learn_embeddings`): a prefix is then all that prompt tuning reaches, and more.
+base can read a soft prompt, the embeddings that it makes the start of learn too
+(`learn_embeddings`). A prefix is then all that prompt tuning reaches, and more.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class PrefixTuning(Adapter):
         read: what `start` becomes while its embeddings learn
 
         What is learnt is a change of the start, in units of the start's RMS per layer and side.
-        Keys and values differ in size by layer (30 times in the embedded base) while a step of
-        AdamW has one size for all: unscaled, a rate that moves the large ones wrecks the small.
+        Keys and values differ in size by layer (30 times in the embedded base), while a step of
+        AdamW has one size for all. Unscaled, a rate that moves the large ones destroys the small.
         """
         super().__init__(section, base)
         if (base.encoder_decoder or base.encoder) and section.position == "infix":

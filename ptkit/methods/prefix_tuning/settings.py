@@ -15,26 +15,26 @@ class PrefixSettings(PromptMethodSection):
     """How a prefix is made, whether it is learnt by itself or with something beside it."""
 
     reparameterize: bool = False
-    """Train an MLP whose output is added to the start (scaled as all learnt values are); its last
+    """Train an MLP whose output is added to the start (scaled as all learnt values are). Its last
     layer begins at zero, so training departs from the start exactly. Folded at export."""
     encoder_hidden_size: int = Field(default=128, ge=1)
     """Width of that MLP."""
     trained_layers: int | None = Field(default=None, ge=1)
-    """Upper layers whose keys and values are trained (Liu et al. 2022, P-tuning v2, section 4.3);
-    those below stay what they were at the start, the real ones of its tokens. null: all."""
+    """Upper layers whose keys and values are trained (Liu et al. 2022, P-tuning v2, section 4.3).
+    Those below keep their start, the real keys and values of its tokens. null: all."""
     sink: bool = False
-    """Keep the first virtual token frozen, at the base's reading of its begin-of-text token: many
-    bases rest their attention there (Xiao et al. 2024), and a trained token in its place disturbs
+    """Keep the first virtual token frozen, at the base's reading of its begin-of-text token. It is
+    an attention sink in many bases (Xiao et al. 2024), and a trained token in its place disturbs
     all they read. It counts among `num_virtual_tokens`."""
     gates: Literal["values", "keys_and_values"] | None = None
     """Learn one factor per layer on the virtual tokens' values, or one on the keys and one on the
-    values; they begin at 1 and are folded into the exported prefix exactly."""
+    values. Factors begin at 1 and are folded into the exported prefix exactly."""
     position: Literal["prefix", "infix"] = "prefix"
     """Where the virtual tokens stand: before the input, or (Li & Liang 2021, section 7.2) before
     its last token. PEFT knows no infix, so such an adapter is for ptkit only."""
     learning_rate: float | Literal["auto"] = 0.1
     """AdamW's peak learning rate, in units of the size (RMS) that keys and values have at the start
-    in their layer, so that one rate fits all layers and bases; the MLP wants about 3e-3. `auto`: of
+    in their layer. So one rate fits all layers and bases; the MLP wants about 3e-3. `auto`: of
     four, the one nearest the default that learns enough in a short test before the run."""
 
     @field_validator("gates", mode="before")
@@ -107,7 +107,7 @@ class PrefixTuningSection(PrefixSettings):
     kind: Literal["prefix_tuning"]
     """`prefix_tuning`."""
     learn_embeddings: bool | None = None
-    """Train the embeddings of the start's tokens as well: the prefix is what the base makes of
+    """Train the embeddings of the start's tokens as well. The prefix is what the base makes of
     them, as in prompt tuning, plus what is learnt at every layer. Folded at export. null: where it
     can be, with a start of tokens, no `trained_layers` and no MLP, on a decoder without states."""
 

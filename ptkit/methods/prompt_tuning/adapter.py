@@ -31,7 +31,7 @@ class PromptTuning(SoftPrompt):
     ) -> None:
         """start: embeddings `[num_virtual_tokens, hidden]`; None: noise, as PEFT's.
 
-        What is learnt is a change of the start in units of its RMS: embeddings are 0.02 in one
+        What is learnt is a change of the start in units of its RMS. Embeddings are 0.02 in one
         family and 10 in another, and a step of AdamW has one size for all.
         """
         super().__init__(section, base)

@@ -3,7 +3,7 @@
 The untrained baseline every comparison needs (Brown et al. 2020, section 2,
 https://arxiv.org/abs/2005.14165). It compiles to a KV prefix like the learnt methods.
 
-The text and the input are one text for the model: the begin-of-text token that some tokenizers add
+The text and the input are one text for the model. The begin-of-text token that some tokenizers add
 stands before the prompt, and not again before the input.
 """
 

@@ -1,0 +1,231 @@
+"""What is learnt, from which data: the `task` section of a recipe, one class for each kind."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ptkit.errors import did_you_mean
+from ptkit.metrics import Judged, metric_names
+from ptkit.plugins import brought
+from ptkit.section import Section
+
+
+class Splits(Section):
+    """The source's names for the three splits."""
+
+    train: str = "train"
+    """Training rows."""
+    validation: str | None = "validation"
+    """Rows that choose the best checkpoint and, in a search, the settings. null holds a tenth of
+    the training rows out for it. Use it where `test` is the source's validation."""
+    test: str | None = "test"
+    """Rows every figure is about. null takes the validation rows, which have also chosen the
+    checkpoint; record, table, report and card then name that."""
+
+
+class SplitLimits(Section):
+    """Use only so many rows of each split."""
+
+    train: Annotated[int, Field(gt=0)] | None = None
+    validation: Annotated[int, Field(gt=0)] | None = None
+    test: Annotated[int, Field(gt=0)] | None = None
+
+
+class DataSection(Section):
+    """Where the rows come from: exactly one of `builtin`, `hub` or `files`."""
+
+    builtin: str | None = None
+    """A set that ships with ptkit: `facts-to-text`, `message-routing`, `captions-en-de`,
+    `report-summary`, `persona-reply`, `passage-question`."""
+    hub: str | None = None
+    """Id of a dataset on the Hugging Face Hub. Its CSV and JSON files are read as `files` are: a
+    cell is its text."""
+    config: str | None = None
+    """Configuration (subset) of the hub dataset."""
+    revision: str | None = None
+    """Revision of the hub dataset."""
+    data_dir: str | None = None
+    """Folder of the hub dataset to read, where its files are not described by configurations."""
+    files: dict[str, str | list[str]] | None = None
+    """Split -> JSONL, JSON, CSV or Parquet file(s); relative paths start at the recipe's folder."""
+    splits: Splits = Splits()
+    """The source's names for the three splits. What is missing falls back: test to the validation
+    rows, validation to a tenth of the training rows (both as if the name were null)."""
+    limits: SplitLimits = SplitLimits()
+    """Use only so many rows of each split."""
+    draw: Literal["balanced", "first", "seed"] = "balanced"
+    """Which rows `limits` keep and which are held out for a missing validation split. `balanced`: a
+    random draw, the same for all seeds, that gives every label its share. (Built-in sets are in
+    random order: their first rows are one.) `first`: in the order of the source, for rows in the
+    order of time. Limits then keep the first, and the last tenth is held out. `seed`:
+    `limits.train` draws by the cell's seed, so that the seeds of a low-data comparison differ
+    in their data."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fall_backs_are_written_out(cls, data: Any) -> Any:
+        """What the splits of files are is known here, and part of the recipe that is kept."""
+        if not isinstance(data, dict) or not isinstance(data.get("files"), dict):
+            return data
+        splits = data.get("splits", {})
+        if not isinstance(splits, dict):
+            return data
+        absent = {s: None for s in ("validation", "test") if s not in data["files"]}
+        return {**data, "splits": {**absent, **splits}}
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSection:
+        given = [n for n in ("builtin", "hub", "files") if getattr(self, n)]
+        if len(given) != 1:
+            raise ValueError(
+                "expected exactly one of `builtin`, `hub`, `files`"
+                + (f", found {', '.join(given)}" if given else "")
+            )
+        return self
+
+
+#: A metric's name, of ptkit's own or brought by another package, or `module:function`.
+MetricName = Annotated[str, Field(min_length=1)]
+
+
+def _require_metrics(cls: Any, names: list[str]) -> list[str]:
+    """Raise ValueError for a metric the task does not have, or one named twice."""
+    known = (*metric_names(cls._judged), *brought("ptkit.metrics"))
+    for name in names:
+        if ":" not in name and name not in known:
+            raise ValueError(f"no metric `{name}`; {did_you_mean(name, known)}")
+    if len(set(names)) < len(names):
+        raise ValueError("a metric is named twice")
+    return names
+
+
+class GenerationTask(Section):
+    """The model writes the target after the input."""
+
+    kind: Literal["generation"]
+    """`generation`."""
+    data: DataSection
+    """Where the rows come from."""
+    input: str
+    """Template of what the model reads, with `{column}` placeholders."""
+    target: str
+    """Template of what the model learns to write after it (an end-of-text token is added)."""
+    references: str | None = None
+    """Column holding the list of acceptable texts; without it the target alone is the reference."""
+    max_input_tokens: Annotated[int, Field(gt=0)] = 256
+    """Inputs are cut on the left to this many tokens, and keep a begin-of-text token that the
+    tokenizer adds; for an encoder-decoder on the right."""
+    max_target_tokens: Annotated[int, Field(gt=0)] = 128
+    """Targets are cut to, and generation stops at, this many tokens."""
+    num_beams: Annotated[int, Field(ge=1)] = 1
+    """Beams of the search used for evaluation; 1 is greedy."""
+    metrics: list[MetricName] = Field(default=["bleu", "chrf"], min_length=1)
+    """`bleu`, `chrf`, `ter`, `rouge1`, `rouge2`, `rougeL`, `rougeLsum` (of summaries, a sentence a
+    line), `meteor`, `exact_match`, `json_valid`, `json_equal`, or `perplexity` of the target. Your
+    own are `module:function`. The first is *the score* in tables. `bleu-zh`, `rougeL-char`: with
+    sacrebleu's tokeniser `zh`, `char`, `intl`, `ja-mecab`, `ko-mecab` or `flores200`, for other
+    languages than English."""
+    _judged: ClassVar[Judged] = "text"
+
+    _metrics_are_known = field_validator("metrics")(_require_metrics)
+
+
+class ClassificationTask(Section):
+    """The model chooses the label whose words it finds likeliest after the input."""
+
+    kind: Literal["classification"]
+    """`classification`."""
+    data: DataSection
+    """Where the rows come from."""
+    input: str
+    """Template of what the model reads, with `{column}` placeholders."""
+    label: str = "label"
+    """Column with the label."""
+    verbalizer: dict[str, str] = Field(min_length=2)
+    """Label -> the words that stand for it after the input (keep the leading space). No
+    label's words may begin another's: they would always be the likelier ones."""
+    max_input_tokens: Annotated[int, Field(gt=0)] = 256
+    """Inputs are cut on the left to this many tokens, and keep a begin-of-text token that the
+    tokenizer adds."""
+    metrics: list[MetricName] = Field(default=["accuracy", "macro_f1"], min_length=1)
+    """`accuracy`, `macro_f1`, `macro_precision`, `macro_recall`, `roc_auc`, or your own
+    `module:function`; the first is *the score* in tables."""
+    _judged: ClassVar[Judged] = "label"
+
+    _metrics_are_known = field_validator("metrics")(_require_metrics)
+
+    @field_validator("verbalizer")
+    @classmethod
+    def _distinct_words(cls, words: dict[str, str]) -> dict[str, str]:
+        if len(set(words.values())) < len(words):
+            raise ValueError("two labels have the same words")
+        for label, own in words.items():
+            if not own:
+                raise ValueError(f"the label `{label}` has no words")
+            for other, longer in words.items():
+                if longer.startswith(own) and longer[len(own) :][:1].isspace():
+                    raise ValueError(
+                        f"the words of `{label}` begin those of `{other}`, so `{other}` could "
+                        "never be chosen; give one of them words that begin otherwise"
+                    )
+        return words
+
+
+class HeadedTask(Section):
+    """What tasks share that are solved by a classification head instead of by words: the head is
+    new, and trained with every method. For encoders, and for decoders used as classifiers."""
+
+    data: DataSection
+    """Where the rows come from."""
+    labels: list[Annotated[str, Field(pattern=r"^\S+$")]] = Field(min_length=2)
+    """All labels, in any order (a checkpoint's own head is matched by name); no spaces within
+    one."""
+    max_input_tokens: Annotated[int, Field(gt=0)] = 256
+    """Inputs are cut on the right to this many tokens."""
+    metrics: list[MetricName] = Field(min_length=1)
+    """The first is *the score* in tables."""
+    _judged: ClassVar[Judged]
+
+    _metrics_are_known = field_validator("metrics")(_require_metrics)
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct_labels(cls, labels: list[str]) -> list[str]:
+        if len(set(labels)) < len(labels):
+            raise ValueError("a label is listed twice")
+        return labels
+
+
+class SequenceClassificationTask(HeadedTask):
+    """A trained head chooses one label for the whole input."""
+
+    kind: Literal["sequence_classification"]
+    """`sequence_classification`."""
+    input: str
+    """Template of what the model reads, with `{column}` placeholders."""
+    label: str = "label"
+    """Column with the label."""
+    metrics: list[MetricName] = Field(default=["accuracy", "macro_f1"], min_length=1)
+    """`accuracy`, `macro_f1`, `macro_precision`, `macro_recall`, `roc_auc`, or your own
+    `module:function`; the first is *the score* in tables."""
+    _judged: ClassVar[Judged] = "label"
+
+
+class TokenClassificationTask(HeadedTask):
+    """A trained head chooses one label for every word: names, parts of speech."""
+
+    kind: Literal["token_classification"]
+    """`token_classification`."""
+    words: str = "tokens"
+    """Column with the list of words."""
+    tags: str = "tags"
+    """Column with the list of their labels, as long as the list of words."""
+    metrics: list[MetricName] = Field(default=["word_accuracy", "word_macro_f1"], min_length=1)
+    """`word_accuracy`, `word_macro_f1`, `entity_f1` (of labels in IOB, IOBES or BILOU), or your own
+    `module:function`; the first is *the score* in tables."""
+    _judged: ClassVar[Judged] = "words"
+
+
+Task = GenerationTask | ClassificationTask | SequenceClassificationTask | TokenClassificationTask

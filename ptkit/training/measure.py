@@ -1,0 +1,147 @@
+"""What is measured of a trained adapter, and what is kept of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptkit.data.task import Example
+from ptkit.evaluation.latency import Latency, measure_latency
+from ptkit.evaluation.predict import Prediction, predict
+from ptkit.evaluation.retention import off_probe
+from ptkit.evaluation.score import score_intervals
+from ptkit.evaluation.statistics import Interval
+from ptkit.formats import atomic
+from ptkit.formats.adapter_files import RECIPE, WEIGHTS, write_adapter
+from ptkit.methods import Adapter
+from ptkit.runtime.progress import no_weights_bar
+from ptkit.training.cell import Cell
+from ptkit.training.checkpoint import Progress
+from ptkit.training.experiment import Experiment
+from ptkit.training.gate import share_open
+from ptkit.training.observer import RunObserver
+from ptkit.training.processes import processes, shared
+from ptkit.training.provenance import adapter_info, hardware, recipe_of_cell, versions
+from ptkit.training.record import CellRecord
+
+
+def _openings(experiment: Experiment, adapter: Adapter) -> dict[str, float] | None:
+    """For which share of validation inputs, and of windows of each general text, the gate opens."""
+    if adapter.input_gate is None:
+        return None
+    shares = {
+        "task": share_open(adapter.input_gate, [row.input_ids for row in experiment.validation])
+    }
+    if experiment.general is not None:
+        for name, windows in experiment.general.windows.items():
+            shares[name] = share_open(adapter.input_gate, windows.tolist())
+    return shares
+
+
+def predicted(experiment: Experiment, adapter: Adapter, observer: RunObserver) -> list[Prediction]:
+    """Predictions for the test rows, in every process; each makes an equal part of them."""
+    recipe = experiment.recipe
+
+    def work(rows: Sequence[Example]) -> list[Prediction]:
+        batch_size = recipe.evaluate.batch_size
+        return predict(adapter, rows, recipe.task, batch_size, observer.predicting)
+
+    return shared(experiment.data.test, work, processes(experiment.base.model.device))
+
+
+def measured(
+    experiment: Experiment,
+    adapter: Adapter,
+    cell: Cell,
+    progress: Progress,
+    predictions: Sequence[Prediction],
+    eval_seconds: float,
+    retention: dict[str, Any] | None,
+    started: datetime,
+) -> CellRecord:
+    recipe, base, method, folder = experiment.recipe, experiment.base, cell.method, cell.folder
+    scores = score_intervals(predictions, recipe.task.metrics, recipe.evaluate.bootstrap)
+    latency = Latency(None, None)
+    if base.head is None:
+        latency = measure_latency(adapter, experiment.probe_ids[0, :32].tolist())
+    lines = [json.dumps(p.as_dict(), ensure_ascii=False) for p in predictions]
+    atomic.write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+    record = CellRecord(
+        recipe=recipe.name,
+        cell=cell.name,
+        method=method.title,
+        kind=method.kind,
+        family=cell.family or method.title,
+        sweep=cell.sweep,
+        tuned=cell.tuned,
+        seed=cell.seed,
+        settings=method.model_dump(),
+        n_train=len(experiment.training(cell.seed).encoded) if method.trains else 0,
+        n_test=len(predictions),
+        test_split=experiment.data.test_split,
+        test_chose=experiment.data.test_chose,
+        test_rows=experiment.test_fingerprint(),
+        retention_text=experiment.retention_fingerprint(),
+        base_fingerprint=base.fingerprint,
+        metrics={name: interval.mean for name, interval in scores.items()},
+        score=recipe.task.metrics[0],
+        trainable_parameters=adapter.trainable_parameters,
+        base_parameters=base.parameters,
+        bytes_on_disk=0,
+        train_seconds=progress.seconds,
+        train_steps=progress.step,
+        best_step=progress.best_step,
+        tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
+        peak_memory_bytes=progress.peak_memory_bytes if method.trains else None,
+        eval_seconds=eval_seconds,
+        curve=progress.curve,
+        retention=retention,
+        gate=_openings(experiment, adapter),
+        decode_ms=latency.adapter,
+        added_ms=latency.added,
+        adapter_off_exact=_off_exact(experiment, adapter),
+        adapter_path=None,
+        versions=versions(),
+        hardware=hardware(base.model.device),
+        started=started.isoformat(timespec="seconds"),
+    )
+    if not method.trains:
+        return record
+    path, size = _save(adapter, folder, experiment, record, scores)
+    return record.updated(bytes_on_disk=size, adapter_path=path)
+
+
+def _off_exact(experiment: Experiment, adapter: Adapter) -> bool | None:
+    """Whether the base's logits with the adapter off are bit for bit those from before."""
+    if not adapter.has_off:
+        return None
+    off: AbstractContextManager[Any] = adapter.off()
+    with off:
+        return torch.equal(off_probe(experiment.base.model, experiment.probe_ids), experiment.probe)
+
+
+def _save(
+    adapter: Adapter,
+    folder: Path,
+    experiment: Experiment,
+    record: CellRecord,
+    scores: Mapping[str, Interval],
+) -> tuple[str, int]:
+    """Save the trained adapter (or model); returns its folder's name and its weights' bytes."""
+    if not adapter.has_off:
+        with atomic.folder(folder / "model", replace=True) as scratch, no_weights_bar():
+            adapter.model.save_pretrained(scratch)
+            experiment.base.tokenizer.save_pretrained(scratch)
+        return "model", sum(f.stat().st_size for f in (folder / "model").glob("*.safetensors"))
+    info = adapter_info(experiment, record, scores)
+    recipe = recipe_of_cell(experiment.recipe, record.settings, record.seed)
+    files = replace(adapter.files(), info=info, texts={RECIPE: recipe})
+    write_adapter(folder / "adapter", files, replace=True)
+    return "adapter", (folder / "adapter" / WEIGHTS).stat().st_size
