@@ -34,6 +34,7 @@ from ptkit.serve.answer import (
 )
 from ptkit.serve.engine import Engine
 from ptkit.serve.sampling import NotFiniteError, SamplerState, Sampling, sample
+from ptkit.serve.scheduler import BlockBudget
 from ptkit.serve.text import TextStream
 
 
@@ -517,6 +518,31 @@ def test_an_answer_waits_until_its_memory_is_free_and_none_ends_for_want_of_it(
             engine.submit([Asked(bank, ["a0", "a1"], [1] * 100, max_tokens=4).answer])
     finally:
         engine.close()
+
+
+def test_a_prefix_is_promised_once_and_one_that_depends_on_the_input_to_each(
+    bank: AdapterBank,
+) -> None:
+    class OfInput:
+        virtual_tokens, infix = 20, False
+
+    budget = BlockBudget(12)
+    shared = Asked(bank, ["a5"], [1] * 20, max_tokens=12).answer  # 2 blocks, and 1 of the prefix
+    own = Asked(bank, [None], [1] * 20, max_tokens=12).answer
+    own.adapters = (RequestAdapter("own", OfInput()),)  # type: ignore[arg-type]
+    infix = Asked(bank, ["infix"], [1] * 20, max_tokens=12).answer
+    assert [budget.needed(answer) for answer in (shared, own, infix)] == [3, 4, 3]
+    budget.take(shared)
+    budget.take(shared)  # 5 in all
+    budget.take(own)  # 9
+    assert budget.fits(infix)
+    budget.take(infix)  # 12
+    assert not budget.fits(shared)
+    budget.give_back(shared)
+    assert budget.fits(shared), "its prefix is still there"
+    budget.give_back(shared)
+    budget.take(infix)  # 10, and its prefix is gone
+    assert not budget.fits(shared)
 
 
 def test_several_answers_of_one_request_are_read_once(

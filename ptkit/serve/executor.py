@@ -27,7 +27,7 @@ from ptkit.serve.answer import (
 )
 from ptkit.serve.decoding import DecodeState, together
 from ptkit.serve.failures import of_memory, said
-from ptkit.serve.sampling import NotFiniteError, sample
+from ptkit.serve.sampling import NotFiniteError, Token, sample
 from ptkit.serve.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -254,16 +254,10 @@ class Executor:
         if len(of) < len(rows):  # several adapters write one answer together
             logits = torch.stack([together(logits[indices]) for indices in of.values()])
         failed: dict[DecodeState, PtkitError] = {}
-        try:
-            tokens = sample(logits, [state.sampler for state in of])
-        except Exception as error:
-            logger.exception("choosing tokens failed")
-            failed = dict.fromkeys(of, NotFiniteError(f"no token could be chosen: {error}"))
-            tokens = []
         ended = set()
-        for state, token in zip(of, tokens, strict=False):
-            if token is None:
-                failed[state] = NotFiniteError()
+        for state, token in zip(of, self._sampled(logits, [*of]), strict=True):
+            if isinstance(token, NotFiniteError):
+                failed[state] = token
                 continue
             try:
                 finish = state.take(token)
@@ -276,6 +270,23 @@ class Executor:
                 ended.add(state)
         self._leave(ended)
         self._fail(failed)
+
+    def _sampled(
+        self, logits: Tensor, states: Sequence[DecodeState]
+    ) -> list[Token | NotFiniteError]:
+        """The next token of each of `states`, or why there is none."""
+        try:
+            tokens = sample(logits, [state.sampler for state in states])
+        except Exception as error:
+            if len(states) == 1:
+                logger.exception("choosing a token failed")
+                return [NotFiniteError(f"no token could be chosen: {error}")]
+            # Of one answer, perhaps: the others' tokens are chosen.
+            return [
+                one for row, state in zip(logits, states, strict=True)
+                for one in self._sampled(row[None], [state])
+            ]  # fmt: skip
+        return [NotFiniteError() if token is None else token for token in tokens]
 
     def _leave(self, states: set[DecodeState]) -> None:
         """Take the rows of `states` out."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ptkit.errors import UserError
+from ptkit.prefix import KVPrefix
 from ptkit.runtime.block_pool import BLOCK_SIZE
 from ptkit.serve.answer import (
     Answer,
@@ -67,18 +68,21 @@ class BlockBudget:
     def _own(self, answer: Answer) -> int:
         """Blocks that are the answer's alone."""
         text = len(answer.prompt) + answer.sampling.max_tokens
-        infix = (
-            a.virtual_tokens for a in answer.adapters if a.prefix is not None and a.prefix.infix
-        )
-        return len(answer.adapters) * _blocks(text) + sum(map(_blocks, infix))
+        own = (a.virtual_tokens for a in answer.adapters if not _is_shared(a))
+        return len(answer.adapters) * _blocks(text) + sum(map(_blocks, own))
 
     def _shared(self, answer: Answer) -> dict[int, int]:
-        """The prefixes of the answer, and the blocks of each."""
+        """The prefixes of the answer that others hold, too, and the blocks of each."""
         return {
             id(adapter.prefix): _blocks(adapter.virtual_tokens)
             for adapter in answer.adapters
-            if adapter.prefix is not None and not adapter.prefix.infix
+            if _is_shared(adapter)
         }
+
+
+def _is_shared(adapter: RequestAdapter) -> bool:
+    """Whether its prefix is the same keys and values for every input."""
+    return isinstance(adapter.prefix, KVPrefix) and not adapter.prefix.infix
 
 
 def _blocks(positions: int) -> int:
