@@ -40,6 +40,7 @@ from ptkit.training.experiment import prepare
 from ptkit.training.failure import Failure, failed_cells
 from ptkit.training.forecast import Forecast, forecast, is_long
 from ptkit.training.observer import RunObserver
+from ptkit.training.ready import require_supported
 from ptkit.training.record import CellRecord
 from ptkit.training.run import run_cells
 
@@ -103,6 +104,7 @@ def train(
     cannot be carried out.
     """
     loaded, section, used_seed, folder = _chosen(recipe, method, seed, out, overrides)
+    require_supported(loaded.recipe, [section])
     if fresh:
         start_over(folder)
     cell = _cell(section, used_seed, folder, start_from)
@@ -147,6 +149,7 @@ def plan_training(
     lines, and what the run would take, measured on a few steps. Nothing is written to its
     folder."""
     loaded, section, used_seed, folder = _chosen(recipe, method, seed, out, overrides)
+    require_supported(loaded.recipe, [section])
     cell = _cell(section, used_seed, folder, start_from)
     experiment = prepare(loaded)
     return experiment.data_lines(), forecast(experiment, [cell])
@@ -248,7 +251,7 @@ class LoadedAdapter:
             "input_ids": torch.cat([virtual.to(ids.device), ids], dim=1),
             "attention_mask": torch.cat([seen, mask], dim=1),
             "past_key_values": prefilled_cache(
-                batch, ReservedCache(batch.longest + ids.shape[1] + 64)
+                self.base.model, batch, ReservedCache(batch.longest + ids.shape[1] + 64)
             ),
         }
 

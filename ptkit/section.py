@@ -57,6 +57,8 @@ class MethodSection(Section):
     """Whether adapters of this method can be trained in one batch, row by row."""
     alone: ClassVar[str] = "it changes the base's weights"
     """Why they cannot."""
+    on_split_base: ClassVar[bool] = False
+    """Whether it works on a base whose layers are split over several processes."""
 
     kind: str
     """The method."""

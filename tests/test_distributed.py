@@ -97,7 +97,7 @@ import ptkit.training.measure as measuring
 import ptkit.training.run as run
 from ptkit.training.loop import Objective
 
-read = {"predicted": 0, "validated": 0, "general": 0}
+read = {"predicted": 0, "validated": 0, "general": 0, "base": 0}
 retention.MAX_LOGITS = 97 * 40  # one window of general text at a time
 measure = retention._read
 predict, forward = measuring.predict, Objective.forward
@@ -108,17 +108,21 @@ def counted(adapter, examples, *rest):
 
 def losses(self, active, rows, **tensors):
     read["validated"] += 0 if torch.is_grad_enabled() else sum(rows)
+    if "random" not in read:
+        read["random"] = torch.get_rng_state().sum().item()
+        read["start"] = [p.double().sum().item() for p in self.adapters[0].trainable().values()]
     return forward(self, active, rows, **tensors)
 
 def windows(model, part, *rest):
-    read["general"] += len(part)
+    read["general" if "predicted_all" in read else "base"] += len(part)
     return measure(model, part, *rest)
 
-def only_adapters(*given):
-    retention._read = windows  # not the base's own, which every process measures
+def adapter_begins(*given):
+    read["predicted_all"] = True
     return measured(*given)
 
-measured, run.measure_retention = run.measure_retention, only_adapters
+retention._read = windows
+measured, run.measure_retention = run.measure_retention, adapter_begins
 measuring.predict, Objective.forward = counted, losses
 import ptkit
 recipe, out, *overrides = sys.argv[1:]
@@ -153,8 +157,14 @@ def test_processes_share_validation_and_evaluation_and_wait_for_each_other(
     windows = first["forgotten"]["tokens"] // 31  # of 32 tokens, the first of them given
     assert first["general"] + second["general"] == windows
     assert abs(first["general"] - second["general"]) <= 1
+    # So do they read what the base itself makes of the text.
+    assert first["base"] + second["base"] == windows
+    assert abs(first["base"] - second["base"]) <= 1
     assert first["forgotten"] == second["forgotten"]
     assert min(first["wait"], second["wait"]) > 6 * 3600
+    # One start, and a dropout of each process's own.
+    assert first["start"] == second["start"]
+    assert first["random"] != second["random"]
     monkeypatch.setattr("ptkit.evaluation.retention.MAX_LOGITS", 97 * 40)
     alone = run_grid(load_recipe(recipe, [
         *base, "train.gradient_accumulation=2", "seeds=[0]",
@@ -260,6 +270,7 @@ def test_forgetting_is_the_same_for_any_number_of_processes(
             return [done[i % n][i // n] for i in range(len(units))]
 
         assert measure_retention(adapter, probe, share) == alone
+        assert probe_base(base, texts, 512, share).untouched == probe.untouched
 
 
 def test_every_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,8 @@ from ptkit.formats.adapter_files import AdapterFiles, write_adapter
 from ptkit.hub.engines.prompt_embeds import write as export_prompt_embeds
 from ptkit.hub.engines.tokens import write as export_tokens
 from ptkit.hub.engines.transformers import write as export_transformers
+from ptkit.methods import Demonstrations, create_adapter
+from ptkit.methods.catalogue import method_section
 from ptkit.runtime.base_model import Base, frozen_base, load_base
 from ptkit.runtime.gate import Gate
 from ptkit.runtime.generation import generate
@@ -231,14 +233,17 @@ def test_plain_transformers_reads_an_adapter_of_any_method(
         (expected,) = bank.generate_ids(
             bank.base.encode([TEXTS[0]]), [name], max_new_tokens=64, do_sample=False
         )
-        assert run.stdout.rstrip("\n") == bank.base.tokenizer.decode(expected).rstrip("\n")
+        assert run.stdout.rstrip("\n") == bank.base.tokenizer.decode(
+            expected, skip_special_tokens=True
+        ).rstrip("\n")
 
 
 @pytest.mark.parametrize("kind", ["infix", "lora", "gate"])
 def test_what_no_cache_can_hold_is_refused_with_its_reason(kind: str, tmp_path: Path) -> None:
     base = random_base("llama")
-    section: dict[str, Any] = {**LEARNT["lora" if kind == "lora" else "prefix"]}
-    adapter = make_adapter(base, section | ({"position": "infix"} if kind == "infix" else {}))
+    changed = {"infix": {"position": "infix"}, "lora": {"kind": "lora"}}.get(kind, {})
+    section = changed if kind == "lora" else LEARNT["prefix"] | {"start": "random"} | changed
+    adapter = create_adapter(method_section(section), base, Demonstrations([], 0))
     if kind == "gate":
         hidden = base.embedding.embedding_dim
         adapter.input_gate = Gate(torch.ones(2 * hidden), torch.zeros(1), base.embedding)

@@ -31,7 +31,7 @@ from ptkit.data.encode import EncodedExample
 from ptkit.data.task import Example
 from ptkit.errors import AdapterError, RecipeError, UserError
 from ptkit.evaluation.predict import predict
-from ptkit.evaluation.retention import language_modelling, measure_retention, off_probe, probe_base
+from ptkit.evaluation.retention import measure_retention, off_probe, probe_base
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter, write_adapter
 from ptkit.hub.convert import as_prefix, as_prompt
 from ptkit.hub.parts import export_parts
@@ -393,18 +393,18 @@ def test_general_text_shows_the_gate_what_is_not_predicted() -> None:
     base = random_base("llama")
     adapter = mixture(base)
     compiled = adapter.compiled().detach()
-    windows = torch.tensor(rows_of([12, 12, 12]))
-    found, log_probs = language_modelling(base.model, windows, compiled, keep=3)
+    probe = probe_base(base, {"text": " ".join(f"w{1 + i * 7 % 95}" for i in range(400))}, 100)
+    windows = probe.windows["text"]
+    measured = measure_retention(adapter, probe)
     total = 0.0
     for row in windows:
         batch = compiled.for_input([int(row[0])]).alone
         with torch.no_grad():
             logits = all_logits(base.model, row[None], torch.ones_like(row[None]), batch)[0, :-1]
         total += float(torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum"))
-    assert found.nats == pytest.approx(total / 33, abs=1e-4)
-    assert len(log_probs) == 33
-    probe = probe_base(base, {"text": " ".join(f"w{1 + i * 7 % 95}" for i in range(400))}, 400)
-    measured = measure_retention(adapter, probe)
+    predicted = windows[:, 1:].numel()
+    assert measured.adapter["text"].nats == pytest.approx(total / predicted, abs=1e-4)
+    assert measured.drift_tokens == predicted
     assert measured.drift > 0
 
 

@@ -62,7 +62,7 @@ def by_hand(bank: AdapterBank, prompt: list[int], name: Any, tokens: int) -> lis
     )
     while len(said) < len(prompt) + tokens:
         batch, ids = bank.rows([name]), torch.tensor([said])
-        cache = prefilled_cache(batch, DynamicCache()) if batch.longest else None
+        cache = prefilled_cache(model, batch, DynamicCache()) if batch.longest else None
         mask = torch.ones(1, batch.longest + len(said), dtype=torch.long)
         logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
         said.append(int(processors(ids, logits[:, -1].clone()).argmax()))

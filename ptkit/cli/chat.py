@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ptkit.cli.options import ModelOption
+from ptkit.cli.options import DeviceMapOption, ModelOption
 from ptkit.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def chat(
         typer.Option(help="Folder of adapters to know by name; each is read when first used."),
     ] = None,
     model: ModelOption = None,
+    device_map: DeviceMapOption = None,
     system: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Text before the conversation (the chat template's system message)."),
@@ -68,7 +69,8 @@ def chat(
         "do_sample": sample,
         **({"temperature": temperature, "top_p": top_p} if sample else {}),
     }
-    bank, chosen = AdapterBank(load_base(model or TINY_EN)), model is not None
+    base = load_base(model or TINY_EN, device_map=device_map)
+    bank, chosen = AdapterBank(base), model is not None
     if adapters is not None:
         bank.register_all(adapters, chosen=chosen)
     talk = _Chat(Conversation(bank, system=system), options, raw, chosen)

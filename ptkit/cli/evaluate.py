@@ -103,10 +103,15 @@ def _recipe_rows(
     for asked, chosen in zip(precisions, recipes, strict=True):
         experiment = prepare(chosen)
         head = experiment.base.head
-        if head is not None and head.told and None in places:  # an adapter has a head of its own
+        speaks = experiment.parallel.state.is_main_process
+        if (
+            speaks and head is not None and head.told and None in places
+        ):  # an adapter has a head of its own
             typer.echo(head.told, err=True)
         for place in places:
             result = evaluate_saved(experiment, place)
+            if not speaks:  # the first one speaks and writes
+                continue
             if predictions is not None:
                 rows = [json.dumps(p.as_dict(), ensure_ascii=False) for p in result.predictions]
                 atomic.write_text(predictions, "\n".join(rows) + "\n")

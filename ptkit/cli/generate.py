@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import JsonOutput, input_lines, is_data_file
+from ptkit.cli.options import DeviceMapOption, JsonOutput, input_lines, is_data_file
 
 
 class Ensemble(StrEnum):
@@ -36,6 +36,7 @@ def generate(
             "base of adapters that know theirs by another name only.",
         ),
     ] = None,
+    device_map: DeviceMapOption = None,
     input_file: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -105,7 +106,7 @@ def generate(
     revision = revision_named(id, made_for)
     if revision is not None:
         typer.secho(f"{id} at the revision {revision}, which the adapters name", err=True, dim=True)
-    bank = AdapterBank(load_base(id, revision=revision))
+    bank = AdapterBank(load_base(id, revision=revision, device_map=device_map))
     chosen = model is not None
     names = [
         None if place is None else bank.load(place, str(place), chosen=chosen) for place in places

@@ -21,6 +21,7 @@ from ptkit.cli import (
     compare,
     convert,
     distill,
+    environment,
     evaluate,
     export,
     generate,
@@ -73,6 +74,7 @@ app.command("push")(push.push)
 app.command("pull")(pull.pull)
 app.command("search")(search.search)
 app.command("search-prompt")(search_prompt.search_prompt)
+app.command("env")(environment.env)
 
 
 def _version(shown: bool) -> None:

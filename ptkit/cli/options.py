@@ -33,6 +33,14 @@ ModelOption = Annotated[
         "of adapters that know theirs by another name only.",
     ),
 ]
+DeviceMapOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--device-map",
+        metavar="WORD",
+        help="Spread a large base over devices: auto, balanced, balanced_low_0, sequential.",
+    ),
+]
 
 
 class OutputFormat(StrEnum):

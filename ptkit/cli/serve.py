@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import ModelOption
+from ptkit.cli.options import DeviceMapOption, ModelOption
 from ptkit.errors import UserError
 from ptkit.extras import require
 from ptkit.formats.sizes import read_bytes
@@ -51,6 +51,7 @@ def serve(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device_map: DeviceMapOption = None,
     model_name: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="What requests call the base; default: its id."),
@@ -106,7 +107,7 @@ def serve(
 
     try:
         section = ModelSection.model_validate(
-            {"id": model or TINY_EN, "dtype": dtype, "device": device}
+            {"id": model or TINY_EN, "dtype": dtype, "device": device, "device_map": device_map}
         )
     except ValidationError as error:
         raise UserError(f"--{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error

@@ -47,6 +47,7 @@ def train(
     from ptkit.recipe import load_recipe
     from ptkit.runtime.devices import resolve_device
     from ptkit.training.processes import processes
+    from ptkit.training.ready import require_supported
 
     loaded = load_recipe(recipe, set_ or [])
     section = one_method(loaded.recipe, method)
@@ -58,6 +59,7 @@ def train(
         )
         say_plan(told, measured, as_json=json_output)
         return
+    require_supported(loaded.recipe, [section])  # before anything is deleted
     # Under `accelerate launch` every process trains; the first one speaks and writes.
     state = processes(resolve_device(loaded.recipe.model.device))
     if fresh and state.is_main_process:

@@ -19,7 +19,7 @@ from ptkit.training.experiment import Experiment, prepare
 from ptkit.training.failure import FAILED, Failure, attempted
 from ptkit.training.forecast import Forecast, forecast, is_long
 from ptkit.training.observer import RunObserver
-from ptkit.training.ready import require_ready
+from ptkit.training.ready import require_ready, require_supported
 from ptkit.training.record import CellRecord
 from ptkit.training.run import run_cells
 
@@ -88,6 +88,7 @@ def run_grid(
     tries them again. Raises UserError for what is found to be wrong before the first cell is
     trained, FolderError when `out` holds another recipe's comparison.
     """
+    require_supported(loaded.recipe, loaded.recipe.methods)
     _require_same_recipe(loaded, out)
     require_sampler(loaded.recipe.budget)
     observer = observer or RunObserver()

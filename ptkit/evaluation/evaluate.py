@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.named_models import TINY_EN
 
 if TYPE_CHECKING:
+    from ptkit.data.task import Example
     from ptkit.evaluation.statistics import Interval
     from ptkit.training.experiment import Experiment
 
@@ -142,12 +143,19 @@ def evaluate_saved(experiment: Experiment, path: Path | None) -> Evaluation:
 
 
 def evaluate(experiment: Experiment, adapter: Adapter, name: str) -> Evaluation:
-    """Predict and score the experiment's test rows with `adapter`; `name` is what it is called."""
-    recipe = experiment.recipe
-    rows = predict(adapter, experiment.data.test, recipe.task, recipe.evaluate.batch_size)
+    """Predict and score the experiment's test rows with `adapter`; `name` is what it is called.
+
+    The processes of a run do a part each; all of them have the result.
+    """
+    recipe, share = experiment.recipe, experiment.parallel.map
+
+    def predicted(rows: Sequence[Example]) -> list[Prediction]:
+        return predict(adapter, rows, recipe.task, recipe.evaluate.batch_size)
+
+    rows = share(experiment.data.test, predicted)
     retention = None
     if experiment.general is not None:
-        retention = measure_retention(adapter, experiment.general)
+        retention = measure_retention(adapter, experiment.general, share)
     scored = score_intervals(rows, recipe.task.metrics, recipe.evaluate.bootstrap)
     data = experiment.data
     return Evaluation(name, scored, rows, retention, data.test_split, data.test_chose)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ptkit.methods import Adapter
@@ -34,8 +35,16 @@ class Latency:
         return None if self.base is None or self.adapter is None else self.adapter - self.base
 
 
-def measure_latency(adapter: Adapter, prompt: list[int]) -> Latency:
+def _as_told(late: bool) -> bool:
+    return late
+
+
+def measure_latency(
+    adapter: Adapter, prompt: list[int], agreed: Callable[[bool], bool] = _as_told
+) -> Latency:
     """Time greedy generation after `prompt` with the adapter on and off.
+
+    agreed: from whether it is late here to whether processes that measure together stop
 
     The first token, which reads the prompt, is not counted: what it costs depends on the prompt.
     """
@@ -58,7 +67,7 @@ def measure_latency(adapter: Adapter, prompt: list[int]) -> Latency:
     on, off = [], []
     begun = time.perf_counter()
     for number in range(ROUNDS):
-        if number and time.perf_counter() - begun > SECONDS:
+        if number and agreed(time.perf_counter() - begun > SECONDS):
             break
         on.append(per_token(True))
         if adapter.has_off:

@@ -63,13 +63,16 @@ class GeneralProbe:
     lead: how many tokens of a window the tokenizer puts before a text
     kept: of how many windows per domain the base's predictions are kept, to measure drift
     against: as many as memory for logits allows
-    base_log_probs: per domain, `[kept windows * (tokens - 1), vocabulary]`
+    at_once: windows that are read together; every part of the work is as many, whoever does it
+    base_log_probs: of the parts that this process reads, by domain and first window: those of the
+        kept windows, `[kept windows * (tokens - 1), vocabulary]`
     """
 
     windows: Mapping[str, Tensor]
     untouched: Mapping[str, LanguageModelling]
     kept: int
-    base_log_probs: Mapping[str, Tensor]
+    at_once: int
+    base_log_probs: Mapping[tuple[str, int], Tensor]
     lead: int = 0
 
     @property
@@ -130,31 +133,6 @@ def _compared(base: LanguageModelling, adapter: LanguageModelling) -> dict[str, 
     }
 
 
-def probe_base(base: Base, texts: Mapping[str, str], max_tokens: int) -> GeneralProbe:
-    """Measure the base on `texts` (domain -> text), `max_tokens` of each.
-
-    Raises DataError for a text that does not fill one window.
-    """
-    windows = {name: text_windows(base, name, text, max_tokens) for name, text in texts.items()}
-    vocabulary = base.model.get_output_embeddings().weight.shape[0]
-    width = next(iter(windows.values())).shape[1]
-    total = max(1, MAX_LOGITS // (vocabulary * width))
-    # Evenly from all domains, at least one window each.
-    each = max(1, total // len(windows))
-    lead = len(base.lead)
-    read = {
-        name: language_modelling(base.model, w, None, each, lead=lead)
-        for name, w in windows.items()
-    }
-    return GeneralProbe(
-        windows,
-        {name: result for name, (result, _) in read.items()},
-        each,
-        {name: log_probs for name, (_, log_probs) in read.items()},
-        lead,
-    )
-
-
 def text_windows(base: Base, name: str, text: str, max_tokens: int) -> Tensor:
     """Full windows of a text, each behind `base.lead`: token ids `[windows, lead + tokens]`.
 
@@ -171,46 +149,11 @@ def text_windows(base: Base, name: str, text: str, max_tokens: int) -> Tensor:
     return torch.cat([lead, torch.tensor(ids[: count * window]).view(count, window)], dim=1)
 
 
-@torch.no_grad()
-def language_modelling(
-    model: PreTrainedModel,
-    windows: Tensor,
-    compiled: Compiled | None,
-    keep: int,
-    *,
-    lead: int = 0,
-) -> tuple[LanguageModelling, Tensor]:
-    """Score `model` (with the `compiled` adapter before every window) on `windows`
-    `[windows, lead + tokens]`. Of a window the adapter is shown what is not predicted: a causal
-    model's `lead` and first token, all that an encoder reads.
-
-    Returns the score, and the log-probabilities at all predicted tokens of the first `keep`
-    windows, `[n, vocabulary]`, float32.
-    """
-    model.eval()
-    given, predicted = _given_and_predicted(model, windows, lead)
-    wanted = min(keep, len(windows)) * predicted
-    nats, right, tokens = 0.0, 0, 0
-    kept: list[Tensor] = []
-    for part in windows.split(_windows_at_once(model, windows)):
-        lost, hits, logits = _read(model, part, compiled, given)
-        nats, right = nats + lost, right + hits
-        if tokens < wanted:  # so far every token read was kept
-            kept.append(logits[: wanted - tokens].float().log_softmax(-1))
-        tokens += len(logits)
-    return LanguageModelling(nats / tokens, right / tokens, tokens), torch.cat(kept)
-
-
-def _windows_at_once(model: PreTrainedModel, windows: Tensor) -> int:
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    return int(max(1, MAX_LOGITS // (vocabulary * windows.shape[1])))
-
-
-def _given_and_predicted(model: PreTrainedModel, windows: Tensor, lead: int) -> tuple[int, int]:
-    """How many tokens of a window are only read, and how many are predicted: a causal model
-    predicts all but the first; an encoder-decoder writes what it reads."""
+def _given_and_predicted(model: PreTrainedModel, width: int, lead: int) -> tuple[int, int]:
+    """How many tokens of a window of `width` are only read, and how many are predicted: a causal
+    model predicts all but the first; an encoder-decoder writes what it reads."""
     given = 0 if model.config.is_encoder_decoder else lead + 1
-    return given, windows.shape[1] - given
+    return given, width - given
 
 
 def _read(
@@ -243,20 +186,71 @@ class Part(NamedTuple):
     compared: int
 
 
+#: A part of the work: a domain, and the first of its windows that are read together.
+Unit = tuple[str, int]
 #: Does some work on parts of a list, maybe in several processes: one result for each, in order.
-Share = Callable[
-    [Sequence[tuple[str, int]], Callable[[Sequence[tuple[str, int]]], Sequence[Part]]], list[Part]
-]
+Share = Callable[[Sequence[Unit], Callable[[Sequence[Unit]], Sequence[Part]]], list[Part]]
 
 
-def _alone(
-    units: Sequence[tuple[str, int]], work: Callable[[Sequence[tuple[str, int]]], Sequence[Part]]
-) -> list[Part]:
+def _alone(units: Sequence[Unit], work: Callable[[Sequence[Unit]], Sequence[Part]]) -> list[Part]:
     return list(work(units))
+
+
+def _units(windows: Mapping[str, Tensor], at_once: int) -> list[Unit]:
+    return [(name, start) for name, own in windows.items() for start in range(0, len(own), at_once)]
+
+
+def _scores(units: Sequence[Unit], parts: Sequence[Part]) -> dict[str, LanguageModelling]:
+    """Per domain, over the parts of all its windows."""
+    scores = {}
+    for name in dict.fromkeys(name for name, _ in units):
+        own = [part for (of, _), part in zip(units, parts, strict=True) if of == name]
+        tokens = sum(part.tokens for part in own)
+        scores[name] = LanguageModelling(
+            sum(part.nats for part in own) / tokens, sum(p.right for p in own) / tokens, tokens
+        )
+    return scores
+
+
+def probe_base(
+    base: Base, texts: Mapping[str, str], max_tokens: int, share: Share = _alone
+) -> GeneralProbe:
+    """Measure the base on `texts` (domain -> text), `max_tokens` of each.
+
+    share: what divides the work between processes, as for `measure_retention`, which must divide it
+        in the same way. Each process keeps the predictions of its own parts only
+
+    Raises DataError for a text that does not fill one window.
+    """
+    windows = {name: text_windows(base, name, text, max_tokens) for name, text in texts.items()}
+    model = base.model.eval()
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    width = next(iter(windows.values())).shape[1]
+    at_once = max(1, MAX_LOGITS // (vocabulary * width))
+    # Evenly from all domains, at least one window each.
+    kept = max(1, at_once // len(windows))
+    lead = len(base.lead)
+    given, predicted = _given_and_predicted(model, width, lead)
+    log_probs: dict[Unit, Tensor] = {}
+
+    @torch.no_grad()
+    def read(name: str, start: int) -> Part:
+        part = windows[name][start : start + at_once]
+        nats, right, logits = _read(model, part, None, given)
+        compared = max(0, min(len(part), kept - start)) * predicted
+        log_probs[name, start] = logits[:compared].float().log_softmax(-1)
+        return Part(nats, right, len(logits), 0.0, compared)
+
+    units = _units(windows, at_once)
+    parts = share(units, lambda some: [read(*unit) for unit in some])
+    return GeneralProbe(windows, _scores(units, parts), kept, at_once, log_probs, lead)
 
 
 def measure_retention(adapter: Adapter, probe: GeneralProbe, share: Share = _alone) -> Retention:
     """Compare `adapter` with the base's own results on the same windows.
+
+    Of a window the adapter is shown what is not predicted: a causal model's `lead` and first token,
+    all that an encoder reads.
 
     share: what divides the work between processes. They take whole batches, so what is read
         together is the same for any number of them. The result is the same too, to the bit on one
@@ -282,34 +276,23 @@ def measure_retention(adapter: Adapter, probe: GeneralProbe, share: Share = _alo
     @torch.no_grad()
     def read(name: str, start: int) -> Part:
         windows = shown[name]
-        given, predicted = _given_and_predicted(model, windows, probe.lead - begun[name])
-        part = windows[start : start + _windows_at_once(model, windows)]
+        given, predicted = _given_and_predicted(model, windows.shape[1], probe.lead - begun[name])
+        part = windows[start : start + probe.at_once]
         nats, right, logits = _read(model, part, compiled, given)
         # Of some windows the base's own log-probabilities are kept; `input` is the adapter.
         compared = max(0, min(len(part), probe.kept - start)) * predicted
-        own = probe.base_log_probs[name][start * predicted :][:compared]
         divergence = torch.nn.functional.kl_div(
-            logits[:compared].float().log_softmax(-1), own, reduction="sum", log_target=True
-        )
+            logits[:compared].float().log_softmax(-1), probe.base_log_probs[name, start],
+            reduction="sum", log_target=True,
+        )  # fmt: skip
         return Part(nats, right, len(logits), float(divergence), compared)
 
-    units = [
-        (name, start)
-        for name, windows in shown.items()
-        for start in range(0, len(windows), _windows_at_once(model, windows))
-    ]
+    units = _units(shown, probe.at_once)
     parts = share(units, lambda some: [read(*unit) for unit in some])
-    after = {}
-    for name in probe.windows:
-        own = [part for (of, _), part in zip(units, parts, strict=True) if of == name]
-        tokens = sum(part.tokens for part in own)
-        after[name] = LanguageModelling(
-            sum(part.nats for part in own) / tokens, sum(p.right for p in own) / tokens, tokens
-        )
     compared = sum(part.compared for part in parts)
     # Rounding may leave a hair below zero where nothing changed.
     divergence = max(0.0, sum(part.divergence for part in parts) / compared)
-    return Retention(probe.untouched, after, divergence, compared, probe.lead)
+    return Retention(probe.untouched, _scores(units, parts), divergence, compared, probe.lead)
 
 
 def off_probe(model: PreTrainedModel, input_ids: Tensor) -> Tensor:

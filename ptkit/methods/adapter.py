@@ -24,6 +24,7 @@ from ptkit.prefix import Compiled, KVPrefix
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.gate import Gate, Gated
+from ptkit.runtime.placement import gradients_summed
 from ptkit.section import MethodSection
 
 
@@ -144,6 +145,8 @@ class Adapter(nn.Module):
         """What gives the rows of a batch their prefixes, differentiable in the adapter's
         parameters; None without virtual tokens."""
         compiled = self.own_compiled()
+        if isinstance(compiled, KVPrefix):
+            compiled = gradients_summed(self.base.model, compiled)
         gate = self.input_gate
         return compiled if compiled is None or gate is None else Gated(compiled, gate)
 

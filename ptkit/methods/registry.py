@@ -54,6 +54,7 @@ def create_adapter(section: MethodSection, base: Base, demonstrations: Demonstra
 def require_method_fits(section: MethodSection, base: Base) -> None:
     """Raise ModelError when the method does not work on this kind of model."""
     cls = ADAPTERS[section.kind]
+    _require_reachable(section, base)
     if cls.needs_head and base.head is None:
         raise ModelError(
             f"`{section.title}` ({section.kind}) trains a classification head, which {base.id} as "
@@ -76,6 +77,27 @@ def require_method_fits(section: MethodSection, base: Base) -> None:
     cls.require_fits(section, base)
 
 
+def _require_reachable(section: MethodSection, base: Base) -> None:
+    """Raise ModelError where the method cannot work on a base that lies as this one does."""
+    if base.processes > 1 and not section.on_split_base:
+        raise ModelError(not_on_split_base(section))
+    if ADAPTERS[section.kind].changes_weights and base.offloaded:
+        raise ModelError(
+            f"`{section.title}` ({section.kind}) changes layers of {base.id} whose weights "
+            "`model.device_map` offloads; give every layer a device, or use a method that leaves "
+            "the layers alone, as prefix_tuning"
+        )
+
+
+def not_on_split_base(section: MethodSection) -> str:
+    """Why the method of `section` is refused on a base that several processes hold together."""
+    able = ", ".join(kind for kind, own in method_sections().items() if own.on_split_base)
+    return (
+        f"`{section.title}` ({section.kind}) does not work on a base that `model.tp_plan` splits "
+        f"over several processes; use {able}, or `model.device_map: auto` in one process"
+    )
+
+
 def adapter_from_files(files: AdapterFiles, base: Base) -> Adapter:
     """The adapter that `files` hold, whatever its method; its start settings are not known.
 
@@ -89,6 +111,7 @@ def restored(
     cls: type[Adapter], files: AdapterFiles, section: MethodSection, base: Base
 ) -> Adapter:
     """The adapter of method `cls` that `files` hold, head and gate included."""
+    _require_reachable(section, base)
     gate, own = gate_of(files, base), without_gate(files)
     if base.head is not None:
         own = without_head(own, base)
@@ -106,6 +129,7 @@ def compile_files(files: AdapterFiles, base: Base) -> Compiled | None:
     Raises AdapterError for PEFT types no method of ptkit reads.
     """
     cls, section = _method_of(files, base)
+    _require_reachable(section, base)
     gate, own = gate_of(files, base), without_gate(files)
     if base.head is not None:
         own = without_head(own, base)

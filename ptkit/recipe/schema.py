@@ -21,7 +21,7 @@ from pydantic import (
 
 from ptkit.errors import UserError, did_you_mean
 from ptkit.methods.catalogue import method_section
-from ptkit.options import Attention, Dtype, Quantize
+from ptkit.options import Attention, DeviceMap, Dtype, Quantize, TensorParallel
 from ptkit.recipe.expansion import check_budget, check_sweep
 from ptkit.recipe.tasks import HeadedTask, Task
 from ptkit.recipe.values import Values
@@ -57,6 +57,36 @@ class ModelSection(Section):
     less memory and take longer, most of all to generate on a CPU."""
     device: str = "auto"
     """`auto` (CUDA, then MPS, then CPU), `cpu`, `cuda`, `cuda:1`, `mps`."""
+    device_map: DeviceMap | dict[str, int | str] | None = None
+    """Spreads the layers over the devices of one process, as transformers' `device_map`: `auto`,
+    `balanced`, `balanced_low_0`, `sequential`, or module -> GPU number, device, `cpu` or `disk`.
+    What does not fit is offloaded to the CPU's memory, then to `offload_folder`."""
+    max_memory: dict[int | str, int | str] | None = None
+    """With `device_map`: device -> the most bytes it may hold, as `{0: 20GiB, cpu: 60GiB}`."""
+    offload_folder: str | None = None
+    """With `device_map`: the folder for weights that fit nowhere else."""
+    tp_plan: TensorParallel | dict[str, str] | None = None
+    """Tensor parallelism: splits every layer over all processes of the run, by the model's own plan
+    (`auto`), or with other styles for some modules. Start it with
+    `torchrun --nproc-per-node N -m ptkit ...`."""
+
+    #: Where the base lies is no part of what it computes.
+    PLACES: ClassVar[set[str]] = {"device", "device_map", "max_memory", "offload_folder", "tp_plan"}
+
+    @model_validator(mode="after")
+    def _one_way_to_place_it(self) -> ModelSection:
+        if self.device_map is not None and self.tp_plan is not None:
+            raise ValueError(
+                "`device_map` is for one process and `tp_plan` for several: keep one of them"
+            )
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError("`device` and `device_map` both say where the base lies: keep one")
+        for key in ("max_memory", "offload_folder"):
+            if getattr(self, key) is not None and self.device_map is None:
+                raise ValueError(f"`{key}` needs `device_map`")
+        if self.quantize is not None and self.tp_plan is not None:
+            raise ValueError("`quantize` does not work with `tp_plan`: keep one of them")
+        return self
 
     def in_precision(self, name: str) -> ModelSection:
         """This model with its values in `name`: a `dtype`, or a `quantize` in float32.

@@ -115,7 +115,7 @@ class Placed:
         if options.get("position_bias") is not None:
             bias = options["position_bias"]
             options["position_bias"] = nn.functional.pad(bias, (batch.longest, 0))
-        return key, value, extended
+        return key, value, extended.to(key.device)
 
     def _with_region(
         self,
@@ -162,6 +162,7 @@ class Placed:
             distance = self.positions[:, -queries:, None] - (batch.visible.cumsum(-1) - 1)[:, None]
             near = (distance < window) | ~batch.as_text[:, None, None]
             visible = visible & near[:, None]
+        visible = visible.to(mask.device)  # layers may lie on other devices than the input
         return _with_columns(visible, mask, (rows, heads, queries, batch.longest))
 
 

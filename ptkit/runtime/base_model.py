@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from ptkit.errors import ModelError, did_you_mean
 from ptkit.formats import checkpoint
 from ptkit.formats.fingerprint import Identity, legacy_fingerprint, of_loaded, tokenizer_fingerprint
+from ptkit.launched import require_supported_launch
 from ptkit.options import Attention, Dtype, Quantize
 from ptkit.prefix import KVLayout
 from ptkit.runtime.architecture import first_position, head_kind, is_encoder
@@ -28,9 +29,11 @@ from ptkit.runtime.gguf_model import is_gguf, stored_type
 from ptkit.runtime.heads import Head, Labels, class_for, label_names
 from ptkit.runtime.label_order import order_of, reorder, told
 from ptkit.runtime.named_models import TINY_EN, gguf_behind, source_of
+from ptkit.runtime.placement import full_weight, is_whole, processes_of
 from ptkit.runtime.progress import no_weights_bar
 from ptkit.runtime.quantize import logical_size, quantization_config, require_quantized
 from ptkit.runtime.runner import ModelRunner
+from ptkit.runtime.spread import Spread
 from ptkit.runtime.tokenization import TokenizerMixin
 
 
@@ -74,7 +77,7 @@ class Base(TokenizerMixin):
     @cached_property
     def legacy_fingerprint(self) -> str:
         """What adapters of earlier versions recorded as its fingerprint."""
-        if not self.quantized and self.model.dtype != torch.float16:
+        if not self.quantized and self.model.dtype != torch.float16 and is_whole(self.model):
             without = () if self.head is None else self.head.fresh
             return legacy_fingerprint(self.model, without)
         # It was taken of floating-point weights, before any were rounded.
@@ -85,7 +88,7 @@ class Base(TokenizerMixin):
     def remember(self) -> None:
         """Read what is told by the names of the model's modules, before an adapter changes them."""
         self.identity, self.layout  # noqa: B018
-        if not self.quantized and self.model.dtype != torch.float16:
+        if not self.quantized and self.model.dtype != torch.float16 and is_whole(self.model):
             self.legacy_fingerprint  # noqa: B018
 
     @property
@@ -105,6 +108,16 @@ class Base(TokenizerMixin):
     def runner(self) -> ModelRunner:
         """What runs its model."""
         return ModelRunner(self.model)
+
+    @property
+    def processes(self) -> int:
+        """Over how many processes every layer is split (tensor parallelism); 1: it is not."""
+        return processes_of(self.model)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether some of its weights are fetched for each pass."""
+        return any(parameter.is_meta for parameter in self.model.parameters())
 
     @property
     def encoder_decoder(self) -> bool:
@@ -139,7 +152,7 @@ class Base(TokenizerMixin):
         table = self.embedding
         if isinstance(table, BlockEmbedding):
             return unpacked(table.weight, table.kind)
-        return table.weight.detach().float()
+        return full_weight(table, f"the embeddings of {self.id}").float()
 
     @property
     def parameters(self) -> int:
@@ -177,19 +190,27 @@ def load_base(
     attention: Attention = "auto",
     quantize: Quantize | None = None,
     device: str = "auto",
+    device_map: str | Mapping[str, int | str] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | None = None,
+    tp_plan: str | Mapping[str, str] | None = None,
     labels: Labels | None = None,
 ) -> Base:
     """Load a base model, frozen and in evaluation mode.
 
     id: as `model.id` of a recipe: of the Hub, a folder, a GGUF file or a name that ptkit knows
     revision, dtype, attention, quantize, device: as the keys of `model` in a recipe
+    device_map, max_memory, offload_folder: the same; for a base over several devices
+    tp_plan: the same; for a base over several processes, each of which calls this
     labels: of its classification head, a new one where the checkpoint has none of as many; None
         for a language model. Outputs of the checkpoint's head go to the labels of the same name
 
-    Raises ModelError when it cannot be found or is not such a model. Never runs code from a
-    repository and reads safetensors only.
+    Raises ModelError when it cannot be found, is not such a model or cannot be spread so. Raises
+    UserError in processes that were started for FSDP or DeepSpeed. Never runs code from a repository and
+    reads safetensors only.
     """
     id = str(id)
+    require_supported_launch()
     _require_words(dtype=(dtype, Dtype), attention=(attention, Attention))
     if quantize is not None:
         _require_words(quantize=(quantize, Quantize))
@@ -197,9 +218,12 @@ def load_base(
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
         raise ModelError(f"cannot load the base model `{id}`: no such folder")
     place = resolve_device(device)
+    spread = Spread(device_map, max_memory, offload_folder, tp_plan)
+    file = gguf_behind(id, revision)
+    plain = labels is None and quantize is None and file is None
+    spread.require_possible(device=device, plain=plain)
     if quantize is not None and labels is not None:
         raise ModelError("`model.quantize` is for language models; leave it out for classifiers")
-    file = gguf_behind(id, revision)
     weights = source
     if quantize == "blocks":
         if file is None:
@@ -222,9 +246,11 @@ def load_base(
     try:
         with no_weights_bar():
             kind, extra = class_for(config, labels)
+            spread.require_plan(config, kind, id)
             rounding = quantization_config(quantize, values)
             if rounding is not None:
                 extra |= {"quantization_config": rounding, "device_map": {"": place}}
+            extra |= spread.options()
             model, found = kind.from_pretrained(
                 weights,
                 dtype=values,
@@ -243,8 +269,9 @@ def load_base(
             f"cannot load the weights of `{id}`: {_first_line(error)} "
             "(only safetensors are read, never pickles such as pytorch_model.bin)"
         ) from error
-    if quantize != "nf4":  # bitsandbytes moves nothing that it has packed
+    if quantize != "nf4" and not spread.elsewhere:  # bitsandbytes moves nothing that it has packed
         model = model.to(place)
+    spread.require_runs(model, id)
     if labels is not None:
         return _with_its_labels(
             model, tokenizer, id, revision, labels, free_attention=attention == "auto",

@@ -15,6 +15,7 @@ from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionCa
 
 from ptkit.errors import ModelError
 from ptkit.prefix_batch import PrefixBatch
+from ptkit.runtime.placement import own_part
 
 CacheT = TypeVar("CacheT", bound=Cache)
 
@@ -158,12 +159,13 @@ def conversation_cache(
     """`cache_for` the first turn, with the rows' prefixes in it where they can be part of it."""
     cache = cache_for(model, batch, positions)
     if batch is not None and batch.longest and isinstance(cache, ReservedCache):
-        prefilled_cache(batch, cache)
+        prefilled_cache(model, batch, cache)
     return cache
 
 
-def prefilled_cache(batch: PrefixBatch, cache: CacheT) -> CacheT:
-    """The empty `cache` with each row's prefix in it, as if its virtual tokens had been read."""
+def prefilled_cache(model: PreTrainedModel, batch: PrefixBatch, cache: CacheT) -> CacheT:
+    """The empty `cache` with each row's prefix in it, as if `model` had read its virtual tokens."""
+    batch = own_part(model, batch)
     for layer, (keys, values) in enumerate(zip(batch.keys, batch.values, strict=True)):
         cache.update(keys, values, layer)
     return cache

@@ -17,6 +17,7 @@ from ptkit.runtime.attention import Call
 from ptkit.runtime.backends import backend_of
 from ptkit.runtime.cache import layers_with_keys, require_no_state, whole_cache
 from ptkit.runtime.locks import running
+from ptkit.runtime.placement import whole
 from ptkit.runtime.row_adapters import rows_run_with
 from ptkit.runtime.views import viewed
 
@@ -32,13 +33,14 @@ def reading(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _cache_as_prefix(cache: DynamicCache) -> KVPrefix:
+def _cache_as_prefix(model: PreTrainedModel, cache: DynamicCache) -> KVPrefix:
     layers: list[Any] = layers_with_keys(cache)
-    return KVPrefix(
+    own = KVPrefix(
         tuple(layer.keys[0] for layer in layers),
         tuple(layer.values[0] for layer in layers),
         as_text=True,
     )
+    return whole(model, own)
 
 
 def compile_embeddings(model: PreTrainedModel, embeddings: Tensor) -> KVPrefix:
@@ -56,7 +58,7 @@ def compile_embeddings(model: PreTrainedModel, embeddings: Tensor) -> KVPrefix:
         backbone(
             inputs_embeds=embeddings[None].to(model.dtype), past_key_values=cache, use_cache=True
         )
-    return _cache_as_prefix(cache)
+    return _cache_as_prefix(model, cache)
 
 
 def require_no_ids(model: PreTrainedModel) -> None:
@@ -81,7 +83,7 @@ def compile_tokens(model: PreTrainedModel, input_ids: Tensor) -> KVPrefix:
             model.base_model(
                 input_ids=input_ids[None].to(model.device), past_key_values=cache, use_cache=True
             )
-    return _cache_as_prefix(cache)
+    return _cache_as_prefix(model, cache)
 
 
 @torch.no_grad()
@@ -97,7 +99,8 @@ def _read_by_all(model: PreTrainedModel, input_ids: Tensor) -> KVPrefix:
         backend_of(model).put(model, None, call, noted)
         viewed(model, call.replaced).base_model(**call.arguments)
     read = [noted[layer] for layer in sorted(noted)]
-    return KVPrefix(tuple(k[0].clone() for k, _ in read), tuple(v[0].clone() for _, v in read))
+    own = KVPrefix(tuple(k[0].clone() for k, _ in read), tuple(v[0].clone() for _, v in read))
+    return whole(model, own)
 
 
 def kv_layout(model: PreTrainedModel) -> KVLayout:

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptkit.errors import ModelError
 from ptkit.runtime.runner import ModelRunner
+from ptkit.runtime.spread import require_known_parallelism
 from ptkit.runtime.tokenization import embedded_tokens, own_ends
 
 
@@ -14,6 +15,7 @@ def freeze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id: str) 
 
     Raises ModelError where the tokenizer has neither a padding nor an end token.
     """
+    require_known_parallelism(model)
     model.requires_grad_(False)
     model.eval()
     ModelRunner(model).prepare()

@@ -19,6 +19,7 @@ from ptkit.runtime.cache import cache_for, prefilled_cache, sees_everything
 from ptkit.runtime.forward import pad_rows
 from ptkit.runtime.infix import placed_before_last, read_before_last
 from ptkit.runtime.locks import running
+from ptkit.runtime.placement import own_part
 from ptkit.runtime.processors import DRAFTED, processors_read_text, setting
 from ptkit.runtime.runner import ModelRunner
 from ptkit.runtime.soft_prompts import with_embeddings
@@ -107,7 +108,7 @@ def _generated(
         if batch.infix is not None:
             read_before_last(model, input_ids, attention_mask, batch, cache)
         elif read is None:
-            prefilled_cache(batch, cache)
+            prefilled_cache(model, batch, cache)
         dummy = input_ids.new_full((len(input_ids), batch.longest), asked.pad_token_id)
         input_ids = torch.cat([dummy, input_ids], dim=1)
         attention_mask = torch.cat([batch.visible.to(attention_mask), attention_mask], dim=1)
@@ -235,7 +236,7 @@ def _generating(model: PreTrainedModel, batch: PrefixBatch | None) -> PreTrained
     view = twin(model)
     if batch is None or not batch.longest:
         return view
-    runner, prefixes = ModelRunner(model), Repeats(batch)
+    runner, prefixes = ModelRunner(model), Repeats(own_part(model, batch))
 
     @functools.wraps(model.forward)  # `generate` looks at its parameters
     def forward(**arguments: Any) -> Any:

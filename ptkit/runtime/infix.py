@@ -23,6 +23,7 @@ from ptkit.runtime.cache import layers_with_keys, whole_cache
 from ptkit.runtime.compile import reading
 from ptkit.runtime.facts import known
 from ptkit.runtime.locks import running
+from ptkit.runtime.placement import own_part
 
 #: How far a key read at another position may be from the turned one, relative to its length.
 _TOLERANCE = 2e-2
@@ -75,7 +76,7 @@ def read_before_last(
     """
     assert batch.infix is not None
     mask = attention_mask[:, :-1]
-    moved = _moved(model, batch, mask.sum(-1))
+    moved = own_part(model, _moved(model, batch, mask.sum(-1)))
     for layer, (keys, values) in enumerate(zip(moved.keys, moved.values, strict=True)):
         cache.update(keys, values, layer)
     if not mask.shape[1]:

@@ -244,13 +244,14 @@ class ApartPass(PagedCache, GroupedAttention):
         for group in self._groups:
             own = query[group.start : group.start + group.tokens, :, 0]  # [tokens, heads, dim]
             if group.query is not None:
-                own = own.index_select(0, group.query)
+                own = own.index_select(0, group.query.to(own.device))
             own = own.view(group.rows, group.queries, *own.shape[1:]).transpose(1, 2)
             keys, values = self.pool.read(layer, group.slots)
-            output, _ = attention(module, own, keys, values, group.mask, **options)
+            mask = None if group.mask is None else group.mask.to(own.device)
+            output, _ = attention(module, own, keys, values, mask, **options)
             output = output.flatten(0, 1)  # [padded tokens, heads, dim]
             if group.back is not None:
-                output = output.index_select(0, group.back)
+                output = output.index_select(0, group.back.to(output.device))
             found.append(output)
         return (found[0] if len(found) == 1 else torch.cat(found))[:, None]
 

@@ -31,6 +31,7 @@ from ptkit.runtime.paged_attention import (
     grouped,
     reads_tokens_apart,
 )
+from ptkit.runtime.placement import own_part
 from ptkit.runtime.runner import ModelRunner, Tokens, Want
 
 #: A context in which rows run with these LoRA adapters, e.g. that of `AdapterBank.weights`.
@@ -313,6 +314,8 @@ class PagedBatch:
     def _take_prefix(self, table: BlockTable, prefix: KVPrefix) -> None:
         """Begin `table` with the blocks of `prefix`, which are written once."""
         size, name = self.pool.block_size, self._name(prefix, None)
+        own = own_part(self._model, prefix.alone)  # on the devices of the layers
+        keys, values = [k[0] for k in own.keys], [v[0] for v in own.values]
         for start in range(0, prefix.virtual_tokens, size):
             end = min(start + size, prefix.virtual_tokens)
             content = hashlib.blake2b(b"prefix %d" % start + name, digest_size=16).digest()
@@ -320,7 +323,7 @@ class PagedBatch:
             if block is None:
                 (block,) = self.pool.allocate(1)
                 table.take_over(block, end - start)
-                self._write(prefix.keys, prefix.values, table, start, end)
+                self._write(keys, values, table, start, end)
                 self.pool.publish(block, content)
             else:
                 table.take_over(block, end - start)
@@ -331,7 +334,9 @@ class PagedBatch:
         assert prefix is not None
         mask = torch.ones(1, sequence.read + 1, dtype=torch.long, device=device)
         last = torch.tensor([sequence.read], device=device)
-        moved = placed_before_last(self._model, prefix.alone, mask, last)
+        moved = own_part(
+            self._model, placed_before_last(self._model, prefix.alone, mask, last)
+        )
         sequence.table.extend(prefix.virtual_tokens)
         keys, values = [k[0] for k in moved.keys], [v[0] for v in moved.values]
         self._write(keys, values, sequence.table, 0, prefix.virtual_tokens)

@@ -109,5 +109,5 @@ def weights_cast_once(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[No
 
 def _is_cast_anew(weight: Tensor) -> bool:
     # A quantised weight says that it is float32, too.
-    plain = type(weight.data) is Tensor and weight.dtype == torch.float32
+    plain = type(weight.data) is Tensor and weight.dtype == torch.float32 and not weight.is_meta
     return plain and not weight.requires_grad

@@ -25,6 +25,7 @@ from ptkit.runtime.infix import placed_before_last
 from ptkit.runtime.last_layer import last_block_on
 from ptkit.runtime.locks import lock_of, running
 from ptkit.runtime.paged_attention import PagedCache
+from ptkit.runtime.placement import own_part
 from ptkit.runtime.soft_prompts import put_soft_prompts, skipped_positions, with_embeddings
 from ptkit.runtime.views import StandIn, looks_into_views, name_of, viewed
 
@@ -196,7 +197,7 @@ class ModelRunner:
 
     def _put(self, call: Call, prefixes: PrefixBatch | None) -> None:
         if prefixes is not None and prefixes.longest:
-            backend_of(self.model).put(self.model, Repeats(prefixes), call)
+            backend_of(self.model).put(self.model, Repeats(own_part(self.model, prefixes)), call)
 
     def _output(self, call: Call) -> Any:
         return call.after(viewed(self.model, call.replaced)(**call.arguments))

@@ -54,7 +54,7 @@ def _read_once_scores(
             read_before_last(model, ids, mask, batch, cache)
             ids = ids[:, -1:]
         else:
-            prefilled_cache(batch, cache)
+            prefilled_cache(model, batch, cache)
         mask = torch.cat([batch.visible.long().to(mask.device), mask], dim=1)
     positions = mask.cumsum(-1).sub(1).clamp(min=0)
     runner = ModelRunner(model)

@@ -8,6 +8,8 @@ other threads never see it, and a checkpointed layer is recomputed as it was com
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from types import MethodType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -81,8 +83,13 @@ def _copied(module: Viewed) -> Viewed:
             "`model.forward = torch.compile(model.forward)`), so a prefix cannot be put into "
             "it; leave the model as it was loaded"
         )
-    held.pop("forward", None)  # accelerate's, which moves tensors to the device they are on
-    return _made(type(module), held)
+    hooked = held.pop("forward", None)
+    made = _made(type(module), held)
+    if hooked is not None:
+        # accelerate's, which moves what is read to the module's device and fetches its weights.
+        made.__dict__["_old_forward"] = MethodType(type(module).forward, made)
+        made.__dict__["forward"] = partial(hooked.func, made)
+    return made
 
 
 def twin(module: Viewed) -> Viewed:

@@ -18,6 +18,7 @@ from ptkit.errors import DataError, PtkitError, UserError
 from ptkit.methods import Adapter
 from ptkit.recipe.schema import TrainSection
 from ptkit.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ptkit.training.processes import DataParallel
 from ptkit.training.retain import Retainer
 from ptkit.training.teacher import Teacher
 
@@ -108,12 +109,12 @@ def validate_every(job: Job, processes: int) -> int:
 class AdapterTrainer:
     """The state of one job. What happens to it depends on its own data and seed only.
 
-    process, processes: which part of every batch order is this process's.
+    parallel: which part of every batch order is this process's.
     """
 
-    def __init__(self, job: Job, process: int, processes: int) -> None:
+    def __init__(self, job: Job, parallel: DataParallel) -> None:
         self.job, self.adapter, self.settings = job, job.adapter, job.settings
-        self._process, self._processes = process, processes
+        self._parallel = parallel
         self.parameters = list(job.adapter.trainable().values())
         self.plain_optimizer = torch.optim.AdamW(
             _groups(job),
@@ -142,14 +143,18 @@ class AdapterTrainer:
         order = length_grouped_batches(
             [len(e) for e in job.train], self.settings.batch_size, job.seed
         )
-        self._order: Iterator[list[int]] = itertools.islice(order, process, None, processes)
-        self._validate_every = validate_every(job, processes)
+        self._order: Iterator[list[int]] = itertools.islice(
+            order, parallel.rank, None, parallel.size
+        )
+        self._validate_every = validate_every(job, parallel.size)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
+        state = self._parallel.state
         loaded = load_checkpoint(
-            self.job.run, self.adapter, self.plain_optimizer, self._process, self._processes
-        )
+            self.job.run, self.adapter, self.plain_optimizer, state.process_index,
+            state.num_processes,
+        )  # fmt: skip
         if loaded is None:
             return
         self.progress, self.best = loaded

@@ -61,7 +61,7 @@ def open_cell_folder(experiment: Experiment, cell: Cell) -> None:
     """Write what `cell` is to its folder, or raise FolderError when it already is another."""
     recipe = experiment.recipe
     identity = {
-        "model": recipe.model.model_dump(exclude={"device"}),
+        "model": recipe.model.model_dump(exclude=recipe.model.PLACES),
         "base_fingerprint": experiment.base.fingerprint,
         "data_fingerprint": experiment.data_fingerprint(cell.seed),
         "test_rows": experiment.test_fingerprint(),

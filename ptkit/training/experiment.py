@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,14 +17,17 @@ from ptkit.data.token_cache import encode_cached
 from ptkit.errors import UserError
 from ptkit.evaluation.retention import GeneralProbe, off_probe, probe_base
 from ptkit.evaluation.score import require_metrics
+from ptkit.launched import require_supported_launch
 from ptkit.metrics.registry import metric
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.schema import Recipe
 from ptkit.recipe.tasks import HeadedTask, Task, TokenClassificationTask
 from ptkit.runtime.architecture import HeadKind
 from ptkit.runtime.base_model import Base, load_base
+from ptkit.runtime.devices import resolve_device
 from ptkit.runtime.forward import require_embedded
 from ptkit.runtime.heads import Labels
+from ptkit.training.processes import DataParallel, processes
 from ptkit.training.retain import general_windows
 
 
@@ -57,6 +60,11 @@ class Experiment:
     probe: torch.Tensor
     retain_windows: torch.Tensor | None = None
     folder: Path = Path()
+
+    @cached_property
+    def parallel(self) -> DataParallel:
+        """Which rows this process reads, where the run has several."""
+        return DataParallel.of(self.base)
 
     def training(self, seed: int) -> TrainingRows:
         """The training rows of the cells with `seed`: all, or a random draw (`task.data.draw`)."""
@@ -137,6 +145,7 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     The data comes first: a mistake in it should show before a large model is loaded.
     """
     recipe, retention = loaded.recipe, loaded.recipe.retention
+    require_supported_launch()
     for tracker in recipe.train.report_to:  # accelerate would go on without it
         if find_spec(tracker) is None:
             raise UserError(
@@ -149,11 +158,13 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     require_metrics(recipe.task.metrics, [example.references for example in data.test])
     texts = general_texts(retention.text, loaded.folder) if retention else None
     labels = _labels(recipe.task)
-    base = base or load_base(**recipe.model.model_dump(), labels=labels)
+    if base is None:
+        processes(resolve_device(recipe.model.device))  # a split base needs all of them
+        base = load_base(**recipe.model.model_dump(), labels=labels)
     _require_same_labels(base, labels)
     general = None
     if texts is not None and retention is not None:
-        general = probe_base(base, texts, retention.max_tokens)
+        general = probe_base(base, texts, retention.max_tokens, DataParallel.of(base).map)
     encode = partial(
         encode_cached, tokenizer=base.tokenizer, task=recipe.task, pairs=base.encoder_decoder
     )

@@ -19,6 +19,7 @@ from accelerate.utils import set_seed
 from ptkit.data.encode import length_grouped_batches
 from ptkit.evaluation.predict import predict
 from ptkit.formats.sizes import in_bytes
+from ptkit.launched import world_size
 from ptkit.methods import Adapter
 from ptkit.section import MethodSection
 from ptkit.training.adapter_trainer import Job, validate_every
@@ -199,6 +200,9 @@ LONG_STEPS = 200
 
 
 def is_long(experiment: Experiment, cells: Sequence[Cell]) -> bool:
-    """Whether what is left of a run is worth the few steps that measuring it takes."""
+    """Whether what is left of a run is worth the few steps that measuring it takes. Of several
+    processes one would measure, and the others know nothing of it: they begin at once."""
+    if world_size() > 1:
+        return False
     todo = [cell for cell in cells if cell.method.trains and not cell.done.exists()]
     return len(todo) * experiment.recipe.train.steps >= LONG_STEPS

@@ -18,23 +18,26 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, gather_object
+from torch import Tensor
 
 from ptkit.data.encode import EncodedExample, StudiedText, TaskExample
 from ptkit.errors import UserError
 from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.forward import collate
 from ptkit.runtime.fused import fused_activations
+from ptkit.runtime.placement import is_whole
 from ptkit.runtime.precision import fastest_attention, mixed_precision, weights_cast_once
 from ptkit.training.adapter_trainer import AdapterTrainer, Job
 from ptkit.training.checkpoint import Progress, random_states
 from ptkit.training.context_cache import ContextCache
 from ptkit.training.memory import PeakMemory, give_back_what_is_freed
 from ptkit.training.objective import Objective
-from ptkit.training.processes import PATIENCE, current, require_own
+from ptkit.training.processes import PATIENCE, DataParallel, current, require_own
 
 #: Settings that belong to the step, so that jobs of one loop must agree on them.
 SHARED_SETTINGS = ("autocast", "gradient_checkpointing", "gradient_accumulation", "report_to")
@@ -114,24 +117,25 @@ class _Loop:
         if len(jobs) > 1 and accelerator.num_processes > 1:
             raise UserError("adapters are trained together in one process only")
         self.base = jobs[0].adapter.base
+        self.parallel = DataParallel.of(self.base)
         self.contexts: ContextCache | None = None
         # What was read before the virtual tokens, kept as keys and values, has no window any more.
-        if all(map(_inputs_can_be_kept, jobs)) and sees_everything(self.base.model):
+        able = sees_everything(self.base.model) and is_whole(self.base.model)
+        if able and all(map(_inputs_can_be_kept, jobs)):
             self.contexts = ContextCache(self.base, self.settings.context_cache_mb * 10**6)
         self.model = jobs[0].adapter.model
-        self.trainers = [
-            AdapterTrainer(job, accelerator.process_index, accelerator.num_processes)
-            for job in jobs
-        ]
-        self.objective, *optimizers = accelerator.prepare(
-            Objective([t.adapter for t in self.trainers]),
-            *(t.plain_optimizer for t in self.trainers),
-        )
-        for trainer, optimizer in zip(self.trainers, optimizers, strict=True):
-            trainer.optimizer = optimizer
+        self.trainers = [AdapterTrainer(job, self.parallel) for job in jobs]
+        self.objective: Any = Objective([t.adapter for t in self.trainers])
+        if is_whole(self.base.model):
+            self.objective = accelerator.prepare(self.objective)
+        # Otherwise the base stays where it lies, and the adapters are beside it. Processes that
+        # hold it together compute the same gradients, which DDP would only send around again.
+        for trainer in self.trainers:
+            trainer.optimizer = accelerator.prepare(trainer.plain_optimizer)
 
     def run(self) -> list[Progress]:
         """Train until every adapter has finished."""
+        self._own_random_numbers()
         for trainer in self.trainers:
             trainer.resume()
         memory = PeakMemory(self.accelerator.device)
@@ -152,6 +156,13 @@ class _Loop:
         for trainer in self.trainers:
             trainer.adapter.load_trainable(trainer.best)
         return [t.progress for t in self.trainers]
+
+    def _own_random_numbers(self) -> None:
+        """Let the dropout of this process be its own. All began with one seed, so that the adapter
+        starts alike in each; those that hold one base together go on with it."""
+        if self.parallel.rank:
+            seed = np.random.SeedSequence((self.trainers[0].job.seed, self.parallel.rank))
+            torch.manual_seed(int(seed.generate_state(1)[0]))
 
     def _attention(self) -> AbstractContextManager[None]:
         """The attention that trains fastest, where the recipe leaves the choice."""
@@ -209,9 +220,9 @@ class _Loop:
             for i in active
         ]
         supervised = torch.tensor([sum(map(_targets, own)) for own in batches])
-        everywhere: Any = accelerator.reduce(supervised.to(accelerator.device))
+        everywhere = self._summed(supervised.to(accelerator.device))
         # DDP averages gradients over processes; a loss is a mean over all its tokens.
-        scale = accelerator.num_processes / everywhere
+        scale = self.parallel.size / everywhere
         total = torch.zeros(len(active), device=accelerator.device)
         for n in range(self.settings.gradient_accumulation):
             part = [own[n] for own in batches]
@@ -222,12 +233,17 @@ class _Loop:
                     losses = self.objective(active, [len(r) for r in part], **tensors)
                 losses = losses * scale
                 accelerator.backward(losses.sum())
-                total += losses.detach() / accelerator.num_processes
+                total += losses.detach() / self.parallel.size
         self._retain(active)
         accelerator.unscale_gradients()
-        values: Any = accelerator.reduce(total)
+        values = self._summed(total)
         read = [sum(len(row) for rows in own for row in rows) for own in batches]
         return values.tolist(), read
+
+    def _summed(self, values: Tensor) -> Tensor:
+        """The sum of `values` over the processes that read different rows."""
+        summed: Any = values if self.parallel.size == 1 else self.accelerator.reduce(values)
+        return summed
 
     def _retain(self, active: list[int]) -> None:
         """Add the gradients of the divergence from the base where an adapter is to stay near it."""
@@ -271,7 +287,7 @@ class _Loop:
         objective = accelerator.unwrap_model(self.objective)
         size = trainer.settings.batch_size * 2
         # Of rows sorted by their lengths every n-th: parts that take as long as each other.
-        own = trainer.validation[accelerator.process_index :: accelerator.num_processes]
+        own = trainer.validation[self.parallel.rank :: self.parallel.size]
         total, count = 0.0, 0.0
         for start in range(0, len(own), size):
             rows = own[start : start + size]
@@ -279,10 +295,8 @@ class _Loop:
                 tensors = self._tensors([index], [rows])
                 total += float(objective([index], [len(rows)], **tensors))
             count += _targets(rows)
-        if accelerator.num_processes > 1:
-            sums = torch.tensor([total, count], dtype=torch.float64, device=accelerator.device)
-            everywhere: Any = accelerator.reduce(sums)
-            total, count = everywhere.tolist()
+        sums = torch.tensor([total, count], dtype=torch.float64, device=accelerator.device)
+        total, count = self._summed(sums).tolist()
         return total / count
 
 

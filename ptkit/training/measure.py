@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ptkit.evaluation.retention import off_probe
 from ptkit.evaluation.score import score_intervals
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats import atomic
-from ptkit.formats.adapter_files import RECIPE, WEIGHTS, write_adapter
+from ptkit.formats.adapter_files import RECIPE, WEIGHTS, AdapterFiles, write_adapter
 from ptkit.methods import Adapter
 from ptkit.runtime.progress import no_weights_bar
 from ptkit.training.cell import Cell
@@ -27,7 +27,6 @@ from ptkit.training.checkpoint import Progress
 from ptkit.training.experiment import Experiment
 from ptkit.training.gate import share_open
 from ptkit.training.observer import RunObserver
-from ptkit.training.processes import processes, shared
 from ptkit.training.provenance import adapter_info, hardware, recipe_of_cell, versions
 from ptkit.training.record import CellRecord
 
@@ -53,7 +52,27 @@ def predicted(experiment: Experiment, adapter: Adapter, observer: RunObserver) -
         batch_size = recipe.evaluate.batch_size
         return predict(adapter, rows, recipe.task, batch_size, observer.predicting)
 
-    return shared(experiment.data.test, work, processes(experiment.base.model.device))
+    return experiment.parallel.map(experiment.data.test, work)
+
+
+def scores_of(experiment: Experiment, predictions: Sequence[Prediction]) -> dict[str, Interval]:
+    """The task's metrics of the predictions of all test rows."""
+    recipe = experiment.recipe
+    return score_intervals(predictions, recipe.task.metrics, recipe.evaluate.bootstrap)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What all processes found out about a cell.
+
+    These are predictions of the test rows, the metrics, how many seconds predicting took, and what
+    is left of the base.
+    """
+
+    predictions: Sequence[Prediction]
+    scores: Mapping[str, Interval]
+    seconds: float
+    retention: dict[str, Any] | None
 
 
 def measured(
@@ -61,19 +80,16 @@ def measured(
     adapter: Adapter,
     cell: Cell,
     progress: Progress,
-    predictions: Sequence[Prediction],
-    eval_seconds: float,
-    retention: dict[str, Any] | None,
+    results: Results,
     started: datetime,
 ) -> CellRecord:
-    recipe, base, method, folder = experiment.recipe, experiment.base, cell.method, cell.folder
-    scores = score_intervals(predictions, recipe.task.metrics, recipe.evaluate.bootstrap)
+    """The record of a cell, before anything of it is written (see `written`)."""
+    recipe, base, method = experiment.recipe, experiment.base, cell.method
     latency = Latency(None, None)
     if base.head is None:
-        latency = measure_latency(adapter, experiment.probe_ids[0, :32].tolist())
-    lines = [json.dumps(p.as_dict(), ensure_ascii=False) for p in predictions]
-    atomic.write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
-    record = CellRecord(
+        probe = experiment.probe_ids[0, :32].tolist()
+        latency = measure_latency(adapter, probe, experiment.parallel.any)
+    return CellRecord(
         recipe=recipe.name,
         cell=cell.name,
         method=method.title,
@@ -84,13 +100,13 @@ def measured(
         seed=cell.seed,
         settings=method.model_dump(),
         n_train=len(experiment.training(cell.seed).encoded) if method.trains else 0,
-        n_test=len(predictions),
+        n_test=len(results.predictions),
         test_split=experiment.data.test_split,
         test_chose=experiment.data.test_chose,
         test_rows=experiment.test_fingerprint(),
         retention_text=experiment.retention_fingerprint(),
         base_fingerprint=base.fingerprint,
-        metrics={name: interval.mean for name, interval in scores.items()},
+        metrics={name: interval.mean for name, interval in results.scores.items()},
         score=recipe.task.metrics[0],
         trainable_parameters=adapter.trainable_parameters,
         base_parameters=base.parameters,
@@ -100,9 +116,9 @@ def measured(
         best_step=progress.best_step,
         tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
         peak_memory_bytes=progress.peak_memory_bytes if method.trains else None,
-        eval_seconds=eval_seconds,
+        eval_seconds=results.seconds,
         curve=progress.curve,
-        retention=retention,
+        retention=results.retention,
         gate=_openings(experiment, adapter),
         decode_ms=latency.adapter,
         added_ms=latency.added,
@@ -112,9 +128,24 @@ def measured(
         hardware=hardware(base.model.device),
         started=started.isoformat(timespec="seconds"),
     )
-    if not method.trains:
+
+
+def written(
+    experiment: Experiment,
+    adapter: Adapter,
+    cell: Cell,
+    record: CellRecord,
+    results: Results,
+    files: AdapterFiles | None,
+) -> CellRecord:
+    """`record` with what was written of the cell: its predictions and the adapter, as `files` hold
+    it (None: the whole model was trained)."""
+    folder = cell.folder
+    lines = [json.dumps(p.as_dict(), ensure_ascii=False) for p in results.predictions]
+    atomic.write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+    if not cell.method.trains:
         return record
-    path, size = _save(adapter, folder, experiment, record, scores)
+    path, size = _save(adapter, files, folder, experiment, record, results.scores)
     return record.updated(bytes_on_disk=size, adapter_path=path)
 
 
@@ -129,19 +160,20 @@ def _off_exact(experiment: Experiment, adapter: Adapter) -> bool | None:
 
 def _save(
     adapter: Adapter,
+    files: AdapterFiles | None,
     folder: Path,
     experiment: Experiment,
     record: CellRecord,
     scores: Mapping[str, Interval],
 ) -> tuple[str, int]:
     """Save the trained adapter (or model); returns its folder's name and its weights' bytes."""
-    if not adapter.has_off:
+    if files is None:
         with atomic.folder(folder / "model", replace=True) as scratch, no_weights_bar():
             adapter.model.save_pretrained(scratch)
             experiment.base.tokenizer.save_pretrained(scratch)
         return "model", sum(f.stat().st_size for f in (folder / "model").glob("*.safetensors"))
     info = adapter_info(experiment, record, scores)
     recipe = recipe_of_cell(experiment.recipe, record.settings, record.seed)
-    files = replace(adapter.files(), info=info, texts={RECIPE: recipe})
+    files = replace(files, info=info, texts={RECIPE: recipe})
     write_adapter(folder / "adapter", files, replace=True)
     return "adapter", (folder / "adapter" / WEIGHTS).stat().st_size

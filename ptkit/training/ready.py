@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ptkit.errors import UserError
 from ptkit.evaluation.predict import require_positions
+from ptkit.launched import require_supported_launch
 from ptkit.methods import require_method_fits
+from ptkit.methods.registry import not_on_split_base
+from ptkit.recipe.schema import Recipe
 from ptkit.runtime.dropout import require_no_dropout
+from ptkit.section import MethodSection
 from ptkit.training.cell import Cell, named_adapters
 from ptkit.training.experiment import Experiment
 
@@ -27,3 +32,16 @@ def require_ready(experiment: Experiment, cells: Sequence[Cell]) -> None:
         require_positions(
             experiment.base, virtual, f"`{method.title}`", rows, experiment.recipe.task
         )
+
+
+def require_supported(recipe: Recipe, methods: Sequence[MethodSection]) -> None:
+    """Raise UserError, before anything is loaded, for ways of spreading a base over processes that
+    ptkit, or one of `methods`, does not work with."""
+    require_supported_launch()
+    if recipe.model.tp_plan is None:
+        return
+    for method in methods:
+        if not method.on_split_base:
+            raise UserError(not_on_split_base(method))
+    if recipe.train.retain is not None:
+        raise UserError("`train.retain` works in one process only; leave `model.tp_plan` out")

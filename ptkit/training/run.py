@@ -14,10 +14,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +49,8 @@ from ptkit.training.experiment import Experiment
 from ptkit.training.failure import FAILED
 from ptkit.training.gate import fit_gate, require_gate_fits
 from ptkit.training.loop import fit
-from ptkit.training.measure import measured, predicted
+from ptkit.training.measure import Results, measured, predicted, scores_of, written
 from ptkit.training.observer import RunObserver
-from ptkit.training.processes import processes, shared
 from ptkit.training.record import CellRecord
 
 
@@ -134,7 +132,7 @@ def _train_and_measure(
         progresses = [Progress() for _ in cells]
         if trains:
             progresses = _fit(experiment, cells, adapters, observer)
-        state = processes(experiment.base.model.device)
+        parallel = experiment.parallel
         for i, (cell, adapter) in enumerate(zip(cells, adapters, strict=True)):
             if trains:
                 adapter.input_gate = _gate(experiment, cell)
@@ -143,20 +141,24 @@ def _train_and_measure(
             seconds = time.perf_counter() - clock
             retention = None
             if experiment.general is not None:
-                share = partial(shared, state=state)
-                retention = measure_retention(adapter, experiment.general, share).as_dict()
-            if not state.is_main_process:  # the first process measures the rest and writes for all
+                retention = measure_retention(adapter, experiment.general, parallel.map).as_dict()
+            if not parallel.measures:
                 continue
-            record = measured(
-                experiment, adapter, cell, progresses[i], predictions, seconds, retention, started
-            )
+            scores = scores_of(experiment, predictions)
+            results = Results(predictions, scores, seconds, retention)
+            record = measured(experiment, adapter, cell, progresses[i], results, started)
+            # Reading it off the adapter runs the base, too: a soft start is compiled.
+            files = adapter.files() if trains and adapter.has_off else None
+            if not parallel.state.is_main_process:  # the first one writes for all
+                continue
+            record = written(experiment, adapter, cell, record, results, files)
             record = record.updated(trained_together=len(cells), chosen=choices[i].record)
             atomic.write_json(cell.done, record.as_dict())
             _tidy(cell.folder)
             observer.cell_finished(record, reused=False)
             records.append(record)
-        state.wait_for_everyone()
-        if not state.is_main_process:
+        parallel.state.wait_for_everyone()
+        if not parallel.state.is_main_process:
             records = [CellRecord.read(cell.done) for cell in cells]
     finally:
         for adapter in adapters:
@@ -183,7 +185,8 @@ def _chosen(experiment: Experiment, cell: Cell) -> Autotuned:
 
     examples = experiment.training(cell.seed).examples
     # The others read what the first process found: rounding may tell two devices different things.
-    with processes(experiment.base.model.device).main_process_first():
+    parallel = experiment.parallel
+    with nullcontext() if parallel.together else parallel.state.main_process_first():
         return autotune(method, make, experiment.recipe.task, examples, cell.folder)
 
 

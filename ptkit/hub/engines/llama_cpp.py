@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, quants
-from scipy.linalg import hadamard
 from torch import Tensor
 
 from ptkit.errors import AdapterError, UserError
@@ -139,9 +138,17 @@ def _rows(states: Tensor, cache: GGMLQuantizationType) -> bytes:
                 f"heads of {rows.shape[-1]} values in a cache of eight bits were not tried; "
                 "use --dtype float16"
             )
-        rows = rows @ torch.tensor(hadamard(_TURNED) / _TURNED**0.5, dtype=torch.float32)
+        rows = rows @ _hadamard(_TURNED)
     data = _encoded(rows.flatten(1).numpy(), cache)
     return struct.pack("<iQ", int(cache), data.nbytes // len(data)) + data.tobytes()
+
+
+def _hadamard(size: int) -> Tensor:
+    """Sylvester's matrix of a power of two, normalised: its own inverse."""
+    turn = torch.ones(1, 1)
+    while len(turn) < size:
+        turn = torch.cat([torch.cat([turn, turn], 1), torch.cat([turn, -turn], 1)])
+    return turn / size**0.5
 
 
 def _columns(states: Tensor, cache: GGMLQuantizationType) -> bytes:

@@ -70,7 +70,7 @@ def write(
         atomic.write_text(scratch / "README.md", _readme(base, softs, prompts))
         _require_same(scratch, base, softs, expected)
         size = sum(p.stat().st_size for p in scratch.iterdir())
-    return Written(out, len(added), size)
+    return Written(out, len(added), size, prompts)
 
 
 def _extend(model: Any, rows: int, known: int) -> None:

@@ -46,7 +46,8 @@ if __name__ == "__main__":
     model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
     ids = tokenizer(text, return_tensors="pt").input_ids
     file = Path(__file__).with_name(name + ".safetensors")
-    print(tokenizer.decode(answer(model, ids, file, max_new_tokens=64, do_sample=False)))
+    answered = answer(model, ids, file, max_new_tokens=64, do_sample=False)
+    print(tokenizer.decode(answered, skip_special_tokens=True))
 '''
 
 

@@ -12,6 +12,7 @@ class BaseSection(MethodSection):
     """The base model as it is, without any prompt: nothing is trained."""
 
     display_name: ClassVar[str] = "the base model"
+    on_split_base: ClassVar[bool] = True
     not_asked: ClassVar[str | None] = "the model itself, which is what the others are compared with"
     trains: ClassVar[bool] = False
     kind: Literal["base"]

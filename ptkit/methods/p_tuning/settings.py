@@ -20,6 +20,7 @@ class PTuningSection(PromptMethodSection):
     """P-tuning (Liu et al. 2021): an MLP or LSTM makes the input embeddings."""
 
     display_name: ClassVar[str] = "P-tuning"
+    on_split_base: ClassVar[bool] = True
     tags: ClassVar[tuple[str, ...]] = ("p-tuning", "p_tuning")
     file_types: ClassVar[Mapping[str, FileType]] = {
         "P_TUNING": FileType(),

@@ -83,6 +83,7 @@ class PrefixTuningSection(PrefixSettings):
     """Prefix tuning (Li & Liang 2021), also known as P-tuning v2: learns keys and values."""
 
     display_name: ClassVar[str] = "prefix tuning"
+    on_split_base: ClassVar[bool] = True
     tags: ClassVar[tuple[str, ...]] = (
         "prefix-tuning", "prefix_tuning", "ptkit-infix", "ptkit-encoder-decoder-prefix",
         "ptkit-encoder-prefix", "ptkit-hybrid-prefix", "ptkit-unlike-prefix",

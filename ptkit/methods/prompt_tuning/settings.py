@@ -18,6 +18,7 @@ class PromptTuningSection(PromptMethodSection):
     """Prompt tuning (Lester et al. 2021): learns `num_virtual_tokens` input embeddings."""
 
     display_name: ClassVar[str] = "prompt tuning"
+    on_split_base: ClassVar[bool] = True
     tags: ClassVar[tuple[str, ...]] = ("prompt-tuning", "prompt_tuning", "ptkit-encoder-prompt")
     # CPT's file is the soft prompt it ended with; a multi-task prompt is one per task.
     file_types: ClassVar[Mapping[str, FileType]] = {

@@ -14,6 +14,7 @@ class TextPromptSection(MethodSection):
     """An instruction and training examples, written out as text before the input."""
 
     display_name: ClassVar[str] = "a text prompt"
+    on_split_base: ClassVar[bool] = True
     trains: ClassVar[bool] = False
     kind: Literal["text_prompt"]
     """`text_prompt`."""
