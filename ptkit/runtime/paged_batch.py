@@ -334,9 +334,7 @@ class PagedBatch:
         assert prefix is not None
         mask = torch.ones(1, sequence.read + 1, dtype=torch.long, device=device)
         last = torch.tensor([sequence.read], device=device)
-        moved = own_part(
-            self._model, placed_before_last(self._model, prefix.alone, mask, last)
-        )
+        moved = own_part(self._model, placed_before_last(self._model, prefix.alone, mask, last))
         sequence.table.extend(prefix.virtual_tokens)
         keys, values = [k[0] for k in moved.keys], [v[0] for v in moved.values]
         self._write(keys, values, sequence.table, 0, prefix.virtual_tokens)
