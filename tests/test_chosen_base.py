@@ -79,9 +79,9 @@ def test_a_server_takes_the_named_base_for_its_own_folder_only(
     try:
         refusing, taking = (apps[chosen].state.library for chosen in (False, True))
         with pytest.raises(AdapterError, match="--model"):
-            refusing.voices("one")
+            refusing.adapters("one")
         with caplog.at_level(logging.WARNING):
-            assert taking.voices("one")[0].name == "one"
+            assert taking.adapters("one")[0].name == "one"
         assert any("mirror/tiny-copy" in r.getMessage() for r in caplog.records)
         taking.load("again", path="one", hub=None, replace=False)
         sent = {name: (adapters / "one" / name).read_bytes() for name in (CONFIG, WEIGHTS)}
@@ -96,7 +96,7 @@ def test_a_server_takes_the_named_base_for_its_own_folder_only(
 def test_a_base_given_in_a_program_is_chosen(adapters: Path, base: Base) -> None:
     app = build_app(base, adapters)
     try:
-        assert app.state.library.voices("one")
+        assert app.state.library.adapters("one")
     finally:
         app.state.library.engine.close()
 

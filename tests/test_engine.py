@@ -14,11 +14,13 @@ from conftest import random_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_composition import save_lora
-from test_running import random_prefix
+from test_paged_batch import random_prefix
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from ptkit.bank import AdapterBank
 from ptkit.errors import PtkitError, UserError
 from ptkit.runtime.base_model import load_base
+from ptkit.runtime.block_pool import BlockTable, position_bytes
 from ptkit.runtime.named_models import TINY_EN
 from ptkit.serve.answer import (
     Answer,
@@ -26,12 +28,13 @@ from ptkit.serve.answer import (
     InUseError,
     NoMemoryError,
     QueueFullError,
+    RequestAdapter,
     TimedOutError,
     Update,
-    Voice,
 )
 from ptkit.serve.engine import Engine
-from ptkit.serve.sampling import NotFiniteError, Sampler, Sampling
+from ptkit.serve.sampling import NotFiniteError, SamplerState, Sampling, sample
+from ptkit.serve.scheduler import BlockBudget
 from ptkit.serve.text import TextStream
 
 
@@ -45,11 +48,12 @@ class Asked:
         self.updates: list[Update] = []
         self.times: list[float] = []
         self.ended = threading.Event()
-        voices = tuple(
-            Voice(name or "base", *(bank.parts(name) if name else (None, None))) for name in names
+        adapters = tuple(
+            RequestAdapter(name or "base", *(bank.parts(name) if name else (None, None)))
+            for name in names
         )
         sampling = Sampling(**{"max_tokens": 8, "ignore_eos": True, **options})
-        self.answer = Answer(prompt, voices, sampling, self._tell, deadline=deadline)
+        self.answer = Answer(prompt, adapters, sampling, self._tell, deadline=deadline)
 
     def _tell(self, update: Update) -> None:
         self.updates.append(update)
@@ -109,7 +113,7 @@ def test_every_answer_is_its_solo_greedy_run(bank: AdapterBank, engine: Engine) 
         engine.submit([a.answer for a in part])
         time.sleep(0.05)
     for a in asked:
-        name = a.answer.voices[0].name
+        name = a.answer.adapters[0].name
         (expected,) = bank.generate_ids(
             [a.answer.prompt], [None if name == "base" else name],
             max_new_tokens=a.answer.sampling.max_tokens, do_sample=False, eos_token_id=None,
@@ -167,9 +171,9 @@ def test_logprobs_are_the_models_own(bank: AdapterBank, engine: Engine) -> None:
 def test_penalties_are_taken_from_what_was_said() -> None:
     logits = torch.tensor([0.0, 2.0, 1.9])
     sampling = Sampling(9, frequency_penalty=0.08, presence_penalty=0.05)
-    sampler = Sampler(sampling, torch.device("cpu"))
+    state = SamplerState(sampling)
     # 2.0 | 1.87 < 1.9 | 1.87 > 1.77 | 1.79 > 1.77
-    assert [sampler.choose(logits).id for _ in range(4)] == [1, 2, 1, 1]
+    assert [sample(logits[None], [state])[0].id for _ in range(4)] == [1, 2, 1, 1]
 
 
 def test_a_long_input_does_not_hold_short_answers_back(bank: AdapterBank) -> None:
@@ -344,10 +348,10 @@ def test_an_answer_that_cannot_be_begun_fails_alone_and_is_told(
 
     good = [Asked(bank, [name], [5, 6]) for name in ("a0", "a1")]
     bad = Asked(bank, [None], [7, 8])
-    bad.answer.voices = (Voice("bad", BadPrefix()),)  # type: ignore[arg-type]
+    bad.answer.adapters = (RequestAdapter("bad", BadPrefix()),)  # type: ignore[arg-type]
     alone = Asked(bank, [None], [7] * 30)
-    alone.answer.voices = bad.answer.voices
-    unsampled = Asked(bank, ["a2"], [9], seed="none that torch takes")
+    alone.answer.adapters = bad.answer.adapters
+    unsampled = Asked(bank, ["a2"], [9], seed=["no number"])
     engine.submit([a.answer for a in (good[0], bad, unsampled, alone, good[1])])
     for a in good:
         (expected,) = bank.generate_ids(
@@ -364,16 +368,15 @@ def out_of_memory() -> RuntimeError:
     return RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-@pytest.mark.parametrize("where", ["reading", "joining", "writing"])
+@pytest.mark.parametrize("where", ["reading", "beginning", "writing"])
 def test_memory_that_lasts_for_some_serves_those(
     where: str, bank: AdapterBank, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The longest of three answers is what memory does not hold."""
-    from ptkit.runtime import running
 
-    def at_most(longest: int, real):
+    def at_most(tokens: int, real):
         def limited(*args, **kw):
-            if longest < kw["attention_mask"].shape[1]:
+            if len(kw["input_ids"]) > tokens:
                 raise out_of_memory()
             return real(*args, **kw)
 
@@ -381,18 +384,17 @@ def test_memory_that_lasts_for_some_serves_those(
 
     model = bank.base.model
     if where == "reading":
-        monkeypatch.setattr(model, "forward", at_most(13, model.forward))
-    elif where == "writing":
-        monkeypatch.setattr(model, "forward", at_most(18, model.forward))
+        monkeypatch.setattr(model, "forward", at_most(10, model.forward))
     else:
-        append = running._RowsCache.append
+        extend = BlockTable.extend
+        most = 13 if where == "beginning" else 18
 
-        def joins(self, cache, index, visible):
-            if int(visible.sum()) > 9:
+        def extended(self, positions):
+            if self.length + positions > most:
                 raise out_of_memory()
-            return append(self, cache, index, visible)
+            return extend(self, positions)
 
-        monkeypatch.setattr(running._RowsCache, "append", joins)
+        monkeypatch.setattr(BlockTable, "extend", extended)
     short = [Asked(bank, ["a0"], [5, 6]), Asked(bank, [None], [9, 9, 9])]
     long = Asked(bank, ["a2"], [*range(1, 12)], max_tokens=40)
     engine.submit([short[0].answer, long.answer, short[1].answer])
@@ -421,7 +423,7 @@ def test_what_does_not_fit_into_memory_by_itself_is_not_told_to_come_again(
 def test_a_full_queue_says_come_again_and_a_request_that_never_fits_does_not(
     bank: AdapterBank, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine.queue, "admitted", lambda *_: [])  # nobody is begun
+    monkeypatch.setattr(engine.scheduler, "admitted", lambda *_: [])  # nobody is begun
     engine.submit([Asked(bank, ["a0"], [5, 6]).answer for _ in range(63)])
     with pytest.raises(QueueFullError, match="63 answers are waiting, of at most 64"):
         engine.submit([Asked(bank, ["a0"], [5, 6]).answer for _ in range(2)])
@@ -443,7 +445,7 @@ def test_asking_does_not_wait_for_inputs_to_be_begun(
             raise RuntimeError("slow")
 
     slow = Asked(bank, [None], [7, 8])
-    slow.answer.voices = (Voice("slow", SlowPrefix()),)  # type: ignore[arg-type]
+    slow.answer.adapters = (RequestAdapter("slow", SlowPrefix()),)  # type: ignore[arg-type]
     engine.submit([slow.answer])
     assert begun.wait(20)
     asked = Asked(bank, ["a0"], [5, 6])
@@ -466,13 +468,154 @@ def test_a_loop_that_ends_by_whatever_leaves_nobody_waiting(
     def ends() -> None:
         raise SystemExit
 
-    monkeypatch.setattr(engine.rows, "step", ends)
+    monkeypatch.setattr(engine.executor, "step", ends)
     asked = Asked(bank, ["a0"], [5, 6])
     engine.submit([asked.answer])
     assert isinstance(asked.error, DrainingError)
     engine.close()
     with pytest.raises(DrainingError):
         engine.submit([Asked(bank, ["a0"], [5, 6]).answer])
+
+
+# Memory
+
+
+def test_an_answer_waits_until_its_memory_is_free_and_none_ends_for_want_of_it(
+    bank: AdapterBank,
+) -> None:
+    """Memory for two answers at a time, whatever they share; many ask, with room for all rows."""
+    base = bank.base
+    block = 16 * position_bytes(base.layout, base.model.dtype)
+    # 20 tokens read and 44 written are 4 blocks, and a prefix is one.
+    engine = Engine(bank, max_rows=8, kv_bytes=9 * block)
+    most: list[tuple[int, int]] = []
+    step = engine.executor.step
+
+    def watched() -> None:
+        step()
+        most.append((engine.running, engine.executor.kv_bytes))
+
+    engine.executor.step = watched  # type: ignore[method-assign]
+    try:
+        draw = random.Random(3)
+        asked = [
+            Asked(bank, [f"a{n % 2}"], [draw.randrange(1, 96) for _ in range(20)], max_tokens=44)
+            for n in range(6)
+        ]
+        engine.submit([a.answer for a in asked])
+        for number, a in enumerate(asked):
+            (expected,) = bank.generate_ids(
+                [a.answer.prompt], [f"a{number % 2}"], max_new_tokens=44, do_sample=False,
+                eos_token_id=None,
+            )  # fmt: skip
+            assert a.ids == expected
+        assert max(rows for rows, _ in most) == 1, "two with their prefixes are ten blocks"
+        assert 0 < max(held for _, held in most) <= 9 * block
+        longest = Asked(bank, ["a0"], [1] * 100, max_tokens=27)
+        engine.submit([longest.answer])  # 8 blocks and the prefix
+        assert len(longest.ids) == 27
+        with pytest.raises(UserError, match=r"may need .* this server has .* lower max_tokens"):
+            engine.submit([Asked(bank, ["a0", "a1"], [1] * 100, max_tokens=4).answer])
+    finally:
+        engine.close()
+
+
+def test_a_prefix_is_promised_once_and_one_that_depends_on_the_input_to_each(
+    bank: AdapterBank,
+) -> None:
+    class OfInput:
+        virtual_tokens, infix = 20, False
+
+    budget = BlockBudget(12)
+    shared = Asked(bank, ["a5"], [1] * 20, max_tokens=12).answer  # 2 blocks, and 1 of the prefix
+    own = Asked(bank, [None], [1] * 20, max_tokens=12).answer
+    own.adapters = (RequestAdapter("own", OfInput()),)  # type: ignore[arg-type]
+    infix = Asked(bank, ["infix"], [1] * 20, max_tokens=12).answer
+    assert [budget.needed(answer) for answer in (shared, own, infix)] == [3, 4, 3]
+    budget.take(shared)
+    budget.take(shared)  # 5 in all
+    budget.take(own)  # 9
+    assert budget.fits(infix)
+    budget.take(infix)  # 12
+    assert not budget.fits(shared)
+    budget.give_back(shared)
+    assert budget.fits(shared), "its prefix is still there"
+    budget.give_back(shared)
+    budget.take(infix)  # 10, and its prefix is gone
+    assert not budget.fits(shared)
+
+
+def test_several_answers_of_one_request_are_read_once(
+    bank: AdapterBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(bank, max_rows=8)
+    counts: list[int] = []
+    forward = bank.base.model.forward
+
+    def counting(*args: object, **kw: object) -> object:
+        counts.append(len(kw["input_ids"]))
+        return forward(*args, **kw)
+
+    monkeypatch.setattr(bank.base.model, "forward", counting)
+    try:
+        asked = [
+            Asked(bank, ["a1"], [4, 5, 6] * 11, temperature=1.0, seed=n, max_tokens=1)
+            for n in range(6)
+        ]
+        engine.submit([a.answer for a in asked])
+        ids = [a.ids for a in asked]
+        assert sum(counts) == 33
+        assert len({tuple(one) for one in ids}) > 1, "each has its own random numbers"
+    finally:
+        engine.close()
+
+
+# Sampling
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    vocabulary=st.sampled_from([3, 12]), temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    top_p=st.sampled_from([0.01, 0.4, 0.9, 1.0]), seed=st.integers(0, 2**16),
+    spread=st.sampled_from([0.1, 3.0]),
+)  # fmt: skip
+def test_tokens_are_drawn_with_the_probabilities_of_transformers_warpers(
+    vocabulary: int, temperature: float, top_p: float, seed: int, spread: float
+) -> None:
+    logits = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(seed)) * spread
+    warped = TemperatureLogitsWarper(temperature)(None, logits.clone())
+    if top_p < 1:
+        warped = TopPLogitsWarper(top_p)(None, warped)
+    expected = warped.softmax(-1)[0].double()
+    count = 4000
+    states = [
+        SamplerState(Sampling(1, temperature=temperature, top_p=top_p, seed=seed + n))
+        for n in range(count)
+    ]
+    found = [token.id for token in sample(logits.expand(count, -1), states)]
+    shares = torch.bincount(torch.tensor(found), minlength=vocabulary) / count
+    deviation = (expected * (1 - expected) / count).sqrt()
+    assert ((shares - expected).abs() <= 5.5 * deviation + 1e-9).all()
+
+
+def test_rows_of_all_kinds_are_sampled_in_one_go_as_alone() -> None:
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(1)) * 2
+    logits[4] = float("nan")
+    kinds = [
+        Sampling(4), Sampling(4, temperature=0.9, seed=1),
+        Sampling(4, temperature=0.9, top_p=0.5, seed=2),
+        Sampling(4, presence_penalty=1.5, logprobs=2), Sampling(4, temperature=1.0, seed=3),
+        Sampling(4, temperature=1.3, top_p=0.99, frequency_penalty=0.7, seed=5, logprobs=0),
+    ]  # fmt: skip
+    together = [SamplerState(kind) for kind in kinds]
+    apart = [SamplerState(kind) for kind in kinds]
+    for _ in range(4):
+        alone = [sample(row[None], [state])[0] for row, state in zip(logits, apart, strict=True)]
+        assert sample(logits, together) == alone
+    assert alone[4] is None
+    assert len(alone[3].top) == 2
+    assert alone[5].logprob is not None
+    assert alone[5].top == ()
 
 
 # Text

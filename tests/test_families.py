@@ -52,7 +52,7 @@ from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.attention import attention_of
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits, collate, supervised_losses
-from ptkit.runtime.running import longest_row
+from ptkit.runtime.paged_batch import longest_sequence
 from ptkit.runtime.scoring import continuation_scores
 from ptkit.training.adapter_trainer import Job
 from ptkit.training.loop import fit
@@ -643,4 +643,4 @@ def test_check_of_gemma_4_ends_with_answers_and_soft_prompts_with_a_reason(tmp_p
     with pytest.raises(ModelError, match="look up token ids"):
         create_adapter(section, base, Demonstrations(["w3 w4"], 0))
     with pytest.raises(ModelError, match="read the keys and values of others"):
-        longest_row(base.model)
+        longest_sequence(base.model)

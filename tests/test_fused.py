@@ -7,8 +7,8 @@ import torch
 from conftest import VOCABULARY, random_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_paged_batch import base_of_family
 from test_peft_parity import LEARNT, make_adapter, rows_of
-from test_running import base_of_family
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 from transformers.activations import NewGELUActivation

@@ -378,8 +378,8 @@ def test_a_server_reads_it_at_once_and_guards_its_changes(tmp_path: Path) -> Non
         library = Library(engine, tmp_path, base_name="base")
         assert library.register_all() == []
         assert library.names() == ["h0", "h1"]
-        (voice,) = library.voices("h0")
-        assert (voice.virtual_tokens, voice.lora) == (4, "h0")
+        (adapter,) = library.adapters("h0")
+        assert (adapter.virtual_tokens, adapter.lora) == (4, "h0")
         assert library.card("h0").method == "ptkit_prefix_lora"
         with engine.changing("h0"), pytest.raises(InUseError):
             library.load("h0", path="h1", hub=None, replace=True)

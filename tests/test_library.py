@@ -106,13 +106,13 @@ def test_an_upload_refused_for_a_lora_in_use_replaces_nothing(
     assert library.upload("mine", files_of(tmp_path / "l0"))
     before = snapshot(library)
     asked = Asked(library.bank, ["mine"], [5, 6], max_tokens=100)
-    asked.answer.voices = library.voices("mine")
+    asked.answer.adapters = library.adapters("mine")
     library.engine.submit([asked.answer])
     with pytest.raises(InUseError):
         library.upload("mine", files_of(tmp_path / "l1"))
     assert snapshot(library) == before
     assert len(asked.ids) == 100
-    while library.engine.queue.uses("mine"):  # told before the row is free
+    while library.engine.scheduler.uses("mine"):  # told before the row is free
         pass
     alone = library.bank.generate(["w3 w4"], ["mine"], max_new_tokens=6, do_sample=False)
     assert not library.upload("mine", files_of(tmp_path / "l1"))
@@ -195,7 +195,7 @@ def test_what_a_client_is_told_names_no_place_on_the_servers_disk(tmp_path: Path
         # Files that go bad while they are served.
         library.bank.register(served / "cut", "later")
         (served / "mine" / CONFIG).write_bytes(b"{")
-        library.voices("mine")
+        library.adapters("mine")
         told.append(str(client.get("/v1/adapters").json()))
         for stream in (False, True):
             asked = {"model": "later", "prompt": "w1", "stream": stream}

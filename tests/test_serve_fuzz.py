@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.checks import (
 from ptkit.bank import AdapterBank
 from ptkit.runtime.base_model import load_base
 from ptkit.runtime.named_models import TINY_EN
-from ptkit.serve.answers import Limits
+from ptkit.serve.answers import RequestLimits
 from ptkit.serve.app import create_app
 from ptkit.serve.engine import Engine
 from ptkit.serve.library import Library
@@ -36,11 +36,11 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> schemathesis.BaseSchem
     shutil.copytree(ROOT / "adapters", folder)
     bank = AdapterBank(load_base(TINY_EN, device="cpu"))
     metrics = Metrics(bank)
-    engine = Engine(bank, max_rows=4, observer=metrics)
+    engine = Engine(bank, max_rows=4, logger=metrics)
     metrics.watch(engine)
     library = Library(engine, folder, base_name=TINY_EN)
     assert library.register_all() == []
-    app = create_app(library, metrics, Limits(max_tokens=8, timeout=20))
+    app = create_app(library, metrics, RequestLimits(max_tokens=8, timeout=20))
     return schemathesis.openapi.from_asgi("/openapi.json", app)
 
 

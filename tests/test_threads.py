@@ -17,8 +17,8 @@ import torch
 from conftest import VOCABULARY, random_base, word_tokenizer
 from test_composition import save_lora
 from test_encoder_decoder import learnt, random_pair
+from test_paged_batch import random_prefix
 from test_peft_parity import LEARNT, make_adapter, rows_of
-from test_running import random_prefix
 from torch import nn
 from transformers import (
     Gemma2Config,

@@ -29,7 +29,7 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535)] = 8000,
-    max_batch: Annotated[int, typer.Option(min=1, help="Answers written at the same time.")] = 32,
+    max_batch: Annotated[int, typer.Option(min=1, help="Answers written at the same time.")] = 64,
     max_queue: Annotated[
         int, typer.Option(min=1, help="Answers that may wait; more get 429.")
     ] = 256,
@@ -39,6 +39,14 @@ def serve(
         Optional[int],  # noqa: UP045
         typer.Option(
             parser=size, metavar="SIZE", help="Memory for prefixes, `2GB`; default: no limit."
+        ),
+    ] = None,
+    kv_budget: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            parser=size,
+            metavar="SIZE",
+            help="Memory for keys and values of answers under way; default: half of what is free.",
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -108,8 +116,9 @@ def serve(
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     app = build_app(
         load_base(**section.model_dump()), adapters, model_name=model_name, budget=budget,
-        max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens, timeout=timeout, keys=keys,
-        allow_hub=allow_hub, read_only=read_only, loopback_only=local, chosen=model is not None,
+        kv_bytes=kv_budget, max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens,
+        timeout=timeout, keys=keys, allow_hub=allow_hub, read_only=read_only,
+        loopback_only=local, chosen=model is not None,
     )  # fmt: skip
     library = app.state.library
     typer.secho(

@@ -183,6 +183,24 @@ def _with_columns(visible: Tensor, mask: Tensor, shape: tuple[int, int, int, int
     return torch.cat([columns, mask.expand(rows, heads, queries, mask.shape[-1])], dim=-1)
 
 
+class GroupedAttention:
+    """What a pass hands to its attention modules in place of a `Placed` when its rows are single
+    tokens of sequences, which attend to what the pass finds for them."""
+
+    def attended(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        options: dict[str, Any],
+        attention: Callable[..., tuple[Tensor, Any]],
+    ) -> Tensor:
+        """The output of `module` for `query` `[tokens, heads, 1, dim]`: `[tokens, 1, heads, dim]`.
+
+        attention: the model's own attention function, which takes `options`, too
+        """
+        raise NotImplementedError
+
+
 def _prefix_sdpa(
     module: nn.Module,
     query: Tensor,
@@ -191,7 +209,9 @@ def _prefix_sdpa(
     attention_mask: Tensor | None,
     **kw: Any,
 ) -> tuple[Tensor, None]:
-    placed: Placed | None = kw.pop(KEYWORD, None)
+    placed: Placed | GroupedAttention | None = kw.pop(KEYWORD, None)
+    if isinstance(placed, GroupedAttention):
+        return placed.attended(module, query, kw, sdpa_attention_forward), None
     if placed is not None:
         key, value, attention_mask = placed.before(
             module, query.shape[2], key, value, attention_mask, kw
@@ -206,8 +226,10 @@ def _prefix_eager(
     value: Tensor,
     attention_mask: Tensor | None,
     **kw: Any,
-) -> tuple[Tensor, Tensor]:
-    placed: Placed | None = kw.pop(KEYWORD, None)
+) -> tuple[Tensor, Tensor | None]:
+    placed: Placed | GroupedAttention | None = kw.pop(KEYWORD, None)
+    if isinstance(placed, GroupedAttention):
+        return placed.attended(module, query, kw, _prefix_eager), None
     if placed is not None:
         key, value, attention_mask = placed.before(
             module, query.shape[2], key, value, attention_mask, kw

@@ -34,11 +34,11 @@ from ptkit.runtime.progress import no_weights_bar
 from ptkit.runtime.quantize import logical_size, quantization_config, require_quantized
 from ptkit.runtime.runner import ModelRunner
 from ptkit.runtime.spread import Spread
-from ptkit.runtime.texts import Texts
+from ptkit.runtime.tokenization import TokenizerMixin
 
 
 @dataclass(frozen=True)
-class Base(Texts):
+class Base(TokenizerMixin):
     """A frozen model with its tokenizer: a language model, causal or an encoder-decoder, or any
     backbone with a classification head (`head`).
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ptkit.errors import ModelError
 from ptkit.runtime.runner import ModelRunner
 from ptkit.runtime.spread import require_known_parallelism
-from ptkit.runtime.texts import embedded_tokens, own_ends
+from ptkit.runtime.tokenization import embedded_tokens, own_ends
 
 
 def freeze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id: str) -> None:

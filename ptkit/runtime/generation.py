@@ -217,12 +217,12 @@ def _written(
     """
     view: Any = _generating(asked.model, batch)
     width = inputs["attention_mask"].shape[1]
-    reading = processors_read_text(view, asked.prompts, width, asked.options)
+    call = processors_read_text(view, asked.prompts, width, asked.options)
     output = view.generate(
-        **inputs, pad_token_id=asked.pad_token_id, **_cached(cache), **reading.options
+        **inputs, pad_token_id=asked.pad_token_id, **_cached(cache), **call.options
     )
     ends = end_ids(asked.model, **asked.options)
-    rows = reading.cut(output[:, skipped:].tolist(), asked.pad_token_id)
+    rows = call.cut(output[:, skipped:].tolist(), asked.pad_token_id)
     if forced is not None:
         rows = [row[1:] if row[:1] == [forced] else row for row in rows]
     return [_until_end(row, ends) for row in rows]

@@ -46,7 +46,7 @@ def setting(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class _Texts:
+class _Prompts:
     """The prompts of a batch, and where their continuation begins.
 
     columns: of `input_ids` before the first new token; None where those are texts already (a
@@ -82,7 +82,7 @@ class _Texts:
 class _Processors(LogitsProcessorList):
     """Processors for the prompts of each length."""
 
-    def __init__(self, texts: _Texts, by_length: dict[int, LogitsProcessorList]) -> None:
+    def __init__(self, texts: _Prompts, by_length: dict[int, LogitsProcessorList]) -> None:
         super().__init__(processor for some in by_length.values() for processor in some)
         self._texts, self._by_length = texts, by_length
 
@@ -98,7 +98,7 @@ class _Processors(LogitsProcessorList):
 class _Criterion(StoppingCriteria):
     """`criterion`, asked about the text of the rows."""
 
-    def __init__(self, texts: _Texts, criterion: Any) -> None:
+    def __init__(self, texts: _Prompts, criterion: Any) -> None:
         self._texts, self._criterion = texts, criterion
 
     def __call__(self, input_ids: Tensor, scores: Any, **kw: Any) -> Tensor:
@@ -112,7 +112,7 @@ class _Criterion(StoppingCriteria):
 
 
 @dataclass
-class Reading:
+class ProcessedCall:
     """A call of `generate` whose processors and criteria read text.
 
     options: to give to `generate`
@@ -151,7 +151,7 @@ class _Criteria(StoppingCriteriaList):
 
 def processors_read_text(
     view: PreTrainedModel, prompts: Sequence[list[int]], width: int, options: dict[str, Any]
-) -> Reading:
+) -> ProcessedCall:
     """Let processors and criteria of `view.generate` read the rows' text.
 
     view: a view of a model, of this call alone (see `ptkit.runtime.views`)
@@ -163,9 +163,9 @@ def processors_read_text(
     different lengths, and for a prompt beyond `max_length`.
     """
     inputs = bool(view.config.is_encoder_decoder)
-    texts = _Texts([*prompts], None if inputs else width)
+    texts = _Prompts([*prompts], None if inputs else width)
     if any(options.get(name) for name in DRAFTED):  # one row, and calls of `generate` within
-        return Reading(options)
+        return ProcessedCall(options)
     if setting(view, options, "guidance_scale") not in (None, 1) and len(texts.lengths) > 1:
         raise ModelError(
             "`guidance_scale` reads with the model itself, so all prompts of a batch must have one "
@@ -174,7 +174,7 @@ def processors_read_text(
     most = None if inputs else _most(view, options, texts.lengths[-1])
     if most is not None:
         options = {**options, "max_length": most + width - texts.lengths[0]}
-    reading = Reading(options)
+    call = ProcessedCall(options)
     whole = texts.lengths == [width]
     counted = not inputs or any(setting(view, options, name) for name in _OF_INPUTS)
     least = setting(view, options, "min_length")
@@ -220,10 +220,10 @@ def processors_read_text(
         if most is not None:
             found = [*found, _Criterion(read, MaxLengthCriteria(most))]
         beams = (kw["generation_config"].num_beams or 1) > 1
-        return _Criteria(found, columns, None if beams else reading.ends)
+        return _Criteria(found, columns, None if beams else call.ends)
 
     generator.__dict__ |= {"_get_logits_processor": processors, "_get_stopping_criteria": criteria}
-    return reading
+    return call
 
 
 def _without_filling(row: list[int], pad_token_id: int) -> list[int]:

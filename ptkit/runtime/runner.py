@@ -24,6 +24,7 @@ from ptkit.runtime.fused import has_plain_head, head_losses
 from ptkit.runtime.infix import placed_before_last
 from ptkit.runtime.last_layer import last_block_on
 from ptkit.runtime.locks import lock_of, running
+from ptkit.runtime.paged_attention import PagedCache
 from ptkit.runtime.placement import own_part
 from ptkit.runtime.soft_prompts import put_soft_prompts, skipped_positions, with_embeddings
 from ptkit.runtime.views import StandIn, looks_into_views, name_of, viewed
@@ -179,6 +180,8 @@ class ModelRunner:
                 positions = prefixed_positions(prefixes or _no_prefixes(tokens.mask), tokens.mask)
             if positions is not None and takes_positions(model):
                 call.arguments["position_ids"] = positions
+        if isinstance(kv, PagedCache):
+            kv.put(model, call)
         self._put(call, prefixes)
         if prefixes is not None and prefixes.embeddings is not None and tokens.encoded is None:
             put_soft_prompts(model, prefixes, call)

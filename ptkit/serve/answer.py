@@ -35,10 +35,11 @@ class InUseError(UserError):
 
 
 @dataclass(frozen=True)
-class Voice:
-    """What one row of an answer speaks with, as it was when the answer was asked for.
+class RequestAdapter:
+    """An adapter that answers, as it was when the answer was asked for.
 
-    prefix: what gives the row its own, once its input is read
+    prefix: what gives a sequence its own, from its input
+    lora: name of the LoRA adapter
     """
 
     name: str
@@ -70,7 +71,7 @@ class Update:
 class Answer:
     """An answer to be written.
 
-    voices: one, or several that write one answer together (the mean of their log-probabilities
+    adapters: one, or several that write one answer together (the mean of their log-probabilities
         decides every token, as in `AdapterBank.ensemble`)
     tell: called with every update, from the engine's thread: it must not block
     each_piece: tell of every piece; otherwise once, at the end
@@ -78,7 +79,7 @@ class Answer:
     """
 
     prompt: list[int]
-    voices: tuple[Voice, ...]
+    adapters: tuple[RequestAdapter, ...]
     sampling: Sampling
     tell: Callable[[Update], None]
     each_piece: bool = True
@@ -91,12 +92,12 @@ class Answer:
     @property
     def name(self) -> str:
         """What its requests are counted under."""
-        return self.voices[0].name if len(self.voices) == 1 else "ensemble"
+        return self.adapters[0].name if len(self.adapters) == 1 else "ensemble"
 
     @property
     def virtual_tokens(self) -> int:
         """Positions its longest prefix takes."""
-        return max(voice.virtual_tokens for voice in self.voices)
+        return max(adapter.virtual_tokens for adapter in self.adapters)
 
     @property
     def positions(self) -> int:
@@ -104,7 +105,7 @@ class Answer:
         return self.virtual_tokens + len(self.prompt) + self.sampling.max_tokens
 
 
-class Observer(Protocol):
+class StatLogger(Protocol):
     """Is told what the engine does (see `ptkit.serve.metrics`)."""
 
     def stepped(self, rows: int) -> None:

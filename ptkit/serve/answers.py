@@ -40,7 +40,7 @@ from ptkit.serve.sampling import Sampling, Token
 
 
 @dataclass
-class Limits:
+class RequestLimits:
     """max_tokens: longest answer; timeout: seconds an answer may take from its request on."""
 
     max_tokens: int = 1024
@@ -48,7 +48,7 @@ class Limits:
 
 
 @dataclass
-class Written:
+class PartialChoice:
     """An answer as far as it is told."""
 
     text: str = ""
@@ -56,7 +56,7 @@ class Written:
     finish: FinishReason | None = None
 
 
-class Exchange:
+class CompletionStream:
     """The answers to one request. Built in a worker thread, read in the event loop.
 
     Answers are numbered as OpenAI numbers choices: the `n` of the first prompt, those of the
@@ -66,7 +66,7 @@ class Exchange:
     def __init__(
         self,
         library: Library,
-        limits: Limits,
+        limits: RequestLimits,
         request: CompletionRequest | ChatRequest,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
@@ -79,9 +79,9 @@ class Exchange:
         self._head: dict[str, Any] = {
             "id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model
         }  # fmt: skip
-        voices = library.voices(request.model)
+        adapters = library.adapters(request.model)
         prompts = _prompts(library, request)
-        virtual = max(voice.virtual_tokens for voice in voices)
+        virtual = max(adapter.virtual_tokens for adapter in adapters)
         deadline = time.monotonic() + limits.timeout
         self.answers: list[Answer] = []
         for prompt in prompts:
@@ -94,7 +94,7 @@ class Exchange:
                 self.answers.append(
                     Answer(
                         prompt,
-                        voices,
+                        adapters,
                         sampling,
                         self._teller(loop, index),
                         each_piece=request.stream,
@@ -135,7 +135,7 @@ class Exchange:
 
     async def whole(self) -> Completion | ChatCompletion:
         """The response, when all is written."""
-        written = [Written() for _ in self.answers]
+        written = [PartialChoice() for _ in self.answers]
         async for index, update in self.updates():
             answer = written[index]
             answer.text += update.text

@@ -18,7 +18,7 @@ from ptkit.serve.answer import (
     QueueFullError,
     TimedOutError,
 )
-from ptkit.serve.answers import Exchange, Limits
+from ptkit.serve.answers import CompletionStream, RequestLimits
 from ptkit.serve.engine import Engine
 from ptkit.serve.guard import Guard, error_body
 from ptkit.serve.library import NAME, Library, NotAllowedError, UnknownModelError
@@ -92,7 +92,7 @@ _CHANGING = _documented(400, 401, 403, 404, 408, 409, 413, 422, 500, 502)
 def create_app(
     library: Library,
     metrics: Metrics,
-    limits: Limits | None = None,
+    limits: RequestLimits | None = None,
     *,
     keys: tuple[str, ...] = (),
     max_body: int = 1_000_000,
@@ -115,7 +115,7 @@ def create_app(
         lifespan=_lifespan,
     )
     app.state.library, app.state.metrics = library, metrics
-    app.state.limits = limits or Limits()
+    app.state.limits = limits or RequestLimits()
     _answers(app, library)
     _adapters(app, library, metrics)
     _probes(app, library.engine, metrics)
@@ -171,14 +171,14 @@ async def _answer(body: CompletionRequest | ChatRequest, request: Request) -> An
         raise DrainingError("the server is shutting down")
     loop = asyncio.get_running_loop()
     # In a worker: it reads texts, and maybe an adapter from disk.
-    exchange = await run_in_threadpool(Exchange, state.library, state.limits, body, loop)
-    exchange.submit()
+    stream = await run_in_threadpool(CompletionStream, state.library, state.limits, body, loop)
+    stream.submit()
     if body.stream:
-        events = _server_sent(exchange, state.library)
+        events = _server_sent(stream, state.library)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"cache-control": "no-store"}
         )
-    answered = asyncio.ensure_future(exchange.whole())
+    answered = asyncio.ensure_future(stream.whole())
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({answered, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -190,7 +190,7 @@ async def _answer(body: CompletionRequest | ChatRequest, request: Request) -> An
             task.cancel()
             with suppress(asyncio.CancelledError, PtkitError):
                 await task
-        exchange.cancel()
+        stream.cancel()
 
 
 async def _disconnected(request: Request) -> None:
@@ -198,11 +198,11 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _server_sent(exchange: Exchange, library: Library) -> AsyncIterator[bytes]:
+async def _server_sent(stream: CompletionStream, library: Library) -> AsyncIterator[bytes]:
     """The events as Server-Sent Events; an error is the last event. However it ends, a client
     that is gone included, the answers are given up."""
     try:
-        async for event in exchange.events():
+        async for event in stream.events():
             yield b"data: " + event.model_dump_json().encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
     except PtkitError as error:
@@ -213,7 +213,7 @@ async def _server_sent(exchange: Exchange, library: Library) -> AsyncIterator[by
         message = f"{type(error).__name__}; see the server's log"
         yield b"data: " + error_body(message, "server_error", None) + b"\n\n"
     finally:
-        exchange.cancel()
+        stream.cancel()
 
 
 # Adapters

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import psutil
+import torch
+
 from ptkit.bank import AdapterBank
 from ptkit.extras import extra
 from ptkit.methods.base_names import is_here
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.named_models import TINY_EN
-from ptkit.serve.answers import Limits
+from ptkit.serve.answers import RequestLimits
 from ptkit.serve.app import create_app
 from ptkit.serve.engine import Engine
 from ptkit.serve.library import Library
@@ -28,7 +31,8 @@ def build_app(
     *,
     model_name: str | None = None,
     budget: int | None = None,
-    max_batch: int = 32,
+    kv_bytes: int | None = None,
+    max_batch: int = 64,
     max_queue: int = 256,
     max_tokens: int = 1024,
     timeout: float = 600.0,
@@ -43,6 +47,8 @@ def build_app(
 
     model_name: what requests call the base; default: its id, of a folder or file its name
     budget: bytes for prefixes on the device; None: no limit
+    kv_bytes: bytes for keys and values of the answers under way; an answer waits until all that it
+        may come to need is free. None: half of what is free on the device now
     max_batch, max_queue: answers written at the same time, and waiting
     max_tokens, timeout: of one answer, in tokens and seconds
     keys, loopback_only: see `create_app`; allow_hub, read_only, chosen: see `Library` (`chosen`
@@ -57,7 +63,10 @@ def build_app(
         base = load_base(base or TINY_EN, device="auto")
     bank = AdapterBank(base, budget=budget)
     metrics = Metrics(bank)
-    engine = Engine(bank, max_rows=max_batch, max_waiting=max_queue, observer=metrics)
+    engine = Engine(
+        bank, max_rows=max_batch, max_waiting=max_queue, logger=metrics,
+        kv_bytes=free_bytes(base.model.device) // 2 if kv_bytes is None else kv_bytes,
+    )  # fmt: skip
     metrics.watch(engine)
     name = model_name or (Path(base.id).name if is_here(base.id) else base.id)
     library = Library(
@@ -66,5 +75,12 @@ def build_app(
     )  # fmt: skip
     for fault in library.register_all():
         logger.warning("left out: %s", fault)
-    limits = Limits(max_tokens=max_tokens, timeout=timeout)
+    limits = RequestLimits(max_tokens=max_tokens, timeout=timeout)
     return create_app(library, metrics, limits, keys=keys, loopback_only=loopback_only)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that are free on `device`."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -1,7 +1,7 @@
 """The loop that runs all answers: one batch, joined and left at token boundaries.
 
-One thread owns the model (`ptkit.serve.rows`). Others hand in answers to write
-(`ptkit.serve.queue`) and are told of every piece of text.
+One thread runs the model (`ptkit.serve.executor`). Others hand in answers to write
+(`ptkit.serve.scheduler`) and are told of every piece of text.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from contextlib import AbstractContextManager
 
 from ptkit.bank import AdapterBank
 from ptkit.errors import PtkitError, UserError
-from ptkit.runtime.running import longest_row
-from ptkit.serve.answer import Answer, DrainingError, Observer, Update, Voice
+from ptkit.runtime.block_pool import BLOCK_SIZE, position_bytes
+from ptkit.runtime.paged_batch import longest_sequence
+from ptkit.serve.answer import Answer, DrainingError, RequestAdapter, StatLogger, Update
+from ptkit.serve.executor import Executor
 from ptkit.serve.failures import said
-from ptkit.serve.queue import Queue
-from ptkit.serve.rows import Rows
+from ptkit.serve.scheduler import BlockBudget, Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ class Engine:
     max_waiting: answers that may wait for a row
     piece: tokens of inputs read between two steps of the rows under way; longer inputs are read
         in pieces, so that they hold back nobody for longer than that
+    kv_bytes: memory for keys and values; an answer waits until all that it may come to need is
+        free. None: no limit
     """
 
     def __init__(
@@ -39,13 +42,17 @@ class Engine:
         max_rows: int = 32,
         max_waiting: int = 256,
         piece: int = 512,
-        observer: Observer | None = None,
+        kv_bytes: int | None = None,
+        logger: StatLogger | None = None,
     ) -> None:
         self.bank = bank
         self.max_rows = max_rows
-        self.longest = longest_row(bank.base.model)
-        self.queue = Queue(max_rows, max_waiting, piece)
-        self.rows = Rows(bank, self.queue, piece, observer)
+        self.longest = longest_sequence(bank.base.model)
+        block_bytes = BLOCK_SIZE * position_bytes(bank.base.layout, bank.base.model.dtype)
+        most = None if kv_bytes is None else kv_bytes // block_bytes
+        self._budget, self._block_bytes = BlockBudget(most), block_bytes
+        self.scheduler = Scheduler(max_rows, max_waiting, self._budget)
+        self.executor = Executor(bank, self.scheduler, piece, most, logger)
         self._thread = threading.Thread(target=self._run, name="ptkit-engine", daemon=True)
         self._thread.start()
 
@@ -57,14 +64,14 @@ class Engine:
         Raises QueueFullError, DrainingError, InUseError when a LoRA adapter among them is being
         changed, and UserError when they can never fit.
         """
-        self.queue.require_so_many(answers)
+        self.scheduler.require_so_many(answers)
         for answer in answers:
             self._require_fit(answer)
-        self.queue.submit(answers, self._is_stale)
+        self.scheduler.submit(answers, self._is_stale)
 
     def cancel(self, answers: Sequence[Answer]) -> None:
         """Stop writing `answers`; they are told nothing more."""
-        self.queue.cancel(answers)
+        self.scheduler.cancel(answers)
 
     def changing(self, name: str) -> AbstractContextManager[None]:
         """Within this context the LoRA adapter `name` may be replaced or taken out.
@@ -72,22 +79,22 @@ class Engine:
         A prefix may be at any time: rows keep the one they began with. Raises InUseError while
         answers use it.
         """
-        return self.queue.changing(name)
+        return self.scheduler.changing(name)
 
     @property
     def waiting(self) -> int:
         """Answers waiting for a row."""
-        return len(self.queue)
+        return len(self.scheduler)
 
     @property
     def running(self) -> int:
         """Rows under way, those whose input is being read included."""
-        return self.rows.running
+        return self.executor.running
 
     @property
     def draining(self) -> bool:
         """Whether nothing more is taken."""
-        return self.queue.draining
+        return self.scheduler.draining
 
     @property
     def alive(self) -> bool:
@@ -96,26 +103,27 @@ class Engine:
 
     def drain(self) -> None:
         """Take no more; what is there is finished."""
-        self.queue.close(stop=False)
+        self.scheduler.close(stop=False)
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return self.queue.empty and not self.rows.running
+        return self.scheduler.empty and not self.executor.running
 
     def close(self) -> None:
         """End the loop at the next token; answers under way are told that they failed."""
-        self.queue.close(stop=True)
+        self.scheduler.close(stop=True)
         self._thread.join()
 
-    def _is_stale(self, voice: Voice) -> bool:
+    def _is_stale(self, adapter: RequestAdapter) -> bool:
         """Whether its prefix and LoRA are not, or no longer, of one adapter."""
-        return voice.prefix is not None and self.bank.parts(voice.name)[0] is not voice.prefix
+        return adapter.prefix is not None and self.bank.parts(adapter.name)[0] is not adapter.prefix
 
     def _require_fit(self, answer: Answer) -> None:
-        if len(answer.voices) > self.max_rows:
+        if len(answer.adapters) > self.max_rows:
             raise UserError(
-                f"{len(answer.voices)} adapters cannot answer together, at most {self.max_rows} can"
+                f"{len(answer.adapters)} adapters cannot answer together, at most {self.max_rows} "
+                "can"
             )
         if self.longest is not None and answer.positions > self.longest:
             raise UserError(
@@ -124,16 +132,23 @@ class Engine:
                 f"{len(answer.prompt)}, answer {answer.sampling.max_tokens}), the model has "
                 f"{self.longest}; shorten the prompt or lower max_tokens"
             )
+        most, needed = self._budget.most, self._budget.needed(answer)
+        if most is not None and needed > most:
+            raise UserError(
+                f"the request may need {needed * self._block_bytes:,} bytes of keys and values, "
+                f"this server has {most * self._block_bytes:,} for all answers; shorten the prompt "
+                "or lower max_tokens"
+            )
 
     # The loop
 
     def _run(self) -> None:
-        queue = self.queue
+        scheduler = self.scheduler
         try:
             while True:
-                with queue.changed:
-                    queue.changed.wait_for(lambda: queue.stopped or not self.idle)
-                    if queue.stopped:
+                with scheduler.changed:
+                    scheduler.changed.wait_for(lambda: scheduler.stopped or not self.idle)
+                    if scheduler.stopped:
                         return
                 try:
                     self._turn()
@@ -144,19 +159,17 @@ class Engine:
                     continue
                 self._end_all(failure)
         finally:  # nobody is left waiting for a loop that has ended, for whatever reason
-            with queue.changed:
-                queue.draining = queue.stopped = True
+            with scheduler.changed:
+                scheduler.draining = scheduler.stopped = True
             self._end_all(DrainingError("the server has shut down"))
 
     def _turn(self) -> None:
-        """Drop who is gone, begin what fits, read a piece of each input, write one token each."""
+        """Drop who is gone, begin what fits, and make one step."""
         self._drop_gone()
-        rows = self.rows
-        for answers in self.queue.admitted(rows.running, rows.reading, rows.by_name):
-            rows.begin(answers)
-        self.queue.begun()
-        rows.advance()
-        rows.step()
+        executor = self.executor
+        executor.begin(self.scheduler.admitted(executor.running, executor.by_name))
+        self.scheduler.begun()
+        executor.step()
 
     def _drop_gone(self) -> None:
         """Take out answers nobody waits for any more, and those that took too long."""
@@ -166,14 +179,14 @@ class Engine:
             late = answer.deadline is not None and now > answer.deadline
             return answer.cancelled or late
 
-        for answer in self.queue.take_gone(gone):
-            self.rows.give_up(answer)
-        self.rows.drop(gone)
+        for answer in self.scheduler.take_gone(gone):
+            self.executor.give_up(answer)
+        self.executor.drop(gone)
 
     def _end_all(self, error: PtkitError) -> None:
         """Tell everybody of `error` and begin from nothing."""
-        answers = self.queue.emptied(self.rows.answers)
-        self.rows.clear()
+        answers = self.scheduler.emptied(self.executor.answers)
+        self.executor.clear()
         for answer in answers:
             answer.tell(Update(error=error))
-            self.rows.observe(answer, "error")
+            self.executor.log_end(answer, "error")

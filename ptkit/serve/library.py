@@ -27,7 +27,7 @@ from ptkit.formats.adapter_info import AdapterInfo
 from ptkit.formats.hub import HubId, fetch_adapter
 from ptkit.methods import changes_weights
 from ptkit.methods.base_names import is_local_path
-from ptkit.serve.answer import Voice
+from ptkit.serve.answer import RequestAdapter
 from ptkit.serve.engine import Engine
 
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
@@ -133,17 +133,17 @@ class Library:
 
     # For requests
 
-    def voices(self, model: str) -> tuple[Voice, ...]:
+    def adapters(self, model: str) -> tuple[RequestAdapter, ...]:
         """What answers as `model`: the base, an adapter, or several (`A,B,C`) together.
 
         Raises UnknownModelError, and AdapterError when files needed now are bad.
         """
         if model == self.base_name:
-            return (Voice(self.base_name, None),)
+            return (RequestAdapter(self.base_name, None),)
         names = [name.strip() for name in model.split(ENSEMBLE)]
         if len(set(names)) < len(names):
             raise UserError(f"`{model}` names an adapter twice")
-        return tuple(self._voice(name) for name in names)
+        return tuple(self._adapter(name) for name in names)
 
     def names(self) -> list[str]:
         """Names of all adapters, sorted."""
@@ -239,9 +239,9 @@ class Library:
                 self.bank.load(scratch, name, publish=publish)
         return new
 
-    def _voice(self, name: str) -> Voice:
+    def _adapter(self, name: str) -> RequestAdapter:
         prefix, lora = self._known(name, lambda: self.bank.parts(name))
-        return Voice(name, prefix, lora)
+        return RequestAdapter(name, prefix, lora)
 
     def _known(self, name: str, look: Callable[[], Result]) -> Result:
         """`look()`, or UnknownModelError when there is no adapter `name`."""

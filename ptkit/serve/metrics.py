@@ -73,11 +73,11 @@ class Metrics:
             gauge.set_function(look)
 
     def stepped(self, rows: int) -> None:
-        """See `Observer`."""
+        """See `StatLogger`."""
         self._occupancy.observe(rows)
 
     def ended(self, answer: Answer, outcome: str) -> None:
-        """See `Observer`."""
+        """See `StatLogger`."""
         self._requests.labels(answer.name, outcome).inc()
         self._tokens.labels(answer.name, "prompt").inc(len(answer.prompt))
         self._tokens.labels(answer.name, "completion").inc(answer.written)

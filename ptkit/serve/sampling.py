@@ -1,13 +1,14 @@
-"""From a row's logits to its next token."""
+"""From the logits of all answers of a step to their next tokens, in a few operations for all."""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from ptkit.errors import PtkitError
 
@@ -47,6 +48,16 @@ class Sampling:
     frequency_penalty: float = 0.0
     ignore_eos: bool = False
 
+    @property
+    def greedy(self) -> bool:
+        """Whether every token is the likeliest one."""
+        return self.temperature < _COLDEST
+
+    @property
+    def penalised(self) -> bool:
+        """Whether tokens of the answer so far are less likely."""
+        return bool(self.presence_penalty or self.frequency_penalty)
+
 
 @dataclass(frozen=True)
 class Token:
@@ -57,51 +68,113 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Sampler:
-    """Chooses the tokens of one answer, one after the other."""
+class SamplerState:
+    """What `sample` knows of one answer: the tokens so far and its random numbers."""
 
-    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+    def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        self._penalised = bool(sampling.presence_penalty or sampling.frequency_penalty)
-        self._greedy = sampling.temperature < _COLDEST
-        self._seen: Counter[int] = Counter()
-        self._generator = torch.Generator(device)
-        if sampling.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(sampling.seed)
+        self.seen: Counter[int] = Counter()
+        self.random = random.Random(sampling.seed)
 
-    @property
-    def takes_the_likeliest(self) -> bool:
-        """Whether the next token is the likeliest one and nothing else is asked."""
-        return self._greedy and self.sampling.logprobs is None and not self._penalised
 
-    def choose(self, logits: Tensor) -> Token:
-        """logits: `[vocabulary]`. Raises NotFiniteError when they are not usable."""
-        scores = logits.float()
-        if not bool(scores.isfinite().any()) or bool(scores.isnan().any()):
-            raise NotFiniteError
-        if self._penalised and self._seen:
-            scores = scores.clone()
-            ids = torch.tensor([*self._seen], device=scores.device)
-            counts = torch.tensor([*self._seen.values()], device=scores.device)
-            scores[ids] -= self.sampling.presence_penalty + self.sampling.frequency_penalty * counts
-        chosen = self._drawn(scores)
-        self._seen[chosen] += 1
-        if self.sampling.logprobs is None:
-            return Token(chosen)
-        # As OpenAI and vLLM report them: of the model, before temperature and top-p.
-        logprobs = logits.float().log_softmax(-1)
-        values, ids = logprobs.topk(self.sampling.logprobs)
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        return Token(chosen, float(logprobs[chosen]), top)
+def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Token | None]:
+    """The next token of every answer; None where its logits are not finite.
 
-    def _drawn(self, scores: Tensor) -> int:
-        if self._greedy:
-            return int(scores.argmax())
-        # transformers' warpers take the tokens so far too, and do not look at them.
-        none = torch.empty(1, 0, dtype=torch.long, device=scores.device)
-        warped = TemperatureLogitsWarper(self.sampling.temperature)(none, scores[None])
-        if self.sampling.top_p < 1:
-            warped = TopPLogitsWarper(self.sampling.top_p)(none, warped)
-        return int(torch.multinomial(warped.softmax(-1)[0], 1, generator=self._generator))
+    logits: `[answers, vocabulary]`
+    """
+    # max gives a NaN where there is one, so a bad row is noticed at no further cost.
+    best, ids = logits.max(-1)
+    usable = best.isfinite().tolist()
+    chosen = ids.tolist()
+    asked = [(i, s) for i, s in enumerate(states) if usable[i]]
+    warped = [
+        (i, s) for i, s in asked if not s.sampling.greedy or (s.sampling.penalised and s.seen)
+    ]
+    if warped:
+        rows = [i for i, _ in warped]
+        scores = _penalised(logits[rows].float(), [s for _, s in warped])
+        for (i, _), token in zip(warped, _drawn(scores, [s for _, s in warped]), strict=True):
+            chosen[i] = token
+    for i, state in asked:
+        if state.sampling.penalised:
+            state.seen[chosen[i]] += 1
+    tokens: list[Token | None] = [
+        Token(id) if good else None for id, good in zip(chosen, usable, strict=True)
+    ]
+    reported = [(i, s.sampling.logprobs) for i, s in asked if s.sampling.logprobs is not None]
+    if reported:
+        rows = [i for i, _ in reported]
+        # As OpenAI and vLLM report them: of the model, before penalties, temperature and top-p.
+        logprobs = logits[rows].float().log_softmax(-1)
+        own = logprobs.gather(1, torch.tensor([[chosen[i]] for i in rows], device=logits.device))
+        values, ids = logprobs.topk(max(count for _, count in reported))
+        found = zip(reported, own[:, 0].tolist(), ids.tolist(), values.tolist(), strict=True)
+        for (i, count), logprob, top, likely in found:
+            pairs = tuple(zip(top[:count], likely[:count], strict=True))
+            tokens[i] = Token(chosen[i], logprob, pairs)
+    return tokens
+
+
+def _penalised(scores: Tensor, states: Sequence[SamplerState]) -> Tensor:
+    """`scores` `[answers, vocabulary]` less the penalties of the tokens so far."""
+    rows, ids, amounts = [], [], []
+    for row, state in enumerate(states):
+        if not state.sampling.penalised:
+            continue
+        for id, count in state.seen.items():
+            rows.append(row)
+            ids.append(id)
+            asked = state.sampling
+            amounts.append(asked.presence_penalty + asked.frequency_penalty * count)
+    if rows:
+        scores[rows, ids] -= torch.tensor(amounts, device=scores.device)
+    return scores
+
+
+def _drawn(scores: Tensor, states: Sequence[SamplerState]) -> list[int]:
+    """A token for each row of `scores` `[answers, vocabulary]`.
+
+    With `top_p` it is one of the likeliest, whose probabilities add up to that (Holtzman et al.
+    2020, "The curious case of neural text degeneration", section 3.1). Nothing is sorted: a token
+    is drawn from all, and kept where those that are likelier add up to less. Otherwise it and all
+    that are no likelier are left out, and another one is drawn.
+    """
+    chosen = [0] * len(states)
+    greedy = [i for i, s in enumerate(states) if s.sampling.greedy]
+    for i, id in zip(greedy, scores[greedy].argmax(-1).tolist() if greedy else (), strict=True):
+        chosen[i] = id
+    left = [i for i, s in enumerate(states) if not s.sampling.greedy]
+    if not left:
+        return chosen
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, device=scores.device)[:, None]
+
+    temperatures = column([states[i].sampling.temperature for i in left])
+    warped = (scores if len(left) == len(states) else scores[left]) / temperatures
+    probabilities = warped.softmax(-1)
+    while left:
+        place = _inverse(probabilities, column([states[i].random.random() for i in left]))
+        own = probabilities.gather(1, place)
+        likelier = probabilities * (probabilities > own)
+        top_p = [states[i].sampling.top_p for i in left]
+        inside = likelier.sum(-1, keepdim=True) < column(top_p)
+        found = torch.cat([place, inside.long()], dim=1).tolist()
+        again = []
+        for row, (i, (id, is_inside)) in enumerate(zip(left, found, strict=True)):
+            if is_inside or top_p[row] >= 1:
+                chosen[i] = id
+            else:
+                again.append(row)
+        left = [left[row] for row in again]
+        probabilities = likelier[again]
+    return chosen
+
+
+def _inverse(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """The place `[answers, 1]` where the sum of `probabilities` `[answers, places]` first is more
+    than the part `draws` `[answers, 1]` of all of it."""
+    sums = probabilities.cumsum(-1)
+    total = sums[:, -1:]
+    below = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(sums, below, right=True)

@@ -45,9 +45,13 @@ class TextStream:
         self._from = self._shown = 0
         self._held = ""
 
+    def add(self, token: int) -> None:
+        """Add a token; its text is told with what follows, or by `finish`."""
+        self._ids.append(token)
+
     def push(self, token: int) -> Piece:
         """Add a token; returns the text that became certain."""
-        self._ids.append(token)
+        self.add(token)
         before = self._decoded(self._from, self._shown)
         after = self._decoded(self._from, len(self._ids))
         if after.endswith(_UNFINISHED) or len(after) <= len(before):

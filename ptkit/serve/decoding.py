@@ -9,19 +9,21 @@ from torch import Tensor
 
 from ptkit.runtime.base_model import Base
 from ptkit.serve.answer import Answer, FinishReason, Update
-from ptkit.serve.sampling import Sampler, Token
+from ptkit.serve.sampling import SamplerState, Token
 from ptkit.serve.text import TextStream
 
 
-class Writing:
-    """The state of an answer under way: its sampler, its text and the rows it has."""
+class DecodeState:
+    """The state of an answer under way: its sampler, its text and its tokens."""
 
     def __init__(self, answer: Answer, base: Base, ends: frozenset[int]) -> None:
         """ends: ids of the tokens that end a text on `base`"""
         self.answer = answer
-        self.sampler = Sampler(answer.sampling, base.model.device)
+        self.sampler = SamplerState(answer.sampling)
         self._stream = TextStream(base.tokenizer, answer.sampling.stop, base.frame)
         self._ends = frozenset() if answer.sampling.ignore_eos else ends
+        #: Whether text is looked at before the answer has ended.
+        self._streams = answer.each_piece or bool(answer.sampling.stop)
         self._text: list[str] = []
         self._tokens: list[Token] = []
         self.last_token = 0
@@ -39,22 +41,19 @@ class Writing:
             finish, text = "stop", self._stream.finish()
         else:
             self._tokens.append(token)
-            piece = self._stream.push(token.id)
-            text = piece.text
-            if piece.stopped:
-                finish = "stop"
-            elif answer.written >= answer.sampling.max_tokens:
+            if self._streams:
+                piece = self._stream.push(token.id)
+                text = piece.text
+                finish = "stop" if piece.stopped else None
+            else:
+                self._stream.add(token.id)
+            if finish is None and answer.written >= answer.sampling.max_tokens:
                 finish, text = "length", text + self._stream.finish()
         self._text.append(text)
         if finish or (answer.each_piece and text):
             answer.tell(Update("".join(self._text), tuple(self._tokens), finish))
             self._text, self._tokens = [], []
         return finish
-
-    @property
-    def length(self) -> int:
-        """Positions its longest row takes by now."""
-        return self.answer.virtual_tokens + len(self.answer.prompt) + self.answer.written
 
 
 def together(logits: Tensor) -> Tensor:

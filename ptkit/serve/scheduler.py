@@ -1,7 +1,8 @@
-"""Answers that wait for a row, and which adapters they use: what other threads may touch.
+"""Which waiting answers begin when: what other threads may touch.
 
 Among those waiting, the adapter with the fewest rows under way comes first, then who asked first:
-one adapter's crowd does not keep another's out.
+one adapter's crowd does not keep another's out. An answer begins when the blocks that it may come
+to need are free of all promises to others, so it never ends for want of memory that others took.
 """
 
 from __future__ import annotations
@@ -12,21 +13,94 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ptkit.errors import UserError
-from ptkit.serve.answer import Answer, DrainingError, InUseError, QueueFullError, Voice
+from ptkit.prefix import KVPrefix
+from ptkit.runtime.block_pool import BLOCK_SIZE
+from ptkit.serve.answer import (
+    Answer,
+    DrainingError,
+    InUseError,
+    QueueFullError,
+    RequestAdapter,
+)
 
 
-class Queue:
+class BlockBudget:
+    """Blocks promised to answers: all that each may come to need, and each prefix once.
+
+    most: blocks there may be; None: no limit
+    """
+
+    def __init__(self, most: int | None) -> None:
+        self.most = most
+        self._promised = 0
+        self._prefixes: Counter[int] = Counter()
+
+    def needed(self, answer: Answer) -> int:
+        """Blocks that `answer` may come to need, by itself."""
+        return self._own(answer) + sum(self._shared(answer).values())
+
+    def fits(self, answer: Answer) -> bool:
+        """Whether `answer` may begin."""
+        shared = sum(n for key, n in self._shared(answer).items() if not self._prefixes[key])
+        return self.most is None or self._promised + self._own(answer) + shared <= self.most
+
+    def take(self, answer: Answer) -> None:
+        """Promise `answer` its blocks."""
+        self._change(answer, 1)
+
+    def give_back(self, answer: Answer) -> None:
+        """`answer` has ended."""
+        self._change(answer, -1)
+
+    def clear(self) -> None:
+        """Nothing is promised."""
+        self._promised = 0
+        self._prefixes.clear()
+
+    def _change(self, answer: Answer, sign: int) -> None:
+        self._promised += sign * self._own(answer)
+        for key, blocks in self._shared(answer).items():
+            before = self._prefixes[key]
+            self._prefixes[key] += sign
+            if not (before and self._prefixes[key]):
+                self._promised += sign * blocks
+
+    def _own(self, answer: Answer) -> int:
+        """Blocks that are the answer's alone."""
+        text = len(answer.prompt) + answer.sampling.max_tokens
+        own = (a.virtual_tokens for a in answer.adapters if not _is_shared(a))
+        return len(answer.adapters) * _blocks(text) + sum(map(_blocks, own))
+
+    def _shared(self, answer: Answer) -> dict[int, int]:
+        """The prefixes of the answer that others hold, too, and the blocks of each."""
+        return {
+            id(adapter.prefix): _blocks(adapter.virtual_tokens)
+            for adapter in answer.adapters
+            if _is_shared(adapter)
+        }
+
+
+def _is_shared(adapter: RequestAdapter) -> bool:
+    """Whether its prefix is the same keys and values for every input."""
+    return isinstance(adapter.prefix, KVPrefix) and not adapter.prefix.infix
+
+
+def _blocks(positions: int) -> int:
+    return -(-positions // BLOCK_SIZE)
+
+
+class Scheduler:
     """Answers that wait, guarded by one lock.
 
     max_rows: rows written at the same time
     max_waiting: answers that may wait for a row
-    piece: tokens of inputs read in one turn of the loop
+    budget: of the blocks of keys and values
     changed: the lock; its waiters are told of everything that changes
     draining, stopped: nothing more is taken; the loop ends at the next token
     """
 
-    def __init__(self, max_rows: int, max_waiting: int, piece: int) -> None:
-        self._max_rows, self.max_waiting, self._piece = max_rows, max_waiting, piece
+    def __init__(self, max_rows: int, max_waiting: int, budget: BlockBudget) -> None:
+        self._max_rows, self.max_waiting, self._budget = max_rows, max_waiting, budget
         self.changed = threading.Condition()
         self.draining = self.stopped = False
         self._waiting: deque[Answer] = deque()
@@ -63,10 +137,10 @@ class Queue:
                 f"{self.max_waiting} may wait here; ask for fewer (`n`, prompts)"
             )
 
-    def submit(self, answers: Sequence[Answer], is_stale: Callable[[Voice], bool]) -> None:
+    def submit(self, answers: Sequence[Answer], is_stale: Callable[[RequestAdapter], bool]) -> None:
         """Let `answers` wait for their rows; all are taken or none.
 
-        is_stale: whether a voice's prefix and LoRA are not, or no longer, of one adapter
+        is_stale: whether an adapter's prefix and LoRA are not, or no longer, of one adapter
 
         Raises QueueFullError, DrainingError, and InUseError when a LoRA adapter among them is
         being changed.
@@ -78,12 +152,12 @@ class Queue:
                 raise QueueFullError(
                     f"{len(self._waiting)} answers are waiting, of at most {self.max_waiting}"
                 )
-            voices = [(v, v.lora) for a in answers for v in a.voices if v.lora is not None]
-            for voice, lora in voices:
+            adapters = [(a, a.lora) for b in answers for a in b.adapters if a.lora is not None]
+            for adapter, lora in adapters:
                 # Its prefix, if it has one, must be the one that came with the LoRA of now.
-                if lora in self._changing or is_stale(voice):
-                    raise InUseError(f"`{voice.name}` is being changed; ask again")
-            self._uses.update(lora for _, lora in voices)
+                if lora in self._changing or is_stale(adapter):
+                    raise InUseError(f"`{adapter.name}` is being changed; ask again")
+            self._uses.update(lora for _, lora in adapters)
             self._waiting.extend(answers)
             self.changed.notify_all()
 
@@ -113,66 +187,51 @@ class Queue:
             with self.changed:
                 self._changing.discard(name)
 
-    def admitted(
-        self, running: int, reading: bool, under_way: Callable[[], Counter[str]]
-    ) -> list[list[Answer]]:
-        """Take out of the queue what is begun now: groups whose inputs are read together.
+    def admitted(self, running: int, under_way: Callable[[], Counter[str]]) -> list[Answer]:
+        """Take out of the queue what is begun now.
 
         running: rows under way
-        reading: whether inputs are being read
         under_way: counts the rows by the names of their answers
 
         Nothing but book-keeping: whoever asks meanwhile waits for the lock.
         """
-        groups: list[list[Answer]] = []
-        group: list[Answer] = []
-        rows = longest = begun = 0  # rows, longest of the group; begun: rows of all groups
-        passed_over: list[Answer] = []
-        long_one = reading  # short ones are read within their first turn
+        begun = 0  # rows
+        admitted: list[Answer] = []
         with self.changed:
             while self._waiting:
-                answer = self._fairest(under_way)
-                voices = len(answer.voices)
-                if running + begun + voices > self._max_rows:
-                    passed_over.append(answer)  # it is next: those after it do not overtake it
+                answer = self._fairest(under_way, admitted)
+                rows = len(answer.adapters)
+                if running + begun + rows > self._max_rows or not self._budget.fits(answer):
+                    self._waiting.appendleft(answer)  # it is next: none after it overtakes it
                     break
-                infix = any(v.prefix is not None and v.prefix.infix for v in answer.voices)
-                length = max(longest, len(answer.prompt))
-                if len(answer.prompt) * voices > self._piece or infix:
-                    if long_one:  # one long input at a time; shorter ones may go before it
-                        passed_over.append(answer)
-                        continue
-                    long_one = True
-                    groups.append([answer])
-                elif length * (rows + voices) <= self._piece or not group:
-                    group.append(answer)
-                    rows, longest = rows + voices, length
-                else:
-                    passed_over.append(answer)
-                    break
-                begun += voices
+                self._budget.take(answer)
+                begun += rows
+                admitted.append(answer)
                 self._starting.append(answer)
-            self._waiting.extendleft(reversed(passed_over))
-        return [*groups, group] if group else groups
+        return admitted
 
     def begun(self) -> None:
         """All that was `admitted` has rows now, or has been told that it will have none."""
         self._starting.clear()
 
-    def _fairest(self, under_way: Callable[[], Counter[str]]) -> Answer:
+    def _fairest(self, under_way: Callable[[], Counter[str]], admitted: Sequence[Answer]) -> Answer:
         """Take out the answer to begin next."""
         if len(self._waiting) > 1:
             rows = under_way()
+            for answer in admitted:
+                rows[answer.name] += len(answer.adapters)
             answer = min(self._waiting, key=lambda a: rows[a.name])  # the first of equals
             self._waiting.remove(answer)
             return answer
         return self._waiting.popleft()
 
     def release(self, answers: Sequence[Answer]) -> None:
-        """Take out the uses of LoRA adapters of `answers`."""
+        """Answers that were begun have ended: give back their blocks, and their uses of LoRA
+        adapters."""
         with self.changed:
             for answer in answers:
-                self._uses.subtract(v.lora for v in answer.voices if v.lora is not None)
+                self._budget.give_back(answer)
+                self._drop_uses(answer)
 
     def take_gone(self, gone: Callable[[Answer], bool]) -> list[Answer]:
         """Take out the waiting answers that are `gone`."""
@@ -180,8 +239,11 @@ class Queue:
             queued = [answer for answer in self._waiting if gone(answer)]
             for answer in queued:
                 self._waiting.remove(answer)
-                self._uses.subtract(v.lora for v in answer.voices if v.lora is not None)
+                self._drop_uses(answer)
         return queued
+
+    def _drop_uses(self, answer: Answer) -> None:
+        self._uses.subtract(a.lora for a in answer.adapters if a.lora is not None)
 
     def emptied(self, under_way: Sequence[Answer]) -> list[Answer]:
         """Take everything out, uses included; returns it, and `under_way` after it."""
@@ -191,4 +253,5 @@ class Queue:
             self._waiting.clear()
             self._starting.clear()
             self._uses.clear()
+            self._budget.clear()
         return answers

@@ -11,7 +11,7 @@ from ptkit.errors import ModelError
 from ptkit.runtime.architecture import head_kind
 
 
-class Texts:
+class TokenizerMixin:
     """The part of a `Base` that knows its tokenizer. See `ptkit.data.tokens`."""
 
     model: PreTrainedModel

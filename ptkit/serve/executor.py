@@ -1,0 +1,322 @@
+"""Prefill and decode of the answers under way: for the loop's thread alone."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptkit.bank import AdapterBank
+from ptkit.errors import PtkitError, UserError
+from ptkit.prefix import KVPrefix
+from ptkit.runtime.block_pool import BlockPool
+from ptkit.runtime.generation import end_ids
+from ptkit.runtime.paged_batch import PagedBatch, PagedSequence, SequenceInput
+from ptkit.serve.answer import (
+    Answer,
+    NoMemoryError,
+    RequestAdapter,
+    StatLogger,
+    TimedOutError,
+    Update,
+)
+from ptkit.serve.decoding import DecodeState, together
+from ptkit.serve.failures import of_memory, said
+from ptkit.serve.sampling import NotFiniteError, Token, sample
+from ptkit.serve.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+#: Blocks that nobody uses are kept for requests with the same beginning, up to this many.
+_KEPT_BLOCKS = 256
+
+
+@dataclass(eq=False)
+class Row:
+    """A sequence under way, and the answer it belongs to."""
+
+    state: DecodeState
+    adapter: RequestAdapter
+    sequence: PagedSequence
+
+
+class Executor:
+    """The rows of all answers under way.
+
+    scheduler: is told of answers that end
+    piece: tokens of inputs read between two steps
+    most: blocks of keys and values there may be; None: as memory lasts
+    """
+
+    def __init__(
+        self,
+        bank: AdapterBank,
+        scheduler: Scheduler,
+        piece: int,
+        most: int | None,
+        stats: StatLogger | None,
+    ) -> None:
+        self.bank = bank
+        self._scheduler, self._piece, self._most, self._stats = scheduler, piece, most, stats
+        self._ends = frozenset(end_ids(bank.base.model))
+        self._batch = self._new_batch()
+        self._prefilling: list[Row] = []
+        self._decoding: list[Row] = []
+
+    def _new_batch(self) -> PagedBatch:
+        base = self.bank.base
+        kept = _KEPT_BLOCKS if self._most is None else min(_KEPT_BLOCKS, self._most // 4)
+        pool = BlockPool(base.layout, most=self._most, kept=kept)
+        return PagedBatch(base.model, pool, self.bank.weights)
+
+    @property
+    def running(self) -> int:
+        """Rows under way, those whose input is being read included."""
+        return len(self._decoding) + len(self._prefilling)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values held."""
+        return self._batch.pool.nbytes
+
+    @property
+    def answers(self) -> list[Answer]:
+        """The answers that have rows."""
+        return [state.answer for state in self._states()]
+
+    def by_name(self) -> Counter[str]:
+        """The number of rows by the names of their answers."""
+        return Counter(row.state.answer.name for row in (*self._decoding, *self._prefilling))
+
+    def begin(self, answers: Sequence[Answer]) -> None:
+        """Give rows to `answers`; one that cannot be begun is told so."""
+        made: dict[tuple[int, tuple[int, ...]], KVPrefix] = {}
+        for answer in answers:
+            rows: list[Row] = []
+            failure = None
+            try:
+                state = DecodeState(answer, self.bank.base, self._ends)
+                for adapter in answer.adapters:
+                    given = self._input(answer, adapter, made)
+                    rows.append(Row(state, adapter, self._batch.begin(given)))
+            except Exception as error:  # of this answer
+                logger.exception("beginning an answer failed")
+                failure = self._failure("the answer could not be begun", error, ())
+            if failure is None:
+                self._prefilling += rows
+                continue
+            for row in rows:
+                self._batch.end(row.sequence)
+            answer.tell(Update(error=failure))
+            self.log_end(answer, "error")
+            self._scheduler.release([answer])
+
+    def _input(
+        self,
+        answer: Answer,
+        adapter: RequestAdapter,
+        made: dict[tuple[int, tuple[int, ...]], KVPrefix],
+    ) -> SequenceInput:
+        """made: the prefixes of inputs so far, so that equal inputs have the same one"""
+        prompt, prefix, lora = answer.prompt, None, None
+        if adapter.prefix is not None:
+            key = id(adapter.prefix), tuple(prompt)
+            prefix = made.get(key) or adapter.prefix.for_input(prompt)
+            made[key] = prefix
+        if adapter.lora is not None:
+            lora = adapter.lora, self.bank.versions(adapter.lora)[0]
+        return SequenceInput(prompt, prefix, lora)
+
+    def step(self) -> None:
+        """Read a piece of the inputs and write one token in every row, in one pass; rows whose
+        inputs were read to their ends get their first tokens. Where the pass fails, its parts are
+        made one by one, so that only what fails by itself has failed."""
+        short = [row for row in self._prefilling if self._left(row) <= self._piece]
+        long = [row for row in self._prefilling if self._left(row) > self._piece]
+        # Long ones do not hold back short ones, nor these them.
+        pieces = [rows for rows in (short, long) if rows]
+        decoding = self._decoding
+        if not (pieces or decoding):
+            return
+        try:
+            logits = self._batch.step(
+                [row.sequence for row in decoding],
+                [row.state.last_token for row in decoding],
+                [([row.sequence for row in rows], self._piece) for rows in pieces],
+            )
+        except Exception:
+            logger.exception("a step failed; its parts are made one by one")
+        else:
+            self._advance(logits, decoding)
+            return
+        for rows in pieces:
+            self._prefill(rows)
+        self._decode()
+
+    def _advance(self, logits: Tensor, decoded: Sequence[Row]) -> None:
+        """The next tokens of the rows `decoded`, whose `logits` `[rows, vocabulary]` these are, and
+        the first ones of the answers whose inputs have been read."""
+        waiting = {row.state for row in self._prefilling if row.sequence.logits is None}
+        first = [row for row in self._prefilling if row.state not in waiting]
+        self._prefilling = [row for row in self._prefilling if row.state in waiting]
+        own = [row.sequence.logits for row in first]
+        for row in first:
+            row.sequence.logits = None
+        if decoded and self._stats is not None:
+            self._stats.stepped(len(decoded))
+        rows = [*decoded, *first]
+        self._decoding = rows
+        if rows:
+            parts = [logits] if decoded else []
+            self._choose(torch.cat([*parts, *(one[None] for one in own if one is not None)]), rows)
+
+    def _left(self, row: Row) -> int:
+        return len(row.state.answer.prompt) - row.sequence.read
+
+    def _prefill(self, rows: Sequence[Row]) -> None:
+        """Read a piece of the inputs of `rows`. Where that fails, each answer's apart; what fails
+        by itself has failed."""
+        failure = None
+        try:
+            self._batch.prefill([row.sequence for row in rows], self._piece)
+        except Exception as error:  # of these inputs; nobody else's rows are touched
+            logger.exception("reading an input failed")
+            failure = self._failure("the input could not be read", error, rows)
+        if failure is None:
+            return
+        states = dict.fromkeys(row.state for row in rows)
+        if len(states) == 1:
+            self._fail(dict.fromkeys(states, failure))
+            return
+        for state in states:
+            self._prefill([row for row in rows if row.state is state])
+
+    def _decode(self) -> None:
+        """Write one token in every row. Where memory does not last for all, the longest row is
+        given up, until it lasts for the others."""
+        while self._decoding:
+            rows = self._decoding
+            try:
+                logits = self._batch.decode(
+                    [row.sequence for row in rows], [row.state.last_token for row in rows]
+                )
+            except Exception as error:
+                if not of_memory(error):
+                    raise
+                logger.exception("no memory for the next token of %d rows", len(rows))
+                longest = max(rows, key=lambda row: row.sequence.length)
+                failure = self._failure("the next token could not be written", error, [longest])
+            else:
+                self._advance(logits, rows)
+                return
+            self._fail({longest.state: failure})
+        self._advance(torch.empty(0), [])
+
+    def drop(self, gone: Callable[[Answer], bool]) -> None:
+        """Take out answers that are `gone`."""
+        leaving = {state for state in self._states() if gone(state.answer)}
+        for state in leaving:
+            self.give_up(state.answer)
+        self._leave(leaving)
+
+    def clear(self) -> None:
+        """Begin from nothing; nobody is told."""
+        self._decoding, self._prefilling = [], []
+        self._batch = self._new_batch()
+
+    def give_up(self, answer: Answer) -> None:
+        """Count an answer that was cancelled; tell of one that took too long."""
+        if answer.cancelled:
+            self.log_end(answer, "cancelled")
+        else:
+            seconds = time.monotonic() - answer.asked
+            answer.tell(Update(error=TimedOutError(f"not finished after {seconds:.0f} s")))
+            self.log_end(answer, "timeout")
+
+    def log_end(self, answer: Answer, outcome: str) -> None:
+        """Log how an answer ended."""
+        if self._stats is not None:
+            self._stats.ended(answer, outcome)
+
+    def _choose(self, logits: Tensor, rows: Sequence[Row]) -> None:
+        """The next token of every answer with all its rows among `rows`.
+
+        logits: `[rows, vocabulary]`
+        """
+        of: dict[DecodeState, list[int]] = {}
+        for index, row in enumerate(rows):
+            of.setdefault(row.state, []).append(index)
+        if len(of) < len(rows):  # several adapters write one answer together
+            logits = torch.stack([together(logits[indices]) for indices in of.values()])
+        failed: dict[DecodeState, PtkitError] = {}
+        ended = set()
+        for state, token in zip(of, self._sampled(logits, [*of]), strict=True):
+            if isinstance(token, NotFiniteError):
+                failed[state] = token
+                continue
+            try:
+                finish = state.take(token)
+            except Exception as error:  # of this answer's text
+                logger.exception("adding a token failed")
+                failed[state] = PtkitError(f"the token could not be added: {said(error)}")
+                continue
+            if finish is not None:
+                self.log_end(state.answer, finish)
+                ended.add(state)
+        self._leave(ended)
+        self._fail(failed)
+
+    def _sampled(
+        self, logits: Tensor, states: Sequence[DecodeState]
+    ) -> list[Token | NotFiniteError]:
+        """The next token of each of `states`, or why there is none."""
+        try:
+            tokens = sample(logits, [state.sampler for state in states])
+        except Exception as error:
+            if len(states) == 1:
+                logger.exception("choosing a token failed")
+                return [NotFiniteError(f"no token could be chosen: {error}")]
+            # Of one answer, perhaps: the others' tokens are chosen.
+            return [
+                one for row, state in zip(logits, states, strict=True)
+                for one in self._sampled(row[None], [state])
+            ]  # fmt: skip
+        return [NotFiniteError() if token is None else token for token in tokens]
+
+    def _leave(self, states: set[DecodeState]) -> None:
+        """Take the rows of `states` out."""
+        if not states:
+            return
+        for row in (*self._decoding, *self._prefilling):
+            if row.state in states:
+                self._batch.end(row.sequence)
+        self._decoding = [row for row in self._decoding if row.state not in states]
+        self._prefilling = [row for row in self._prefilling if row.state not in states]
+        self._scheduler.release([state.answer for state in states])
+
+    def _fail(self, failures: dict[DecodeState, PtkitError]) -> None:
+        for state, failure in failures.items():
+            state.answer.tell(Update(error=failure))
+            self.log_end(state.answer, "error")
+        self._leave({*failures})
+
+    def _failure(self, what: str, error: Exception, rows: Sequence[Row]) -> PtkitError:
+        """What the answers of `rows` are told of `error`. It does not hold on to `error`, whose
+        frames hold tensors."""
+        if not of_memory(error):
+            return PtkitError(f"{what}: {said(error)}")
+        if self._states() - {row.state for row in rows}:
+            return NoMemoryError(f"{what}: no memory is left beside the answers under way")
+        return UserError(
+            f"{what}: this machine's memory does not hold the request, even by itself; shorten "
+            "the prompt or lower max_tokens"
+        )
+
+    def _states(self) -> set[DecodeState]:
+        """The answers that have rows."""
+        return {row.state for row in (*self._decoding, *self._prefilling)}
