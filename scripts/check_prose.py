@@ -47,7 +47,7 @@ BANNED = {
 
 #: Older texts that are rewritten with their code; what is clean leaves this list.
 LATER = (
-    "ptkit/runtime/generation.py", "ptkit/runtime/running.py",
+    "ptkit/runtime/generation.py",
     "ptkit/serve",
 )  # fmt: skip
 

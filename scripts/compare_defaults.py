@@ -150,8 +150,8 @@ def tables(folders: list[Path]) -> str:
         head, ([m, *cells(m, lambda s: figures.forgetting(s.forgetting))] for m in methods)
     )
     measured = [r.retention for t in tasks for r in t.records if r.retention]
-    tokens = min(m["tokens"] for m in measured)
-    texts = ", ".join(sorted({text for m in measured for text in m["domains"]}))
+    tokens = min(m.tokens for m in measured)
+    texts = ", ".join(sorted({text for m in measured for text in m.domains}))
     lines += [f"Nats per token on {tokens:,.0f} tokens of {texts}, ± over seeds.", ""]
     return "\n".join(lines)
 

@@ -132,7 +132,7 @@ def test_a_prefix_as_long_as_the_document_starts_with_no_divergence(
     done = small(base, tmp_path, tokens=31, steps=1, learning_rate=1e-9)
     assert done.figures[FIRST_TOKENS].kl.mean == pytest.approx(0, abs=1e-6)
     assert done.figures[FIRST_TOKENS].agreement.mean == 1
-    assert done.curve[0]["train_loss"] == pytest.approx(0, abs=1e-6)
+    assert done.curve[0].train_loss == pytest.approx(0, abs=1e-6)
     assert done.figures[NOTHING].kl.mean > 0.01
     assert done.ratio == 1
 

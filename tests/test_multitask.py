@@ -186,7 +186,7 @@ def test_each_tasks_prompt_is_used_like_any_other(tmp_path: Path) -> None:
 
 def test_training_separates_the_tasks(tmp_path: Path) -> None:
     done = multitask(loaded("train.steps=30", "train.eval_every=10"), tmp_path, base=tiny())
-    assert done.curve[-1]["validation_loss"] < done.curve[0]["validation_loss"]
+    assert done.curve[-1].validation_loss < done.curve[0].validation_loss
     a, b = (read_adapter(done.adapter(n)).tensors["prompt_embeddings"] for n in NAMES)
     assert not torch.allclose(a, b, rtol=1e-2)
 

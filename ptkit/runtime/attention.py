@@ -184,8 +184,10 @@ def _with_columns(visible: Tensor, mask: Tensor, shape: tuple[int, int, int, int
 
 
 class GroupedAttention:
-    """What a pass hands to its attention modules in place of a `Placed` when its rows are single
-    tokens of sequences, which attend to what the pass finds for them."""
+    """What a pass hands to its attention modules when its rows are single tokens of sequences.
+
+    It stands in place of a `Placed`: the tokens attend to what the pass finds for them.
+    """
 
     def attended(
         self,

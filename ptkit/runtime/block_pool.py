@@ -1,4 +1,4 @@
-"""Blocks of keys and values: the memory of all sequences under way (Kwon et al. 2023, "Efficient
+"""Blocks of keys and values: the memory of all running sequences (Kwon et al. 2023, "Efficient
 memory management for large language model serving with PagedAttention", section 4).
 
 A block holds a fixed number of positions of every layer. A sequence's positions are in the blocks
@@ -41,7 +41,7 @@ class BlockPool:
     layout: of the base
     block_size: positions of a block
     most: blocks it may have; None: as memory lasts
-    kept: blocks that nobody uses any more but that are kept for sequences with an equal beginning
+    kept: blocks that no sequence uses any more but that are kept for sequences with an equal beginning
 
     Position `i` of block `b` is slot `b * block_size + i` of every layer. Memory is taken as
     blocks are written to, a few at a time, and given back when most of them are free.
@@ -143,7 +143,7 @@ class BlockPool:
             self._content[block] = content
 
     def withdraw(self, block: int) -> None:
-        """Let nobody find `block` any more."""
+        """Let no sequence find `block` any more."""
         content = self._content.pop(block, None)
         if content is not None:
             del self._by_content[content]

@@ -1,8 +1,8 @@
 """A forward pass over sequences whose keys and values are in blocks.
 
 On transformers' `AttentionInterface` every token is a row of its own, `[tokens, 1]`, so that
-sequences of any lengths are read together without padding; the attention function puts the tokens
-of sequences of similar length together again, reads their keys and values from the blocks, and
+sequences of any lengths are read together without padding. The attention function puts the tokens
+of sequences of similar length together again. It reads their keys and values from the blocks, and
 calls the model's own attention. Elsewhere (bloom, falcon) the rows are sequences of one length, and
 the cache hands the model their keys and values.
 """

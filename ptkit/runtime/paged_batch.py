@@ -112,7 +112,7 @@ class PagedSequence:
 
 
 class PagedBatch:
-    """The sequences under way over one pool of blocks.
+    """The running sequences over one pool of blocks.
 
     weights: what a forward pass runs within
 
