@@ -41,7 +41,7 @@ class BlockPool:
     layout: of the base
     block_size: positions of a block
     most: blocks it may have; None: as memory lasts
-    kept: blocks that no sequence uses any more but that are kept for sequences with an equal beginning
+    kept: blocks that no sequence uses any more, kept for those with an equal beginning
 
     Position `i` of block `b` is slot `b * block_size + i` of every layer. Memory is taken as
     blocks are written to, a few at a time, and given back when most of them are free.
