@@ -272,7 +272,7 @@ class KVPrefix:
         if flat.ndim != 2 or flat.shape[1] != width:
             raise AdapterError(
                 f"a prefix for this base has {width} values per virtual token "
-                f"({len(layout)} layers x 2 x {shape.kv_heads} kv heads x {shape.key_dim}), "
+                f"({len(layout)} layers x 2 x {shape.kv_heads} kv heads x {shape.key_dim}); "
                 f"found a tensor of shape {list(flat.shape)}"
             )
         pairs = flat.view(flat.shape[0], 2 * len(layout), shape.kv_heads, shape.key_dim)

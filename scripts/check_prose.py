@@ -163,7 +163,10 @@ def docstring_paragraphs(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and text of the messages of errors that a module raises; a value in one is one word."""
+    """Line and text of the messages of errors that a module raises; a value in one is one word.
+
+    A semicolon stands between what is wrong and what to do, so each part is a text of its own.
+    """
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
             continue
@@ -171,7 +174,7 @@ def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
         parts = said.values if isinstance(said, ast.JoinedStr) else [said]
         texts = [part.value if isinstance(part, ast.Constant) else "VALUE" for part in parts]
         if any(isinstance(part, ast.Constant) for part in parts):
-            yield node.lineno, "".join(map(str, texts))
+            yield from ((node.lineno, part) for part in "".join(map(str, texts)).split("; "))
 
 
 def faults(path: Path, *, of_messages: bool = False) -> list[Fault]:

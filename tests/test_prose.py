@@ -65,6 +65,11 @@ def test_messages_of_errors_are_checked_when_asked_for(tmp_path: Path) -> None:
     assert fault.why.startswith("27 words")
 
 
+def test_messages_of_errors_are_plain() -> None:
+    modules = sorted((ROOT / "ptkit").rglob("*.py"))
+    assert not [fault for path in modules for fault in faults(path, of_messages=True)]
+
+
 def test_citations_intervals_and_code_are_one_word_each() -> None:
     text = (
         "Lester et al. report it (Lester et al. 2021, section 6), 3.1 [2.0, 4.2], by `a b c`. Yes."

@@ -36,9 +36,9 @@ class ResidentAdapters:
     ) -> None:
         if base.head is not None:
             raise ModelError(
-                f"{base.id} is loaded as a {base.head.kind} classifier, and every adapter of a "
-                "classifier has a head of its own, which a mixed batch has no place for; open one "
-                "at a time with `ptkit.classifier`"
+                f"{base.id} is loaded as a {base.head.kind} classifier, whose every adapter has "
+                "a head of its own, for which a mixed batch has no place; open one at a time with "
+                "`ptkit.classifier`"
             )
         self.base = base
         if host_budget == "auto":

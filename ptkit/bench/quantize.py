@@ -145,7 +145,7 @@ def _received(name: str, end: Connection) -> Any:
     try:
         found = end.recv()
     except EOFError as error:
-        raise PtkitError(f"{name}: the process ended without a word (out of memory?)") from error
+        raise PtkitError(f"{name}: the process ended without an error (out of memory?)") from error
     if isinstance(found, _Failed):
         raise PtkitError(f"{name}: {found.error}\n{found.trace}")
     return found

@@ -107,7 +107,7 @@ def rm(
             raise UserError(f"{folder} is not an adapter folder (it has no {CONFIG})")
     if not yes:
         if not sys.stdin.isatty():
-            raise UserError("nobody can be asked here; give --yes to delete")
+            raise UserError("no one can be asked without a terminal; give --yes to delete")
         names = ", ".join(map(str, folders))
         if not typer.confirm(f"Delete {names}?", err=True):
             raise UserError("nothing was deleted")

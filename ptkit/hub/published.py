@@ -38,7 +38,7 @@ def public_base(named: str | None, chosen: str | None, where: str) -> str | None
     if is_here(found):
         raise UserError(
             f"{where} names `{named}` as its base, a place on this machine that would be published "
-            "and that nobody else has; name the base on the Hub with --base-model USER/NAME"
+            "and that others do not have; name the base on the Hub with --base-model USER/NAME"
         )
     return found
 

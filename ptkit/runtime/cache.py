@@ -118,9 +118,9 @@ def require_no_state(model: PreTrainedModel) -> None:
     kinds = sorted({kind for kind in layer_kinds(model) if "attention" not in kind or
                     kind.startswith("linear")}) or ["recurrent"]  # fmt: skip
     raise ModelError(
-        f"a prompt cannot be compiled for {type(model).__name__}: its layers of kind "
-        f"{', '.join(f'`{kind}`' for kind in kinds)} keep a running state, which virtual tokens "
-        "would have to be read into anew for every input; use prefix_tuning (keys and values of "
+        f"no prompt compiles for {type(model).__name__}: its layers of kind "
+        f"{', '.join(f'`{kind}`' for kind in kinds)} keep a running state, for which virtual "
+        "tokens would be read again with every input; use prefix_tuning (keys and values of "
         "the attention layers) or lora"
     )
 

@@ -274,8 +274,8 @@ def _require_causal(base: Base) -> None:
         )
     if has_state(base.model):
         raise ModelError(
-            f"{base.id} has layers that keep a running state, and what a document leaves there is "
-            "not in keys and values: the teacher would not have it in view"
+            f"{base.id} has layers that keep a running state; what a document leaves there is not "
+            "in keys and values, so the teacher would not have it in view"
         )
 
 

@@ -86,9 +86,9 @@ def read_in_chunks(
         least = min(SMALLEST_CHUNK, len(lead) + len(body))
     if wanted > free or wanted < least:
         raise ModelError(
-            f"too few positions: {base.id} has {most}, and the texts it writes take up to {room}, "
-            f"which leaves {max(0, free)} for a chunk of the document (asked for: {wanted}, at "
-            f"least {least}); lower the chunk's tokens or the texts' tokens"
+            f"too few positions: {base.id} has {most}, and the texts it writes take up to {room}; "
+            f"a chunk of the document has {max(0, free)} left (asked for: {wanted}, at least "
+            f"{least}); lower the chunk's tokens or the texts' tokens"
         )
     count = -(-len(body) // (wanted - len(lead)))
     ends = [round(i * len(body) / count) for i in range(count + 1)]
