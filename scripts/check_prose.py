@@ -45,12 +45,6 @@ BANNED = {
     r"\bis no fault\b": "is not an error",
 }
 
-#: Older texts that are rewritten with their code; what is clean leaves this list.
-LATER = (
-    "ptkit/runtime/generation.py",
-    "ptkit/serve",
-)  # fmt: skip
-
 _ABBREVIATIONS = ("et al.", "e.g.", "i.e.", "vs.", "cf.", "approx.")
 _ITEM = re.compile(r"\s*(?:[-*+]|\d+\.)\s+")
 #: `name: ...` or `one, two: ...` in a docstring: what an argument or a field is.
@@ -191,13 +185,7 @@ def faults(path: Path, *, of_messages: bool = False) -> list[Fault]:
 def checked_files() -> list[Path]:
     """What is checked where no file is named."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    later = [ROOT / name for name in LATER]
-    modules = (
-        path
-        for path in sorted((ROOT / "ptkit").rglob("*.py"))
-        if not any(path.is_relative_to(place) for place in later)
-    )
-    return [*pages, *modules]
+    return [*pages, *sorted((ROOT / "ptkit").rglob("*.py"))]
 
 
 def main() -> int:

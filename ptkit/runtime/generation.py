@@ -42,12 +42,12 @@ def generate(
     prompts: token ids of each row, of any lengths (they are left-padded here)
     batch: the rows' prefixes, or None for the plain base
     static_positions: use a static cache of this many positions (virtual tokens, prompt and new
-        tokens), so that a compiled model sees one shape; default: a cache that grows
+        tokens), so that a compiled model sees one shape. Default: a cache that grows
     generate_options: anything transformers' `generate` takes (`max_new_tokens`, `num_beams`,
         `do_sample`, ...). Options that change the number of returned rows are multiplied out:
         with `num_return_sequences=k` row i's answers are at `[i * k, (i + 1) * k)`.
 
-    A row of several gets the same greedy tokens as alone: every row has its own position ids
+    A row of several gets the same greedy tokens as alone. Every row has its own position ids
     (derived from its own mask), and reads no other row's prefix. Logits processors and stopping
     criteria read the rows' own tokens, no padding and no placeholder.
     """

@@ -27,11 +27,11 @@ class TimedOutError(PtkitError):
 
 
 class NoMemoryError(PtkitError):
-    """The answers under way leave no memory for this one; the same request may be taken later."""
+    """The running answers leave no memory for this one; the same request may be taken later."""
 
 
 class InUseError(UserError):
-    """The adapter takes part in answers under way and cannot be changed now."""
+    """The adapter takes part in running answers and cannot be changed now."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From a request to answers under way, and from their updates to OpenAI's responses."""
+"""From a request to running answers, and from their updates to OpenAI's responses."""
 
 from __future__ import annotations
 

@@ -249,7 +249,7 @@ def _adapters(app: FastAPI, library: Library, metrics: Metrics) -> None:
 
     @app.post("/v1/swap_adapter", responses=_CHANGING)
     async def swap_adapter(body: LoadRequest) -> Changed:
-        """Replace an adapter by another under the same name; answers under way keep the old."""
+        """Replace an adapter by another under the same name; running answers keep the old."""
         await change(
             "swap", lambda: library.load(body.name, path=body.path, hub=body.hub, replace=True)
         )
@@ -258,7 +258,7 @@ def _adapters(app: FastAPI, library: Library, metrics: Metrics) -> None:
     @app.post("/v1/unload_adapter", responses=_CHANGING)
     @app.post("/v1/unload_lora_adapter", responses=_CHANGING)
     async def unload_adapter(body: UnloadRequest) -> Changed:
-        """Serve an adapter no longer; answers under way are finished, its files stay."""
+        """Serve an adapter no longer; running answers are finished, its files stay."""
         await change("unload", lambda: library.unload(body.name))
         return Changed(name=body.name, change="unloaded")
 

@@ -47,7 +47,7 @@ def build_app(
 
     model_name: what requests call the base; default: its id, of a folder or file its name
     budget: bytes for prefixes on the device; None: no limit
-    kv_bytes: bytes for keys and values of the answers under way; an answer waits until all that it
+    kv_bytes: bytes for keys and values of the running answers; an answer waits until all that it
         may come to need is free. None: half of what is free on the device now
     max_batch, max_queue: answers written at the same time, and waiting
     max_tokens, timeout: of one answer, in tokens and seconds

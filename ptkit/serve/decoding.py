@@ -1,4 +1,4 @@
-"""An answer under way: its sampler and its text, token by token."""
+"""A running answer: its sampler and its text, token by token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ptkit.serve.text import TextStream
 
 
 class DecodeState:
-    """The state of an answer under way: its sampler, its text and its tokens."""
+    """The state of a running answer: its sampler, its text and its tokens."""
 
     def __init__(self, answer: Answer, base: Base, ends: frozenset[int]) -> None:
         """ends: ids of the tokens that end a text on `base`"""

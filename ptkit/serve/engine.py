@@ -29,8 +29,8 @@ class Engine:
 
     max_rows: rows written at the same time
     max_waiting: answers that may wait for a row
-    piece: tokens of inputs read between two steps of the rows under way; longer inputs are read
-        in pieces, so that they hold back nobody for longer than that
+    piece: tokens of inputs read between two steps of the running rows. Longer inputs are read
+        in pieces, so that no row waits longer than that
     kv_bytes: memory for keys and values; an answer waits until all that it may come to need is
         free. None: no limit
     """
@@ -88,7 +88,7 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Rows under way, those whose input is being read included."""
+        """Running rows, those whose input is being read included."""
         return self.executor.running
 
     @property
@@ -111,7 +111,7 @@ class Engine:
         return self.scheduler.empty and not self.executor.running
 
     def close(self) -> None:
-        """End the loop at the next token; answers under way are told that they failed."""
+        """End the loop at the next token; running answers are told that they failed."""
         self.scheduler.close(stop=True)
         self._thread.join()
 

@@ -1,4 +1,4 @@
-"""Prefill and decode of the answers under way: for the loop's thread alone."""
+"""Prefill and decode of the running answers: for the loop's thread alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _KEPT_BLOCKS = 256
 
 @dataclass(eq=False)
 class Row:
-    """A sequence under way, and the answer it belongs to."""
+    """A running sequence, and the answer it belongs to."""
 
     state: DecodeState
     adapter: RequestAdapter
@@ -46,7 +46,7 @@ class Row:
 
 
 class Executor:
-    """The rows of all answers under way.
+    """The rows of all running answers.
 
     scheduler: is told of answers that end
     piece: tokens of inputs read between two steps
@@ -76,7 +76,7 @@ class Executor:
 
     @property
     def running(self) -> int:
-        """Rows under way, those whose input is being read included."""
+        """Running rows, those whose input is being read included."""
         return len(self._decoding) + len(self._prefilling)
 
     @property
@@ -133,7 +133,7 @@ class Executor:
         return SequenceInput(prompt, prefix, lora)
 
     def step(self) -> None:
-        """Read a piece of the inputs and write one token in every row, in one pass; rows whose
+        """Read a piece of the inputs and write one token in every row, in one pass. Rows whose
         inputs were read to their ends get their first tokens. Where the pass fails, its parts are
         made one by one, so that only what fails by itself has failed."""
         short = [row for row in self._prefilling if self._left(row) <= self._piece]
@@ -225,7 +225,7 @@ class Executor:
         self._leave(leaving)
 
     def clear(self) -> None:
-        """Begin from nothing; nobody is told."""
+        """Begin from nothing; no answer is told."""
         self._decoding, self._prefilling = [], []
         self._batch = self._new_batch()
 
@@ -311,7 +311,7 @@ class Executor:
         if not of_memory(error):
             return PtkitError(f"{what}: {said(error)}")
         if self._states() - {row.state for row in rows}:
-            return NoMemoryError(f"{what}: no memory is left beside the answers under way")
+            return NoMemoryError(f"{what}: no memory is left beside the running answers")
         return UserError(
             f"{what}: this machine's memory does not hold the request, even by itself; shorten "
             "the prompt or lower max_tokens"

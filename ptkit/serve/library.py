@@ -202,7 +202,7 @@ class Library:
             self.bank.load(folder, name, chosen=self.chosen and hub is None)
 
     def unload(self, name: str) -> None:
-        """Serve `name` no longer; rows under way finish. Its files stay."""
+        """Serve `name` no longer; running rows finish. Its files stay."""
         self._require_changes()
         self._known(name, lambda: None)
         with self._changing(name, None):

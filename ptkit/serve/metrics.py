@@ -64,10 +64,10 @@ class Metrics:
         registry.register(_BankCollector(bank))
 
     def watch(self, engine: Engine) -> None:
-        """Report what `engine` has under way whenever somebody asks."""
+        """Report what `engine` runs, whenever it is asked."""
         for name, help, look in (
             ("ptkit_waiting_answers", "Answers waiting for a row.", lambda: engine.waiting),
-            ("ptkit_running_rows", "Rows under way.", lambda: engine.running),
+            ("ptkit_running_rows", "Running rows.", lambda: engine.running),
         ):
             gauge = Gauge(name, help, registry=self.registry)
             gauge.set_function(look)

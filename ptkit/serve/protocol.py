@@ -1,7 +1,8 @@
 """Requests and responses, in OpenAI's form.
 
 What OpenAI's API has and this server does not do is refused by name unless it asks for nothing
-(`best_of: 1`, `tools: []`), and so is what nobody knows: a request is never half understood.
+(`best_of: 1`, `tools: []`), and so is what is not known.
+A request is never half understood.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def is_loopback(host: str) -> bool:
 class Server(uvicorn.Server):
     """uvicorn, shutting down without losing an answer.
 
-    At the first SIGTERM or SIGINT new requests get 503, those under way are finished, for at most
+    At the first SIGTERM or SIGINT new requests get 503, running ones are finished, for at most
     `drain_seconds`; then the process ends with 0. A second signal ends it at once.
     """
 

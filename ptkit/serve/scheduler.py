@@ -1,8 +1,8 @@
 """Which waiting answers begin when: what other threads may touch.
 
-Among those waiting, the adapter with the fewest rows under way comes first, then who asked first:
+Among those waiting, the adapter with the fewest running rows comes first, then who asked first:
 one adapter's crowd does not keep another's out. An answer begins when the blocks that it may come
-to need are free of all promises to others, so it never ends for want of memory that others took.
+to need are free of all promises to others. So it never ends for want of memory that others took.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Scheduler:
         self._waiting: deque[Answer] = deque()
         # Taken out of the queue to be begun; nothing is in neither place.
         self._starting: list[Answer] = []
-        # Adapters being changed, and how many answers, waiting or under way, use each LoRA one.
+        # Adapters being changed, and how many answers, waiting or running, use each LoRA one.
         self._changing: set[str] = set()
         self._uses: Counter[str] = Counter()
 
@@ -119,7 +119,7 @@ class Scheduler:
         return not (self._waiting or self._starting)
 
     def uses(self, name: str) -> int:
-        """How many answers, waiting or under way, use the LoRA adapter `name`."""
+        """How many answers, waiting or running, use the LoRA adapter `name`."""
         return self._uses[name]
 
     def close(self, *, stop: bool) -> None:
@@ -162,7 +162,7 @@ class Scheduler:
             self.changed.notify_all()
 
     def cancel(self, answers: Sequence[Answer]) -> None:
-        """Let nobody write `answers`; they are told nothing more."""
+        """Stop writing `answers`; they are told nothing more."""
         with self.changed:
             for answer in answers:
                 answer.cancelled = True
@@ -190,7 +190,7 @@ class Scheduler:
     def admitted(self, running: int, under_way: Callable[[], Counter[str]]) -> list[Answer]:
         """Take out of the queue what is begun now.
 
-        running: rows under way
+        running: rows that are decoded
         under_way: counts the rows by the names of their answers
 
         Nothing but book-keeping: whoever asks meanwhile waits for the lock.
