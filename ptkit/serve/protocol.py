@@ -1,8 +1,7 @@
 """Requests and responses, in OpenAI's form.
 
-What OpenAI's API has and this server does not do is refused by name unless it asks for nothing
-(`best_of: 1`, `tools: []`), and so is what is not known.
-A request is never half understood.
+What OpenAI's API has and this server does not do is refused by name, unless it asks for nothing
+(`best_of: 1`, `tools: []`). So is what is not known: a request is never half understood.
 """
 
 from __future__ import annotations
