@@ -260,7 +260,7 @@ def test_rates_that_cannot_share_a_batch_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As on a GPU: a CPU is refused float16 earlier.
-    for module in ("choose", "loop"):
+    for module in ("autotune", "loop"):
         monkeypatch.setattr(f"ptkit.training.{module}.mixed_precision", lambda *_: "no")
     half = STEPS.model_copy(update={"autocast": "fp16"})
     with pytest.raises(UserError, match="takes one process and another `autocast` than `fp16`"):
@@ -290,9 +290,9 @@ def test_killed_while_choosing_the_same_is_chosen(tmp_path: Path, monkeypatch) -
     def killed(*_: object) -> None:
         raise Killed
 
-    for place in ("fit", "atomic.write_json"):
+    for place in ("training.autotune.fit", "formats.atomic.write_json"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"ptkit.training.autotune.{place}", killed)
+            patch.setattr(f"ptkit.{place}", killed)
             with pytest.raises(Killed):
                 run(random_base("llama"), tmp_path / "cut", **settings)
     resumed, _ = run(random_base("llama"), tmp_path / "cut", **settings)

@@ -311,9 +311,9 @@ def test_forgetting_of_a_begin_of_text_token_is_none() -> None:
     assert missed > 2
     only = PrefixTuning.from_prefix(compile_tokens(base.model, torch.tensor([START])), base)
     found = measure_retention(only, probe).overall
-    assert found["base_nats"] == pytest.approx(nats(ids), abs=1e-4)
-    assert found["tokens"] == ids[:, 2:].numel()
-    assert abs(found["forgetting"]) < 0.05 * missed
+    assert found.base_nats == pytest.approx(nats(ids), abs=1e-4)
+    assert found.tokens == ids[:, 2:].numel()
+    assert abs(found.forgetting) < 0.05 * missed
 
 
 @pytest.mark.parametrize("make", [beginning_base, random_base])
@@ -329,7 +329,7 @@ def test_forgetting_is_measured_on_the_same_tokens_with_and_without_a_lead(
     ))  # fmt: skip
     adapter = few_shot(base)
     found = measure_retention(adapter, probe).overall
-    assert found["tokens"] == len(windows) * 31
+    assert found.tokens == len(windows) * 31
     # One text: the prompt, then the window.
     (prompt,) = base.encode(["w5 w6 w7 w8 "])
     losses = []
@@ -338,7 +338,7 @@ def test_forgetting_is_measured_on_the_same_tokens_with_and_without_a_lead(
         ids = torch.tensor([[*prompt, *text]])
         logits = base.model(ids).logits[0, len(prompt) : -1]
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(text[1:])))
-    assert found["adapter_nats"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-4)
+    assert found.adapter_nats == pytest.approx(float(torch.stack(losses).mean()), abs=1e-4)
 
 
 def test_general_text_to_stay_near_begins_as_texts_do(tmp_path: Path) -> None:
