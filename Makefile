@@ -12,8 +12,8 @@ test: setup-dev  ## lint, types and tests
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -n 2
 
-test-engines: setup-dev setup-engines  ## adapters on llama.cpp's own server; needs SmolLM2
-	$(BIN)/python -m pytest -n 0 tests/test_llama_cpp.py
+test-engines: setup-dev setup-engines  ## adapters on llama.cpp's server (needs SmolLM2) and MLX
+	$(BIN)/python -m pytest -n 0 tests/test_llama_cpp.py tests/test_mlx.py
 
 lint: setup-dev
 	$(BIN)/ruff check .
@@ -42,11 +42,13 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps --upgrade --target $(VENV)/quantize bitsandbytes torchao
 	@touch $@
 
-# Engines that adapters are exported to; without them their tests skip.
-setup-engines: $(VENV)/llama-cpp
+# Engines that adapters are exported to, apart; without them their tests skip.
+setup-engines: $(VENV)/llama-cpp $(VENV)/mlx
 
-$(VENV)/llama-cpp: constraints.txt | $(VENV)/.ready
-	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps --upgrade --target $@ xllamacpp
+$(VENV)/llama-cpp: ENGINE := xllamacpp
+$(VENV)/mlx: ENGINE := mlx mlx-cpu mlx-lm
+$(VENV)/llama-cpp $(VENV)/mlx: constraints.txt | $(VENV)/.ready
+	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps --upgrade --target $@ $(ENGINE)
 	@touch $@
 
 clean:

@@ -375,8 +375,8 @@ def test_one_method_that_ends_elsewhere_costs_no_other_its_figures(monkeypatch) 
 
 
 def test_a_run_that_ends_elsewhere_is_not_reported() -> None:
-    def runs(*losses: float) -> list[whole_run.Run]:
-        return [whole_run.Run(1.0, 1, loss) for loss in losses]
+    def runs(*losses: float) -> list[whole_run.WholeRun]:
+        return [whole_run.WholeRun(1.0, 1, loss) for loss in losses]
 
     assert "apart" in whole_run._agreement("prefix", runs(2.0, 2.2), runs(2.1, 2.3))
     for theirs in (runs(2.5, 2.6), runs(float("nan"), 2.1)):
