@@ -110,7 +110,9 @@ def test_generate_loads_the_base_in_the_revision_that_its_adapters_name(
     other = plain("facts-prompt", tmp_path / "other", **named, revision="v3")
     asked: list[tuple[str, str | None]] = []
 
-    def loading(id: str, *, revision: str | None = None, labels: object = None) -> Base:
+    def loading(
+        id: str, *, revision: str | None = None, labels: object = None, device_map: object = None
+    ) -> Base:
         asked.append((id, revision))
         return base
 
