@@ -42,6 +42,7 @@ from ptkit.errors import AdapterError
 from ptkit.evaluation.anatomy import dissect
 from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats.adapter_files import CONFIG, WEIGHTS, AdapterFiles, conversion, read_adapter
+from ptkit.formats.adapter_info import ADAPTER_INFO
 from ptkit.formats.hub import is_on_hub
 from ptkit.hub.verify import check_files, verify
 from ptkit.methods import adapter_from_files, base_of, compile_files
@@ -332,7 +333,7 @@ def test_every_method_has_a_name_and_a_search_finds_what_its_cards_say() -> None
             files = AdapterFiles(
                 {"peft_type": peft_type, "base_model_name_or_path": "org/base"},
                 {"prompt_embeddings": torch.zeros(1, 1)},
-                {"method": {"kind": kind}},
+                ADAPTER_INFO.read({"method": {"kind": kind}}, "here"),
             )
             card = card_text("mine", files, 4)
             name = said.name or all_sections()[kind].display_name
