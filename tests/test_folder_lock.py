@@ -18,7 +18,7 @@ from test_cli import ptkit
 from ptkit import api
 from ptkit.errors import UserError
 from ptkit.formats.folder_lock import held, require_free
-from ptkit.training.run_folder import start_over
+from ptkit.training.run_folder import delete_run_folder
 
 HOLDS = (
     "import sys, time, pathlib; from ptkit.formats.folder_lock import held\n"
@@ -53,7 +53,7 @@ def test_the_second_is_told_who_is_there_and_a_killed_ones_folder_is_free(tmp_pa
             pass
         (folder / "recipe.yaml").write_text("")
         (folder / "cell.json").write_text("{}")
-        for delete in (api.start_over, lambda f: start_over(f / "cell.json", "run")):
+        for delete in (api.start_over, lambda f: delete_run_folder(f / "cell.json", "run")):
             with pytest.raises(UserError, match="in use by process"):
                 delete(folder)
         assert (folder / "cell.json").exists()
@@ -64,7 +64,7 @@ def test_the_second_is_told_who_is_there_and_a_killed_ones_folder_is_free(tmp_pa
         pass
     require_free(folder)
     assert sorted(p.name for p in folder.iterdir()) == ["cell.json", "recipe.yaml"]
-    start_over(folder / "cell.json", "run")
+    delete_run_folder(folder / "cell.json", "run")
     assert not folder.exists()
 
 

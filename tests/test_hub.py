@@ -397,7 +397,7 @@ def test_cells_of_csv_data_on_the_hub_are_learnt_as_they_are_written(
         "from pathlib import Path\n"
         "from datasets import load_dataset\n"
         "from ptkit.data.sources import load_rows\n"
-        "from ptkit.recipe.schema import DataSection\n"
+        "from ptkit.recipe.tasks import DataSection\n"
         "for config in ('plain', 'semi', 'packed'):\n"
         "    if sys.argv[1] == 'first' and config == 'plain':\n"
         "        load_dataset('team/odd', 'plain')\n"
@@ -464,7 +464,7 @@ def test_json_data_on_the_hub_is_the_same_file_read_here(
     code = (
         "import json, sys\n"
         "from ptkit.data.hub_rows import hub_rows\n"
-        "from ptkit.recipe.schema import DataSection\n"
+        "from ptkit.recipe.tasks import DataSection\n"
         "for config in sys.argv[1:]:\n"
         "    rows = hub_rows(DataSection(hub='team/loose', config=config))['test']\n"
         "    print(json.dumps([dict(row) for row in rows]))\n"
@@ -491,7 +491,7 @@ def test_cells_that_only_the_typed_cache_has_are_refused(client: Client, server:
     code = (
         "from ptkit.data.hub_rows import hub_rows\n"
         "from ptkit.errors import DataError\n"
-        "from ptkit.recipe.schema import DataSection\n"
+        "from ptkit.recipe.tasks import DataSection\n"
         "try:\n"
         "    hub_rows(DataSection(hub='team/seen'))\n"
         "except DataError as error:\n"
