@@ -216,9 +216,7 @@ def test_a_split_base_is_measured_as_a_whole_one(
     assert ours.trainable_parameters == theirs.trainable_parameters
     assert ours.adapter_off_exact
     for a, b in zip(ours.curve, theirs.curve, strict=True):
-        assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-4)
-    assert ours.retention is not None
-    assert theirs.retention is not None
+        assert a.validation_loss == pytest.approx(b.validation_loss, abs=1e-4)
     assert ours.retention is not None
     assert theirs.retention is not None
     assert ours.retention.forgetting == pytest.approx(theirs.retention.forgetting, abs=1e-4)
