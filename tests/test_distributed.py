@@ -184,7 +184,7 @@ def test_processes_share_validation_and_evaluation_and_wait_for_each_other(
             getattr(alone.retention, name), abs=1e-5
         )
     for a, b in zip(together.curve, alone.curve, strict=True):
-        assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
+        assert a.validation_loss == pytest.approx(b.validation_loss, abs=1e-5)
 
 
 @pytest.mark.parametrize(("patience", "calls"), [(60.0, 12), (0.0, 4)])
@@ -432,7 +432,7 @@ def test_cells_of_a_lost_node_run_on_another(
     for there, own in zip(records, here, strict=True):
         assert there.metrics == own.metrics
         for a, b in zip(there.curve, own.curve, strict=True):
-            assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
+            assert a.validation_loss == pytest.approx(b.validation_loss, abs=1e-5)
 
 
 def test_wrong_address_of_a_cluster_is_refused(recipe_file: Path, tmp_path: Path) -> None:
