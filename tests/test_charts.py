@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from test_report import METHODS, compared
 
-from ptkit.comparison.charts import Chart, Line, _plot, charts_of, pareto
+from ptkit.comparison.charts import Chart, Line, _plot, _scatter, charts_of, pareto
 from ptkit.comparison.drawing import as_file, on_page, short
 from ptkit.comparison.summary import MethodSummary
 from ptkit.evaluation.statistics import Interval
@@ -66,6 +69,25 @@ def test_a_reader_who_cannot_see_is_told_every_mark(summaries: list[MethodSummar
         assert said in told
         assert told.count(said) == 1
         assert said in {node.text for node in root.iter("title")}
+
+
+def test_no_interval_is_drawn_past_its_axes() -> None:
+    """With two seeds an interval of forgetting may be wider than all the points lie apart."""
+    spreads = [None, Interval(0.7, -0.4, 1.8, 0.1, 2), Interval(1.3, -0.6, 3.2, 0.2, 2)]
+    score = Interval(9.0, 8.0, 10.0, 0.1, 2)
+    points: Any = [
+        (SimpleNamespace(title=f"m{i}", family=f"m{i}", leading=score), 0.7 * i, spread)
+        for i, spread in enumerate(spreads)
+    ]
+    shade = {f"m{i}": i for i in range(3)}
+    figure = Figure()
+    axes = figure.subplots()
+    _scatter(axes, points=points, shade=shade, names=("x", "y"))
+    low, high = axes.get_xlim()
+    ends = [x for bars in axes.collections for part in bars.get_segments() for x, _ in part]
+    assert max(ends) - min(ends) > 3
+    assert low <= min(ends)
+    assert max(ends) <= high
 
 
 def test_names_and_ticks_stay_text(charts: list[Chart]) -> None:

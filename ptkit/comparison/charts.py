@@ -128,7 +128,8 @@ def _scatter(
     """A mark per summary, at its x and its score, with the intervals of both."""
     from matplotlib import rcParams
 
-    _across(axes, [x for _, x, _ in points], logarithmic=logarithmic)
+    ends = [x + part for _, x, spread in points for part in _reach(spread)]
+    _across(axes, ends, logarithmic=logarithmic)
     axes.set(xlabel=names[0], ylabel=names[1])
     if front:
         higher = points[0][0].higher_is_better
@@ -283,6 +284,12 @@ def _bars(*intervals: Interval | None) -> list[list[float]] | None:
         [max(0.0, i.mean - (i.low or 0.0)) for i in known],
         [max(0.0, (i.high or 0.0) - i.mean) for i in known],
     ]
+
+
+def _reach(spread: Interval | None) -> tuple[float, ...]:
+    """How far a mark with this interval reaches from its middle, below and above."""
+    bars = _bars(spread)
+    return (0.0,) if bars is None else (-bars[0][0], bars[1][0])
 
 
 def _across(axes: Axes, values: Sequence[float], *, logarithmic: bool) -> None:
