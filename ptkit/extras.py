@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from ptkit.errors import UserError
@@ -45,6 +46,14 @@ class MissingExtraError(UserError):
         super().__init__(
             f'{wanted_by} needs {package}, which is not installed: pip install "ptkit[{extra}]"'
         )
+
+
+def installed(package: str) -> str | None:
+    """The version of `package`; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from ptkit.metrics.registry import metric
 from ptkit.recipe.schema import BudgetSection
 from ptkit.runtime.named_models import source_of
 from ptkit.training.gate import require_gate_fits
+from ptkit.training.provenance import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = {module for modules in EXTRAS.values() for module in modules}
@@ -260,3 +262,17 @@ def _is_free(name: str) -> bool:
 def test_what_is_installed_is_required_in_vain() -> None:
     for extra in ("evaluate", "report", "gate", "serve"):
         require(extra, "a test")
+
+
+def test_a_run_records_the_versions_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sacrebleu is an extra's: training without it must not end at its record."""
+
+    def without(package: str) -> str:
+        if package == "sacrebleu":
+            raise PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr("ptkit.extras.version", without)
+    told = versions()
+    assert "sacrebleu" not in told
+    assert told["torch"] == "1.0"

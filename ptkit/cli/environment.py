@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import typer
 
 from ptkit.cli.options import FormatOption, OutputFormat
-from ptkit.extras import EXTRAS
+from ptkit.extras import EXTRAS, installed
 
 #: Packages that every result depends on.
 _PACKAGES = ("ptkit", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
@@ -24,7 +23,7 @@ def env(format: FormatOption = OutputFormat.human) -> None:
     found = {
         "python": platform.python_version(),
         "system": platform.system(),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: installed(name) or "not installed" for name in _PACKAGES},
         "devices": ", ".join(_devices()),
         "extras": ", ".join(name for name in EXTRAS if not _missing(name)) or "none",
     }
@@ -42,13 +41,6 @@ def env(format: FormatOption = OutputFormat.human) -> None:
         if lacking := _missing(name):
             packages = ", ".join(sorted(lacking))
             typer.echo(f'not here: {packages}: pip install "ptkit[{name}]"')
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _missing(extra: str) -> set[str]:

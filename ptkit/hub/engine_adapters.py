@@ -13,6 +13,7 @@ from ptkit.formats.adapter_files import AdapterFiles, read_adapter
 from ptkit.methods import Adapter, adapter_from_files, base_of, require_same_base
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base
+from ptkit.runtime.cache import has_state, sees_everything, shares_keys
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,15 @@ def engine_adapters(
 def engine_prefix(source: EngineSource, adapter: Adapter) -> KVPrefix:
     """The keys and values that an engine's cache begins with; nothing else is left of `adapter`.
 
-    Raises AdapterError where there is more to it, with what that is.
+    Raises AdapterError where there is more to it, with what that is, and for bases whose layers do
+    not keep every key.
     """
+    model = adapter.base.model
+    if has_state(model) or shares_keys(model) or not sees_everything(model):
+        raise AdapterError(
+            f"layers of {adapter.base.id} see a window, share keys or keep a state, so a plain "
+            "cache of keys and values is not all that an engine keeps; use `ptkit serve`"
+        )
     why = _more_than_a_prefix(adapter)
     prefix = None if why else adapter.prefix()
     if prefix is not None and prefix.infix:

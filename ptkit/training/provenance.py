@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ptkit.evaluation.statistics import Interval
+from ptkit.extras import installed
 from ptkit.formats.adapter_info import AdapterInfo, BaseInfo, DataInfo, MethodInfo, TaskInfo
 from ptkit.formats.cell_record import CellRecord
 from ptkit.recipe.load import recipe_as_yaml
@@ -91,9 +91,10 @@ def recipe_of_cell(recipe: Recipe, record_settings: Mapping[str, Any], seed: int
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages results depend on."""
+    """Versions of the packages results depend on, of those that are installed."""
     names = ("ptkit", "torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    found = {name: told for name in names if (told := installed(name)) is not None}
+    return {"python": platform.python_version(), **found}
 
 
 def hardware(device: torch.device) -> str:

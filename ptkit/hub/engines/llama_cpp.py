@@ -22,7 +22,6 @@ from ptkit.hub.engine_adapters import engine_adapters, engine_prefix
 from ptkit.hub.engines import Written
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base, load_base
-from ptkit.runtime.cache import sees_everything
 
 CLIENT = "client.py"
 #: What the client needs to know of the adapters.
@@ -83,7 +82,6 @@ def write(
     layout = _Layout(_permuted(gguf), _CACHES[dtype], flash_attention)
     if base is None:
         base = load_base(id=str(gguf))
-    _require_one_cache(base)
     tokens = 0
     about: dict[str, Any] = {}
     with atomic.folder(out, replace=replace_out) as scratch:
@@ -192,11 +190,6 @@ def _permuted(gguf: Path) -> bool:
             "which was compared with the server; others were not tried"
         )
     return _NEIGHBOURS[architecture]
-
-
-def _require_one_cache(base: Base) -> None:
-    if not sees_everything(base.model):
-        raise AdapterError(f"layers of {base.id} see a window: the server keeps two caches then")
 
 
 def _readme(gguf: Path, about: dict[str, Any], layout: _Layout) -> str:

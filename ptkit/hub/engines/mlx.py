@@ -9,13 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ptkit.errors import AdapterError
 from ptkit.formats import atomic
 from ptkit.hub.engine_adapters import EngineSource, engine_adapters, engine_prefix
 from ptkit.hub.engines import Written
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.cache import has_state, sees_everything, shares_keys
 
 
 def write(
@@ -23,19 +21,12 @@ def write(
 ) -> Written:
     """Write `NAME.safetensors` for each of `sources`, as `mlx_lm.cache_prompt` writes a text's.
 
-    Raises AdapterError for what is more than a KV prefix (see `engine_prefix`) and for bases whose
-    layers do not keep every key.
+    Raises AdapterError for what a cache of keys and values cannot hold (see `engine_prefix`).
     """
     tokens, written = 0, []
     with atomic.folder(out, replace=replace_out) as scratch:
         for source, adapter in engine_adapters(sources, base):
             base = adapter.base
-            model = base.model
-            if has_state(model) or shares_keys(model) or not sees_everything(model):
-                raise AdapterError(
-                    f"layers of {base.id} see a window, share keys or keep a state, for which "
-                    "mlx_lm has caches of other kinds; use `ptkit serve`"
-                )
             prefix = engine_prefix(source, adapter)
             _save(prefix, base, scratch / f"{source.name}.safetensors")
             tokens += prefix.virtual_tokens

@@ -13,14 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache
 
-from ptkit.errors import AdapterError, PtkitError
+from ptkit.errors import PtkitError
 from ptkit.formats import atomic
 from ptkit.hub.engine_adapters import EngineSource, engine_adapters, engine_prefix
 from ptkit.hub.engines import Written
 from ptkit.prefix import KVPrefix
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.cache import has_state, sees_everything, shares_keys
 from ptkit.runtime.generation import generate
 
 CLIENT = "client.py"
@@ -73,15 +72,13 @@ def write(
     Tensors are `keys.LAYER` and `values.LAYER`, `[kv_heads, virtual_tokens, head_dim]`, keys as
     their positions turned them. The client is run on each of them and compared with ptkit.
 
-    Raises AdapterError for what is more than a KV prefix (see `engine_prefix`) and for bases whose
-    layers do not keep every key.
+    Raises AdapterError for what a cache of keys and values cannot hold (see `engine_prefix`).
     """
     tokens = 0
     written: list[EngineSource] = []
     with atomic.folder(out, replace=replace_out) as scratch:
         for source, adapter in engine_adapters(sources, base):
             base = adapter.base
-            _require_plain_cache(base)
             prefix = engine_prefix(source, adapter)
             save_file(_tensors(prefix), scratch / f"{source.name}.safetensors")
             tokens += prefix.virtual_tokens
@@ -101,15 +98,6 @@ def _tensors(prefix: KVPrefix) -> dict[str, Tensor]:
         named[f"keys.{layer}"] = keys.float().cpu().contiguous()
         named[f"values.{layer}"] = values.float().cpu().contiguous()
     return named
-
-
-def _require_plain_cache(base: Base) -> None:
-    model = base.model
-    if has_state(model) or shares_keys(model) or not sees_everything(model):
-        raise AdapterError(
-            f"layers of {base.id} see a window, share keys or keep a state, which a plain cache "
-            "of keys and values does not begin with; use `ptkit serve`"
-        )
 
 
 def _require_same(base: Base, prefix: KVPrefix, file: Path) -> None:
