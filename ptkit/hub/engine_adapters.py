@@ -72,8 +72,8 @@ def engine_prefix(source: EngineSource, adapter: Adapter) -> KVPrefix:
     model = adapter.base.model
     if has_state(model) or shares_keys(model) or not sees_everything(model):
         raise AdapterError(
-            f"layers of {adapter.base.id} see a window, share keys or keep a state, so a plain "
-            "cache of keys and values is not all that an engine keeps; use `ptkit serve`"
+            f"layers of {adapter.base.id} see a window, share keys or keep a state; an engine "
+            "keeps more for them than a plain cache of keys and values; use `ptkit serve`"
         )
     why = _more_than_a_prefix(adapter)
     prefix = None if why else adapter.prefix()
