@@ -71,9 +71,9 @@ class _Run:
 class SlotExecutor(Endings):
     """An executor whose rows are the slots of llama.cpp's server.
 
-    An answer takes an idle slot that holds its adapter. Where there is none, the adapter is restored
-    into the idle slot that was not used for the longest time. A slot that answers is never taken.
-    The scheduler lets answers wait while all slots do.
+    An answer takes an idle slot that holds its adapter. Where there is none, the adapter is
+    restored into the idle slot that was not used for the longest time. A slot that answers is never
+    taken. The scheduler lets answers wait while all slots do.
     """
 
     def __init__(
