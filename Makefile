@@ -13,7 +13,8 @@ test: setup-dev  ## lint, types and tests
 	$(BIN)/python -m pytest -n 2
 
 test-engines: setup-dev setup-engines  ## adapters on llama.cpp's server (needs SmolLM2) and MLX
-	$(BIN)/python -m pytest -n 0 tests/test_llama_cpp.py tests/test_mlx.py
+	$(BIN)/python -m pytest -n 0 tests/test_llama_cpp.py tests/test_llama_cpp_serve.py \
+		tests/test_engine_agreement.py tests/test_mlx.py
 
 lint: setup-dev
 	$(BIN)/ruff check .

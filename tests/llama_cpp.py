@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from test_gguf import HEADS, HIDDEN, KV_HEADS
 from test_gguf import write as write_gguf
 
 from ptkit.formats.adapter_files import write_adapter
@@ -39,10 +40,22 @@ def shifted(base: Base, seed: int, text: str, amount: float) -> KVPrefix:
     )
 
 
-def tiny_gguf(folder: Path) -> Path:
-    """A small random Llama in float32, so that the server computes what transformers does."""
-    path = folder / "tiny.gguf"
-    write_gguf(path, GGMLQuantizationType.F32)
+_SMALL = HIDDEN // HEADS * KV_HEADS
+#: What the files of each architecture hold that a Llama's do not.
+ARCHITECTURES: dict[str, dict] = {
+    "llama": {},
+    "qwen2": {
+        "more": {"attn_q.bias": (HIDDEN,), "attn_k.bias": (_SMALL,), "attn_v.bias": (_SMALL,)},
+    },
+    "qwen3": {"more": {"attn_q_norm.weight": (128,), "attn_k_norm.weight": (128,)}, "head": 128},
+}
+
+
+def tiny_gguf(folder: Path, architecture: str = "llama") -> Path:
+    """A small random model in float32, so that the server computes what transformers does."""
+    path = folder / f"{architecture}.gguf"
+    settings = ARCHITECTURES[architecture]
+    write_gguf(path, GGMLQuantizationType.F32, arch=architecture, **settings)
     return path
 
 

@@ -18,9 +18,18 @@ import psutil
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from llama_cpp import SERVER, needs_server, shifted, tiny_base, tiny_gguf, write_prefixes
+from llama_cpp import (
+    ARCHITECTURES,
+    SERVER,
+    needs_server,
+    shifted,
+    tiny_base,
+    tiny_gguf,
+    write_prefixes,
+)
 from serving import Serving, free_port
 from test_cli import refused
+from test_gguf import write as write_gguf
 from test_peft_parity import LEARNT, make_adapter
 
 from ptkit.bank import AdapterBank
@@ -29,7 +38,7 @@ from ptkit.formats.adapter_files import write_adapter
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.recipe.schema import method_section
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.slot_file import CacheLayout, placeholders
+from ptkit.runtime.slot_file import NEIGHBOURS, CacheLayout, cache_layout, placeholders
 from ptkit.serve.engines.llama_cpp import host
 from ptkit.serve.engines.llama_cpp.events import asked_of_server, read_event
 from ptkit.serve.engines.llama_cpp.executor import Slot, SlotExecutor
@@ -326,26 +335,45 @@ def test_a_running_server_is_used_where_it_is(
         process.wait(20)
 
 
+async def tried(gguf: Path, base: Base, layout: CacheLayout) -> None:
+    settings = LlamaCppSettings(gguf, layout, 1, 64, threads=1, where=str(SERVER))
+    server = LlamaServer(settings)
+    try:
+        await server.ready()
+        await require_same_answers(server, base)
+    finally:
+        await server.close()
+
+
 @needs_server
 @pytest.mark.parametrize("dtype", ["F32", "F16"])
-def test_a_server_that_keeps_keys_otherwise_is_refused_before_it_serves(
-    gguf: Path, base: Base, dtype: str
+@pytest.mark.parametrize("flash", [True, False])
+def test_a_server_that_keeps_values_as_it_is_said_to_is_used(
+    gguf: Path, base: Base, dtype: str, flash: bool
 ) -> None:
-    cache = GGMLQuantizationType[dtype]
+    asyncio.run(tried(gguf, base, CacheLayout(True, GGMLQuantizationType[dtype], flash)))
 
-    async def tried(layout: CacheLayout) -> None:
-        settings = LlamaCppSettings(gguf, layout, 1, 64, threads=1, where=str(SERVER))
-        server = LlamaServer(settings)
-        try:
-            await server.ready()
-            await require_same_answers(server, base)
-        finally:
-            await server.close()
 
-    asyncio.run(tried(CacheLayout(True, cache)))
-    asyncio.run(tried(CacheLayout(True, cache, flash_attention=False)))
+def test_every_architecture_that_is_written_is_compared() -> None:
+    assert {*NEIGHBOURS} == {*ARCHITECTURES}
+
+
+@needs_server
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_keys_lie_as_the_architecture_turns_them(architecture: str, tmp_path: Path) -> None:
+    """And a server that reads them otherwise is refused before it serves."""
+    gguf = tiny_gguf(tmp_path, architecture)
+    base, right = tiny_base(gguf), cache_layout(gguf, "float32")
+    asyncio.run(tried(gguf, base, right))
+    wrong = CacheLayout(not right.neighbours, right.cache)
     with pytest.raises(UserError, match="does not continue a restored text"):
-        asyncio.run(tried(CacheLayout(False, cache)))
+        asyncio.run(tried(gguf, base, wrong))
+
+
+def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", GGMLQuantizationType.F32, arch="phi3")
+    with pytest.raises(UserError, match=r"'phi3'; slot files are written for llama, qwen2, qwen3"):
+        cache_layout(tmp_path / "m.gguf", "float32")
 
 
 @needs_server

@@ -14,17 +14,18 @@ from ptkit.extras import require
 from ptkit.formats.sizes import read_bytes
 
 
-class EngineName(StrEnum):
-    """What writes the answers."""
+class ServingEngine(StrEnum):
+    """What runs the model."""
 
     ptkit = "ptkit"
     llama_cpp = "llama-cpp"
 
 
-#: Options that only one engine takes, and those that it has no use for.
-_ONLY = {EngineName.llama_cpp: ("gguf", "llama_server", "slots", "positions", "slot_folder")}
-_WITHOUT = {EngineName.llama_cpp: ("model", "max_batch", "kv_budget", "device_map")}
-
+#: Options that have no meaning for an engine.
+_WITHOUT = {
+    ServingEngine.ptkit: ("gguf", "llama_server", "slots", "context", "slot_folder"),
+    ServingEngine.llama_cpp: ("model", "max_batch", "kv_budget", "device_map"),
+}
 _LLAMA_CPP = "With --engine llama-cpp"
 
 
@@ -36,8 +37,21 @@ def size(text: str) -> int:
         raise typer.BadParameter(str(error)) from error
 
 
+def _given(context: typer.Context) -> list[str]:
+    """The options that were given, by the names of their variables."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source and source.name != "DEFAULT"]
+
+
+def _require_engine_takes(engine: ServingEngine, given: list[str]) -> None:
+    """Raise UserError where an option was given that means nothing to `engine`."""
+    names = [f"--{name.replace('_', '-')}" for name in _WITHOUT[engine] if name in given]
+    if names:
+        raise UserError(f"--engine {engine.value} does not take {', '.join(names)}")
+
+
 def serve(
-    context: typer.Context,
+    typer_context: typer.Context,
     model: ModelOption = None,
     adapters: Annotated[
         Optional[Path],  # noqa: UP045  (typer reads annotations at run time)
@@ -97,9 +111,9 @@ def serve(
     ] = 120.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     engine: Annotated[
-        EngineName,
+        ServingEngine,
         typer.Option(help="What writes the answers: ptkit itself, or llama.cpp's server."),
-    ] = EngineName.ptkit,
+    ] = ServingEngine.ptkit,
     gguf: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="With llama-cpp: the model's file.", rich_help_panel=_LLAMA_CPP),
@@ -120,10 +134,9 @@ def serve(
             rich_help_panel=_LLAMA_CPP,
         ),
     ] = 4,
-    positions: Annotated[
+    context: Annotated[
         int,
         typer.Option(
-            "--context",
             min=16,
             rich_help_panel=_LLAMA_CPP,
             help="Positions of a slot: virtual tokens, prompt and answer.",
@@ -143,7 +156,7 @@ def serve(
     client works: base URL http://HOST:PORT/v1.
     """
     require("serve", "`ptkit serve`")
-    _require_of(engine, context)
+    _require_engine_takes(engine, _given(typer_context))
 
     from ptkit.serve.run import is_loopback, read_keys, run_server
 
@@ -169,10 +182,10 @@ def serve(
     from ptkit.serve.build import build_app
 
     executor = None
-    if engine is EngineName.llama_cpp:
+    if engine is ServingEngine.llama_cpp:
         from ptkit.serve.engines.llama_cpp.launch import started
 
-        executor = started(gguf, dtype, slots, positions, llama_server, slot_folder)
+        executor = started(gguf, dtype, slots, context, llama_server, slot_folder)
         model, dtype, max_batch = str(gguf), "float32", slots
     try:
         section = ModelSection.model_validate(
@@ -201,13 +214,3 @@ def serve(
         )
     finally:
         library.engine.close()
-
-
-def _require_of(engine: EngineName, context: typer.Context) -> None:
-    """Raise UserError where an option was given that `engine` does not take."""
-    others = [names for other, names in _ONLY.items() if other is not engine]
-    for names in (*others, _WITHOUT.get(engine, ())):
-        for option in context.command.params:
-            source = context.get_parameter_source(option.name or "")
-            if option.name in names and source is not None and source.name != "DEFAULT":
-                raise UserError(f"--engine {engine.value} does not take {option.opts[0]}")

@@ -29,7 +29,7 @@ _STATE_MAGIC = 0x67677371
 _SLOT_MARKER, _SLOT_VERSION, _NO_MEDIA = -1, 1, 0
 #: Architecture of a file -> whether its rotary pairs are neighbours, so that the rows of its query
 #: and key weights are permuted. Only those that were compared with the server are written.
-NEIGHBOURS = {"llama": True}
+NEIGHBOURS = {"llama": True, "qwen2": False, "qwen3": False}
 CacheType = Literal["float32", "float16", "int8"]
 #: What a server keeps keys and values in, and what `--dtype` calls it.
 CACHES = {

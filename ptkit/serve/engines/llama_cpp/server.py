@@ -43,7 +43,7 @@ class LlamaCppSettings:
 
     gguf: the file it loads; layout: how it keeps keys and values
     slots: sequences it holds at the same time; context: positions of each
-    threads: of its own; None: as it likes
+    threads: of its own; None: as it likes, or one for each CPU that this process is held to
     where: the program llama-server, a folder with the package xllamacpp, or the URL of a running
         server. None: what is found, the program first
     slot_folder: of a running server: its `--slot-save-path`
@@ -257,7 +257,7 @@ class LlamaServer:
             "port": port, "slots": settings.slots, "positions": settings.slots * settings.context,
             "flash_attention": settings.layout.flash_attention,
             "cache": settings.layout.cache_name, "folder": str(self._folder),
-            "threads": settings.threads, "api_key": key,
+            "threads": settings.threads or _held_to(), "api_key": key,
         }  # fmt: skip
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -346,6 +346,14 @@ def _client(url: str, key: str | None) -> httpx2.AsyncClient:
     return httpx2.AsyncClient(
         base_url=url, headers=headers, timeout=timeout, limits=limits, trust_env=False
     )
+
+
+def _held_to() -> int | None:
+    """How many CPUs this process may use; None: all. More threads than that wait for each other."""
+    if not hasattr(os, "sched_getaffinity"):  # macOS, Windows
+        return None
+    held = len(os.sched_getaffinity(0))
+    return held if held < (os.cpu_count() or held) else None
 
 
 def _free_port() -> int:
