@@ -39,7 +39,7 @@ from ptkit.methods import Demonstrations, create_adapter
 from ptkit.recipe.schema import method_section
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.slot_file import NEIGHBOURS, CacheLayout, cache_layout, placeholders
-from ptkit.serve.engines.llama_cpp import host
+from ptkit.serve.engines.llama_cpp import host, launch
 from ptkit.serve.engines.llama_cpp.events import asked_of_server, read_event
 from ptkit.serve.engines.llama_cpp.executor import Slot, SlotExecutor
 from ptkit.serve.engines.llama_cpp.server import LlamaCppSettings, LlamaServer, found
@@ -429,6 +429,20 @@ def test_options_of_another_engine_are_refused(gguf: Path, tmp_path: Path) -> No
         assert f"does not take {option[0]}" in refused("serve", *option, cwd=tmp_path)
     said = refused(*llama_cpp, "--gguf", gguf, "--dtype", "bfloat16", cwd=tmp_path)
     assert "float32, float16 or int8" in said
+
+
+def test_every_option_arrives(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def started(*settings: Any) -> None:
+        given.append(settings)
+        raise UserError("seen")
+
+    monkeypatch.setattr(launch, "started", started)
+    words = ["serve", "--engine", "llama-cpp", "--gguf", gguf, "--dtype", "int8", "--slots", "3",
+             "--context", "77", "--llama-server", "there", "--slot-folder", tmp_path]  # fmt: skip
+    assert "seen" in refused(*words, cwd=tmp_path)
+    assert given == [(gguf, "int8", 3, 77, "there", tmp_path)]
 
 
 def test_a_slot_that_answers_is_never_taken_and_the_oldest_idle_one_is() -> None:

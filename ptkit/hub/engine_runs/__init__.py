@@ -4,10 +4,10 @@ Such a module has
 
     greedy(source, base, prompts, max_new_tokens, **settings) -> list[list[int]]
 
-which starts its engine with the adapter folder `source`, writes the greedy answers to `prompts`
-(token ids of whole inputs, without placeholders), ends the engine, and returns the answers' token
-ids, without the tokens that end a text. It raises UserError or AdapterError for what its engine
-cannot hold. Settings are keywords; `ptkit verify` sets those that it has options for.
+which starts its engine with the adapter folder `source`, writes the greedy answers to `prompts`,
+and ends the engine. Prompts are the token ids of whole inputs, without placeholders. It returns the
+answers' token ids, without those that end a text. It raises UserError or AdapterError for what its
+engine cannot hold. Settings are keywords; `ptkit verify` sets those that it has options for.
 """
 
 from __future__ import annotations

@@ -110,6 +110,10 @@ class SlotExecutor(Endings):
         self._thread.start()
         try:
             self._server = self._wait(self._made(settings))
+        except BaseException:
+            self._end_loop()
+            raise
+        try:
             self._wait(self._server.ready())
             self._wait(require_same_answers(self._server, bank.base))
         except BaseException:
@@ -203,8 +207,10 @@ class SlotExecutor(Endings):
 
     def close(self) -> None:
         """End the server."""
-        if hasattr(self, "_server"):
-            self._wait(self._server.close())
+        self._wait(self._server.close())
+        self._end_loop()
+
+    def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 

@@ -263,6 +263,7 @@ class LlamaServer:
             self._process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("host.py"))],
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is ptkit's: it finishes the answers first
             )  # fmt: skip
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(given).encode() + b"\n")
