@@ -30,7 +30,6 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
         "uvicorn": "uvicorn",
         "prometheus_client": "prometheus-client",
         "python_multipart": "python-multipart",
-        "httpx2": "httpx2",
     },
     "harness": {"lm_eval": "lm-eval"},
     "optuna": {"optuna": "optuna"},

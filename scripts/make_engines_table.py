@@ -136,13 +136,14 @@ def runs(results: dict[str, Any]) -> str:
     """Shares of equal answers on llama.cpp: files by caches and methods."""
     kept = results["llama-cpp"]["runs"]
     methods = list(dict.fromkeys(run["method"] for run in kept))
-    lines = [["file", "cache", *methods], ["---"] * (2 + len(methods))]
+    lines = [["file", "cache", *methods, "largest gap"], ["---"] * (3 + len(methods))]
     for file, cache in dict.fromkeys((run["file"], run["cache"]) for run in kept):
         found = {r["method"]: r for r in kept if (r["file"], r["cache"]) == (file, cache)}
         shares = [
             f"{found[m]['equal']} of {found[m]['prompts']}" if m in found else "" for m in methods
         ]
-        lines.append([file, cache, *shares])
+        gaps = [gap for run in found.values() for gap in run["gaps"]]
+        lines.append([file, cache, *shares, f"{max(gaps):.2f}" if gaps else ""])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

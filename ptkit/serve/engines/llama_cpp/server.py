@@ -19,13 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpx2
+
 from ptkit.errors import PtkitError, UserError
-from ptkit.extras import extra
 from ptkit.runtime.slot_file import STATE_VERSION, CacheLayout
 from ptkit.serve.answer import EngineDiedError
-
-with extra("serve", "`ptkit serve --engine llama-cpp`"):
-    import httpx2
 
 logger = logging.getLogger(__name__)
 
