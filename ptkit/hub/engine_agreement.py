@@ -27,7 +27,7 @@ _BATCH = 16
 
 
 @dataclass(frozen=True)
-class Difference:
+class FirstDifference:
     """Where an answer of the engine first differs from transformers'.
 
     prompt: its number; place: the number of the token in the answer
@@ -49,7 +49,7 @@ class Agreement:
     engine: str
     prompts: int
     equal: int
-    differences: tuple[Difference, ...]
+    differences: tuple[FirstDifference, ...]
 
     @property
     def share(self) -> float:
@@ -134,7 +134,7 @@ def _generated(
 
 def _difference(
     base: Base, prefix: KVPrefix, number: int, prompt: list[int], ours: list[int], theirs: list[int]
-) -> Difference:
+) -> FirstDifference:
     pairs = zip(ours, theirs, strict=False)
     shorter = min(len(ours), len(theirs))
     place = next((i for i, (one, other) in enumerate(pairs) if one != other), shorter)
@@ -146,4 +146,4 @@ def _difference(
     with torch.no_grad():
         logits = all_logits(base.model, row, torch.ones_like(row), PrefixBatch.shared(prefix, 1))
     best = logits[0, -1].float().topk(2).values
-    return Difference(number, place, at(ours), at(theirs), float(best[0] - best[1]))
+    return FirstDifference(number, place, at(ours), at(theirs), float(best[0] - best[1]))

@@ -10,7 +10,7 @@ from ptkit.serve.sampling import Sampling, Token
 
 
 @dataclass(frozen=True)
-class Written:
+class ServerEvent:
     """One event of the server. written: tokens of the answer so far; missing: whether some were
     not told, as parts of the character `text`"""
 
@@ -21,7 +21,7 @@ class Written:
     text: str = ""
 
 
-def read_event(event: dict[str, Any], before: int, top: int) -> Written:
+def read_event(event: dict[str, Any], before: int, top: int) -> ServerEvent:
     """before: tokens that the events before it told of; top: how many likeliest ones to report"""
     probabilities = event.get("completion_probabilities") or [{}] * len(event["tokens"])
     tokens = tuple(
@@ -35,7 +35,7 @@ def read_event(event: dict[str, Any], before: int, top: int) -> Written:
     if event["stop"]:
         finish = "length" if event.get("stop_type") == "limit" else "stop"
     missing = event["tokens_predicted"] - before - len(tokens) > 0
-    return Written(tokens, event["tokens_predicted"], finish, missing, event["content"])
+    return ServerEvent(tokens, event["tokens_predicted"], finish, missing, event["content"])
 
 
 def asked_of_server(sampling: Sampling) -> dict[str, Any]:

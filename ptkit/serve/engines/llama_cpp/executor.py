@@ -21,7 +21,7 @@ from ptkit.runtime.paged_batch import longest_sequence
 from ptkit.runtime.slot_file import placeholders, slot_file
 from ptkit.serve.answer import Answer, Endings, EngineDiedError, StatLogger, Update
 from ptkit.serve.decoding import DecodeState
-from ptkit.serve.engines.llama_cpp.events import Written, asked_of_server, read_event
+from ptkit.serve.engines.llama_cpp.events import ServerEvent, asked_of_server, read_event
 from ptkit.serve.engines.llama_cpp.server import LlamaCppSettings, LlamaServer, refused_restore
 from ptkit.serve.engines.llama_cpp.trial import require_same_answers
 from ptkit.serve.failures import said
@@ -37,7 +37,7 @@ _LOOK = 0.05
 _Result = TypeVar("_Result")
 
 
-class _Unknown:
+class _NotKnown:
     """What a slot holds that nothing is known of."""
 
 
@@ -46,7 +46,7 @@ class Slot:
     """A slot of the server. holds: a prefix, None for the plain base; used: when it last was"""
 
     number: int
-    holds: KVPrefix | type[_Unknown] | None = _Unknown
+    holds: KVPrefix | type[_NotKnown] | None = _NotKnown
     generation: int = 0
     busy: bool = False
     used: float = 0.0
@@ -227,7 +227,7 @@ class SlotExecutor(Endings):
             return
         elif isinstance(what, PtkitError):
             self._fail(run, what)
-        elif isinstance(what, Written):
+        elif isinstance(what, ServerEvent):
             # Tokens that are not whole characters are not told, but counted.
             run.answer.written = max(0, what.written - len(what.tokens))
             for token in what.tokens:
@@ -294,7 +294,7 @@ class SlotExecutor(Endings):
             if await self._stream(run, lead):
                 return
             # Somebody else, or the server itself, has put something else into the slot.
-            run.slot.holds = _Unknown
+            run.slot.holds = _NotKnown
         raise PtkitError(
             "llama.cpp's server does not keep the adapter in its slot; does another client use it?"
         )
@@ -313,7 +313,7 @@ class SlotExecutor(Endings):
         generation = await self._server.ready()
         if slot.holds is prefix and slot.generation == generation:
             return
-        slot.holds, slot.generation = _Unknown, generation
+        slot.holds, slot.generation = _NotKnown, generation
         if prefix is None:
             await self._server.erase(slot.number)
         else:
@@ -353,12 +353,12 @@ class SlotExecutor(Endings):
             await stream.aclose()  # type: ignore[attr-defined]
         raise EngineDiedError("llama.cpp's server ended its answer before it was finished")
 
-    def _whole(self, written: Written) -> Written:
+    def _whole(self, written: ServerEvent) -> ServerEvent:
         """`written` with tokens for a character that the server has told as text only."""
         if not written.missing or not written.text:
             return written
         ids = self._base.encode_part(written.text)
-        return Written(tuple(map(Token, ids)), written.written, written.finish)
+        return ServerEvent(tuple(map(Token, ids)), written.written, written.finish)
 
 
 def _not_held(prefix: object) -> str | None:
