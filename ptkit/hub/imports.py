@@ -55,8 +55,8 @@ def import_adapter(
 ) -> ImportedAdapter:
     """Write the adapter at `place` to `out` in PEFT's layout.
 
-    place: a folder, a file or a hub id; model: id of the base, default the one that the settings
-    name; base: a loaded one instead
+    place: a folder, a file or a hub id
+    model: id of the base, default the one that the settings name; base: a loaded one instead
 
     The adapter is compiled on the base before it is written, where there is one. Raises
     AdapterError for what is known not to be the same in PEFT's layout, with the reason.

@@ -102,7 +102,7 @@ def has_state(model: PreTrainedModel) -> bool:
 def shares_keys(model: PreTrainedModel) -> bool:
     """Whether some layers of `model` read the keys and values of earlier ones (Gemma 3n and 4)."""
     config = model.config.get_text_config(decoder=True)
-    if getattr(config, "num_kv_shared_layers", None):  # what releases before 5.20 ask for
+    if getattr(config, "num_kv_shared_layers", None):  # what release 5.16 asks for
         return True
     return any(mode == "reuse" for mode in getattr(config, "kv_sharing_modes", None) or ())
 

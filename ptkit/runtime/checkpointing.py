@@ -1,5 +1,7 @@
-"""Activations that are computed again in the backward pass, under whichever name transformers has
-for it: releases before 5.20 speak of gradient checkpointing, later ones of activations."""
+"""Activations that are computed again in the backward pass, under the name transformers has for it.
+
+Early releases of version 5 speak of gradient checkpointing, later ones of activations.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 try:
     from transformers.integrations.gguf.dequant import dequantize as in_torch
-except ModuleNotFoundError:  # transformers before 5.20
+except ModuleNotFoundError:  # 5.16 has none
     in_torch = None
 
 Q4_0: Final = int(GGMLQuantizationType.Q4_0)

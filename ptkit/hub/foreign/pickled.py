@@ -1,8 +1,8 @@
 """Tensors of a pickle, read by a process of its own that may do nothing but hold tensors.
 
 `torch.load(weights_only=True)` builds tensors and plain containers and runs nothing else. Its
-process has a limit on memory and on time besides, so a file that claims to be huge, or never
-ends, costs an error message.
+process has a limit on memory and on time besides. So a file that claims to be huge, or never ends,
+costs an error message.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _SECONDS, _BYTES_A_SECOND = 120, 20_000_000
 def unpickled(path: Path) -> dict[str, Tensor]:
     """The tensors in the pickle `path` by name; of nested dictionaries joined by dots.
 
-    Raises AdapterError for a file that holds anything but tensors and plain values, and for one
-    that takes more memory or time than its size explains.
+    Raises AdapterError for a file that holds anything but tensors and plain values. It raises it,
+    too, for one that takes more memory or time than its size explains.
     """
     limit = _SECONDS + path.stat().st_size // _BYTES_A_SECOND
     with tempfile.TemporaryDirectory() as scratch:
