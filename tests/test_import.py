@@ -149,7 +149,8 @@ def test_of_two_commands_the_second_answers(tmp_path: Path) -> None:
     done = ptkit(*line.split()[1:])
     assert done.returncode == 0, done.stderr
     assert "PREFIX_TUNING adapter of PEFT with pickled weights" in done.stderr
-    answer = ptkit("generate", "w1 w2", "--adapter", done.stdout.strip(), "--model", str(base))
+    told = ["--adapter", done.stdout.strip(), "--model", str(base), "--max-new-tokens", "5"]
+    answer = ptkit("generate", "w1 w2", *told)
     assert answer.returncode == 0, answer.stderr
 
 
