@@ -20,7 +20,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from ptkit.api import load_adapter
 from ptkit.bank import AdapterBank
 from ptkit.bank.conversation import Conversation
-from ptkit.data.encode import EncodedExample, encode_examples
+from ptkit.data.encode import encode_examples
+from ptkit.data.encoded import EncodedExample
 from ptkit.data.task import Example
 from ptkit.data.tokens import (
     chat_ids,
