@@ -132,7 +132,7 @@ def test_training_reads_what_generation_will() -> None:
     assert dialogue is not None
     assert encoder.question(dialogue, 2) == row.input_ids
     assert encoder.question(dialogue, 4) == asked.input_ids
-    assert tokenizer_of().decode([encoder.end_id() or 0]) == "<|im_end|>"
+    assert tokenizer_of().decode([*encoder.template.ends]) == "<|im_end|>"
 
 
 def test_begin_of_text_stands_once_whoever_writes_it() -> None:
@@ -340,6 +340,17 @@ def test_tool_calls_and_results_are_read_as_trl_reads_them(
     assert last.input_ids + last.target_ids == ids
     assert "it is 3.5<|im_end|>\n" in learnt_text(last)[-1]
     assert '"arguments": {"a": 1, "b": 2.5}' in learnt_text(rows[0])[0]
+
+
+def test_mistral_learns_answers_with_the_end_of_text() -> None:
+    tokenizer = tokenizer_of()
+    encoder = ChatEncoder(tokenizer, chat_task(MISTRAL, max_tokens=100_000))
+    for messages in generated(20, system=False):
+        (row,) = encoder.rows([example(messages)]).encoded
+        ids: Any = tokenizer.apply_chat_template(messages, chat_template=MISTRAL, return_dict=False)
+        assert row.input_ids + row.target_ids == ids
+        said = [m["content"] for m in messages if m["role"] == "assistant"]
+        assert learnt_text(row) == [f"{answer}<|endoftext|>" for answer in said]
 
 
 def test_smollm2_reads_conversations_as_transformers_writes_them(smollm2: Path) -> None:

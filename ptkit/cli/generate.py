@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -68,6 +68,7 @@ def generate(
     """Generate with one or several adapters; all rows run in one mixed batch.
 
     An adapter knows the template it was trained with: give `name[Aurora], ...`, not the template.
+    One that was trained on conversations takes an input for a question.
     """
     from ptkit.errors import UserError
     from ptkit.evaluation.evaluate import fill_template, find_adapter, input_template
@@ -92,9 +93,10 @@ def generate(
     from ptkit.methods import revision_named
     from ptkit.runtime.base_model import load_base
     from ptkit.runtime.named_models import TINY_EN
+    from ptkit.runtime.tokenization import own_ends
 
     torch.manual_seed(seed)
-    options = {
+    options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "num_beams": beams,
         "do_sample": sample,
@@ -111,6 +113,10 @@ def generate(
     names = [
         None if place is None else bank.load(place, str(place), chosen=chosen) for place in places
     ]
+    asked_in = [bank.chat_template(name) for name in names]
+    ends = {end for chat in asked_in if chat.trained for end in chat.ends}
+    if ends and not raw:
+        options["eos_token_id"] = sorted({*own_ends(bank.base.model), *ends})
 
     # Of a data file each adapter reads the columns that its own template names.
     rows = {place: table_inputs(table, input_template(place or template)) for place in places
@@ -121,7 +127,9 @@ def generate(
     def filled(number: int, place: Path | None) -> str:
         if rows:
             return rows[place][number]
-        return inputs[number] if raw else fill_template(inputs[number], place or template)
+        if raw:
+            return inputs[number]
+        return fill_template(inputs[number], place or template, bank.base.tokenizer)
 
     if ensemble:
         texts = [filled(number, template) for number in range(len(inputs))]

@@ -79,7 +79,6 @@ class ChatEncoder:
         self.task, self.tokenizer = task, tokenizer
         self.template = ChatTemplate.of_task(tokenizer, task)
         self._lead = lead_ids(tokenizer)
-        self._marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
     def rows(self, examples: Sequence[Example]) -> ChatRows:
         """The rows that training reads, and what was decided on the way."""
@@ -108,25 +107,10 @@ class ChatEncoder:
         room = self.task.max_tokens - self.task.max_target_tokens
         cut = dialogue.upto(answer)
         while True:
-            text = self.template.render(cut.messages[:-1], cut.tools, ask=True)
-            ids = self._with_lead(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            ids = self.template.ids(cut.messages[:-1], cut.tools)
             if len(ids) <= room:
                 return ids
             cut = self._shorter(cut, len(ids), room, "before an answer")
-
-    def end_id(self) -> int | None:
-        """The token that ends an answer; None where the template writes none of the model's."""
-        question = {"role": "user", "content": "a"}
-        try:
-            asked = self.template.render([question], ask=True)
-            said = self.template.render([question, {"role": "assistant", "content": "a"}])
-        except Exception:  # a template that insists on more than a question and an answer
-            return None
-        if not said.startswith(asked) or "a" not in said[len(asked) :]:
-            return None
-        tail = said[len(asked) :].rpartition("a")[2]
-        ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
-        return int(ids[0]) if ids and ids[0] in self._marks else None
 
     def _passes(self, example: Example, notes: ChatNotes) -> list[tuple[Dialogue, _Tokens]]:
         """The conversation in as few passes as the template allows."""
@@ -162,7 +146,7 @@ class ChatEncoder:
         notes.shortened += bool(lost)
         notes.dropped += lost
         notes.endless += not any(
-            token in self._marks
+            token in self.template.marks
             for token, learnt in zip(tokens.ids, tokens.learnt, strict=True)
             if learnt
         )
@@ -235,9 +219,13 @@ class ChatEncoder:
             # A template's own marks may leave out the token at which the model is to stop.
             said = [i for i in inside if text[slice(*offsets[i])].strip()]
             after = next((i for i, (a, _) in enumerate(offsets) if a >= end), None)
-            if after is None or not self.template.marked or (said and ids[said[-1]] in self._marks):
+            if (
+                after is None
+                or not self.template.marked
+                or (said and ids[said[-1]] in self.template.marks)
+            ):
                 continue
-            if ids[after] in self._marks and offsets[after][0] == end:
+            if ids[after] in self.template.marks and offsets[after][0] == end:
                 learnt[after] = True
         return learnt
 

@@ -7,7 +7,6 @@ adds to the question before it is the answer, as long as every rendering begins 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ptkit.data.dialogue import Dialogue, Message
-from ptkit.errors import DataError, did_you_mean
+from ptkit.data.tokens import part_ids, text_ids
+from ptkit.errors import DataError, UserError, did_you_mean
+from ptkit.formats.adapter_info import ChatInfo
 from ptkit.recipe.tasks import ChatTask
 from ptkit.section import resolve_path
 
@@ -60,10 +61,14 @@ class ChatTemplate:
     """A tokenizer with the template it writes conversations in.
 
     given: the template's text, where it is not the tokenizer's own
+    system: the system prompt of conversations that bring none
+    trained: whether an adapter was trained with it
     """
 
     tokenizer: PreTrainedTokenizerBase
     given: str | None = None
+    system: str | None = None
+    trained: bool = False
 
     @classmethod
     def of_task(cls, tokenizer: PreTrainedTokenizerBase, task: ChatTask) -> ChatTemplate:
@@ -78,12 +83,72 @@ class ChatTemplate:
                 + ", ".join(f"`{name}`" for name in NAMED)
             )
         given = None if chosen is None else NAMED.get(chosen, chosen)
-        return cls(tokenizer, None if given == tokenizer.chat_template else given)
+        return cls(tokenizer, None if given == tokenizer.chat_template else given, task.system)
+
+    @classmethod
+    def of_record(
+        cls, tokenizer: PreTrainedTokenizerBase, chat: ChatInfo | None
+    ) -> ChatTemplate:  # fmt: skip
+        """The template that an adapter was trained with, and the tokenizer's own where it records
+        none."""
+        if chat is None:
+            return cls(tokenizer)
+        given = None if chat.template == tokenizer.chat_template else chat.template
+        return cls(tokenizer, given, chat.system, trained=True)
 
     @property
-    def digest(self) -> str:
-        """16 hex digits over the template's text."""
-        return hashlib.sha256(self._text(()).encode()).hexdigest()[:16]
+    def record(self) -> ChatInfo:
+        """What an adapter's record says of it."""
+        return ChatInfo(template=self._text(()), system=self.system)
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is one at all."""
+        return self.given is not None or self.tokenizer.chat_template is not None
+
+    def with_system(self, messages: Sequence[Message]) -> list[Message]:
+        """`messages` with the system prompt, where they bring none."""
+        brought = bool(messages) and messages[0]["role"] == "system"
+        own = [] if brought or self.system is None else [{"role": "system", "content": self.system}]
+        return [*own, *messages]
+
+    def ids(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
+        """The token ids of a conversation up to where the answer begins. They are those of the
+        rendered text, so the begin-of-text token is there once, whoever writes it.
+
+        Raises whatever the template raises.
+        """
+        return text_ids(self.tokenizer, self.render(messages, tools, ask=True))
+
+    def asked(self, text: str) -> str:
+        """A conversation of one question, with the system prompt, as a text to go on with.
+
+        Raises UserError where the template refuses it.
+        """
+        try:
+            return self.render(self.with_system([{"role": "user", "content": text}]), ask=True)
+        except Exception as error:  # templates raise what they like (jinja2's, TypeError, ...)
+            raise UserError(f"the chat template refuses the question: {error}") from error
+
+    @cached_property
+    def marks(self) -> frozenset[int]:
+        """Token ids that stand for no text of a speaker: special and added ones."""
+        return frozenset({*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder})
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The token id at which an answer ends; empty where the template writes no mark there."""
+        question = {"role": "user", "content": "a"}
+        try:
+            asked = self.render([question], ask=True)
+            said = self.render([question, {"role": "assistant", "content": "a"}])
+        except Exception:  # a template that insists on more than a question and an answer
+            return frozenset()
+        answer = said.removeprefix(asked)
+        if answer == said or "a" not in answer:
+            return frozenset()
+        tail = part_ids(self.tokenizer, answer.rpartition("a")[2])[:1]
+        return self.marks & {*tail}
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] = (), *, ask: bool = False

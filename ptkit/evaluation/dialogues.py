@@ -31,8 +31,7 @@ class DialogueAnswers:
     def __init__(self, adapter: Adapter, task: ChatTask, compiled: Compiled | None) -> None:
         self.adapter, self.task, self._compiled = adapter, task, compiled
         self._encoder = ChatEncoder(adapter.base.tokenizer, task)
-        end = self._encoder.end_id()
-        self._ends = sorted({*own_ends(adapter.base.model), *([] if end is None else [end])})
+        self._ends = sorted({*own_ends(adapter.base.model), *self._encoder.template.ends})
 
     def last(self, examples: Sequence[Example], inputs: Sequence[list[int]]) -> list[str]:
         """The last answer of each conversation.

@@ -38,7 +38,7 @@ class DataSection(Section):
 
     builtin: str | None = None
     """A set that ships with ptkit: `facts-to-text`, `message-routing`, `captions-en-de`,
-    `report-summary`, `persona-reply`, `passage-question`."""
+    `report-summary`, `persona-reply`, `persona-chat`, `passage-question`."""
     hub: str | None = None
     """Id of a dataset on the Hugging Face Hub. Its CSV and JSON files are read as `files` are: a
     cell is its text."""
