@@ -72,6 +72,7 @@ def generate(
     """
     from ptkit.errors import UserError
     from ptkit.evaluation.evaluate import fill_template, find_adapter, input_template
+    from ptkit.formats.adapter_files import read_info
 
     table = input_file if is_data_file(prompt, input_file) else None
     if table is not None and raw:
@@ -80,6 +81,12 @@ def generate(
     places: list[Path | None] = [find_adapter(path) for path in adapter or []]
     if ensemble and (len(places) < 2 or with_base):
         raise UserError("--ensemble needs at least two --adapter, and no --base")
+    for place in places if table is not None else []:
+        if place is not None and read_info(place).chat is not None:
+            raise UserError(
+                f"{place} was trained on conversations and takes questions: give a text file with "
+                f"one per line in place of {table}"
+            )
     # The base gets the first adapter's template: the same text, so that answers compare.
     template = places[0] if places else None
     if with_base or not places:
@@ -89,7 +96,7 @@ def generate(
 
     from ptkit.bank import AdapterBank, name_of
     from ptkit.data.inputs import table_inputs
-    from ptkit.formats.adapter_files import read_config, read_info
+    from ptkit.formats.adapter_files import read_config
     from ptkit.methods import revision_named
     from ptkit.runtime.base_model import load_base
     from ptkit.runtime.named_models import TINY_EN

@@ -83,6 +83,7 @@ class ChatTemplate:
                 + ", ".join(f"`{name}`" for name in NAMED)
             )
         given = None if chosen is None else NAMED.get(chosen, chosen)
+        assert given is None or "{" in given, "the template's file was not read"
         return cls(tokenizer, None if given == tokenizer.chat_template else given, task.system)
 
     @classmethod

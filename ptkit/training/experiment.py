@@ -103,6 +103,8 @@ class Experiment:
         for row in self.data.test:
             told = (row.input, row.target, row.references, row.label, row.words)
             digest.update(repr(told).encode())
+            if row.dialogue is not None:  # tools and calls are not in the text
+                digest.update(repr((row.dialogue.messages, row.dialogue.tools)).encode())
         return digest.hexdigest()[:16]
 
     def retention_fingerprint(self) -> str | None:

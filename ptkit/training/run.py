@@ -199,7 +199,11 @@ def demonstrations(experiment: Experiment, seed: int) -> Demonstrations:
     if isinstance(task, ChatTask):
         template = ChatTemplate.of_task(experiment.base.tokenizer, task)
         said = (example.dialogue for example in rows)
-        texts = [template.render(d.messages, d.tools) for d in said if d is not None]
+        # A demonstration stands within a text: what begins one is not there again.
+        begin = str(template.tokenizer.decode(experiment.base.lead))
+        texts = [
+            template.render(d.messages, d.tools).removeprefix(begin) for d in said if d is not None
+        ]
         return Demonstrations(texts, seed, [], task_words(task), experiment.folder)
     texts = [example.input + example.target for example in rows]
     labels = [*task.verbalizer.values()] if isinstance(task, ClassificationTask) else []
