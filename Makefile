@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-engines test-floor lint format setup setup-dev setup-engines clean
+.PHONY: demo test test-engines test-floor lint format setup setup-dev setup-engines setup-oracles clean
 
 demo: setup  ## compare all methods on the embedded base model, export two, swap them
 	$(BIN)/python scripts/demo.py
@@ -60,6 +60,13 @@ $(VENV)/llama-cpp: ENGINE := xllamacpp
 $(VENV)/mlx: ENGINE := mlx mlx-cpu mlx-lm
 $(VENV)/llama-cpp $(VENV)/mlx: constraints.txt | $(VENV)/.ready
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps --upgrade --target $@ $(ENGINE)
+	@touch $@
+
+# What tests compare with, apart; without it those tests skip.
+setup-oracles: $(VENV)/trl
+
+$(VENV)/trl: | $(VENV)/.ready
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $@ trl==1.16.0
 	@touch $@
 
 clean:

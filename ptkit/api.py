@@ -19,6 +19,7 @@ from ptkit.comparison.grid import failures, forecast_grid, run_grid
 from ptkit.comparison.on_ray import run_on_ray
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import MethodSummary, summarise
+from ptkit.data.chat_template import ChatTemplate
 from ptkit.data.tokens import listed
 from ptkit.errors import AdapterError, ModelError, PtkitError, UserError
 from ptkit.evaluation.evaluate import find_adapter
@@ -38,6 +39,7 @@ from ptkit.runtime.cache import ReservedCache, prefilled_cache, sees_everything
 from ptkit.runtime.devices import resolve_device
 from ptkit.runtime.forward import rows_for
 from ptkit.runtime.generation import generate
+from ptkit.runtime.tokenization import own_ends
 from ptkit.section import MethodSection
 from ptkit.training.cell import Cell, cell_name
 from ptkit.training.experiment import prepare
@@ -273,6 +275,25 @@ class LoadedAdapter:
             pad_token_id=self.base.pad_token_id, **options,
         )  # fmt: skip
         return self.base.decode(tokens)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The answer to a conversation, in the chat template and with the system prompt that the
+        adapter was trained with. Where it records none, the base's template is used.
+
+        messages: `role` and `content` each, a question last; options: as for `generate`
+
+        Raises UserError where there is no template.
+        """
+        template = ChatTemplate.of_record(self.base.tokenizer, self.info.chat)
+        if not template.exists:
+            raise UserError(f"neither {self.path} nor {self.base.id} has a chat template")
+        prompt = template.ids(template.with_system([*messages]))
+        ends = sorted({*own_ends(self.base.model), *template.ends})
+        tokens = generate(
+            self.base.model, [prompt], rows_for(self.prefix, [prompt]),
+            pad_token_id=self.base.pad_token_id, **{"eos_token_id": ends, **options},
+        )  # fmt: skip
+        return self.base.decode(tokens)[0]
 
 
 def load_adapter(

@@ -18,7 +18,7 @@ from test_gguf import TOKENS, write
 from torch import nn
 
 from ptkit import load_base
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.errors import AdapterError, ModelError
 from ptkit.families.kinds import used_as
 from ptkit.families.matrix import Status, run_matrix

@@ -20,6 +20,7 @@ from ptkit.cli import (
     classify,
     compare,
     convert,
+    data,
     distill,
     environment,
     evaluate,
@@ -56,6 +57,7 @@ app.add_typer(adapters.app, name="adapters")
 app.add_typer(bank.app, name="bank")
 app.add_typer(bench.app, name="bench")
 app.add_typer(models.app, name="models")
+app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("compare")(compare.compare)
 app.command("distill")(distill.distill)

@@ -25,7 +25,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
-from ptkit.data.encode import EncodedExample, StudiedText, TaskExample
+from ptkit.data.encoded import EncodedExample, StudiedText, TaskExample
 from ptkit.errors import UserError
 from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.checkpointing import recomputing
