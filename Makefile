@@ -13,7 +13,8 @@ test: setup-dev  ## lint, types and tests
 	$(BIN)/python -m pytest -n 2
 
 test-engines: setup-dev setup-engines  ## adapters on llama.cpp's server (needs SmolLM2) and MLX
-	$(BIN)/python -m pytest -n 0 tests/test_llama_cpp.py tests/test_mlx.py
+	$(BIN)/python -m pytest -n 0 tests/test_llama_cpp.py tests/test_llama_cpp_serve.py \
+		tests/test_engine_agreement.py tests/test_mlx.py
 
 # What depends on transformers' own interfaces: attention, caches, loading, checkpointing.
 FLOOR_TESTS := blocks cache composition gguf hub hybrid infix last_layer quantize ship threads train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -13,6 +14,21 @@ from ptkit.extras import require
 from ptkit.formats.sizes import read_bytes
 
 
+class ServingEngine(StrEnum):
+    """What runs the model."""
+
+    ptkit = "ptkit"
+    llama_cpp = "llama-cpp"
+
+
+#: Options that have no meaning for an engine.
+_WITHOUT = {
+    ServingEngine.ptkit: ("gguf", "llama_server", "slots", "context", "slot_folder"),
+    ServingEngine.llama_cpp: ("model", "max_batch", "kv_budget", "device_map"),
+}
+_LLAMA_CPP = "With --engine llama-cpp"
+
+
 def size(text: str) -> int:
     """Bytes from `2GB`, `500 MB`, `1.5GiB` or a plain number."""
     try:
@@ -21,7 +37,21 @@ def size(text: str) -> int:
         raise typer.BadParameter(str(error)) from error
 
 
+def _given(context: typer.Context) -> list[str]:
+    """The options that were given, by the names of their variables."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source and source.name != "DEFAULT"]
+
+
+def _require_engine_takes(engine: ServingEngine, given: list[str]) -> None:
+    """Raise UserError where an option was given that means nothing to `engine`."""
+    names = [f"--{name.replace('_', '-')}" for name in _WITHOUT[engine] if name in given]
+    if names:
+        raise UserError(f"--engine {engine.value} does not take {', '.join(names)}")
+
+
 def serve(
+    typer_context: typer.Context,
     model: ModelOption = None,
     adapters: Annotated[
         Optional[Path],  # noqa: UP045  (typer reads annotations at run time)
@@ -49,7 +79,13 @@ def serve(
             help="Memory for keys and values of answers under way; default: half of what is free.",
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float32, bfloat16 or float16. With llama-cpp: of its cache, float32, float16 or "
+            "int8."
+        ),
+    ] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     device_map: DeviceMapOption = None,
     model_name: Annotated[
@@ -74,6 +110,45 @@ def serve(
         float, typer.Option(min=0, help="At SIGTERM: seconds for answers under way.")
     ] = 120.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    engine: Annotated[
+        ServingEngine,
+        typer.Option(help="What writes the answers: ptkit itself, or llama.cpp's server."),
+    ] = ServingEngine.ptkit,
+    gguf: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="With llama-cpp: the model's file.", rich_help_panel=_LLAMA_CPP),
+    ] = None,
+    llama_server: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="The program llama-server, a folder with the package xllamacpp, or the URL of a "
+            "running server; default: what is found.",
+            rich_help_panel=_LLAMA_CPP,
+        ),
+    ] = None,
+    slots: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Answers written at the same time, each in a slot.",
+            rich_help_panel=_LLAMA_CPP,
+        ),
+    ] = 4,
+    context: Annotated[
+        int,
+        typer.Option(
+            min=16,
+            rich_help_panel=_LLAMA_CPP,
+            help="Positions of a slot: virtual tokens, prompt and answer.",
+        ),
+    ] = 4096,
+    slot_folder: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="With a URL: the --slot-save-path of the running server.",
+            rich_help_panel=_LLAMA_CPP,
+        ),
+    ] = None,
 ) -> None:
     """Serve a base and its adapters at /v1, and a playground at /.
 
@@ -81,6 +156,7 @@ def serve(
     client works: base URL http://HOST:PORT/v1.
     """
     require("serve", "`ptkit serve`")
+    _require_engine_takes(engine, _given(typer_context))
 
     from ptkit.serve.run import is_loopback, read_keys, run_server
 
@@ -105,6 +181,12 @@ def serve(
     from ptkit.runtime.named_models import TINY_EN
     from ptkit.serve.build import build_app
 
+    executor = None
+    if engine is ServingEngine.llama_cpp:
+        from ptkit.serve.engines.llama_cpp.launch import started
+
+        executor = started(gguf, dtype, slots, context, llama_server, slot_folder)
+        model, dtype, max_batch = str(gguf), "float32", slots
     try:
         section = ModelSection.model_validate(
             {"id": model or TINY_EN, "dtype": dtype, "device": device, "device_map": device_map}
@@ -118,7 +200,7 @@ def serve(
         load_base(**section.model_dump()), adapters, model_name=model_name, budget=budget,
         kv_bytes=kv_budget, max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens,
         timeout=timeout, keys=keys, allow_hub=allow_hub, read_only=read_only,
-        loopback_only=local, chosen=model is not None,
+        loopback_only=local, chosen=model is not None, executor=executor,
     )  # fmt: skip
     library = app.state.library
     typer.secho(

@@ -55,6 +55,11 @@ class DecodeState:
             self._text, self._tokens = [], []
         return finish
 
+    def end(self, finish: FinishReason) -> None:
+        """End the answer where no token ends it."""
+        self._text.append(self._stream.finish())
+        self.answer.tell(Update("".join(self._text), tuple(self._tokens), finish))
+
 
 def together(logits: Tensor) -> Tensor:
     """One row of scores from an answer's rows, `[rows, vocabulary]`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,13 +15,18 @@ from ptkit.errors import PtkitError, UserError
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.block_pool import BlockPool
 from ptkit.runtime.generation import end_ids
-from ptkit.runtime.paged_batch import PagedBatch, PagedSequence, SequenceInput
+from ptkit.runtime.paged_batch import (
+    PagedBatch,
+    PagedSequence,
+    SequenceInput,
+    longest_sequence,
+)
 from ptkit.serve.answer import (
     Answer,
+    Endings,
     NoMemoryError,
     RequestAdapter,
     StatLogger,
-    TimedOutError,
     Update,
 )
 from ptkit.serve.decoding import DecodeState, together
@@ -45,7 +49,7 @@ class Row:
     sequence: PagedSequence
 
 
-class Executor:
+class Executor(Endings):
     """The rows of all running answers.
 
     scheduler: is told of answers that end
@@ -61,8 +65,10 @@ class Executor:
         most: int | None,
         stats: StatLogger | None,
     ) -> None:
+        super().__init__(stats)
         self.bank = bank
-        self._scheduler, self._piece, self._most, self._stats = scheduler, piece, most, stats
+        self.longest = longest_sequence(bank.base.model)
+        self._scheduler, self._piece, self._most = scheduler, piece, most
         self._ends = frozenset(end_ids(bank.base.model))
         self._batch = self._new_batch()
         self._prefilling: list[Row] = []
@@ -88,6 +94,9 @@ class Executor:
     def answers(self) -> list[Answer]:
         """The answers that have rows."""
         return [state.answer for state in self._states()]
+
+    def require(self, answer: Answer) -> None:
+        """See `AnswerExecutor`: the engine has asked all there is to ask."""
 
     def by_name(self) -> Counter[str]:
         """The number of rows by the names of their answers."""
@@ -229,19 +238,8 @@ class Executor:
         self._decoding, self._prefilling = [], []
         self._batch = self._new_batch()
 
-    def give_up(self, answer: Answer) -> None:
-        """Count an answer that was cancelled; tell of one that took too long."""
-        if answer.cancelled:
-            self.log_end(answer, "cancelled")
-        else:
-            seconds = time.monotonic() - answer.asked
-            answer.tell(Update(error=TimedOutError(f"not finished after {seconds:.0f} s")))
-            self.log_end(answer, "timeout")
-
-    def log_end(self, answer: Answer, outcome: str) -> None:
-        """Log how an answer ended."""
-        if self._stats is not None:
-            self._stats.ended(answer, outcome)
+    def close(self) -> None:
+        """See `AnswerExecutor`: nothing is held elsewhere."""
 
     def _choose(self, logits: Tensor, rows: Sequence[Row]) -> None:
         """The next token of every answer with all its rows among `rows`.
