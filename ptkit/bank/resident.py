@@ -141,7 +141,7 @@ class ResidentAdapters:
                 self._store.put(name, prefix, method, None, None)
             return place
 
-        self._lora.load(name, lora, path, along)
+        self._lora.load(name, lora, path, along, read.files.info.chat)
         return name
 
     def swap(self, name: str, source: str | Path) -> None:

@@ -81,6 +81,7 @@ class Answer:
     tell: called with every update, from the engine's thread: it must not block
     each_piece: tell of every piece; otherwise once, at the end
     deadline: `time.monotonic()` after which it is given up; None: never
+    ends: token ids at which it ends, beside the model's own
     """
 
     prompt: list[int]
@@ -89,6 +90,7 @@ class Answer:
     tell: Callable[[Update], None]
     each_piece: bool = True
     deadline: float | None = None
+    ends: frozenset[int] = frozenset()
     cancelled: bool = False
     asked: float = field(default_factory=time.monotonic)
     first_token: float | None = None
