@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -21,7 +23,39 @@ def size(text: str) -> int:
         raise typer.BadParameter(str(error)) from error
 
 
+#: Options that have no meaning for vLLM.
+_OWN_ENGINE = ("max_queue", "max_tokens", "timeout", "budget", "kv_budget", "device", "device_map",
+               "allow_hub", "drain_seconds")  # fmt: skip
+
+
+class ServingEngine(StrEnum):
+    """What runs the model."""
+
+    ptkit = "ptkit"
+    vllm = "vllm"
+
+
+def _given(context: typer.Context) -> list[str]:
+    """The options that were given, by the names of their variables."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source and source.name != "DEFAULT"]
+
+
+def _require_engine_takes(engine: ServingEngine, given: list[str]) -> None:
+    """Raise UserError where an option was given that means nothing to `engine`."""
+    wrong = ("engine_python", "engine_options") if engine is ServingEngine.ptkit else _OWN_ENGINE
+    names = [f"--{name.replace('_', '-')}" for name in wrong if name in given]
+    if names:
+        told = ", ".join(names).replace("--engine-options", "options after `--`")
+        raise UserError(f"--engine {engine.value} does not take {told}")
+
+
 def serve(
+    context: typer.Context,
+    engine_options: Annotated[
+        Optional[list[str]],  # noqa: UP045  (typer reads annotations at run time)
+        typer.Argument(metavar="[-- OPTION...]", help="With vllm: options of its own, after `--`."),
+    ] = None,
     model: ModelOption = None,
     adapters: Annotated[
         Optional[Path],  # noqa: UP045  (typer reads annotations at run time)
@@ -74,6 +108,14 @@ def serve(
         float, typer.Option(min=0, help="At SIGTERM: seconds for answers under way.")
     ] = 120.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    engine: Annotated[
+        ServingEngine,
+        typer.Option(help="What runs the model: `ptkit`, or `vllm` (docs/engines.md)."),
+    ] = ServingEngine.ptkit,
+    engine_python: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="With vllm: the Python of its environment; default: this one."),
+    ] = None,
 ) -> None:
     """Serve a base and its adapters at /v1, and a playground at /.
 
@@ -81,6 +123,7 @@ def serve(
     client works: base URL http://HOST:PORT/v1.
     """
     require("serve", "`ptkit serve`")
+    _require_engine_takes(engine, _given(context))
 
     from ptkit.serve.run import is_loopback, read_keys, run_server
 
@@ -103,19 +146,33 @@ def serve(
     from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
     from ptkit.runtime.named_models import TINY_EN
-    from ptkit.serve.build import build_app
+    from ptkit.serve.build import build_app, named
 
     try:
         section = ModelSection.model_validate(
-            {"id": model or TINY_EN, "dtype": dtype, "device": device, "device_map": device_map}
+            {
+                "id": model or TINY_EN,
+                "dtype": dtype,
+                "device": "cpu" if engine is ServingEngine.vllm else device,
+                "device_map": device_map,
+            }
         )
     except ValidationError as error:
         raise UserError(f"--{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     # Every request of the Hub's client is not what an operator wants to read.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
+    base = load_base(**section.model_dump())
+    if engine is ServingEngine.vllm:
+        from ptkit.hub.vllm_server import VLLMServer, options_of
+
+        VLLMServer(
+            base, adapters, engine_python or Path(sys.executable), host, port, dtype,
+            model_name or named(base), max_batch, keys, read_only, options_of(engine_options or ()),
+        ).run()  # fmt: skip
+        return
     app = build_app(
-        load_base(**section.model_dump()), adapters, model_name=model_name, budget=budget,
+        base, adapters, model_name=model_name, budget=budget,
         kv_bytes=kv_budget, max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens,
         timeout=timeout, keys=keys, allow_hub=allow_hub, read_only=read_only,
         loopback_only=local, chosen=model is not None,
