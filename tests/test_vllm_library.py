@@ -16,6 +16,7 @@ from conftest import random_base
 from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
+from jinja2 import Template
 from safetensors.torch import load_file, save
 from test_cli import refused
 from test_peft_parity import LEARNT, make_adapter
@@ -24,6 +25,7 @@ from ptkit.errors import AdapterError, UserError
 from ptkit.families.matrix import model_under_test
 from ptkit.formats.adapter_files import write_adapter
 from ptkit.hub.engines.vllm import ADAPTERS, CODE, write
+from ptkit.hub.vllm_server import VLLMServer
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section
 from ptkit.runtime.base_model import Base, load_base
@@ -390,3 +392,43 @@ def test_engines_that_would_answer_wrongly_do_not_start(changed: dict[str, Any],
     require_runs(_engine())
     with pytest.raises(UserError, match=why):
         require_runs(_engine(**changed))
+
+
+def test_the_server_is_started_with_what_was_compiled(base: Base, tmp_path: Path) -> None:
+    given = VLLMServer(
+        base, ROOT / "adapters", Path("python"), "127.0.0.1", 8000, "float32", TINY_EN, 8,
+        keys=("secret-key",), read_only=True, options=("--max-model-len", "256"),
+    )  # fmt: skip
+    names = given.write(tmp_path)
+    assert names == sorted(p.parent.name for p in (tmp_path / ADAPTERS).glob(f"*/{ABOUT}"))
+    assert len(names) == 4
+    command = given.command(tmp_path)
+    assert command[-2:] == ["--max-model-len", "256"]
+    settings = json.loads(command[command.index("--kv-transfer-config") + 1])
+    assert settings["kv_connector_extra_config"] == {
+        "adapters": str(tmp_path / ADAPTERS), "read_only": True,
+    }  # fmt: skip
+    assert "secret-key" not in command
+    environment = given.environment(tmp_path)
+    assert environment["VLLM_API_KEY"] == "secret-key"
+    assert environment["PYTHONPATH"] == str(tmp_path / CODE)
+    template = Path(command[command.index("--chat-template") + 1]).read_text()
+    messages = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    assert Template(template).render(messages=messages) == "a\nb"
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--engine", "vllm", "--engine-python", sys.executable], "has no vLLM"),
+        (["--engine", "vllm", "--engine-python", "./none"], "cannot be run"),
+        (["--engine", "vllm", "--max-tokens", "5"], "does not take --max-tokens"),
+        (["--engine", "vllm", "--", "--enable-lora"], "--enable-lora is set by"),
+        (["--engine-python", "x"], "--engine ptkit does not take --engine-python"),
+        (["--", "--block-size", "32"], "does not take options after"),
+    ],
+)
+def test_options_that_do_not_fit_the_engine_are_refused(
+    options: list[str], why: str, tmp_path: Path
+) -> None:
+    assert why in refused("serve", *options, cwd=tmp_path)
