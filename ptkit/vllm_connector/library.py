@@ -173,12 +173,12 @@ class PrefixLibrary:
         folder = (self.root / path).resolve()
         if not folder.is_relative_to(self.root) or folder == self.root:
             raise UserError("`path` must be a folder below the adapters' folder, relative to it")
+        self._require_free(name, replace)
+        version, stamp = self._check(name, folder)  # others are answered meanwhile
         with self._lock:
-            if replace:
-                self._of(name)
-            elif name in self._known:
-                raise UserError(f"`{name}` is served already; swap it, or unload it first")
-            return self._serve(name, folder)
+            self._require_free(name, replace)
+            self._known[name] = _Known(folder, stamp, version)
+        return version
 
     def unload(self, name: str) -> None:
         """Serve `name` no longer. Running requests finish; its files stay."""
@@ -198,17 +198,21 @@ class PrefixLibrary:
         with atomic.scratch(folder) as scratch:
             for file, data in files.items():
                 (scratch / file).write_bytes(data)
+            version, _ = self._check(name, scratch)
             with self._lock:
-                self._check(name, scratch)
                 atomic.publish(scratch, folder)
-                return self._serve(name, folder)
+                self._known[name] = _Known(folder, _stamp(folder), version)
+        return version
 
     # Within
 
-    def _serve(self, name: str, folder: Path) -> PrefixVersion:
-        version, stamp = self._check(name, folder)
-        self._known[name] = _Known(folder, stamp, version)
-        return version
+    def _require_free(self, name: str, replace: bool) -> None:
+        """Raise UserError where `name` is served, or (`replace`) where it is not."""
+        with self._lock:
+            if replace:
+                self._of(name)
+            elif name in self._known:
+                raise UserError(f"`{name}` is served already; swap it, or unload it first")
 
     def _read(self, name: str, known: _Known) -> None:
         stamp = _stamp(known.folder)
@@ -246,8 +250,9 @@ class PrefixLibrary:
                 raise PtkitError(
                     f"`{version.name}` cannot be kept for the workers: {error}"
                 ) from None
-        self._touch(version)
-        self._trim()
+        with self._lock:
+            self._touch(version)
+            self._trim()
 
     def _place(self, digest: str) -> Path:
         return spooled(self.spool, digest)

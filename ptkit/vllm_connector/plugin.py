@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, UploadFile
+from vllm import __version__ as vllm_version
 from vllm.logger import init_logger
 
 from ptkit.errors import PtkitError, UserError
@@ -26,6 +27,8 @@ logger = init_logger("vllm.ptkit")
 
 #: Bytes of a request about adapters, and of an upload.
 MAX_BODY, MAX_UPLOAD = 1_000_000, 512_000_000
+#: Versions of vLLM whose server was compared with ptkit.
+TRIED = ("0.32",)
 
 
 class PtkitAdapters:
@@ -60,6 +63,8 @@ class PtkitAdapters:
         extra = transfer.kv_connector_extra_config
         names = [path.name for path in state.openai_serving_models.base_model_paths]
         running = await asyncio.to_thread(RunningBase.of, config, names[0])
+        if not vllm_version.startswith(TRIED):
+            logger.warning("ptkit: tried with vLLM %s, not with %s", TRIED[-1], vllm_version)
         if running.identity is None:
             logger.warning("ptkit: no safetensors of %s here: adapters by shape only", running.name)
         spool = spool_of(transfer)
