@@ -42,6 +42,7 @@ class BlockPool:
     block_size: positions of a block
     most: blocks it may have; None: as memory lasts
     kept: blocks that no sequence uses any more, kept for those with an equal beginning
+    reserved: blocks that it has memory for from the first write on, until it goes
 
     Position `i` of block `b` is slot `b * block_size + i` of every layer. Memory is taken as
     blocks are written to, a few at a time, and given back when most of them are free.
@@ -54,8 +55,10 @@ class BlockPool:
         block_size: int = BLOCK_SIZE,
         most: int | None = None,
         kept: int = 0,
+        reserved: int = 0,
     ) -> None:
         self.layout, self.block_size, self.most, self.kept = layout, block_size, most, kept
+        self._reserved = reserved
         #: References to each block; 0: free, or kept.
         self._uses: list[int] = []
         self._free: list[int] = []  # a heap: low numbers first, so that the end can be given back
@@ -90,7 +93,7 @@ class BlockPool:
         missing = count - len(self._free)
         if missing > 0:
             size = len(self._uses)
-            wanted = max(missing, _LEAST_GROWTH, size // _GROWTH_PART)
+            wanted = max(missing, _LEAST_GROWTH, size // _GROWTH_PART, self._reserved - size)
             grown = wanted if self.most is None else min(wanted, self.most - size)
             if grown + room < count:
                 raise NoBlocksError(
@@ -125,7 +128,7 @@ class BlockPool:
             else:
                 self.withdraw(block)
                 heapq.heappush(self._free, block)
-        if 2 * (len(self._uses) - len(self._free)) < len(self._uses):
+        if not self._reserved and 2 * (len(self._uses) - len(self._free)) < len(self._uses):
             self._shrink()
 
     def found(self, content: bytes) -> int | None:

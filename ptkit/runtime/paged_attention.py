@@ -32,6 +32,7 @@ from ptkit.runtime.attention import (
 from ptkit.runtime.attention_sites import takes_positions
 from ptkit.runtime.backends import backend_of
 from ptkit.runtime.block_pool import BlockPool
+from ptkit.runtime.handed_cache import HandedCache
 
 #: Sequences are read together while the shorter one has so much of the longer one's length, or
 #: lacks so few positions of it.
@@ -72,6 +73,16 @@ def reads_tokens_apart(model: PreTrainedModel) -> bool:
         and attention_of(model) in ("sdpa", "eager")
         and takes_positions(model)
     )
+
+
+def reads_blocks(model: PreTrainedModel) -> bool:
+    """Whether a pass over blocks is known to be right for the attention of `model`: it is one of
+    transformers' `sdpa` and `eager`, or is handed its cache."""
+    try:
+        backend = backend_of(model)
+    except ModelError:
+        return False
+    return isinstance(backend, HandedCache) or reads_tokens_apart(model)
 
 
 def grouped(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
