@@ -14,7 +14,7 @@ from conftest import random_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_composition import save_lora
-from test_paged_batch import OTHERS, base_of_family, random_prefix
+from test_paged_batch import OTHERS, base_of_family, counted_tokens, random_prefix
 from test_peft_parity import rows_of
 from transformers import GenerationConfig, TextStreamer, WatermarkingConfig
 
@@ -257,3 +257,25 @@ def test_a_batch_gives_back_the_prefixes_of_its_rows() -> None:
         assert all(map(torch.equal, found.tensors, given_.tensors))
     one, other = prefixes_of(PrefixBatch.shared(prefixes[1], 2))
     assert one is other
+
+
+def test_rows_with_the_same_adapters_have_one_prefix() -> None:
+    base = random_base("gpt2")
+    bank = AdapterBank(base)
+    bank.add("a", random_prefix(base, 3, 1))
+    bank.add("b", random_prefix(base, 4, 2))
+    found = bank.prefixes(["a", ("a", "b"), None, "a", ("a", "b"), ("b", "a")])
+    assert found[2] is None
+    assert found[0] is found[3] is bank.prefix("a")
+    assert found[1] is found[4]
+    assert found[1] is not found[5]
+
+
+def test_equal_rows_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = random_base("llama")
+    counts = counted_tokens(base, monkeypatch)
+    (prompt,) = rows_of([9])
+    prefix = random_prefix(base, 3, 1)
+    seeded(base, [prefix] * 3, [prompt] * 3, num_return_sequences=2, do_sample=True, top_k=0)
+    assert counts[0] == 9
+    assert max(counts[1:]) == 6

@@ -67,6 +67,8 @@ class BlockPool:
         self._by_content: dict[bytes, int] = {}
         self._content: dict[int, bytes] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()  # kept blocks, longest unused first
+        #: What the last reads returned, to be written over.
+        self._gathered: dict[tuple[object, ...], Tensor] = {}
 
     @property
     def nbytes(self) -> int:
@@ -161,6 +163,7 @@ class BlockPool:
         size = 1 + max((b for b, n in enumerate(self._uses) if n or b in self._unused), default=-1)
         if 2 * size > len(self._uses):
             return
+        self._gathered.clear()
         del self._uses[size:]
         self._free = [block for block in self._free if block < size]
         heapq.heapify(self._free)
@@ -177,18 +180,28 @@ class BlockPool:
         `[positions]`."""
         for tensors, new in ((self._keys, keys), (self._values, values)):
             tensor = self._with_room(tensors, layer, new)
-            tensor.index_copy_(0, slots.to(tensor.device), new.to(tensor))
+            tensor.index_copy_(0, _on(tensor, slots), new.to(tensor))
 
-    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of `layer` at `slots` `[rows, positions]`, each
-        `[rows, heads, positions, dim]`."""
+    def read(self, layer: int, slots: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of `layer` at `slots` `[rows * positions]`, each
+        `[rows, heads, positions, dim]`. The next read writes over them."""
         pair = []
-        for tensors in (self._keys, self._values):
+        for kind, tensors in enumerate((self._keys, self._values)):
             tensor = tensors[layer]
             assert tensor is not None
-            read = tensor.index_select(0, slots.reshape(-1).to(tensor.device))
-            pair.append(read.view(*slots.shape, *tensor.shape[1:]).transpose(1, 2))
+            room = self._room_for(kind, slots.shape[0], tensor)
+            torch.index_select(tensor, 0, _on(tensor, slots), out=room)
+            pair.append(room.view(rows, -1, *room.shape[1:]).transpose(1, 2))
         return pair[0], pair[1]
+
+    def _room_for(self, kind: int, positions: int, like: Tensor) -> Tensor:
+        """Memory for what is read, `[positions, heads, dim]`: the same for all layers, as fresh
+        memory costs as much as the copy."""
+        key = kind, like.device, like.dtype, like.shape[1:]
+        room = self._gathered.get(key)
+        if room is None or room.shape[0] < positions:
+            self._gathered[key] = room = like.new_empty(positions + positions // 4, *like.shape[1:])
+        return room[:positions]
 
     def copy(self, source: int, target: int) -> None:
         """Put what is in block `source` into block `target`."""
@@ -205,12 +218,17 @@ class BlockPool:
     def _with_room(self, tensors: list[Tensor | None], layer: int, like: Tensor) -> Tensor:
         """The tensor of `layer` with a place for every block."""
         tensor, positions = tensors[layer], len(self._uses) * self.block_size
-        if tensor is None or len(tensor) < positions:
+        if tensor is None or tensor.shape[0] < positions:
             grown = like.new_empty(positions, *like.shape[1:])
             if tensor is not None:
                 grown[: len(tensor)] = tensor
             tensors[layer] = tensor = grown
         return tensor
+
+
+def _on(tensor: Tensor, slots: Tensor) -> Tensor:
+    """`slots` on the device of `tensor`."""
+    return slots if slots.device == tensor.device else slots.to(tensor.device)
 
 
 class BlockTable:
@@ -253,6 +271,12 @@ class BlockTable:
         """The slots of so many more positions, `[positions]`. Raises NoBlocksError, and is then as
         it was."""
         size, pool = self._pool.block_size, self._pool
+        if positions == 1 and self._room and self.length < len(self._slots):  # nearly every token
+            slot = (self.blocks[-1] + 1) * size - self._room
+            self._slots[self.length] = slot
+            self.length += 1
+            self._room -= 1
+            return self._slots[self.length - 1 : self.length]
         new = pool.allocate(pool.blocks_for(max(0, positions - self._room)))
         start = self.length
         if self._room:

@@ -72,7 +72,7 @@ class DecodeLoop(Generic[Row]):
         return [*self.decoding, *self.prefilling]
 
     def pieces(self) -> list[list[Row]]:
-        """Rows whose inputs are read in the next step, in groups that get a piece each: long
+        """Rows whose inputs are read in the next step, in groups that get a piece each. So long
         inputs do not hold back short ones, nor these them."""
         if self._piece is None:
             return [self.prefilling] if self.prefilling else []

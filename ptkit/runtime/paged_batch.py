@@ -29,6 +29,7 @@ from ptkit.runtime.paged_attention import (
     Chunk,
     TogetherPass,
     grouped,
+    of_one_length,
     reads_tokens_apart,
 )
 from ptkit.runtime.placement import own_part
@@ -262,7 +263,7 @@ class PagedBatch:
             passes = [
                 TogetherPass(self._model, self.pool, part)
                 for group in grouped(chunks)
-                for part in ([group] if len(group[0].ids) == 1 else [[chunk] for chunk in group])
+                for part in of_one_length(group)
             ]
         found: list[Tensor] = []
         order: list[int] = []

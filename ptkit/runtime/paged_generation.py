@@ -143,12 +143,9 @@ def _blocks(inputs: Sequence[SequenceInput], new: int, times: int) -> int:
 
 
 def _of_all(logits: Tensor, numbers: Tensor, rows: int) -> Tensor:
-    """`logits` `[numbers, vocabulary]` in float32, at their places among `rows`; zeros elsewhere.
-
-    A copy: processors write into what they are given.
-    """
+    """`logits` `[numbers, vocabulary]` in float32 at their places among `rows`, else zeros."""
     if len(numbers) == rows:
-        return logits.to(torch.float32, copy=True)
+        return logits.float()
     whole = logits.new_zeros((rows, logits.shape[1]), dtype=torch.float32)
     whole[numbers] = logits.float()
     return whole
