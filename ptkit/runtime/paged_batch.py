@@ -58,13 +58,11 @@ def smallest_window(model: PreTrainedModel) -> int | None:
 
     Up to there a window hides nothing, and blocks hold what such a layer reads.
     """
+    sizes = [x.sliding_window for x in _layers(model) if type(x) is DynamicSlidingWindowLayer]
     config: Any = model.config.get_text_config()
-    names: list[str] = []
-    if any(type(layer) is DynamicSlidingWindowLayer for layer in _layers(model)):
-        names = ["sliding_window", "attention_chunk_size"]
-    elif getattr(config, "attention_types", None):  # GPT-Neo's local layers
-        names = ["window_size"]
-    return min((size for name in names if (size := getattr(config, name, None))), default=None)
+    if getattr(config, "attention_types", None):  # GPT-Neo's local layers
+        sizes.append(config.window_size)
+    return min(sizes, default=None)
 
 
 def _layers(model: PreTrainedModel) -> list[Any]:

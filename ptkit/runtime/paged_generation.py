@@ -9,7 +9,7 @@ pass reads the rows that still write, without padding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -87,11 +87,14 @@ class BlockDecoding:
         pad = int(generation_config._pad_token_tensor)
         sampled = bool(generation_config.do_sample)
         plain = not (sampled or len(logits_processor))
-        with view._optimize_model_for_decode():  # type: ignore[operator]
+        writer: Any = view  # transformers' stubs do not know what generates
+        with ExitStack() as decoding:
             while loop.rows:
                 ready = loop.step()
                 if not ready.rows:
                     continue
+                if not ready.decoded:  # all that follows is decode
+                    decoding.enter_context(writer._optimize_model_for_decode())
                 numbers = torch.tensor([row.number for row in ready.rows], device=input_ids.device)
                 own = ready.logits.to(input_ids.device)
                 if plain:
