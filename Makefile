@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-engines lint format setup setup-dev setup-engines clean
+.PHONY: demo test test-engines test-floor lint format setup setup-dev setup-engines clean
 
 demo: setup  ## compare all methods on the embedded base model, export two, swap them
 	$(BIN)/python scripts/demo.py
@@ -14,6 +14,17 @@ test: setup-dev  ## lint, types and tests
 
 test-engines: setup-dev setup-engines  ## adapters on llama.cpp's server (needs SmolLM2) and MLX
 	$(BIN)/python -m pytest -n 0 tests/test_llama_cpp.py tests/test_mlx.py
+
+# What depends on transformers' own interfaces: attention, caches, loading, checkpointing.
+FLOOR_TESTS := blocks cache composition gguf hub hybrid infix last_layer quantize ship threads train
+
+test-floor: setup-dev $(VENV)/floor  ## the oldest transformers that ptkit works with
+	PYTHONPATH=$(CURDIR)/$(VENV)/floor $(BIN)/python -m pytest -n 2 $(FLOOR_TESTS:%=tests/test_%.py)
+
+$(VENV)/floor: pyproject.toml | $(VENV)/.ready
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $@ \
+	  transformers==5.16.1 huggingface_hub==1.33.0 httpx httpcore h11 anyio
+	@touch $@
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ptkit.comparison.grid import failures, forecast_grid, run_grid
 from ptkit.comparison.on_ray import run_on_ray
 from ptkit.comparison.outputs import write_outputs
-from ptkit.comparison.summary import MethodSummary
+from ptkit.comparison.summary import MethodSummary, summarise
 from ptkit.data.tokens import listed
 from ptkit.errors import AdapterError, ModelError, PtkitError, UserError
 from ptkit.evaluation.evaluate import find_adapter
@@ -27,6 +27,7 @@ from ptkit.formats.adapter_files import CONFIG, read_adapter
 from ptkit.formats.adapter_info import AdapterInfo
 from ptkit.formats.cell_record import CellRecord
 from ptkit.formats.folder_lock import held, require_free
+from ptkit.launched import is_first, world_size
 from ptkit.methods import base_of, compile_files, require_same_base
 from ptkit.methods.head import labels_of_files
 from ptkit.prefix import Compiled
@@ -34,6 +35,7 @@ from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.recipe.schema import Recipe
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.cache import ReservedCache, prefilled_cache, sees_everything
+from ptkit.runtime.devices import resolve_device
 from ptkit.runtime.forward import rows_for
 from ptkit.runtime.generation import generate
 from ptkit.section import MethodSection
@@ -42,6 +44,7 @@ from ptkit.training.experiment import prepare
 from ptkit.training.failure import Failure, failed_cells
 from ptkit.training.forecast import Forecast, forecast, is_long
 from ptkit.training.observer import RunObserver
+from ptkit.training.processes import processes
 from ptkit.training.ready import require_supported
 from ptkit.training.run import run_cells
 
@@ -193,8 +196,10 @@ def compare(
     loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
     folder = Path("comparisons") / loaded.recipe.name if out is None else Path(out)
     require("report", "`ptkit compare`")
-    if fresh:
+    if fresh and is_first():
         start_over(folder)
+    if world_size() > 1:  # none looks for finished cells before the old ones are deleted
+        processes(resolve_device(loaded.recipe.model.device)).wait_for_everyone()
     with held(folder):
         if ray:
             address = ray if isinstance(ray, str) else None
@@ -206,7 +211,8 @@ def compare(
         failed = failures(loaded.recipe, folder)
         if not records:
             raise PtkitError(failed_cells(failed))
-        return Comparison(folder, records, write_outputs(folder, records, loaded.recipe), failed)
+        shown = write_outputs if is_first() else summarise
+        return Comparison(folder, records, shown(folder, records, loaded.recipe), failed)
 
 
 class LoadedAdapter:

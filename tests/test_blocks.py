@@ -30,14 +30,13 @@ from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.block_head import block_head_divergences, block_head_losses
 from ptkit.runtime.block_layers import (
-    BLOCKS,
-    NAMES,
     BlockEmbedding,
     BlockLinear,
     row_bytes,
     unpacked,
 )
 from ptkit.runtime.fused import head_divergences, head_losses
+from ptkit.runtime.ggml_types import BLOCKS, NAMES
 from ptkit.training.adapter_trainer import Job
 from ptkit.training.loop import fit
 from ptkit.training.provenance import base_info

@@ -25,6 +25,7 @@ from ptkit.cli import (
     evaluate,
     export,
     generate,
+    import_,
     inspect,
     models,
     multitask,
@@ -69,6 +70,7 @@ app.command("serve")(serve.serve)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
+app.command("import")(import_.import_)
 app.command("verify")(verify.verify)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
