@@ -125,7 +125,9 @@ def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     engine: Annotated[
         ServingEngine,
-        typer.Option(help="What writes the answers: ptkit, vLLM or llama.cpp's server (docs/engines.md)."),
+        typer.Option(
+            help="What writes the answers: ptkit, vLLM or llama.cpp's server (docs/engines.md)."
+        ),
     ] = ServingEngine.ptkit,
     engine_python: Annotated[
         Optional[Path],  # noqa: UP045
