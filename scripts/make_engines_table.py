@@ -70,6 +70,10 @@ ROWS = (
         "[llama.cpp](#llamacpp)", "llama-cpp", "yes, a slot each", "yes", "OpenAI's",
         "test_llama_cpp_serve",
     ),
+    EngineRow(
+        "AdapterHub's `adapters`, `--as adapterhub` (Llama, Mistral)", "adapterhub", "no", "no",
+        "Python", "test_import",
+    ),
     EngineRow("MLX, `--as mlx`", "mlx", "no", "no", "Python", "test_mlx"),
     EngineRow(
         "`--as transformers`", "transformers", "no", "no", "Python",
@@ -109,7 +113,7 @@ def takes(row: EngineRow, folder: Path, base: Base) -> bool:
     try:
         if row.engine is None:
             AdapterBank(base).load(folder, "adapter")
-        elif row.engine == "llama-cpp":  # it wants a GGUF file, too
+        elif row.engine in ("llama-cpp", "adapterhub"):  # they want a GGUF file, or a Llama
             [engine_prefix(*read) for read in engine_adapters([folder], base)]
         else:
             with tempfile.TemporaryDirectory() as out:

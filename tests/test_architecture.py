@@ -22,6 +22,7 @@ LAYERS = [
     {"api"},
     {"bench", "families", "hub"},
     {"serve"},
+    {"vllm_connector"},
     {"comparison"},
     {"training"},
     {"evaluation"},

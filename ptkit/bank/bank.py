@@ -85,7 +85,7 @@ class AdapterBank(ResidentAdapters):
         """`generate` from token ids to token ids, without the end-of-text token."""
         with self.weights(names):
             return generate(
-                self.base.model, prompts, self.rows(names, prompts),
+                self.base.model, prompts, self.prefixes(names, prompts),
                 pad_token_id=self.base.pad_token_id, **options,
             )  # fmt: skip
 

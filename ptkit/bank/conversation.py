@@ -161,7 +161,8 @@ class Conversation:
             for text, adapter in zip(texts, adapters, strict=True)
         ]
         bank, base = self.bank, self.bank.base
-        longest = bank.rows(adapters, prompts).longest
+        prefixes = bank.prefixes(adapters, prompts)
+        longest = max((p.virtual_tokens for p in prefixes if p is not None), default=0)
         options = self._within_room(options, longest, max(map(len, prompts)))
         ends = frozenset[int]().union(*(bank.chat_template(name).ends for name in adapters))
         options = _ending(base, options, ends)

@@ -62,7 +62,8 @@ def export(
         Optional[Dtype],  # noqa: UP045  (typer reads annotations at run time)
         typer.Option(
             help="Data type of the stored parameters, default float32. int8 is for ptkit only, and "
-            "scored again. With llama-cpp: the server's cache type, default float16."
+            "scored again. With vllm: of keys and values. With llama-cpp: the server's cache type, "
+            "default float16."
         ),
     ] = None,
     recipe: Annotated[

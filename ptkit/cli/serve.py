@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Optional
@@ -18,14 +19,21 @@ class ServingEngine(StrEnum):
     """What runs the model."""
 
     ptkit = "ptkit"
+    vllm = "vllm"
     llama_cpp = "llama-cpp"
 
 
+_OF_VLLM = ("engine_python", "engine_options")
+_OF_LLAMA_CPP = ("gguf", "llama_server", "slots", "context", "slot_folder")
 #: Options that have no meaning for an engine.
 _WITHOUT = {
-    ServingEngine.ptkit: ("gguf", "llama_server", "slots", "context", "slot_folder"),
-    ServingEngine.llama_cpp: ("model", "max_batch", "kv_budget", "device_map"),
-}
+    ServingEngine.ptkit: (*_OF_VLLM, *_OF_LLAMA_CPP),
+    ServingEngine.vllm: (
+        "max_queue", "max_tokens", "timeout", "budget", "kv_budget", "device", "device_map",
+        "allow_hub", "drain_seconds", *_OF_LLAMA_CPP,
+    ),
+    ServingEngine.llama_cpp: ("model", "max_batch", "kv_budget", "device_map", *_OF_VLLM),
+}  # fmt: skip
 _LLAMA_CPP = "With --engine llama-cpp"
 
 
@@ -47,11 +55,16 @@ def _require_engine_takes(engine: ServingEngine, given: list[str]) -> None:
     """Raise UserError where an option was given that means nothing to `engine`."""
     names = [f"--{name.replace('_', '-')}" for name in _WITHOUT[engine] if name in given]
     if names:
-        raise UserError(f"--engine {engine.value} does not take {', '.join(names)}")
+        told = ", ".join(names).replace("--engine-options", "options after `--`")
+        raise UserError(f"--engine {engine.value} does not take {told}")
 
 
 def serve(
     typer_context: typer.Context,
+    engine_options: Annotated[
+        Optional[list[str]],  # noqa: UP045  (typer reads annotations at run time)
+        typer.Argument(metavar="[-- OPTION...]", help="With vllm: options of its own, after `--`."),
+    ] = None,
     model: ModelOption = None,
     adapters: Annotated[
         Optional[Path],  # noqa: UP045  (typer reads annotations at run time)
@@ -112,8 +125,14 @@ def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     engine: Annotated[
         ServingEngine,
-        typer.Option(help="What writes the answers: ptkit itself, or llama.cpp's server."),
+        typer.Option(
+            help="What writes the answers: ptkit, vLLM or llama.cpp's server (docs/engines.md)."
+        ),
     ] = ServingEngine.ptkit,
+    engine_python: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="With vllm: the Python of its environment; default: this one."),
+    ] = None,
     gguf: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="With llama-cpp: the model's file.", rich_help_panel=_LLAMA_CPP),
@@ -179,7 +198,7 @@ def serve(
     from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
     from ptkit.runtime.named_models import TINY_EN
-    from ptkit.serve.build import build_app
+    from ptkit.serve.build import build_app, named
 
     executor = None
     if engine is ServingEngine.llama_cpp:
@@ -189,15 +208,29 @@ def serve(
         model, dtype, max_batch = str(gguf), "float32", slots
     try:
         section = ModelSection.model_validate(
-            {"id": model or TINY_EN, "dtype": dtype, "device": device, "device_map": device_map}
+            {
+                "id": model or TINY_EN,
+                "dtype": dtype,
+                "device": "cpu" if engine is ServingEngine.vllm else device,
+                "device_map": device_map,
+            }
         )
     except ValidationError as error:
         raise UserError(f"--{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     # Every request of the Hub's client is not what an operator wants to read.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
+    base = load_base(**section.model_dump())
+    if engine is ServingEngine.vllm:
+        from ptkit.hub.vllm_server import VLLMServer, options_of
+
+        VLLMServer(
+            base, adapters, engine_python or Path(sys.executable), host, port, dtype,
+            model_name or named(base), max_batch, keys, read_only, options_of(engine_options or ()),
+        ).run()  # fmt: skip
+        return
     app = build_app(
-        load_base(**section.model_dump()), adapters, model_name=model_name, budget=budget,
+        base, adapters, model_name=model_name, budget=budget,
         kv_bytes=kv_budget, max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens,
         timeout=timeout, keys=keys, allow_hub=allow_hub, read_only=read_only,
         loopback_only=local, chosen=model is not None, executor=executor,

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ptkit.bank.source import name_of
 from ptkit.errors import AdapterError, UserError
 from ptkit.evaluation.evaluate import find_adapter
@@ -87,6 +90,15 @@ def engine_prefix(source: EngineSource, adapter: Adapter) -> KVPrefix:
             "hold it; serve it with `ptkit serve`"
         )
     return prefix.detach()
+
+
+def prefix_tensors(prefix: KVPrefix, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """`keys.LAYER` and `values.LAYER`, `[kv_heads, virtual_tokens, head_dim]`, on the CPU."""
+    return {
+        f"{part}.{layer}": states.to("cpu", dtype).contiguous()
+        for part, layers in (("keys", prefix.keys), ("values", prefix.values))
+        for layer, states in enumerate(layers)
+    }
 
 
 def _more_than_a_prefix(adapter: Adapter) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 try:
     from transformers.integrations.gguf.dequant import dequantize as in_torch
 except ModuleNotFoundError:  # 5.16 has none
-    in_torch = None
+    in_torch = None  # type: ignore[assignment]
 
 Q4_0: Final = int(GGMLQuantizationType.Q4_0)
 Q4_1: Final = int(GGMLQuantizationType.Q4_1)

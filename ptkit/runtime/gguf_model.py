@@ -42,7 +42,8 @@ try:
     from transformers.integrations.gguf.reader import read_gguf_metadata
     from transformers.integrations.gguf.utils import GGUF_ARCHS
 except ModuleNotFoundError:  # older releases read the architectures above alone, through `gguf`
-    read_gguf_metadata, GGUF_ARCHS = None, ()
+    read_gguf_metadata = None  # type: ignore[assignment]
+    GGUF_ARCHS = {}
 
 SUFFIX = ".gguf"
 #: Part of a conversion's name in the cache; a change of what is written needs another one.

@@ -77,7 +77,7 @@ def build_app(
         executor=executor and (lambda scheduler: executor(bank, scheduler, metrics)),
     )  # fmt: skip
     metrics.watch(engine)
-    name = model_name or (Path(base.id).name if is_here(base.id) else base.id)
+    name = model_name or named(base)
     library = Library(
         engine, adapters, base_name=name, allow_hub=allow_hub, allow_changes=not read_only,
         chosen=chosen,
@@ -86,6 +86,11 @@ def build_app(
         logger.warning("left out: %s", fault)
     limits = RequestLimits(max_tokens=max_tokens, timeout=timeout)
     return create_app(library, metrics, limits, keys=keys, loopback_only=loopback_only)
+
+
+def named(base: Base) -> str:
+    """What requests call `base`: its id, of a folder or file its name."""
+    return Path(base.id).name if is_here(base.id) else base.id
 
 
 def free_bytes(device: torch.device) -> int:

@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import DynamicCache
 
 from ptkit.errors import PtkitError
 from ptkit.formats import atomic
-from ptkit.hub.engine_adapters import EngineSource, engine_adapters, engine_prefix
+from ptkit.hub.engine_adapters import (
+    EngineSource,
+    engine_adapters,
+    engine_prefix,
+    prefix_tensors,
+)
 from ptkit.hub.engines import Written
 from ptkit.prefix import KVPrefix
 from ptkit.prefix_batch import PrefixBatch
@@ -80,7 +84,7 @@ def write(
         for source, adapter in engine_adapters(sources, base):
             base = adapter.base
             prefix = engine_prefix(source, adapter)
-            save_file(_tensors(prefix), scratch / f"{source.name}.safetensors")
+            save_file(prefix_tensors(prefix), scratch / f"{source.name}.safetensors")
             tokens += prefix.virtual_tokens
             written.append(source)
             _require_same(base, prefix, scratch / f"{source.name}.safetensors")
@@ -90,14 +94,6 @@ def write(
         atomic.write_text(scratch / "README.md", _readme(base, written))
         size = sum(p.stat().st_size for p in scratch.iterdir())
     return Written(out, tokens, size)
-
-
-def _tensors(prefix: KVPrefix) -> dict[str, Tensor]:
-    named = {}
-    for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-        named[f"keys.{layer}"] = keys.float().cpu().contiguous()
-        named[f"values.{layer}"] = values.float().cpu().contiguous()
-    return named
 
 
 def _require_same(base: Base, prefix: KVPrefix, file: Path) -> None:

@@ -41,8 +41,9 @@ def prompt_files(embeddings: Tensor, base: Base, where: str) -> AdapterFiles:
 
 
 def by_mlp(tensors: dict[str, Tensor], wte: str, mlp: str) -> Tensor:
-    """What the MLP of Li & Liang (2021, section 4.3) makes of its embeddings, `[tokens, values]`. It
-    has two layers with a tanh between. All libraries took over its names from them.
+    """What the MLP of Li & Liang (2021, section 4.3) makes of its embeddings, `[tokens, values]`.
+
+    It has two layers with a tanh between. All libraries took over its names from them.
 
     wte, mlp: what the names of the embeddings and of the MLP's layers begin with. Raises
     AdapterError where a part is missing.

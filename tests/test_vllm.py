@@ -1,0 +1,420 @@
+"""Adapters on vLLM's own server: the tokens that ptkit generates with them.
+
+`make setup-engines` builds vLLM's environment, `.venv/vllm`; PTKIT_VLLM names another Python. One
+server answers most tests: blocks of 32 that divide no prefix, prompts read in pieces of 32 tokens,
+and so few blocks that running requests are preempted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+from openai import APIStatusError, AsyncOpenAI, OpenAI
+from safetensors.torch import load_file, save
+from test_peft_parity import make_adapter
+
+from ptkit.bank import AdapterBank
+from ptkit.formats.adapter_files import write_adapter
+from ptkit.hub.engines.vllm import ADAPTERS
+from ptkit.runtime.base_model import Base, load_base
+from ptkit.runtime.forward import all_logits
+from ptkit.runtime.named_models import TINY_EN
+from ptkit.vllm_connector.files import ABOUT, TENSORS
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = Path(os.environ.get("PTKIT_VLLM", ROOT / ".venv" / "vllm" / "bin" / "python"))
+SHIPPED = ["facts-prefix", "routing-prefix", "facts-prompt", "routing-ptuning"]
+#: A prefix of more than one block.
+LONG = 45
+TEXTS = [
+    "kind[boat], name[Ashmere], colour[green]\n",
+    "My parcel is late and I want a refund. I wrote twice. Nothing came.\nThis message is about",
+    "The",
+    "Once upon a time there was a small town by the sea, and in that town lived a baker. " * 2,
+]
+TOKENS = 24
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON.is_file(), reason="needs vLLM: make setup-engines"),
+]
+
+
+@dataclass
+class Engine:
+    """A running server. root: the folder of its adapters."""
+
+    url: str
+    root: Path
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def openai(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
+
+    def ask(self, model: str, prompt: Any, **options: Any) -> Any:
+        given = {"max_tokens": TOKENS, "temperature": 0, **options}
+        return self.openai.completions.create(model=model, prompt=prompt, **given)
+
+    def post(self, route: str, **body: str) -> httpx2.Response:
+        return httpx2.post(f"{self.url}/v1/{route}", json=body, timeout=300)
+
+    @property
+    def alive(self) -> bool:
+        return httpx2.get(f"{self.url}/health", timeout=300).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return load_base(TINY_EN, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def sources(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    section = {"kind": "prefix_tuning", "num_virtual_tokens": LONG}
+    torch.manual_seed(0)
+    long = tmp_path_factory.mktemp("long") / "long"
+    write_adapter(long, make_adapter(base, section, start="vocabulary").files())
+    return [*(ROOT / "adapters" / name for name in SHIPPED), long]
+
+
+@pytest.fixture(scope="module")
+def bank(base: Base, sources: list[Path]) -> AdapterBank:
+    bank = AdapterBank(base)
+    for source in sources:
+        bank.load(source)
+    return bank
+
+
+@pytest.fixture(scope="module")
+def engine(
+    base: Base, sources: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    """`ptkit serve --engine vllm`, with an adapter that no cache can hold among the others."""
+    folder = tmp_path_factory.mktemp("vllm")
+    for source in sources:
+        shutil.copytree(source, folder / "adapters" / source.name)
+    infix = {"kind": "prefix_tuning", "num_virtual_tokens": 3, "position": "infix"}
+    write_adapter(folder / "adapters" / "infix", make_adapter(base, infix).files())
+    started = start(
+        folder, "--block-size", "32", "--max-num-batched-tokens", "32", "--num-gpu-blocks-override",
+        "32", "--max-model-len", "256", "--enable-prompt-tokens-details", "--enforce-eager",
+    )  # fmt: skip
+    try:
+        yield started
+    finally:
+        started.process.send_signal(signal.SIGTERM)
+        try:
+            assert started.process.wait(120) == 0
+        finally:
+            started.process.kill()
+    assert not [*folder.glob("ptkit-vllm-*")]  # neither what was compiled nor the spool
+
+
+def start(folder: Path, *options: str) -> Engine:
+    """The server of `folder / "adapters"`; temporary folders lie in `folder`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ, "TMPDIR": str(folder), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0))),
+    }  # fmt: skip
+    log = folder / "log"
+    with log.open("wb") as written:
+        process = subprocess.Popen(
+            [
+                sys.executable, "-m", "ptkit", "serve", "--engine", "vllm",
+                "--adapters", folder / "adapters", "--engine-python", PYTHON,
+                "--port", str(port), "--max-batch", "16", "--", *options,
+            ],
+            env=environment, stdout=written, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    until = time.monotonic() + 900
+    while time.monotonic() < until and process.poll() is None:
+        with suppress(httpx2.TransportError):
+            if httpx2.get(f"{url}/health", timeout=5).status_code == 200:
+                (root,) = folder.glob(f"ptkit-vllm-*/{ADAPTERS}")
+                return Engine(url, root, log, process)
+        time.sleep(1)
+    process.terminate()
+    pytest.fail(log.read_text(errors="replace")[-3000:])
+
+
+def expected(bank: AdapterBank, name: str, text: str, tokens: int = TOKENS) -> list[int]:
+    model = None if name == TINY_EN else name
+    rows = bank.base.encode([text])
+    (ids,) = bank.generate_ids(rows, [model], max_new_tokens=tokens, do_sample=False)
+    return ids
+
+
+async def together(engine: Engine, asked: list[tuple[str, Any]], **options: Any) -> list[Any]:
+    """The answers to requests that are sent at the same time."""
+    client = AsyncOpenAI(base_url=f"{engine.url}/v1", api_key="none", max_retries=0, timeout=600)
+    given = {"max_tokens": TOKENS, "temperature": 0, "extra_body": {"return_token_ids": True}}
+    return await asyncio.gather(
+        *(client.completions.create(model=m, prompt=p, **given | options) for m, p in asked)
+    )
+
+
+def preemptions(engine: Engine) -> float:
+    for line in httpx2.get(f"{engine.url}/metrics", timeout=300).text.splitlines():
+        if line.startswith("vllm:num_preemptions_total"):
+            return float(line.split()[-1])
+    pytest.fail("vLLM counts no preemptions")
+
+
+def test_adapters_and_the_base_in_one_batch_answer_as_ptkit_does(
+    engine: Engine, bank: AdapterBank
+) -> None:
+    """Twice: with nothing in vLLM's prefix cache, and with what the first round left there."""
+    names = [*SHIPPED, "long", TINY_EN]
+    asked = [(name, bank.base.encode([text])[0]) for text in TEXTS for name in names]
+    wanted = [expected(bank, name, text) for text in TEXTS for name in names]
+    before = preemptions(engine)
+    for _ in range(2):
+        answers = asyncio.run(together(engine, asked))
+        for (name, ids), answer, tokens in zip(asked, answers, wanted, strict=True):
+            (choice,) = answer.choices
+            assert choice.token_ids[: len(tokens)] == tokens
+            assert choice.prompt_token_ids == ids
+            assert answer.usage.prompt_tokens == len(ids)
+            assert answer.usage.prompt_tokens_details.cached_tokens <= len(ids)
+            assert answer.model == name
+    assert preemptions(engine) > before  # 24 requests do not fit into 32 blocks
+
+
+def test_the_api_lists_adapters_beside_the_base(engine: Engine) -> None:
+    assert "left out" in engine.log.read_text()
+    listed = {model.id: model for model in engine.openai.models.list().data}
+    assert {*SHIPPED, "long", TINY_EN} <= listed.keys()
+    assert "infix" not in listed
+    assert listed["long"].parent == TINY_EN
+    told = httpx2.get(f"{engine.url}/v1/adapters", timeout=300).json()
+    assert told["base"] == TINY_EN
+    (long,) = [card for card in told["data"] if card["name"] == "long"]
+    assert long["virtual_tokens"] == LONG
+    assert long["fault"] is None
+
+
+def test_streams_several_answers_stops_and_seeds_work(engine: Engine, bank: AdapterBank) -> None:
+    text = TEXTS[0]
+    whole = bank.base.tokenizer.decode(expected(bank, "facts-prefix", text))
+    streamed = engine.ask("facts-prefix", text, stream=True, stream_options={"include_usage": True})
+    events = [*streamed]
+    assert "".join(c.text for event in events for c in event.choices) == whole
+    assert events[-1].usage.prompt_tokens == len(bank.base.encode([text])[0])
+    seeded = [
+        engine.ask("long", text, n=3, temperature=1.0, seed=7, logprobs=2).choices for _ in "ab"
+    ]
+    assert [c.text for c in seeded[0]] == [c.text for c in seeded[1]]
+    assert len({c.text for c in seeded[0]}) > 1
+    assert len(seeded[0][0].logprobs.tokens) == TOKENS
+    stop = whole[10:14]
+    stopped = engine.ask("facts-prefix", text, stop=[stop]).choices[0]
+    assert stopped.text == whole[: whole.index(stop)]
+    assert stopped.finish_reason == "stop"
+
+
+def test_a_chat_names_an_adapter_as_its_model(engine: Engine, bank: AdapterBank) -> None:
+    text = TEXTS[0]
+    message = {"role": "user", "content": [{"type": "text", "text": text}]}
+    answer = engine.openai.chat.completions.create(
+        model="facts-prompt", messages=[message], max_tokens=TOKENS, temperature=0, logprobs=True
+    )
+    ids = expected(bank, "facts-prompt", text)
+    assert answer.choices[0].message.content == bank.base.tokenizer.decode(ids)
+    assert answer.usage.prompt_tokens == len(bank.base.encode([text])[0])
+    assert len(answer.choices[0].logprobs.content) == TOKENS
+    events = engine.openai.chat.completions.create(
+        model="facts-prompt", messages=[message], max_tokens=TOKENS, temperature=0, stream=True
+    )
+    told = "".join(e.choices[0].delta.content or "" for e in events if e.choices)
+    assert told == bank.base.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", ["facts-prefix", "long"])
+def test_echo_and_scores_of_the_prompt_are_those_of_the_text(
+    name: str, engine: Engine, bank: AdapterBank
+) -> None:
+    """Scores of all tokens but the first, each as ptkit's logits have it behind the prefix."""
+    text = TEXTS[1]
+    (ids,) = bank.base.encode([text])
+    for _ in range(2):  # the second time blocks of the first could be found
+        answer = engine.ask(name, ids, echo=True, logprobs=1, max_tokens=4)
+        scores = answer.choices[0].logprobs
+        written = expected(bank, name, text, 4)
+        assert answer.choices[0].text.startswith(bank.base.tokenizer.decode(ids))
+        assert len(scores.tokens) == len(ids) + 4
+        assert scores.token_logprobs[0] is None
+        row = torch.tensor([[*ids, *written]])
+        logits = all_logits(bank.base.model, row, torch.ones_like(row), bank.rows([name]))[0]
+        wanted = logits.log_softmax(-1)[:-1].gather(1, row[0, 1:, None])[:, 0]
+        torch.testing.assert_close(
+            torch.tensor(scores.token_logprobs[1:]), wanted, atol=2e-3, rtol=1e-3
+        )
+
+
+def test_a_penalty_for_repetition_does_not_see_placeholders(
+    engine: Engine, bank: AdapterBank
+) -> None:
+    """As generation with it in ptkit, where no token stands for a virtual one."""
+    (ids,) = rows = bank.base.encode([TEXTS[0]])
+    (wanted,) = bank.generate_ids(
+        rows, ["long"], max_new_tokens=TOKENS, do_sample=False, repetition_penalty=1.5
+    )
+    found = engine.ask("long", ids, extra_body={"repetition_penalty": 1.5})
+    assert found.choices[0].text == bank.base.tokenizer.decode(wanted)
+
+
+def test_a_swap_reaches_the_next_request_and_no_block_of_the_old_version(
+    engine: Engine, bank: AdapterBank
+) -> None:
+    """The same prompt before and after, long enough that its blocks are in the prefix cache. The
+    new version has the old one's heads in another order, so it is as long."""
+    (ids,) = bank.base.encode([TEXTS[3]])
+    assert engine.post("load_lora_adapter", lora_name="mine", lora_path="long").status_code == 200
+    old = engine.ask("mine", ids).choices[0].text
+    assert engine.ask("mine", ids).usage.prompt_tokens_details.cached_tokens > 0
+    assert old == bank.base.tokenizer.decode(expected(bank, "long", TEXTS[3]))
+    other = changed(engine.root, "long", "other", lambda t: t.roll(1, 0))
+    assert engine.post("swap_adapter", name="mine", path="other").json()["change"] == "swapped"
+    new = engine.ask("mine", ids)
+    assert new.usage.prompt_tokens_details.cached_tokens == 0
+    assert new.choices[0].text != old
+    assert engine.ask("long", ids).choices[0].text == old
+    shutil.rmtree(other)
+    assert _refused(engine, "mine") == (422, "is missing")
+    assert engine.post("unload_adapter", name="mine").status_code == 200
+    assert _refused(engine, "mine") == (404, "does not exist")
+
+
+def changed(root: Path, name: str, new: str, change: Any) -> Path:
+    """The adapter `name` as `new`, with `change` applied to its tensors."""
+    data = save({n: change(t).contiguous() for n, t in load_file(root / name / TENSORS).items()})
+    about = json.loads((root / name / ABOUT).read_text())
+    (root / new).mkdir()
+    (root / new / TENSORS).write_bytes(data)
+    about["sha256"] = hashlib.sha256(data).hexdigest()
+    (root / new / ABOUT).write_text(json.dumps(about))
+    return root / new
+
+
+def _refused(engine: Engine, model: str, stream: bool = False) -> tuple[int, str]:
+    """Status and a piece of the reason of a request for `model`."""
+    with pytest.raises(APIStatusError) as raised:
+        [*engine.ask(model, "A text", stream=stream)]
+    told = raised.value.body["message"]
+    reasons = ("is missing", "does not exist", "not written completely", "was made for", "not JSON")
+    return raised.value.status_code, next((r for r in reasons if r in told), told)
+
+
+def test_bad_adapters_are_4xx_with_the_reason_and_the_engine_goes_on(
+    engine: Engine, bank: AdapterBank
+) -> None:
+    spoilt = {
+        "half": (422, "not written completely"), "torn": (422, "not JSON"),
+        "foreign": (422, "was made for"), "gone": (422, "is missing"),
+    }  # fmt: skip
+    for name in spoilt:
+        folder = changed(engine.root, "long", name, lambda t: t)
+        assert engine.post("load_adapter", name=name, path=name).status_code == 200
+        tensors, about = folder / TENSORS, folder / ABOUT
+        if name == "half":
+            tensors.write_bytes(tensors.read_bytes()[:5000])
+        elif name == "torn":
+            about.write_bytes(about.read_bytes()[:50])
+        elif name == "foreign":
+            found = json.loads(about.read_text())
+            found["base"] |= {"id": "gpt2", "fingerprint": "0" * 16, "sketch": ""}
+            about.write_text(json.dumps(found))
+        else:
+            shutil.rmtree(folder)
+    for name, told in spoilt.items():
+        for stream in (False, True):
+            assert _refused(engine, name, stream) == told
+        assert engine.post("load_adapter", name="again", path=name).status_code == 422
+        assert engine.post("unload_adapter", name=name).status_code == 200
+    assert _refused(engine, "never") == (404, "does not exist")
+    assert engine.post("load_adapter", name="x", path="../..").status_code == 400
+    assert engine.post("load_adapter", name="x").status_code == 400
+    assert engine.post("load_adapter", name=TINY_EN, path="long").status_code == 400
+    text = bank.base.tokenizer.decode(expected(bank, "long", TEXTS[0]))
+    assert engine.ask("long", TEXTS[0]).choices[0].text == text
+    assert engine.alive
+
+
+def test_no_request_of_a_client_reaches_the_connector_itself(engine: Engine) -> None:
+    """Neither with parameters of a transfer nor with more tokens than there are positions."""
+    loaded = {"digest": "0" * 64, "tokens": 3}
+    for body in (
+        {"kv_transfer_params": {"ptkit": loaded}},
+        {"vllm_xargs": {"kv_transfer_params": "x"}},
+    ):
+        for model in (TINY_EN, "long"):
+            with pytest.raises(APIStatusError) as raised:
+                engine.ask(model, "A text", extra_body=body)
+            assert raised.value.status_code == 400
+    for tokens in (256 - LONG, 255, 300):
+        with pytest.raises(APIStatusError) as raised:
+            engine.ask("long", [5] * tokens)
+        assert raised.value.status_code == 400
+    most = engine.ask("long", [5] * (255 - LONG), max_tokens=None)
+    assert most.usage.completion_tokens == 1
+    assert engine.alive
+
+
+def test_an_upload_is_served_and_a_damaged_one_changes_nothing(
+    engine: Engine, bank: AdapterBank
+) -> None:
+    sent = {file: (engine.root / "long" / file).read_bytes() for file in (ABOUT, TENSORS)}
+
+    def put(files: dict[str, bytes]) -> httpx2.Response:
+        form = [("files", (name, data)) for name, data in files.items()]
+        return httpx2.put(f"{engine.url}/v1/adapters/sent", files=form, timeout=300)
+
+    assert put(sent).json() == {"name": "sent", "change": "uploaded"}
+    assert put({**sent, TENSORS: sent[TENSORS][:-8]}).status_code == 422
+    text = bank.base.tokenizer.decode(expected(bank, "long", TEXTS[2]))
+    assert engine.ask("sent", TEXTS[2]).choices[0].text == text
+
+
+def test_a_version_that_the_workers_lose_fails_one_request_only(
+    engine: Engine, bank: AdapterBank
+) -> None:
+    """The last line of defence: what was checked is gone when a worker wants it. vLLM fails that
+    request, and the engine answers all others."""
+    changed(engine.root, "long", "lost", lambda t: t * 0.5)
+    engine.post("load_adapter", name="lost", path="lost")
+    digest = json.loads((engine.root / "lost" / ABOUT).read_text())["sha256"]
+    (spool,) = engine.log.parent.glob(f"ptkit-vllm-*/{digest}.safetensors")
+    content = spool.read_bytes()
+    spool.write_bytes(content[:100])
+    with pytest.raises(APIStatusError) as raised:
+        engine.ask("lost", TEXTS[0])
+    assert raised.value.status_code == 500
+    spool.write_bytes(content)
+    assert engine.ask("lost", TEXTS[0]).choices[0].finish_reason
+    text = bank.base.tokenizer.decode(expected(bank, "long", TEXTS[0]))
+    assert engine.ask("long", TEXTS[0]).choices[0].text == text
+    assert engine.alive

@@ -1,0 +1,434 @@
+"""The adapters a vLLM server knows, and its files, without vLLM."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_base
+from hypothesis import given
+from hypothesis import settings as trials
+from hypothesis import strategies as st
+from jinja2 import Template
+from safetensors.torch import load_file, save
+from test_cli import refused
+from test_peft_parity import LEARNT, make_adapter
+
+from ptkit.errors import AdapterError, UserError
+from ptkit.families.matrix import model_under_test
+from ptkit.formats.adapter_files import write_adapter
+from ptkit.hub.engines.vllm import ADAPTERS, CODE, write
+from ptkit.hub.vllm_server import VLLMServer
+from ptkit.methods import Demonstrations, create_adapter
+from ptkit.methods.catalogue import method_section
+from ptkit.runtime.base_model import Base, load_base
+from ptkit.runtime.named_models import TINY_EN
+from ptkit.vllm_connector.files import (
+    ABOUT,
+    TENSORS,
+    PrefixRecord,
+    read_checked,
+    read_record,
+    tensors_of,
+)
+from ptkit.vllm_connector.library import FixedError, PrefixLibrary, UnknownAdapterError, spooled
+from ptkit.vllm_connector.running import RunningBase, require_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return load_base(TINY_EN, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def exported(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("vllm") / "served"
+    write([ROOT / "adapters" / n for n in ("facts-prefix", "facts-prompt")], out, base=base)
+    return out
+
+
+@pytest.fixture(scope="module")
+def running(base: Base) -> RunningBase:
+    return running_base(base)
+
+
+def running_base(base: Base, **changed: Any) -> RunningBase:
+    shape = base.layout.widest
+    same = RunningBase(
+        base.id, len(base.layout), shape.kv_heads, shape.key_dim, base.precision, 512,
+        dict(base.model.config.rope_parameters), base.identity,
+    )  # fmt: skip
+    return replace(same, **changed)
+
+
+@pytest.fixture
+def root(exported: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "adapters"
+    for name in ("facts-prefix", "facts-prompt"):
+        (folder / name).mkdir(parents=True)
+        for file in (ABOUT, TENSORS):
+            (folder / name / file).write_bytes((exported / ADAPTERS / name / file).read_bytes())
+    return folder
+
+
+@pytest.fixture
+def library(root: Path, running: RunningBase, tmp_path: Path) -> PrefixLibrary:
+    (tmp_path / "spool").mkdir()
+    made = PrefixLibrary(root, tmp_path / "spool", running)
+    assert made.register_all() == []
+    return made
+
+
+def test_an_export_holds_the_prefix_and_what_it_was_made_for(base: Base, exported: Path) -> None:
+    from ptkit.bank import AdapterBank
+
+    bank = AdapterBank(base)
+    bank.load(ROOT / "adapters" / "facts-prompt")
+    prefix = bank.prefix("facts-prompt")
+    record = read_record(exported / ADAPTERS / "facts-prompt")
+    assert record.virtual_tokens == prefix.virtual_tokens
+    assert record.base["fingerprint"] == base.fingerprint
+    assert record.made_from["method"] == "PROMPT_TUNING"
+    found = load_file(exported / ADAPTERS / "facts-prompt" / TENSORS)
+    for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+        assert torch.equal(found[f"keys.{layer}"], keys)
+        assert torch.equal(found[f"values.{layer}"], values)
+
+
+def test_what_vllm_runs_imports_nothing_that_its_environment_lacks(exported: Path) -> None:
+    """Without PEFT, typer, pydantic and all else of ptkit, and without its own folder on the path:
+    what needs no vLLM is imported, and everything else is searched for imports."""
+    code = exported / CODE
+    program = (
+        "import sys\n"
+        f"sys.path[:] = [{str(code)!r}] + [p for p in sys.path if 'ptkit' not in p]\n"
+        "for name in ('peft', 'typer', 'datasets', 'accelerate', 'rich', 'pandas', 'ruamel'):\n"
+        "    sys.modules[name] = None\n"
+        "import ptkit, ptkit.vllm_connector.library\n"
+        f"assert ptkit.__file__.startswith({str(code)!r}), ptkit.__file__\n"
+        "own = {m for m in sys.modules if m.split('.')[0] == 'ptkit'}\n"
+        "print(sorted(own))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import site; site.main()\n{program}"], capture_output=True,
+        text=True, check=False, cwd=exported,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "ptkit.formats.checkpoint" in done.stdout
+    here = {path.relative_to(code / "ptkit") for path in (code / "ptkit").rglob("*.py")}
+    assert len(here) > 8
+    for path in here:
+        for word in (
+            "import peft",
+            "import typer",
+            "import pydantic",
+            "from peft",
+            "from pydantic",
+        ):
+            assert word not in (code / "ptkit" / path).read_text(), path
+    (facts,) = code.glob("*.dist-info")
+    assert "ptkit.vllm_connector.plugin:PtkitAdapters" in (facts / "entry_points.txt").read_text()
+
+
+def test_what_is_no_kv_prefix_is_refused_by_name(base: Base, tmp_path: Path) -> None:
+    lora = method_section({"kind": "lora", "rank": 2, "alpha": 4})
+    write_adapter(tmp_path / "lora", create_adapter(lora, base, Demonstrations([], 0)).files())
+    with pytest.raises(AdapterError, match="changes the base's weights"):
+        write([tmp_path / "lora"], tmp_path / "out", base=load_base(TINY_EN, device="cpu"))
+    for kind, settings, why in (
+        ("infix", {**LEARNT["prefix"], "position": "infix"}, "before the last word"),
+    ):
+        write_adapter(tmp_path / kind, make_adapter(base, settings).files())
+        with pytest.raises(AdapterError, match=why):
+            write([tmp_path / kind], tmp_path / "out", base=base)
+    window = model_under_test("mistral").base()
+    write_adapter(tmp_path / "window", make_adapter(window, LEARNT["prefix"]).files())
+    with pytest.raises(AdapterError, match="see a window"):
+        write([tmp_path / "window"], tmp_path / "out", base=window)
+    assert not (tmp_path / "out").exists()
+    found = refused(
+        "export", ROOT / "adapters" / "facts-prefix", "--as", "vllm", "--dtype", "int8",
+        "--out", tmp_path / "out", cwd=tmp_path,
+    )  # fmt: skip
+    assert "are stored in float32" in found
+
+
+def test_an_adapter_is_served_as_it_was_checked(library: PrefixLibrary, root: Path) -> None:
+    """What happens to the files later reaches no request that holds the version."""
+    version = library.version("facts-prefix")
+    with library.held(version):
+        (root / "facts-prefix" / TENSORS).write_bytes(b"half")
+        kept = spooled(library.spool, version.digest).read_bytes()
+        assert tensors_of(kept)["keys.0"].shape[1] == version.virtual_tokens
+        with pytest.raises(AdapterError, match="not written completely"):
+            library.version("facts-prefix")
+    assert library.version("facts-prompt").name == "facts-prompt"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda f: (f / TENSORS).unlink(), "prefix.safetensors is missing"),
+        (lambda f: (f / ABOUT).unlink(), "adapter.json is missing"),
+        (lambda f: _cut(f / TENSORS), "not written completely"),
+        (lambda f: _cut(f / ABOUT), "not JSON"),
+        (lambda f: _flip(f / TENSORS), "is damaged"),
+        (lambda f: _about(f, format=2), "expected 1"),
+        (lambda f: _about(f, layers=3), "of 3 layers"),
+        (lambda f: _about(f, virtual_tokens=True), "expected a positive number"),
+        (lambda f: _about(f, sha256="../../etc/passwd"), "64 hex digits"),
+        (lambda f: _about(f, virtual_tokens=600), "leave no room"),
+        (lambda f: _about(f, rope={"rope_theta": 500.0, "rope_type": "default"}), "rotary"),
+        (lambda f: _about(f, base={"id": "gpt2", "fingerprint": "0" * 16}), "for the base `gpt2`"),
+        (lambda f: _tensors(f, "keys.1", torch.zeros(4, 32, 10)), "expected float32"),
+        (lambda f: _tensors(f, "odd", torch.zeros(2, 2)), "`odd` is not expected"),
+        (lambda f: _tensors(f, "values.0", None), "not finite"),
+    ],
+)
+def test_files_that_cannot_be_served_are_refused_with_the_reason(
+    spoil: Any, why: str, library: PrefixLibrary, root: Path
+) -> None:
+    spoil(root / "facts-prefix")
+    for _ in range(2):  # from disk, then from memory
+        with pytest.raises(AdapterError, match=why) as raised:
+            library.version("facts-prefix")
+        assert str(root) not in str(raised.value)
+    assert library.version("facts-prompt")
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-7] ^= 0x10
+    file.write_bytes(bytes(data))
+
+
+def _about(folder: Path, **changed: Any) -> None:
+    found = json.loads((folder / ABOUT).read_text())
+    (folder / ABOUT).write_text(json.dumps({**found, **changed}))
+
+
+def _tensors(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
+    import hashlib
+
+    found = load_file(folder / TENSORS)
+    found[name] = torch.full_like(found[name], torch.nan) if tensor is None else tensor
+    data = save(found)
+    (folder / TENSORS).write_bytes(data)
+    _about(folder, sha256=hashlib.sha256(data).hexdigest())
+
+
+@trials(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_no_files_make_reading_fail_otherwise(
+    data: st.DataObject, exported: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever bytes the two files hold: they are read, or an AdapterError says why not."""
+    folder = tmp_path_factory.mktemp("any")
+    good = exported / ADAPTERS / "facts-prefix"
+    for file in (ABOUT, TENSORS):
+        content = bytearray((good / file).read_bytes())
+        kind = data.draw(st.sampled_from(["whole", "cut", "changed", "other"]))
+        if kind == "cut":
+            content = content[: data.draw(st.integers(0, len(content)))]
+        elif kind == "changed":
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        elif kind == "other":
+            content = bytearray(data.draw(st.binary(max_size=200)))
+        (folder / file).write_bytes(bytes(content))
+    with suppress(AdapterError):
+        record = read_record(folder)
+        read_checked(folder, record)
+        assert isinstance(record, PrefixRecord)
+
+
+def test_the_same_base_in_another_precision_is_the_same(
+    exported: Path, running: RunningBase
+) -> None:
+    record = read_record(exported / ADAPTERS / "facts-prefix")
+    running.require_made_for(record)
+    other = running_base(random_base("qwen3"))
+    same_shape = replace(running, identity=other.identity)
+    with pytest.raises(AdapterError, match="the weights here are"):
+        same_shape.require_made_for(record)
+    assert running.identity is not None
+    halved = replace(
+        running, precision="bfloat16", identity=replace(running.identity, fingerprint="f" * 16)
+    )
+    halved.require_made_for(record)
+    replace(running, identity=None).require_made_for(record)  # by its shape only
+
+
+def test_adapters_are_loaded_swapped_and_unloaded(library: PrefixLibrary, root: Path) -> None:
+    with pytest.raises(UnknownAdapterError, match="did you mean `facts-prompt`"):
+        library.version("facts-promt")
+    library.load("mine", "facts-prefix", replace=False)
+    assert library.version("mine").digest == library.version("facts-prefix").digest
+    with pytest.raises(UserError, match="is served already"):
+        library.load("mine", "facts-prompt", replace=False)
+    library.load("mine", "facts-prompt", replace=True)
+    assert library.version("mine").digest == library.version("facts-prompt").digest
+    _flip(root / "facts-prefix" / TENSORS)
+    with pytest.raises(AdapterError):
+        library.load("mine", "facts-prefix", replace=True)
+    assert library.version("mine").digest == library.version("facts-prompt").digest
+    library.unload("mine")
+    with pytest.raises(UnknownAdapterError):
+        library.version("mine")
+    assert library.card("facts-prompt")["virtual_tokens"] > 0
+    assert (root / "facts-prompt" / ABOUT).is_file()
+
+
+@pytest.mark.parametrize("path", ["..", "/etc", "../adapters", ".", "facts-prefix/../.."])
+def test_no_path_leaves_the_folder(path: str, library: PrefixLibrary) -> None:
+    with pytest.raises(UserError, match="below the adapters' folder"):
+        library.load("mine", path, replace=False)
+
+
+@pytest.mark.parametrize("name", ["", "../x", ".x", "a b", "x" * 129, "text", "image", "a/b"])
+def test_names_that_mean_something_else_are_refused(name: str, library: PrefixLibrary) -> None:
+    with pytest.raises(UserError):
+        library.load(name, "facts-prefix", replace=False)
+
+
+def test_an_upload_is_kept_whole_or_not_at_all(library: PrefixLibrary, root: Path) -> None:
+    sent = {file: (root / "facts-prefix" / file).read_bytes() for file in (ABOUT, TENSORS)}
+    library.upload("sent", sent)
+    assert library.version("sent").digest == library.version("facts-prefix").digest
+    with pytest.raises(AdapterError):
+        library.upload("sent", {**sent, TENSORS: sent[TENSORS][:-1]})
+    with pytest.raises(UserError, match="expected the files"):
+        library.upload("sent", {**sent, "adapter_model.bin": b""})
+    assert library.version("sent").digest == library.version("facts-prefix").digest
+    assert sorted(p.name for p in root.iterdir()) == ["facts-prefix", "facts-prompt", "sent"]
+
+
+def test_a_server_whose_adapters_are_fixed_changes_none(
+    root: Path, running: RunningBase, tmp_path: Path
+) -> None:
+    fixed = PrefixLibrary(root, tmp_path, running, read_only=True)
+    fixed.register_all()
+    for change in (
+        lambda: fixed.load("mine", "facts-prefix", replace=False),
+        lambda: fixed.unload("facts-prefix"),
+        lambda: fixed.upload("mine", {}),
+    ):
+        with pytest.raises(FixedError, match="are fixed"):
+            change()
+
+
+def test_the_spool_stays_within_its_budget_but_for_what_is_in_use(
+    root: Path, running: RunningBase, tmp_path: Path
+) -> None:
+    now = [0.0]
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    library = PrefixLibrary(root, spool, running, budget=1, clock=lambda: now[0])
+    library.register_all()
+    first = library.version("facts-prefix")
+    with library.held(first):
+        now[0] += 100
+        library.version("facts-prompt")
+        assert len([*spool.iterdir()]) == 2
+    now[0] += 100
+    library.load("again", "facts-prompt", replace=False)
+    assert [p.stem for p in spool.iterdir()] == [library.version("facts-prompt").digest]
+    assert library.version("facts-prefix") == first  # read again
+    spooled(spool, first.digest).unlink()  # somebody cleans up
+    assert library.version("facts-prefix") == first
+    assert spooled(spool, first.digest).is_file()
+
+
+class _Config:
+    """vLLM's settings as far as they decide; attributes as given."""
+
+    def __init__(self, **given: Any) -> None:
+        self.__dict__.update(given)
+
+
+def _engine(**changed: Any) -> _Config:
+    transfer = {
+        "kv_connector": "PtkitConnector", "kv_role": "kv_consumer",
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": {"adapters": "x"},
+    }  # fmt: skip
+    parallel: dict[str, Any] = {"data_parallel_size": 1}
+    model = {"use_mla": False, "is_encoder_decoder": False, "is_multimodal_model": False}
+    speculative = changed.pop("speculative_config", None)
+    for group in (transfer, parallel, model):
+        group.update({k: v for k, v in changed.items() if k in group})
+    return _Config(
+        kv_transfer_config=_Config(**transfer), parallel_config=_Config(**parallel),
+        model_config=_Config(**model), speculative_config=speculative,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"kv_connector": "NixlConnector"}, "--kv-transfer-config"),
+        ({"kv_role": "kv_both"}, "kv_consumer"),
+        ({"kv_load_failure_policy": "recompute"}, "must be fail"),
+        ({"kv_connector_extra_config": {}}, "must name a folder"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"data_parallel_size": 2}, "data-parallel"),
+        ({"use_mla": True}, "latent vectors"),
+        ({"is_multimodal_model": True}, "images"),
+    ],
+)
+def test_engines_that_would_answer_wrongly_do_not_start(changed: dict[str, Any], why: str) -> None:
+    require_runs(_engine())
+    with pytest.raises(UserError, match=why):
+        require_runs(_engine(**changed))
+
+
+def test_the_server_is_started_with_what_was_compiled(base: Base, tmp_path: Path) -> None:
+    given = VLLMServer(
+        base, ROOT / "adapters", Path("python"), "127.0.0.1", 8000, "float32", TINY_EN, 8,
+        keys=("secret-key",), read_only=True, options=("--max-model-len", "256"),
+    )  # fmt: skip
+    names = given.write(tmp_path)
+    assert names == sorted(p.parent.name for p in (tmp_path / ADAPTERS).glob(f"*/{ABOUT}"))
+    assert len(names) == 4
+    command = given.command(tmp_path)
+    assert command[-2:] == ["--max-model-len", "256"]
+    settings = json.loads(command[command.index("--kv-transfer-config") + 1])
+    assert settings["kv_connector_extra_config"] == {
+        "adapters": str(tmp_path / ADAPTERS), "read_only": True,
+    }  # fmt: skip
+    assert "secret-key" not in command
+    environment = given.environment(tmp_path)
+    assert environment["VLLM_API_KEY"] == "secret-key"
+    assert environment["PYTHONPATH"] == str(tmp_path / CODE)
+    template = Path(command[command.index("--chat-template") + 1]).read_text()
+    messages = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    assert Template(template).render(messages=messages) == "a\nb"
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--engine", "vllm", "--engine-python", sys.executable], "has no vLLM"),
+        (["--engine", "vllm", "--engine-python", "./none"], "cannot be run"),
+        (["--engine", "vllm", "--max-tokens", "5"], "does not take --max-tokens"),
+        (["--engine", "vllm", "--", "--enable-lora"], "--enable-lora is set by"),
+        (["--engine-python", "x"], "--engine ptkit does not take --engine-python"),
+        (["--", "--block-size", "32"], "does not take options after"),
+    ],
+)
+def test_options_that_do_not_fit_the_engine_are_refused(
+    options: list[str], why: str, tmp_path: Path
+) -> None:
+    assert why in refused("serve", *options, cwd=tmp_path)
