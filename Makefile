@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-engines lint format setup setup-dev setup-engines clean
+.PHONY: demo test test-engines test-floor lint format setup setup-dev setup-engines setup-small-engines setup-oracles clean
 
 demo: setup  ## compare all methods on the embedded base model, export two, swap them
 	$(BIN)/python scripts/demo.py
@@ -13,7 +13,20 @@ test: setup-dev  ## lint, types and tests
 	$(BIN)/python -m pytest -n 2
 
 test-engines: setup-dev setup-engines  ## adapters on vLLM, llama.cpp's server (needs SmolLM2), MLX
-	$(BIN)/python -m pytest -n 0 tests/test_vllm.py tests/test_llama_cpp.py tests/test_mlx.py
+	$(BIN)/python -m pytest -n 0 tests/test_vllm.py tests/test_llama_cpp.py tests/test_llama_cpp_serve.py \
+		tests/test_engine_agreement.py tests/test_mlx.py
+
+# What depends on transformers' own interfaces: attention, caches, loading, checkpointing.
+FLOOR_TESTS := blocks cache composition gguf hub hybrid infix last_layer paged_generation quantize ship threads \
+  train
+
+test-floor: setup-dev $(VENV)/floor  ## the oldest transformers that ptkit works with
+	PYTHONPATH=$(CURDIR)/$(VENV)/floor $(BIN)/python -m pytest -n 2 $(FLOOR_TESTS:%=tests/test_%.py)
+
+$(VENV)/floor: pyproject.toml | $(VENV)/.ready
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $@ \
+	  transformers==5.16.1 huggingface_hub==1.33.0 httpx httpcore h11 anyio
+	@touch $@
 
 lint: setup-dev
 	$(BIN)/ruff check .
@@ -43,12 +56,21 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	@touch $@
 
 # Engines that adapters are exported to, apart; without them their tests skip.
-setup-engines: $(VENV)/llama-cpp $(VENV)/mlx $(VENV)/vllm/.ready
+setup-engines: setup-small-engines $(VENV)/vllm/.ready
+
+setup-small-engines: $(VENV)/llama-cpp $(VENV)/mlx
 
 $(VENV)/llama-cpp: ENGINE := xllamacpp
 $(VENV)/mlx: ENGINE := mlx mlx-cpu mlx-lm
 $(VENV)/llama-cpp $(VENV)/mlx: constraints.txt | $(VENV)/.ready
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps --upgrade --target $@ $(ENGINE)
+	@touch $@
+
+# What tests compare with, apart; without it those tests skip.
+setup-oracles: $(VENV)/trl
+
+$(VENV)/trl: | $(VENV)/.ready
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $@ trl==1.16.0
 	@touch $@
 
 # An environment of its own: vLLM needs an earlier torch and transformers. What the package brings

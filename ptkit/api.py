@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ptkit.comparison.grid import failures, forecast_grid, run_grid
 from ptkit.comparison.on_ray import run_on_ray
 from ptkit.comparison.outputs import write_outputs
-from ptkit.comparison.summary import MethodSummary
+from ptkit.comparison.summary import MethodSummary, summarise
+from ptkit.data.chat_template import ChatTemplate
 from ptkit.data.tokens import listed
 from ptkit.errors import AdapterError, ModelError, PtkitError, UserError
 from ptkit.evaluation.evaluate import find_adapter
@@ -27,6 +28,7 @@ from ptkit.formats.adapter_files import CONFIG, read_adapter
 from ptkit.formats.adapter_info import AdapterInfo
 from ptkit.formats.cell_record import CellRecord
 from ptkit.formats.folder_lock import held, require_free
+from ptkit.launched import is_first, world_size
 from ptkit.methods import base_of, compile_files, require_same_base
 from ptkit.methods.head import labels_of_files
 from ptkit.prefix import Compiled
@@ -34,14 +36,17 @@ from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.recipe.schema import Recipe
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.cache import ReservedCache, prefilled_cache, sees_everything
+from ptkit.runtime.devices import resolve_device
 from ptkit.runtime.forward import rows_for
 from ptkit.runtime.generation import generate
+from ptkit.runtime.tokenization import own_ends
 from ptkit.section import MethodSection
 from ptkit.training.cell import Cell, cell_name
 from ptkit.training.experiment import prepare
 from ptkit.training.failure import Failure, failed_cells
 from ptkit.training.forecast import Forecast, forecast, is_long
 from ptkit.training.observer import RunObserver
+from ptkit.training.processes import processes
 from ptkit.training.ready import require_supported
 from ptkit.training.run import run_cells
 
@@ -193,8 +198,10 @@ def compare(
     loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
     folder = Path("comparisons") / loaded.recipe.name if out is None else Path(out)
     require("report", "`ptkit compare`")
-    if fresh:
+    if fresh and is_first():
         start_over(folder)
+    if world_size() > 1:  # none looks for finished cells before the old ones are deleted
+        processes(resolve_device(loaded.recipe.model.device)).wait_for_everyone()
     with held(folder):
         if ray:
             address = ray if isinstance(ray, str) else None
@@ -206,7 +213,8 @@ def compare(
         failed = failures(loaded.recipe, folder)
         if not records:
             raise PtkitError(failed_cells(failed))
-        return Comparison(folder, records, write_outputs(folder, records, loaded.recipe), failed)
+        shown = write_outputs if is_first() else summarise
+        return Comparison(folder, records, shown(folder, records, loaded.recipe), failed)
 
 
 class LoadedAdapter:
@@ -267,6 +275,25 @@ class LoadedAdapter:
             pad_token_id=self.base.pad_token_id, **options,
         )  # fmt: skip
         return self.base.decode(tokens)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The answer to a conversation, in the chat template and with the system prompt that the
+        adapter was trained with. Where it records none, the base's template is used.
+
+        messages: `role` and `content` each, a question last; options: as for `generate`
+
+        Raises UserError where there is no template.
+        """
+        template = ChatTemplate.of_record(self.base.tokenizer, self.info.chat)
+        if not template.exists:
+            raise UserError(f"neither {self.path} nor {self.base.id} has a chat template")
+        prompt = template.ids(template.with_system([*messages]))
+        ends = sorted({*own_ends(self.base.model), *template.ends})
+        tokens = generate(
+            self.base.model, [prompt], rows_for(self.prefix, [prompt]),
+            pad_token_id=self.base.pad_token_id, **{"eos_token_id": ends, **options},
+        )  # fmt: skip
+        return self.base.decode(tokens)[0]
 
 
 def load_adapter(

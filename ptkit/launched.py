@@ -33,3 +33,8 @@ def require_supported_launch() -> None:
 def world_size() -> int:
     """How many processes the run has."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this is the process of the run that writes and speaks for all."""
+    return int(os.environ.get("RANK", "0")) == 0

@@ -289,6 +289,35 @@ class KVPrefix:
         return cls(tuple(parts[0::2]), tuple(parts[1::2]))
 
 
+def prefixes_of(batch: PrefixBatch) -> list[KVPrefix | None]:
+    """The prefix of each row of `batch`, None for the plain base; keys and values are views. Rows
+    that `PrefixBatch.shared` gave one prefix have one here."""
+    lengths = batch.visible.sum(-1).tolist()
+    kinds = [
+        [False] * batch.rows if kind is None else kind.tolist()
+        for kind in (batch.infix, batch.as_text)
+    ]
+    shared = all(t.stride(0) == 0 for t in (*batch.keys, *batch.values))
+    made: dict[object, KVPrefix] = {}
+    rows: list[KVPrefix | None] = []
+    for row, kind in enumerate(zip(lengths, *kinds, strict=True)):
+        length, infix, as_text = kind
+        if not length:
+            rows.append(None)
+            continue
+        name = kind if shared else row
+        if name not in made:
+            start = batch.longest - length
+            made[name] = KVPrefix(
+                tuple(k[row, :, start:] for k in batch.keys),
+                tuple(v[row, :, start:] for v in batch.values),
+                infix,
+                as_text,
+            )
+        rows.append(made[name])
+    return rows
+
+
 def _by_layer(prefixes: Sequence[KVPrefix], combine: Callable[[list[Tensor]], Tensor]) -> KVPrefix:
     """A prefix whose keys and values are `combine` of the same tensor of all `prefixes`."""
     layers = range(len(prefixes[0].keys))

@@ -8,6 +8,8 @@ report-summary     reports of an event and the one sentence that sums them up (X
 persona-reply      two personal facts and a message -> the reply that fits the facts
                    (personalisation, Li & Liang 2021, section 9.1). Half of the test rows ask in
                    words held out from training.
+persona-chat       one to three questions to a person, as messages; the facts are the system prompt.
+                   Half of the test rows end with a question in words held out from training.
 passage-question   a passage and a claim it bears out or not (the form of BoolQ, RTE and CB).
 """
 
@@ -324,6 +326,34 @@ def reply(pick: random.Random, new_words: bool) -> Row:
     }
 
 
+def persona_chat(pick: random.Random, new_words: bool) -> Row:
+    """A conversation of one to three questions to a person, whose facts are the system prompt."""
+    topics = pick.sample(sorted(PERSONA), 3)
+    values = {topic: pick.choice(PERSONA[topic][2]) for topic in topics}
+    facts = " ".join(PERSONA[topic][0].format(v=values[topic]) for topic in topics)
+    messages = [{"role": "system", "content": f"You are this person. {facts}"}]
+    asked = pick.sample(topics, pick.randint(1, 3))
+    acceptable: list[str] = []
+    for topic in asked:
+        _, replies, _, questions = PERSONA[topic]
+        held_out = new_words and topic == asked[-1]
+        acceptable = [text.format(v=values[topic]) for text in replies]
+        messages += [
+            {"role": "user", "content": questions[-1] if held_out else pick.choice(questions[:-1])},
+            {"role": "assistant", "content": pick.choice(acceptable)},
+        ]
+    return {
+        "messages": messages,
+        "replies": acceptable,
+        "portion": "new-question" if new_words else "seen",
+    }
+
+
+def persona_chats() -> Splits:
+    """The three splits."""
+    return splits(25, lambda r: persona_chat(r, False), lambda r: persona_chat(r, True), TEST // 2)
+
+
 def persona_reply() -> Splits:
     """The three splits."""
     return splits(23, lambda r: reply(r, False), lambda r: reply(r, True), TEST // 2)
@@ -369,5 +399,6 @@ LITERATURE_SETS: dict[str, Callable[[], Splits]] = {
     "captions-en-de": captions_en_de,
     "report-summary": report_summary,
     "persona-reply": persona_reply,
+    "persona-chat": persona_chats,
     "passage-question": passage_question,
 }

@@ -26,6 +26,7 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("Top level", schema.Recipe),
     ("`model`", schema.ModelSection),
     ("`task` with `kind: generation`", tasks.GenerationTask),
+    ("`task` with `kind: chat`", tasks.ChatTask),
     ("`task` with `kind: classification`", tasks.ClassificationTask),
     ("`task` with `kind: sequence_classification`", tasks.SequenceClassificationTask),
     ("`task` with `kind: token_classification`", tasks.TokenClassificationTask),
@@ -71,7 +72,7 @@ def reference() -> str:
     methods = [
         (f"`methods` with `kind: {kind}`", section) for kind, section in method_sections().items()
     ]
-    for title, section in [*SECTIONS[:7], *methods, *SECTIONS[7:]]:
+    for title, section in [*SECTIONS[:8], *methods, *SECTIONS[8:]]:
         summary = (section.__doc__ or "").strip().splitlines()[0]
         parts.append(f"## {title}\n\n{summary}\n\n{table(section)}\n")
     return "\n".join(parts)

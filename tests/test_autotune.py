@@ -16,7 +16,7 @@ from test_train import Killed, rows
 from ptkit.comparison.autotuned import autotuned
 from ptkit.comparison.grid import run_grid
 from ptkit.comparison.outputs import write_outputs
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.data.task import Example
 from ptkit.errors import PtkitError, UserError
 from ptkit.formats.cell_record import ChosenSettings

@@ -20,10 +20,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from ptkit.api import load_adapter
 from ptkit.bank import AdapterBank
 from ptkit.bank.conversation import Conversation
-from ptkit.data.encode import EncodedExample, encode_examples
+from ptkit.data.chat_template import ChatTemplate
+from ptkit.data.encode import encode_examples
+from ptkit.data.encoded import EncodedExample
 from ptkit.data.task import Example
 from ptkit.data.tokens import (
-    chat_ids,
     cut_left,
     lead_ids,
     part_ids,
@@ -167,13 +168,13 @@ def test_one_text_is_the_same_ids_in_training_chat_and_server(template: str | No
     messages = [{"role": "user", "content": "w1 w2"}]
     (row,) = encode_examples([Example("w1 w2", "w3", ())], base.tokenizer, writing())
     assert row.input_ids == [START, 1, 2]
-    assert chat_prompt(base.tokenizer, messages) == row.input_ids
+    assert chat_prompt(ChatTemplate(base.tokenizer), messages) == row.input_ids
     talk = Conversation(AdapterBank(base))
     assert talk._prompt("w1 w2", [], None) == row.input_ids
     if template is not None:
         rendered = base.tokenizer.apply_chat_template(messages, tokenize=False)
         (row,) = encode_examples([Example(rendered, "w3", ())], base.tokenizer, writing())
-        assert row.input_ids == chat_ids(base.tokenizer, messages)
+        assert row.input_ids == ChatTemplate(base.tokenizer).ids(messages)
     talk.say("w1 w2", **GREEDY)
     assert talk._prompt("w4", talk.exchanges, None).count(START) == 1
 

@@ -18,7 +18,7 @@ from test_gguf import TOKENS, write
 from torch import nn
 
 from ptkit import load_base
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.errors import AdapterError, ModelError
 from ptkit.families.kinds import used_as
 from ptkit.families.matrix import Status, run_matrix
@@ -30,14 +30,13 @@ from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.block_head import block_head_divergences, block_head_losses
 from ptkit.runtime.block_layers import (
-    BLOCKS,
-    NAMES,
     BlockEmbedding,
     BlockLinear,
     row_bytes,
     unpacked,
 )
 from ptkit.runtime.fused import head_divergences, head_losses
+from ptkit.runtime.ggml_types import BLOCKS, NAMES
 from ptkit.training.adapter_trainer import Job
 from ptkit.training.loop import fit
 from ptkit.training.provenance import base_info

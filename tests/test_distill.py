@@ -13,7 +13,7 @@ from test_cli import ptkit, refused
 from test_encoder_decoder import random_pair
 
 from ptkit import AdapterBank
-from ptkit.data.encode import EncodedExample, StudiedText
+from ptkit.data.encoded import EncodedExample, StudiedText
 from ptkit.data.general_text import read_text
 from ptkit.errors import DataError, ModelError, UserError
 from ptkit.evaluation.divergence import measure_divergence
@@ -59,7 +59,7 @@ def small(base: Base, out: Path, **changes: object) -> Distilled:
 
 
 def texts_of(base: Base, ids: list[int], chunk: int = 0) -> list[StudiedText]:
-    return [StudiedText(ids[i : i + 3], ids[i + 3 : i + 3 + n], chunk)
+    return [StudiedText(ids[i : i + 3], ids[i + 3 : i + 3 + n], chunk=chunk)
             for i, n in ((0, 5), (4, 9), (11, 3))]  # fmt: skip
 
 

@@ -33,6 +33,11 @@ from ptkit.recipe.schema import method_section
 from ptkit.training.observer import RunObserver
 from ptkit.training.processes import current, require_own
 
+# accelerate's way to start several processes; without a GPU they run on the CPU.
+TWO_PROCESSES = [
+    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m",
+]  # fmt: skip
 # A grid small enough to be killed at every file it writes.
 SMALL = "methods=[{kind: base}, {kind: prefix_tuning, num_virtual_tokens: 4}]"
 METHODS = (
@@ -62,14 +67,9 @@ def test_two_processes_train_like_one(recipe_with_base: list[str], tmp_path: Pat
     """Two processes with a batch each take the steps of one that accumulates two batches."""
     recipe, *base = recipe_with_base
     train = ["train", recipe, "--method", "prefix_tuning", "--json", *settings(*base)]
-    launch = [
-        # accelerate's way to start several processes; without a GPU they run on the CPU.
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m",
-    ]  # fmt: skip
     done = subprocess.run(
-        [*launch, "ptkit", *train, "--out", "two"], cwd=tmp_path, capture_output=True, text=True,
-        timeout=300,
+        [*TWO_PROCESSES, "ptkit", *train, "--out", "two"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     two = json.loads(done.stdout)  # printed once
@@ -343,6 +343,21 @@ def test_one_gpu_is_not_given_to_several_processes(
     told = pytest.raises(UserError, match="write `cuda`, which gives each process a GPU")
     with told if refused else nullcontext():
         require_own(torch.device(named), state)
+
+
+def test_two_processes_compare_and_one_of_them_writes_and_speaks(
+    recipe_with_base: list[str], tmp_path: Path
+) -> None:
+    recipe, *base = recipe_with_base
+    compare = ["compare", recipe, *settings(*base, SMALL, "seeds=[0]"), "--out", "out", "--fresh"]
+    done = subprocess.run(
+        [*TWO_PROCESSES, "ptkit", *compare],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report.html") == 1
+    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["base", "prefix_tuning"]
 
 
 def saved(folder: Path) -> set[str]:

@@ -34,7 +34,7 @@ def documented_commands() -> list[list[str]]:
 
 
 #: Commands with commands of their own.
-GROUPS = ("adapters", "recipes", "bank", "bench", "models")
+GROUPS = ("adapters", "recipes", "bank", "bench", "models", "data")
 
 
 def test_readme_commands_and_options_exist() -> None:

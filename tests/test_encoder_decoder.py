@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from ptkit import AdapterBank
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, adapter_from_files, create_adapter

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from ptkit import AdapterBank, load_adapter
-from ptkit.data.encode import IGNORED, EncodedExample
+from ptkit.data.encoded import IGNORED, EncodedExample
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files, create_adapter

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ptkit import AdapterBank, load_base
 from ptkit.bank.conversation import Conversation
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.errors import AdapterError, ModelError
 from ptkit.families.candidate import METHODS, NOT_ASKED, PtkitCandidate
 from ptkit.families.kinds import (

@@ -19,7 +19,7 @@ from test_train import fresh
 
 from ptkit import AdapterBank, load_adapter
 from ptkit.bank.conversation import Conversation
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.errors import AdapterError, UserError
 from ptkit.evaluation.retention import measure_retention, probe_base
 from ptkit.formats.adapter_files import read_adapter, write_adapter

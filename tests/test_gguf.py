@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,12 @@ MERGES = ["Ġ Ġ", "1 2", "Ġ 1", "Ġ a"]
 
 def write(path: Path, kind: GGMLQuantizationType, *, pre: str = "smollm", arch: str = "llama",
           leave_out: str = "", tied: bool = True, seed: int = 0,
+          more: Mapping[str, tuple[int, ...]] | None = None, head: int = HIDDEN // HEADS,
           ) -> dict[str, np.ndarray]:  # fmt: skip
-    """A small random Llama as GGUF; the values its tensors have once they are unpacked."""
+    """A small random Llama as GGUF; the values its tensors have once they are unpacked.
+
+    more: tensors that each layer has, too, with their shapes; head: width of a head
+    """
     random = np.random.default_rng(seed)
     writer = GGUFWriter(path, arch)
     writer.add_block_count(LAYERS)
@@ -37,7 +42,10 @@ def write(path: Path, kind: GGMLQuantizationType, *, pre: str = "smollm", arch: 
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_rope_freq_base(5000.0)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_rope_dimension_count(head)
+    if head * HEADS != HIDDEN:
+        writer.add_key_length(head)
+        writer.add_value_length(head)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(TOKENS))
     writer.add_tokenizer_model("gpt2")
@@ -48,7 +56,7 @@ def write(path: Path, kind: GGMLQuantizationType, *, pre: str = "smollm", arch: 
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(0)
     writer.add_chat_template("{% for m in messages %}<start>{{ m.content }}{% endfor %}")
-    small = HIDDEN // HEADS * KV_HEADS
+    wide, small = head * HEADS, head * KV_HEADS
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (len(TOKENS), HIDDEN), "output_norm.weight": (HIDDEN,),
     }  # fmt: skip
@@ -58,12 +66,13 @@ def write(path: Path, kind: GGMLQuantizationType, *, pre: str = "smollm", arch: 
         shapes |= {
             f"blk.{layer}.{name}.weight": shape
             for name, shape in {
-                "attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,), "attn_q": (HIDDEN, HIDDEN),
+                "attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,), "attn_q": (wide, HIDDEN),
                 "attn_k": (small, HIDDEN), "attn_v": (small, HIDDEN),
-                "attn_output": (HIDDEN, HIDDEN), "ffn_gate": (WIDTH, HIDDEN),
+                "attn_output": (HIDDEN, wide), "ffn_gate": (WIDTH, HIDDEN),
                 "ffn_up": (WIDTH, HIDDEN), "ffn_down": (HIDDEN, WIDTH),
             }.items()
         }  # fmt: skip
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in (more or {}).items()}
     values = {}
     for name, shape in shapes.items():
         tensor = (random.normal(size=shape) * 0.2).astype(np.float32)

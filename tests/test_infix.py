@@ -17,7 +17,7 @@ from test_peft_parity import LEARNT, make_adapter, rows_of
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from ptkit import AdapterBank, Conversation, load_adapter
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import adapter_from_files, compile_files

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_cli import ptkit
 from transformers import pipeline
 
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods.linear_probe.settings import LinearProbeSection
 from ptkit.recipe import load_recipe

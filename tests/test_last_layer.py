@@ -18,6 +18,7 @@ from ptkit.families.model_under_test import small_model
 from ptkit.families.shapes import FAMILIES, small
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
+from ptkit.runtime.checkpointing import recomputing
 from ptkit.runtime.forward import IGNORED, supervised_logits, supervised_losses, token_losses
 from ptkit.runtime.last_layer import last_block
 
@@ -103,12 +104,11 @@ def test_checkpointed_layers_are_left_whole() -> None:
     base = random_base("llama")
     ids, mask, labels = batch_of([9, 12, 5])
     wanted = supervised_losses(base.model, ids, mask, labels, None)
-    base.model.activation_checkpointing_enable({"use_reentrant": False})
-    seen = rows_read(base, lambda: supervised_losses(base.model, ids, mask, labels, None))
+    with recomputing(base.model):
+        seen = rows_read(base, lambda: supervised_losses(base.model, ids, mask, labels, None))
+        found = supervised_losses(base.model, ids, mask, labels, None)
     assert seen == [ids.numel()]
-    torch.testing.assert_close(
-        supervised_losses(base.model, ids, mask, labels, None), wanted, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_soft_prompts_read_with_the_input_are_left_whole() -> None:

@@ -18,6 +18,7 @@ from conftest import random_base
 from gguf import GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llama_cpp import SERVER, needs_server, shifted
 from scipy.linalg import hadamard
 from test_cli import refused
 from test_peft_parity import LEARNT, make_adapter
@@ -25,14 +26,14 @@ from test_peft_parity import LEARNT, make_adapter
 from ptkit.bank import AdapterBank
 from ptkit.errors import AdapterError, UserError
 from ptkit.formats.adapter_files import write_adapter
-from ptkit.hub.engines.llama_cpp import _Layout, slot_file, write
+from ptkit.hub.engines.llama_cpp import write
 from ptkit.methods import Adapter
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits
+from ptkit.runtime.slot_file import CacheLayout, slot_file
 
-SERVER = Path(__file__).resolve().parents[1] / ".venv" / "llama-cpp"
 #: How far a token may lie below the likeliest, by what the server keeps keys and values in.
 TIES = {"F32": 0.6, "F16": 0.6, "Q8_0": 1.0}
 #: What rounding to each type loses.
@@ -72,23 +73,6 @@ os._exit(0)
 """
 
 
-def shifted(base: Base, seed: int, text: str, amount: float) -> KVPrefix:
-    """Keys and values of a text, moved to where no text's are."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.tensor([base.tokenizer(text).input_ids])
-    with torch.no_grad():
-        layers = base.model(ids, use_cache=True).past_key_values.layers
-
-    def moved(states: torch.Tensor) -> torch.Tensor:
-        noise = torch.randn(states.shape, generator=generator)
-        return states + amount * states.std() * noise
-
-    return KVPrefix(
-        tuple(moved(layer.keys[0]) for layer in layers),
-        tuple(moved(layer.values[0]) for layer in layers),
-    )
-
-
 @pytest.fixture(scope="module")
 def gguf(smollm2: Path) -> Path:
     return next(smollm2.glob("*.gguf"))
@@ -112,7 +96,7 @@ def adapters(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {name: folder / name for name in made}
 
 
-@pytest.mark.skipif(not SERVER.is_dir(), reason="needs llama.cpp's server: make setup-engines")
+@needs_server
 @pytest.mark.parametrize(
     ("dtype", "flash"),
     [("float32", True), ("float32", False), ("float16", True), ("int8", True)],
@@ -171,9 +155,9 @@ def test_a_slot_file_says_its_own_shape(
     cache = GGMLQuantizationType[kind]
     if kind == "Q8_0" and not flash:
         with pytest.raises(UserError, match="needs flash attention"):
-            slot_file(prefix, range(tokens), _Layout(True, cache, flash))
+            slot_file(prefix, range(tokens), CacheLayout(True, cache, flash))
         return
-    data = slot_file(prefix, range(100, 100 + tokens), _Layout(True, cache, flash))
+    data = slot_file(prefix, range(100, 100 + tokens), CacheLayout(True, cache, flash))
     read = _Reader(data)
     assert read("<3I") == (0x67677371, 4, tokens + 4)
     assert read(f"<{tokens + 4}i") == (-1, 1, tokens, *range(100, 100 + tokens), 0)

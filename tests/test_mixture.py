@@ -27,7 +27,7 @@ from test_train import fit, rows
 
 from ptkit import AdapterBank, load_adapter
 from ptkit.bank.conversation import Conversation
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.data.task import Example
 from ptkit.errors import AdapterError, RecipeError, UserError
 from ptkit.evaluation.predict import predict

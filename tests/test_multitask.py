@@ -14,7 +14,7 @@ from test_cli import ptkit, refused
 from test_encoder_decoder import random_pair
 
 from ptkit import AdapterBank
-from ptkit.data.encode import IGNORED, EncodedExample
+from ptkit.data.encoded import IGNORED, EncodedExample
 from ptkit.errors import AdapterError, ModelError, UserError
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import Demonstrations, adapter_from_files, create_adapter

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, create_adapter
 from ptkit.prefix import KVPrefix
 from ptkit.prefix_batch import PrefixBatch

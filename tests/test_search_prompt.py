@@ -12,7 +12,7 @@ from test_cli import ptkit, refused
 from test_encoder_decoder import random_pair
 from test_train import rows
 
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.errors import ModelError, UserError
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section

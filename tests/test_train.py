@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import random_base
 
-from ptkit.data.encode import EncodedExample, length_grouped_batches
+from ptkit.data.encode import length_grouped_batches
+from ptkit.data.encoded import EncodedExample
 from ptkit.errors import AdapterError, PtkitError, UserError
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import (

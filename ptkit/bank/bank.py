@@ -8,6 +8,7 @@ from typing import Any
 from ptkit.bank.ensemble import AveragedLogProbabilities, EnsembleBy, label_votes, vote
 from ptkit.bank.resident import ResidentAdapters, RowNames, parts_of_row
 from ptkit.bank.slots import SlotTable
+from ptkit.data.chat_template import ChatTemplate
 from ptkit.data.encode import require_apart
 from ptkit.data.tokens import listed, without_lead
 from ptkit.errors import DataError
@@ -40,6 +41,15 @@ class AdapterBank(ResidentAdapters):
         prompt begins with the begin-of-text token already."""
         begun = any(map(self._store.begins_text, parts_of_row(row)))
         return without_lead(ids, self.base.lead) if begun else list(ids)
+
+    def chat_template(self, row: RowNames) -> ChatTemplate:
+        """The template in which `row` is asked: the one that its adapter was trained with, of
+        several the first that has one. Otherwise it is the base's own."""
+        for name in parts_of_row(row):
+            chat = self._lora[name].chat if name in self._lora else self._store.chat(name)
+            if chat is not None:
+                return ChatTemplate.of_record(self.base.tokenizer, chat)
+        return ChatTemplate(self.base.tokenizer)
 
     def _encoded(self, texts: Sequence[str], names: Sequence[RowNames]) -> list[list[int]]:
         rows = zip(names, self.base.encode(texts), strict=True)
@@ -75,7 +85,7 @@ class AdapterBank(ResidentAdapters):
         """`generate` from token ids to token ids, without the end-of-text token."""
         with self.weights(names):
             return generate(
-                self.base.model, prompts, self.rows(names, prompts),
+                self.base.model, prompts, self.prefixes(names, prompts),
                 pad_token_id=self.base.pad_token_id, **options,
             )  # fmt: skip
 

@@ -12,12 +12,15 @@ from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
 
 from ptkit.bank.bank import AdapterBank
 from ptkit.bank.resident import RowNames
-from ptkit.data.tokens import chat_ids, listed, part_ids, text_ids
+from ptkit.data.chat_template import ChatTemplate
+from ptkit.data.dialogue import Message
+from ptkit.data.tokens import listed, part_ids, text_ids
 from ptkit.errors import AdapterError, ModelError, UserError
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.cache import ReservedCache, conversation_cache, layers_with_keys
 from ptkit.runtime.generation import generate
 from ptkit.runtime.processors import setting
+from ptkit.runtime.tokenization import own_ends
 
 #: Length of an answer unless said otherwise, in tokens.
 MAX_NEW_TOKENS = 256
@@ -51,11 +54,13 @@ class Conversation:
     and values depend on the prefix before them, so every adapter has its own. An adapter that joins
     later reads the conversation so far once. It answers as if it had been there from the start.
 
-    With a chat template the tokenizer's is used. Without one, texts and answers follow each other
-    line by line, as in the training of plain language models' adapters.
+    An adapter that was trained on conversations is asked in its own chat template, with its system
+    prompt; others in the tokenizer's. Without one, texts and answers follow each other line by
+    line, as in the training of plain language models' adapters.
 
     adapter: the first speaker, None for the plain base
-    system: a text before the conversation (the chat template's system message, or a first line)
+    system: a text before the conversation (the chat template's system message, or a first line);
+        None: the adapter's
 
     Not for several threads at once; the bank below may be shared.
     """
@@ -110,8 +115,10 @@ class Conversation:
         versions = bank.versions(self.adapter)  # before the rows: never newer than what they hold
         batch = bank.rows([self.adapter])
         options = self._within_room(options, batch.longest, len(prompt))
+        ends = bank.chat_template(self.adapter).ends
+        options = _ending(base, options, ends)
         if on_text is not None:
-            options["streamer"] = _Pieces(base, on_text)
+            options["streamer"] = _Pieces(base, on_text, ends)
         # Taken out: an interruption half-way leaves a cache nobody can trust.
         cache = self._remembered(self._memories.pop(self.adapter, None), versions, prompt)
         if cache is None:
@@ -154,8 +161,11 @@ class Conversation:
             for text, adapter in zip(texts, adapters, strict=True)
         ]
         bank, base = self.bank, self.bank.base
-        longest = bank.rows(adapters, prompts).longest
+        prefixes = bank.prefixes(adapters, prompts)
+        longest = max((p.virtual_tokens for p in prefixes if p is not None), default=0)
         options = self._within_room(options, longest, max(map(len, prompts)))
+        ends = frozenset[int]().union(*(bank.chat_template(name).ends for name in adapters))
+        options = _ending(base, options, ends)
         answers = bank.generate_ids(prompts, adapters, **options)
         return base.decode(answers)
 
@@ -184,9 +194,11 @@ class Conversation:
         return memory.cache
 
     def _prompt(self, text: str, before: list[ConversationTurn], adapter: RowNames) -> list[int]:
-        base = self.bank.base
-        templated = base.tokenizer.chat_template is not None
-        ids = (self._templated if templated else self._by_line)(text, before)
+        base, template = self.bank.base, self.bank.chat_template(adapter)
+        if template.exists:
+            ids = self._templated(template, text, before)
+        else:
+            ids = self._by_line(text, before)
         base.require_embedded([ids])
         return self.bank.behind(adapter, ids)
 
@@ -200,22 +212,26 @@ class Conversation:
             lines = [""]  # the next text begins on a line of its own
         return ids + _encoded(tokenizer, [*lines, text], start=not ids)
 
-    def _templated(self, text: str, before: list[ConversationTurn]) -> list[int]:
-        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+    def _templated(
+        self, template: ChatTemplate, text: str, before: list[ConversationTurn]
+    ) -> list[int]:
+        messages: list[Message] = (
+            [] if self.system is None else [{"role": "system", "content": self.system}]
+        )
         for exchange in before:
             messages.append({"role": "user", "content": exchange.text})
             messages.append({"role": "assistant", "content": exchange.answer})
         messages.append({"role": "user", "content": text})
-        return chat_ids(self.bank.base.tokenizer, messages)
+        return template.ids(template.with_system(messages))
 
 
 class _Pieces(TextStreamer):
     """transformers' streamer, handing whole words to a function instead of printing them."""
 
-    def __init__(self, base: Base, on_text: Callable[[str], None]) -> None:
+    def __init__(self, base: Base, on_text: Callable[[str], None], ends: frozenset[int]) -> None:
         streamer: Any = super()
         streamer.__init__(base.tokenizer, skip_prompt=True, skip_special_tokens=False)
-        self._frame = torch.tensor([*base.frame])
+        self._frame = torch.tensor([*base.frame, *ends])
         self._on_text = on_text
 
     def put(self, value: Tensor) -> None:
@@ -226,6 +242,13 @@ class _Pieces(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
             self._on_text(text)
+
+
+def _ending(base: Base, options: dict[str, Any], ends: frozenset[int]) -> dict[str, Any]:
+    """`options` with the tokens at which a template ends answers, beside the model's own."""
+    if "eos_token_id" in options or not ends - {*own_ends(base.model)}:
+        return options
+    return {**options, "eos_token_id": sorted({*own_ends(base.model), *ends})}
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, lines: list[str], *, start: bool) -> list[int]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.formats.adapter_info import ChatInfo
 from ptkit.methods.lora.files import lora_config
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.locks import lock_of, running
@@ -43,11 +44,13 @@ class LoadedLora:
     """A LoRA adapter in the base.
 
     internal: its name inside PEFT's layers; version: one more with every replacement
+    chat: how it is asked in conversations, as its files record it
     """
 
     internal: str
     path: Path
     version: int
+    chat: ChatInfo | None = None
 
 
 class LoraRows:
@@ -75,12 +78,18 @@ class LoraRows:
         return [*self._loaded]
 
     def load(
-        self, name: str, files: AdapterFiles, path: Path, along: Callable[[], Path] | None = None
+        self,
+        name: str,
+        files: AdapterFiles,
+        path: Path,
+        along: Callable[[], Path] | None = None,
+        chat: ChatInfo | None = None,
     ) -> None:
         """Put the LoRA adapter `files` into the base under `name`; nothing runs with it yet.
 
         along: called in the same moment, when all else has succeeded, while no batch runs. It
             returns where the files are from now on, instead of `path`
+        chat: how it is asked in conversations
 
         Raises AdapterError for kinds of LoRA that PEFT cannot mix within a batch, and when the
         tensors do not fit the base. Whatever is raised, by `along` too, the base is as it was.
@@ -109,7 +118,7 @@ class LoraRows:
                 raise
             replaced = self._loaded.get(name)
             version = 1 if replaced is None else replaced.version + 1
-            self._loaded[name] = LoadedLora(internal, path, version)
+            self._loaded[name] = LoadedLora(internal, path, version, chat)
             if replaced is not None:
                 self._remove(replaced.internal)
 

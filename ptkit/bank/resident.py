@@ -141,7 +141,7 @@ class ResidentAdapters:
                 self._store.put(name, prefix, method, None, None)
             return place
 
-        self._lora.load(name, lora, path, along)
+        self._lora.load(name, lora, path, along, read.files.info.chat)
         return name
 
     def swap(self, name: str, source: str | Path) -> None:
@@ -213,10 +213,24 @@ class ResidentAdapters:
         """Whether what `row` stands for gives every input a prefix of its own."""
         return any(not isinstance(found, KVPrefix) for _, found in self._compiled(row))
 
+    def prefixes(
+        self, names: Sequence[RowNames], inputs: Sequence[Sequence[int]] | None = None
+    ) -> list[KVPrefix | None]:
+        """The prefix of each row of a batch whose row i uses `names[i]`; None is the plain base.
+        Rows with the same adapters have the same object; where it depends on the input, those with
+        the same input, too.
+
+        inputs, and what is raised: see `rows`
+        """
+        read = [None] * len(names) if inputs is None else inputs
+        made: dict[object, KVPrefix] = {}
+        return [self._row(row, ids, made) for row, ids in zip(names, read, strict=True)]
+
     def rows(
         self, names: Sequence[RowNames], inputs: Sequence[Sequence[int]] | None = None
     ) -> PrefixBatch:
-        """The prefixes of a batch whose row i uses `names[i]`; None is the plain base.
+        """The prefixes of a batch whose row i uses `names[i]`, side by side for one forward pass;
+        None is the plain base.
 
         inputs: token ids of what each row reads; needed where an adapter's prefix depends on it
 
@@ -224,8 +238,7 @@ class ResidentAdapters:
         no virtual tokens (run the model within `weights(names)` for their part). Raises
         AdapterError as `prefix` does, and when inputs are needed and not given.
         """
-        read = [None] * len(names) if inputs is None else inputs
-        prefixes = [self._row(row, ids) for row, ids in zip(names, read, strict=True)]
+        prefixes = self.prefixes(names, inputs)
         first = prefixes[0] if prefixes else None
         if first is not None and len(prefixes) == 1:
             return first.alone
@@ -307,14 +320,26 @@ class ResidentAdapters:
             if name in self._store or name not in self._lora
         ]
 
-    def _row(self, row: RowNames, ids: Sequence[int] | None) -> KVPrefix | None:
-        prefixes = [
-            _one(name, found) if ids is None else found.for_input(ids)
-            for name, found in self._compiled(row)
-        ]
-        if len(prefixes) > 1:
-            return KVPrefix.concatenated(prefixes)
-        return prefixes[0] if prefixes else None
+    def _row(
+        self, row: RowNames, ids: Sequence[int] | None, made: dict[object, KVPrefix]
+    ) -> KVPrefix | None:
+        """made: the prefixes that rows of the batch so far were made for their inputs, and of
+        several adapters"""
+        prefixes: list[KVPrefix] = []
+        for name, found in self._compiled(row):
+            if isinstance(found, KVPrefix) or ids is None:
+                prefixes.append(_one(name, found))
+                continue
+            key = found, tuple(ids)
+            if key not in made:
+                made[key] = found.for_input(ids)
+            prefixes.append(made[key])
+        if len(prefixes) < 2:
+            return prefixes[0] if prefixes else None
+        together = tuple(prefixes)
+        if together not in made:
+            made[together] = KVPrefix.concatenated(together)
+        return made[together]
 
     def _lora_of(self, row: RowNames) -> str | None:
         named = [name for name in parts_of_row(row) if name in self._lora]

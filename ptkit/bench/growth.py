@@ -15,7 +15,7 @@ from ptkit.bench.bases import ParityError, bench_base, random_prompts
 from ptkit.bench.result import BenchResult, Figure
 from ptkit.bench.timing import interleaved, ratio
 from ptkit.comparison.drawing import paper, written
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.extras import require
 from ptkit.formats import atomic
 from ptkit.formats.sizes import in_bytes

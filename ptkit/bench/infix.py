@@ -9,7 +9,7 @@ import torch
 from ptkit.bench.bases import GPT2_SMALL, ParityError, bench_base, random_prompts
 from ptkit.bench.result import BenchResult, Figure
 from ptkit.bench.timing import interleaved, ratio
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.methods import Adapter, Demonstrations
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection

@@ -52,7 +52,7 @@ def bench_mixed(
     names = bank.list()
 
     def with_ptkit() -> list[list[int]]:
-        return generate(base.model, prompts, bank.rows(names), pad_token_id=pad, **options)
+        return generate(base.model, prompts, bank.prefixes(names), pad_token_id=pad, **options)
 
     def with_base() -> list[list[int]]:
         return generate(base.model, prompts, None, pad_token_id=pad, **options)
@@ -64,7 +64,7 @@ def bench_mixed(
         ]
 
     solo = [
-        generate(base.model, [prompt], bank.rows([name]), pad_token_id=pad, **options)[0]
+        generate(base.model, [prompt], bank.prefixes([name]), pad_token_id=pad, **options)[0]
         for name, prompt in zip(names, prompts, strict=True)
     ]
     mixed = with_ptkit()

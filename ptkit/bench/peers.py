@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from ptkit.bench.bases import GPT2_SMALL, LARGE_VOCABULARY
-from ptkit.data.encode import EncodedExample, length_grouped_batches
+from ptkit.data.encode import length_grouped_batches
+from ptkit.data.encoded import EncodedExample
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, create_adapter
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base

@@ -11,7 +11,7 @@ import torch
 from ptkit.bench.bases import ParityError, bench_base, random_prompts
 from ptkit.bench.result import BenchResult, Figure
 from ptkit.bench.timing import Timing, interleaved, ratio
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.methods import Demonstrations
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection

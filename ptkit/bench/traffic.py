@@ -85,16 +85,18 @@ def bench_traffic(
 
         def answer(rows: list[str]) -> list[list[int]]:
             return generate(
-                base.model, prompts, bank.rows(rows), pad_token_id=base.pad_token_id, **options
+                base.model, prompts, bank.prefixes(rows), pad_token_id=base.pad_token_id, **options
             )
 
         def zipf() -> list[str]:
             return [names[next(upcoming)] for _ in range(batch)]
 
         rows = zipf()
-        if answer(rows)[0] != generate(
-            base.model, prompts[:1], bank.rows(rows[:1]), pad_token_id=base.pad_token_id, **options
-        )[0]:  # fmt: skip
+        (alone,) = generate(
+            base.model, prompts[:1], bank.prefixes(rows[:1]), pad_token_id=base.pad_token_id,
+            **options,
+        )  # fmt: skip
+        if answer(rows)[0] != alone:
             raise ParityError("a row of the traffic's batch differs from its solo run")
         timings = interleaved(
             {"one": lambda: answer([busiest] * batch), "zipf": lambda: answer(zipf())},

@@ -20,7 +20,8 @@ from ptkit.bench.peft_trainer import PeftTrainer
 from ptkit.bench.result import BenchResult, Figure, times
 from ptkit.bench.timing import Timing, ratio, timed
 from ptkit.data import load_task
-from ptkit.data.encode import EncodedExample, encode_examples
+from ptkit.data.encode import encode_examples
+from ptkit.data.encoded import EncodedExample
 from ptkit.errors import UserError, did_you_mean
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import TrainSection
@@ -110,7 +111,7 @@ def bench_train(
                 disagreed[name] = str(error)
                 continue
             apart = {t: max(apart.get(t, 0.0), worst.get(t, 0.0)) for t in {**apart, **worst}}
-            supervised = statistics.mean(len(row.target_ids) for row in rows)
+            supervised = statistics.mean(row.supervised for row in rows)
             aimed_at = {peer.title for peer in taking_part if peer.aimed_at}
             figures += _figures(name, ours, theirs, aimed_at, method.aim(model, supervised))
             figures.append(_share_of_peak(name, base, method, rows[:batch_size], ours, autocast))

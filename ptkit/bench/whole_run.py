@@ -27,7 +27,8 @@ from ptkit.bench.peft_trainer import PeftTrainer, arguments_of, model_of
 from ptkit.bench.result import BenchResult, Figure, times
 from ptkit.bench.timing import Timing, ratio
 from ptkit.data import load_task
-from ptkit.data.encode import EncodedExample, encode_examples, length_grouped_batches
+from ptkit.data.encode import encode_examples, length_grouped_batches
+from ptkit.data.encoded import EncodedExample
 from ptkit.errors import UserError, did_you_mean
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import TrainSection

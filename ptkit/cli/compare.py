@@ -49,6 +49,7 @@ def compare(
     from ptkit.cli.display import LiveDisplay, say_plan
     from ptkit.comparison.grid import cells
     from ptkit.comparison.table import summary_table
+    from ptkit.launched import is_first
     from ptkit.recipe import load_recipe
 
     ray = on is not None and (_ray_address(on) or True)
@@ -57,11 +58,15 @@ def compare(
         told, measured = plan_comparison(loaded, out=out)
         say_plan(told, measured, as_json=json_output)
         return
-    with LiveDisplay(len(cells(loaded.recipe)), quiet=quiet or json_output) as display:
+    # Under `accelerate launch` every process trains; the first one speaks and writes.
+    silent = quiet or json_output or not is_first()
+    with LiveDisplay(len(cells(loaded.recipe)), quiet=silent) as display:
         done = run(
             loaded, out=out, fresh=fresh, ray=ray, cell_cpus=cell_cpus, cell_gpus=cell_gpus,
             observer=display,
         )  # fmt: skip
+    if not is_first():
+        raise typer.Exit(1 if done.failed else 0)
     if json_output:
         for record in done.records:
             typer.echo(record.as_line())

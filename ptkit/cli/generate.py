@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -68,9 +68,11 @@ def generate(
     """Generate with one or several adapters; all rows run in one mixed batch.
 
     An adapter knows the template it was trained with: give `name[Aurora], ...`, not the template.
+    One that was trained on conversations takes an input for a question.
     """
     from ptkit.errors import UserError
     from ptkit.evaluation.evaluate import fill_template, find_adapter, input_template
+    from ptkit.formats.adapter_files import read_info
 
     table = input_file if is_data_file(prompt, input_file) else None
     if table is not None and raw:
@@ -79,6 +81,12 @@ def generate(
     places: list[Path | None] = [find_adapter(path) for path in adapter or []]
     if ensemble and (len(places) < 2 or with_base):
         raise UserError("--ensemble needs at least two --adapter, and no --base")
+    for place in places if table is not None else []:
+        if place is not None and read_info(place).chat is not None:
+            raise UserError(
+                f"{place} was trained on conversations and takes questions: give a text file with "
+                f"one per line in place of {table}"
+            )
     # The base gets the first adapter's template: the same text, so that answers compare.
     template = places[0] if places else None
     if with_base or not places:
@@ -88,13 +96,14 @@ def generate(
 
     from ptkit.bank import AdapterBank, name_of
     from ptkit.data.inputs import table_inputs
-    from ptkit.formats.adapter_files import read_config, read_info
+    from ptkit.formats.adapter_files import read_config
     from ptkit.methods import revision_named
     from ptkit.runtime.base_model import load_base
     from ptkit.runtime.named_models import TINY_EN
+    from ptkit.runtime.tokenization import own_ends
 
     torch.manual_seed(seed)
-    options = {
+    options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "num_beams": beams,
         "do_sample": sample,
@@ -111,6 +120,10 @@ def generate(
     names = [
         None if place is None else bank.load(place, str(place), chosen=chosen) for place in places
     ]
+    asked_in = [bank.chat_template(name) for name in names]
+    ends = {end for chat in asked_in if chat.trained for end in chat.ends}
+    if ends and not raw:
+        options["eos_token_id"] = sorted({*own_ends(bank.base.model), *ends})
 
     # Of a data file each adapter reads the columns that its own template names.
     rows = {place: table_inputs(table, input_template(place or template)) for place in places
@@ -121,7 +134,9 @@ def generate(
     def filled(number: int, place: Path | None) -> str:
         if rows:
             return rows[place][number]
-        return inputs[number] if raw else fill_template(inputs[number], place or template)
+        if raw:
+            return inputs[number]
+        return fill_template(inputs[number], place or template, bank.base.tokenizer)
 
     if ensemble:
         texts = [filled(number, template) for number in range(len(inputs))]

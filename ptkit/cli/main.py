@@ -20,11 +20,13 @@ from ptkit.cli import (
     classify,
     compare,
     convert,
+    data,
     distill,
     environment,
     evaluate,
     export,
     generate,
+    import_,
     inspect,
     models,
     multitask,
@@ -55,6 +57,7 @@ app.add_typer(adapters.app, name="adapters")
 app.add_typer(bank.app, name="bank")
 app.add_typer(bench.app, name="bench")
 app.add_typer(models.app, name="models")
+app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("compare")(compare.compare)
 app.command("distill")(distill.distill)
@@ -69,6 +72,7 @@ app.command("serve")(serve.serve)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
+app.command("import")(import_.import_)
 app.command("verify")(verify.verify)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)

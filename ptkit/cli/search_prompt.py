@@ -30,7 +30,7 @@ def search_prompt(
     """
     from dataclasses import asdict
 
-    from ptkit.data.templates import Template
+    from ptkit.data.task import task_words
     from ptkit.errors import UserError
     from ptkit.recipe import load_recipe
     from ptkit.recipe.tasks import HeadedTask
@@ -52,7 +52,7 @@ def search_prompt(
 
     found = run(
         experiment.base, experiment.training(seed).encoded, experiment.validation,
-        text or Template(task.input).words, rounds=rounds, candidates=candidates,
+        text or task_words(task), rounds=rounds, candidates=candidates,
         rows=rows, seed=seed, report=report,
     )  # fmt: skip
     if json_output:

@@ -15,24 +15,34 @@ from ptkit.extras import require
 from ptkit.formats.sizes import read_bytes
 
 
+class ServingEngine(StrEnum):
+    """What runs the model."""
+
+    ptkit = "ptkit"
+    vllm = "vllm"
+    llama_cpp = "llama-cpp"
+
+
+_OF_VLLM = ("engine_python", "engine_options")
+_OF_LLAMA_CPP = ("gguf", "llama_server", "slots", "context", "slot_folder")
+#: Options that have no meaning for an engine.
+_WITHOUT = {
+    ServingEngine.ptkit: (*_OF_VLLM, *_OF_LLAMA_CPP),
+    ServingEngine.vllm: (
+        "max_queue", "max_tokens", "timeout", "budget", "kv_budget", "device", "device_map",
+        "allow_hub", "drain_seconds", *_OF_LLAMA_CPP,
+    ),
+    ServingEngine.llama_cpp: ("model", "max_batch", "kv_budget", "device_map", *_OF_VLLM),
+}  # fmt: skip
+_LLAMA_CPP = "With --engine llama-cpp"
+
+
 def size(text: str) -> int:
     """Bytes from `2GB`, `500 MB`, `1.5GiB` or a plain number."""
     try:
         return read_bytes(text)
     except UserError as error:
         raise typer.BadParameter(str(error)) from error
-
-
-#: Options that have no meaning for vLLM.
-_OWN_ENGINE = ("max_queue", "max_tokens", "timeout", "budget", "kv_budget", "device", "device_map",
-               "allow_hub", "drain_seconds")  # fmt: skip
-
-
-class ServingEngine(StrEnum):
-    """What runs the model."""
-
-    ptkit = "ptkit"
-    vllm = "vllm"
 
 
 def _given(context: typer.Context) -> list[str]:
@@ -43,15 +53,14 @@ def _given(context: typer.Context) -> list[str]:
 
 def _require_engine_takes(engine: ServingEngine, given: list[str]) -> None:
     """Raise UserError where an option was given that means nothing to `engine`."""
-    wrong = ("engine_python", "engine_options") if engine is ServingEngine.ptkit else _OWN_ENGINE
-    names = [f"--{name.replace('_', '-')}" for name in wrong if name in given]
+    names = [f"--{name.replace('_', '-')}" for name in _WITHOUT[engine] if name in given]
     if names:
         told = ", ".join(names).replace("--engine-options", "options after `--`")
         raise UserError(f"--engine {engine.value} does not take {told}")
 
 
 def serve(
-    context: typer.Context,
+    typer_context: typer.Context,
     engine_options: Annotated[
         Optional[list[str]],  # noqa: UP045  (typer reads annotations at run time)
         typer.Argument(metavar="[-- OPTION...]", help="With vllm: options of its own, after `--`."),
@@ -83,7 +92,13 @@ def serve(
             help="Memory for keys and values of answers under way; default: half of what is free.",
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float32, bfloat16 or float16. With llama-cpp: of its cache, float32, float16 or "
+            "int8."
+        ),
+    ] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     device_map: DeviceMapOption = None,
     model_name: Annotated[
@@ -110,11 +125,48 @@ def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     engine: Annotated[
         ServingEngine,
-        typer.Option(help="What runs the model: `ptkit`, or `vllm` (docs/engines.md)."),
+        typer.Option(
+            help="What writes the answers: ptkit, vLLM or llama.cpp's server (docs/engines.md)."
+        ),
     ] = ServingEngine.ptkit,
     engine_python: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="With vllm: the Python of its environment; default: this one."),
+    ] = None,
+    gguf: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="With llama-cpp: the model's file.", rich_help_panel=_LLAMA_CPP),
+    ] = None,
+    llama_server: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="The program llama-server, a folder with the package xllamacpp, or the URL of a "
+            "running server; default: what is found.",
+            rich_help_panel=_LLAMA_CPP,
+        ),
+    ] = None,
+    slots: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Answers written at the same time, each in a slot.",
+            rich_help_panel=_LLAMA_CPP,
+        ),
+    ] = 4,
+    context: Annotated[
+        int,
+        typer.Option(
+            min=16,
+            rich_help_panel=_LLAMA_CPP,
+            help="Positions of a slot: virtual tokens, prompt and answer.",
+        ),
+    ] = 4096,
+    slot_folder: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="With a URL: the --slot-save-path of the running server.",
+            rich_help_panel=_LLAMA_CPP,
+        ),
     ] = None,
 ) -> None:
     """Serve a base and its adapters at /v1, and a playground at /.
@@ -123,7 +175,7 @@ def serve(
     client works: base URL http://HOST:PORT/v1.
     """
     require("serve", "`ptkit serve`")
-    _require_engine_takes(engine, _given(context))
+    _require_engine_takes(engine, _given(typer_context))
 
     from ptkit.serve.run import is_loopback, read_keys, run_server
 
@@ -148,6 +200,12 @@ def serve(
     from ptkit.runtime.named_models import TINY_EN
     from ptkit.serve.build import build_app, named
 
+    executor = None
+    if engine is ServingEngine.llama_cpp:
+        from ptkit.serve.engines.llama_cpp.launch import started
+
+        executor = started(gguf, dtype, slots, context, llama_server, slot_folder)
+        model, dtype, max_batch = str(gguf), "float32", slots
     try:
         section = ModelSection.model_validate(
             {
@@ -175,7 +233,7 @@ def serve(
         base, adapters, model_name=model_name, budget=budget,
         kv_bytes=kv_budget, max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens,
         timeout=timeout, keys=keys, allow_hub=allow_hub, read_only=read_only,
-        loopback_only=local, chosen=model is not None,
+        loopback_only=local, chosen=model is not None, executor=executor,
     )  # fmt: skip
     library = app.state.library
     typer.secho(

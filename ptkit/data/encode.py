@@ -3,81 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ptkit.data.chat_rows import ChatEncoder
+from ptkit.data.encoded import IGNORED, EncodedExample
 from ptkit.data.task import Example
-from ptkit.data.tokens import (
-    cut_left,
-    lead_ids,
-    part_ids,
-    texts_ids,
-    whole_ids,
-    without_lead,
-)
+from ptkit.data.tokens import cut_left, lead_ids, part_ids, texts_ids, whole_ids
 from ptkit.errors import DataError
 from ptkit.recipe.tasks import (
+    ChatTask,
     ClassificationTask,
     GenerationTask,
     HeadedTask,
     Task,
     TokenClassificationTask,
 )
-
-#: Label of positions that are not supervised (transformers' and PyTorch's convention).
-IGNORED = -100
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedExample:
-    """One example as numbers: the input's token ids, and what is learnt.
-
-    target_ids: token ids that follow the input. For a classification head, numbers of labels: one
-        for the whole input, or one per token of it (`IGNORED` where a token has none)
-    """
-
-    input_ids: list[int]
-    target_ids: list[int]
-
-    def __len__(self) -> int:
-        return len(self.input_ids) + len(self.target_ids)
-
-    @property
-    def supervised(self) -> int:
-        """How many targets are learnt."""
-        return sum(target != IGNORED for target in self.target_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class StudiedText(EncodedExample):
-    """A text that a teacher wrote with a document in view: an opening, and what it wrote after it.
-
-    chunk: number of the document's piece that was in view
-    """
-
-    chunk: int = 0
-
-    def behind(self, lead: Sequence[int]) -> StudiedText:
-        """The text as it is read behind something that begins with `lead`."""
-        return replace(self, input_ids=without_lead(self.input_ids, lead))
-
-    def __hash__(self) -> int:
-        return hash((*self.input_ids, *self.target_ids, self.chunk))
-
-
-@dataclass(frozen=True, slots=True)
-class TaskExample(EncodedExample):
-    """An example of one of several tasks that are learnt together.
-
-    task: the task's number; weight: what its targets' losses count, so that a task of long targets
-        does not outweigh one of single words
-    """
-
-    task: int = 0
-    weight: float = 1.0
 
 
 def encode_examples(
@@ -100,10 +43,16 @@ def encode_examples(
     Raises DataError for a tokenizer without an end token where targets need one, and for label
     words that `require_apart` refuses.
 
+    A conversation is one up to its last answer, which is the target. What training reads of it are
+    `ptkit.data.chat_rows`.
+
     For a classification head, too, the tokenizer adds its special tokens and cuts at the right; a
     word's label is that of its first token. Raises DataError for a tokenizer that cannot tell
     which tokens a word has become.
     """
+    if isinstance(task, ChatTask):
+        encoder = ChatEncoder(tokenizer, task)
+        return [encoder.asked(example) for example in examples]
     if isinstance(task, TokenClassificationTask):
         return _encoded_words(examples, tokenizer, task)
     if isinstance(task, HeadedTask):

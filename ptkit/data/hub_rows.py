@@ -8,7 +8,6 @@ common cache may hold the same files with other types.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.csv.csv import Csv, CsvConfig
 from datasets.packaged_modules.json.json import Json, JsonConfig
 
-from ptkit.data.read_files import json_rows
+from ptkit.data.read_files import json_of, json_rows, json_value
 from ptkit.data.table import Row, Table
 from ptkit.errors import DataError
 from ptkit.formats.cache_home import cache_home
@@ -75,11 +74,11 @@ class _Objects(Sequence[Row]):
         return len(self.kept)
 
     def __getitem__(self, number: Any) -> Any:
-        return json.loads(self.kept[number][_ROW])
+        return json_value(self.kept[number][_ROW])
 
     def __iter__(self) -> Iterator[Row]:
         for row in self.kept:
-            yield json.loads(row[_ROW])
+            yield json_value(row[_ROW])
 
 
 def _untyped(asked: dict[str, Any]) -> DatasetDict | None:
@@ -167,9 +166,7 @@ def _json_tables(
             # A compressed file, or one of an archive, has a name such as `gzip://a.json::/b`.
             with fsspec.open(file, "rt", encoding=encoding, errors=config.encoding_errors) as text:
                 rows = (_named(row, declared) for row in json_rows(text, name, config.field))
-                while batch := [
-                    json.dumps(row, ensure_ascii=False) for row in islice(rows, 10_000)
-                ]:
+                while batch := [json_of(row) for row in islice(rows, 10_000)]:
                     yield Key(number, part), pa.table({_ROW: pa.array(batch, pa.string())})
                     part += 1
         if not part:

@@ -19,8 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from ptkit.data.table import Table
+from ptkit.data.table import Spots, Table
 from ptkit.errors import DataError
+
+
+class Digits(str):
+    """A JSON number as it is written: a text, like every value, that knows it was no text."""
+
+    __slots__ = ()
+
 
 #: Half of a character as JSON may write it: `\\ud83d`. No encoding has a text with one half.
 _HALF = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
@@ -46,17 +53,25 @@ def read_files(paths: Sequence[Path]) -> Table:
     if suffix == ".parquet":
         return _parquet(paths)
     rows: list[dict[str, Any]] = []
+    spots: list[tuple[Path, int]] = []
     for path in paths:
         try:
-            rows += READERS[suffix](path)
+            read = READERS[suffix](path)
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    return Table(list(dict.fromkeys(name for row in rows for name in row)), rows)
+        rows += (row for _, row in read)
+        spots += ((path, number) for number, _ in read)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return Table(columns, rows, spots=Spots(spots, in_lines=suffix == ".jsonl"))
 
 
-def _csv(path: Path, separator: str = ",") -> list[dict[str, Any]]:
+#: Rows, each with the number of its line, or of its row, in the file.
+_Rows = list[tuple[int, dict[str, Any]]]
+
+
+def _csv(path: Path, separator: str = ",") -> _Rows:
     try:
         # Without a header of its own, pandas renames no column and takes none for an index.
         frame = pd.read_csv(
@@ -70,21 +85,22 @@ def _csv(path: Path, separator: str = ",") -> list[dict[str, Any]]:
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise DataError(f"{path}: two columns are called `{twice[0]}`; rename one")
-    return [{name: cell or None for name, cell in zip(header, row, strict=True)} for row in cells]
+    rows = [{n: cell or None for n, cell in zip(header, row, strict=True)} for row in cells]
+    return list(enumerate(rows, start=1))
 
 
-def _tsv(path: Path) -> list[dict[str, Any]]:
+def _tsv(path: Path) -> _Rows:
     return _csv(path, "\t")
 
 
-def _jsonl(path: Path) -> list[dict[str, Any]]:
+def _jsonl(path: Path) -> _Rows:
     with path.open(encoding="utf-8-sig") as file:
         return list(_json_lines(file, str(path)))
 
 
-def _whole_json(path: Path) -> list[dict[str, Any]]:
+def _whole_json(path: Path) -> _Rows:
     with path.open(encoding="utf-8-sig") as file:
-        return list(json_rows(file, str(path)))
+        return list(enumerate(json_rows(file, str(path)), start=1))
 
 
 def json_rows(file: TextIO, name: str, field: str | None = None) -> Iterator[dict[str, Any]]:
@@ -99,14 +115,14 @@ def json_rows(file: TextIO, name: str, field: str | None = None) -> Iterator[dic
     first = next(filter(str.strip, iter(file.readline, "")), "")
     file.seek(0)
     if field is None and _is_object(first):
-        yield from _json_lines(file, name)
+        yield from (row for _, row in _json_lines(file, name))
         return
     text = file.read()
     try:
-        value = _json(text)
+        value = json_value(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and field is None:
-            yield from _json_lines(io.StringIO(text), name)
+            yield from (row for _, row in _json_lines(io.StringIO(text), name))
             return
         raise DataError(f"{name}:{error.lineno}: not valid JSON ({error.msg})") from error
     if field is not None:
@@ -121,31 +137,32 @@ def json_rows(file: TextIO, name: str, field: str | None = None) -> Iterator[dic
 
 def _is_object(line: str) -> bool:
     try:
-        return isinstance(_json(line), dict)
+        return isinstance(json_value(line), dict)
     except json.JSONDecodeError:
         return False
 
 
-def _json_lines(file: TextIO, name: str) -> Iterator[dict[str, Any]]:
+def _json_lines(file: TextIO, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         try:
-            value = _json(line)
+            value = json_value(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{name}:{number}: not valid JSON ({error.msg})") from error
         if not isinstance(value, dict):
             raise DataError(f"{name}:{number}: expected a JSON object per line")
-        yield value
+        yield number, value
 
 
-def _json(text: str) -> Any:
+def json_value(text: str) -> Any:
+    """The value of a JSON text, its numbers as `Digits`. Raises JSONDecodeError."""
     # Numbers stay as written: 1 and 2.5 of one column, 3.10, identifiers of twenty digits.
     try:
         value = json.loads(
             text,
-            parse_int=str,
-            parse_float=str,
+            parse_int=Digits,
+            parse_float=Digits,
             parse_constant=lambda name: None if name == "NaN" else name,
         )
     except RecursionError as error:
@@ -177,10 +194,31 @@ def _parquet(paths: Sequence[Path]) -> Table:
     return Table.of(Dataset(whole))
 
 
-READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+def json_of(value: Any) -> str:
+    """The JSON text of what `json_value` reads, with its numbers as they were written."""
+    if isinstance(value, Digits):
+        return str(value)
+    if isinstance(value, dict):
+        inner = (f"{json.dumps(k, ensure_ascii=False)}: {json_of(v)}" for k, v in value.items())
+        return "{" + ", ".join(inner) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(json_of, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def typed(value: Any) -> Any:
+    """`value` with its `Digits` as Python's numbers, for whoever needs JSON's types."""
+    if isinstance(value, Digits):
+        return json.loads(value)
+    if isinstance(value, dict):
+        return {key: typed(inner) for key, inner in value.items()}
+    return [typed(inner) for inner in value] if isinstance(value, list) else value
+
+
+READERS: dict[str, Callable[[Path], _Rows]] = {
     ".jsonl": _jsonl,
     ".json": _whole_json,
     ".csv": _csv,
     ".tsv": _tsv,
-    ".parquet": lambda path: [dict(row) for row in _parquet([path])],
+    ".parquet": lambda path: [(n, dict(row)) for n, row in _parquet([path]).placed()],
 }

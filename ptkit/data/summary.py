@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from ptkit.data.encode import EncodedExample
+from ptkit.data.chat_rows import ChatNotes
+from ptkit.data.encoded import EncodedExample
 from ptkit.data.splits import Origin
 from ptkit.data.task import Example, TaskData
-from ptkit.recipe.tasks import ClassificationTask, GenerationTask, HeadedTask, Task
+from ptkit.recipe.tasks import ChatTask, ClassificationTask, GenerationTask, HeadedTask, Task
 
 #: Labels that are listed with their counts; of more, only how many there are.
 MOST_LISTED = 20
@@ -28,16 +29,40 @@ def data_lines(
         f"{split}: {len(rows):,} rows{_from(split, data)}" + _labels(task, rows)
         for split, rows in splits.items()
     ]
+    if data.form:
+        lines.insert(0, f"conversations: recognised as {data.form}")
     for split, rows in splits.items():
         empty = sum(not example.input.strip() for example in rows)
         if empty:
             lines.append(f"{split}: {empty:,} inputs are empty")
         unsaid = sum(not example.target.strip() for example in rows)
-        if isinstance(task, GenerationTask) and unsaid:
+        if isinstance(task, GenerationTask | ChatTask) and unsaid:
             lines.append(f"{split}: {unsaid:,} targets are empty")
     for split, ids in (encoded or {}).items():
         lines += _cut(task, split, ids)
     return lines + [f"warning: {text}" for text in _warnings(task, data)]
+
+
+def chat_lines(task: ChatTask, split: str, notes: ChatNotes) -> list[str]:
+    """What was decided about the conversations of `split` as they became token ids."""
+    lines = []
+    if notes.shortened:
+        lines.append(
+            f"{split}: {notes.shortened:,} conversations exceed `max_tokens` ({task.max_tokens}); "
+            f"{notes.dropped:,} early messages are left out"
+        )
+    if notes.unfolded:
+        lines.append(
+            f"{split}: the chat template changes earlier answers when others follow; "
+            f"{notes.unfolded:,} conversations are read once for each answer"
+        )
+    if notes.endless:
+        lines.append(
+            f"warning: {split}: no mark ends the answer of {notes.endless:,} conversations, so "
+            "where to stop cannot be learnt; use a chat template whose end of turn is a token of "
+            "the model (`plain`, say)"
+        )
+    return lines
 
 
 def _from(split: str, data: TaskData) -> str:
@@ -72,6 +97,8 @@ def known_labels(task: Task) -> list[str]:
 
 
 def _cut(task: Task, split: str, ids: Sequence[EncodedExample]) -> list[str]:
+    if isinstance(task, ChatTask):  # nothing is cut within a turn (see `chat_lines`)
+        return []
     limit = task.max_input_tokens
     lines = []
     inputs = sum(len(row.input_ids) >= limit for row in ids)

@@ -12,6 +12,7 @@ import decimal
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,22 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class Spots:
+    """Where rows stand in files: of the n-th row that was read, `read[n - 1]`.
+
+    in_lines: the numbers are those of lines, as editors count them; else those of rows
+    """
+
+    read: Sequence[tuple[Path, int]]
+    in_lines: bool
+
+    def of(self, number: int) -> str:
+        """Where the row with this number, from 1, is: `file:line`, or `file, row n`."""
+        path, at = self.read[number - 1]
+        return f"{path}:{at}" if self.in_lines else f"{path}, row {at}"
+
+
+@dataclass(frozen=True)
 class Table:
     """Rows of one split.
 
@@ -32,12 +49,14 @@ class Table:
     rows: as read; iterating gives them with plain values (see `plain`)
     features: of typed data (Parquet, the Hub) the type of each column
     places: where each row stood in what was read, from 1; None: as they stand here
+    spots: where that is in files
     """
 
     columns: list[str]
     rows: Sequence[Row]
     features: Mapping[str, Any] | None = None
     places: Sequence[int] | None = None
+    spots: Spots | None = None
 
     @classmethod
     def of(cls, dataset: Dataset) -> Table:
@@ -58,20 +77,30 @@ class Table:
         places = range(1, len(self) + 1) if self.places is None else self.places
         yield from zip(places, self, strict=True)
 
+    def raw(self, source: str) -> Iterator[tuple[str, Row]]:
+        """The rows as read, truth values and numbers included, each with where it is.
+
+        source: what messages call rows that are in no file of this machine
+        """
+        places = range(1, len(self) + 1) if self.places is None else self.places
+        for number, row in zip(places, self.rows, strict=True):
+            where = f"{source} row {number}" if self.spots is None else self.spots.of(number)
+            yield where, row
+
     def only(self, columns: Sequence[str]) -> Table:
         """The same rows with these of the columns: others, images say, are not even decoded."""
         kept = [column for column in self.columns if column in columns]
         rows = self.rows
         if isinstance(rows, Dataset) and kept:
             rows = rows.select_columns(kept)
-        return Table(kept, rows, self.features, self.places)
+        return Table(kept, rows, self.features, self.places, self.spots)
 
     def select(self, numbers: Sequence[int]) -> Table:
         """The rows with these numbers, in this order."""
         rows = self.rows
         chosen = rows.select(numbers) if isinstance(rows, Dataset) else [rows[i] for i in numbers]
         places = [i + 1 if self.places is None else self.places[i] for i in numbers]
-        return Table(self.columns, chosen, self.features, places)
+        return Table(self.columns, chosen, self.features, places, self.spots)
 
 
 def plain(value: Any, feature: Any = None) -> Any:

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ptkit.data.chat_formats import ChatFormat, recognised
+from ptkit.data.dialogue import Dialogue
 from ptkit.data.sources import load_rows
 from ptkit.data.splits import Origin
 from ptkit.data.table import Table, kind_of
 from ptkit.data.templates import Template
 from ptkit.errors import DataError, did_you_mean
 from ptkit.recipe.tasks import (
+    ChatTask,
     ClassificationTask,
     GenerationTask,
     SequenceClassificationTask,
@@ -30,6 +33,8 @@ class Example:
     label: the gold label (classification)
     words: those of the input, where each has a label of its own (token classification), and
         `target` their labels with spaces between.
+    dialogue: the conversation (chat); `target` is then its last answer, and `input` what was said
+        before, for people
     """
 
     input: str
@@ -37,6 +42,7 @@ class Example:
     references: tuple[str, ...]
     label: str | None = None
     words: tuple[str, ...] = ()
+    dialogue: Dialogue | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class TaskData:
 
     origins: where the rows of each split are from
     test_chose: the test rows are the validation rows, which choose the checkpoint
+    form: how rows write conversations, in words; "" for other tasks
     """
 
     train: list[Example]
@@ -52,6 +59,7 @@ class TaskData:
     test: list[Example]
     origins: dict[str, Origin] = field(default_factory=dict, compare=False)
     test_chose: bool = False
+    form: str = ""
 
     @property
     def test_split(self) -> str:
@@ -107,7 +115,7 @@ def load_task(task: Task, folder: Path) -> TaskData:
 
     Raises DataError for data that cannot be read, and for templates that name a missing column.
     Other reasons are missing targets and labels, labels the task does not have, values without a
-    text, and references that are not lists of texts.
+    text, and references that are not lists of texts. So are conversations that are broken.
     """
     label = (
         task.label if isinstance(task, ClassificationTask | SequenceClassificationTask) else None
@@ -115,6 +123,7 @@ def load_task(task: Task, folder: Path) -> TaskData:
     rows = load_rows(task.data, folder, label)
     known: Collection[str] = getattr(task, "labels", ())
     unknown = _Unknown(known, "task.labels")
+    form = recognised(task, rows.train) if isinstance(task, ChatTask) else None
     if isinstance(task, ClassificationTask):
         unknown = _Unknown(task.verbalizer, "task.verbalizer")
     read = []
@@ -126,6 +135,9 @@ def load_task(task: Task, folder: Path) -> TaskData:
         source = rows.origins[split].source  # rows that are held out stand in another split
         if isinstance(task, GenerationTask):
             read.append(_generation(task, table, source, judged=split == "test"))
+        elif isinstance(task, ChatTask):
+            assert form is not None
+            read.append(_chats(task, form, table, source, judged=split == "test"))
         elif isinstance(task, TokenClassificationTask):
             read.append(_tagged(task, table, source, unknown))
         else:
@@ -134,7 +146,8 @@ def load_task(task: Task, folder: Path) -> TaskData:
     if isinstance(task, ClassificationTask):  # their words are known only now
         read = [[_in_words(task, example) for example in part] for part in read]
     train, validation, test = read
-    return TaskData(train, validation, test, rows.origins, rows.test_chose)
+    told = "" if form is None else str(form)
+    return TaskData(train, validation, test, rows.origins, rows.test_chose, told)
 
 
 def _in_words(task: ClassificationTask, example: Example) -> Example:
@@ -164,6 +177,31 @@ def _generation(task: GenerationTask, rows: Table, source: str, *, judged: bool)
             references = _references(row[task.references], task.references, where)
         examples.append(Example(input_.render(row, where), text, references))
     return examples
+
+
+def _chats(
+    task: ChatTask, form: ChatFormat, rows: Table, source: str, *, judged: bool
+) -> list[Example]:
+    judged = judged and task.references is not None
+    if judged:
+        _require_column(rows, str(task.references), "task.references")
+    examples = []
+    for row, dialogue in form.dialogues(rows, source):
+        target = dialogue.answer_text()
+        references: tuple[str, ...] = (target.strip(),)
+        if judged and task.references is not None:
+            references = _references(row.get(task.references), task.references, dialogue.where)
+        own = dialogue.with_system(task.system)
+        examples.append(Example(own.as_text(), target, references, dialogue=own))
+    return examples
+
+
+def task_words(task: Task) -> str:
+    """The words that every input of a task has: those around the columns of its template, or its
+    system prompt. Empty where it has none."""
+    if isinstance(task, ChatTask):
+        return task.system or ""
+    return "" if isinstance(task, TokenClassificationTask) else Template(task.input).words
 
 
 def _references(value: Any, column: str, where: str) -> tuple[str, ...]:

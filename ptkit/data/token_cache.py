@@ -20,11 +20,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from transformers import PreTrainedTokenizerBase
 
-from ptkit.data.encode import EncodedExample, encode_examples
+from ptkit.data.encode import encode_examples
+from ptkit.data.encoded import EncodedExample
 from ptkit.data.task import Example
 from ptkit.formats import atomic
 from ptkit.formats.cache_home import cache_home
-from ptkit.recipe.tasks import Task
+from ptkit.recipe.tasks import ChatTask, Task
 
 #: Fewer rows are tokenised as fast as they are read.
 FEWEST_ROWS = 1_000
@@ -47,8 +48,9 @@ def encode_cached(
     pairs: bool = False,
 ) -> list[EncodedExample]:
     """`encode_examples`, read from the cache where the same rows have been encoded before."""
-    # A slow tokenizer does not say what it is made of.
-    if len(examples) < FEWEST_ROWS or not tokenizer.is_fast:
+    # A slow tokenizer does not say what it is made of, nor any which chat template is its own.
+    named = tokenizer.is_fast and not isinstance(task, ChatTask)
+    if len(examples) < FEWEST_ROWS or not named:
         return encode_examples(examples, tokenizer, task, pairs=pairs)
     path = cache_folder() / f"{_digest(examples, tokenizer, task, pairs)}.safetensors"
     with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError):  # absent or damaged

@@ -8,7 +8,7 @@ what it puts before a text.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -92,21 +92,6 @@ def whole_ids(
         for i, ids in zip(twice, again, strict=True):
             found[i] = ids[len(lead) :]
     return found
-
-
-def chat_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
-) -> list[int]:
-    """The token ids of a conversation in the tokenizer's chat template, up to where the answer
-    begins: those of the rendered text, so that the lead is there once, whoever writes it.
-
-    Raises whatever the template raises.
-    """
-    ids: Any = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        add_generation_prompt=True, tokenize=True, return_dict=False,
-    )  # fmt: skip
-    return _begun(lead_ids(tokenizer), ids)
 
 
 def cut_left(ids: Sequence[int], limit: int, lead: Sequence[int]) -> list[int]:

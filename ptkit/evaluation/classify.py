@@ -10,7 +10,8 @@ from typing import Annotated
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
-from ptkit.data.encode import EncodedExample, encode_examples
+from ptkit.data.encode import encode_examples
+from ptkit.data.encoded import EncodedExample
 from ptkit.data.task import Example
 from ptkit.data.templates import filled
 from ptkit.data.tokens import listed

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ptkit.data.encode import StudiedText
+from ptkit.data.encoded import StudiedText
 from ptkit.evaluation.retention import MAX_LOGITS
 from ptkit.evaluation.statistics import Interval, bootstrap_interval
 from ptkit.metrics.metric import Statistics

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptkit.data.chat_template import ChatTemplate
 from ptkit.data.templates import filled
-from ptkit.errors import AdapterError
+from ptkit.errors import AdapterError, UserError
 from ptkit.evaluation.predict import Prediction, predict
 from ptkit.evaluation.retention import Retention, measure_retention
 from ptkit.evaluation.score import score_intervals
 from ptkit.formats.adapter_files import CONFIG, adapters_below, read_adapter, read_info
+from ptkit.formats.adapter_info import ChatInfo
 from ptkit.formats.hub import fetch_adapter, is_on_hub, missing_here
 from ptkit.methods import (
     ADAPTERS,
@@ -24,10 +26,13 @@ from ptkit.methods import (
     load_adapter,
 )
 from ptkit.methods.head import labels_of_files
+from ptkit.recipe.tasks import ChatTask
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.named_models import TINY_EN
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ptkit.data.task import Example
     from ptkit.evaluation.statistics import Interval
     from ptkit.training.experiment import Experiment
@@ -59,8 +64,17 @@ def find_adapter(path: Path, *, whole: bool = False) -> Path:
     raise AdapterError(f"{path} is neither an adapter ({CONFIG} is missing) nor a finished run")
 
 
-def fill_template(text: str, adapter: Path | None) -> str:
-    """`text` in the input template the adapter was trained with, if that has one column."""
+def fill_template(
+    text: str, adapter: Path | None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> str:
+    """`text` in the input template the adapter was trained with, if that has one column.
+
+    tokenizer: puts `text` as one question into the chat template of an adapter that was trained on
+        conversations; None where a conversation does that
+    """
+    chat = None if adapter is None else read_info(adapter).chat
+    if chat is not None and tokenizer is not None:
+        return ChatTemplate.of_record(tokenizer, chat).asked(text)
     return filled(input_template(adapter), text)
 
 
@@ -131,11 +145,36 @@ def _on_base(path: Path | None, base: Base, *, chosen: bool = False) -> Adapter:
 
 def evaluate_saved(experiment: Experiment, path: Path | None) -> Evaluation:
     """Predict and score the experiment's test rows with the adapter in `path` (None: the base)."""
-    adapter = _on_base(None if path is None else find_adapter(path), experiment.base)
+    folder = None if path is None else find_adapter(path)
+    chat = None if folder is None else read_info(folder).chat
+    experiment = _in_own_template(experiment, chat, str(path))
+    adapter = _on_base(folder, experiment.base)
     try:
         return evaluate(experiment, adapter, str(path) if path else "base")
     finally:
         adapter.close()
+
+
+def _in_own_template(experiment: Experiment, chat: ChatInfo | None, name: str) -> Experiment:
+    """The experiment with its conversations in the template and with the system prompt that an
+    adapter was trained with. Raises UserError where the recipe has another system prompt."""
+    recipe, data = experiment.recipe, experiment.data
+    task = recipe.task
+    if chat is None or not isinstance(task, ChatTask):
+        return experiment
+    if task.system is not None and task.system != chat.system:
+        raise UserError(
+            f"{name} was trained with the system prompt {chat.system!r}, the recipe has "
+            f"{task.system!r}: leave `task.system` out (--set task.system=null)"
+        )
+    asked = task.model_copy(update={"chat_template": chat.template, "system": chat.system})
+    test = [
+        replace(row, dialogue=row.dialogue.with_system(chat.system))
+        for row in data.test
+        if row.dialogue is not None
+    ]
+    recipe = recipe.model_copy(update={"task": asked})
+    return replace(experiment, recipe=recipe, data=replace(data, test=test))
 
 
 def evaluate(experiment: Experiment, adapter: Adapter, name: str) -> Evaluation:

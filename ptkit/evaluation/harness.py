@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.data.tokens import cut_left
 from ptkit.errors import DataError, ModelError, UserError
 from ptkit.extras import extra

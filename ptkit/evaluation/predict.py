@@ -8,19 +8,17 @@ from typing import Any
 
 import torch
 
-from ptkit.data.encode import (
-    EncodedExample,
-    encode_examples,
-    label_token_ids,
-    tokens_of_words,
-)
+from ptkit.data.encode import encode_examples, label_token_ids, tokens_of_words
+from ptkit.data.encoded import EncodedExample
 from ptkit.data.task import Example
+from ptkit.evaluation.dialogues import DialogueAnswers
 from ptkit.methods import Adapter
 from ptkit.metrics.metric import Metric, Statistics
 from ptkit.metrics.registry import metric
 from ptkit.metrics.scope import UNREAD
 from ptkit.prefix import Compiled
 from ptkit.recipe.tasks import (
+    ChatTask,
     ClassificationTask,
     GenerationTask,
     HeadedTask,
@@ -87,12 +85,21 @@ def predict(
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids))
     answers: dict[int, tuple[str, dict[str, Any]]] = {}
     wanted = {metric(name).needs for name in task.metrics}
+    chats = DialogueAnswers(adapter, task, compiled) if isinstance(task, ChatTask) else None
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
+        details: list[dict[str, Any]]
         inputs = [encoded[i].input_ids for i in rows]
-        if isinstance(task, GenerationTask):
+        if isinstance(task, ChatTask):
+            assert chats is not None
+            asked = [examples[i] for i in rows]
+            texts = chats.last(asked, inputs)
+            details = [{} for _ in rows]
+            if "nats" in wanted:
+                details = chats.nats(asked, lambda read: _target_nats(adapter, read, compiled))
+        elif isinstance(task, GenerationTask):
             texts = _generated(adapter, inputs, compiled, task)
-            details: list[dict[str, Any]] = [{} for _ in rows]
+            details = [{} for _ in rows]
             if "nats" in wanted:
                 details = _target_nats(adapter, [encoded[i] for i in rows], compiled)
         elif isinstance(task, TokenClassificationTask):
@@ -239,7 +246,7 @@ def _target_nats(
     adapter.model.eval()
     batch = rows_for(compiled, [row.input_ids for row in rows])
     losses = supervised_losses(adapter.model, **collate(rows, adapter.base), batch=batch)
-    counts = [len(row.target_ids) for row in rows]
+    counts = [row.supervised for row in rows]
     by_row = losses.double().split(counts)
     return [
         {"nats": float(loss.sum()), "tokens": count}

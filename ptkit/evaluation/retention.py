@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptkit.data.encode import IGNORED
+from ptkit.data.encoded import IGNORED
 from ptkit.errors import DataError
 from ptkit.formats.figures import RecordedRetention, TextFigures
 from ptkit.methods import Adapter

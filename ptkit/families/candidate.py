@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.families.model_under_test import ModelUnderTest, NotApplicable, TokenRow
 from ptkit.families.oracle import (
     Embedded,

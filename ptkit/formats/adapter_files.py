@@ -53,8 +53,8 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 PICKLED_WEIGHTS = "adapter_model.bin"
 #: What an adapter is said to be that another library made.
 ADAPTERHUBS = (
-    "is an adapter of AdapterHub's `adapters`, which ptkit does not read; train it again with "
-    "ptkit or PEFT"
+    "is an adapter of AdapterHub's `adapters`; `ptkit import` writes it in PEFT's layout, where "
+    "that holds what it is"
 )
 #: How pickled weights are called that a library opens without being asked for them by name.
 _OPENED = ("adapter_model", "pytorch_model")
@@ -104,16 +104,11 @@ def is_pickled_weights(name: str) -> bool:
     return is_pickle(name) and name.rpartition("/")[2].startswith(_OPENED)
 
 
-def conversion(folder: str | Path) -> str:
-    """The command that converts PEFT's pickled weights in `folder` without running code of
-    theirs."""
-    source, target = f"{folder}/{PICKLED_WEIGHTS}", f"{folder}/{WEIGHTS}"
-    code = (
-        "import torch; from safetensors.torch import save_file; "
-        f"t = torch.load({source!r}, map_location='cpu', weights_only=True); "
-        f"save_file({{n: v.clone().contiguous() for n, v in t.items()}}, {target!r})"
-    )
-    return f"python -c {shlex.quote(code)}"
+def conversion(source: str | Path) -> str:
+    """The command that converts PEFT's pickled weights in the folder or repository `source` without
+    running code of theirs."""
+    here = Path(str(source).partition("@")[0]).name
+    return shlex.join(["ptkit", "import", str(source), "--out", f"{here}-safetensors"])
 
 
 def adapter_folders(folder: Path) -> list[Path]:

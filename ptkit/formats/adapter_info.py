@@ -59,6 +59,15 @@ class TaskInfo(Open):
     """Label -> the words that stand for it."""
 
 
+class ChatInfo(Open):
+    """How it is asked in conversations: as it was in training."""
+
+    template: str
+    """The chat template, as Jinja's text."""
+    system: str | None = None
+    """The system prompt of conversations that bring none."""
+
+
 class DataInfo(Open):
     """The data set that it was trained on; paths of this machine are not kept."""
 
@@ -153,6 +162,8 @@ class AdapterInfo(Open):
     """Seed of the run."""
     task: TaskInfo | None = None
     """The task."""
+    chat: ChatInfo | None = None
+    """For an adapter that was trained on conversations."""
     data: DataInfo = DataInfo()
     """The data set."""
     metrics: dict[str, RecordedScore] | None = None
@@ -238,7 +249,8 @@ def _score(found: Any) -> Any:
 
 ADAPTER_INFO = FileKind(
     AdapterInfo,
-    (unchanged, _complete),
+    # 2 -> 3 brought `chat`: whoever does not know it would ask in another template.
+    (unchanged, _complete, unchanged),
     AdapterError,
     "fetch or export the adapter again",
 )

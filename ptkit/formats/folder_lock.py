@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from ptkit.errors import FolderError
 from ptkit.formats import atomic
+from ptkit.launched import is_first
 
 _LOCK, _HOLDER = ".lock", ".lock.json"
 _ATTEMPTS = 50
@@ -33,7 +34,7 @@ def held(folder: Path) -> Iterator[None]:
     Of the processes of one distributed run, the first one has the lock for all. Raises FolderError
     that names who works there.
     """
-    if int(os.environ.get("RANK", "0")):  # as torchrun and accelerate number them
+    if not is_first():
         yield
         return
     made = [p for p in (folder, *folder.parents) if not p.exists()]

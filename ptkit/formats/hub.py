@@ -17,6 +17,7 @@ from ptkit.formats.adapter_files import (
     INFO,
     INT8_WEIGHTS,
     PICKLED_WEIGHTS,
+    PICKLES,
     WEIGHTS,
     conversion,
     is_adapterhubs,
@@ -28,6 +29,9 @@ from ptkit.formats.sizes import MEGABYTE, in_bytes
 MAX_DOWNLOAD_MB = 4000
 #: The environment variable that says so: for what is a setting of the machine, not of a command.
 DOWNLOAD_LIMIT = "PTKIT_MAX_DOWNLOAD_MB"
+
+#: Tensors of other libraries, beside pickles.
+_TENSORS = (".safetensors", ".npy", ".adapter")
 
 _PART = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?P<repository>{_PART}/{_PART})(?:@(?P<revision>{_PART}(?:/{_PART})*))?")
@@ -120,14 +124,23 @@ def fetch_adapter(hub_id: str, *, whole: bool = False) -> Path:
         found = f"only pickled weights ({', '.join(pickles)}), which can run code when read"
         way = "ask its author for safetensors"
         if PICKLED_WEIGHTS in pickles:
-            revision = f" --revision {source.revision}" if source.revision else ""
-            way = (
-                "this fetches them and converts them without running any:\n"
-                f"hf download {source.repository}{revision} --local-dir {source.name}\n"
-                f"{conversion(source.name)}"
-            )
+            way = f"this fetches and converts them without running any:\n{conversion(hub_id)}"
         raise AdapterError(f"{hub_id} holds {found if pickles else 'no weights'}; {way}")
     return folder
+
+
+def fetch_foreign(hub_id: str) -> Path:
+    """Download the repository `user/repo[@revision]`, of whatever library, pickles included, and
+    return its folder in the Hub's cache. Nothing is opened. Raises as `fetch_adapter` does."""
+    from huggingface_hub import snapshot_download
+
+    source = HubId.read(hub_id)
+    with hub_errors(source):
+        wanted = [n for n in hub_files(source) if n.endswith((".json", *PICKLES, *_TENSORS))]
+        _require_small(source, wanted)
+        return Path(
+            snapshot_download(source.repository, revision=source.revision, allow_patterns=wanted)
+        )
 
 
 def _require_small(source: HubId, wanted: list[str]) -> None:

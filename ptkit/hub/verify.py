@@ -232,7 +232,7 @@ def _check_scores(
     if not info.metrics:
         yield Check("score", None, "no score is claimed")
         return
-    loaded = _recipe(path, recipe)
+    loaded = recipe_of(path, recipe)
     try:
         experiment = prepare(loaded, base)
     except DataError as error:
@@ -269,7 +269,7 @@ def _reproduced(name: str, claimed: RecordedScore, found: Interval) -> Check:
     return Check(f"score: {name}", same, detail)
 
 
-def _recipe(path: Path, given: str | Path | None) -> LoadedRecipe:
+def recipe_of(path: Path, given: str | Path | None) -> LoadedRecipe:
     """The recipe whose test is run. Raises UserError for one that would run a stranger's choice
     of code, AdapterError when there is none."""
     if given is not None:

@@ -25,23 +25,23 @@ class JsonText(MeanOverExamples):
             return
         for number, row in enumerate(references, start=1):
             for reference in row:
-                if _parsed(reference) is None:
+                if parsed_json(reference) is None:
                     raise UserError(
                         f"`json_equal`: the reference of example {number} is not JSON: "
                         f"{reference[:60]!r}; use `exact_match` for other texts"
                     )
 
     def value(self, prediction: str, references: Sequence[str]) -> float:
-        found = _parsed(prediction)
+        found = parsed_json(prediction)
         if found is None or self.name == "json_valid":
             return float(found is not None)
-        return float(any(found == _parsed(reference) for reference in references))
+        return float(any(found == parsed_json(reference) for reference in references))
 
     def signature(self, references: Sequence[Sequence[str]]) -> str:
         return "Python's json, without NaN, Infinity and repeated keys"
 
 
-def _parsed(text: str) -> tuple[Any] | None:
+def parsed_json(text: str) -> tuple[Any] | None:
     """The value of `text` in a form whose parts compare as JSON's do; None where it is no JSON."""
     try:
         return (_typed(json.loads(text, object_pairs_hook=_object, parse_constant=_refuse)),)

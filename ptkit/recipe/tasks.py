@@ -38,7 +38,7 @@ class DataSection(Section):
 
     builtin: str | None = None
     """A set that ships with ptkit: `facts-to-text`, `message-routing`, `captions-en-de`,
-    `report-summary`, `persona-reply`, `passage-question`."""
+    `report-summary`, `persona-reply`, `persona-chat`, `passage-question`."""
     hub: str | None = None
     """Id of a dataset on the Hugging Face Hub. Its CSV and JSON files are read as `files` are: a
     cell is its text."""
@@ -173,6 +173,61 @@ class ClassificationTask(Section):
         return words
 
 
+class ChatTask(Section):
+    """The model answers in conversations, which it reads in its chat template."""
+
+    kind: Literal["chat"]
+    """`chat`."""
+    data: DataSection
+    """Where the rows come from, one conversation each."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
+    """How a row writes a conversation. `messages`: OpenAI's and TRL's. `sharegpt`: turns of `from`
+    and `value`. `alpaca`: `instruction`, `input`, `output`. `prompt_completion`: texts or messages.
+    `auto` tells them apart by their columns, and the run tells what was recognised."""
+    column: str | None = None
+    """The column of the turns. null: `messages`, or `conversations` for `sharegpt`."""
+    references: str | None = None
+    """Column holding the list of acceptable last answers; without it the one in the conversation
+    is the reference."""
+    system: str | None = None
+    """System prompt of conversations that bring none. The adapter keeps it, and `chat`, `serve` and
+    `generate` put it before what they are asked."""
+    chat_template: str | None = None
+    """The template that conversations are written in: a Jinja file (relative paths start at the
+    recipe's folder), its text, or `chatml` or `plain`. null: the model's own. The adapter keeps
+    what is not the model's own."""
+    loss: Literal["assistant", "last", "all"] = "assistant"
+    """What is learnt: all answers of a conversation, the last one, or every token."""
+    max_tokens: Annotated[int, Field(gt=0)] = 1024
+    """The most tokens of a conversation, the template's included."""
+    too_long: Literal["drop_turns", "refuse"] = "drop_turns"
+    """What becomes of longer ones. `drop_turns`: the earliest questions with their answers are left
+    out, whole, and the system prompt stays. `refuse`: the run ends with an error."""
+    history: Literal["reference", "own"] = "reference"
+    """What the model reads before the last answer of a test conversation: the earlier answers of
+    the conversation, or those that it wrote itself."""
+    max_target_tokens: Annotated[int, Field(gt=0)] = 128
+    """Answers that are generated stop at this many tokens."""
+    num_beams: Annotated[int, Field(ge=1)] = 1
+    """Beams of the search used for evaluation; 1 is greedy."""
+    metrics: list[MetricName] = Field(default=["chrf", "perplexity"], min_length=1)
+    """Metrics of the last answer, as those of `kind: generation`, and `tool_calls_valid` and
+    `tool_calls_equal`. `perplexity` is that of all that `loss` names. The first is *the score* in
+    tables."""
+    _judged: ClassVar[Judged] = "text"
+
+    _metrics_are_known = field_validator("metrics")(_require_metrics)
+
+    @model_validator(mode="after")
+    def _room_for_an_answer(self) -> ChatTask:
+        if self.max_target_tokens >= self.max_tokens:
+            raise ValueError(
+                f"`max_tokens` ({self.max_tokens}) leaves no room for a question beside an answer "
+                f"of `max_target_tokens` ({self.max_target_tokens}); lower the second"
+            )
+        return self
+
+
 class HeadedTask(Section):
     """What tasks share that are solved by a classification head instead of by words: the head is
     new, and trained with every method. For encoders, and for decoders used as classifiers."""
@@ -228,4 +283,10 @@ class TokenClassificationTask(HeadedTask):
     _judged: ClassVar[Judged] = "words"
 
 
-Task = GenerationTask | ClassificationTask | SequenceClassificationTask | TokenClassificationTask
+Task = (
+    GenerationTask
+    | ChatTask
+    | ClassificationTask
+    | SequenceClassificationTask
+    | TokenClassificationTask
+)

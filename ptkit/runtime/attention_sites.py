@@ -12,6 +12,7 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfA
 
 from ptkit.errors import ModelError
 from ptkit.runtime.architecture import is_encoder
+from ptkit.runtime.facts import known
 
 #: What families call the layer that makes keys.
 _KEY_PROJECTIONS = {"k_proj", "k", "key", "k_lin", "key_proj", "Wqkv"}
@@ -19,6 +20,10 @@ _KEY_PROJECTIONS = {"k_proj", "k", "key", "k_lin", "key_proj", "Wqkv"}
 
 def takes_positions(model: PreTrainedModel) -> bool:
     """Whether `model` is told its tokens' positions (others derive them from the mask)."""
+    return known(model, _takes_positions)  # every forward pass asks
+
+
+def _takes_positions(model: PreTrainedModel) -> bool:
     # Asked of the class: who replaces a model's forward may not name its arguments.
     return "position_ids" in inspect.signature(type(model).forward).parameters
 

@@ -178,7 +178,7 @@ class Base(TokenizerMixin):
                 f"too few positions: {self.id} has {self.max_positions}, {what} takes {virtual} "
                 f"virtual tokens and leaves {max(0, self.max_positions - virtual)}, but the data "
                 f"needs {tokens}; lower the number of virtual tokens (or demonstrations), "
-                "`max_input_tokens` or `max_target_tokens`"
+                "`max_input_tokens` (`max_tokens` of a chat) or `max_target_tokens`"
             )
 
 

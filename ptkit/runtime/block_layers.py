@@ -8,24 +8,15 @@ So no unpacked weight outlives its product.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.gguf.dequant import GGML_BLOCK, GGML_NAME, dequantize
 
-Q4_0: Final = 2
-Q4_1: Final = 3
-Q5_0: Final = 6
-Q5_1: Final = 7
-Q8_0: Final = 8
+from ptkit.runtime.ggml_types import BLOCKS, NAMES, Q4_0, Q4_1, Q5_0, Q5_1, dequantized
 
 #: Values that are unpacked at a time: 4 MB of float32.
 PIECE = 1 << 20
-
-#: Values of a block and its bytes: of transformers' types, and of two that it has no reader for.
-BLOCKS: dict[int, tuple[int, int]] = {**GGML_BLOCK, Q5_0: (32, 22), Q5_1: (32, 24)}
-NAMES: dict[int, str] = {**GGML_NAME, Q5_0: "Q5_0", Q5_1: "Q5_1"}
 
 
 def row_bytes(kind: int, width: int) -> int:
@@ -44,7 +35,7 @@ def unpacked(blocks: Tensor, kind: int, dtype: torch.dtype = torch.float32) -> T
     rows = blocks.shape[0]
     flat = blocks.reshape(-1, BLOCKS[kind][1])
     if kind not in (Q4_0, Q4_1, Q5_0, Q5_1):
-        return dequantize(flat.reshape(-1), kind, dtype).reshape(rows, -1)
+        return dequantized(flat, kind, dtype).reshape(rows, -1)
     offset = kind in (Q4_1, Q5_1)  # a minimum beside the scale, in place of integers around zero
     head = 4 if offset else 2
     low = flat[:, -16:]

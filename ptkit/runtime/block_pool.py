@@ -42,6 +42,7 @@ class BlockPool:
     block_size: positions of a block
     most: blocks it may have; None: as memory lasts
     kept: blocks that no sequence uses any more, kept for those with an equal beginning
+    reserved: blocks that it has memory for from the first write on, until it goes
 
     Position `i` of block `b` is slot `b * block_size + i` of every layer. Memory is taken as
     blocks are written to, a few at a time, and given back when most of them are free.
@@ -54,8 +55,10 @@ class BlockPool:
         block_size: int = BLOCK_SIZE,
         most: int | None = None,
         kept: int = 0,
+        reserved: int = 0,
     ) -> None:
         self.layout, self.block_size, self.most, self.kept = layout, block_size, most, kept
+        self._reserved = reserved
         #: References to each block; 0: free, or kept.
         self._uses: list[int] = []
         self._free: list[int] = []  # a heap: low numbers first, so that the end can be given back
@@ -64,6 +67,8 @@ class BlockPool:
         self._by_content: dict[bytes, int] = {}
         self._content: dict[int, bytes] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()  # kept blocks, longest unused first
+        #: What the last reads returned, to be written over.
+        self._gathered: dict[tuple[object, ...], Tensor] = {}
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +95,7 @@ class BlockPool:
         missing = count - len(self._free)
         if missing > 0:
             size = len(self._uses)
-            wanted = max(missing, _LEAST_GROWTH, size // _GROWTH_PART)
+            wanted = max(missing, _LEAST_GROWTH, size // _GROWTH_PART, self._reserved - size)
             grown = wanted if self.most is None else min(wanted, self.most - size)
             if grown + room < count:
                 raise NoBlocksError(
@@ -125,7 +130,7 @@ class BlockPool:
             else:
                 self.withdraw(block)
                 heapq.heappush(self._free, block)
-        if 2 * (len(self._uses) - len(self._free)) < len(self._uses):
+        if not self._reserved and 2 * (len(self._uses) - len(self._free)) < len(self._uses):
             self._shrink()
 
     def found(self, content: bytes) -> int | None:
@@ -158,6 +163,7 @@ class BlockPool:
         size = 1 + max((b for b, n in enumerate(self._uses) if n or b in self._unused), default=-1)
         if 2 * size > len(self._uses):
             return
+        self._gathered.clear()
         del self._uses[size:]
         self._free = [block for block in self._free if block < size]
         heapq.heapify(self._free)
@@ -174,18 +180,28 @@ class BlockPool:
         `[positions]`."""
         for tensors, new in ((self._keys, keys), (self._values, values)):
             tensor = self._with_room(tensors, layer, new)
-            tensor.index_copy_(0, slots.to(tensor.device), new.to(tensor))
+            tensor.index_copy_(0, _on(tensor, slots), new.to(tensor))
 
-    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of `layer` at `slots` `[rows, positions]`, each
-        `[rows, heads, positions, dim]`."""
+    def read(self, layer: int, slots: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of `layer` at `slots` `[rows * positions]`, each
+        `[rows, heads, positions, dim]`. The next read writes over them."""
         pair = []
-        for tensors in (self._keys, self._values):
+        for kind, tensors in enumerate((self._keys, self._values)):
             tensor = tensors[layer]
             assert tensor is not None
-            read = tensor.index_select(0, slots.reshape(-1).to(tensor.device))
-            pair.append(read.view(*slots.shape, *tensor.shape[1:]).transpose(1, 2))
+            room = self._room_for(kind, slots.shape[0], tensor)
+            torch.index_select(tensor, 0, _on(tensor, slots), out=room)
+            pair.append(room.view(rows, -1, *room.shape[1:]).transpose(1, 2))
         return pair[0], pair[1]
+
+    def _room_for(self, kind: int, positions: int, like: Tensor) -> Tensor:
+        """Memory for what is read, `[positions, heads, dim]`: the same for all layers, as fresh
+        memory costs as much as the copy."""
+        key = kind, like.device, like.dtype, like.shape[1:]
+        room = self._gathered.get(key)
+        if room is None or room.shape[0] < positions:
+            self._gathered[key] = room = like.new_empty(positions + positions // 4, *like.shape[1:])
+        return room[:positions]
 
     def copy(self, source: int, target: int) -> None:
         """Put what is in block `source` into block `target`."""
@@ -202,12 +218,17 @@ class BlockPool:
     def _with_room(self, tensors: list[Tensor | None], layer: int, like: Tensor) -> Tensor:
         """The tensor of `layer` with a place for every block."""
         tensor, positions = tensors[layer], len(self._uses) * self.block_size
-        if tensor is None or len(tensor) < positions:
+        if tensor is None or tensor.shape[0] < positions:
             grown = like.new_empty(positions, *like.shape[1:])
             if tensor is not None:
                 grown[: len(tensor)] = tensor
             tensors[layer] = tensor = grown
         return tensor
+
+
+def _on(tensor: Tensor, slots: Tensor) -> Tensor:
+    """`slots` on the device of `tensor`."""
+    return slots if slots.device == tensor.device else slots.to(tensor.device)
 
 
 class BlockTable:
@@ -250,6 +271,12 @@ class BlockTable:
         """The slots of so many more positions, `[positions]`. Raises NoBlocksError, and is then as
         it was."""
         size, pool = self._pool.block_size, self._pool
+        if positions == 1 and self._room and self.length < len(self._slots):  # nearly every token
+            slot = (self.blocks[-1] + 1) * size - self._room
+            self._slots[self.length] = slot
+            self.length += 1
+            self._room -= 1
+            return self._slots[self.length - 1 : self.length]
         new = pool.allocate(pool.blocks_for(max(0, positions - self._room)))
         start = self.length
         if self._room:

@@ -11,7 +11,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from ptkit.errors import ModelError
 from ptkit.prefix_batch import PrefixBatch
@@ -97,8 +101,10 @@ def has_state(model: PreTrainedModel) -> bool:
 
 def shares_keys(model: PreTrainedModel) -> bool:
     """Whether some layers of `model` read the keys and values of earlier ones (Gemma 3n and 4)."""
-    modes = getattr(model.config.get_text_config(decoder=True), "kv_sharing_modes", None)
-    return any(mode == "reuse" for mode in modes or ())
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "num_kv_shared_layers", None):  # what release 5.16 asks for
+        return True
+    return any(mode == "reuse" for mode in getattr(config, "kv_sharing_modes", None) or ())
 
 
 def layer_kinds(model: PreTrainedModel) -> list[str]:
@@ -138,7 +144,8 @@ def whole_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache that keeps all keys and values, window or not, and states where there are."""
     own = DynamicCache(config=model.config)
     # A layer that reads the keys and values of another needs no place; others that have none do.
-    placed = not shares_keys(model) and any(type(layer) is DummyLayer for layer in own.layers)
+    keeps = (CacheLayerMixin, LinearAttentionCacheLayerMixin)
+    placed = not shares_keys(model) and not all(isinstance(layer, keeps) for layer in own.layers)
     return own if placed or has_state(model) else DynamicCache()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptkit.data.encode import IGNORED, EncodedExample
+from ptkit.data.encoded import IGNORED, EncodedExample
 from ptkit.prefix import Compiled
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe.tasks import HeadedTask, Task
@@ -233,5 +233,5 @@ def _joined(rows: Sequence[EncodedExample], pad_token_id: int) -> dict[str, Tens
         tokens = torch.tensor(row.input_ids + row.target_ids)
         ids[i, : len(row)] = tokens
         mask[i, : len(row)] = 1
-        labels[i, len(row.input_ids) : len(row)] = tokens[len(row.input_ids) :]
+        labels[i, len(row.input_ids) : len(row)] = torch.tensor(row.labels)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}

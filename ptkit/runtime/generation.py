@@ -1,16 +1,38 @@
-"""Generation with KV prefixes: a pre-filled cache handed to the plain model's `generate`."""
+"""Generation: new tokens for rows, each behind its own KV prefix.
+
+The decode loop of the package writes them, over blocks of keys and values, as in serving
+(`ptkit.runtime.paged_generation`). transformers' own loop writes the rest, with the prefixes in its
+cache or in the attention. `why_not_blocks` is the one place that chooses, and names the reason:
+
+- beams, drafts (assisted decoding) and other searches that go back, and transformers' own caches;
+- encoder-decoders, layers that keep a state or read the keys of others;
+- rows longer than a layer's window, for blocks hold what no layer forgets;
+- attention that reads no blocks, and the cache of an earlier turn of a conversation.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationMixin,
+    PreTrainedModel,
+    StaticCache,
+)
+from transformers.generation import GenerationMode
 
 from ptkit.errors import ModelError
+from ptkit.prefix import KVPrefix, prefixes_of
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.architecture import evaluating
 from ptkit.runtime.attention import Repeats, prefixed_positions
@@ -19,18 +41,27 @@ from ptkit.runtime.cache import cache_for, prefilled_cache, sees_everything
 from ptkit.runtime.forward import pad_rows
 from ptkit.runtime.infix import placed_before_last, read_before_last
 from ptkit.runtime.locks import running
+from ptkit.runtime.paged_attention import reads_blocks
+from ptkit.runtime.paged_batch import smallest_window, why_not_paged
+from ptkit.runtime.paged_generation import BlockDecoding
 from ptkit.runtime.placement import own_part
 from ptkit.runtime.processors import DRAFTED, processors_read_text, setting
+from ptkit.runtime.row_adapters import row_adapters
 from ptkit.runtime.runner import ModelRunner
 from ptkit.runtime.soft_prompts import with_embeddings
 from ptkit.runtime.views import twin
+
+logger = logging.getLogger(__name__)
+
+#: What is given to `generate` for its rows: one prefix each, or a batch of them.
+Prefixes = PrefixBatch | Sequence[KVPrefix | None] | None
 
 
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
     prompts: list[list[int]],
-    batch: PrefixBatch | None,
+    prefixes: Prefixes,
     *,
     pad_token_id: int,
     static_positions: int | None = None,
@@ -39,21 +70,27 @@ def generate(
 ) -> list[list[int]]:
     """New token ids for each prompt, end-of-text and padding removed.
 
-    prompts: token ids of each row, of any lengths (they are left-padded here)
-    batch: the rows' prefixes, or None for the plain base
+    prompts: token ids of each row, of any lengths
+    prefixes: those of the rows, one each; or None for the plain base. Rows with the same object
+        share its keys and values
     static_positions: use a static cache of this many positions (virtual tokens, prompt and new
-        tokens), so that a compiled model sees one shape. Default: a cache that grows
+        tokens), so that a compiled model sees one shape. Default: blocks, or a cache that grows
+    read: the cache of an earlier turn, which holds the prefix and the beginning of the one prompt
     generate_options: anything transformers' `generate` takes (`max_new_tokens`, `num_beams`,
         `do_sample`, ...). Options that change the number of returned rows are multiplied out:
         with `num_return_sequences=k` row i's answers are at `[i * k, (i + 1) * k)`.
 
-    A row of several gets the same greedy tokens as alone. Every row has its own position ids
-    (derived from its own mask), and reads no other row's prefix. Logits processors and stopping
-    criteria read the rows' own tokens, no padding and no placeholder.
+    A row of several gets the same greedy tokens as alone. It reads no other row's prefix. Logits
+    processors and stopping criteria read the rows' own tokens, no padding and no placeholder.
+    Sampling takes torch's random numbers: after `torch.manual_seed` the same call writes the same.
     """
-    asked = _Asked(model, prompts, batch, pad_token_id, generate_options)
+    asked = _Asked(model, prompts, prefixes, pad_token_id, generate_options)
     with running(model), evaluating(model):
-        return _generated(asked, static_positions, read)
+        reason = why_not_blocks(asked, static_positions, read)
+        if reason is None:
+            return _in_blocks(asked)
+        logger.debug("transformers' own loop writes: %s", reason)
+        return _in_cache(asked, static_positions, read)
 
 
 @dataclass(frozen=True)
@@ -62,9 +99,31 @@ class _Asked:
 
     model: PreTrainedModel
     prompts: list[list[int]]
-    batch: PrefixBatch | None
+    prefixes: Prefixes
     pad_token_id: int
     options: dict[str, Any]
+
+    @cached_property
+    def batch(self) -> PrefixBatch | None:
+        """The rows' prefixes side by side, padded to the longest."""
+        given = self.prefixes
+        if given is None or isinstance(given, PrefixBatch):
+            return given
+        first = next((prefix for prefix in given if prefix is not None), None)
+        if first is None:
+            return None
+        if all(prefix is first for prefix in given):
+            return PrefixBatch.shared(first, len(given))
+        return PrefixBatch.gathered(given, first.layout)
+
+    @cached_property
+    def rows(self) -> list[KVPrefix | None]:
+        """Each row's own prefix; None where it has no virtual tokens."""
+        given = self.prefixes
+        if given is None:
+            return [None] * len(self.prompts)
+        rows = prefixes_of(given) if isinstance(given, PrefixBatch) else given
+        return [None if row is None or not row.virtual_tokens else row for row in rows]
 
     def padded(self, *, left: bool) -> tuple[Tensor, Tensor]:
         """The prompts' ids and mask, `[rows, longest]`, on the model's device."""
@@ -72,9 +131,64 @@ class _Asked:
         return ids.to(self.model.device), mask.to(self.model.device)
 
 
-def _generated(
+def why_not_blocks(
+    asked: _Asked, static_positions: int | None = None, read: DynamicCache | None = None
+) -> str | None:
+    """Why transformers' own loop writes what is `asked`; None: the decode loop over blocks does."""
+    model: Any = asked.model
+    reason = why_not_paged(model)
+    if reason is not None:
+        return f"{type(model).__name__} {reason}"
+    if static_positions is not None:
+        return "a static cache is asked for"
+    if read is not None:
+        return "a conversation goes on from its cache, as beams do"
+    if not all(asked.prompts):
+        return "a row has nothing to read"
+    if not reads_blocks(model):
+        return f"the attention of {type(model).__name__} reads no blocks"
+    if row_adapters() and hasattr(model.get_output_embeddings(), "base_layer"):
+        return "LoRA adapters of single rows change the output head"
+    call = {*inspect.signature(GenerationMixin.generate).parameters}
+    own = {name: asked.options[name] for name in asked.options.keys() - call - {"tokenizer"}}
+    given = asked.options.get("generation_config")
+    config, inputs = model._prepare_generation_config(given, **own)
+    mode = config.get_generation_mode(asked.options.get("assistant_model"))
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return f"`{mode.value}` keeps several continuations, or goes back"
+    special = [name for name in ("synced_gpus", "custom_generate") if asked.options.get(name)]
+    special += [name for name in ("token_healing", "return_dict_in_generate") if
+                getattr(config, name)]  # fmt: skip
+    if config.use_cache is False:
+        special.append("use_cache=False")
+    if config.cache_implementation not in (None, "dynamic"):
+        special.append("cache_implementation")
+    if special or inputs:
+        return "the call has " + ", ".join(f"`{name}`" for name in (*special, *inputs))
+    window = smallest_window(model)
+    new = config.max_new_tokens or config.max_length
+    rows = zip(asked.prompts, asked.rows, strict=True)
+    if window is not None and any(
+        (0 if prefix is None else prefix.virtual_tokens) + len(ids) + new > window
+        for ids, prefix in rows
+    ):
+        return f"a row may get longer than the window of {window} tokens"
+    return None
+
+
+def _in_blocks(asked: _Asked) -> list[list[int]]:
+    """What the decode loop over blocks writes; transformers prepares the call."""
+    ids, mask = asked.padded(left=True)
+    streamer = asked.options.get("streamer")
+    decoding = BlockDecoding(asked.model, asked.prompts, asked.rows, streamer)
+    inputs = {"input_ids": ids, "attention_mask": mask, "custom_generate": decoding}
+    return _written(asked, None, inputs, None, ids.shape[1])
+
+
+def _in_cache(
     asked: _Asked, static_positions: int | None, read: DynamicCache | None
 ) -> list[list[int]]:
+    """What transformers' own loop writes."""
     model, batch, generate_options = asked.model, asked.batch, asked.options
     if model.config.is_encoder_decoder:
         return _of_pair(asked)

@@ -25,7 +25,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ptkit.errors import ModelError
 from ptkit.formats import atomic
-from ptkit.runtime.block_layers import BLOCKS, BlockEmbedding, BlockLinear, unpacked
+from ptkit.runtime.block_layers import BlockEmbedding, BlockLinear, unpacked
+from ptkit.runtime.ggml_types import BLOCKS
 
 #: `quant_method` in the configuration of what is written here.
 METHOD = "ptkit_gguf_blocks"

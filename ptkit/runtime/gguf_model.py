@@ -31,14 +31,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations.gguf.reader import read_gguf_metadata
-from transformers.integrations.gguf.utils import GGUF_ARCHS
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from ptkit.errors import ModelError
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import sha256
 from ptkit.formats.cache_home import cache_home
+
+try:
+    from transformers.integrations.gguf.reader import read_gguf_metadata
+    from transformers.integrations.gguf.utils import GGUF_ARCHS
+except ModuleNotFoundError:  # older releases read the architectures above alone, through `gguf`
+    read_gguf_metadata = None  # type: ignore[assignment]
+    GGUF_ARCHS = {}
 
 SUFFIX = ".gguf"
 #: Part of a conversion's name in the cache; a change of what is written needs another one.
@@ -164,10 +169,18 @@ def _commonest_type(path: Path) -> str:
     return counts.most_common(1)[0][0]
 
 
+def _metadata(path: Path) -> dict[str, Any]:
+    """The file's metadata by key, at least what is a text or a number."""
+    if read_gguf_metadata is not None:
+        return read_gguf_metadata(str(path))[0]
+    fields = GGUFReader(path).fields.items()
+    return {key: field.contents() for key, field in fields if "ARRAY" not in str(field.types)}
+
+
 def _require_readable(path: Path) -> dict[str, Any]:
     """The file's metadata. Raises ModelError where transformers cannot read such a file."""
     try:
-        metadata, _ = read_gguf_metadata(str(path))
+        metadata = _metadata(path)
     except (ValueError, struct.error, UnicodeDecodeError, KeyError, IndexError) as error:
         raise ModelError(
             f"{path} is not a whole GGUF file ({error or type(error).__name__})"
@@ -203,6 +216,7 @@ def _read(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             + ", ".join(sorted(found["missing_keys"])[:5])
         )
     _split_as_trained(tokenizer, path)
+    _end_as_trained(tokenizer, path)
     return model, tokenizer
 
 
@@ -212,11 +226,21 @@ def _split_as_trained(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     transformers 5.23 gives byte-level BPE GPT-2's pattern whatever the file says: SmolLM2's reads
     two spaces before a digit as two tokens, where the model was trained with one.
     """
-    metadata, _ = read_gguf_metadata(str(path))
+    metadata = _metadata(path)
     split = _SPLITS.get(metadata.get("tokenizer.ggml.pre", ""))
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if split is not None and backend is not None and metadata["tokenizer.ggml.model"] == "gpt2":
         backend.pre_tokenizer = split()
+
+
+def _end_as_trained(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Let texts begin and end with the tokens that the file names: transformers 5.16 takes one of
+    its own table for the end."""
+    metadata = _metadata(path)
+    for name in ("bos", "eos"):
+        number = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if number is not None and getattr(tokenizer, f"{name}_token_id") != number:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(number)))
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import Cache, PreTrainedModel
 
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.attention import Call, Noted, Repeats, layers_read
+from ptkit.runtime.checkpointing import recomputes
 from ptkit.runtime.views import StandIn, name_of
 
 
@@ -42,7 +43,7 @@ class HandedCache:
             "attention_mask": torch.cat([batch.visible.to(mask), mask], dim=1),
             "past_key_values": cache,
         }
-        if model.is_activation_checkpointing:
+        if recomputes(model):
             # A checkpointed layer drops its cache, so the attention is handed it once more.
             call.replaced |= {
                 name_of(model, module): _Handed(module, cache) for module in layers_read(model)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptkit.runtime.attention_sites import attention_modules
+from ptkit.runtime.checkpointing import recomputes
 from ptkit.runtime.compile import reading
 from ptkit.runtime.facts import known
 from ptkit.runtime.row_adapters import row_adapters
@@ -28,7 +29,7 @@ def last_block_on(model: PreTrainedModel, positions: Tensor) -> dict[str, nn.Mod
         recognised, or that recompute layers in the backward pass. Nor in batches whose rows run
         with weights of their own: a block that reads single positions does not know their rows.
     """
-    if model.is_activation_checkpointing or row_adapters():
+    if recomputes(model) or row_adapters():
         return {}
     block = last_block(model)
     return {} if block is None else {name_of(model, block): _OnlyAt(block, positions)}

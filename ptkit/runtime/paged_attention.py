@@ -32,6 +32,7 @@ from ptkit.runtime.attention import (
 from ptkit.runtime.attention_sites import takes_positions
 from ptkit.runtime.backends import backend_of
 from ptkit.runtime.block_pool import BlockPool
+from ptkit.runtime.handed_cache import HandedCache
 
 #: Sequences are read together while the shorter one has so much of the longer one's length, or
 #: lacks so few positions of it.
@@ -74,21 +75,39 @@ def reads_tokens_apart(model: PreTrainedModel) -> bool:
     )
 
 
+def reads_blocks(model: PreTrainedModel) -> bool:
+    """Whether the attention of `model` is known to be right over blocks: `sdpa` or `eager` of
+    transformers, or one that is handed its cache."""
+    try:
+        backend = backend_of(model)
+    except ModelError:
+        return False
+    return isinstance(backend, HandedCache) or reads_tokens_apart(model)
+
+
 def grouped(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
     """`chunks` in groups of similar numbers of new tokens and similar lengths."""
     ordered = sorted(chunks, key=lambda chunk: (-len(chunk.ids), -len(chunk.slots)))
     groups: list[list[Chunk]] = []
+    most = longest = 0  # new tokens, and positions, of the last group
     for chunk in ordered:
-        first = groups[-1][0] if groups else None
-        if (
-            first is None
-            or not _similar(len(chunk.ids), len(first.ids))
-            or not _similar(len(chunk.slots), max(len(c.slots) for c in groups[-1]))
-        ):
-            groups.append([chunk])
-        else:
+        new, length = len(chunk.ids), len(chunk.slots)
+        if groups and _similar(new, most) and _similar(length, longest):
             groups[-1].append(chunk)
+            longest = max(longest, length)
+        else:
+            groups.append([chunk])
+            most, longest = new, length
     return groups
+
+
+def of_one_length(group: Sequence[Chunk]) -> list[list[Chunk]]:
+    """`group` in parts that a `TogetherPass` takes: one token each, or equal lengths."""
+    parts: dict[tuple[int, int], list[Chunk]] = {}
+    for chunk in group:
+        single = len(chunk.ids) == 1
+        parts.setdefault((len(chunk.ids), 0 if single else len(chunk.slots)), []).append(chunk)
+    return [*parts.values()]
 
 
 def _similar(one: int, other: int) -> bool:
@@ -117,7 +136,9 @@ class _Group:
         for row, chunk in enumerate(chunks):
             slots[row, : len(chunk.slots)] = chunk.slots
             slots[row, len(chunk.slots) :] = chunk.slots[0]
-        self.slots = torch.from_numpy(slots).to(device)
+        self.positions = longest
+        #: Of all positions of the rows, one row after the other, `[rows * positions]`.
+        self.slots = torch.from_numpy(slots.reshape(-1)).to(device)
         #: Padded query -> token, and token -> padded query; None where nothing is padded.
         self.query: Tensor | None = None
         self.back: Tensor | None = None
@@ -242,18 +263,22 @@ class ApartPass(PagedCache, GroupedAttention):
     ) -> Tensor:
         layer, found = self._numbers[module], []
         for group in self._groups:
-            own = query[group.start : group.start + group.tokens, :, 0]  # [tokens, heads, dim]
-            if group.query is not None:
-                own = own.index_select(0, group.query.to(own.device))
-            own = own.view(group.rows, group.queries, *own.shape[1:]).transpose(1, 2)
-            keys, values = self.pool.read(layer, group.slots)
+            own = query[group.start : group.start + group.tokens]  # [tokens, heads, 1, dim]
+            if group.queries > 1:
+                own = own[:, :, 0]
+                if group.query is not None:
+                    own = own.index_select(0, group.query.to(own.device))
+                own = own.view(group.rows, group.queries, *own.shape[1:]).transpose(1, 2)
+            keys, values = self.pool.read(layer, group.slots, group.rows)
             mask = None if group.mask is None else group.mask.to(own.device)
             output, _ = attention(module, own, keys, values, mask, **options)
-            output = output.flatten(0, 1)  # [padded tokens, heads, dim]
-            if group.back is not None:
-                output = output.index_select(0, group.back.to(output.device))
+            if group.queries > 1:
+                output = output.flatten(0, 1)  # [padded tokens, heads, dim]
+                if group.back is not None:
+                    output = output.index_select(0, group.back.to(output.device))
+                output = output[:, None]
             found.append(output)
-        return (found[0] if len(found) == 1 else torch.cat(found))[:, None]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 class TogetherPass(PagedCache):
@@ -265,7 +290,7 @@ class TogetherPass(PagedCache):
         self.chunks = [*chunks]
         group = _Group(self.chunks, 0, model)
         assert group.query is None
-        self._slots, self._longest = group.slots, group.slots.shape[1]
+        self._slots, self._rows, self._longest = group.slots, group.rows, group.positions
         self._queries = group.queries
         device = model.device
         lengths = torch.tensor([len(chunk.slots) for chunk in chunks], device=device)[:, None]
@@ -281,7 +306,7 @@ class TogetherPass(PagedCache):
     def updated(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = keys.transpose(1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1)
         self.pool.write(layer, self._written, keys, values)
-        return self.pool.read(layer, self._slots)
+        return self.pool.read(layer, self._slots, self._rows)
 
     def sizes(self, queries: int) -> tuple[int, int]:
         return self._longest, self._longest - self._queries

@@ -29,6 +29,7 @@ from ptkit.runtime.paged_attention import (
     Chunk,
     TogetherPass,
     grouped,
+    of_one_length,
     reads_tokens_apart,
 )
 from ptkit.runtime.placement import own_part
@@ -38,36 +39,47 @@ from ptkit.runtime.runner import ModelRunner, Tokens, Want
 Weights = Callable[[Sequence[str | None]], AbstractContextManager[None]]
 
 
+def why_not_paged(model: PreTrainedModel) -> str | None:
+    """What of `model` blocks of keys and values have no place for; None: they do for all of it."""
+    if model.config.is_encoder_decoder:
+        return "is an encoder-decoder, and blocks are for causal language models"
+    if shares_keys(model):
+        return "has layers that read the keys and values of others, which blocks have no place for"
+    if {*map(type, _layers(model))} - {DynamicLayer, DynamicSlidingWindowLayer}:
+        return (
+            "has layers that keep a state instead of keys and values, which cannot be handed from "
+            "row to row"
+        )
+    return None
+
+
+def smallest_window(model: PreTrainedModel) -> int | None:
+    """The positions that the layer with the smallest window sees; None where all see everything.
+
+    Up to there a window hides nothing, and blocks hold what such a layer reads.
+    """
+    sizes = [x.sliding_window for x in _layers(model) if type(x) is DynamicSlidingWindowLayer]
+    config: Any = model.config.get_text_config()
+    if getattr(config, "attention_types", None):  # GPT-Neo's local layers
+        sizes.append(config.window_size)
+    return min(sizes, default=None)
+
+
+def _layers(model: PreTrainedModel) -> list[Any]:
+    return DynamicCache(config=model.config).layers
+
+
 def longest_sequence(model: PreTrainedModel) -> int | None:
     """The most positions a sequence of a `PagedBatch` of `model` may take; None: no limit.
 
-    Where layers see a window only, it is the window: up to there it hides nothing. Raises
-    ModelError for models whose layers keep another kind of memory than keys and values, and for
-    encoder-decoders.
+    Where layers see a window only, it is the window. Raises ModelError for models that
+    `why_not_paged` tells something of.
     """
-    if model.config.is_encoder_decoder:
-        raise ModelError(
-            f"{type(model).__name__} is an encoder-decoder; continuous batching is for causal "
-            "language models (`ptkit generate` runs it)"
-        )
-    config: Any = model.config.get_text_config()
-    if shares_keys(model):
-        raise ModelError(
-            f"{type(model).__name__} has layers that read the keys and values of others, which "
-            "continuous batching has no place for (`ptkit generate` runs it)"
-        )
-    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    if kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
-        raise ModelError(
-            f"{type(model).__name__} has layers that keep a state instead of keys and values, "
-            "which continuous batching cannot hand from row to row (`ptkit generate` runs it)"
-        )
-    limits = [getattr(config, "max_position_embeddings", None)]
-    if DynamicSlidingWindowLayer in kinds:
-        limits += [
-            getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")
-        ]
-    return min((limit for limit in limits if limit), default=None)
+    reason = why_not_paged(model)
+    if reason is not None:
+        raise ModelError(f"{type(model).__name__} {reason}; `ptkit generate` runs it")
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min((limit for limit in (most, smallest_window(model)) if limit), default=None)
 
 
 @dataclass(frozen=True)
@@ -249,7 +261,7 @@ class PagedBatch:
             passes = [
                 TogetherPass(self._model, self.pool, part)
                 for group in grouped(chunks)
-                for part in ([group] if len(group[0].ids) == 1 else [[chunk] for chunk in group])
+                for part in of_one_length(group)
             ]
         found: list[Tensor] = []
         order: list[int] = []

@@ -212,7 +212,8 @@ def processors_read_text(
         return build_processors(**{**kw, **changed})
 
     def criteria(**kw: Any) -> StoppingCriteriaList:
-        found = build_criteria(**kw)
+        # transformers forgets it where it is given a loop to run.
+        found = build_criteria(**{**kw, "tokenizer": kw["tokenizer"] or options.get("tokenizer")})
         read = replace(texts, columns=None if inputs else columns)
         if not inputs and not (whole and columns == width):
             own_ids = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)

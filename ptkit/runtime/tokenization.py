@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptkit.data.tokens import decoded, frame_ids, lead_ids, part_ids, texts_ids, whole_ids
 from ptkit.errors import ModelError
 from ptkit.runtime.architecture import head_kind
+from ptkit.runtime.gguf_model import is_gguf
+from ptkit.runtime.named_models import source_of
 
 
 class TokenizerMixin:
@@ -84,6 +86,24 @@ class TokenizerMixin:
             if token is not None:
                 return int(token)
         raise ModelError(f"the tokenizer of {self.id} names no token that texts begin or end with")
+
+
+def load_tokenizer(id: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model called `id`, without the model.
+
+    Raises ModelError where there is none. Never runs code from a repository.
+    """
+    source = source_of(id, revision)
+    options = {"revision": None if is_gguf(id) else revision, "trust_remote_code": False}
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"cannot load the tokenizer of `{id}`: {reason} "
+            "(a hub id needs network and, for gated models, `hf auth login`)"
+        ) from error
+    return found
 
 
 def embedded_tokens(model: PreTrainedModel) -> int | None:

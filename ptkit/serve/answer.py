@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -28,6 +29,10 @@ class TimedOutError(PtkitError):
 
 class NoMemoryError(PtkitError):
     """The running answers leave no memory for this one; the same request may be taken later."""
+
+
+class EngineDiedError(PtkitError):
+    """The process that writes the answers has ended; the same request may be taken later."""
 
 
 class InUseError(UserError):
@@ -76,6 +81,7 @@ class Answer:
     tell: called with every update, from the engine's thread: it must not block
     each_piece: tell of every piece; otherwise once, at the end
     deadline: `time.monotonic()` after which it is given up; None: never
+    ends: token ids at which it ends, beside the model's own
     """
 
     prompt: list[int]
@@ -84,6 +90,7 @@ class Answer:
     tell: Callable[[Update], None]
     each_piece: bool = True
     deadline: float | None = None
+    ends: frozenset[int] = frozenset()
     cancelled: bool = False
     asked: float = field(default_factory=time.monotonic)
     first_token: float | None = None
@@ -113,3 +120,68 @@ class StatLogger(Protocol):
 
     def ended(self, answer: Answer, outcome: str) -> None:
         """An answer ended: `stop`, `length`, `cancelled`, `timeout` or `error`."""
+
+
+class AnswerExecutor(Protocol):
+    """What writes the answers that an `Engine` begins. Called from the engine's thread, but for
+    `require`."""
+
+    @property
+    def longest(self) -> int | None:
+        """Positions a sequence may take; None: no limit."""
+
+    @property
+    def running(self) -> int:
+        """Rows that are taken."""
+
+    @property
+    def answers(self) -> list[Answer]:
+        """The answers that have rows."""
+
+    def require(self, answer: Answer) -> None:
+        """Raise UserError for an answer that can never be written here. From any thread."""
+
+    def by_name(self) -> Counter[str]:
+        """The number of rows by the names of their answers."""
+
+    def begin(self, answers: Sequence[Answer]) -> None:
+        """Give rows to `answers`; one that cannot be begun is told so."""
+
+    def step(self) -> None:
+        """Write what can be written now."""
+
+    def drop(self, gone: Callable[[Answer], bool]) -> None:
+        """Take out answers that are `gone`."""
+
+    def give_up(self, answer: Answer) -> None:
+        """Count an answer that was cancelled; tell of one that took too long."""
+
+    def log_end(self, answer: Answer, outcome: str) -> None:
+        """Log how an answer ended."""
+
+    def clear(self) -> None:
+        """Begin from nothing; no answer is told."""
+
+    def close(self) -> None:
+        """Free what is held outside this process. Nothing follows."""
+
+
+class Endings:
+    """How answers end, for a `StatLogger`; a part of every executor."""
+
+    def __init__(self, stats: StatLogger | None) -> None:
+        self._stats = stats
+
+    def give_up(self, answer: Answer) -> None:
+        """Count an answer that was cancelled; tell of one that took too long."""
+        if answer.cancelled:
+            self.log_end(answer, "cancelled")
+        else:
+            seconds = time.monotonic() - answer.asked
+            answer.tell(Update(error=TimedOutError(f"not finished after {seconds:.0f} s")))
+            self.log_end(answer, "timeout")
+
+    def log_end(self, answer: Answer, outcome: str) -> None:
+        """Log how an answer ended."""
+        if self._stats is not None:
+            self._stats.ended(answer, outcome)

@@ -11,10 +11,10 @@ from itertools import accumulate
 from typing import Any
 
 from pydantic import BaseModel
-from transformers import PreTrainedTokenizerBase
 
+from ptkit.data.chat_template import ChatTemplate
 from ptkit.data.templates import filled
-from ptkit.data.tokens import chat_ids, text_ids
+from ptkit.data.tokens import text_ids
 from ptkit.errors import UserError
 from ptkit.serve.answer import Answer, FinishReason, Update
 from ptkit.serve.engine import Engine
@@ -80,7 +80,9 @@ class CompletionStream:
             "id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model
         }  # fmt: skip
         adapters = library.adapters(request.model)
-        prompts = _prompts(library, request)
+        template = library.chat_template(request.model)
+        prompts = _prompts(library, request, template)
+        ends = template.ends if _is_chat(request, template) else frozenset[int]()
         virtual = max(adapter.virtual_tokens for adapter in adapters)
         deadline = time.monotonic() + limits.timeout
         self.answers: list[Answer] = []
@@ -99,6 +101,7 @@ class CompletionStream:
                         self._teller(loop, index),
                         each_piece=request.stream,
                         deadline=deadline,
+                        ends=ends,
                     )
                 )
         self.prompt_tokens = sum(map(len, prompts))
@@ -282,19 +285,28 @@ def _sampling(
     )
 
 
-def _prompts(library: Library, request: CompletionRequest | ChatRequest) -> list[list[int]]:
+def _is_chat(request: CompletionRequest | ChatRequest, template: ChatTemplate) -> bool:
+    """Whether the prompts are conversations: they are, where a prompt is to be put into the
+    template of an adapter that was trained on conversations."""
+    return isinstance(request, ChatRequest) or (request.template and template.trained)
+
+
+def _prompts(
+    library: Library, request: CompletionRequest | ChatRequest, chat: ChatTemplate
+) -> list[list[int]]:
     """The token ids of every prompt. Raises UserError for ids the model does not have."""
     base = library.bank.base
     if isinstance(request, ChatRequest):
         messages = [message.as_template_takes_it() for message in request.messages]
-        ids = chat_prompt(base.tokenizer, messages)
+        ids = chat_prompt(chat, messages)
         base.require_embedded([ids])
         return [ids]
     prompts: list[list[int]] = []
     template = library.template(request.model) if request.template else None
     for prompt in request.prompts:
         if isinstance(prompt, str):
-            (ids,) = base.encode([filled(template, prompt)])
+            asked = chat.asked(prompt) if _is_chat(request, chat) else filled(template, prompt)
+            (ids,) = base.encode([asked])
             if not ids:
                 raise UserError("the prompt is empty: it has no tokens")
         else:
@@ -307,18 +319,18 @@ def _prompts(library: Library, request: CompletionRequest | ChatRequest) -> list
     return prompts
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+def chat_prompt(template: ChatTemplate, messages: list[dict[str, str]]) -> list[int]:
     """The ids of a conversation, up to where the answer begins.
 
-    By the tokenizer's chat template, with one begin-of-text token, whoever writes it. Without a
+    By the chat template, with one begin-of-text token, whoever writes it. Without a
     template the messages follow each other line by line, as in `ptkit chat`. Raises UserError when
     the template refuses them.
     """
-    if tokenizer.chat_template is None:
-        ids = text_ids(tokenizer, "\n".join(message["content"] for message in messages))
+    if not template.exists:
+        ids = text_ids(template.tokenizer, "\n".join(message["content"] for message in messages))
     else:
         try:
-            ids = chat_ids(tokenizer, messages)
+            ids = template.ids(template.with_system(messages))
         except Exception as error:  # templates raise what they like (jinja2's, TypeError, ...)
             raise UserError(f"the model's chat template refuses the messages: {error}") from error
     if not ids:

@@ -13,6 +13,7 @@ from ptkit.errors import AdapterError, HubError, PtkitError, UserError
 from ptkit.extras import extra
 from ptkit.serve.answer import (
     DrainingError,
+    EngineDiedError,
     InUseError,
     NoMemoryError,
     QueueFullError,
@@ -69,6 +70,7 @@ _STATUS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
     (DrainingError, 503, "server_error", "draining"),
     (NoMemoryError, 503, "server_error", "no_memory"),
+    (EngineDiedError, 503, "server_error", "engine_died"),
     (TimedOutError, 504, "server_error", "timeout"),
     (HubError, 502, "server_error", "hub_failed"),
     (AdapterError, 422, "invalid_request_error", "adapter_refused"),

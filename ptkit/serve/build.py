@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -13,16 +14,20 @@ from ptkit.extras import extra
 from ptkit.methods.base_names import is_here
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.named_models import TINY_EN
+from ptkit.serve.answer import AnswerExecutor, StatLogger
 from ptkit.serve.answers import RequestLimits
 from ptkit.serve.app import create_app
 from ptkit.serve.engine import Engine
 from ptkit.serve.library import Library
 from ptkit.serve.metrics import Metrics
+from ptkit.serve.scheduler import Scheduler
 
 with extra("serve", "`ptkit serve`"):
     from fastapi import FastAPI
 
 logger = logging.getLogger(__name__)
+
+MakeExecutor = Callable[[AdapterBank, Scheduler, StatLogger], AnswerExecutor]
 
 
 def build_app(
@@ -41,6 +46,7 @@ def build_app(
     read_only: bool = False,
     loopback_only: bool = False,
     chosen: bool | None = None,
+    executor: MakeExecutor | None = None,
 ) -> FastAPI:
     """An ASGI application that serves `model` (`tiny-en`) and every adapter directly below
     `adapters`.
@@ -53,6 +59,7 @@ def build_app(
     max_tokens, timeout: of one answer, in tokens and seconds
     keys, loopback_only: see `create_app`; allow_hub, read_only, chosen: see `Library` (`chosen`
         where `model` is given, unless said otherwise)
+    executor: makes what writes the answers instead of this process
 
     Adapters that cannot be served are left out with a warning. The engine, which runs from now
     on, is `app.state.library.engine`; it ends with the application.
@@ -63,9 +70,11 @@ def build_app(
         base = load_base(base or TINY_EN, device="auto")
     bank = AdapterBank(base, budget=budget)
     metrics = Metrics(bank)
+    if kv_bytes is None and executor is None:
+        kv_bytes = free_bytes(base.model.device) // 2
     engine = Engine(
-        bank, max_rows=max_batch, max_waiting=max_queue, logger=metrics,
-        kv_bytes=free_bytes(base.model.device) // 2 if kv_bytes is None else kv_bytes,
+        bank, max_rows=max_batch, max_waiting=max_queue, logger=metrics, kv_bytes=kv_bytes,
+        executor=executor and (lambda scheduler: executor(bank, scheduler, metrics)),
     )  # fmt: skip
     metrics.watch(engine)
     name = model_name or named(base)

@@ -21,7 +21,7 @@ class DecodeState:
         self.answer = answer
         self.sampler = SamplerState(answer.sampling)
         self._stream = TextStream(base.tokenizer, answer.sampling.stop, base.frame)
-        self._ends = frozenset() if answer.sampling.ignore_eos else ends
+        self._ends = frozenset() if answer.sampling.ignore_eos else ends | answer.ends
         #: Whether text is looked at before the answer has ended.
         self._streams = answer.each_piece or bool(answer.sampling.stop)
         self._text: list[str] = []
@@ -54,6 +54,11 @@ class DecodeState:
             answer.tell(Update("".join(self._text), tuple(self._tokens), finish))
             self._text, self._tokens = [], []
         return finish
+
+    def end(self, finish: FinishReason) -> None:
+        """End the answer where no token ends it."""
+        self._text.append(self._stream.finish())
+        self.answer.tell(Update("".join(self._text), tuple(self._tokens), finish))
 
 
 def together(logits: Tensor) -> Tensor:

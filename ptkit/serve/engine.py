@@ -9,14 +9,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from ptkit.bank import AdapterBank
 from ptkit.errors import PtkitError, UserError
 from ptkit.runtime.block_pool import BLOCK_SIZE, position_bytes
-from ptkit.runtime.paged_batch import longest_sequence
-from ptkit.serve.answer import Answer, DrainingError, RequestAdapter, StatLogger, Update
+from ptkit.serve.answer import (
+    Answer,
+    AnswerExecutor,
+    DrainingError,
+    RequestAdapter,
+    StatLogger,
+    Update,
+)
 from ptkit.serve.executor import Executor
 from ptkit.serve.failures import said
 from ptkit.serve.scheduler import BlockBudget, Scheduler
@@ -33,6 +39,7 @@ class Engine:
         in pieces, so that no row waits longer than that
     kv_bytes: memory for keys and values; an answer waits until all that it may come to need is
         free. None: no limit
+    executor: makes what writes the answers; default: an `Executor` in this process
     """
 
     def __init__(
@@ -44,15 +51,20 @@ class Engine:
         piece: int = 512,
         kv_bytes: int | None = None,
         logger: StatLogger | None = None,
+        executor: Callable[[Scheduler], AnswerExecutor] | None = None,
     ) -> None:
         self.bank = bank
         self.max_rows = max_rows
-        self.longest = longest_sequence(bank.base.model)
         block_bytes = BLOCK_SIZE * position_bytes(bank.base.layout, bank.base.model.dtype)
         most = None if kv_bytes is None else kv_bytes // block_bytes
         self._budget, self._block_bytes = BlockBudget(most), block_bytes
         self.scheduler = Scheduler(max_rows, max_waiting, self._budget)
-        self.executor = Executor(bank, self.scheduler, piece, most, logger)
+        self.executor: AnswerExecutor = (
+            Executor(bank, self.scheduler, piece, most, logger)
+            if executor is None
+            else executor(self.scheduler)
+        )
+        self.longest = self.executor.longest
         self._thread = threading.Thread(target=self._run, name="ptkit-engine", daemon=True)
         self._thread.start()
 
@@ -129,9 +141,10 @@ class Engine:
             raise UserError(
                 f"the request needs {answer.positions} positions (adapter "
                 f"{answer.virtual_tokens}, prompt "
-                f"{len(answer.prompt)}, answer {answer.sampling.max_tokens}), the model has "
-                f"{self.longest}; shorten the prompt or lower max_tokens"
+                f"{len(answer.prompt)}, answer {answer.sampling.max_tokens}), of which "
+                f"there are {self.longest} here; shorten the prompt or lower max_tokens"
             )
+        self.executor.require(answer)
         most, needed = self._budget.most, self._budget.needed(answer)
         if most is not None and needed > most:
             raise UserError(
@@ -162,6 +175,7 @@ class Engine:
             with scheduler.changed:
                 scheduler.draining = scheduler.stopped = True
             self._end_all(DrainingError("the server has shut down"))
+            self.executor.close()
 
     def _turn(self) -> None:
         """Drop who is gone, begin what fits, and make one step."""

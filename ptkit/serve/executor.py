@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,14 +13,20 @@ from ptkit.bank import AdapterBank
 from ptkit.errors import PtkitError, UserError
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.block_pool import BlockPool
+from ptkit.runtime.decode_loop import DecodeLoop, LoopRow, Ready
 from ptkit.runtime.generation import end_ids
-from ptkit.runtime.paged_batch import PagedBatch, PagedSequence, SequenceInput
+from ptkit.runtime.paged_batch import (
+    PagedBatch,
+    PagedSequence,
+    SequenceInput,
+    longest_sequence,
+)
 from ptkit.serve.answer import (
     Answer,
+    Endings,
     NoMemoryError,
     RequestAdapter,
     StatLogger,
-    TimedOutError,
     Update,
 )
 from ptkit.serve.decoding import DecodeState, together
@@ -36,16 +40,24 @@ logger = logging.getLogger(__name__)
 _KEPT_BLOCKS = 256
 
 
-@dataclass(eq=False)
-class Row:
+class AnswerRow(LoopRow):
     """A running sequence, and the answer it belongs to."""
 
-    state: DecodeState
-    adapter: RequestAdapter
-    sequence: PagedSequence
+    def __init__(self, state: DecodeState, sequence: PagedSequence) -> None:
+        super().__init__(sequence)
+        self.state = state
+
+    @property
+    def last_token(self) -> int:
+        return self.state.last_token
+
+    @property
+    def owner(self) -> DecodeState:
+        """Its answer: the rows of one answer are read before it begins."""
+        return self.state
 
 
-class Executor:
+class Executor(Endings):
     """The rows of all running answers.
 
     scheduler: is told of answers that end
@@ -61,57 +73,60 @@ class Executor:
         most: int | None,
         stats: StatLogger | None,
     ) -> None:
+        super().__init__(stats)
         self.bank = bank
-        self._scheduler, self._piece, self._most, self._stats = scheduler, piece, most, stats
+        self.longest = longest_sequence(bank.base.model)
+        self._scheduler, self._piece, self._most = scheduler, piece, most
         self._ends = frozenset(end_ids(bank.base.model))
-        self._batch = self._new_batch()
-        self._prefilling: list[Row] = []
-        self._decoding: list[Row] = []
+        self._loop = self._new_loop()
 
-    def _new_batch(self) -> PagedBatch:
+    def _new_loop(self) -> DecodeLoop[AnswerRow]:
         base = self.bank.base
         kept = _KEPT_BLOCKS if self._most is None else min(_KEPT_BLOCKS, self._most // 4)
         pool = BlockPool(base.layout, most=self._most, kept=kept)
-        return PagedBatch(base.model, pool, self.bank.weights)
+        return DecodeLoop(PagedBatch(base.model, pool, self.bank.weights), self._piece)
 
     @property
     def running(self) -> int:
         """Running rows, those whose input is being read included."""
-        return len(self._decoding) + len(self._prefilling)
+        return len(self._loop.rows)
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values held."""
-        return self._batch.pool.nbytes
+        return self._loop.batch.pool.nbytes
 
     @property
     def answers(self) -> list[Answer]:
         """The answers that have rows."""
         return [state.answer for state in self._states()]
 
+    def require(self, answer: Answer) -> None:
+        """See `AnswerExecutor`: the engine has asked all there is to ask."""
+
     def by_name(self) -> Counter[str]:
         """The number of rows by the names of their answers."""
-        return Counter(row.state.answer.name for row in (*self._decoding, *self._prefilling))
+        return Counter(row.state.answer.name for row in self._loop.rows)
 
     def begin(self, answers: Sequence[Answer]) -> None:
         """Give rows to `answers`; one that cannot be begun is told so."""
         made: dict[tuple[int, tuple[int, ...]], KVPrefix] = {}
         for answer in answers:
-            rows: list[Row] = []
+            rows: list[AnswerRow] = []
             failure = None
             try:
                 state = DecodeState(answer, self.bank.base, self._ends)
                 for adapter in answer.adapters:
                     given = self._input(answer, adapter, made)
-                    rows.append(Row(state, adapter, self._batch.begin(given)))
+                    rows.append(AnswerRow(state, self._loop.batch.begin(given)))
             except Exception as error:  # of this answer
                 logger.exception("beginning an answer failed")
                 failure = self._failure("the answer could not be begun", error, ())
             if failure is None:
-                self._prefilling += rows
+                self._loop.prefilling += rows
                 continue
             for row in rows:
-                self._batch.end(row.sequence)
+                self._loop.batch.end(row.sequence)
             answer.tell(Update(error=failure))
             self.log_end(answer, "error")
             self._scheduler.release([answer])
@@ -136,54 +151,33 @@ class Executor:
         """Read a piece of the inputs and write one token in every row, in one pass. Rows whose
         inputs were read to their ends get their first tokens. Where the pass fails, its parts are
         made one by one, so that only what fails by itself has failed."""
-        short = [row for row in self._prefilling if self._left(row) <= self._piece]
-        long = [row for row in self._prefilling if self._left(row) > self._piece]
-        # Long ones do not hold back short ones, nor these them.
-        pieces = [rows for rows in (short, long) if rows]
-        decoding = self._decoding
-        if not (pieces or decoding):
+        loop = self._loop
+        if not loop.rows:
             return
         try:
-            logits = self._batch.step(
-                [row.sequence for row in decoding],
-                [row.state.last_token for row in decoding],
-                [([row.sequence for row in rows], self._piece) for rows in pieces],
-            )
+            ready = loop.step()
         except Exception:
             logger.exception("a step failed; its parts are made one by one")
         else:
-            self._advance(logits, decoding)
+            self._advance(ready)
             return
-        for rows in pieces:
+        for rows in loop.pieces():
             self._prefill(rows)
         self._decode()
 
-    def _advance(self, logits: Tensor, decoded: Sequence[Row]) -> None:
-        """The next tokens of the rows `decoded`, whose `logits` `[rows, vocabulary]` these are, and
-        the first ones of the answers whose inputs have been read."""
-        waiting = {row.state for row in self._prefilling if row.sequence.logits is None}
-        first = [row for row in self._prefilling if row.state not in waiting]
-        self._prefilling = [row for row in self._prefilling if row.state in waiting]
-        own = [row.sequence.logits for row in first]
-        for row in first:
-            row.sequence.logits = None
-        if decoded and self._stats is not None:
-            self._stats.stepped(len(decoded))
-        rows = [*decoded, *first]
-        self._decoding = rows
-        if rows:
-            parts = [logits] if decoded else []
-            self._choose(torch.cat([*parts, *(one[None] for one in own if one is not None)]), rows)
+    def _advance(self, ready: Ready[AnswerRow]) -> None:
+        """Give the rows that are `ready` their next tokens."""
+        if ready.decoded and self._stats is not None:
+            self._stats.stepped(ready.decoded)
+        if ready.rows:
+            self._choose(ready.logits, ready.rows)
 
-    def _left(self, row: Row) -> int:
-        return len(row.state.answer.prompt) - row.sequence.read
-
-    def _prefill(self, rows: Sequence[Row]) -> None:
+    def _prefill(self, rows: Sequence[AnswerRow]) -> None:
         """Read a piece of the inputs of `rows`. Where that fails, each answer's apart; what fails
         by itself has failed."""
         failure = None
         try:
-            self._batch.prefill([row.sequence for row in rows], self._piece)
+            self._loop.prefill(rows)
         except Exception as error:  # of these inputs; nobody else's rows are touched
             logger.exception("reading an input failed")
             failure = self._failure("the input could not be read", error, rows)
@@ -199,12 +193,10 @@ class Executor:
     def _decode(self) -> None:
         """Write one token in every row. Where memory does not last for all, the longest row is
         given up, until it lasts for the others."""
-        while self._decoding:
-            rows = self._decoding
+        while True:
+            rows = self._loop.decoding
             try:
-                logits = self._batch.decode(
-                    [row.sequence for row in rows], [row.state.last_token for row in rows]
-                )
+                ready = self._loop.decode()
             except Exception as error:
                 if not of_memory(error):
                     raise
@@ -212,10 +204,9 @@ class Executor:
                 longest = max(rows, key=lambda row: row.sequence.length)
                 failure = self._failure("the next token could not be written", error, [longest])
             else:
-                self._advance(logits, rows)
+                self._advance(ready)
                 return
             self._fail({longest.state: failure})
-        self._advance(torch.empty(0), [])
 
     def drop(self, gone: Callable[[Answer], bool]) -> None:
         """Take out answers that are `gone`."""
@@ -226,24 +217,12 @@ class Executor:
 
     def clear(self) -> None:
         """Begin from nothing; no answer is told."""
-        self._decoding, self._prefilling = [], []
-        self._batch = self._new_batch()
+        self._loop = self._new_loop()
 
-    def give_up(self, answer: Answer) -> None:
-        """Count an answer that was cancelled; tell of one that took too long."""
-        if answer.cancelled:
-            self.log_end(answer, "cancelled")
-        else:
-            seconds = time.monotonic() - answer.asked
-            answer.tell(Update(error=TimedOutError(f"not finished after {seconds:.0f} s")))
-            self.log_end(answer, "timeout")
+    def close(self) -> None:
+        """See `AnswerExecutor`: nothing is held elsewhere."""
 
-    def log_end(self, answer: Answer, outcome: str) -> None:
-        """Log how an answer ended."""
-        if self._stats is not None:
-            self._stats.ended(answer, outcome)
-
-    def _choose(self, logits: Tensor, rows: Sequence[Row]) -> None:
+    def _choose(self, logits: Tensor, rows: Sequence[AnswerRow]) -> None:
         """The next token of every answer with all its rows among `rows`.
 
         logits: `[rows, vocabulary]`
@@ -292,11 +271,7 @@ class Executor:
         """Take the rows of `states` out."""
         if not states:
             return
-        for row in (*self._decoding, *self._prefilling):
-            if row.state in states:
-                self._batch.end(row.sequence)
-        self._decoding = [row for row in self._decoding if row.state not in states]
-        self._prefilling = [row for row in self._prefilling if row.state not in states]
+        self._loop.remove([row for row in self._loop.rows if row.state in states])
         self._scheduler.release([state.answer for state in states])
 
     def _fail(self, failures: dict[DecodeState, PtkitError]) -> None:
@@ -305,7 +280,7 @@ class Executor:
             self.log_end(state.answer, "error")
         self._leave({*failures})
 
-    def _failure(self, what: str, error: Exception, rows: Sequence[Row]) -> PtkitError:
+    def _failure(self, what: str, error: Exception, rows: Sequence[AnswerRow]) -> PtkitError:
         """What the answers of `rows` are told of `error`. It does not hold on to `error`, whose
         frames hold tensors."""
         if not of_memory(error):
@@ -319,4 +294,4 @@ class Executor:
 
     def _states(self) -> set[DecodeState]:
         """The answers that have rows."""
-        return {row.state for row in (*self._decoding, *self._prefilling)}
+        return {row.state for row in self._loop.rows}

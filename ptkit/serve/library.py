@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ptkit.bank import AdapterBank
+from ptkit.data.chat_template import ChatTemplate
 from ptkit.errors import AdapterError, UserError, did_you_mean
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import (
@@ -161,6 +162,13 @@ class Library:
             return None
         path = self.path(first)
         return None if path is None else read_info(path).template
+
+    def chat_template(self, model: str) -> ChatTemplate:
+        """The template in which `model` is asked (see `AdapterBank.chat_template`)."""
+        if model == self.base_name:
+            return self.bank.chat_template(None)
+        names = [name.strip() for name in model.split(ENSEMBLE)]
+        return self._known(names[0], lambda: self.bank.chat_template(names))
 
     def card(self, name: str) -> Card:
         """What is known of the adapter `name`."""

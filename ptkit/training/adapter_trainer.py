@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
-from ptkit.data.encode import EncodedExample, StudiedText, length_grouped_batches
+from ptkit.data.encode import length_grouped_batches
+from ptkit.data.encoded import EncodedExample, StudiedText
 from ptkit.errors import DataError, PtkitError, UserError
 from ptkit.methods import Adapter
 from ptkit.recipe.schema import TrainSection

@@ -18,15 +18,20 @@ from typing import Any
 
 import torch
 
-from ptkit.data.encode import EncodedExample
-from ptkit.data.task import Example
-from ptkit.data.templates import Template
+from ptkit.data.encoded import EncodedExample
+from ptkit.data.task import Example, task_words
 from ptkit.errors import PtkitError, UserError
 from ptkit.formats.cell_record import CHOSEN_SETTINGS, ChosenSettings, TriedRate, TriedStart
 from ptkit.methods import Adapter
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe.schema import TrainSection
-from ptkit.recipe.tasks import ClassificationTask, GenerationTask, HeadedTask, Task
+from ptkit.recipe.tasks import (
+    ChatTask,
+    ClassificationTask,
+    GenerationTask,
+    HeadedTask,
+    Task,
+)
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_counts, supervised_losses
 from ptkit.runtime.precision import mixed_precision
@@ -104,10 +109,10 @@ def autotune(
 
 
 def starts(
-    task: ClassificationTask | GenerationTask, examples: Sequence[Example], seed: int
+    task: ChatTask | ClassificationTask | GenerationTask, examples: Sequence[Example], seed: int
 ) -> list[dict[str, str]]:
     """Settings of the starts to try: the task's own words, answers, demonstrations, any words."""
-    texts = [Template(task.input).words]
+    texts = [task_words(task)]
     drawn = random.Random(seed).sample(list(examples), min(64, len(examples)))
     # Short rows: with room for few tokens, their answers are still in it.
     short = sorted(drawn, key=lambda e: len(e.input) + len(e.target))[:2]
@@ -188,7 +193,7 @@ def _losses(
             totals.index_add_(
                 0, torch.tensor(owners).repeat_interleave(counts), losses.double().cpu()
             )
-    return (totals / sum(len(row.target_ids) for row in rows)).tolist()
+    return (totals / sum(row.supervised for row in rows)).tolist()
 
 
 def _rate(section: MethodSection, make: Make, folder: Path) -> dict[str, Any]:

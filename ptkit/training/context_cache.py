@@ -8,14 +8,14 @@ Every later epoch runs the virtual tokens, one token of input and the target onl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.locks import running
@@ -52,7 +52,7 @@ class ContextCache:
 
     def shortened(self, rows: Sequence[EncodedExample]) -> list[EncodedExample]:
         """The rows as far as they still have to be run: the input's last token and the target."""
-        return [EncodedExample(row.input_ids[-1:], row.target_ids) for row in rows]
+        return [replace(row, input_ids=row.input_ids[-1:]) for row in rows]
 
     def contexts(self, rows: Sequence[EncodedExample]) -> PrefixBatch:
         """What comes before that, left-padded to the longest, `[rows, kv_heads, longest, dim]`."""

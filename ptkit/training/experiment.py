@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,17 +11,19 @@ from pathlib import Path
 import torch
 
 from ptkit.data import Example, TaskData, general_texts, load_task
-from ptkit.data.encode import EncodedExample
-from ptkit.data.summary import data_lines
+from ptkit.data.chat_rows import ChatEncoder
+from ptkit.data.chat_template import with_template_read
+from ptkit.data.encoded import EncodedExample
+from ptkit.data.summary import chat_lines, data_lines
 from ptkit.data.token_cache import encode_cached
-from ptkit.errors import UserError
+from ptkit.errors import ModelError, UserError
 from ptkit.evaluation.retention import GeneralProbe, off_probe, probe_base
 from ptkit.evaluation.score import require_metrics
 from ptkit.launched import require_supported_launch
 from ptkit.metrics.registry import metric
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.schema import Recipe
-from ptkit.recipe.tasks import HeadedTask, Task, TokenClassificationTask
+from ptkit.recipe.tasks import ChatTask, HeadedTask, Task, TokenClassificationTask
 from ptkit.runtime.architecture import HeadKind
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.devices import resolve_device
@@ -47,6 +49,7 @@ class Experiment:
     general: the base's own results on general text; None when retention is not measured
     probe: the base's logits on `probe_ids` `[1, tokens]`, before anything was attached to it
     retain_windows: general text for `train.retain`, `[pieces, tokens]`
+    chat_told: what was decided about conversations, in lines
     folder: where the recipe's relative paths start
     """
 
@@ -60,6 +63,7 @@ class Experiment:
     probe: torch.Tensor
     retain_windows: torch.Tensor | None = None
     folder: Path = Path()
+    chat_told: tuple[str, ...] = ()
 
     @cached_property
     def parallel(self) -> DataParallel:
@@ -84,13 +88,13 @@ class Experiment:
         encoded = {"train": self.rows.encoded, "validation": self.validation}
         head = self.base.head
         told = [head.told] if head is not None and head.told else []
-        return data_lines(self.recipe.task, self.data, encoded) + told
+        return data_lines(self.recipe.task, self.data, encoded) + list(self.chat_told) + told
 
     def data_fingerprint(self, seed: int) -> str:
         """16 hex digits over the training and validation rows of `seed` as token ids."""
         digest = hashlib.sha256()
         for row in (*self.training(seed).encoded, *self.validation):
-            digest.update(repr((row.input_ids, row.target_ids)).encode())
+            digest.update(repr(row.content).encode())
         return digest.hexdigest()[:16]
 
     def test_fingerprint(self) -> str:
@@ -99,6 +103,8 @@ class Experiment:
         for row in self.data.test:
             told = (row.input, row.target, row.references, row.label, row.words)
             digest.update(repr(told).encode())
+            if row.dialogue is not None:  # tools and calls are not in the text
+                digest.update(repr((row.dialogue.messages, row.dialogue.tools)).encode())
         return digest.hexdigest()[:16]
 
     def retention_fingerprint(self) -> str | None:
@@ -144,6 +150,7 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
 
     The data comes first: a mistake in it should show before a large model is loaded.
     """
+    loaded = _with_chat_template(loaded)
     recipe, retention = loaded.recipe, loaded.recipe.retention
     require_supported_launch()
     for tracker in recipe.train.report_to:  # accelerate would go on without it
@@ -168,8 +175,13 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     encode = partial(
         encode_cached, tokenizer=base.tokenizer, task=recipe.task, pairs=base.encoder_decoder
     )
-    parts = (data.train, data.validation, data.test)
-    rows = (row for part in parts for row in encode(part))
+    told: list[str] = []
+    if isinstance(recipe.task, ChatTask):
+        training, validation = _chat_rows(base, recipe.task, data, told)
+    else:
+        training = TrainingRows(data.train, encode(data.train))
+        validation = encode(data.validation)
+    rows = (row for part in (training.encoded, validation, encode(data.test)) for row in part)
     require_embedded(base, rows, recipe.task)
     first = encode(data.test[:1])[0].input_ids
     probe_ids = torch.tensor([first]) if general is None else general.drift_windows[:1]
@@ -177,8 +189,8 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
         recipe,
         base,
         data,
-        TrainingRows(data.train, encode(data.train)),
-        encode(data.validation),
+        training,
+        validation,
         general,
         probe_ids,
         off_probe(base.model, probe_ids),
@@ -186,4 +198,31 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
         if recipe.train.retain is None
         else general_windows(recipe.train.retain, retention, base, loaded.folder),
         loaded.folder,
+        tuple(told),
     )
+
+
+def _with_chat_template(loaded: LoadedRecipe) -> LoadedRecipe:
+    """`loaded` with the text of the file that its `task.chat_template` names."""
+    task = loaded.recipe.task
+    if not isinstance(task, ChatTask):
+        return loaded
+    read = with_template_read(task, loaded.folder)
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"task": read}))
+
+
+def _chat_rows(
+    base: Base, task: ChatTask, data: TaskData, told: list[str]
+) -> tuple[TrainingRows, list[EncodedExample]]:
+    """The conversations of the training and validation splits as rows; adds to `told` what was
+    decided. Raises ModelError for an encoder-decoder."""
+    if base.encoder_decoder:
+        raise ModelError(
+            f"{base.id} is an encoder-decoder: it writes one target after one input; a task of "
+            "`kind: chat` needs a causal model"
+        )
+    encoder = ChatEncoder(base.tokenizer, task)
+    train, validation = encoder.rows(data.train), encoder.rows(data.validation)
+    for split, rows in (("train", train), ("validation", validation)):
+        told += chat_lines(task, split, rows.notes)
+    return TrainingRows(train.examples, train.encoded), validation.encoded

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.errors import UserError
 from ptkit.extras import extra, require
 from ptkit.methods import Adapter

@@ -25,9 +25,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
-from ptkit.data.encode import EncodedExample, StudiedText, TaskExample
+from ptkit.data.encoded import EncodedExample, StudiedText, TaskExample
 from ptkit.errors import UserError
 from ptkit.runtime.cache import sees_everything
+from ptkit.runtime.checkpointing import recomputing
 from ptkit.runtime.forward import collate
 from ptkit.runtime.fused import fused_activations
 from ptkit.runtime.placement import is_whole
@@ -141,17 +142,15 @@ class _Loop:
         memory = PeakMemory(self.accelerator.device)
         if self.settings.gradient_checkpointing:
             give_back_what_is_freed()
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        less = recomputing(self.model) if self.settings.gradient_checkpointing else nullcontext()
         try:
-            with self._attention(), fused_activations(self.model), self._weights():
+            with less, self._attention(), fused_activations(self.model), self._weights():
                 with self.accelerator.autocast():
                     for trainer in self.trainers:
                         trainer.study()
                 while active := [i for i, t in enumerate(self.trainers) if not t.finished]:
                     self._step(active, memory)
         finally:
-            if self.settings.gradient_checkpointing:
-                self.model.activation_checkpointing_disable()
             self.model.eval()
         for trainer in self.trainers:
             trainer.adapter.load_trainable(trainer.best)

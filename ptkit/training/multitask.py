@@ -22,7 +22,7 @@ import torch
 from accelerate.utils import set_seed
 from pydantic import Field
 
-from ptkit.data.encode import EncodedExample, TaskExample
+from ptkit.data.encoded import EncodedExample, TaskExample
 from ptkit.errors import FolderError, ModelError, UserError
 from ptkit.evaluation.predict import predict, require_room
 from ptkit.evaluation.score import score_intervals
@@ -184,7 +184,9 @@ def of_tasks(rows: Sequence[Sequence[EncodedExample]]) -> list[TaskExample]:
     targets = [sum(row.supervised for row in own) for own in rows]
     mean = sum(targets) / sum(map(len, rows))
     return [
-        TaskExample(row.input_ids, row.target_ids, task, mean * len(own) / targets[task])
+        TaskExample(
+            row.input_ids, row.target_ids, row.learnt, task, mean * len(own) / targets[task]
+        )
         for task, own in enumerate(rows)
         for row in own
     ]

@@ -21,7 +21,9 @@ from typing import Any
 
 from accelerate.utils import set_seed
 
-from ptkit.data.templates import Template
+from ptkit.data.chat_template import ChatTemplate
+from ptkit.data.encoded import EncodedExample
+from ptkit.data.task import task_words
 from ptkit.errors import UserError
 from ptkit.evaluation.predict import require_room
 from ptkit.evaluation.retention import measure_retention
@@ -37,7 +39,7 @@ from ptkit.methods import (
     require_same_base,
     restored,
 )
-from ptkit.recipe.tasks import ClassificationTask, HeadedTask
+from ptkit.recipe.tasks import ChatTask, ClassificationTask, HeadedTask
 from ptkit.runtime.dropout import require_no_dropout
 from ptkit.runtime.gate import Gate
 from ptkit.section import MethodSection
@@ -194,9 +196,18 @@ def demonstrations(experiment: Experiment, seed: int) -> Demonstrations:
     if isinstance(task, HeadedTask):
         texts = [example.input for example in rows]
         return Demonstrations(texts, seed, folder=experiment.folder)
+    if isinstance(task, ChatTask):
+        template = ChatTemplate.of_task(experiment.base.tokenizer, task)
+        said = (example.dialogue for example in rows)
+        # A demonstration stands within a text: what begins one is not there again.
+        begin = str(template.tokenizer.decode(experiment.base.lead))
+        texts = [
+            template.render(d.messages, d.tools).removeprefix(begin) for d in said if d is not None
+        ]
+        return Demonstrations(texts, seed, [], task_words(task), experiment.folder)
     texts = [example.input + example.target for example in rows]
     labels = [*task.verbalizer.values()] if isinstance(task, ClassificationTask) else []
-    return Demonstrations(texts, seed, labels, Template(task.input).words, experiment.folder)
+    return Demonstrations(texts, seed, labels, task_words(task), experiment.folder)
 
 
 def new_adapter(experiment: Experiment, cell: Cell, method: MethodSection) -> Adapter:
@@ -237,6 +248,7 @@ def new_job(experiment: Experiment, cell: Cell, adapter: Adapter) -> Job:
         require_gate_fits(adapter)
     for rows in (training, experiment.validation):
         require_room(adapter, rows, recipe.task)
+        _require_one_input(adapter, rows)
     section: Any = adapter.section
     return Job(
         adapter,
@@ -249,6 +261,16 @@ def new_job(experiment: Experiment, cell: Cell, adapter: Adapter) -> Job:
         general=experiment.retain_windows,
         beta2=getattr(section, "beta2", Job.beta2),
     )
+
+
+def _require_one_input(adapter: Adapter, rows: Sequence[EncodedExample]) -> None:
+    """Raise UserError for an adapter that is placed by, or made from, the end of the one input,
+    where rows have several answers in one pass."""
+    if (adapter.infix or adapter.depends_on_input) and any(row.learnt is not None for row in rows):
+        raise UserError(
+            f"`{adapter.section.title}` depends on the whole input before an answer, and all "
+            "answers of a conversation are learnt in one pass; use `task.loss: last`"
+        )
 
 
 def _gate(experiment: Experiment, cell: Cell) -> Gate | None:

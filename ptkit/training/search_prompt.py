@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ptkit.data.encode import EncodedExample
+from ptkit.data.encoded import EncodedExample
 from ptkit.data.tokens import part_ids, without_lead
 from ptkit.errors import ModelError, UserError
 from ptkit.prefix import KVPrefix
@@ -152,5 +152,5 @@ def _losses(
         counts = supervised_counts(base.model, together["labels"]).tolist()
         for (i, _), own in zip(part, losses.split(counts), strict=True):
             total[i] += float(own.sum())
-    tokens = sum(len(row.target_ids) for row in rows)
+    tokens = sum(row.supervised for row in rows)
     return [value / tokens for value in total]

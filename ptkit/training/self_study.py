@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ptkit.data.encode import StudiedText
+from ptkit.data.encoded import StudiedText
 from ptkit.data.tokens import without_lead
 from ptkit.errors import DataError, ModelError, UserError
 from ptkit.formats import atomic
@@ -167,7 +167,9 @@ def study(
         with path.open(encoding="utf-8") as file:  # `splitlines` would end one within a text, too
             rows = [json.loads(line) for line in file]
         for row in rows:
-            found[row["split"]].append(StudiedText(row["input_ids"], row["target_ids"], chunk))
+            found[row["split"]].append(
+                StudiedText(row["input_ids"], row["target_ids"], chunk=chunk)
+            )
     return _distinct(found)
 
 

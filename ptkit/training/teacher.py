@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ptkit.data.encode import StudiedText
+from ptkit.data.encoded import StudiedText
 from ptkit.prefix import KVPrefix
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.architecture import evaluating

@@ -1,0 +1,233 @@
+"""Conversations as token ids: what is read, what is learnt, what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from ptkit.data.chat_template import ChatTemplate, Rendered
+from ptkit.data.dialogue import Dialogue
+from ptkit.data.encoded import EncodedExample
+from ptkit.data.task import Example
+from ptkit.data.tokens import lead_ids
+from ptkit.errors import DataError
+from ptkit.recipe.tasks import ChatTask
+
+
+@dataclass
+class ChatNotes:
+    """What was decided about conversations as they became token ids.
+
+    shortened: conversations that lost early turns; dropped: messages that they lost
+    unfolded: conversations that became a row for each answer, for the template renders a turn
+        differently once another follows it
+    endless: answers after which no token of the model's own vocabulary of marks stands
+    """
+
+    shortened: int = 0
+    dropped: int = 0
+    unfolded: int = 0
+    endless: int = 0
+
+
+@dataclass(frozen=True)
+class ChatRows:
+    """Conversations as rows: mostly one each.
+
+    examples, encoded: in one order, equally many
+    """
+
+    examples: list[Example] = field(default_factory=list)
+    encoded: list[EncodedExample] = field(default_factory=list)
+    notes: ChatNotes = field(default_factory=ChatNotes)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A rendered conversation as token ids, with what is learnt."""
+
+    ids: list[int]
+    learnt: list[bool]
+
+    @property
+    def first(self) -> int:
+        """Index of the first token that is learnt."""
+        return self.learnt.index(True)
+
+    def row(self) -> EncodedExample:
+        """Everything up to the first learnt token as input; all learnt tokens in one pass."""
+        at = self.first
+        tail = tuple(self.learnt[at:])
+        return EncodedExample(self.ids[:at], self.ids[at:], None if all(tail) else tail)
+
+
+class ChatEncoder:
+    """Encodes the conversations of a task for one model.
+
+    Raises DataError for a tokenizer that cannot tell which characters a token is of, and without a
+    chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, task: ChatTask) -> None:
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"{type(tokenizer).__name__} does not tell which characters a token is of; "
+                "conversations need a model with a fast tokenizer"
+            )
+        self.task, self.tokenizer = task, tokenizer
+        self.template = ChatTemplate.of_task(tokenizer, task)
+        self._lead = lead_ids(tokenizer)
+
+    def rows(self, examples: Sequence[Example]) -> ChatRows:
+        """The rows that training reads, and what was decided on the way."""
+        found = ChatRows()
+        for example in examples:
+            for dialogue, tokens in self._passes(example, found.notes):
+                found.examples.append(replace(example, dialogue=dialogue))
+                found.encoded.append(tokens.row())
+        return found
+
+    def asked(self, example: Example) -> EncodedExample:
+        """The conversation up to its last answer as input, and that answer as target, with room
+        for `max_target_tokens`."""
+        assert example.dialogue is not None
+        dialogue = example.dialogue.upto(len(example.dialogue.messages) - 1)
+        room = self.task.max_tokens - self.task.max_target_tokens
+        while True:
+            tokens = self._tokens(dialogue, self._spans(dialogue), "last")
+            row = tokens.row()
+            if len(row.input_ids) <= room:
+                return EncodedExample(row.input_ids, row.target_ids)
+            dialogue = self._shorter(dialogue, len(row.input_ids), room, "before the last answer")
+
+    def question(self, dialogue: Dialogue, answer: int) -> list[int]:
+        """The token ids up to where the message `answer` begins."""
+        room = self.task.max_tokens - self.task.max_target_tokens
+        cut = dialogue.upto(answer)
+        while True:
+            ids = self.template.ids(cut.messages[:-1], cut.tools)
+            if len(ids) <= room:
+                return ids
+            cut = self._shorter(cut, len(ids), room, "before an answer")
+
+    def _passes(self, example: Example, notes: ChatNotes) -> list[tuple[Dialogue, _Tokens]]:
+        """The conversation in as few passes as the template allows."""
+        dialogue = example.dialogue
+        assert dialogue is not None
+        if self.task.loss == "last":
+            if not dialogue.learnt[-1]:
+                raise DataError(
+                    f"{dialogue.where}: the last answer has the weight 0, and `loss: last` learns "
+                    "no other; leave the row out"
+                )
+            dialogue = dialogue.upto(len(dialogue.messages) - 1)
+        rendered = self.template.rendered(dialogue)
+        if rendered is not None or self.task.loss == "all":
+            return [self._fitted(dialogue, rendered, notes)]
+        learnt = [i for i in dialogue.answers if dialogue.learnt[i]]
+        notes.unfolded += len(learnt) > 1
+        return [self._fitted(dialogue.upto(i), None, notes) for i in learnt]
+
+    def _fitted(
+        self, dialogue: Dialogue, rendered: Rendered | None, notes: ChatNotes
+    ) -> tuple[Dialogue, _Tokens]:
+        whole, most = dialogue, self.task.max_tokens
+        if rendered is None:
+            rendered = self._spans(dialogue)
+        while True:
+            tokens = self._tokens(dialogue, rendered, self.task.loss)
+            if len(tokens.ids) <= most:
+                break
+            dialogue = self._shorter(dialogue, len(tokens.ids), most, "in all")
+            rendered = self._spans(dialogue)
+        lost = len(whole.messages) - len(dialogue.messages)
+        notes.shortened += bool(lost)
+        notes.dropped += lost
+        notes.endless += not any(
+            token in self.template.marks
+            for token, learnt in zip(tokens.ids, tokens.learnt, strict=True)
+            if learnt
+        )
+        return dialogue, tokens
+
+    def _spans(self, dialogue: Dialogue) -> Rendered:
+        """The text, with the places of learnt answers even where earlier ones have none."""
+        found = self.template.rendered(dialogue)
+        if found is not None:
+            return found
+        last = len(dialogue.messages) - 1
+        text = self.template.render(dialogue.messages, dialogue.tools)
+        if all(dialogue.learnt[i] for i in dialogue.answers) and self.task.loss == "all":
+            return Rendered(text, {})
+        asked = self.template.render(dialogue.messages[:last], dialogue.tools, ask=True)
+        if not text.startswith(asked):
+            raise DataError(
+                f"{dialogue.where}: the chat template writes the conversation otherwise before its "
+                "last answer is there than with it; give `task.chat_template` another"
+            )
+        return Rendered(text, {last: (len(asked), len(text))})
+
+    def _shorter(self, dialogue: Dialogue, tokens: int, most: int, what: str) -> Dialogue:
+        """The conversation without its first exchange. Raises DataError where the task refuses
+        that, or nothing would be left to learn."""
+        shorter = dialogue.without_first_exchange()
+        if self.task.too_long == "refuse":
+            told = "`task.too_long: drop_turns` leaves early turns out"
+        elif shorter is None:
+            told = "its last question and answer alone are too long"
+        elif not any(shorter.learnt):
+            told = "the turns that would be left have nothing to learn"
+        else:
+            return shorter
+        raise DataError(
+            f"{dialogue.where}: the conversation has {tokens:,} tokens {what}, more than {most:,} "
+            f"(`task.max_tokens`); {told}; raise the limit, or leave the row out"
+        )
+
+    def _tokens(self, dialogue: Dialogue, rendered: Rendered, loss: str) -> _Tokens:
+        encoding = self.tokenizer(
+            rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        if loss == "all":
+            learnt = [True] * len(ids)
+        else:
+            spans = [s for i, s in rendered.spans.items() if i < 0 or dialogue.learnt[i]]
+            learnt = self._in_spans(rendered.text, ids, offsets, spans)
+        begun = self._with_lead(ids)
+        learnt = [False] * (len(begun) - len(ids)) + learnt
+        learnt[0] = False  # nothing stands before it to predict it from
+        if not any(learnt):
+            raise DataError(
+                f"{dialogue.where}: the template writes nothing of the answers, so there is "
+                "nothing to learn"
+            )
+        return _Tokens(begun, learnt)
+
+    def _in_spans(
+        self, text: str, ids: list[int], offsets: list[tuple[int, int]],
+        spans: list[tuple[int, int]],
+    ) -> list[bool]:  # fmt: skip
+        """Which tokens have a character of a span."""
+        learnt = [False] * len(ids)
+        for start, end in spans:
+            inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+            for i in inside:
+                learnt[i] = True
+            # A template's own marks may leave out the token at which the model is to stop.
+            said = [i for i in inside if text[slice(*offsets[i])].strip()]
+            after = next((i for i, (a, _) in enumerate(offsets) if a >= end), None)
+            if (
+                after is None
+                or not self.template.marked
+                or (said and ids[said[-1]] in self.template.marks)
+            ):
+                continue
+            if ids[after] in self.template.marks and offsets[after][0] == end:
+                learnt[after] = True
+        return learnt
+
+    def _with_lead(self, ids: list[int]) -> list[int]:
+        return list(ids) if ids[: len(self._lead)] == self._lead else [*self._lead, *ids]

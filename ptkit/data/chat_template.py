@@ -1,0 +1,285 @@
+"""Conversations in a model's chat template: what is rendered, and which of it are the answers.
+
+Transformers renders; here is decided which characters a model learns. A template may mark them
+itself (`{% generation %}`). Otherwise the conversation is rendered turn by turn. What a rendering
+adds to the question before it is the answer, as long as every rendering begins the next.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ptkit.data.dialogue import Dialogue, Message
+from ptkit.data.tokens import part_ids, text_ids
+from ptkit.errors import DataError, UserError, did_you_mean
+from ptkit.formats.adapter_info import ChatInfo
+from ptkit.recipe.tasks import ChatTask
+from ptkit.section import resolve_path
+
+#: Templates for models that have none. `chatml` needs its two marks among the model's tokens;
+#: `plain` writes roles as words, and an answer ends with the model's own end-of-text token.
+NAMED = {
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
+        "message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+    "plain": (
+        "{% for message in messages %}"
+        "{% if message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token "
+        "+ '\\n' }}{% elif message['role'] == 'system' %}{{ message['content'] + '\\n' }}"
+        "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\\n' }}"
+        "{% else %}{{ raise_exception('`plain` has no ' + message['role'] + ' turns') }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    ),
+}
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as one text.
+
+    spans: first character and end of each answer, by the index of its message. Where a template
+        marks other pieces than answers, the index is that of the piece, below zero
+    """
+
+    text: str
+    spans: Mapping[int, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A tokenizer with the template it writes conversations in.
+
+    given: the template's text, where it is not the tokenizer's own
+    system: the system prompt of conversations that bring none
+    trained: whether an adapter was trained with it
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    given: str | None = None
+    system: str | None = None
+    trained: bool = False
+
+    @classmethod
+    def of_task(cls, tokenizer: PreTrainedTokenizerBase, task: ChatTask) -> ChatTemplate:
+        """The template of a task, whose file was read (see `with_template_read`).
+
+        Raises DataError where the task names none and the tokenizer has none.
+        """
+        chosen = task.chat_template
+        if chosen is None and tokenizer.chat_template is None:
+            raise DataError(
+                "the model has no chat template; give one with `task.chat_template`: a Jinja file, "
+                + ", ".join(f"`{name}`" for name in NAMED)
+            )
+        given = None if chosen is None else NAMED.get(chosen, chosen)
+        assert given is None or "{" in given, "the template's file was not read"
+        return cls(tokenizer, None if given == tokenizer.chat_template else given, task.system)
+
+    @classmethod
+    def of_record(
+        cls, tokenizer: PreTrainedTokenizerBase, chat: ChatInfo | None
+    ) -> ChatTemplate:  # fmt: skip
+        """The template that an adapter was trained with, and the tokenizer's own where it records
+        none."""
+        if chat is None:
+            return cls(tokenizer)
+        given = None if chat.template == tokenizer.chat_template else chat.template
+        return cls(tokenizer, given, chat.system, trained=True)
+
+    @property
+    def record(self) -> ChatInfo:
+        """What an adapter's record says of it."""
+        return ChatInfo(template=self._text(()), system=self.system)
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is one at all."""
+        return self.given is not None or self.tokenizer.chat_template is not None
+
+    def with_system(self, messages: Sequence[Message]) -> list[Message]:
+        """`messages` with the system prompt, where they bring none."""
+        brought = bool(messages) and messages[0]["role"] == "system"
+        own = [] if brought or self.system is None else [{"role": "system", "content": self.system}]
+        return [*own, *messages]
+
+    def ids(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
+        """The token ids of a conversation up to where the answer begins. They are those of the
+        rendered text, so the begin-of-text token is there once, whoever writes it.
+
+        Raises whatever the template raises.
+        """
+        return text_ids(self.tokenizer, self.render(messages, tools, ask=True))
+
+    def asked(self, text: str) -> str:
+        """A conversation of one question, with the system prompt, as a text to go on with.
+
+        Raises UserError where the template refuses it.
+        """
+        try:
+            return self.render(self.with_system([{"role": "user", "content": text}]), ask=True)
+        except Exception as error:  # templates raise what they like (jinja2's, TypeError, ...)
+            raise UserError(f"the chat template refuses the question: {error}") from error
+
+    @cached_property
+    def marks(self) -> frozenset[int]:
+        """Token ids that stand for no text of a speaker: special and added ones."""
+        return frozenset({*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder})
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The token id at which an answer ends; empty where the template writes no mark there."""
+        question = {"role": "user", "content": "a"}
+        try:
+            asked = self.render([question], ask=True)
+            said = self.render([question, {"role": "assistant", "content": "a"}])
+        except Exception:  # a template that insists on more than a question and an answer
+            return frozenset()
+        answer = said.removeprefix(asked)
+        if answer == said or "a" not in answer:
+            return frozenset()
+        tail = part_ids(self.tokenizer, answer.rpartition("a")[2])[:1]
+        return self.marks & {*tail}
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Any] = (), *, ask: bool = False
+    ) -> str:
+        """The messages as text; with `ask` up to where the next answer begins.
+
+        Raises whatever the template raises.
+        """
+        (text,), _ = self._rendered(messages, tools, ask=ask)
+        return str(text)
+
+    def rendered(self, dialogue: Dialogue) -> Rendered | None:
+        """The conversation with the places of its answers. None where a later turn changes what
+        was rendered before it: some templates leave reasoning out of a history.
+
+        Raises DataError naming the row, where the template refuses it, leaves out what it has, or
+        asks for another beginning than the answer has.
+        """
+        read = self._rendered_with_marks if self.marked else self._turn_by_turn
+        found: Rendered | None = read(dialogue)
+        if found is not None:
+            self._require_whole(dialogue, found.text)
+        return found
+
+    @cached_property
+    def marked(self) -> bool:
+        """Whether the template itself marks what the model writes."""
+        return _MARK.search(self._text(())) is not None
+
+    def _rendered_with_marks(self, dialogue: Dialogue) -> Rendered:
+        (text,), (spans,) = self._tried(dialogue, dialogue.messages, marks=True)
+        answers = dialogue.answers
+        if len(spans) == len(answers):
+            return Rendered(text, dict(zip(answers, spans, strict=True)))
+        if not all(dialogue.learnt[i] for i in answers):
+            raise DataError(
+                f"{dialogue.where}: the chat template marks {len(spans)} pieces in {len(answers)} "
+                "answers, so one answer cannot be told from the others; use `loss: assistant` "
+                "without weights, or a template without `{% generation %}`"
+            )
+        return Rendered(text, {-1 - n: span for n, span in enumerate(spans)})
+
+    def _turn_by_turn(self, dialogue: Dialogue) -> Rendered | None:
+        messages = dialogue.messages
+        (text,), _ = self._tried(dialogue, messages)
+        spans = {}
+        for i in dialogue.answers:
+            (asked,), _ = self._tried(dialogue, messages[:i], ask=True)
+            (said,), _ = self._tried(dialogue, messages[: i + 1])
+            if not said.startswith(asked):
+                raise DataError(
+                    f"{dialogue.where}, turn {i + 1}: the chat template asks for an answer with "
+                    f"{_end(asked, said)}, and writes the answer without it; give "
+                    "`task.chat_template` a template that writes both alike"
+                )
+            if not text.startswith(said):
+                return None
+            spans[i] = (len(asked), len(said))
+        return Rendered(text, spans)
+
+    def _require_whole(self, dialogue: Dialogue, text: str) -> None:
+        """Raise DataError for tool calls, reasoning or tools that the template leaves out."""
+        last = dialogue.messages[-1]
+        wanted = {
+            "the tool call": [
+                c["function"]["name"] for m in dialogue.messages for c in m.get("tool_calls", ())
+            ],
+            "the reasoning": [last.get("reasoning_content", "").strip()],
+            "the tool": [str(t.get("function", t).get("name", "")) for t in dialogue.tools],
+        }
+        for what, pieces in wanted.items():
+            for piece in pieces:
+                if piece not in text:
+                    raise DataError(
+                        f"{dialogue.where}: the chat template leaves out {what} "
+                        f"`{piece[:40]}`; give `task.chat_template` a template that has a place "
+                        "for it, or leave it out of the data"
+                    )
+
+    def _tried(self, dialogue: Dialogue, messages: Sequence[Message], **how: Any) -> Any:
+        try:
+            return self._rendered(messages, dialogue.tools, **how)
+        except Exception as error:  # templates raise what they like (jinja2's, TypeError, ...)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(
+                f"{dialogue.where}: the chat template refuses the conversation at turn "
+                f"{len(messages)}: {reason}"
+            ) from error
+
+    def _rendered(
+        self, messages: Sequence[Message], tools: Sequence[Any], *, ask: bool = False,
+        marks: bool = False,
+    ) -> tuple[list[str], list[list[tuple[int, int]]]]:  # fmt: skip
+        named: dict[str, Any] = {**self.tokenizer.special_tokens_map}
+        found: Any = render_jinja_template(
+            conversations=[[dict(message) for message in messages]],
+            tools=[dict(tool) for tool in tools] or None,
+            chat_template=self._text(tools),
+            return_assistant_tokens_mask=marks,
+            add_generation_prompt=ask,
+            **named,
+        )  # fmt: skip
+        return found
+
+    def _text(self, tools: Sequence[Any]) -> str:
+        """The template; some tokenizers have one of their own for conversations with tools."""
+        found: Any = self.tokenizer.get_chat_template(self.given, tools=[*tools] or None)
+        return str(found)
+
+
+def _end(asked: str, said: str) -> str:
+    """What `asked` ends with and `said` has not."""
+    same = next((i for i, (a, b) in enumerate(zip(asked, said, strict=False)) if a != b), len(said))
+    return repr(asked[same:][-60:])
+
+
+def with_template_read(task: ChatTask, folder: Path) -> ChatTask:
+    """`task` with the text of the template's file in place of its name, so that it is complete
+    wherever it is kept. Raises DataError for a file that is not there, empty, or no template."""
+    chosen = task.chat_template
+    if chosen is None or chosen in NAMED or "{" in chosen:
+        return task
+    path = resolve_path(chosen, folder)
+    if not path.is_file():
+        hint = did_you_mean(chosen, NAMED)
+        raise DataError(f"`task.chat_template`: no such file: {path}, nor a template; {hint}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"`task.chat_template`: {path} is not UTF-8 text") from error
+    if "{" not in text:
+        raise DataError(f"`task.chat_template`: {path} is no Jinja template: nothing is filled in")
+    return task.model_copy(update={"chat_template": text})

@@ -1,0 +1,73 @@
+"""Adapters in PEFT's layout, made of what another library's file holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from torch import Tensor
+
+from ptkit.errors import AdapterError
+from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.formats.adapter_info import AdapterInfo
+from ptkit.methods import ADAPTERS
+from ptkit.methods.prefix_tuning.adapter import PrefixTuning
+from ptkit.prefix import KVPrefix
+from ptkit.runtime.base_model import Base
+from ptkit.training.provenance import base_info
+
+
+def prefix_files(flat: Tensor, base: Base, where: str) -> AdapterFiles:
+    """A prefix whose values are `flat` `[tokens, layers * 2 * kv_heads * head_dim]`, each token's
+    layer by layer, its key before its value. Raises AdapterError for a base of another shape."""
+    _require_finite(flat, where)
+    prefix = KVPrefix.from_flat(flat.float(), base.layout)
+    return _of_base(PrefixTuning.from_prefix(prefix, base).files(), base)
+
+
+def prompt_files(embeddings: Tensor, base: Base, where: str) -> AdapterFiles:
+    """A soft prompt `[tokens, hidden]`. Raises AdapterError for a base of another width."""
+    _require_finite(embeddings, where)
+    width = base.embedding.embedding_dim
+    if embeddings.ndim != 2 or embeddings.shape[1] != width:
+        raise AdapterError(
+            f"{where} is a soft prompt of shape {list(embeddings.shape)}; {base.id} reads "
+            f"embeddings of {width} values"
+        )
+    cls = ADAPTERS["prompt_tuning"]
+    section = cls.section_class(kind="prompt_tuning", num_virtual_tokens=len(embeddings))  # type: ignore[call-arg]
+    plain = AdapterFiles({"peft_type": "PROMPT_TUNING"}, {"prompt_embeddings": embeddings.float()})
+    return _of_base(cls.from_files(plain, section, base).files(), base)
+
+
+def by_mlp(tensors: dict[str, Tensor], wte: str, mlp: str) -> Tensor:
+    """What the MLP of Li & Liang (2021, section 4.3) makes of its embeddings, `[tokens, values]`.
+
+    It has two layers with a tanh between. All libraries took over its names from them.
+
+    wte, mlp: what the names of the embeddings and of the MLP's layers begin with. Raises
+    AdapterError where a part is missing.
+    """
+    names = [f"{wte}.weight", *(f"{mlp}.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias"))]
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise AdapterError(f"the MLP of a prefix lacks {', '.join(missing)}")
+    start, first, first_bias, last, last_bias = (tensors[name].double() for name in names)
+    return ((start @ first.T + first_bias).tanh() @ last.T + last_bias).float()
+
+
+def as_rows(values: Tensor, tokens: int) -> Tensor:
+    """The vector `values` as `[tokens, values of each]`. Raises AdapterError where it has not as
+    many."""
+    if tokens < 1 or values.numel() % tokens:
+        raise AdapterError(f"{values.numel():,} values are not those of {tokens} virtual tokens")
+    return values.reshape(tokens, -1)
+
+
+def _of_base(files: AdapterFiles, base: Base) -> AdapterFiles:
+    return dataclasses.replace(files, info=AdapterInfo(base=base_info(base)))
+
+
+def _require_finite(values: Tensor, where: str) -> None:
+    if not math.isfinite(float(values.float().abs().sum())):
+        raise AdapterError(f"{where} holds values that are not finite")

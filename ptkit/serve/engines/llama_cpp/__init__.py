@@ -1,0 +1,1 @@
+"""llama.cpp's server behind `ptkit serve`: adapters are restored into its slots."""
