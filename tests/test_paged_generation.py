@@ -19,6 +19,7 @@ from test_peft_parity import rows_of
 from transformers import GenerationConfig, TextStreamer, WatermarkingConfig
 
 from ptkit import AdapterBank
+from ptkit.errors import ModelError
 from ptkit.prefix import KVPrefix, prefixes_of
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime import generation
@@ -279,3 +280,17 @@ def test_equal_rows_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seeded(base, [prefix] * 3, [prompt] * 3, num_return_sequences=2, do_sample=True, top_k=0)
     assert counts[0] == 9
     assert max(counts[1:]) == 6
+
+
+def test_answers_beyond_a_table_of_positions_are_refused_before_anything_is_written() -> None:
+    base = random_base("gpt2")
+    (ids,) = base.encode(["w1 w2 w3"])
+    prefix = random_prefix(base, 5, 1)
+    most = base.model.config.max_position_embeddings
+    room = most - prefix.virtual_tokens - len(ids) + 1
+    rows = [None, prefix]
+    options = {"pad_token_id": 0, "do_sample": False, "eos_token_id": None}
+    written = generate(base.model, [ids, ids], rows, max_new_tokens=room, **options)
+    assert [len(row) for row in written] == [room, room]
+    with pytest.raises(ModelError, match=rf"text 2 has 3 tokens .* the model has {most} positions"):
+        generate(base.model, [ids, ids], rows, max_new_tokens=room + 1, **options)

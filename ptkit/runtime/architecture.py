@@ -80,3 +80,19 @@ def first_position(model: PreTrainedModel) -> int:
     if tables and tables[0].padding_idx is not None:
         return tables[0].padding_idx + 1
     return 0
+
+
+#: How families call their table of positions.
+_TABLES = ("wpe", "position_embeddings", "embed_positions", "position_embedding")
+
+
+def places_in_table(model: PreTrainedModel) -> int | None:
+    """How many positions the decoder's table has; None where positions are computed, so that a
+    text may be of any length."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is None or model.config.is_encoder_decoder:
+        return None
+    for name, module in model.base_model.named_modules():
+        if name.rpartition(".")[2] in _TABLES and isinstance(module, nn.Embedding):
+            return int(most)
+    return None

@@ -34,10 +34,11 @@ from transformers.generation import GenerationMode
 from ptkit.errors import ModelError
 from ptkit.prefix import KVPrefix, prefixes_of
 from ptkit.prefix_batch import PrefixBatch
-from ptkit.runtime.architecture import evaluating
+from ptkit.runtime.architecture import evaluating, places_in_table
 from ptkit.runtime.attention import Repeats, prefixed_positions
 from ptkit.runtime.attention_sites import require_attention, takes_positions
 from ptkit.runtime.cache import cache_for, prefilled_cache, sees_everything
+from ptkit.runtime.facts import known
 from ptkit.runtime.forward import pad_rows
 from ptkit.runtime.infix import placed_before_last, read_before_last
 from ptkit.runtime.locks import running
@@ -83,14 +84,33 @@ def generate(
     A row of several gets the same greedy tokens as alone. It reads no other row's prefix. Logits
     processors and stopping criteria read the rows' own tokens, no padding and no placeholder.
     Sampling takes torch's random numbers: after `torch.manual_seed` the same call writes the same.
+
+    Raises ModelError where `max_new_tokens` is more than the model's table of positions has left.
     """
     asked = _Asked(model, prompts, prefixes, pad_token_id, generate_options)
+    _require_places(asked)
     with running(model), evaluating(model):
         reason = why_not_blocks(asked, static_positions, read)
         if reason is None:
             return _in_blocks(asked)
         logger.debug("transformers' own loop writes: %s", reason)
         return _in_cache(asked, static_positions, read)
+
+
+def _require_places(asked: _Asked) -> None:
+    """Raise ModelError where a row would be read beyond the end of a table of positions."""
+    most, new = known(asked.model, places_in_table), asked.options.get("max_new_tokens")
+    if most is None or not isinstance(new, int):
+        return
+    for row, (prompt, prefix) in enumerate(zip(asked.prompts, asked.rows, strict=True)):
+        virtual = 0 if prefix is None else prefix.virtual_tokens
+        # The last new token is never read.
+        if virtual + len(prompt) + new - 1 > most:
+            raise ModelError(
+                f"text {row + 1} has {len(prompt)} tokens behind {virtual} virtual ones, and "
+                f"`max_new_tokens` asks for {new} more: the model has {most} positions; lower "
+                "`max_new_tokens`, or shorten the text"
+            )
 
 
 @dataclass(frozen=True)
