@@ -418,3 +418,16 @@ def test_a_version_that_the_workers_lose_fails_one_request_only(
     text = bank.base.tokenizer.decode(expected(bank, "long", TEXTS[0]))
     assert engine.ask("long", TEXTS[0]).choices[0].text == text
     assert engine.alive
+
+
+def test_verify_counts_the_answers_of_vllm_that_are_ptkits(tmp_path: Path) -> None:
+    told = ["verify", str(ROOT / "adapters" / "facts-prefix"), "--engine", "vllm", "--rows", "8",
+            "--format", "json"]  # fmt: skip
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "ptkit", *told, "--engine-python", str(PYTHON)],
+        capture_output=True, text=True, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["engine"], found["prompts"], found["equal"]) == ("vllm", 8, 8)

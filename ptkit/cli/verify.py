@@ -32,7 +32,7 @@ def verify(
     engine: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Compare this engine's greedy answers with transformers': llama-cpp.",
+            help="Compare this engine's greedy answers with transformers': vllm or llama-cpp.",
             rich_help_panel=_ENGINE,
         ),
     ] = None,
@@ -51,6 +51,13 @@ def verify(
         Optional[str],  # noqa: UP045
         typer.Option(
             help="llama-server, or a folder with the package xllamacpp; default: what is found.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
+    engine_python: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="With vllm: the Python of its environment; default: this one.",
             rich_help_panel=_ENGINE,
         ),
     ] = None,
@@ -83,7 +90,10 @@ def verify(
     engine's answers are compared instead.
     """
     if engine is not None:
-        settings = {"gguf": gguf, "dtype": dtype, "llama_server": llama_server}
+        settings = {
+            "gguf": gguf, "dtype": dtype, "llama_server": llama_server,
+            "engine_python": engine_python,
+        }  # fmt: skip
         given = {name: value for name, value in settings.items() if value is not None}
         if score:
             raise UserError("--engine compares answers, not scores; leave --score out")
