@@ -20,6 +20,7 @@ from ptkit.comparison.on_ray import run_on_ray
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import MethodSummary, summarise
 from ptkit.data.chat_template import ChatTemplate
+from ptkit.data.in_memory import Rows, with_rows
 from ptkit.data.tokens import listed
 from ptkit.errors import AdapterError, ModelError, PtkitError, UserError
 from ptkit.evaluation.evaluate import find_adapter
@@ -91,6 +92,7 @@ def train(
     out: str | Path | None = None,
     start_from: str | Path | None = None,
     overrides: Sequence[str] = (),
+    dataset: Rows | None = None,
     fresh: bool = False,
     base: Base | None = None,
     observer: RunObserver | None = None,
@@ -103,13 +105,16 @@ def train(
     out: default `runs/RECIPE/METHOD-seedN`; a run that was stopped there goes on
     start_from: an adapter folder to train further
     overrides: `key.path=value` assignments to the recipe
+    dataset: rows in place of those the recipe names: a `datasets.Dataset` or `DatasetDict`, a list
+        of mappings, or a mapping from splits to either
     fresh: delete what is in the folder and start over
     base: a loaded base to use instead of loading the recipe's
 
     Raises RecipeError, DataError, ModelError or UserError, before anything is trained, for what
     cannot be carried out.
     """
-    loaded, section, used_seed, folder = _chosen(recipe, method, seed, out, overrides)
+    loaded = _loaded(recipe, overrides, dataset)
+    section, used_seed, folder = _chosen(loaded, method, seed, out)
     require_supported(loaded.recipe, [section])
     if fresh:
         start_over(folder)
@@ -123,18 +128,21 @@ def train(
     return Run(folder, record)
 
 
-def _chosen(
-    recipe: str | Path | LoadedRecipe,
-    method: str | None,
-    seed: int | None,
-    out: str | Path | None,
-    overrides: Sequence[str],
-) -> tuple[LoadedRecipe, MethodSection, int, Path]:
-    """The recipe, its method, the seed and the folder that the arguments of `train` ask for."""
+def _loaded(
+    recipe: str | Path | LoadedRecipe, overrides: Sequence[str], dataset: Rows | None
+) -> LoadedRecipe:
+    """The recipe that the arguments of `train` and `compare` ask for."""
     loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
+    return loaded if dataset is None else with_rows(loaded, dataset)
+
+
+def _chosen(
+    loaded: LoadedRecipe, method: str | None, seed: int | None, out: str | Path | None
+) -> tuple[MethodSection, int, Path]:
+    """The method, the seed and the folder that the arguments of `train` ask for."""
     section = one_method(loaded.recipe, method)
     used_seed = loaded.recipe.seeds[0] if seed is None else seed
-    return loaded, section, used_seed, run_folder(loaded.recipe, section, used_seed, out)
+    return section, used_seed, run_folder(loaded.recipe, section, used_seed, out)
 
 
 def _cell(section: MethodSection, seed: int, folder: Path, start_from: str | Path | None) -> Cell:
@@ -150,11 +158,13 @@ def plan_training(
     out: str | Path | None = None,
     start_from: str | Path | None = None,
     overrides: Sequence[str] = (),
+    dataset: Rows | None = None,
 ) -> tuple[list[str], Forecast]:
     """What `train` with these arguments would do. It tells what was decided about the data, in
     lines, and what the run would take, measured on a few steps. Nothing is written to its
     folder."""
-    loaded, section, used_seed, folder = _chosen(recipe, method, seed, out, overrides)
+    loaded = _loaded(recipe, overrides, dataset)
+    section, used_seed, folder = _chosen(loaded, method, seed, out)
     require_supported(loaded.recipe, [section])
     cell = _cell(section, used_seed, folder, start_from)
     experiment = prepare(loaded)
@@ -166,9 +176,10 @@ def plan_comparison(
     *,
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
+    dataset: Rows | None = None,
 ) -> tuple[list[str], Forecast]:
     """What `compare` with these arguments would do; see `plan_training`."""
-    loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
+    loaded = _loaded(recipe, overrides, dataset)
     folder = Path("comparisons") / loaded.recipe.name if out is None else Path(out)
     return forecast_grid(loaded, folder)
 
@@ -178,6 +189,7 @@ def compare(
     *,
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
+    dataset: Rows | None = None,
     fresh: bool = False,
     ray: str | bool = False,
     cell_cpus: float = 1,
@@ -195,7 +207,9 @@ def compare(
     result's `failed`. Raises PtkitError where none has a result. For the other arguments, and what
     else is raised, see `train`.
     """
-    loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
+    loaded = _loaded(recipe, overrides, dataset)
+    if ray and loaded.given is not None:
+        raise UserError("cells of a cluster read their data themselves; name it in `task.data`")
     folder = Path("comparisons") / loaded.recipe.name if out is None else Path(out)
     require("report", "`ptkit compare`")
     if fresh and is_first():

@@ -6,6 +6,7 @@ that fact. Without `validation`, a tenth of the training rows (at least one) is 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ptkit.data.hub_rows import hub_rows
@@ -20,14 +21,20 @@ BUILTIN = Path(__file__).resolve().parent / "builtin"
 SPLITS = ("train", "validation", "test")
 
 
-def load_rows(section: DataSection, folder: Path, label: str | None = None) -> SplitRows:
+def load_rows(
+    section: DataSection,
+    folder: Path,
+    label: str | None = None,
+    given: Mapping[str, Table] | None = None,
+) -> SplitRows:
     """Read the rows `section` names; relative paths start at `folder`.
 
     label: the column by which draws of rows are balanced
+    given: split -> rows that a program handed over, where `section.memory` is set
 
     Raises DataError naming what is missing, empty, unreadable or unreachable.
     """
-    return divide(_found(section, folder), section, _name(section), label)
+    return divide(_found(section, folder, given), section, _name(section), label)
 
 
 def builtin_sets() -> list[str]:
@@ -36,17 +43,28 @@ def builtin_sets() -> list[str]:
 
 
 def _name(section: DataSection) -> str:
+    if section.memory:
+        return "the data that was handed over"
     if section.builtin:
         return f"built-in data `{section.builtin}`"
     return f"hub data `{section.hub}`" if section.hub else "the recipe's `files`"
 
 
-def _found(section: DataSection, folder: Path) -> dict[str, Table]:
+def _found(
+    section: DataSection, folder: Path, given: Mapping[str, Table] | None
+) -> dict[str, Table]:
     """The splits that the recipe names and the source has, by the source's names."""
     if section.hub:
         loaded = hub_rows(section)
     elif section.builtin:
         loaded = _built_in(section.builtin)
+    elif section.memory:
+        if given is None:
+            raise DataError(
+                "the rows of this recipe were handed over by a program, and are not kept; name "
+                "files or a hub dataset in `task.data`, or hand them over again (`dataset=`)"
+            )
+        loaded = dict(given)
     else:
         loaded = _from_files(section, folder)
     found = {}

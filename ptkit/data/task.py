@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,10 @@ class _Unknown:
         raise DataError("\n".join(lines))
 
 
-def load_task(task: Task, folder: Path) -> TaskData:
+def load_task(task: Task, folder: Path, given: Mapping[str, Table] | None = None) -> TaskData:
     """Read and render the data of `task`; relative paths start at `folder`.
+
+    given: split -> rows that a program handed over, for `task.data.memory`
 
     Raises DataError for data that cannot be read, and for templates that name a missing column.
     Other reasons are missing targets and labels, labels the task does not have, values without a
@@ -120,7 +122,7 @@ def load_task(task: Task, folder: Path) -> TaskData:
     label = (
         task.label if isinstance(task, ClassificationTask | SequenceClassificationTask) else None
     )
-    rows = load_rows(task.data, folder, label)
+    rows = load_rows(task.data, folder, label, given)
     known: Collection[str] = getattr(task, "labels", ())
     unknown = _Unknown(known, "task.labels")
     form = recognised(task, rows.train) if isinstance(task, ChatTask) else None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -21,12 +22,14 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 class LoadedRecipe:
     """A recipe and where it came from.
 
-    folder: the start of relative paths in it; text: the file as read.
+    folder: the start of relative paths in it; text: the file as read
+    given: split -> rows, where a program handed them over (`task.data.memory`)
     """
 
     recipe: Recipe
     path: Path
     text: str
+    given: Mapping[str, Any] | None = None
 
     @property
     def folder(self) -> Path:

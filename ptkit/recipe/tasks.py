@@ -34,7 +34,7 @@ class SplitLimits(Section):
 
 
 class DataSection(Section):
-    """Where the rows come from: exactly one of `builtin`, `hub` or `files`."""
+    """Where the rows come from: exactly one of `builtin`, `hub`, `files` or `memory`."""
 
     builtin: str | None = None
     """A set that ships with ptkit: `facts-to-text`, `message-routing`, `captions-en-de`,
@@ -50,6 +50,8 @@ class DataSection(Section):
     """Folder of the hub dataset to read, where its files are not described by configurations."""
     files: dict[str, str | list[str]] | None = None
     """Split -> JSONL, JSON, CSV or Parquet file(s); relative paths start at the recipe's folder."""
+    memory: bool = False
+    """The rows were handed over by a program: `ptkit.train(..., dataset=...)` sets it."""
     splits: Splits = Splits()
     """The source's names for the three splits. What is missing falls back: test to the validation
     rows, validation to a tenth of the training rows (both as if the name were null)."""
@@ -77,7 +79,7 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
-        given = [n for n in ("builtin", "hub", "files") if getattr(self, n)]
+        given = [n for n in ("builtin", "hub", "files", "memory") if getattr(self, n)]
         if len(given) != 1:
             raise ValueError(
                 "expected exactly one of `builtin`, `hub`, `files`"

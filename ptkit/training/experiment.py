@@ -161,7 +161,7 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
             )
     for name in recipe.task.metrics:  # your own function, say: it should not fail after training
         metric(name)
-    data = load_task(recipe.task, loaded.folder)
+    data = load_task(recipe.task, loaded.folder, loaded.given)
     require_metrics(recipe.task.metrics, [example.references for example in data.test])
     texts = general_texts(retention.text, loaded.folder) if retention else None
     labels = _labels(recipe.task)

@@ -1,0 +1,66 @@
+"""Rows that a program hands over, in place of a recipe's files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+from datasets import Dataset, IterableDataset
+
+from ptkit.data.table import Table
+from ptkit.errors import DataError
+from ptkit.recipe import LoadedRecipe
+from ptkit.recipe.tasks import DataSection, Splits
+
+#: What may be handed over: one split, or several by name.
+Rows: TypeAlias = Dataset | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+
+
+def tables_of(dataset: Rows) -> dict[str, Table]:
+    """Split -> rows. A data set without splits is `train`; its rows are read where they lie.
+
+    dataset: a `datasets.Dataset` or `DatasetDict`, a list of mappings, or a mapping from splits to
+        either
+
+    Raises DataError for anything else, and for a row that is no mapping.
+    """
+    parts = dataset if isinstance(dataset, Mapping) else {"train": dataset}
+    return {str(split): _table(str(split), rows) for split, rows in parts.items()}
+
+
+def _table(split: str, rows: Any) -> Table:
+    if isinstance(rows, Dataset):
+        return Table.of(rows)
+    if isinstance(rows, IterableDataset):
+        raise DataError(
+            f"the split `{split}` is streamed, and training reads its rows several times and in "
+            "random order; hand over `Dataset.from_list([*rows])`, or name the set in the recipe"
+        )
+    if not isinstance(rows, Sequence) or isinstance(rows, str):
+        raise DataError(
+            f"the split `{split}` is a {type(rows).__name__}; expected a datasets.Dataset or a "
+            "list of rows, each a mapping from columns to values"
+        )
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise DataError(f"{split} row {number} is a {type(row).__name__}, expected a mapping")
+    columns = dict.fromkeys(str(column) for row in rows for column in row)
+    return Table([*columns], list(rows))
+
+
+def with_rows(loaded: LoadedRecipe, dataset: Rows) -> LoadedRecipe:
+    """`loaded` with the rows of `dataset` in place of those its recipe names; its limits and its
+    way to draw stay. Raises DataError as `tables_of` does."""
+    given = tables_of(dataset)
+    if "train" not in given:
+        raise DataError(
+            f"the data has the splits {', '.join(given) or 'none'}; one must be called `train`"
+        )
+    own = loaded.recipe.task.data
+    absent = {split: None for split in ("validation", "test") if split not in given}
+    names = Splits.model_validate(absent)
+    section = DataSection(memory=True, splits=names, limits=own.limits, draw=own.draw)
+    task = loaded.recipe.task.model_copy(update={"data": section})
+    recipe = loaded.recipe.model_copy(update={"task": task})
+    return replace(loaded, recipe=recipe, given=given)

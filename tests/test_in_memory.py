@@ -1,0 +1,84 @@
+"""Rows that a program hands over train what the same rows in files train."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_base
+from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file
+from test_compare import recipe_file as recipe_file
+
+import ptkit
+from ptkit.data import load_task
+from ptkit.data.in_memory import with_rows
+from ptkit.errors import DataError, UserError
+from ptkit.formats.adapter_files import WEIGHTS
+from ptkit.recipe import load_recipe
+
+SHORT = ["train.steps=2", "train.eval_every=2", "retention=null"]
+
+
+def splits(recipe: Path) -> dict[str, list[dict[str, Any]]]:
+    return {
+        split: [json.loads(line) for line in (recipe.parent / f"{split}.jsonl").open()]
+        for split in ("train", "validation", "test")
+    }
+
+
+@pytest.mark.parametrize(
+    "form",
+    [dict, lambda rows: DatasetDict({s: Dataset.from_list(own) for s, own in rows.items()})],
+    ids=["lists", "datasets"],
+)
+def test_rows_in_memory_train_the_adapter_that_their_files_do(
+    form: Any, recipe_file: Path, tmp_path: Path
+) -> None:
+    found = []
+    for name, dataset in (("files", None), ("memory", form(splits(recipe_file)))):
+        torch.manual_seed(0)
+        run = ptkit.train(
+            recipe_file, method="prefix_tuning", seed=0, out=tmp_path / name, overrides=SHORT,
+            dataset=dataset, base=random_base("llama"),
+        )  # fmt: skip
+        found.append((load_file(run.adapter / WEIGHTS), run.record.metrics, run.record.test_rows))
+    (files, *told), (memory, *told_too) = found
+    assert files.keys() == memory.keys()
+    assert all(torch.equal(files[n], memory[n]) for n in files)
+    assert told == told_too
+
+
+def test_one_list_is_the_training_rows_and_a_tenth_is_held_out(recipe_file: Path) -> None:
+    loaded = with_rows(load_recipe(recipe_file), splits(recipe_file)["train"])
+    data = load_task(loaded.recipe.task, loaded.folder, loaded.given)
+    assert (len(data.train), len(data.validation), data.test_chose) == (18, 2, True)
+
+
+def test_a_recipe_that_was_kept_says_that_its_rows_are_not(recipe_file: Path) -> None:
+    loaded = with_rows(load_recipe(recipe_file), splits(recipe_file)["train"])
+    assert "memory: true" in loaded.resolved()
+    with pytest.raises(DataError, match="handed over by a program, and are not kept"):
+        load_task(loaded.recipe.task, loaded.folder)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "why"),
+    [
+        ("rows.jsonl", "the split `train` is a str"),
+        ([{"words": "w1"}, "w2"], "train row 2 is a str"),
+        ({"test": []}, "one must be called `train`"),
+        ({"train": Dataset.from_list([{"a": "1"}]).to_iterable_dataset()}, "is streamed"),
+    ],
+)
+def test_what_is_no_data_set_is_refused(dataset: Any, why: str, recipe_file: Path) -> None:
+    with pytest.raises(DataError, match=why):
+        with_rows(load_recipe(recipe_file), dataset)
+
+
+def test_a_cluster_cannot_be_handed_rows(recipe_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="read their data themselves"):
+        ptkit.compare(recipe_file, dataset=splits(recipe_file), ray=True, out=tmp_path / "out")
