@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
-import time
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -249,14 +249,17 @@ def test_command_line_help_loads_nothing_heavy() -> None:
 
 def test_help_answers_in_under_half_a_second() -> None:
     def seconds() -> float:
-        started = time.perf_counter()
+        """Of the processor: other tests share the machine, and what they take is not ours."""
+        before = os.times()
         subprocess.run(
             [sys.executable, "-m", "ptkit", "--help"], check=True, stdout=subprocess.DEVNULL
         )
-        return time.perf_counter() - started
+        after = os.times()
+        return (after.children_user + after.children_system) - (
+            before.children_user + before.children_system
+        )
 
-    # The best of several: other tests share the machine.
-    assert min(seconds() for _ in range(5)) < 0.5
+    assert min(seconds() for _ in range(3)) < 0.5
 
 
 def test_public_names_are_real_and_importing_the_package_is_free() -> None:
