@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 
 from ptkit.errors import ModelError
 from ptkit.runtime.architecture import is_encoder
-from ptkit.runtime.facts import known
 
 #: What families call the layer that makes keys.
 _KEY_PROJECTIONS = {"k_proj", "k", "key", "k_lin", "key_proj", "Wqkv"}
@@ -20,12 +21,17 @@ _KEY_PROJECTIONS = {"k_proj", "k", "key", "k_lin", "key_proj", "Wqkv"}
 
 def takes_positions(model: PreTrainedModel) -> bool:
     """Whether `model` is told its tokens' positions (others derive them from the mask)."""
-    return known(model, _takes_positions)  # every forward pass asks
+    if torch.compiler.is_compiling():  # a cache would be traced, and with it what is in it
+        return _takes_positions(type(model))
+    return _takes_positions_asked_once(type(model))  # every forward pass asks
 
 
-def _takes_positions(model: PreTrainedModel) -> bool:
+def _takes_positions(kind: type[PreTrainedModel]) -> bool:
     # Asked of the class: who replaces a model's forward may not name its arguments.
-    return "position_ids" in inspect.signature(type(model).forward).parameters
+    return "position_ids" in inspect.signature(kind.forward).parameters
+
+
+_takes_positions_asked_once = lru_cache(maxsize=64)(_takes_positions)
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:

@@ -38,7 +38,6 @@ from ptkit.runtime.architecture import evaluating, places_in_table
 from ptkit.runtime.attention import Repeats, prefixed_positions
 from ptkit.runtime.attention_sites import require_attention, takes_positions
 from ptkit.runtime.cache import cache_for, prefilled_cache, sees_everything
-from ptkit.runtime.facts import known
 from ptkit.runtime.forward import pad_rows
 from ptkit.runtime.infix import placed_before_last, read_before_last
 from ptkit.runtime.locks import running
@@ -99,7 +98,7 @@ def generate(
 
 def _require_places(asked: _Asked) -> None:
     """Raise ModelError where a row would be read beyond the end of a table of positions."""
-    most, new = known(asked.model, places_in_table), asked.options.get("max_new_tokens")
+    most, new = places_in_table(asked.model), asked.options.get("max_new_tokens")
     if most is None or not isinstance(new, int):
         return
     for row, (prompt, prefix) in enumerate(zip(asked.prompts, asked.rows, strict=True)):
