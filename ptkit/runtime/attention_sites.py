@@ -21,9 +21,10 @@ _KEY_PROJECTIONS = {"k_proj", "k", "key", "k_lin", "key_proj", "Wqkv"}
 
 def takes_positions(model: PreTrainedModel) -> bool:
     """Whether `model` is told its tokens' positions (others derive them from the mask)."""
+    kind: Any = type(model)
     if torch.compiler.is_compiling():  # a cache would be traced, and with it what is in it
-        return _takes_positions(type(model))
-    return _takes_positions_asked_once(type(model))  # every forward pass asks
+        return _takes_positions(kind)
+    return _takes_positions_asked_once(kind)  # every forward pass asks
 
 
 def _takes_positions(kind: type[PreTrainedModel]) -> bool:
