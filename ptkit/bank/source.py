@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from ptkit.formats.adapter_files import (
     read_adapter,
     read_config,
 )
+from ptkit.formats.fingerprint import file_stamp
 from ptkit.formats.hub import fetch_adapter, is_on_hub
 from ptkit.methods import require_same_base
 from ptkit.runtime.base_model import Base
@@ -38,15 +38,7 @@ def locate(source: str | Path) -> Path:
 
 def stamp(path: Path) -> Stamp:
     """What a change of the adapter's files on disk would change: inode, size, time of writing."""
-    return tuple(_stamp_of(f"{path}/{file}") for file in (WEIGHTS, INT8_WEIGHTS, CONFIG, INFO))
-
-
-def _stamp_of(file: str) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(file)
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return tuple(file_stamp(f"{path}/{file}") for file in (WEIGHTS, INT8_WEIGHTS, CONFIG, INFO))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from ptkit.errors import UserError
 from ptkit.extras import require
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.named_models import TINY_EN, TINY_EN_FOLDER
+from ptkit.serve.engines import free_port
 
 #: Who else is put under the same load.
 PEERS = ("peft", "transformers")
@@ -96,7 +96,7 @@ def bench_serve(
         with ExitStack() as servers:
 
             def started(*command: str) -> int:
-                port = _free_port()
+                port = free_port()
                 whole = [word.replace("PORT", str(port)) for word in command]
                 servers.enter_context(_running(whole, port))
                 return port
@@ -291,9 +291,3 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: IO[str], command: li
             time.sleep(0.1)
         else:
             return
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

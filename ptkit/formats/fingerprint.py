@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -139,3 +140,13 @@ def _bits(precision: str) -> int:
     """Bits of a value: those of a type's name, of ggml's types the number in it."""
     number = re.search(r"Q(\d)", precision)
     return _BITS.get(precision, int(number[1]) if number else 32)
+
+
+def file_stamp(file: str) -> tuple[int, int, int] | None:
+    """What a change of the file on disk would change: inode, size, time of writing; None without
+    it."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,3 +110,11 @@ def _more_than_a_prefix(adapter: Adapter) -> str | None:
     if adapter.depends_on_input:
         return "its keys and values depend on the input"
     return None
+
+
+def inputs_told(sources: Sequence[EngineSource]) -> str:
+    """A line for each adapter of a README: how the inputs it was trained on are written."""
+    return "\n".join(
+        f"- `{s.name}`: trained on inputs written as {json.dumps(s.template or '{text}')}"
+        for s in sources
+    )

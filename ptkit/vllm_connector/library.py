@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 
 from ptkit.errors import AdapterError, PtkitError, UserError, did_you_mean
 from ptkit.formats import atomic
+from ptkit.formats.fingerprint import file_stamp
 from ptkit.vllm_connector.files import ABOUT, TENSORS, read_checked, read_record
 from ptkit.vllm_connector.running import RunningBase
 
@@ -308,12 +308,4 @@ def spool_of(transfer: Any) -> Path:
 
 
 def _stamp(folder: Path) -> FileStamp:
-    return tuple(_stamp_of(f"{folder}/{file}") for file in (ABOUT, TENSORS))
-
-
-def _stamp_of(file: str) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(file)
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return tuple(file_stamp(f"{folder}/{file}") for file in (ABOUT, TENSORS))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from ptkit.hub.engines.vllm import ADAPTERS, CODE, write_connector, write_prefix
 from ptkit.hub.vllm_server import VLLMServer, require_vllm
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.generation import end_ids
+from ptkit.serve.engines import free_port
 
 #: What the adapter is called there.
 _NAME = "verified"
@@ -49,7 +49,7 @@ def greedy(
         for read, adapter in engine_adapters([source], base):
             write_prefix(read, engine_prefix(read, adapter), base, folder / ADAPTERS / _NAME)
         server = VLLMServer(
-            base, None, python, "127.0.0.1", _free_port(), dtype, "base", len(prompts),
+            base, None, python, "127.0.0.1", free_port(), dtype, "base", len(prompts),
         )  # fmt: skip
         with _running(server, folder) as url:
             answers = [_answer(url, prompt, max_new_tokens) for prompt in prompts]
@@ -104,9 +104,3 @@ def _answer(url: str, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
     if told.status_code != 200:
         raise PtkitError(f"vLLM's server answered {told.status_code}: {told.text[:300]}")
     return [int(token) for token in told.json()["choices"][0]["token_ids"]]
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

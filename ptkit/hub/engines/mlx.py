@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ptkit.formats import atomic
-from ptkit.hub.engine_adapters import EngineSource, engine_adapters, engine_prefix
+from ptkit.hub.engine_adapters import EngineSource, engine_adapters, engine_prefix, inputs_told
 from ptkit.hub.engines import Written
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base
@@ -53,13 +53,9 @@ def _save(prefix: KVPrefix, base: Base, file: Path) -> None:
 
 
 def _readme(base: Base, sources: Sequence[EngineSource]) -> str:
-    shown = "\n".join(
-        f"- `{s.name}`: trained on inputs written as {json.dumps(s.template or '{text}')}"
-        for s in sources
-    )
     return f"""# Adapters of {base.id} for MLX
 
-{shown}
+{inputs_told(sources)}
 
     pip install mlx-lm
     mlx_lm.generate --model {base.id} --prompt-cache-file {sources[0].name}.safetensors \\

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from inspect import getsource
 from pathlib import Path
@@ -18,6 +17,7 @@ from ptkit.hub.engine_adapters import (
     EngineSource,
     engine_adapters,
     engine_prefix,
+    inputs_told,
     prefix_tensors,
 )
 from ptkit.hub.engines import Written
@@ -119,13 +119,9 @@ def _require_same(base: Base, prefix: KVPrefix, file: Path) -> None:
 
 
 def _readme(base: Base, sources: Sequence[EngineSource]) -> str:
-    shown = "\n".join(
-        f"- `{s.name}`: trained on inputs written as {json.dumps(s.template or '{text}')}"
-        for s in sources
-    )
     return f"""# Adapters of {base.id} for plain transformers
 
-{shown}
+{inputs_told(sources)}
 
     pip install torch transformers safetensors
     python {CLIENT} {sources[0].name} "The text"

@@ -15,7 +15,13 @@ from safetensors.torch import save
 
 from ptkit.errors import AdapterError, UserError
 from ptkit.formats import atomic
-from ptkit.hub.engine_adapters import EngineSource, engine_adapters, engine_prefix, prefix_tensors
+from ptkit.hub.engine_adapters import (
+    EngineSource,
+    engine_adapters,
+    engine_prefix,
+    inputs_told,
+    prefix_tensors,
+)
 from ptkit.hub.engines import Written
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base
@@ -144,13 +150,9 @@ def _rope(base: Base) -> dict[str, Any] | None:
 
 
 def _readme(base: Base, sources: Sequence[EngineSource]) -> str:
-    shown = "\n".join(
-        f"- `{s.name}`: trained on inputs written as {json.dumps(s.template or '{text}')}"
-        for s in sources
-    )
     return f"""# Adapters of {base.id} for vLLM
 
-{shown}
+{inputs_told(sources)}
 
     export PYTHONPATH=$PWD/{CODE} VLLM_PLUGINS=ptkit
     vllm serve {source_of(base.id)} --served-model-name {base.id} \\

@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import httpx2
 from ptkit.errors import PtkitError, UserError
 from ptkit.runtime.slot_file import STATE_VERSION, CacheLayout
 from ptkit.serve.answer import EngineDiedError
+from ptkit.serve.engines import free_port
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ class LlamaServer:
             )
         if self._client is not None:
             await self._client.aclose()
-        settings, port, key = self.settings, _free_port(), secrets.token_hex(16)
+        settings, port, key = self.settings, free_port(), secrets.token_hex(16)
         given = {
             "program": self._program, "library": self._library, "gguf": str(settings.gguf),
             "port": port, "slots": settings.slots, "positions": settings.slots * settings.context,
@@ -353,9 +353,3 @@ def _held_to() -> int | None:
         return None
     held = len(os.sched_getaffinity(0))
     return held if held < (os.cpu_count() or held) else None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
