@@ -26,6 +26,7 @@ from ptkit.evaluation.evaluate import evaluate_saved, fill_template
 from ptkit.evaluation.predict import predict
 from ptkit.formats.adapter_files import RECIPE, read_info
 from ptkit.methods import Demonstrations, create_adapter
+from ptkit.methods import load_adapter as load_at
 from ptkit.methods.catalogue import method_section
 from ptkit.metrics.registry import metric
 from ptkit.recipe import load_recipe
@@ -152,6 +153,45 @@ def test_later_turns_are_asked_as_they_were_trained(run: Run, base: Base) -> Non
     assert prompt == f"w90 w80 w81 <end> w91 w5 <end> w92 {said} <end> w91 w6 <end> w92"
     other = Conversation(bank, adapter="talk", system="w70")
     assert base.tokenizer.decode(other._prompt("w6", [], "talk")).startswith("w90 w70 <end> w91")
+
+
+def test_generate_asks_the_rows_of_a_file_as_training_did(
+    run: Run, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ptkit.runtime.base_model.load_base", lambda *_, **__: base)
+    file = tmp_path / "asked.jsonl"
+    rows = [turns("w9"), turns("w1 w2", "w3 w4", "w5"), ROWS[0]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--model", base.id, "-a", run.adapter, "--max-new-tokens", "5", "--json")
+    done = ptkit("generate", "-i", file, *options, cwd=tmp_path)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert "the last answer of 1 conversations is left out" in done.stderr
+    own = load_adapter(run.adapter, base)
+    asked = [rows[0]["messages"], rows[1]["messages"], ROWS[0]["messages"][:-1]]
+    wanted = [own.chat(messages, max_new_tokens=5).strip() for messages in asked]
+    assert [row["output"] for row in found] == wanted
+    assert found[0]["input"] == "w9"
+    by_hand = ptkit("generate", "w9", *options, cwd=tmp_path)
+    assert json.loads(by_hand.stdout)["output"] == wanted[0]
+    both = ptkit("generate", "-i", file, "--base", *options, cwd=tmp_path).stdout.splitlines()
+    assert [json.loads(line)["output"] for line in both][1::2] == wanted
+
+
+def test_the_harness_asks_in_the_adapters_own_template(run: Run, base: Base) -> None:
+    harness = pytest.importorskip("ptkit.evaluation.harness")
+    adapter = load_at(run.adapter, base)
+    own = ChatTemplate.of_record(base.tokenizer, read_info(run.adapter).chat)
+    model = harness.AdapterLM(adapter, 2, own)
+    asked = model.apply_chat_template([{"role": "user", "content": "w9"}])
+    assert asked == "w90 w80 w81 <end> w91 w9 <end> w92 "
+    begun = [{"role": "user", "content": "w9"}, {"role": "assistant", "content": "w5"}]
+    gone_on = model.apply_chat_template(begun, add_generation_prompt=False)
+    assert gone_on == "w90 w80 w81 <end> w91 w9 <end> w92 w5"
+    assert model.chat_template(True) == WORDS
+    plain = ChatTemplate.of_record(base.tokenizer, None)
+    with pytest.raises(UserError, match="has no chat template"):
+        harness.evaluate_tasks(adapter, ["arc_easy"], chat=plain)
+    adapter.close()
 
 
 def test_evaluation_asks_in_the_adapters_own_template(run: Run, base: Base) -> None:

@@ -61,6 +61,14 @@ def evaluate(
         Optional[Path],  # noqa: UP045
         typer.Option(help="With --harness: a folder with tasks of your own."),
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="With --harness: ask in the chat template and with the system prompt of the "
+            "adapter, or in the model's own template.",
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="With --harness: rows at a time.")] = 16,
     json_output: JsonOutput = False,
 ) -> None:
@@ -73,8 +81,10 @@ def evaluate(
         if recipe is not None:
             raise UserError("--harness has tasks of its own; give either a recipe or --harness")
         options = {"limit": limit, "shots": shots, "include": include, "batch_size": batch_size}
-        _standard_tasks(harness, places, model, json_output, options)
+        _standard_tasks(harness, places, model, json_output, options, chat=chat)
         return
+    if chat:
+        raise UserError("--chat is for --harness: a recipe's task says how its rows are asked")
     if recipe is None:
         raise UserError("nothing to evaluate on: give a recipe, or --harness TASKS")
     if predictions is not None and len(places) * len(precision or [None]) > 1:
@@ -177,10 +187,14 @@ def _standard_tasks(
     model: str | None,
     json_output: bool,
     options: dict[str, Any],
+    *,
+    chat: bool,
 ) -> None:
     require("harness", "`ptkit evaluate --harness`")
-    from ptkit.evaluation.evaluate import adapter_at
+    from ptkit.data.chat_template import ChatTemplate
+    from ptkit.evaluation.evaluate import adapter_at, find_adapter
     from ptkit.evaluation.harness import evaluate_tasks
+    from ptkit.formats.adapter_files import read_info
     from ptkit.runtime.base_model import Base
 
     base: Base | None = None
@@ -188,7 +202,9 @@ def _standard_tasks(
         with adapter_at(place, model, base) as loaded:
             base = loaded.base
             names = [name.strip() for name in tasks.split(",") if name.strip()]
-            found = evaluate_tasks(loaded, names, **options)
+            info = None if place is None else read_info(find_adapter(place))
+            own = ChatTemplate.of_record(base.tokenizer, info.chat if info else None)
+            found = evaluate_tasks(loaded, names, **options, chat=own if chat else None)
         title = str(place) if place else "base"
         if json_output:
             typer.echo(json.dumps({"adapter": title, "tasks": found}))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from ptkit.cli.options import DeviceMapOption, JsonOutput, input_lines, is_data_file
+
+if TYPE_CHECKING:
+    from ptkit.data.chat_questions import Question
 
 
 class Ensemble(StrEnum):
@@ -43,7 +46,8 @@ def generate(
             "--input",
             "-i",
             help="Text file with one input per line, or CSV, JSONL, JSON or Parquet with the "
-            "columns that the adapter's template names.",
+            "columns that the adapter's template names; conversations or prompts for one that was "
+            "trained on conversations.",
         ),
     ] = None,
     with_base: Annotated[
@@ -71,8 +75,8 @@ def generate(
     One that was trained on conversations takes an input for a question.
     """
     from ptkit.errors import UserError
-    from ptkit.evaluation.evaluate import fill_template, find_adapter, input_template
-    from ptkit.formats.adapter_files import read_info
+    from ptkit.evaluation.evaluate import fill_template, find_adapter
+    from ptkit.formats.adapter_files import read_config, read_info
 
     table = input_file if is_data_file(prompt, input_file) else None
     if table is not None and raw:
@@ -81,22 +85,18 @@ def generate(
     places: list[Path | None] = [find_adapter(path) for path in adapter or []]
     if ensemble and (len(places) < 2 or with_base):
         raise UserError("--ensemble needs at least two --adapter, and no --base")
-    for place in places if table is not None else []:
-        if place is not None and read_info(place).chat is not None:
-            raise UserError(
-                f"{place} was trained on conversations and takes questions: give a text file with "
-                f"one per line in place of {table}"
-            )
     # The base gets the first adapter's template: the same text, so that answers compare.
     template = places[0] if places else None
     if with_base or not places:
         places.insert(0, None)
 
+    # Of a data file each adapter reads the columns that its own template names.
+    rows = {own: _rows(table, own) for own in {place or template for place in places}
+            } if table is not None else {}  # fmt: skip
+
     import torch
 
     from ptkit.bank import AdapterBank, name_of
-    from ptkit.data.inputs import table_inputs
-    from ptkit.formats.adapter_files import read_config
     from ptkit.methods import revision_named
     from ptkit.runtime.base_model import load_base
     from ptkit.runtime.named_models import TINY_EN
@@ -125,18 +125,18 @@ def generate(
     if ends and not raw:
         options["eos_token_id"] = sorted({*own_ends(bank.base.model), *ends})
 
-    # Of a data file each adapter reads the columns that its own template names.
-    rows = {place: table_inputs(table, input_template(place or template)) for place in places
-            } if table is not None else {}  # fmt: skip
+    chats = dict(zip(places, asked_in, strict=True))
     if rows:
-        inputs = rows[template]
+        inputs = [row if isinstance(row, str) else row.text for row in rows[template]]
 
     def filled(number: int, place: Path | None) -> str:
-        if rows:
-            return rows[place][number]
-        if raw:
-            return inputs[number]
-        return fill_template(inputs[number], place or template, bank.base.tokenizer)
+        own = place or template
+        if not rows:
+            return (
+                inputs[number] if raw else fill_template(inputs[number], own, chats[own].tokenizer)
+            )
+        row = rows[own][number]
+        return row if isinstance(row, str) else chats[own].asked(row.messages, row.tools)
 
     if ensemble:
         texts = [filled(number, template) for number in range(len(inputs))]
@@ -155,6 +155,23 @@ def generate(
         if place == places[0] and len(places) > 1 and not json_output:
             typer.secho(text, bold=True)
         _print(text, name, answer, json_output, alone=len(places) == 1)
+
+
+def _rows(table: Path, adapter: Path | None) -> list[str] | list[Question]:
+    """What `adapter` (None: the plain base) is asked for each row of the file `table`."""
+    from ptkit.data.chat_questions import holds_turns, read_questions
+    from ptkit.data.inputs import table_inputs
+    from ptkit.formats.adapter_files import read_info
+
+    info = None if adapter is None else read_info(adapter)
+    if holds_turns(table) if info is None else info.chat is not None:
+        questions = read_questions(table)
+        answered = sum(question.replaced for question in questions)
+        if answered:
+            told = f"{table}: the last answer of {answered:,} conversations is left out, and asked"
+            typer.secho(told, err=True, dim=True)
+        return questions
+    return table_inputs(table, None if info is None else info.template)
 
 
 def _print(text: str, name: str | None, answer: str, json_output: bool, *, alone: bool) -> None:

@@ -121,13 +121,17 @@ class ChatTemplate:
         """
         return text_ids(self.tokenizer, self.render(messages, tools, ask=True))
 
-    def asked(self, text: str) -> str:
-        """A conversation of one question, with the system prompt, as a text to go on with.
+    def asked(self, question: str | Sequence[Message], tools: Sequence[Any] = ()) -> str:
+        """A conversation with the system prompt, as a text to go on with.
+
+        question: its messages; a text is one question
 
         Raises UserError where the template refuses it.
         """
+        alone: Sequence[Message] = [{"role": "user", "content": question}]
+        messages = alone if isinstance(question, str) else question
         try:
-            return self.render(self.with_system([{"role": "user", "content": text}]), ask=True)
+            return self.render(self.with_system(messages), tools, ask=True)
         except Exception as error:  # templates raise what they like (jinja2's, TypeError, ...)
             raise UserError(f"the chat template refuses the question: {error}") from error
 
@@ -152,13 +156,16 @@ class ChatTemplate:
         return self.marks & {*tail}
 
     def render(
-        self, messages: Sequence[Message], tools: Sequence[Any] = (), *, ask: bool = False
-    ) -> str:
+        self, messages: Sequence[Message], tools: Sequence[Any] = (), *, ask: bool = False,
+        go_on: bool = False,
+    ) -> str:  # fmt: skip
         """The messages as text; with `ask` up to where the next answer begins.
+
+        go_on: leave out what the template writes after the last message
 
         Raises whatever the template raises.
         """
-        (text,), _ = self._rendered(messages, tools, ask=ask)
+        (text,), _ = self._rendered(messages, tools, ask=ask, go_on=go_on)
         return str(text)
 
     def rendered(self, dialogue: Dialogue) -> Rendered | None:
@@ -241,7 +248,7 @@ class ChatTemplate:
 
     def _rendered(
         self, messages: Sequence[Message], tools: Sequence[Any], *, ask: bool = False,
-        marks: bool = False,
+        marks: bool = False, go_on: bool = False,
     ) -> tuple[list[str], list[list[tuple[int, int]]]]:  # fmt: skip
         named: dict[str, Any] = {**self.tokenizer.special_tokens_map}
         found: Any = render_jinja_template(
@@ -250,6 +257,7 @@ class ChatTemplate:
             chat_template=self._text(tools),
             return_assistant_tokens_mask=marks,
             add_generation_prompt=ask,
+            continue_final_message=go_on,
             **named,
         )  # fmt: skip
         return found

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ptkit.data.chat_template import ChatTemplate
 from ptkit.data.encoded import EncodedExample
 from ptkit.data.tokens import cut_left
 from ptkit.errors import DataError, ModelError, UserError
@@ -19,6 +20,7 @@ from ptkit.extras import extra
 from ptkit.methods import Adapter
 from ptkit.runtime.forward import collate, rows_for, supervised_logits, token_losses
 from ptkit.runtime.generation import generate
+from ptkit.runtime.tokenization import own_ends
 
 with extra("harness", "`ptkit evaluate --harness`"):
     from lm_eval import simple_evaluate
@@ -41,12 +43,14 @@ class AdapterLM(TemplateLM):
 
     backend = "causal"
 
-    def __init__(self, adapter: Adapter, batch_size: int) -> None:
+    def __init__(self, adapter: Adapter, batch_size: int, chat: ChatTemplate | None = None) -> None:
+        """chat: the template that conversations are asked in; default: the tokenizer's own."""
         super().__init__()
         if adapter.base.encoder_decoder:
             raise ModelError("the harness is asked about causal language models only, so far")
         self.adapter, self.batch_size = adapter, batch_size
         self.tokenizer: Any = adapter.base.tokenizer
+        self._chat = ChatTemplate(self.tokenizer) if chat is None else chat
         compiled = adapter.compiled()
         self._compiled = None if compiled is None else compiled.detach()
         self._lead = adapter.base.lead
@@ -78,12 +82,19 @@ class AdapterLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation in the tokenizer's chat template."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+        """The conversation in the adapter's own template and with its system prompt, up to where
+        the answer begins.
+
+        add_generation_prompt: False: the last message is the beginning of the answer
+        """
+        messages = self._chat.with_system(chat_history)
+        return self._chat.render(
+            messages, ask=add_generation_prompt, go_on=not add_generation_prompt
         )
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template's text, for the harness's record and its cache of requests."""
+        return self._chat.record.template if chat_template else None
 
     @torch.no_grad()
     def _loglikelihood_tokens(
@@ -159,6 +170,9 @@ class AdapterLM(TemplateLM):
         longest = int(options.pop("max_gen_toks"))
         if not options.get("do_sample"):
             options.pop("temperature", None)
+        if self._chat.trained and self._chat.ends:
+            ends = {*own_ends(self.adapter.model), *self._chat.ends}
+            options["eos_token_id"] = sorted(ends)
         room = self.max_length - longest
         if room < 1:
             raise DataError(
@@ -193,13 +207,16 @@ def evaluate_tasks(
     limit: int | None = None,
     shots: int | None = None,
     include: Path | None = None,
+    chat: ChatTemplate | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Task -> metric -> value and standard error, as the harness reports them, with `n`.
 
     limit: only so many examples of each task; shots: demonstrations in the prompt, default the
     task's own; include: a folder with tasks of your own
+    chat: the template that prompts are put into as conversations; None: they stay texts
 
-    Raises UserError for a task the harness does not know.
+    Raises UserError for a task the harness does not know, and for a base without a template where
+    one is asked for.
     """
     manager = TaskManager(include_path=str(include) if include else None)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
@@ -208,8 +225,13 @@ def evaluate_tasks(
             f"the harness knows no task {', '.join(f'`{t}`' for t in unknown)}; `lm-eval ls tasks` "
             "lists them, --include names a folder with your own"
         )
+    if chat is not None and not chat.exists:
+        raise UserError(
+            f"{adapter.base.id} has no chat template, and the adapter was not trained with one; "
+            "leave --chat out"
+        )
     found: Any = simple_evaluate(
-        AdapterLM(adapter, batch_size),
+        AdapterLM(adapter, batch_size, chat), apply_chat_template=chat is not None,
         tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager,
         log_samples=False, bootstrap_iters=1000, verbosity="ERROR",
     )  # fmt: skip
