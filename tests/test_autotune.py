@@ -17,7 +17,7 @@ from ptkit.comparison.autotuned import autotuned
 from ptkit.comparison.grid import run_grid
 from ptkit.comparison.outputs import write_outputs
 from ptkit.data.encoded import EncodedExample
-from ptkit.data.task import Example
+from ptkit.data.examples import Example
 from ptkit.errors import PtkitError, UserError
 from ptkit.formats.cell_record import ChosenSettings
 from ptkit.methods import Demonstrations, create_adapter

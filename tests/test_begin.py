@@ -23,7 +23,7 @@ from ptkit.bank.conversation import Conversation
 from ptkit.data.chat_template import ChatTemplate
 from ptkit.data.encode import encode_examples
 from ptkit.data.encoded import EncodedExample
-from ptkit.data.task import Example
+from ptkit.data.examples import Example
 from ptkit.data.tokens import (
     cut_left,
     lead_ids,

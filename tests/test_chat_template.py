@@ -17,7 +17,7 @@ from ptkit.data.chat_rows import ChatEncoder, ChatRows
 from ptkit.data.chat_template import NAMED, with_template_read
 from ptkit.data.dialogue import dialogue_of
 from ptkit.data.encoded import IGNORED, EncodedExample
-from ptkit.data.task import Example
+from ptkit.data.examples import Example
 from ptkit.errors import DataError
 from ptkit.recipe.tasks import ChatTask
 from ptkit.runtime.named_models import TINY_EN, source_of

@@ -662,7 +662,7 @@ def test_word_metrics_are_the_libraries_own() -> None:
 
 def test_words_that_were_not_read_count_as_wrong() -> None:
     from ptkit.data.encode import encode_examples
-    from ptkit.data.task import Example
+    from ptkit.data.examples import Example
     from ptkit.evaluation.predict import predict
     from ptkit.recipe.tasks import TokenClassificationTask
 

@@ -268,7 +268,7 @@ def test_own_metric_is_the_mean_of_its_values(tmp_path: Path, monkeypatch) -> No
 
 
 def test_perplexity_is_exp_of_transformers_own_loss(base) -> None:
-    from ptkit.data.task import Example
+    from ptkit.data.examples import Example
     from ptkit.evaluation.predict import predict
     from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
     from ptkit.recipe.tasks import GenerationTask

@@ -28,7 +28,7 @@ from test_train import fit, rows
 from ptkit import AdapterBank, load_adapter
 from ptkit.bank.conversation import Conversation
 from ptkit.data.encoded import EncodedExample
-from ptkit.data.task import Example
+from ptkit.data.examples import Example
 from ptkit.errors import AdapterError, RecipeError, UserError
 from ptkit.evaluation.predict import predict
 from ptkit.evaluation.retention import measure_retention, off_probe, probe_base

@@ -10,7 +10,7 @@ from conftest import word_tokenizer
 
 from ptkit.data import token_cache
 from ptkit.data.encode import encode_examples
-from ptkit.data.task import Example
+from ptkit.data.examples import Example
 from ptkit.data.token_cache import cache_folder, encode_cached
 from ptkit.recipe.tasks import GenerationTask, SequenceClassificationTask, TokenClassificationTask
 
@@ -106,7 +106,7 @@ def test_ids_made_by_other_rules_are_not_read(
 def test_a_damaged_file_is_written_anew(
     counted: Counted, folder: Path, damage: bytes | None
 ) -> None:
-    wanted = encode_cached(ROWS, word_tokenizer(), TASK)
+    wanted = [*encode_cached(ROWS, word_tokenizer(), TASK)]
     (file,) = folder.iterdir()
     file.write_bytes(file.read_bytes()[:-40] if damage is None else damage)
     assert encode_cached(ROWS, word_tokenizer(), TASK) == wanted

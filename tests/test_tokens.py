@@ -15,7 +15,7 @@ from ptkit.api import LoadedAdapter
 from ptkit.bank import AdapterBank
 from ptkit.bank.conversation import Conversation
 from ptkit.data.encode import encode_examples, require_apart
-from ptkit.data.task import Example
+from ptkit.data.examples import Example
 from ptkit.errors import DataError, ModelError, UserError
 from ptkit.evaluation.classify import Classifier
 from ptkit.formats.adapter_info import AdapterInfo

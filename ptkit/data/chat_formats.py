@@ -48,16 +48,19 @@ class ChatFormat:
 
     def dialogues(self, table: Table, source: str) -> Iterator[tuple[Row, Dialogue]]:
         """Every row, with its conversation. Raises DataError for a row of another form."""
-        read = _READERS[self.name]
         for where, row in table.raw(source):
-            missing = [c for c in self._needed() if row.get(c) is None]
-            if missing:
-                others = ", ".join(f"`{c}`" for c in row if row[c] is not None) or "nothing"
-                raise DataError(
-                    f"{where}: `{missing[0]}` is missing; the rows were recognised as {self}, and "
-                    f"this one has {others}"
-                )
-            yield row, read(self, row, where)
+            yield row, self.dialogue(row, where)
+
+    def dialogue(self, row: Row, where: str) -> Dialogue:
+        """The conversation of a row at the place `where`. Raises DataError as `dialogues` does."""
+        missing = [c for c in self._needed() if row.get(c) is None]
+        if missing:
+            others = ", ".join(f"`{c}`" for c in row if row[c] is not None) or "nothing"
+            raise DataError(
+                f"{where}: `{missing[0]}` is missing; the rows were recognised as {self}, and "
+                f"this one has {others}"
+            )
+        return _READERS[self.name](self, row, where)
 
     def _needed(self) -> tuple[str, ...]:
         if self.column is not None:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ptkit.data.chat_formats import recognised
-from ptkit.data.chat_rows import ChatEncoder
+from ptkit.data.chat_formats import ChatFormat, recognised
+from ptkit.data.chat_rows import ChatEncoder, ChatNotes
 from ptkit.data.dialogue import Dialogue
 from ptkit.data.encoded import EncodedExample
+from ptkit.data.examples import Example
 from ptkit.data.read_files import read_files
 from ptkit.data.summary import chat_lines
-from ptkit.data.task import Example
+from ptkit.data.table import Table
 from ptkit.recipe.tasks import ChatTask
+
+#: Conversations that are encoded at a time.
+_AT_A_TIME = 1_000
 
 
 @dataclass(frozen=True)
@@ -76,40 +83,68 @@ def inspect_chats(
     """
     tables = {path.name: read_files([path]) for path in files}
     form = recognised(task, next(iter(tables.values())))
-    dialogues = {
-        name: [d.with_system(task.system) for _, d in form.dialogues(table, name)]
-        for name, table in tables.items()
-    }
-    keys = {name: Counter(map(_content, own)) for name, own in dialogues.items()}
     encoder = ChatEncoder(tokenizer, task)
+    found = {name: _Split(form, table, name, encoder, show) for name, table in tables.items()}
+    keys = {name: split.keys for name, split in found.items()}
     splits: list[SplitReport] = []
     shown: list[list[tuple[str, bool]]] = []
-    for name, own in dialogues.items():
-        rows = encoder.rows([Example("", "", (), dialogue=d) for d in own])
-        lengths = [len(row) for row in rows.encoded]
-        turns = [len(d.messages) for d in own]
-        learnt = sum(row.supervised for row in rows.encoded)
+    for name, split in found.items():
+        lengths = split.lengths
         splits.append(
             SplitReport(
-                name=name, rows=len(own),
-                turns_median=statistics.median(turns), turns_most=max(turns),
-                roles=dict(Counter(m["role"] for d in own for m in d.messages)),
+                name=name, rows=len(split.turns),
+                turns_median=statistics.median(split.turns), turns_most=max(split.turns),
+                roles=dict(split.roles),
                 tokens_median=statistics.median(lengths), tokens_longest=max(lengths),
-                shortened=rows.notes.shortened, dropped=rows.notes.dropped,
-                supervised=learnt / sum(lengths),
+                shortened=split.notes.shortened, dropped=split.notes.dropped,
+                supervised=split.learnt / sum(lengths),
                 duplicates=_duplicates(name, keys),
-                notes=chat_lines(task, name, rows.notes),
+                notes=chat_lines(task, name, split.notes),
             )
         )  # fmt: skip
-        shown += [_pieces(row, tokenizer) for row in rows.encoded[: show - len(shown)]]
+        shown += [_pieces(row, tokenizer) for row in split.first[: show - len(shown)]]
     return ChatReport(str(form), splits, shown)
 
 
-def _content(dialogue: Dialogue) -> str:
-    return json.dumps([*map(dict, dialogue.messages)], sort_keys=True)
+class _Split:
+    """What one pass over the conversations of a file tells.
+
+    keys: how often each occurs, by a digest of it; turns: of each its messages
+    lengths: tokens of each row, learnt: of all rows; first: the first rows, at least `show`
+    """
+
+    def __init__(
+        self, form: ChatFormat, table: Table, name: str, encoder: ChatEncoder, show: int
+    ) -> None:
+        self.notes, self._show = ChatNotes(), show
+        self.keys, self.roles = Counter[bytes](), Counter[str]()
+        self.turns, self.lengths = array("q"), array("q")
+        self.learnt = 0
+        self.first: list[EncodedExample] = []
+        system = encoder.task.system
+        left = (own.with_system(system) for _, own in form.dialogues(table, name))
+        while some := [*islice(left, _AT_A_TIME)]:
+            self._add(some, encoder)
+
+    def _add(self, dialogues: Sequence[Dialogue], encoder: ChatEncoder) -> None:
+        self.keys.update(map(_content, dialogues))
+        self.turns.extend(len(dialogue.messages) for dialogue in dialogues)
+        self.roles.update(m["role"] for dialogue in dialogues for m in dialogue.messages)
+        examples = [Example("", "", (), dialogue=dialogue) for dialogue in dialogues]
+        rows = [row for _, row in encoder.cuts(examples, self.notes)]
+        self.lengths.extend(map(len, rows))
+        self.learnt += sum(row.supervised for row in rows)
+        if len(self.first) < self._show:
+            self.first += rows
 
 
-def _duplicates(name: str, keys: Mapping[str, Counter[str]]) -> dict[str, int]:
+def _content(dialogue: Dialogue) -> bytes:
+    """A digest of what is said: texts of many rows are not kept."""
+    said = json.dumps([*map(dict, dialogue.messages)], sort_keys=True)
+    return hashlib.blake2b(said.encode(), digest_size=16).digest()
+
+
+def _duplicates(name: str, keys: Mapping[str, Counter[bytes]]) -> dict[str, int]:
     """How many of this file's conversations each of the others has."""
     found = {
         other: sum(count for key, count in keys[name].items() if key in theirs)

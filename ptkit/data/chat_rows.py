@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from ptkit.data.chat_template import ChatTemplate, Rendered
 from ptkit.data.dialogue import Dialogue
 from ptkit.data.encoded import EncodedExample
-from ptkit.data.task import Example
+from ptkit.data.examples import Example
 from ptkit.data.tokens import lead_ids
 from ptkit.errors import DataError
 from ptkit.recipe.tasks import ChatTask
@@ -39,9 +40,31 @@ class ChatRows:
     examples, encoded: in one order, equally many
     """
 
-    examples: list[Example] = field(default_factory=list)
-    encoded: list[EncodedExample] = field(default_factory=list)
-    notes: ChatNotes = field(default_factory=ChatNotes)
+    examples: Sequence[Example]
+    encoded: Sequence[EncodedExample]
+    notes: ChatNotes
+
+
+class Cut(NamedTuple):
+    """Which part of a conversation is a row.
+
+    example: number of the conversation
+    answer: index of the message that is the last and the only learnt one; -1: all are as they were
+    exchanges: questions that are left out at the beginning, with their answers
+    """
+
+    example: int
+    answer: int
+    exchanges: int
+
+    def of(self, whole: Dialogue) -> Dialogue:
+        """That part of the conversation."""
+        cut: Dialogue | None = whole if self.answer < 0 else whole.upto(self.answer)
+        for _ in range(self.exchanges):
+            assert cut is not None
+            cut = cut.without_first_exchange()
+        assert cut is not None
+        return cut
 
 
 @dataclass(frozen=True)
@@ -63,6 +86,17 @@ class _Tokens:
         return EncodedExample(self.ids[:at], self.ids[at:], None if all(tail) else tail)
 
 
+#: Token ids, and first character and end of each.
+_Encoded = tuple[list[int], list[tuple[int, int]]]
+
+
+def cut_example(examples: Sequence[Example], cut: Cut) -> Example:
+    """The example that a row is a part of, with that part as its conversation."""
+    example = examples[cut.example]
+    assert example.dialogue is not None
+    return replace(example, dialogue=cut.of(example.dialogue))
+
+
 class ChatEncoder:
     """Encodes the conversations of a task for one model.
 
@@ -82,11 +116,28 @@ class ChatEncoder:
 
     def rows(self, examples: Sequence[Example]) -> ChatRows:
         """The rows that training reads, and what was decided on the way."""
-        found = ChatRows()
-        for example in examples:
-            for dialogue, tokens in self._passes(example, found.notes):
-                found.examples.append(replace(example, dialogue=dialogue))
-                found.encoded.append(tokens.row())
+        notes = ChatNotes()
+        found = self.cuts(examples, notes)
+        read = [cut_example(examples, cut) for cut, _ in found]
+        return ChatRows(read, [row for _, row in found], notes)
+
+    def cuts(
+        self, examples: Sequence[Example], notes: ChatNotes, first: int = 0
+    ) -> list[tuple[Cut, EncodedExample]]:
+        """The rows that training reads of `examples`; adds to `notes` what was decided.
+
+        first: number of the first one; they are rendered one by one, and tokenised together
+        """
+        asked = [
+            (first + number, *part)
+            for number, example in enumerate(examples)
+            for part in self._passes(example, notes)
+        ]
+        together = self._encoded([rendered.text for *_, rendered in asked])
+        found = []
+        for (number, answer, dialogue, rendered), tokens in zip(asked, together, strict=True):
+            exchanges, fitted = self._fitted(dialogue, rendered, tokens, notes)
+            found.append((Cut(number, answer, exchanges), fitted.row()))
         return found
 
     def asked(self, example: Example) -> EncodedExample:
@@ -96,7 +147,8 @@ class ChatEncoder:
         dialogue = example.dialogue.upto(len(example.dialogue.messages) - 1)
         room = self.task.max_tokens - self.task.max_target_tokens
         while True:
-            tokens = self._tokens(dialogue, self._spans(dialogue), "last")
+            rendered = self._spans(dialogue)
+            tokens = self._tokens(dialogue, rendered, "last", *self._encoded([rendered.text]))
             row = tokens.row()
             if len(row.input_ids) <= room:
                 return EncodedExample(row.input_ids, row.target_ids)
@@ -112,9 +164,10 @@ class ChatEncoder:
                 return ids
             cut = self._shorter(cut, len(ids), room, "before an answer")
 
-    def _passes(self, example: Example, notes: ChatNotes) -> list[tuple[Dialogue, _Tokens]]:
-        """The conversation in as few passes as the template allows."""
-        dialogue = example.dialogue
+    def _passes(self, example: Example, notes: ChatNotes) -> list[tuple[int, Dialogue, Rendered]]:
+        """The conversation in as few passes as the template allows: each with its answer (see
+        `Cut`)."""
+        dialogue, answer = example.dialogue, -1
         assert dialogue is not None
         if self.task.loss == "last":
             if not dialogue.learnt[-1]:
@@ -122,26 +175,29 @@ class ChatEncoder:
                     f"{dialogue.where}: the last answer has the weight 0, and `loss: last` learns "
                     "no other; leave the row out"
                 )
-            dialogue = dialogue.upto(len(dialogue.messages) - 1)
+            answer = len(dialogue.messages) - 1
+            dialogue = dialogue.upto(answer)
         rendered = self.template.rendered(dialogue)
         if rendered is not None or self.task.loss == "all":
-            return [self._fitted(dialogue, rendered, notes)]
+            return [(answer, dialogue, rendered or self._spans(dialogue))]
         learnt = [i for i in dialogue.answers if dialogue.learnt[i]]
         notes.unfolded += len(learnt) > 1
-        return [self._fitted(dialogue.upto(i), None, notes) for i in learnt]
+        parts = [(i, dialogue.upto(i)) for i in learnt]
+        return [(i, part, self._spans(part)) for i, part in parts]
 
     def _fitted(
-        self, dialogue: Dialogue, rendered: Rendered | None, notes: ChatNotes
-    ) -> tuple[Dialogue, _Tokens]:
-        whole, most = dialogue, self.task.max_tokens
-        if rendered is None:
-            rendered = self._spans(dialogue)
+        self, dialogue: Dialogue, rendered: Rendered, encoded: _Encoded, notes: ChatNotes
+    ) -> tuple[int, _Tokens]:
+        """The tokens of what fits, and how many exchanges are left out for that."""
+        whole, most, exchanges = dialogue, self.task.max_tokens, 0
         while True:
-            tokens = self._tokens(dialogue, rendered, self.task.loss)
+            tokens = self._tokens(dialogue, rendered, self.task.loss, encoded)
             if len(tokens.ids) <= most:
                 break
             dialogue = self._shorter(dialogue, len(tokens.ids), most, "in all")
+            exchanges += 1
             rendered = self._spans(dialogue)
+            (encoded,) = self._encoded([rendered.text])
         lost = len(whole.messages) - len(dialogue.messages)
         notes.shortened += bool(lost)
         notes.dropped += lost
@@ -150,7 +206,7 @@ class ChatEncoder:
             for token, learnt in zip(tokens.ids, tokens.learnt, strict=True)
             if learnt
         )
-        return dialogue, tokens
+        return exchanges, tokens
 
     def _spans(self, dialogue: Dialogue) -> Rendered:
         """The text, with the places of learnt answers even where earlier ones have none."""
@@ -186,11 +242,20 @@ class ChatEncoder:
             f"(`task.max_tokens`); {told}; raise the limit, or leave the row out"
         )
 
-    def _tokens(self, dialogue: Dialogue, rendered: Rendered, loss: str) -> _Tokens:
+    def _encoded(self, texts: list[str]) -> list[_Encoded]:
+        """The token ids of each text, and the characters that each token is of. The tokenizer
+        reads many texts in parallel."""
+        if not texts:
+            return []
         encoding = self.tokenizer(
-            rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        return [*zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)]
+
+    def _tokens(
+        self, dialogue: Dialogue, rendered: Rendered, loss: str, encoded: _Encoded
+    ) -> _Tokens:
+        ids, offsets = encoded
         if loss == "all":
             learnt = [True] * len(ids)
         else:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ptkit.data.chat_rows import ChatEncoder
 from ptkit.data.encoded import IGNORED, EncodedExample
-from ptkit.data.task import Example
+from ptkit.data.examples import Example
 from ptkit.data.tokens import cut_left, lead_ids, part_ids, texts_ids, whole_ids
 from ptkit.errors import DataError
 from ptkit.recipe.tasks import (
@@ -180,7 +181,7 @@ def require_apart(ids: Mapping[str, Sequence[int]], where: str = "") -> None:
 
 
 def length_grouped_batches(
-    lengths: Sequence[int], batch_size: int, seed: int
+    lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int
 ) -> Iterator[list[int]]:
     """Endless batches of row indices, rows of similar length together.
 
@@ -188,15 +189,18 @@ def length_grouped_batches(
     batches, rows are sorted by length; then the batches are shuffled. So a resumed run sees the
     same order by skipping what it has read.
     """
-    pool = batch_size * 50
+    known, pool = np.asarray(lengths), batch_size * 50
     epoch = 0
     while True:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(lengths), generator=generator).tolist()
-        batches = []
+        order = torch.randperm(len(known), generator=generator).numpy()
+        starts = []
         for start in range(0, len(order), pool):
-            rows = sorted(order[start : start + pool], key=lambda i: lengths[i], reverse=True)
-            batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        for i in torch.randperm(len(batches), generator=generator).tolist():
-            yield batches[i]
+            rows = order[start : start + pool]
+            # In place: what is of one length stays in its order, the longest first.
+            rows[:] = rows[np.argsort(-known[rows], kind="stable")]
+            starts += range(start, start + len(rows), batch_size)
+        ends = [*starts[1:], len(order)]
+        for i in torch.randperm(len(starts), generator=generator).tolist():
+            yield order[starts[i] : ends[i]].tolist()
         epoch += 1

@@ -7,10 +7,13 @@ Parquet keeps the types it was written with. A path is a path: `*`, `?` and brac
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,8 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from ptkit.data.stored_rows import mapped_table, stored
 from ptkit.data.table import Spots, Table
 from ptkit.errors import DataError
+
+#: Larger files are kept as rows on disk, and read row by row.
+IN_MEMORY_BYTES = 16_000_000
 
 
 class Digits(str):
@@ -52,41 +59,59 @@ def read_files(paths: Sequence[Path]) -> Table:
     suffix = kinds.pop()
     if suffix == ".parquet":
         return _parquet(paths)
+    if sum(path.stat().st_size for path in paths) > IN_MEMORY_BYTES:
+        with contextlib.suppress(OSError):  # no place for them: they are read into memory
+            return stored(paths, partial(_texts, suffix), json_value, in_lines=suffix == ".jsonl")
     rows: list[dict[str, Any]] = []
     spots: list[tuple[Path, int]] = []
     for path in paths:
-        try:
-            read = READERS[suffix](path)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-        rows += (row for _, row in read)
-        spots += ((path, number) for number, _ in read)
+        for number, row in _read(suffix, path):
+            rows.append(row)
+            spots.append((path, number))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     return Table(columns, rows, spots=Spots(spots, in_lines=suffix == ".jsonl"))
 
 
 #: Rows, each with the number of its line, or of its row, in the file.
-_Rows = list[tuple[int, dict[str, Any]]]
+_Rows = Iterator[tuple[int, dict[str, Any]]]
+
+
+def _read(suffix: str, path: Path) -> _Rows:
+    try:
+        yield from READERS[suffix](path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _texts(suffix: str, path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """The rows of a file, each with its number and its JSON text."""
+    return ((number, json_of(row), row) for number, row in _read(suffix, path))
 
 
 def _csv(path: Path, separator: str = ",") -> _Rows:
+    header: list[str] = []
+    number = 0
     try:
         # Without a header of its own, pandas renames no column and takes none for an index.
-        frame = pd.read_csv(
+        with pd.read_csv(
             path, sep=separator, header=None, dtype=str, keep_default_na=False, na_filter=False,
-            encoding="utf-8-sig",
-        )  # fmt: skip
+            encoding="utf-8-sig", chunksize=10_000,
+        ) as frames:  # fmt: skip
+            for frame in frames:
+                cells = frame.to_numpy(dtype=object).tolist()
+                if not header:
+                    header, *cells = cells
+                    twice = sorted({name for name in header if header.count(name) > 1})
+                    if twice:
+                        raise DataError(f"{path}: two columns are called `{twice[0]}`; rename one")
+                for row in cells:
+                    number += 1
+                    yield number, {n: cell or None for n, cell in zip(header, row, strict=True)}
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         reason = str(error).strip().splitlines()[0].removeprefix("Error tokenizing data. C error: ")
         raise DataError(f"{path} cannot be read: {reason}") from error
-    header, *cells = frame.to_numpy(dtype=object).tolist()
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise DataError(f"{path}: two columns are called `{twice[0]}`; rename one")
-    rows = [{n: cell or None for n, cell in zip(header, row, strict=True)} for row in cells]
-    return list(enumerate(rows, start=1))
 
 
 def _tsv(path: Path) -> _Rows:
@@ -95,12 +120,12 @@ def _tsv(path: Path) -> _Rows:
 
 def _jsonl(path: Path) -> _Rows:
     with path.open(encoding="utf-8-sig") as file:
-        return list(_json_lines(file, str(path)))
+        yield from _json_lines(file, str(path))
 
 
 def _whole_json(path: Path) -> _Rows:
     with path.open(encoding="utf-8-sig") as file:
-        return list(enumerate(json_rows(file, str(path)), start=1))
+        yield from enumerate(json_rows(file, str(path)), start=1)
 
 
 def json_rows(file: TextIO, name: str, field: str | None = None) -> Iterator[dict[str, Any]]:
@@ -181,7 +206,11 @@ def _parquet(paths: Sequence[Path]) -> Table:
     tables = []
     for path in paths:
         try:
-            tables.append(pq.read_table(path, memory_map=True))
+            tables.append(
+                mapped_table(path)
+                if path.stat().st_size > IN_MEMORY_BYTES
+                else pq.read_table(path, memory_map=True)
+            )
         except (pa.ArrowException, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise DataError(f"{path} cannot be read: {reason}") from error
@@ -191,7 +220,9 @@ def _parquet(paths: Sequence[Path]) -> Table:
         raise DataError(
             f"{', '.join(map(str, paths))} have columns of different types: {error}"
         ) from error
-    return Table.of(Dataset(whole))
+    # Otherwise `datasets` would hash all values for it.
+    told = repr([(str(path), path.stat().st_mtime_ns) for path in paths])
+    return Table.of(Dataset(whole, fingerprint=hashlib.sha256(told.encode()).hexdigest()[:16]))
 
 
 def json_of(value: Any) -> str:
@@ -220,5 +251,5 @@ READERS: dict[str, Callable[[Path], _Rows]] = {
     ".json": _whole_json,
     ".csv": _csv,
     ".tsv": _tsv,
-    ".parquet": lambda path: [(n, dict(row)) for n, row in _parquet([path]).placed()],
+    ".parquet": lambda path: ((n, dict(row)) for n, row in _parquet([path]).placed()),
 }

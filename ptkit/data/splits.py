@@ -7,9 +7,10 @@ sorted by label would otherwise hold out one label, and limits would keep anothe
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from ptkit.data.table import Table
 from ptkit.errors import DataError
@@ -104,10 +105,10 @@ def _held_out(rows: Table, what: str, label: str | None, in_order: bool) -> tupl
     if len(rows) <= count:
         raise DataError(f"{what} has one row and no validation split; at least two are needed")
     if in_order:
-        apart = list(range(len(rows) - count, len(rows)))
+        apart = np.arange(len(rows) - count, len(rows))
     else:
-        apart = drawn(_groups(rows, label), count)
-    left = sorted({*range(len(rows))} - {*apart})
+        apart = np.array(drawn(_groups(rows, label), count))
+    left = np.setdiff1d(np.arange(len(rows)), apart, assume_unique=True)
     return rows.select(left), rows.select(apart)
 
 
@@ -119,14 +120,16 @@ def _limited(rows: Table, limit: int | None, label: str | None, in_order: bool) 
     return rows.select(drawn(_groups(rows, label), limit))
 
 
-def _groups(rows: Table, label: str | None) -> list[str]:
-    """What draws are balanced by, of each row: its label, where there is one."""
+def _groups(rows: Table, label: str | None) -> np.ndarray:
+    """What draws are balanced by, of each row: its label's number, where there is one."""
     if label is None or label not in rows.columns:
-        return [""] * len(rows)
-    return [repr(row[label]) for row in rows.only([label])]
+        return np.zeros(len(rows), dtype=np.int64)
+    numbers: dict[str, int] = {}
+    found = (numbers.setdefault(repr(row[label]), len(numbers)) for row in rows.only([label]))
+    return np.fromiter(found, np.int64, count=len(rows))
 
 
-def drawn(groups: Sequence[str], count: int) -> list[int]:
+def drawn(groups: Sequence[object] | np.ndarray, count: int) -> list[int]:
     """Numbers of `count` rows, in order: a draw in which every group has its share.
 
     The i-th of a group's n rows (in random order) stands at (i + 1/2) / n; those that stand
@@ -134,10 +137,11 @@ def drawn(groups: Sequence[str], count: int) -> list[int]:
     """
     order = list(range(len(groups)))
     random.Random(SEED).shuffle(order)
-    sizes, seen = Counter(groups), Counter[str]()
-    places = []
-    for position, row in enumerate(order):
-        group = groups[row]
-        places.append(((seen[group] + 0.5) / sizes[group], position, row))
-        seen[group] += 1
-    return sorted(row for _, _, row in sorted(places)[:count])
+    rows = np.array(order, dtype=np.int64)
+    _, own, sizes = np.unique(np.asarray(groups)[rows], return_inverse=True, return_counts=True)
+    by_group = np.argsort(own, kind="stable")
+    seen = np.empty(len(rows), dtype=np.int64)
+    seen[by_group] = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    places = (seen + 0.5) / sizes[own]
+    found: list[int] = np.sort(rows[np.argsort(places, kind="stable")[:count]]).tolist()
+    return found

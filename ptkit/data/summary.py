@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ptkit.data.chat_rows import ChatNotes
 from ptkit.data.encoded import EncodedExample
+from ptkit.data.encoded_rows import Lengths
+from ptkit.data.examples import Facts
 from ptkit.data.splits import Origin
-from ptkit.data.task import Example, TaskData
+from ptkit.data.task import TaskData
 from ptkit.recipe.tasks import ChatTask, ClassificationTask, GenerationTask, HeadedTask, Task
 
 #: Labels that are listed with their counts; of more, only how many there are.
@@ -25,22 +26,21 @@ def data_lines(
     Lines that begin with `warning: ` name what is likely a mistake.
     """
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    facts = {split: Facts.of(rows) for split, rows in splits.items()}
     lines = [
-        f"{split}: {len(rows):,} rows{_from(split, data)}" + _labels(task, rows)
+        f"{split}: {len(rows):,} rows{_from(split, data)}" + _labels(task, facts[split])
         for split, rows in splits.items()
     ]
     if data.form:
         lines.insert(0, f"conversations: recognised as {data.form}")
-    for split, rows in splits.items():
-        empty = sum(not example.input.strip() for example in rows)
-        if empty:
-            lines.append(f"{split}: {empty:,} inputs are empty")
-        unsaid = sum(not example.target.strip() for example in rows)
-        if isinstance(task, GenerationTask | ChatTask) and unsaid:
-            lines.append(f"{split}: {unsaid:,} targets are empty")
+    for split, found in facts.items():
+        if found.empty_inputs:
+            lines.append(f"{split}: {found.empty_inputs:,} inputs are empty")
+        if isinstance(task, GenerationTask | ChatTask) and found.empty_targets:
+            lines.append(f"{split}: {found.empty_targets:,} targets are empty")
     for split, ids in (encoded or {}).items():
         lines += _cut(task, split, ids)
-    return lines + [f"warning: {text}" for text in _warnings(task, data)]
+    return lines + [f"warning: {text}" for text in _warnings(task, facts)]
 
 
 def chat_lines(task: ChatTask, split: str, notes: ChatNotes) -> list[str]:
@@ -80,8 +80,8 @@ def _from(split: str, data: TaskData) -> str:
     return f" ({told})" if told else ""
 
 
-def _labels(task: Task, rows: Sequence[Example]) -> str:
-    counts = Counter(example.label for example in rows if example.label is not None)
+def _labels(task: Task, facts: Facts) -> str:
+    counts = facts.labels
     if not counts:
         return ""
     if len(counts) > MOST_LISTED:
@@ -99,15 +99,15 @@ def known_labels(task: Task) -> list[str]:
 def _cut(task: Task, split: str, ids: Sequence[EncodedExample]) -> list[str]:
     if isinstance(task, ChatTask):  # nothing is cut within a turn (see `chat_lines`)
         return []
-    limit = task.max_input_tokens
+    limit, lengths = task.max_input_tokens, Lengths.of(ids)
     lines = []
-    inputs = sum(len(row.input_ids) >= limit for row in ids)
+    inputs = int((lengths.inputs >= limit).sum())
     if inputs:
         lines.append(
             f"{split}: {inputs:,} inputs fill `max_input_tokens` ({limit}); what is beyond is cut"
         )
     if isinstance(task, GenerationTask):
-        targets = sum(len(row.target_ids) >= task.max_target_tokens for row in ids)
+        targets = int((lengths.targets >= task.max_target_tokens).sum())
         if targets:
             lines.append(
                 f"{split}: {targets:,} targets fill `max_target_tokens` "
@@ -116,26 +116,21 @@ def _cut(task: Task, split: str, ids: Sequence[EncodedExample]) -> list[str]:
     return lines
 
 
-def _warnings(task: Task, data: TaskData) -> list[str]:
+def _warnings(task: Task, facts: Mapping[str, Facts]) -> list[str]:
     known = known_labels(task)
     if not known:
         return []
-
-    def seen(rows: Sequence[Example]) -> set[str]:
-        if any(example.words for example in rows):
-            return {tag for example in rows for tag in example.target.split()}
-        return {example.label for example in rows if example.label is not None}
-
-    trained, told = seen(data.train), []
-    absent = [label for label in known if label not in trained]
+    seen = {split: found.tags or set(found.labels) for split, found in facts.items()}
+    told = []
+    absent = [label for label in known if label not in seen["train"]]
     if absent:
         names = ", ".join(f"`{label}`" for label in absent)
         told.append(f"no training row has the label {names}; it cannot be learnt")
-    for split, rows in (("validation", data.validation), ("test", data.test)):
-        only = seen(rows)
-        if len(only) == 1 and len(trained) > 1:
+    for split in ("validation", "test"):
+        if len(seen[split]) == 1 and len(seen["train"]) > 1:
+            (only,) = seen[split]
             told.append(
-                f"all {split} rows have the label `{only.pop()}`; if the file is sorted, leave "
+                f"all {split} rows have the label `{only}`; if the file is sorted, leave "
                 "`draw: first` out or give the split rows of its own"
             )
     return told

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
+from ptkit.data.lazy import picked
+
 #: Types whose values Python holds with more digits than they have.
 _SHORT = ("float16", "float32")
 
@@ -55,7 +57,7 @@ class Table:
     columns: list[str]
     rows: Sequence[Row]
     features: Mapping[str, Any] | None = None
-    places: Sequence[int] | None = None
+    places: Sequence[int] | np.ndarray | None = None
     spots: Spots | None = None
 
     @classmethod
@@ -67,25 +69,35 @@ class Table:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[Row]:
+        return map(self.plain, self.rows)
+
+    def plain(self, row: Row) -> Row:
+        """One of the rows as read, with plain values."""
         features = self.features or {}
-        for row in self.rows:
-            yield {c: plain(row.get(c), features.get(c)) for c in self.columns}
+        return {c: plain(row.get(c), features.get(c)) for c in self.columns}
 
-    def placed(self) -> Iterator[tuple[int, Row]]:
-        """The rows, each with its number where it was read, from 1. Messages name this number, so
-        that the row is found there whatever was drawn."""
-        places = range(1, len(self) + 1) if self.places is None else self.places
-        yield from zip(places, self, strict=True)
+    def place(self, number: int) -> int:
+        """Where the `number`-th row, from 0, was read, from 1. Messages name this number, so that
+        the row is found there whatever was drawn."""
+        return number + 1 if self.places is None else int(self.places[number])
 
-    def raw(self, source: str) -> Iterator[tuple[str, Row]]:
-        """The rows as read, truth values and numbers included, each with where it is.
+    def where(self, number: int, source: str) -> str:
+        """The file and line of the `number`-th row, from 0.
 
         source: what messages call rows that are in no file of this machine
         """
-        places = range(1, len(self) + 1) if self.places is None else self.places
-        for number, row in zip(places, self.rows, strict=True):
-            where = f"{source} row {number}" if self.spots is None else self.spots.of(number)
-            yield where, row
+        place = self.place(number)
+        return f"{source} row {place}" if self.spots is None else self.spots.of(place)
+
+    def placed(self) -> Iterator[tuple[int, Row]]:
+        """The rows, each with its `place`."""
+        for number, row in enumerate(self):
+            yield self.place(number), row
+
+    def raw(self, source: str) -> Iterator[tuple[str, Row]]:
+        """The rows as read, truth values and numbers included, each with where it is."""
+        for number, row in enumerate(self.rows):
+            yield self.where(number, source), row
 
     def only(self, columns: Sequence[str]) -> Table:
         """The same rows with these of the columns: others, images say, are not even decoded."""
@@ -95,11 +107,11 @@ class Table:
             rows = rows.select_columns(kept)
         return Table(kept, rows, self.features, self.places, self.spots)
 
-    def select(self, numbers: Sequence[int]) -> Table:
+    def select(self, numbers: Sequence[int] | np.ndarray) -> Table:
         """The rows with these numbers, in this order."""
-        rows = self.rows
-        chosen = rows.select(numbers) if isinstance(rows, Dataset) else [rows[i] for i in numbers]
-        places = [i + 1 if self.places is None else self.places[i] for i in numbers]
+        rows, kept = self.rows, np.asarray(numbers, dtype=np.int64)
+        chosen = rows.select(kept) if isinstance(rows, Dataset) else picked(rows, kept)
+        places = kept + 1 if self.places is None else np.asarray(self.places)[kept]
         return Table(self.columns, chosen, self.features, places, self.spots)
 
 

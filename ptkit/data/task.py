@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ptkit.data.chat_formats import ChatFormat, recognised
-from ptkit.data.dialogue import Dialogue
+from ptkit.data.examples import Example, examples_of
 from ptkit.data.sources import load_rows
 from ptkit.data.splits import Origin
-from ptkit.data.table import Table, kind_of
+from ptkit.data.table import Row, Table, kind_of
 from ptkit.data.templates import Template
 from ptkit.errors import DataError, did_you_mean
 from ptkit.recipe.tasks import (
@@ -25,26 +25,6 @@ from ptkit.recipe.tasks import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One row of a task.
-
-    target: what follows the input in training; references: acceptable texts (generation);
-    label: the gold label (classification)
-    words: those of the input, where each has a label of its own (token classification), and
-        `target` their labels with spaces between.
-    dialogue: the conversation (chat); `target` is then its last answer, and `input` what was said
-        before, for people
-    """
-
-    input: str
-    target: str
-    references: tuple[str, ...]
-    label: str | None = None
-    words: tuple[str, ...] = ()
-    dialogue: Dialogue | None = None
-
-
 @dataclass(frozen=True)
 class TaskData:
     """The examples of the three splits.
@@ -54,9 +34,9 @@ class TaskData:
     form: how rows write conversations, in words; "" for other tasks
     """
 
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    test: Sequence[Example]
     origins: dict[str, Origin] = field(default_factory=dict, compare=False)
     test_chose: bool = False
     form: str = ""
@@ -128,7 +108,7 @@ def load_task(task: Task, folder: Path, given: Mapping[str, Table] | None = None
     form = recognised(task, rows.train) if isinstance(task, ChatTask) else None
     if isinstance(task, ClassificationTask):
         unknown = _Unknown(task.verbalizer, "task.verbalizer")
-    read = []
+    read: list[Sequence[Example]] = []
     for split, table in (
         ("train", rows.train),
         ("validation", rows.validation),
@@ -145,57 +125,56 @@ def load_task(task: Task, folder: Path, given: Mapping[str, Table] | None = None
         else:
             read.append(_labelled(task, table, source, unknown))
     unknown.require_none()
-    if isinstance(task, ClassificationTask):  # their words are known only now
-        read = [[_in_words(task, example) for example in part] for part in read]
     train, validation, test = read
     told = "" if form is None else str(form)
     return TaskData(train, validation, test, rows.origins, rows.test_chose, told)
 
 
-def _in_words(task: ClassificationTask, example: Example) -> Example:
-    label = example.target
-    return Example(example.input, task.verbalizer[label], (label,), label)
+def _plain(
+    rows: Table, columns: Sequence[str], source: str, read: Callable[[str, Row], Example]
+) -> Sequence[Example]:
+    """The examples that `read` makes of a row's place and plain values in `columns`."""
+    used = rows.only(columns)
+    return examples_of(
+        used, lambda number, row: read(f"{source} row {used.place(number)}", used.plain(row))
+    )
 
 
-def _generation(task: GenerationTask, rows: Table, source: str, *, judged: bool) -> list[Example]:
+def _generation(
+    task: GenerationTask, rows: Table, source: str, *, judged: bool
+) -> Sequence[Example]:
     input_, target = Template(task.input, "task.input"), Template(task.target, "task.target")
     for template in (input_, target):
         template.require(rows)
     # Only the rows that are judged need all acceptable texts; some sets give others none.
-    judged = judged and task.references is not None
-    if judged:
-        _require_column(rows, str(task.references), "task.references")
-    examples = []
-    used = [
-        *input_.columns_of(rows),
-        *target.columns_of(rows),
-        *([task.references] if judged else []),
-    ]
-    for number, row in rows.only([str(c) for c in used]).placed():
-        where = f"{source} row {number}"
+    column = task.references if judged else None
+    if column is not None:
+        _require_column(rows, column, "task.references")
+
+    def read(where: str, row: Row) -> Example:
         text = target.render(row, where, complete=True)
-        references: tuple[str, ...] = (text.strip(),)
-        if judged and task.references is not None:
-            references = _references(row[task.references], task.references, where)
-        examples.append(Example(input_.render(row, where), text, references))
-    return examples
+        references = _references(row, column, text, where)
+        return Example(input_.render(row, where), text, references)
+
+    used = [*input_.columns_of(rows), *target.columns_of(rows), *([column] if column else [])]
+    return _plain(rows, used, source, read)
 
 
 def _chats(
     task: ChatTask, form: ChatFormat, rows: Table, source: str, *, judged: bool
-) -> list[Example]:
-    judged = judged and task.references is not None
-    if judged:
-        _require_column(rows, str(task.references), "task.references")
-    examples = []
-    for row, dialogue in form.dialogues(rows, source):
+) -> Sequence[Example]:
+    column = task.references if judged else None
+    if column is not None:
+        _require_column(rows, column, "task.references")
+
+    def read(number: int, row: Row) -> Example:
+        dialogue = form.dialogue(row, rows.where(number, source))
         target = dialogue.answer_text()
-        references: tuple[str, ...] = (target.strip(),)
-        if judged and task.references is not None:
-            references = _references(row.get(task.references), task.references, dialogue.where)
+        references = _references(row, column, target, dialogue.where)
         own = dialogue.with_system(task.system)
-        examples.append(Example(own.as_text(), target, references, dialogue=own))
-    return examples
+        return Example(own.as_text(), target, references, dialogue=own)
+
+    return examples_of(rows, read)
 
 
 def task_words(task: Task) -> str:
@@ -206,7 +185,11 @@ def task_words(task: Task) -> str:
     return "" if isinstance(task, TokenClassificationTask) else Template(task.input).words
 
 
-def _references(value: Any, column: str, where: str) -> tuple[str, ...]:
+def _references(row: Row, column: str | None, target: str, where: str) -> tuple[str, ...]:
+    """The acceptable texts in `column`, or the target where there is none."""
+    if column is None:
+        return (target.strip(),)
+    value = row.get(column)
     if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
         raise DataError(f"{where}: `{column}` should be a non-empty list of texts, found {value!r}")
     return tuple(value)
@@ -217,30 +200,29 @@ def _labelled(
     rows: Table,
     source: str,
     unknown: _Unknown,
-) -> list[Example]:
-    """Every row's input, with its label as the target."""
+) -> Sequence[Example]:
+    """Every row's input, with its label's words as the target, or the label itself."""
     input_ = Template(task.input, "task.input")
     input_.require(rows)
     _require_column(rows, task.label, "task.label")
-    examples = []
-    used = [*input_.columns_of(rows), task.label]
-    for number, row in rows.only(used).placed():
-        where = f"{source} row {number}"
+    words = task.verbalizer if isinstance(task, ClassificationTask) else {}
+
+    def read(where: str, row: Row) -> Example:
         label = _label(row[task.label], task.label, where)
         unknown.add(label, where)
-        examples.append(Example(input_.render(row, where), label, (label,), label))
-    return examples
+        return Example(input_.render(row, where), words.get(label, label), (label,), label)
+
+    return _plain(rows, [*input_.columns_of(rows), task.label], source, read)
 
 
 def _tagged(
     task: TokenClassificationTask, rows: Table, source: str, unknown: _Unknown
-) -> list[Example]:
+) -> Sequence[Example]:
     _require_column(rows, task.words, "task.words")
     _require_column(rows, task.tags, "task.tags")
-    examples = []
-    for number, row in rows.only([task.words, task.tags]).placed():
+
+    def read(where: str, row: Row) -> Example:
         words, values = row[task.words], row[task.tags]
-        where = f"{source} row {number}"
         if not isinstance(words, list) or not words or not all(isinstance(w, str) for w in words):
             raise DataError(
                 f"{where}: `{task.words}` should be a non-empty list of words, found {words!r}"
@@ -254,8 +236,9 @@ def _tagged(
         for tag in tags:
             unknown.add(tag, where)
         target = " ".join(tags)
-        examples.append(Example(" ".join(words), target, (target,), words=tuple(words)))
-    return examples
+        return Example(" ".join(words), target, (target,), words=tuple(words))
+
+    return _plain(rows, [task.words, task.tags], source, read)
 
 
 def _label(value: Any, column: str, where: str) -> str:

@@ -10,29 +10,36 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
-from itertools import accumulate, chain, pairwise
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from datetime import date
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import tokenizers
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 from transformers import PreTrainedTokenizerBase
 
+from ptkit.data.arrow_file import ArrowFile, write_arrow
+from ptkit.data.chat_rows import ChatEncoder, ChatNotes, ChatRows, Cut, cut_example
 from ptkit.data.encode import encode_examples
 from ptkit.data.encoded import EncodedExample
-from ptkit.data.task import Example
-from ptkit.formats import atomic
-from ptkit.formats.cache_home import cache_home
+from ptkit.data.encoded_rows import SCHEMA, EncodedRows, batch_of
+from ptkit.data.examples import FEWEST_ROWS, Example, Facts
+from ptkit.data.lazy import Mapped
+from ptkit.formats.cache_home import cache_home, make_room
 from ptkit.recipe.tasks import ChatTask, Task
 
-#: Fewer rows are tokenised as fast as they are read.
-FEWEST_ROWS = 1_000
 #: Counted up when the same rows and tokenizer give other ids than before.
-_VERSION = 2
+_VERSION = 3
 #: The least recently used files go when all take more bytes than this.
-MOST_BYTES = 2_000_000_000
+MOST_BYTES = 20_000_000_000
+#: Rows that are encoded at a time.
+_BATCH = 2_000
+#: Of a row that is a part of a conversation, which (see `Cut`).
+_CUT_SCHEMA = pa.schema([*SCHEMA, *(pa.field(name, pa.int32()) for name in Cut._fields)])
 
 
 def cache_folder() -> Path:
@@ -46,64 +53,105 @@ def encode_cached(
     task: Task,
     *,
     pairs: bool = False,
-) -> list[EncodedExample]:
-    """`encode_examples`, read from the cache where the same rows have been encoded before."""
-    # A slow tokenizer does not say what it is made of, nor any which chat template is its own.
-    named = tokenizer.is_fast and not isinstance(task, ChatTask)
-    if len(examples) < FEWEST_ROWS or not named:
+) -> Sequence[EncodedExample]:
+    """`encode_examples`. Many rows are read from a file, which holds those that were encoded
+    before."""
+    # A slow tokenizer does not say what it is made of.
+    if len(examples) < FEWEST_ROWS or not tokenizer.is_fast:
         return encode_examples(examples, tokenizer, task, pairs=pairs)
-    path = cache_folder() / f"{_digest(examples, tokenizer, task, pairs)}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError):  # absent or damaged
-        found = _read(path)
-        if len(found) == len(examples):
-            path.touch()  # used just now
-            return found
-    encoded = encode_examples(examples, tokenizer, task, pairs=pairs)
-    with contextlib.suppress(OSError):  # a home that cannot be written to costs time only
-        _write(path, encoded)
-    return encoded
+
+    def batches(_: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+        for some in _parts(examples):
+            yield batch_of(encode_examples(some, tokenizer, task, pairs=pairs))
+
+    # What is asked before the last answer is a part of what is learnt of a conversation.
+    told = ["asked", *_of_template(tokenizer, task)] if isinstance(task, ChatTask) else []
+    name = _digest(examples, tokenizer, task, [pairs, *told])
+    file = _cached(name, SCHEMA, batches)
+    if file is None or len(file) != len(examples):
+        return encode_examples(examples, tokenizer, task, pairs=pairs)
+    return EncodedRows(file)
+
+
+def encode_chats_cached(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, task: ChatTask
+) -> ChatRows:
+    """The rows that training reads of conversations (see `ChatEncoder.rows`); many are read from a
+    file."""
+    encoder = ChatEncoder(tokenizer, task)
+    if len(examples) < FEWEST_ROWS:
+        return encoder.rows(examples)
+
+    def batches(told: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+        notes = ChatNotes()
+        for number, some in enumerate(_parts(examples)):
+            found = encoder.cuts(some, notes, number * _BATCH)
+            cuts = np.array([cut for cut, _ in found], dtype=np.int32).reshape(-1, 3)
+            columns = dict(zip(Cut._fields, cuts.T, strict=True))
+            yield batch_of([row for _, row in found], columns)
+        told |= asdict(notes)
+
+    name = _digest(examples, tokenizer, task, ["learnt", *_of_template(tokenizer, task)])
+    file = _cached(name, _CUT_SCHEMA, batches)
+    if file is None:
+        return encoder.rows(examples)
+    columns = [
+        np.concatenate([batch.column(name).to_numpy() for batch in file.mapped()])
+        for name in Cut._fields
+    ]
+
+    def read(number: int) -> Example:
+        return cut_example(examples, Cut(*(int(column[number]) for column in columns)))
+
+    return ChatRows(Mapped(read, range(len(file))), EncodedRows(file), ChatNotes(**file.notes))
+
+
+def _parts(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """The examples in order, so many at a time: each part is read and given back."""
+    left = iter(examples)
+    while some := [*islice(left, _BATCH)]:
+        yield some
+
+
+def _cached(
+    name: str, schema: pa.Schema, batches: Callable[[dict[str, Any]], Iterator[pa.RecordBatch]]
+) -> ArrowFile | None:
+    """The file called `name`, which is written where it is not there. None where it cannot be: a
+    home that cannot be written to costs memory and time only.
+
+    batches: what to write; adds to what it is given what the file is to note
+    """
+    path = cache_folder() / f"{name}.arrow"
+    with contextlib.suppress(OSError, pa.ArrowInvalid, KeyError, ValueError):  # absent or damaged
+        found = ArrowFile(path)
+        path.touch()  # used just now
+        return found
+    notes: dict[str, Any] = {}
+    with contextlib.suppress(OSError):
+        write_arrow(path, schema, batches(notes), notes)
+        make_room(path, MOST_BYTES)
+        return ArrowFile(path)
+    return None
+
+
+def _of_template(tokenizer: PreTrainedTokenizerBase, task: ChatTask) -> list[Any]:
+    """All that the text of a conversation depends on, beside the conversation and the task."""
+    own = tokenizer.chat_template
+    told = json.dumps([own, task.chat_template])
+    # Such a template writes the day into a conversation.
+    day = date.today().isoformat() if "strftime_now" in told else ""
+    return [told, tokenizer.special_tokens_map, sorted(tokenizer.added_tokens_decoder), day]
 
 
 def _digest(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, task: Task, pairs: bool
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, task: Task, more: list[Any]
 ) -> str:
     made_of = json.loads(tokenizer.backend_tokenizer.to_str())
     # What its last call was asked for, not what it is.
     rules = {k: v for k, v in made_of.items() if k not in ("truncation", "padding")}
     settings = [
         _VERSION, tokenizers.__version__, rules, type(tokenizer).__name__, tokenizer.eos_token_id,
-        pairs,
-        task.model_dump(mode="json", exclude={"data", "metrics"}),
+        more, task.model_dump(mode="json", exclude={"data", "metrics"}), Facts.of(examples).digest,
     ]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for example in examples:
-        digest.update(repr((example.input, example.target, example.words)).encode())
-    return digest.hexdigest()[:32]
-
-
-def _read(path: Path) -> list[EncodedExample]:
-    tensors = load_file(path)
-    inputs, targets = (
-        [ids[a:b] for a, b in pairwise(accumulate(tensors[f"{part}_lengths"].tolist(), initial=0))]
-        for part, ids in ((part, tensors[f"{part}_ids"].tolist()) for part in ("input", "target"))
-    )
-    return [EncodedExample(i, t) for i, t in zip(inputs, targets, strict=True)]
-
-
-def _write(path: Path, encoded: Sequence[EncodedExample]) -> None:
-    tensors = {}
-    for part in ("input", "target"):
-        rows = [getattr(row, f"{part}_ids") for row in encoded]
-        tensors[f"{part}_ids"] = np.fromiter(chain.from_iterable(rows), dtype=np.int32)
-        tensors[f"{part}_lengths"] = np.fromiter(map(len, rows), dtype=np.int32)
-    atomic.write_bytes(path, save(tensors))
-    newest_first = sorted(path.parent.glob("*.safetensors"), key=_used, reverse=True)
-    for file, upto in zip(
-        newest_first, accumulate(f.stat().st_size for f in newest_first), strict=True
-    ):
-        if upto > MOST_BYTES and file != path:
-            file.unlink(missing_ok=True)
-
-
-def _used(file: Path) -> float:
-    return file.stat().st_mtime
+    told = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()[:32]

@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ptkit.data.encode import encode_examples
 from ptkit.data.encoded import EncodedExample
-from ptkit.data.task import Example
+from ptkit.data.examples import Example
 from ptkit.data.templates import filled
 from ptkit.data.tokens import listed
 from ptkit.errors import AdapterError, UserError

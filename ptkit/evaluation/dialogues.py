@@ -10,7 +10,7 @@ from typing import Any
 from ptkit.data.chat_rows import ChatEncoder
 from ptkit.data.dialogue import Dialogue
 from ptkit.data.encoded import EncodedExample
-from ptkit.data.task import Example
+from ptkit.data.examples import Example
 from ptkit.methods import Adapter
 from ptkit.prefix import Compiled
 from ptkit.recipe.tasks import ChatTask

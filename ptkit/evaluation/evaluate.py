@@ -33,7 +33,7 @@ from ptkit.runtime.named_models import TINY_EN
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ptkit.data.task import Example
+    from ptkit.data.examples import Example
     from ptkit.evaluation.statistics import Interval
     from ptkit.training.experiment import Experiment
 

@@ -10,7 +10,8 @@ import torch
 
 from ptkit.data.encode import encode_examples, label_token_ids, tokens_of_words
 from ptkit.data.encoded import EncodedExample
-from ptkit.data.task import Example
+from ptkit.data.encoded_rows import Lengths
+from ptkit.data.examples import Example
 from ptkit.evaluation.dialogues import DialogueAnswers
 from ptkit.methods import Adapter
 from ptkit.metrics.metric import Metric, Statistics
@@ -143,8 +144,8 @@ def require_positions(
 ) -> None:
     """Raise ModelError, which names `title`, unless every example fits into the positions that as
     many virtual tokens leave on `base`."""
-    inputs = max(len(e.input_ids) for e in encoded)
-    targets = max(len(e.target_ids) for e in encoded)
+    lengths = Lengths.of(encoded)
+    inputs, targets = int(lengths.inputs.max()), int(lengths.targets.max())
     if isinstance(task, GenerationTask):
         targets = task.max_target_tokens
     if base.encoder_decoder:  # each side has positions of its own
@@ -153,7 +154,7 @@ def require_positions(
     if isinstance(task, HeadedTask):
         base.require_positions(virtual_tokens, inputs, title)
         return
-    longest = inputs + targets if isinstance(task, GenerationTask) else max(map(len, encoded))
+    longest = inputs + targets if isinstance(task, GenerationTask) else int(lengths.whole.max())
     base.require_positions(virtual_tokens, longest, title)
 
 

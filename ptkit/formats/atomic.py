@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ptkit.errors import UserError
 from ptkit.formats.exchange import exchange
@@ -40,21 +40,31 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`; readers see the old file or the new one, never a part."""
+@contextmanager
+def file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write bytes to; it replaces `path` when the block ends without an error.
+
+    Readers see the old file or the new one, never a part.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_WRITTEN)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with os.fdopen(handle, "wb") as written:
+            yield written
+            written.flush()
+            os.fsync(written.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`; readers see the old file or the new one, never a part."""
+    with file(path) as written:
+        written.write(data)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
@@ -41,11 +41,11 @@ class Demonstrations:
     frame: str = ""
     folder: Path = Path()
 
-    def shuffled(self) -> list[str]:
-        """The texts in an order that depends on the seed only."""
-        texts = list(self.texts)
-        random.Random(self.seed).shuffle(texts)
-        return texts
+    def shuffled(self) -> Iterator[str]:
+        """The texts in an order that depends on the seed only, made as they are asked for."""
+        order = list(range(len(self.texts)))
+        random.Random(self.seed).shuffle(order)
+        return (self.texts[number] for number in order)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import get_scheduler
 
 from ptkit.data.encode import length_grouped_batches
 from ptkit.data.encoded import EncodedExample, StudiedText
+from ptkit.data.encoded_rows import Lengths
+from ptkit.data.lazy import picked
 from ptkit.errors import DataError, PtkitError, UserError
 from ptkit.methods import Adapter
 from ptkit.recipe.schema import TrainSection
@@ -132,7 +135,8 @@ class AdapterTrainer:
             self.settings.warmup_steps,
             num_training_steps=self.settings.steps,
         )
-        self.validation = sorted(job.validation, key=len)
+        by_length = np.argsort(Lengths.of(job.validation).whole, kind="stable")
+        self.validation = picked(job.validation, by_length)
         self.retainer: Retainer | None = None
         retain = self.settings.retain
         if retain is not None and retain.by == "divergence":
@@ -142,7 +146,7 @@ class AdapterTrainer:
         self.divergence = 0.0
         self.best = self._parameters_now()
         order = length_grouped_batches(
-            [len(e) for e in job.train], self.settings.batch_size, job.seed
+            Lengths.of(job.train).whole, self.settings.batch_size, job.seed
         )
         self._order: Iterator[list[int]] = itertools.islice(
             order, parallel.rank, None, parallel.size

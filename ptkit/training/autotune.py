@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 from ptkit.data.encoded import EncodedExample
-from ptkit.data.task import Example, task_words
+from ptkit.data.examples import Example
+from ptkit.data.lazy import picked
+from ptkit.data.task import task_words
 from ptkit.errors import PtkitError, UserError
 from ptkit.formats.cell_record import CHOSEN_SETTINGS, ChosenSettings, TriedRate, TriedStart
 from ptkit.methods import Adapter
@@ -113,7 +115,7 @@ def starts(
 ) -> list[dict[str, str]]:
     """Settings of the starts to try: the task's own words, answers, demonstrations, any words."""
     texts = [task_words(task)]
-    drawn = random.Random(seed).sample(list(examples), min(64, len(examples)))
+    drawn = random.Random(seed).sample(examples, min(64, len(examples)))
     # Short rows: with room for few tokens, their answers are still in it.
     short = sorted(drawn, key=lambda e: len(e.input) + len(e.target))[:2]
     texts += [example.input + example.target for example in (*drawn[:2], *short)]
@@ -148,7 +150,7 @@ def _start(
     # A text may be a training row, and would be no help but its own: those are not scored.
     half = len(job.train) // 2
     order = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(job.seed))
-    candidates = starts(task, [examples[i] for i in order[half:].tolist()], job.seed)
+    candidates = starts(task, picked(examples, order[half:].numpy()), job.seed)
     budget = 2 * _rows_read(job.settings, START_SHARE) // len(candidates)
     rows = min(budget, 2 * job.settings.batch_size, half)
     if rows < FEWEST_ROWS:

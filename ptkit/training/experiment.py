@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from ptkit.data import Example, TaskData, general_texts, load_task
-from ptkit.data.chat_rows import ChatEncoder
 from ptkit.data.chat_template import with_template_read
 from ptkit.data.encoded import EncodedExample
+from ptkit.data.lazy import picked
 from ptkit.data.summary import chat_lines, data_lines
-from ptkit.data.token_cache import encode_cached
+from ptkit.data.token_cache import encode_cached, encode_chats_cached
 from ptkit.errors import ModelError, UserError
 from ptkit.evaluation.retention import GeneralProbe, off_probe, probe_base
 from ptkit.evaluation.score import require_metrics
@@ -37,8 +39,8 @@ from ptkit.training.retain import general_windows
 class TrainingRows:
     """The rows a cell is trained on, as text and as token ids, in one order."""
 
-    examples: list[Example]
-    encoded: list[EncodedExample]
+    examples: Sequence[Example]
+    encoded: Sequence[EncodedExample]
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Experiment:
     base: Base
     data: TaskData
     rows: TrainingRows
-    validation: list[EncodedExample]
+    validation: Sequence[EncodedExample]
     general: GeneralProbe | None
     probe_ids: torch.Tensor
     probe: torch.Tensor
@@ -76,11 +78,9 @@ class Experiment:
         if data.draw != "seed":
             return self.rows
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self.rows.examples), generator=generator).tolist()
+        order = torch.randperm(len(self.rows.examples), generator=generator).numpy()
         drawn = order[: data.limits.train]
-        return TrainingRows(
-            [self.rows.examples[i] for i in drawn], [self.rows.encoded[i] for i in drawn]
-        )
+        return TrainingRows(picked(self.rows.examples, drawn), picked(self.rows.encoded, drawn))
 
     def data_lines(self) -> list[str]:
         """What was decided about the data (see `ptkit.data.summary`), and about the head of a
@@ -92,8 +92,19 @@ class Experiment:
 
     def data_fingerprint(self, seed: int) -> str:
         """16 hex digits over the training and validation rows of `seed` as token ids."""
+        if self.recipe.task.data.draw != "seed":
+            seed = 0  # whatever the seed, the rows are the same
+        if seed not in self._fingerprints:
+            self._fingerprints[seed] = self._fingerprint(seed)
+        return self._fingerprints[seed]
+
+    @cached_property
+    def _fingerprints(self) -> dict[int, str]:
+        return {}
+
+    def _fingerprint(self, seed: int) -> str:
         digest = hashlib.sha256()
-        for row in (*self.training(seed).encoded, *self.validation):
+        for row in chain(self.training(seed).encoded, self.validation):
             digest.update(repr(row.content).encode())
         return digest.hexdigest()[:16]
 
@@ -176,12 +187,14 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
         encode_cached, tokenizer=base.tokenizer, task=recipe.task, pairs=base.encoder_decoder
     )
     told: list[str] = []
+    training: TrainingRows
+    validation: Sequence[EncodedExample]
     if isinstance(recipe.task, ChatTask):
         training, validation = _chat_rows(base, recipe.task, data, told)
     else:
         training = TrainingRows(data.train, encode(data.train))
         validation = encode(data.validation)
-    rows = (row for part in (training.encoded, validation, encode(data.test)) for row in part)
+    rows = chain(training.encoded, validation, encode(data.test))
     require_embedded(base, rows, recipe.task)
     first = encode(data.test[:1])[0].input_ids
     probe_ids = torch.tensor([first]) if general is None else general.drift_windows[:1]
@@ -213,7 +226,7 @@ def _with_chat_template(loaded: LoadedRecipe) -> LoadedRecipe:
 
 def _chat_rows(
     base: Base, task: ChatTask, data: TaskData, told: list[str]
-) -> tuple[TrainingRows, list[EncodedExample]]:
+) -> tuple[TrainingRows, Sequence[EncodedExample]]:
     """The conversations of the training and validation splits as rows; adds to `told` what was
     decided. Raises ModelError for an encoder-decoder."""
     if base.encoder_decoder:
@@ -221,8 +234,9 @@ def _chat_rows(
             f"{base.id} is an encoder-decoder: it writes one target after one input; a task of "
             "`kind: chat` needs a causal model"
         )
-    encoder = ChatEncoder(base.tokenizer, task)
-    train, validation = encoder.rows(data.train), encoder.rows(data.validation)
+    train, validation = (
+        encode_chats_cached(part, base.tokenizer, task) for part in (data.train, data.validation)
+    )
     for split, rows in (("train", train), ("validation", validation)):
         told += chat_lines(task, split, rows.notes)
     return TrainingRows(train.examples, train.encoded), validation.encoded

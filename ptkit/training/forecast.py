@@ -17,6 +17,7 @@ from pathlib import Path
 from accelerate.utils import set_seed
 
 from ptkit.data.encode import length_grouped_batches
+from ptkit.data.encoded_rows import Lengths
 from ptkit.evaluation.predict import predict
 from ptkit.formats.sizes import in_bytes
 from ptkit.launched import world_size
@@ -155,22 +156,23 @@ def _training(experiment: Experiment, cell: Cell, adapter: Adapter) -> float:
     timed = slice(1, -1) if steps > 2 else slice(0, None)
     spent = [b - a for a, b in pairwise(marks)]
     per_token = sum(spent[timed]) / max(1, sum(tokens[timed]))
-    mean = sum(map(len, job.train)) / len(job.train)
+    mean = float(Lengths.of(job.train).whole.mean())
     a_step = per_token * mean * settings.batch_size * settings.gradient_accumulation
     validating = max(0.0, done - marks[-2] - per_token * tokens[-1]) / max(
         1, sum(map(len, held_out))
     )
     times_validated = -(-settings.steps // validate_every(job, 1))
-    return settings.steps * a_step + times_validated * validating * sum(map(len, job.validation))
+    judged = float(Lengths.of(job.validation).whole.sum())
+    return settings.steps * a_step + times_validated * validating * judged
 
 
 def _tokens(job: Job) -> Iterator[int]:
     """Tokens of the batches of each step, in the order in which `job` reads them."""
-    lengths = [len(row) for row in job.train]
+    lengths = Lengths.of(job.train).whole
     order = length_grouped_batches(lengths, job.settings.batch_size, job.seed)
     while True:
         batches = islice(order, job.settings.gradient_accumulation)
-        yield sum(lengths[i] for batch in batches for i in batch)
+        yield sum(int(lengths[batch].sum()) for batch in batches)
 
 
 def _predicting(experiment: Experiment, adapter: Adapter) -> float:

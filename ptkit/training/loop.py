@@ -26,6 +26,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
 from ptkit.data.encoded import EncodedExample, StudiedText, TaskExample
+from ptkit.data.encoded_rows import Lengths
 from ptkit.errors import UserError
 from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.checkpointing import recomputing
@@ -167,7 +168,8 @@ class _Loop:
         """The attention that trains fastest, where the recipe leaves the choice."""
         if not self.base.free_attention:
             return nullcontext()
-        longest = max(len(row) for t in self.trainers for row in (*t.job.train, *t.job.validation))
+        parts = (rows for t in self.trainers for rows in (t.job.train, t.job.validation))
+        longest = max(int(Lengths.of(rows).whole.max()) for rows in parts)
         return fastest_attention(self.model, self.accelerator.mixed_precision, longest)
 
     def _weights(self) -> AbstractContextManager[None]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ptkit.data.task import Example
+from ptkit.data.examples import Example
 from ptkit.evaluation.latency import Latency, measure_latency
 from ptkit.evaluation.predict import Prediction, predict
 from ptkit.evaluation.retention import off_probe

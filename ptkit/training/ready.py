@@ -24,14 +24,14 @@ def require_ready(experiment: Experiment, cells: Sequence[Cell]) -> None:
     together = [cell for cell in cells if cell.method.shares_batch]
     if experiment.recipe.train.together > 1 and len({cell.seed for cell in together}) > 1:
         require_no_dropout(experiment.base)
-    rows = (*experiment.rows.encoded, *experiment.validation)
     for method in {cell.method.title: cell.method for cell in cells}.values():
         require_method_fits(method, experiment.base)
         named_adapters(method, experiment.folder)
         virtual = int(getattr(method, "num_virtual_tokens", 0))
-        require_positions(
-            experiment.base, virtual, f"`{method.title}`", rows, experiment.recipe.task
-        )
+        for rows in (experiment.rows.encoded, experiment.validation):
+            require_positions(
+                experiment.base, virtual, f"`{method.title}`", rows, experiment.recipe.task
+            )
 
 
 def require_supported(recipe: Recipe, methods: Sequence[MethodSection]) -> None:

@@ -23,6 +23,8 @@ from accelerate.utils import set_seed
 
 from ptkit.data.chat_template import ChatTemplate
 from ptkit.data.encoded import EncodedExample
+from ptkit.data.examples import Example
+from ptkit.data.lazy import Mapped
 from ptkit.data.task import task_words
 from ptkit.errors import UserError
 from ptkit.evaluation.predict import require_room
@@ -193,19 +195,23 @@ def _chosen(experiment: Experiment, cell: Cell) -> Autotuned:
 def demonstrations(experiment: Experiment, seed: int) -> Demonstrations:
     """What the adapters of `seed` may start from. A head's labels are no words the base reads."""
     rows, task = experiment.training(seed).examples, experiment.recipe.task
+    texts: Sequence[str]
     if isinstance(task, HeadedTask):
-        texts = [example.input for example in rows]
+        texts = Mapped(lambda example: example.input, rows)
         return Demonstrations(texts, seed, folder=experiment.folder)
     if isinstance(task, ChatTask):
         template = ChatTemplate.of_task(experiment.base.tokenizer, task)
-        said = (example.dialogue for example in rows)
         # A demonstration stands within a text: what begins one is not there again.
         begin = str(template.tokenizer.decode(experiment.base.lead))
-        texts = [
-            template.render(d.messages, d.tools).removeprefix(begin) for d in said if d is not None
-        ]
+
+        def said(example: Example) -> str:
+            assert example.dialogue is not None
+            dialogue = example.dialogue
+            return template.render(dialogue.messages, dialogue.tools).removeprefix(begin)
+
+        texts = Mapped(said, rows)
         return Demonstrations(texts, seed, [], task_words(task), experiment.folder)
-    texts = [example.input + example.target for example in rows]
+    texts = Mapped(lambda example: example.input + example.target, rows)
     labels = [*task.verbalizer.values()] if isinstance(task, ClassificationTask) else []
     return Demonstrations(texts, seed, labels, task_words(task), experiment.folder)
 

@@ -10,6 +10,7 @@ stands before the prompt, and not again before the input.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
 import torch
 
@@ -49,7 +50,7 @@ class TextPrompt(Adapter):
         cls, section: TextPromptSection, base: Base, demonstrations: Demonstrations
     ) -> TextPrompt:
         parts = [section.instruction] if section.instruction else []
-        parts += demonstrations.shuffled()[: section.examples]
+        parts += islice(demonstrations.shuffled(), section.examples)
         return cls(section, base, "".join(part + section.separator for part in parts))
 
     @property

@@ -1,0 +1,109 @@
+"""Rows as token ids in a file: as many as the disk holds, a few of them in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ptkit.data.arrow_file import ArrowFile
+from ptkit.data.encoded import EncodedExample
+from ptkit.data.lazy import Lazy, Picked
+
+_IDS = ("input_ids", "target_ids", "learnt")
+SCHEMA = pa.schema(
+    {"input_ids": pa.list_(pa.int32()), "target_ids": pa.list_(pa.int32()),
+     "learnt": pa.list_(pa.uint8())}
+)  # fmt: skip
+
+
+class EncodedRows(Lazy[EncodedExample]):
+    """The rows of a file whose batches `batch_of` made.
+
+    inputs, targets: lengths of each row's, in tokens, `[rows]`
+    """
+
+    def __init__(self, file: ArrowFile) -> None:
+        self.file = file
+        self._columns = [_lists(batch) for batch in file.mapped()]
+
+        def lengths(part: int) -> np.ndarray:
+            known = [np.diff(columns[part][0]) for columns in self._columns]
+            return np.concatenate([np.zeros(0, dtype=np.int32), *known])
+
+        self.inputs, self.targets = lengths(0), lengths(1)
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def entry(self, number: int) -> EncodedExample:
+        batch, row = self.file.place(number)
+        return _row(self._columns[batch], row)
+
+    def __iter__(self) -> Iterator[EncodedExample]:
+        for batch in self.file.stream():
+            columns = _lists(batch)
+            yield from (_row(columns, row) for row in range(batch.num_rows))
+
+
+#: Of each list column: where each row begins, and the values of all.
+_Lists = list[tuple[np.ndarray, np.ndarray]]
+
+
+def _lists(batch: pa.RecordBatch) -> _Lists:
+    columns: list[Any] = [batch.column(name) for name in _IDS]
+    return [(column.offsets.to_numpy(), column.values.to_numpy()) for column in columns]
+
+
+def _row(columns: _Lists, row: int) -> EncodedExample:
+    inputs, targets, learnt = (
+        values[offsets[row] : offsets[row + 1]].tolist() for offsets, values in columns
+    )
+    # A row has a target, so no marks means that all targets are learnt.
+    return EncodedExample(inputs, targets, tuple(map(bool, learnt)) if learnt else None)
+
+
+def batch_of(rows: Sequence[EncodedExample], more: dict[str, Any] | None = None) -> pa.RecordBatch:
+    """`rows` for a file; `more` are further columns of one number per row."""
+
+    def lists(parts: list[Sequence[int]], kind: Any) -> pa.Array:
+        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
+        values = np.fromiter(chain.from_iterable(parts), kind, count=int(offsets[-1]))
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+    columns = {
+        "input_ids": lists([row.input_ids for row in rows], np.int32),
+        "target_ids": lists([row.target_ids for row in rows], np.int32),
+        "learnt": lists([row.learnt or () for row in rows], np.uint8),
+        **{name: pa.array(values, pa.int32()) for name, values in (more or {}).items()},
+    }
+    return pa.RecordBatch.from_pydict(columns)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of each row's input and target, `[rows]` each."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
+    @property
+    def whole(self) -> np.ndarray:
+        """Tokens of each row, `[rows]`."""
+        return self.inputs + self.targets
+
+    @classmethod
+    def of(cls, rows: Iterable[EncodedExample]) -> Lengths:
+        """Those of `rows`, without reading rows that are in a file."""
+        if isinstance(rows, EncodedRows):
+            return cls(rows.inputs, rows.targets)
+        if isinstance(rows, Picked):
+            within = cls.of(rows.rows)
+            return cls(within.inputs[rows.numbers], within.targets[rows.numbers])
+        pairs = [(len(row.input_ids), len(row.target_ids)) for row in rows]
+        both = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        return cls(both[:, 0], both[:, 1])
