@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import word_tokenizer
@@ -16,7 +17,7 @@ from ptkit.data.encode import encode_examples
 from ptkit.data.sources import builtin_sets
 from ptkit.data.templates import Template
 from ptkit.errors import DataError
-from ptkit.recipe.tasks import ClassificationTask, GenerationTask
+from ptkit.recipe.tasks import ClassificationTask, DataSection, GenerationTask
 
 
 def generation(folder: Path, files: dict, **changes) -> GenerationTask:
@@ -167,3 +168,19 @@ def test_lists_are_written_one_entry_per_line() -> None:
     }
     assert Template("{facts}\n").render(row) == "a\n2\n"
     assert Template("{triples}").render(row) == "Ada | born in | London\nAda | wrote | Note G"
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"hub": "a/b"}, "set `limits.train`"),
+        ({"hub": "a/b", "limits": {"test": 3}}, "set `limits.train`"),
+        ({"hub": "a/b", "limits": {"train": 3}, "draw": "seed"}, "`draw: seed` draws from all"),
+        ({"builtin": "facts-to-text", "limits": {"train": 3}}, "is for hub datasets"),
+    ],
+)
+def test_a_stream_is_refused_what_needs_the_number_of_rows(
+    section: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        DataSection(streaming=True, **section)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, List, Value
@@ -527,3 +528,44 @@ def test_a_bad_file_on_the_hub_is_told(
     settings = [p for s in ("task.data.builtin=null", data) for p in ("--set", s)]
     (told,) = client.refusals(["train", "quickstart", *QUICK, *settings])
     assert all(part in told for part in said)
+
+
+STREAM = (
+    "import json, sys\n"
+    "from pathlib import Path\n"
+    "from ptkit.data.sources import load_rows\n"
+    "from ptkit.recipe.tasks import DataSection\n"
+    "for name in ('lines', 'typed'):\n"
+    "    for draw, limit in (('balanced', 12), ('first', 12), ('balanced', 900)):\n"
+    "        section = DataSection(hub=f'team/{name}', streaming=True, draw=draw,\n"
+    "                              limits={'train': limit, 'test': 3})\n"
+    "        rows = load_rows(section, Path())\n"
+    "        parts = (rows.train, rows.validation, rows.test)\n"
+    "        print(json.dumps([[row['id'] for row in part] for part in parts]))\n"
+    "        assert {row['turns'][0]['role'] for row in rows.train} == {'user'}\n"
+)
+
+
+def test_a_stream_is_drawn_once_and_read_again_as_it_was(client: Client, server: HubServer) -> None:
+    """JSON and Parquet, shuffled and in order; fewer rows than the limit too."""
+    rows = [{"id": f"{i}", "turns": [{"role": "user", "content": f"w{i}"}]} for i in range(80)]
+    for name in ("lines", "typed"):
+        folder = server.hub.root / f"datasets/team/{name}/main"
+        folder.mkdir(parents=True)
+        for split, own in (("train", rows[:60]), ("test", rows[60:])):
+            frame = pd.DataFrame(own)
+            if name == "lines":
+                frame.to_json(folder / f"{split}.jsonl", orient="records", lines=True)
+            else:
+                frame.to_parquet(folder / f"{split}.parquet")
+    first = client.python(STREAM).stdout
+    found = [json.loads(line) for line in first.splitlines()]
+    for lines, typed in zip(found[:3], found[3:], strict=True):
+        assert lines == typed
+    drawn, in_order, whole = found[:3]
+    assert sorted(map(int, drawn[0] + drawn[1])) != [*range(12)]  # a draw from all
+    assert len({*drawn[0], *drawn[1]}) == 12
+    assert len(drawn[1]) == 1  # a tenth is held out
+    assert in_order == [[str(i) for i in range(11)], ["11"], ["60", "61", "62"]]
+    assert sorted(map(int, whole[0] + whole[1])) == [*range(60)]
+    assert client.python(STREAM).stdout == first

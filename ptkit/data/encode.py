@@ -194,7 +194,7 @@ def length_grouped_batches(
     while True:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(known), generator=generator).numpy()
-        starts = []
+        starts: list[int] = []
         for start in range(0, len(order), pool):
             rows = order[start : start + pool]
             # In place: what is of one length stays in its order, the longest first.

@@ -24,6 +24,7 @@ from datasets.packaged_modules.csv.csv import Csv, CsvConfig
 from datasets.packaged_modules.json.json import Json, JsonConfig
 
 from ptkit.data.read_files import json_of, json_rows, json_value
+from ptkit.data.streamed_rows import streamed
 from ptkit.data.table import Row, Table
 from ptkit.errors import DataError
 from ptkit.formats.cache_home import cache_home
@@ -44,7 +45,11 @@ def hub_rows(section: DataSection) -> dict[str, Table]:
         "data_dir": section.data_dir,
     }  # fmt: skip
     try:
-        loaded = _untyped(asked) or _typed(asked)
+        loaded: Any
+        if section.streaming:
+            loaded = streamed(_raw_builder(asked), section)
+        else:
+            loaded = _untyped(asked) or _typed(asked)
     except Exception as error:  # datasets, huggingface_hub and the network each raise their own
         told = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None
         reason = (str(told or error).strip() or type(error).__name__).splitlines()[0]
@@ -84,18 +89,24 @@ class _Objects(Sequence[Row]):
 def _untyped(asked: dict[str, Any]) -> DatasetDict | None:
     """The data set as its files say it, where they are CSV or JSON; None where they are of another
     kind, or cannot be asked about."""
-    kept = str(cache_home() / "hub-data")
     try:
-        builder: Any = load_dataset_builder(**asked, cache_dir=kept)
+        builder = _raw_builder(asked)
     except (OSError, ValueError):  # without a network, and not in this cache
         return None
     if isinstance(builder, Csv | Json):
-        _infer_nothing(builder)
         builder.download_and_prepare()
     elif not isinstance(builder, Cache):
         return None
     loaded = builder.as_dataset()
     return loaded if isinstance(loaded, DatasetDict) else None
+
+
+def _raw_builder(asked: dict[str, Any]) -> Any:
+    """What reads the data set's files; CSV and JSON as they are written."""
+    builder: Any = load_dataset_builder(**asked, cache_dir=str(cache_home() / "hub-data"))
+    if isinstance(builder, Csv | Json):
+        _infer_nothing(builder)
+    return builder
 
 
 def _typed(asked: dict[str, Any]) -> Any:

@@ -52,6 +52,11 @@ class DataSection(Section):
     """Split -> JSONL, JSON, CSV or Parquet file(s); relative paths start at the recipe's folder."""
     memory: bool = False
     """The rows were handed over by a program: `ptkit.train(..., dataset=...)` sets it."""
+    streaming: bool = False
+    """Read the hub dataset as a stream, up to `limits`, and nothing beyond it. `limits.train` is
+    required; it is the number of rows that an epoch has. Rows are drawn through a shuffle buffer,
+    so labels have no share that is kept. They then lie on this machine, and a resumed run reads the
+    same ones. A missing validation split is a tenth of them."""
     splits: Splits = Splits()
     """The source's names for the three splits. What is missing falls back: test to the validation
     rows, validation to a tenth of the training rows (both as if the name were null)."""
@@ -84,6 +89,24 @@ class DataSection(Section):
             raise ValueError(
                 "expected exactly one of `builtin`, `hub`, `files`"
                 + (f", found {', '.join(given)}" if given else "")
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_stream_has_no_number_of_rows(self) -> DataSection:
+        if not self.streaming:
+            return self
+        if not self.hub:
+            raise ValueError("`streaming` is for hub datasets; large files are read row by row")
+        if self.limits.train is None:
+            raise ValueError(
+                "a stream does not tell how many rows it has; set `limits.train` (a run reads "
+                "train.steps x train.batch_size x train.gradient_accumulation rows)"
+            )
+        if self.draw == "seed":
+            raise ValueError(
+                "`draw: seed` draws from all rows, whose number a stream does not tell; use "
+                "`balanced` or `first`, or leave `streaming` out"
             )
         return self
 

@@ -291,7 +291,7 @@ class _Loop:
         own = trainer.validation[self.parallel.rank :: self.parallel.size]
         total, count = 0.0, 0.0
         for start in range(0, len(own), size):
-            rows = own[start : start + size]
+            rows = [*own[start : start + size]]
             with accelerator.autocast():
                 tensors = self._tensors([index], [rows])
                 total += float(objective([index], [len(rows)], **tensors))

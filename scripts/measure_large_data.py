@@ -1,0 +1,112 @@
+"""How memory and time grow with the rows of a file of conversations, up to a million.
+
+    python scripts/measure_large_data.py 10000 1000000
+
+Each number of rows is one process: it writes the file, reads and tokenises it, and trains a few
+steps of prefix tuning on `tiny-en`. Then another process does the same with what is on disk. A line
+of JSON tells of each. `resident` is all memory of the process at its last step, pages of files
+included. `own` is what the system cannot take back. Both are in megabytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+RECIPE = """
+name: large
+model: {id: tiny-en}
+task:
+  kind: chat
+  data: {files: {train: train.jsonl, validation: few.jsonl, test: few.jsonl}}
+  chat_template: plain
+  max_tokens: 128
+  max_target_tokens: 16
+  metrics: [chrf]
+methods: [{kind: prefix_tuning, num_virtual_tokens: 8, start: vocabulary}]
+train: {steps: 8, batch_size: 8, eval_every: 4, save_every: 4}
+retention: null
+"""
+WORDS = [*"abcdefghijklmnop", "the", "ship", "robot", "garden", "answer", "river", "was", "found"]
+
+
+def write(path: Path, rows: int, seed: int) -> None:
+    """Write `rows` conversations of one or two answers."""
+    drawn = random.Random(seed)
+    with path.open("w") as file:
+        for number in range(rows):
+            messages = []
+            for _ in range(1 + number % 2):
+                asked, said = (" ".join(drawn.choices(WORDS, k=12)) for _ in "ab")
+                messages += [{"role": "user", "content": asked}]
+                messages += [{"role": "assistant", "content": said}]
+            file.write(json.dumps({"messages": messages, "id": number}) + "\n")
+
+
+def megabytes() -> dict[str, int]:
+    """Memory of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    told = dict(line.split(":", 1) for line in lines if ":" in line)
+    names = {"resident": "VmRSS", "own": "RssAnon", "peak": "VmHWM"}
+    return {name: int(told[key].split()[0]) // 1024 for name, key in names.items()}
+
+
+def run(folder: Path, rows: int, what: str) -> None:
+    """Prepare and train in this process, and print what it took."""
+    os.environ["PTKIT_CACHE"] = str(folder / "cache")
+    from ptkit.recipe import load_recipe
+    from ptkit.runtime.base_model import load_base
+    from ptkit.training.cell import Cell
+    from ptkit.training.experiment import prepare
+    from ptkit.training.observer import RunObserver
+    from ptkit.training.run import run_cells
+
+    loaded = load_recipe(folder / "large.yaml")
+    base = load_base("tiny-en")
+    before = megabytes()
+    start = time.perf_counter()
+    experiment = prepare(loaded, base)
+    ready = time.perf_counter()
+    steps: list[float] = []
+    memory: dict[str, int] = {}
+
+    class Watched(RunObserver):
+        def stepped(self, report: object) -> None:
+            steps.append(time.perf_counter())
+            memory.update(megabytes())
+
+    cell = Cell(loaded.recipe.methods[0], 0, folder / f"run-{what}")
+    run_cells(experiment, [cell], Watched())
+    print(
+        json.dumps({
+            "rows": rows, "run": what, "read_and_tokenised_s": round(ready - start, 1),
+            "then_first_step_s": round(steps[0] - ready, 1), "before": before, "training": memory,
+        }),
+        flush=True,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", type=int, nargs="+")
+    spawn = multiprocessing.get_context("spawn")
+    for rows in parser.parse_args().rows:
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "large.yaml").write_text(RECIPE)
+            write(folder / "train.jsonl", rows, 0)
+            write(folder / "few.jsonl", 16, 1)
+            for what in ("first", "again"):
+                process = spawn.Process(target=run, args=(folder, rows, what))
+                process.start()
+                process.join()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""What lies on disk because it is large is read, learnt and resumed as if it were in memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+from conftest import random_base
+from hypothesis import given
+from hypothesis import strategies as st
+from test_chat_task import RECIPE_TEXT, WORDS, turns
+
+from ptkit.api import train
+from ptkit.data import chat_report, examples, read_files, token_cache
+from ptkit.data.encoded import EncodedExample
+from ptkit.data.encoded_rows import EncodedRows, Lengths
+from ptkit.data.examples import StoredExamples
+from ptkit.data.lazy import Lazy, Mapped, Picked
+from ptkit.data.stored_rows import StoredRows
+from ptkit.errors import DataError
+from ptkit.formats.adapter_files import weights_path
+from ptkit.recipe import LoadedRecipe, load_recipe
+from ptkit.runtime.base_model import Base
+from ptkit.training import adapter_trainer
+from ptkit.training.experiment import prepare
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PTKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let any file be large, and any rows many."""
+    monkeypatch.setattr(read_files, "IN_MEMORY_BYTES", 0)
+    for module in (examples, token_cache):
+        monkeypatch.setattr(module, "FEWEST_ROWS", 2)
+    monkeypatch.setattr(token_cache, "_BATCH", 3)
+    monkeypatch.setattr(chat_report, "_AT_A_TIME", 3)
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return random_base("llama")
+
+
+def file(folder: Path, ending: str, name: str = "rows") -> Path:
+    path = folder / f"{name}{ending}"
+    rows: list[dict[str, Any]] = [
+        {"id": str(i), "text": f"é “{i}”\n" if i % 3 else "", "more": "3.10"} for i in range(11)
+    ]
+    if ending == ".jsonl":
+        path.write_text("\n\n".join(json.dumps(row) for row in [*rows, {"last": 1e-5}]) + "\r\n")
+    elif ending == ".json":
+        path.write_text(json.dumps([*rows, {"last": [1, None]}]))
+    elif ending == ".parquet":
+        pd.DataFrame({"number": range(11), "words": [["a", str(i)] for i in range(11)]}).to_parquet(
+            path
+        )
+    else:
+        pd.DataFrame(rows).to_csv(path, index=False, sep="\t" if ending == ".tsv" else ",")
+    return path
+
+
+@pytest.mark.parametrize("ending", read_files.READERS)
+@pytest.mark.parametrize("again", [False, True])
+def test_a_large_file_has_the_rows_of_a_small_one(
+    tmp_path: Path, ending: str, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [file(tmp_path, ending), file(tmp_path, ending, "others")]
+    small = read_files.read_files(paths)
+    monkeypatch.setattr(read_files, "IN_MEMORY_BYTES", 0)
+    if again:  # from the cache
+        read_files.read_files(paths)
+    large = read_files.read_files(paths)
+    assert isinstance(large.rows, StoredRows) or ending == ".parquet"
+    assert large.columns == small.columns
+    assert [*large.placed()] == [*small.placed()]
+    assert [*large.raw("data")] == [*small.raw("data")]
+    picked = [3, 14, 0]
+    assert [*large.select(picked).raw("data")] == [*small.select(picked).raw("data")]
+    assert [*large.select(picked).only([small.columns[0]])] == [
+        *small.select(picked).only([small.columns[0]])
+    ]
+
+
+def test_a_broken_line_of_a_large_file_is_told_and_nothing_is_kept(
+    tmp_path: Path, cache: Path, large: None
+) -> None:
+    path = file(tmp_path, ".jsonl")
+    path.write_text(path.read_text() + '{"a": \n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:24: not valid JSON"):
+        read_files.read_files([path])
+    assert not [*(cache / "rows").iterdir()]
+    path.write_text(path.read_text().replace('{"a": \n', '{"a": "b"}\n'))
+    assert len(read_files.read_files([path])) == 13
+
+
+def test_a_place_that_cannot_be_written_to_costs_memory_only(
+    tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("PTKIT_CACHE", str(tmp_path / "a file"))
+    assert isinstance(read_files.read_files([file(tmp_path, ".jsonl")]).rows, list)
+
+
+@given(st.lists(st.integers()), st.data())
+def test_a_lazy_sequence_is_a_sequence(values: list[int], data: st.DataObject) -> None:
+    numbers = data.draw(st.lists(st.integers(0, len(values) - 1))) if values else []
+    for lazy, wanted in (
+        (Mapped(lambda x: x + 1, values), [x + 1 for x in values]),
+        (Picked(values, numbers), [values[i] for i in numbers]),
+    ):
+        assert isinstance(lazy, Lazy)
+        assert lazy == wanted
+        assert wanted == lazy
+        cut = data.draw(st.slices(max(1, len(wanted))))
+        assert lazy[cut] == wanted[cut]
+        assert [*reversed(lazy)] == wanted[::-1]
+        for i in range(-len(wanted), len(wanted)):
+            assert lazy[i] == wanted[i]
+        with pytest.raises(IndexError):
+            lazy[len(wanted)]
+
+
+TALK = [
+    turns("w1 w2", "w3 w4", "w5", "w6 w7 w8"), turns("w9", "w10"),
+    turns("w11 w12 w13", "w14", "w15", "w16", "w17", "w18 w19"), turns("w20", "w21 w22"),
+    turns("w1", "w2", "w3", "w4"), turns("w30 w31", ""), turns("w33", "w34 w35", "w36", "w37"),
+]  # fmt: skip
+#: A template that leaves earlier answers out: a conversation is read once for each answer.
+FORGETFUL = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ 'w91 ' + m.content + ' <end> ' }}"
+    "{% elif loop.last %}{{ 'w92 ' + m.content + ' <end> ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'w92 ' }}{% endif %}"
+)
+
+
+def talk(folder: Path, template: str = WORDS, **task: Any) -> LoadedRecipe:
+    rows = [turns(f"w{i % 80 + 1}", f"w{i % 70 + 1}") for i in range(9)]
+    folder.mkdir(exist_ok=True)
+    (folder / "talk.jsonl").write_text("\n".join(map(json.dumps, [*TALK, *rows])) + "\n")
+    (folder / "words.jinja").write_text(template)
+    recipe = folder / "talk.yaml"
+    recipe.write_text(RECIPE_TEXT.format(method="prefix_tuning", more=", num_virtual_tokens: 2"))
+    changes = [f"task.{key}={value}" for key, value in {"system": "null", **task}.items()]
+    return load_recipe(recipe, [*changes, "train.steps=12", "train.save_every=5"])
+
+
+@pytest.mark.parametrize(
+    ("template", "task"),
+    [
+        (WORDS, {}),
+        (WORDS, {"max_tokens": 14, "max_target_tokens": 3}),  # early turns are left out
+        (WORDS, {"loss": "last"}),
+        (WORDS, {"loss": "all", "system": "w60"}),
+        (FORGETFUL, {}),
+        (FORGETFUL, {"max_tokens": 14, "max_target_tokens": 3}),
+    ],
+)
+def test_many_conversations_become_the_rows_of_few(
+    tmp_path: Path, base: Base, template: str, task: dict[str, Any], request: Any
+) -> None:
+    loaded = talk(tmp_path / "talk", template, **task)
+    few = prepare(loaded, base)
+    assert isinstance(few.rows.encoded, list)
+    request.getfixturevalue("large")
+    for _ in range(2):  # written, then read
+        many = prepare(loaded, base)
+        assert isinstance(many.rows.encoded, EncodedRows)
+        assert isinstance(many.data.train, StoredExamples)
+        assert many.rows.encoded == few.rows.encoded
+        assert many.rows.examples == few.rows.examples
+        assert many.validation == few.validation
+        assert many.data == few.data
+        assert many.data_lines() == few.data_lines()
+        assert many.data_fingerprint(0) == few.data_fingerprint(0)
+        assert many.test_fingerprint() == few.test_fingerprint()
+
+
+def test_another_template_or_another_day_is_tokenised_anew(
+    tmp_path: Path, base: Base, cache: Path, large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dated = "{% set day = strftime_now('%Y') %}" + WORDS
+
+    def files(template: str) -> int:
+        prepare(talk(tmp_path / "talk", template), base)
+        return len([*(cache / "tokens").iterdir()])
+
+    first = files(WORDS)
+    assert files(WORDS) == first
+    assert files(FORGETFUL) > first
+    before = files(dated)
+    tomorrow = SimpleNamespace(today=lambda: date(2031, 1, 2))
+    monkeypatch.setattr(token_cache, "date", tomorrow)
+    assert files(dated) > before
+
+
+class _Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def test_training_from_disk_resumes_within_an_epoch_bit_for_bit(
+    tmp_path: Path, base: Base, request: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = talk(tmp_path / "talk")  # 16 rows, batches of 2: step 12 is in the second epoch
+    wanted = train(loaded, base=base, out=tmp_path / "memory")
+    request.getfixturevalue("large")
+    whole = train(loaded, base=base, out=tmp_path / "disk")
+
+    def bytes_of(run: Any) -> bytes:
+        return weights_path(run.adapter).read_bytes()
+
+    assert bytes_of(whole) == bytes_of(wanted)
+    next_batch = adapter_trainer.AdapterTrainer.next_batch
+
+    def killed(trainer: Any) -> list[EncodedExample]:
+        if trainer.progress.step == 11:
+            raise _Killed
+        return next_batch(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter_trainer.AdapterTrainer, "next_batch", killed)
+        with pytest.raises(_Killed):
+            train(loaded, base=base, out=tmp_path / "killed")
+    resumed = train(loaded, base=base, out=tmp_path / "killed")
+    assert bytes_of(resumed) == bytes_of(wanted)
+
+
+MANY = """
+name: many
+model: {{id: random-llama-0}}
+task:
+  data: {{files: {{train: rows.jsonl, validation: talk.jsonl}}}}
+  metrics: [chrf]
+{task}
+methods: [{{kind: prefix_tuning}}]
+retention: null
+"""
+TASKS = {
+    "chat": "  kind: chat\n  chat_template: words.jinja\n",
+    "generation": "  kind: generation\n  input: '{messages[0].content}'\n"
+    "  target: '{messages[1].content}'\n",
+}
+
+
+def anonymous() -> int:
+    """Bytes of this process that the system cannot take back."""
+    gc.collect()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["chat", "generation"])
+def test_memory_hardly_grows_with_rows(
+    tmp_path: Path, base: Base, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_files, "IN_MEMORY_BYTES", 100_000)
+    talk(tmp_path)
+    recipe = tmp_path / "many.yaml"
+    recipe.write_text(MANY.format(task=TASKS[kind]))
+    loaded = load_recipe(recipe)
+
+    monkeypatch.setattr(token_cache, "_BATCH", 200)
+
+    def prepared(rows: int) -> Any:
+        words = " ".join(f"w{i}" for i in range(1, 60))
+        with (loaded.folder / "rows.jsonl").open("w") as out:
+            for i in range(rows):
+                row = turns(f"w{i % 80 + 1} {words}", f"{words} w{i % 70}")
+                out.write(json.dumps(row) + "\n")
+        return prepare(loaded, base)
+
+    few = prepared(1_500)
+    before = anonymous()
+    many = prepared(6_000)
+    grown = anonymous() - before
+    assert (len(few.rows.encoded), len(many.rows.encoded)) == (1_500, 6_000)
+    # Bytes a row: texts and ids take more than 6,000 as objects.
+    assert grown / 4_500 < 1_500
+    assert int(Lengths.of(many.rows.encoded).whole.max()) > 110
