@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ptkit.comparison import figures
-from ptkit.comparison.summary import MethodSummary, best_of
+from ptkit.comparison.summary import MethodSummary, basis, best_of
 from ptkit.evaluation.statistics import Interval
 from ptkit.training.failure import Failure
 from ptkit.training.titles import written
@@ -90,7 +90,7 @@ def caption(
     interval."""
     record = summaries[0].records[0]
     text = (
-        f"n = {record.n_test} {record.rows_scored}; interval: 95 % bootstrap over seeds and rows; "
+        f"n = {record.n_test} {record.rows_scored}; interval: 95 %, {basis(summaries)}; "
         "peak memory beyond what was in use before"
     )
     together = [s for s in summaries if s.trained_together > 1]

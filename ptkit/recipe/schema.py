@@ -203,10 +203,11 @@ class EvaluateSection(Section):
     batch_size: Annotated[int, Field(gt=0)] = 64
     """Rows per evaluation batch."""
     bootstrap: Annotated[int, Field(ge=100)] = 1000
-    """Resamples (over seeds and examples) behind every 95 % interval."""
+    """Resamples of the test rows behind every 95 % interval; no p value is below one in so many."""
     baseline: str | None = None
-    """Method (label or name) that the others are compared with by a paired bootstrap test,
-    corrected for their number (Holm). Default: `full` where the recipe has it, else the first."""
+    """Method (label or name) that the others are compared with on the same rows, over seeds and
+    rows, corrected for their number (Holm). Default: `full` where the recipe has it, else the
+    first."""
 
 
 class RetentionSection(Section):
