@@ -248,7 +248,7 @@ def test_intervals_over_few_seeds_hold_the_truth_as_often_as_they_say(
     """Scores, differences and false alarms; what earlier versions did holds it less often."""
     rates = simulate(world(200, np.random.default_rng(1)), first, second, 500)
     assert 0.93 <= rates.score <= 0.97
-    assert 0.93 <= rates.difference <= 0.985  # Welch errs on the safe side with equal spreads
+    assert 0.93 <= rates.difference <= 0.99  # with equal spreads Welch errs on the safe side
     assert rates.alarms <= 0.06
     assert rates.score_before < rates.score - 0.02
     assert rates.difference_before < rates.difference - 0.02

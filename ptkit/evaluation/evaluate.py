@@ -90,8 +90,9 @@ def input_template(adapter: Path | None) -> str | None:
 class Evaluation:
     """Scores of one adapter, each with its 95 % interval over the test rows.
 
-    test_split: the source's name of the split these are from; test_chose: they are the validation
-    rows, which choose the checkpoint; test_repeats: another split -> how many of them it has, too
+    test_split: the source's name of the split these are from
+    test_chose: they are the validation rows, which choose the checkpoint
+    test_repeats: another split -> how many of them it has, too
     """
 
     name: str

@@ -6,7 +6,7 @@ Tibshirani 1993, ch. 8, 13). The two are put together as margins of independent 
 1974; Zou & Donner 2008): the square root of the sum of their squares.
 
 The same rows are tested with every seed. So the spread between seeds already holds what is due to
-single rows under single seeds, and that part is taken out of the spread over rows: it counts once.
+single rows under single seeds. That part is taken out of the spread over rows: it counts once.
 `scripts/simulate_intervals.py` measures how often these intervals hold the truth.
 """
 

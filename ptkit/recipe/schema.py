@@ -169,6 +169,11 @@ class TrainSection(Section):
     the device has instructions for it, and `no` elsewhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    average: Annotated[int, Field(gt=1)] | None = None
+    """Validate and keep a running mean of the trained values instead of the last step's. It is the
+    mean of the first so many steps, and every later step moves it by one part in so many (an
+    exponential moving average; Polyak & Juditsky 1992). It takes the memory of one more copy. null:
+    the values of a step."""
     eval_every: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Steps between validation losses; the best checkpoint by that loss is kept. `auto` is 50, or
     fewer: the steps that train on as many rows as there are of training or of validation, whichever
@@ -195,6 +200,16 @@ class TrainSection(Section):
         if self.together > 1 and (self.autocast == "fp16" or self.report_to):
             raise ValueError("`together` needs another `autocast` than `fp16`, and no `report_to`")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_was_an_average(
+        self, handler: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
+        """Without `average` where it is null, so that comparisons of earlier versions go on."""
+        found: dict[str, Any] = handler(self)
+        if found.get("average", 0) is None:
+            del found["average"]
+        return found
 
 
 class EvaluateSection(Section):
