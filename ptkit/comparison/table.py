@@ -117,7 +117,10 @@ def summary_table(summaries: Sequence[MethodSummary], failed: Sequence[Failure] 
     best = best_of(summaries)
     seeds = max(len(s.records) for s in summaries)
     table = Table(
-        caption=f"{seeds} seed{'s' * (seeds > 1)}, {caption(summaries, failed, spread=False)}",
+        # Text, because it names methods: a label in brackets is not rich's markup.
+        caption=Text(
+            f"{seeds} seed{'s' * (seeds > 1)}, {caption(summaries, failed, spread=False)}"
+        ),
         caption_justify="left",
         pad_edge=False,
         box=None,
