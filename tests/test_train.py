@@ -36,6 +36,11 @@ from ptkit.training.loop import fit as fit_jobs
 TRAINED = {
     "prefix_tuning": {"num_virtual_tokens": 4},
     "prefix_mlp": {"num_virtual_tokens": 4, "reparameterize": True, "encoder_hidden_size": 16},
+    "prefix_residual": {
+        "num_virtual_tokens": 4,
+        "reparameterize": "residual",
+        "encoder_hidden_size": 16,
+    },
     "prompt_tuning": {"num_virtual_tokens": 4},
     "p_tuning": {"num_virtual_tokens": 4, "encoder": "lstm", "encoder_hidden_size": 16},
     "lora": {"rank": 2, "dropout": 0.1},
@@ -45,7 +50,11 @@ TRAINED = {
     "full": {},
 }
 #: Entries above that are not called by their method's name.
-KINDS = {"prefix_mlp": "prefix_tuning", "mixture_top": "prefix_mixture"}
+KINDS = {
+    "prefix_mlp": "prefix_tuning",
+    "prefix_residual": "prefix_tuning",
+    "mixture_top": "prefix_mixture",
+}
 
 
 def fit(adapter, train, validation, settings, learning_rate, **own):
