@@ -8,6 +8,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ptkit.comparison import figures
+from ptkit.comparison.advice import advice
+from ptkit.comparison.answers import browsable
 from ptkit.comparison.autotuned import autotuned, starts_tried
 from ptkit.comparison.charts import best_of_families, charts_of, colours
 from ptkit.comparison.drawing import on_page
@@ -70,6 +72,7 @@ def page_values(
         "anchor": anchor,
         "recipe": recipe,
         "recipe_text": recipe_text,
+        "advice": advice(summaries),
         "highlights": _highlights(summaries),
         "colours": shade,
         "columns": [
@@ -83,6 +86,7 @@ def page_values(
             for chart in charts_of(summaries)
         ],
         "samples": _samples(summaries, generation=generation),
+        "browsable": browsable(summaries, generation=generation),
         "n_seeds": max(len(s.records) for s in summaries),
         "signatures": _signatures(summaries),
         "searches": _searches(summaries),

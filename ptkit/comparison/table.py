@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ptkit.comparison import figures
+from ptkit.comparison.notebook import shown_in_notebook
 from ptkit.comparison.summary import MethodSummary, basis, best_of
 from ptkit.evaluation.statistics import Interval
 from ptkit.training.failure import Failure
@@ -146,6 +147,13 @@ def summary_table(summaries: Sequence[MethodSummary], failed: Sequence[Failure] 
         cells = [Text(value) for value in row.values()]
         table.add_row(*cells, style="bold" if summary is best else None)
     return table
+
+
+def html_table(summaries: Sequence[MethodSummary], failed: Sequence[Failure] = ()) -> str:
+    """The comparison for a notebook; the best score is bold."""
+    rows = _rows(summaries, failed, _row)
+    best = summaries.index(best_of(summaries))
+    return shown_in_notebook(rows, caption(summaries, failed, spread=True), bold=best)
 
 
 def markdown_table(summaries: Sequence[MethodSummary], failed: Sequence[Failure] = ()) -> str:

@@ -80,14 +80,21 @@ class Job:
 
 
 def _groups(job: Job) -> list[dict[str, Any]]:
+    """The parameter groups of a job's optimiser."""
+    rate, head_rate = job.learning_rate, job.settings.head_learning_rate
+    return parameter_groups(job.adapter, rate, job.beta2, head_rate)
+
+
+def parameter_groups(
+    adapter: Adapter, learning_rate: float, beta2: float, head_learning_rate: float
+) -> list[dict[str, Any]]:
     """What AdamW is given: the adapter's parameters, and those with a rate of their own."""
-    adapter, head_learning_rate = job.adapter, job.settings.head_learning_rate
     trained = adapter.trainable().values()
     apart: list[dict[str, Any]] = []
     for own in adapter.own_rates():
-        rate = own.factor * job.learning_rate if own.learning_rate is None else own.learning_rate
-        beta2 = job.beta2 if own.beta2 is None else own.beta2
-        apart.append({"params": own.parameters, "lr": rate, "betas": (0.9, beta2)})
+        rate = own.factor * learning_rate if own.learning_rate is None else own.learning_rate
+        betas = (0.9, beta2 if own.beta2 is None else own.beta2)
+        apart.append({"params": own.parameters, "lr": rate, "betas": betas})
     if adapter.head is not None:
         apart.append({"params": [*adapter.head.parameters()], "lr": head_learning_rate})
     elsewhere = {parameter for group in apart for parameter in group["params"]}
