@@ -4,8 +4,9 @@
 
 Each number of rows is one process: it writes the file, reads and tokenises it, and trains a few
 steps of prefix tuning on `tiny-en`. Then another process does the same with what is on disk. A line
-of JSON tells of each. `resident` is all memory of the process at its last step, pages of files
-included. `own` is what the system cannot take back. Both are in megabytes.
+of JSON tells of each. It has the memory before rows are read, after that, and at the last step.
+`resident` is all memory of the process, pages of files included. `own` is what the system cannot
+take back. Both are in megabytes.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def run(folder: Path, rows: int, what: str) -> None:
     start = time.perf_counter()
     experiment = prepare(loaded, base)
     ready = time.perf_counter()
+    prepared = megabytes()
     steps: list[float] = []
     memory: dict[str, int] = {}
 
@@ -86,7 +88,8 @@ def run(folder: Path, rows: int, what: str) -> None:
     print(
         json.dumps({
             "rows": rows, "run": what, "read_and_tokenised_s": round(ready - start, 1),
-            "then_first_step_s": round(steps[0] - ready, 1), "before": before, "training": memory,
+            "then_first_step_s": round(steps[0] - ready, 1), "before": before, "prepared": prepared,
+            "training": memory,
         }),
         flush=True,
     )  # fmt: skip

@@ -38,6 +38,11 @@ def data_lines(
             lines.append(f"{split}: {found.empty_inputs:,} inputs are empty")
         if isinstance(task, GenerationTask | ChatTask) and found.empty_targets:
             lines.append(f"{split}: {found.empty_targets:,} targets are empty")
+    for split, count in data.test_repeats.items():
+        lines.append(
+            f"warning: {count:,} of the {len(data.test):,} test rows are {split} rows too; every "
+            "table says so"
+        )
     for split, ids in (encoded or {}).items():
         lines += _cut(task, split, ids)
     return lines + [f"warning: {text}" for text in _warnings(task, facts)]

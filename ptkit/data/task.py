@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,24 @@ class TaskData:
         """The source's name of the split the test rows are from."""
         origin = self.origins.get("test")
         return origin.source if origin else "test"
+
+    @cached_property
+    def test_repeats(self) -> dict[str, int]:
+        """Another split -> how many test rows it has, too; only splits that have some.
+
+        Rows that chose the checkpoint and are the test rows are told by `test_chose`.
+        """
+        others = {"train": self.train} | (
+            {} if self.test_chose else {"validation": self.validation}
+        )
+        test = [example.content for example in self.test]
+        wanted = {*test}
+        found = {
+            name: sum(content in seen for content in test)
+            for name, rows in others.items()
+            for seen in [wanted.intersection(example.content for example in rows)]
+        }
+        return {name: count for name, count in found.items() if count}
 
 
 #: Labels listed in an error; more than these mean that another column was meant.
