@@ -332,9 +332,9 @@ def prefixed_positions(batch: PrefixBatch, attention_mask: Tensor) -> Tensor:
 
     attention_mask: `[rows, tokens]`, 1 on real tokens, padding on either side. Virtual tokens take
         the first positions, as in PEFT and in both prefix-tuning and prompt-tuning papers. An infix
-        takes those between the tokens before `batch.seen_from` and the others.
+        takes those between the tokens before `batch.seen_from` and the others. Some take none.
     """
-    lengths = batch.visible.sum(-1, keepdim=True).to(attention_mask.device)
+    lengths = batch.placed.sum(-1, keepdim=True).to(attention_mask.device)
     if batch.seen_from is not None:
         token = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         lengths = lengths * (token >= batch.seen_from[:, None])

@@ -45,11 +45,13 @@ class Chunk:
 
     ids: the tokens; written: their slots; slots: those of all its positions, these at the end
     number: which sequence of the pass it is
+    placeless: how many of the sequence's first slots take no position
     """
 
     number: int
     ids: Sequence[int]
     slots: np.ndarray
+    placeless: int = 0
 
     @property
     def written(self) -> np.ndarray:
@@ -58,8 +60,13 @@ class Chunk:
 
     @property
     def before(self) -> int:
-        """Positions before the new tokens."""
+        """Slots before the new tokens."""
         return len(self.slots) - len(self.ids)
+
+    @property
+    def position(self) -> int:
+        """Position of the first new token."""
+        return self.before - self.placeless
 
 
 def reads_tokens_apart(model: PreTrainedModel) -> bool:
@@ -237,7 +244,7 @@ class ApartPass(PagedCache, GroupedAttention):
         self.ids = torch.tensor(
             [token for chunk in self.chunks for token in chunk.ids], device=device
         )[:, None]
-        positions = [np.arange(c.before, c.before + len(c.ids)) for c in self.chunks]
+        positions = [np.arange(c.position, c.position + len(c.ids)) for c in self.chunks]
         self.positions = torch.from_numpy(np.concatenate(positions)).to(device)[:, None]
         self.mask = torch.ones_like(self.ids)
 
@@ -297,7 +304,8 @@ class TogetherPass(PagedCache):
         written = np.concatenate([chunk.written for chunk in chunks])
         self._written = torch.from_numpy(written).to(device)
         self.ids = torch.tensor([[*chunk.ids] for chunk in chunks], device=device)
-        self.positions = lengths - self._queries + torch.arange(self._queries, device=device)
+        first = torch.tensor([chunk.position for chunk in chunks], device=device)[:, None]
+        self.positions = first + torch.arange(self._queries, device=device)
         self.mask = (torch.arange(self._longest, device=device) < lengths).long()
 
     def put(self, model: PreTrainedModel, call: Call) -> None:

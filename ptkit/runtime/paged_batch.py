@@ -118,8 +118,14 @@ class PagedSequence:
         return self.given.prefix is not None and self.given.prefix.infix
 
     @property
+    def placeless(self) -> int:
+        """How many virtual tokens it begins with that take no position."""
+        prefix = self.given.prefix
+        return 0 if prefix is None else prefix.virtual_tokens - prefix.positions
+
+    @property
     def length(self) -> int:
-        """Positions it takes."""
+        """Slots it takes."""
         return self.table.length
 
 
@@ -206,7 +212,7 @@ class PagedBatch:
             chunks: list[Chunk] = []
             for number, (sequence, token) in enumerate(zip(decoding, tokens, strict=True)):
                 sequence.table.extend(1)
-                chunks.append(Chunk(number, (token,), sequence.table.slots))
+                chunks.append(Chunk(number, (token,), sequence.table.slots, sequence.placeless))
             leaders: dict[bytes, PagedSequence] = {}
             for group, left in prefilling:
                 for sequence in group:
@@ -315,7 +321,7 @@ class PagedBatch:
             block = int(table.slots[len(table.slots) - end + index * size]) // size
             self.pool.publish(block, sequence.digests[index])
             published.append(block)
-        return Chunk(number, given.prompt[start:end], table.slots)
+        return Chunk(number, given.prompt[start:end], table.slots, sequence.placeless)
 
     def _follow(self, sequence: PagedSequence, leader: PagedSequence) -> None:
         """Let `sequence` take over what `leader` has read."""
