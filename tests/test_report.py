@@ -195,7 +195,7 @@ def test_page_names_model_n_seeds_methods_versions_and_definitions(usual) -> Non
     text = " ".join(Page(usual[0]).text.split())
     for said in (
         "tiny-en", "30 test rows", "3 seeds: 0, 1, 2", "2 CPU cores", "torch 2.13.0",
-        "95 % percentile bootstrap over seeds and rows, 100 resamples",
+        "Student's t over seeds together with a bootstrap over rows", "100 resamples",
         "Cross-entropy per token on 20,000 tokens of general text",
         "Next-token accuracy on that text, after / before",
         "Full fine-tuning has no “off”",

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ptkit.comparison import figures
-from ptkit.comparison.summary import MethodSummary, best_of
+from ptkit.comparison.summary import MethodSummary, basis, best_of
 from ptkit.evaluation.statistics import Interval
 from ptkit.training.failure import Failure
 from ptkit.training.titles import written
@@ -90,7 +90,7 @@ def caption(
     interval."""
     record = summaries[0].records[0]
     text = (
-        f"n = {record.n_test} {record.rows_scored}; interval: 95 % bootstrap over seeds and rows; "
+        f"n = {record.n_test} {record.rows_scored}; interval: 95 %, {basis(summaries)}; "
         "peak memory beyond what was in use before"
     )
     together = [s for s in summaries if s.trained_together > 1]
@@ -117,7 +117,10 @@ def summary_table(summaries: Sequence[MethodSummary], failed: Sequence[Failure] 
     best = best_of(summaries)
     seeds = max(len(s.records) for s in summaries)
     table = Table(
-        caption=f"{seeds} seed{'s' * (seeds > 1)}, {caption(summaries, failed, spread=False)}",
+        # Text, because it names methods: a label in brackets is not rich's markup.
+        caption=Text(
+            f"{seeds} seed{'s' * (seeds > 1)}, {caption(summaries, failed, spread=False)}"
+        ),
         caption_justify="left",
         pad_edge=False,
         box=None,
