@@ -353,7 +353,7 @@ class WithTheCall:
             positions is not None
             and whole
             and (
-                # Without a mask, transformers takes positions with a gap (an infix) for several texts.
+                # Without a mask, transformers takes positions with a gap for several texts.
                 given.get("attention_mask") is None or hides_padding(given)
             )
         ):
