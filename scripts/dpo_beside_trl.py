@@ -63,12 +63,12 @@ def task_of() -> PreferenceTask:
 def own(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """ptkit's side; writes the start of the adapter for the other side."""
     base = load_base(asked["model"], dtype="float32", device="cpu")
+    base.model.save_pretrained(folder / "model")
+    base.tokenizer.save_pretrained(folder / "model")
     task, section = task_of(), method_section(METHODS[asked["method"]])
     torch.manual_seed(0)
     adapter = create_adapter(section, base, Demonstrations((), 0))
     write_adapter(folder / "adapter", adapter.files(), replace=True)
-    base.model.save_pretrained(folder / "model")
-    base.tokenizer.save_pretrained(folder / "model")
     pairs = pairs_of(base, task, asked["pairs"])
     (folder / "rows.json").write_text(
         json.dumps([[p.input_ids, p.target_ids, p.rejected.target_ids] for p in pairs])

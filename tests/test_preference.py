@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_base
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_chat_task import WORDS
 from test_chat_template import TRL
@@ -25,7 +27,9 @@ from ptkit.api import plan_training, train
 from ptkit.data import load_task
 from ptkit.data.encoded import PairExample
 from ptkit.data.in_memory import with_rows
+from ptkit.data.pair_formats import pair_format
 from ptkit.data.pair_rows import PairEncoder
+from ptkit.data.table import Table
 from ptkit.data.task import Example
 from ptkit.errors import DataError, ModelError, UserError
 from ptkit.evaluation.evaluate import evaluate_saved
@@ -133,6 +137,40 @@ def test_texts_and_both_forms_of_messages_are_pairs_of_the_same_answers(tmp_path
     a = encoded(tmp_path, [*map(messages, texts())])
     b = encoded(tmp_path, [*map(implicit, texts())])
     assert a == b
+
+
+WORDS_OF_TURNS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=8)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    before=st.lists(st.tuples(WORDS_OF_TURNS, WORDS_OF_TURNS), max_size=3), asked=WORDS_OF_TURNS,
+    answers=st.lists(WORDS_OF_TURNS, min_size=2, max_size=2, unique=True), named=st.booleans(),
+)  # fmt: skip
+def test_what_conversations_share_is_the_prompt(
+    before: list[tuple[str, str]], asked: str, answers: list[str], named: bool
+) -> None:
+    prompt = [said(role, text) for pair in before
+              for role, text in zip(("user", "assistant"), pair, strict=True)]  # fmt: skip
+    prompt.append(said("user", asked))
+    ends = [[said("assistant", text)] for text in answers]
+    task = PreferenceTask.model_validate(
+        {"kind": "preference", "data": {"files": {"train": "x.jsonl"}}}
+    )
+    found = []
+    for row in (
+        {"prompt": prompt, "chosen": ends[0], "rejected": ends[1]},
+        {"chosen": prompt + ends[0], "rejected": prompt + ends[1]}
+        | ({"prompt": asked} if named else {}),
+    ):
+        table = Table([*row], [row])
+        found += pair_format(task, table).pairs(task, table, "train")
+    explicit, shared = found
+    assert explicit == shared
+    assert (explicit.chosen, explicit.rejected) == tuple(answers)
+    assert explicit.dialogues is not None
+    for dialogue in explicit.dialogues:
+        assert dialogue.learnt == (*[False] * len(prompt), True)
 
 
 def test_a_prompt_may_be_a_text_beside_whole_conversations(tmp_path: Path) -> None:
@@ -274,14 +312,14 @@ FORMS = {"texts": apart, "messages": messages, "implicit": implicit}
 
 def learnt(method: str, base: Base) -> Adapter:
     """An adapter away from its start, so that nothing is zero."""
-    settings = {"prompt_tuning": {"num_virtual_tokens": 4, "start": "random"},
+    of_method = {"prompt_tuning": {"num_virtual_tokens": 4, "start": "random"},
                 "lora": {"rank": 2}}[method]  # fmt: skip
-    section = method_section({"kind": method, **settings})
+    section = method_section({"kind": method, **of_method})
     adapter = create_adapter(section, base, Demonstrations(["w1 w2"], 0))
-    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(1)
     with torch.no_grad():
         for parameter in adapter.trainable().values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(0.1 * torch.randn(parameter.shape))
     return adapter
 
 
@@ -418,13 +456,37 @@ def test_the_base_reads_each_answer_that_a_run_needs_once(
 
     monkeypatch.setattr(module, "row_nats", counted)
     pairs = encoded(tmp_path, texts(40))
-    settings = {"steps": 3, "batch_size": 4, "eval_every": 1, "warmup_steps": 0}
+    values = {"steps": 3, "batch_size": 4, "eval_every": 1, "warmup_steps": 0}
     job = Job(
-        learnt("lora", base), pairs, pairs[:6], TrainSection.model_validate(settings), 1e-3, 0,
+        learnt("lora", base), pairs, pairs[:6], TrainSection.model_validate(values), 1e-3, 0,
         tmp_path / "run", preference=Preference(0.1),
     )  # fmt: skip
     fit([job])
     assert len(reads) == 2 * (3 * 4 + 6)
+
+
+def test_adapters_that_share_batches_of_pairs_end_as_they_do_alone(tmp_path: Path) -> None:
+    base = random_base("llama")
+    pairs = encoded(tmp_path, texts(12))
+
+    def jobs(folder: str) -> list[Job]:
+        values = {"steps": 3, "batch_size": 4, "eval_every": 3, "warmup_steps": 0}
+        return [
+            Job(
+                learnt("prompt_tuning", base), pairs, pairs[:5],
+                TrainSection.model_validate(values), 1e-2, seed, tmp_path / folder / f"{seed}",
+                preference=Preference(0.3),
+            )
+            for seed in (0, 1)
+        ]  # fmt: skip
+
+    together, alone = jobs("together"), jobs("alone")
+    curves = [progress.curve for progress in fit(together)]
+    for job, other, curve in zip(together, alone, curves, strict=True):
+        (progress,) = fit([other])
+        assert curve[-1] == pytest.approx(progress.curve[-1], abs=1e-5)
+        for name, value in job.adapter.trainable().items():
+            assert torch.allclose(value, other.adapter.trainable()[name], atol=1e-5), name
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "lora", "full"])

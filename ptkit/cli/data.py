@@ -78,6 +78,11 @@ def inspect(
     from ptkit.runtime.tokenization import load_tokenizer
 
     pairs = form == "preference" or (form == "auto" and column is None and holds_pairs(files[0]))
+    if pairs and (column is not None or loss != "assistant"):
+        raise UserError(
+            "`--column` and `--loss` are of conversations; pairs have the columns `chosen` and "
+            "`rejected`, and both answers are scored"
+        )
     settings: dict[str, Any] = {
         "data": {"files": {"train": str(files[0])}}, "chat_template": chat_template,
         "system": system, "max_tokens": max_tokens,
