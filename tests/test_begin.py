@@ -17,7 +17,6 @@ from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ptkit.api import load_adapter
 from ptkit.bank import AdapterBank
 from ptkit.bank.conversation import Conversation
 from ptkit.data.chat_template import ChatTemplate
@@ -36,6 +35,7 @@ from ptkit.errors import ModelError
 from ptkit.evaluation.predict import predict
 from ptkit.evaluation.retention import measure_retention, probe_base
 from ptkit.formats.adapter_files import write_adapter
+from ptkit.loaded_adapter import load_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning

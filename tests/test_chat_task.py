@@ -15,7 +15,7 @@ import torch
 from conftest import random_base
 from test_cli import ptkit
 
-from ptkit.api import Run, load_adapter, train
+from ptkit.api import Run, train
 from ptkit.bank import AdapterBank
 from ptkit.bank.conversation import Conversation
 from ptkit.data.chat_rows import ChatEncoder
@@ -25,6 +25,7 @@ from ptkit.errors import DataError, ModelError, UserError
 from ptkit.evaluation.evaluate import evaluate_saved, fill_template
 from ptkit.evaluation.predict import predict
 from ptkit.formats.adapter_files import RECIPE, read_info
+from ptkit.loaded_adapter import load_adapter
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section
 from ptkit.metrics.registry import metric

@@ -34,7 +34,6 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ptkit.api import load_adapter
 from ptkit.bank import AdapterBank
 from ptkit.bank.source import require_files
 from ptkit.cli.inspect import _as_dict, _show
@@ -45,6 +44,7 @@ from ptkit.formats.adapter_files import CONFIG, WEIGHTS, AdapterFiles, conversio
 from ptkit.formats.adapter_info import ADAPTER_INFO
 from ptkit.formats.hub import is_on_hub
 from ptkit.hub.verify import check_files, verify
+from ptkit.loaded_adapter import load_adapter
 from ptkit.methods import adapter_from_files, base_of, compile_files
 from ptkit.methods.base_names import hub_name, is_local_path
 from ptkit.methods.saved_modules import saved_modules

@@ -9,7 +9,14 @@ from ptkit.data.chat_rows import ChatNotes
 from ptkit.data.encoded import EncodedExample
 from ptkit.data.splits import Origin
 from ptkit.data.task import Example, TaskData
-from ptkit.recipe.tasks import ChatTask, ClassificationTask, GenerationTask, HeadedTask, Task
+from ptkit.recipe.tasks import (
+    ClassificationTask,
+    ConversationTask,
+    GenerationTask,
+    HeadedTask,
+    PreferenceTask,
+    Task,
+)
 
 #: Labels that are listed with their counts; of more, only how many there are.
 MOST_LISTED = 20
@@ -30,13 +37,14 @@ def data_lines(
         for split, rows in splits.items()
     ]
     if data.form:
-        lines.insert(0, f"conversations: recognised as {data.form}")
+        what = "pairs" if isinstance(task, PreferenceTask) else "conversations"
+        lines.insert(0, f"{what}: recognised as {data.form}")
     for split, rows in splits.items():
         empty = sum(not example.input.strip() for example in rows)
         if empty:
             lines.append(f"{split}: {empty:,} inputs are empty")
         unsaid = sum(not example.target.strip() for example in rows)
-        if isinstance(task, GenerationTask | ChatTask) and unsaid:
+        if isinstance(task, GenerationTask | ConversationTask) and unsaid:
             lines.append(f"{split}: {unsaid:,} targets are empty")
     for split, count in data.test_repeats.items():
         lines.append(
@@ -48,10 +56,15 @@ def data_lines(
     return lines + [f"warning: {text}" for text in _warnings(task, data)]
 
 
-def chat_lines(task: ChatTask, split: str, notes: ChatNotes) -> list[str]:
+def chat_lines(task: ConversationTask, split: str, notes: ChatNotes) -> list[str]:
     """What was decided about the conversations of `split` as they became token ids."""
     lines = []
-    if notes.shortened:
+    if notes.shortened and not notes.dropped:  # of texts
+        lines.append(
+            f"{split}: {notes.shortened:,} prompts leave their answers no room within "
+            f"`max_tokens` ({task.max_tokens}); their left ends are cut"
+        )
+    elif notes.shortened:
         lines.append(
             f"{split}: {notes.shortened:,} conversations exceed `max_tokens` ({task.max_tokens}); "
             f"{notes.dropped:,} early messages are left out"
@@ -102,7 +115,7 @@ def known_labels(task: Task) -> list[str]:
 
 
 def _cut(task: Task, split: str, ids: Sequence[EncodedExample]) -> list[str]:
-    if isinstance(task, ChatTask):  # nothing is cut within a turn (see `chat_lines`)
+    if isinstance(task, ConversationTask):  # nothing is cut within a turn (see `chat_lines`)
         return []
     limit = task.max_input_tokens
     lines = []

@@ -25,7 +25,7 @@ from ptkit.data.encoded import EncodedExample
 from ptkit.data.task import Example
 from ptkit.formats import atomic
 from ptkit.formats.cache_home import cache_home
-from ptkit.recipe.tasks import ChatTask, Task
+from ptkit.recipe.tasks import ConversationTask, Task
 
 #: Fewer rows are tokenised as fast as they are read.
 FEWEST_ROWS = 1_000
@@ -49,7 +49,7 @@ def encode_cached(
 ) -> list[EncodedExample]:
     """`encode_examples`, read from the cache where the same rows have been encoded before."""
     # A slow tokenizer does not say what it is made of, nor any which chat template is its own.
-    named = tokenizer.is_fast and not isinstance(task, ChatTask)
+    named = tokenizer.is_fast and not isinstance(task, ConversationTask)
     if len(examples) < FEWEST_ROWS or not named:
         return encode_examples(examples, tokenizer, task, pairs=pairs)
     path = cache_folder() / f"{_digest(examples, tokenizer, task, pairs)}.safetensors"

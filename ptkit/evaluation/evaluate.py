@@ -27,7 +27,7 @@ from ptkit.methods import (
     load_adapter,
 )
 from ptkit.methods.head import labels_of_files
-from ptkit.recipe.tasks import ChatTask
+from ptkit.recipe.tasks import ConversationTask
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.named_models import TINY_EN
 
@@ -169,7 +169,7 @@ def _in_own_template(experiment: Experiment, chat: ChatInfo | None, name: str) -
     adapter was trained with. Raises UserError where the recipe has another system prompt."""
     recipe, data = experiment.recipe, experiment.data
     task = recipe.task
-    if chat is None or not isinstance(task, ChatTask):
+    if chat is None or not isinstance(task, ConversationTask):
         return experiment
     if task.system is not None and task.system != chat.system:
         raise UserError(
@@ -177,11 +177,7 @@ def _in_own_template(experiment: Experiment, chat: ChatInfo | None, name: str) -
             f"{task.system!r}: leave `task.system` out (--set task.system=null)"
         )
     asked = task.model_copy(update={"chat_template": chat.template, "system": chat.system})
-    test = [
-        replace(row, dialogue=row.dialogue.with_system(chat.system))
-        for row in data.test
-        if row.dialogue is not None
-    ]
+    test = [row.with_system(chat.system) for row in data.test]
     recipe = recipe.model_copy(update={"task": asked})
     return replace(experiment, recipe=recipe, data=replace(data, test=test))
 
