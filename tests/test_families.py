@@ -52,7 +52,7 @@ from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.attention import attention_of
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits, collate, supervised_losses
-from ptkit.runtime.paged_batch import longest_sequence
+from ptkit.runtime.paged_support import longest_sequence
 from ptkit.runtime.scoring import continuation_scores
 from ptkit.training.adapter_trainer import Job
 from ptkit.training.loop import fit

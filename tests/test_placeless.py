@@ -16,7 +16,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache
 
-from ptkit.api import LoadedAdapter
 from ptkit.bank import AdapterBank
 from ptkit.bank.conversation import Conversation
 from ptkit.errors import AdapterError, ModelError
@@ -25,6 +24,7 @@ from ptkit.formats.adapter_info import AdapterInfo
 from ptkit.hub.convert import as_prompt
 from ptkit.hub.engines import writer
 from ptkit.hub.verify import verify
+from ptkit.loaded_adapter import LoadedAdapter
 from ptkit.methods import compile_files
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.prefix import KVPrefix

@@ -42,8 +42,8 @@ from ptkit.runtime.forward import pad_rows
 from ptkit.runtime.infix import placed_before_last, read_before_last
 from ptkit.runtime.locks import running
 from ptkit.runtime.paged_attention import reads_blocks
-from ptkit.runtime.paged_batch import smallest_window, why_not_paged
 from ptkit.runtime.paged_generation import BlockDecoding
+from ptkit.runtime.paged_support import smallest_window, why_not_paged
 from ptkit.runtime.placement import own_part
 from ptkit.runtime.processors import DRAFTED, processors_read_text, setting
 from ptkit.runtime.row_adapters import row_adapters

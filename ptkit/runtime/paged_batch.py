@@ -11,18 +11,14 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel
 
-from ptkit.errors import ModelError
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.block_pool import BlockPool, BlockTable
-from ptkit.runtime.cache import shares_keys
 from ptkit.runtime.infix import placed_before_last
 from ptkit.runtime.paged_attention import ApartPass, TogetherPass, reads_tokens_apart
 from ptkit.runtime.paged_groups import Chunk, grouped, of_one_length
@@ -31,49 +27,6 @@ from ptkit.runtime.runner import ModelRunner, Tokens, Want
 
 #: A context in which rows run with these LoRA adapters, e.g. that of `AdapterBank.weights`.
 Weights = Callable[[Sequence[str | None]], AbstractContextManager[None]]
-
-
-def why_not_paged(model: PreTrainedModel) -> str | None:
-    """What of `model` blocks of keys and values have no place for; None: they do for all of it."""
-    if model.config.is_encoder_decoder:
-        return "is an encoder-decoder, and blocks are for causal language models"
-    if shares_keys(model):
-        return "has layers that read the keys and values of others, which blocks have no place for"
-    if {*map(type, _layers(model))} - {DynamicLayer, DynamicSlidingWindowLayer}:
-        return (
-            "has layers that keep a state instead of keys and values, which cannot be handed from "
-            "row to row"
-        )
-    return None
-
-
-def smallest_window(model: PreTrainedModel) -> int | None:
-    """The positions that the layer with the smallest window sees; None where all see everything.
-
-    Up to there a window hides nothing, and blocks hold what such a layer reads.
-    """
-    sizes = [x.sliding_window for x in _layers(model) if type(x) is DynamicSlidingWindowLayer]
-    config: Any = model.config.get_text_config()
-    if getattr(config, "attention_types", None):  # GPT-Neo's local layers
-        sizes.append(config.window_size)
-    return min(sizes, default=None)
-
-
-def _layers(model: PreTrainedModel) -> list[Any]:
-    return DynamicCache(config=model.config).layers
-
-
-def longest_sequence(model: PreTrainedModel) -> int | None:
-    """The most positions a sequence of a `PagedBatch` of `model` may take; None: no limit.
-
-    Where layers see a window only, it is the window. Raises ModelError for models that
-    `why_not_paged` tells something of.
-    """
-    reason = why_not_paged(model)
-    if reason is not None:
-        raise ModelError(f"{type(model).__name__} {reason}; `ptkit generate` runs it")
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min((limit for limit in (most, smallest_window(model)) if limit), default=None)
 
 
 @dataclass(frozen=True)
