@@ -25,7 +25,8 @@ from ptkit.data.tokens import listed
 from ptkit.errors import AdapterError, ModelError, PtkitError, UserError
 from ptkit.evaluation.evaluate import find_adapter
 from ptkit.extras import require
-from ptkit.formats.adapter_files import CONFIG, read_adapter
+from ptkit.formats.adapter_files import read_adapter
+from ptkit.formats.adapter_folder import CONFIG
 from ptkit.formats.adapter_info import AdapterInfo
 from ptkit.formats.cell_record import CellRecord
 from ptkit.formats.folder_lock import held, require_free

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import CONFIG, PICKLED_WEIGHTS, read_adapter
+from ptkit.formats.adapter_files import read_adapter
+from ptkit.formats.adapter_folder import CONFIG, PICKLED_WEIGHTS
 from ptkit.hub.engines import writer
 from ptkit.hub.foreign.pickled import unpickled
 from ptkit.hub.foreign.rotation import turned

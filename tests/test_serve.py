@@ -25,7 +25,7 @@ from test_cli import refused
 from ptkit.bank import AdapterBank
 from ptkit.bench.bases import random_prefixes
 from ptkit.runtime.base_model import Base, load_base
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.model_names import TINY_EN
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "adapters"

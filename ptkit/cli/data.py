@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ptkit.cli.options import FormatOption, OutputFormat
+from ptkit.cli.completion import complete_models
+from ptkit.cli.options import JsonOutput, Quiet
 
 if TYPE_CHECKING:
     from ptkit.data.chat_report import ChatReport
@@ -27,7 +28,12 @@ def inspect(
         list[Path], typer.Argument(metavar="FILE...", help="JSONL, JSON, CSV or Parquet files.")
     ],
     model: Annotated[
-        str, typer.Option("--model", help="Whose tokenizer reads them: hub id, folder or name.")
+        str,
+        typer.Option(
+            "--model",
+            help="Whose tokenizer reads them: hub id, folder or name.",
+            autocompletion=complete_models,
+        ),
     ] = "tiny-en",
     form: Annotated[
         str,
@@ -53,7 +59,8 @@ def inspect(
     ] = "assistant",
     max_tokens: Annotated[int, typer.Option(min=2, help="The most tokens of one.")] = 1024,
     rows: Annotated[int, typer.Option(min=0, help="How many of the first rows are shown.")] = 2,
-    output: FormatOption = OutputFormat.human,
+    json_output: JsonOutput = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show what was recognised, and the first rows as the model reads them.
 
@@ -81,9 +88,9 @@ def inspect(
         raise UserError(f"{option}: {first['msg']}, found {first['input']!r}") from error
     task = with_template_read(task, Path.cwd())
     report = inspect_chats(files, load_tokenizer(model), task, rows)
-    if output is OutputFormat.json:
+    if json_output:
         typer.echo(json.dumps(report.as_dict(), ensure_ascii=False, indent=2))
-    elif output is OutputFormat.quiet:
+    elif quiet:
         typer.echo(report.form)
     else:
         _show(report)

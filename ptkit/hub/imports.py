@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import CARD, CONFIG, AdapterFiles, write_adapter
+from ptkit.formats.adapter_files import AdapterFiles, write_adapter
+from ptkit.formats.adapter_folder import CARD, CONFIG
 from ptkit.formats.hub import fetch_foreign, is_on_hub, missing_here
 from ptkit.hub.card import card_text
 from ptkit.hub.foreign import format_of

@@ -15,6 +15,8 @@ from ptkit.recipe.faults import recipe_faults
 from ptkit.recipe.schema import Recipe
 from ptkit.recipe.yaml_source import read_yaml
 
+#: Endings of files of rows, which are taken for recipes by mistake.
+_ROWS = (".csv", ".tsv", ".jsonl", ".parquet")
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -65,6 +67,11 @@ def shipped_recipes() -> dict[str, Path]:
 def find_recipe(name_or_path: str | Path) -> Path:
     """The file of a shipped recipe's name, or the path itself. Raises RecipeError if neither."""
     path = Path(name_or_path)
+    if path.suffix.lower() in _ROWS:
+        raise RecipeError(
+            f"{path} holds rows, not a recipe; `ptkit init --data {path}` drafts a recipe for it, "
+            f"and `train` and `evaluate` read it with `--data {path}`"
+        )
     if path.is_file():
         return path
     shipped = shipped_recipes()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import CONFIG, is_adapterhubs
+from ptkit.formats.adapter_folder import CONFIG, is_adapterhubs
 from ptkit.hub.foreign import Foreign
 from ptkit.hub.foreign.made import as_rows, by_mlp, prefix_files
 from ptkit.hub.foreign.rotation import turned
