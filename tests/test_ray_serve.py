@@ -48,7 +48,7 @@ def test_two_replicas_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         def ask(number: int) -> str:
             body = {
                 "model": names[number % 4], "prompt": f"The boat {number % 3}", "max_tokens": 8,
-                "temperature": 0,
+                "temperature": 0, "template": False,
             }  # fmt: skip
             answer = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
             assert answer.status_code == 200, answer.text

@@ -203,8 +203,9 @@ class _Chat:
 
     def _list(self, _: str) -> None:
         from rich import box
-        from rich.console import Console
         from rich.table import Table
+
+        from ptkit.cli.options import show_table
 
         table = Table("", "adapter", "method", "virtual tokens", "where", box=box.SIMPLE_HEAD)
         current = self._conversation.adapter
@@ -214,7 +215,7 @@ class _Chat:
             tokens = "" if status.virtual_tokens is None else str(status.virtual_tokens)
             mark = ">" if name == current else ""
             table.add_row(mark, name, status.method or "not read yet", tokens, status.tier)
-        Console(markup=False).print(table)
+        show_table(table, names=1, markup=False)
 
     def _diff(self, argument: str) -> None:
         from rich.console import Console

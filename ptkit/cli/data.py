@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from ptkit.cli.completion import complete_models
-from ptkit.cli.options import JsonOutput, Quiet
+from ptkit.cli.options import JsonOutput, Quiet, show_table
 
 if TYPE_CHECKING:
     from ptkit.data.chat_report import ChatReport
@@ -115,7 +115,7 @@ def _show(report: ChatReport) -> None:
             f"{split.shortened:,}", f"{split.supervised:.1%}",
             Text(", ".join(f"{count:,} of {name}" for name, count in split.duplicates.items())),
         )  # fmt: skip
-    console.print(table)
+    show_table(table)
     for line in (line for split in report.splits for line in split.notes):
         console.print(Text(line))
     for number, row in enumerate(report.shown, start=1):

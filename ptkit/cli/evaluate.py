@@ -109,7 +109,7 @@ def evaluate(
             "--predictions takes the rows of one adapter in one precision; give a single --adapter"
         )
     _recipe_rows(
-        recipe, set_ or [], places, precision or [None],
+        recipe, set_ or [], places, [*precision] if precision else [None],
         _Asked(data, with_base, predictions, json_output, quiet),
     )  # fmt: skip
 
@@ -207,9 +207,9 @@ def _show(result: Evaluation) -> None:
 
 
 def _show_table(results: list[tuple[str, Evaluation]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from ptkit.cli.options import show_table
     from ptkit.formats.figures import scored_rows
 
     first = results[0][1]
@@ -221,7 +221,7 @@ def _show_table(results: list[tuple[str, Evaluation]]) -> None:
     for precision, result in results:
         scores = [f"{i.mean:.2f} [{i.low:.2f}, {i.high:.2f}]" for i in result.metrics.values()]
         table.add_row(precision, result.name, *scores)
-    Console().print(table)
+    show_table(table, names=1)
 
 
 def _standard_tasks(

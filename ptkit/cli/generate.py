@@ -86,6 +86,11 @@ def generate(
                 f"{place} was trained on conversations and takes questions: give a text file with "
                 f"one per line in place of {table}"
             )
+    for place in places if not quiet else []:
+        task = None if place is None else read_info(place).task
+        if task is not None and "classification" in task.kind:
+            note = f"{place} was trained to choose a label; `ptkit classify` shows which"
+            typer.secho(note, err=True, dim=True)
     # The base gets the first adapter's template: the same text, so that answers compare.
     template = places[0] if places else None
     if with_base or not places:

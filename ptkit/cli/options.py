@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from ptkit.cli.completion import complete_adapters, complete_models, complete_recipes
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 RecipeArgument = Annotated[
     str,
@@ -80,24 +83,31 @@ AdapterArgument = Annotated[
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print rows below their titles; values are shown as they are, without markup. The names in the
-    first column are never cut, and without a terminal nothing is."""
+    """Print rows below their titles; values are shown as they are, without markup."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    listed = [row[: len(titles)] for row in rows]
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = 10_000
-    shown = Table(box=box.SIMPLE_HEAD)
-    longest = max((len(row[0]) for row in listed), default=0)
-    for number, title in enumerate(titles):
-        shown.add_column(
-            title, overflow="fold", no_wrap=not number, min_width=None if number else longest
-        )
-    for row in listed:
-        shown.add_row(*row)
+    shown = Table(*titles, box=box.SIMPLE_HEAD)
+    for row in rows:
+        shown.add_row(*row[: len(titles)])
+    show_table(shown, markup=False)
+
+
+def show_table(shown: Table, *, names: int = 0, markup: bool = True, least: int = 0) -> None:
+    """Print a table whose names are never cut; without a terminal, nothing is.
+
+    names: the column that holds them; least: columns of letters there are, whatever the terminal
+    """
+    from rich.console import Console
+
+    console = Console(markup=markup, highlight=False)
+    # A pipe has no width of its own.
+    console.width = max(console.width, least) if console.is_terminal else 10_000
+    for column in shown.columns:
+        column.overflow = "fold"
+    column = shown.columns[names]
+    column.no_wrap = True
+    column.min_width = max((console.measure(cell).maximum for cell in column.cells), default=0)
     console.print(shown)
 
 

@@ -141,7 +141,7 @@ def train(
         f"best at step {record.best_step} of {record.train_steps}"
     )
     if (chosen := autotuned([record])) is not None:
-        typer.echo(f"auto found: {chosen}")
+        typer.echo(f"the start (and rate) that `auto` chose: {chosen}")
     if record.retention is not None:
         typer.echo(f"forgetting {record.retention.forgetting:+.3f} nats per token, adapter on")
     typer.echo(f"{folder}")

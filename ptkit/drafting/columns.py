@@ -12,8 +12,9 @@ from typing import Literal
 from ptkit.data.table import Table
 
 #: `label`: a few short texts that repeat. `texts`: lists of texts. `words`: lists of single words.
-#: `identifier`: a number, a date or an address of each row. `nested`: mappings. `empty`: nothing.
-Kind = Literal["text", "label", "texts", "words", "identifier", "nested", "empty"]
+#: `identifier`: a number, a date or an address of each row. `nested`: mappings. `constant`: the
+#: same in all rows. `empty`: nothing.
+Kind = Literal["text", "label", "texts", "words", "identifier", "nested", "constant", "empty"]
 
 #: Rows that are looked at.
 MOST_ROWS = 5_000
@@ -53,7 +54,7 @@ class Column:
             "text": f"texts of about {self.words:g} words",
             "label": f"{len(self.values)} labels",
             "texts": "lists of texts", "words": "lists of words", "identifier": "identifiers",
-            "nested": "mappings", "empty": "nothing",
+            "nested": "mappings", "constant": "one value in all rows", "empty": "nothing",
         }[self.kind]  # fmt: skip
         return f"`{self.name}` ({told})"
 
@@ -87,6 +88,8 @@ def _column(name: str, table: Table) -> Column:
     for value in values:
         counts[value] = counts.get(value, 0) + 1
     different = sorted(counts, key=lambda value: (-counts[value], value))
+    if len(different) == 1 and filled > 1:
+        return Column(name, "constant", filled, words, tuple(different))
     short = all(
         len(value.split()) <= _LABEL_WORDS and len(value) <= _LABEL_LETTERS for value in different
     )

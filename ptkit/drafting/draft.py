@@ -13,6 +13,7 @@ from typing import Any
 from ptkit.data.chat_formats import recognised
 from ptkit.data.chat_template import with_template_read
 from ptkit.data.templates import Template
+from ptkit.data.tokens import listed
 from ptkit.drafting.base_facts import BaseFacts, base_facts
 from ptkit.drafting.columns import Column
 from ptkit.drafting.files import Files, read_splits
@@ -58,7 +59,7 @@ def draft_recipe(
     model: str = "tiny-en",
     goal: Goal = "auto",
     label: str | None = None,
-    text: Sequence[str] = (),
+    text: str | Sequence[str] = (),
     target: str | None = None,
     validation: Path | None = None,
     test: Path | None = None,
@@ -79,7 +80,7 @@ def draft_recipe(
     here.
     """
     files = read_splits(data, validation=validation, test=test)
-    chosen = choose(files.train, goal, label=label, text=text, target=target)
+    chosen = choose(files.train, goal, label=label, text=listed(text), target=target)
     base = base_facts(model)
     name = _name(files.paths["train"])
     out = out or Path(f"{name}.yaml")

@@ -87,7 +87,9 @@ def _found(table: Table, columns: dict[str, Column], given: Sequence[Column]) ->
     """The goal by the names and the contents of the columns."""
     rest = [column for column in columns.values() if column not in given]
     texts = [column for column in columns.values() if column.kind == "text"]
-    if any(c.kind == "label" and _LABEL.match(c.name) for c in rest) and (texts or given):
+    if any(c.kind == "label" and _LABEL.match(c.name) for c in rest) and (
+        given or any(c.kind in ("text", "label") and not _LABEL.match(c.name) for c in rest)
+    ):
         return _classification(columns, None, given)
     if any(c.kind == "texts" or (c.kind == "text" and _TARGET.match(c.name)) for c in rest):
         return _generation(table, columns, None, given)

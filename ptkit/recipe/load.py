@@ -85,15 +85,15 @@ def find_recipe(name_or_path: str | Path) -> Path:
     )
 
 
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+def load_recipe(name_or_path: str | Path, overrides: str | Sequence[str] = ()) -> LoadedRecipe:
     """Read and validate a recipe file, or a shipped recipe by name.
 
-    overrides: `key.path=value` assignments applied before validation.
+    overrides: `key.path=value` assignments, or one, applied before validation.
     Raises RecipeError with one line per fault: file, line, key, what was expected.
     """
     path = find_recipe(name_or_path)
     source = read_yaml(path, str(path))
-    for assignment in overrides:
+    for assignment in [overrides] if isinstance(overrides, str) else overrides:
         source.set(assignment)
     recipe, faults = recipe_faults(source)
     if recipe is None:
