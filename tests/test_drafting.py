@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -299,3 +301,25 @@ def test_answers_that_show_that_nothing_was_learnt_are_told() -> None:
     assert "5 of 5 answers are empty" in signs_of_nothing(empty, texts)[0]
     alike = rows(*[("so", str(i)) for i in range(5)])
     assert "5 of 5 answers are the same ('so')" in signs_of_nothing(alike, texts)[0]
+
+
+class Terminal(io.StringIO):
+    """Standard input of a person who types these lines."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_init_asks_for_what_it_is_not_told(tickets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The file, the model, the goal, the column; each with its suggestion, then yes.
+    monkeypatch.setattr(sys, "stdin", Terminal("tickets.csv\n\n\n\n\n"))
+    done = ptkit("init", cwd=tickets.parent)
+    assert "30 rows: `id` (identifiers)" in done.stderr
+    assert "`label` (3 labels)" in done.stderr
+    for asked in ("Base model [tiny-en]", "[classification]", "Column with the label [label]"):
+        assert asked in done.stderr
+    assert load_recipe(tickets.parent / "tickets.yaml").recipe.task.kind == "classification"
+    monkeypatch.setattr(sys, "stdin", Terminal("tickets.csv\n\n\n\nn\n"))
+    arguments = ("init", "--out", "other.yaml")
+    assert "nothing was written" in ptkit(*arguments, cwd=tickets.parent, code=2).stderr
+    assert not (tickets.parent / "other.yaml").exists()
