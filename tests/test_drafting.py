@@ -27,6 +27,9 @@ from ptkit.drafting.metrics_for import label_metrics, text_metrics
 from ptkit.drafting.written import yaml_with_comments
 from ptkit.errors import DataError, RecipeError, UserError
 from ptkit.evaluation.predict import Prediction
+from ptkit.formats.adapter_files import read_adapter
+from ptkit.hub.card import card_text
+from ptkit.methods.base_names import peft_name
 from ptkit.recipe import load_recipe
 from ptkit.recipe.tasks import ClassificationTask, GenerationTask
 from ptkit.recipe.yaml_source import parse_yaml
@@ -34,6 +37,7 @@ from ptkit.runtime.tokenization import load_tokenizer
 from ptkit.training.adapter_trainer import StepReport
 from ptkit.training.learnt import FlatLoss, signs_of_nothing
 
+ROOT = Path(__file__).resolve().parents[1]
 TICKETS = [
     ("I was charged twice for my order", "billing"), ("The invoice shows a wrong sum", "billing"),
     ("My parcel has not arrived yet", "delivery"), ("The courier left it next door", "delivery"),
@@ -323,3 +327,13 @@ def test_init_asks_for_what_it_is_not_told(tickets: Path, monkeypatch: pytest.Mo
     arguments = ("init", "--out", "other.yaml")
     assert "nothing was written" in ptkit(*arguments, cwd=tickets.parent, code=2).stderr
     assert not (tickets.parent / "other.yaml").exists()
+
+
+def test_an_exported_adapter_says_where_plain_peft_finds_its_base() -> None:
+    assert peft_name("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert peft_name("openai-community/gpt2") == "openai-community/gpt2"
+    files = read_adapter(ROOT / "adapters" / "facts-prefix")
+    card = card_text("facts", files, 1)
+    assert "`ptkit models path tiny-en` prints the folder of the base" in card
+    shipped = (ROOT / "adapters" / "facts-prefix" / "README.md").read_text()
+    assert "`ptkit models path tiny-en` prints the folder of the base" in shipped
