@@ -77,7 +77,8 @@ def classify(
             elif quiet:
                 typer.echo(best)
             elif len(texts) > 1:
-                typer.echo(f"{best}  {shares[best]:.1%}  {line}")
+                told = " ".join(line.split())  # one text, one line
+                typer.echo(f"{best}  {shares[best]:.1%}  {told}")
             else:  # there is room for all of them
                 for label in sorted(shares, key=shares.__getitem__, reverse=True):
                     typer.echo(f"{label}  {shares[label]:.1%}")
