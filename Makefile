@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-engines test-floor lint format setup setup-dev setup-engines setup-small-engines setup-oracles clean
+.PHONY: demo test test-engines test-floor lint format setup setup-dev setup-engines setup-small-engines setup-oracles site clean
 
 demo: setup  ## compare all methods on the embedded base model, export two, swap them
 	$(BIN)/python scripts/demo.py
@@ -26,6 +26,16 @@ test-floor: setup-dev $(VENV)/floor  ## the oldest transformers that ptkit works
 $(VENV)/floor: pyproject.toml | $(VENV)/.ready
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $@ \
 	  transformers==5.16.1 huggingface_hub==1.33.0 httpx httpcore h11 anyio
+	@touch $@
+
+site: $(VENV)/site/.ready  ## the documentation as a searchable site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/site/bin/mkdocs build --quiet --strict --config-file scripts/mkdocs.yml
+	@echo "to read it: $(BIN)/python -m http.server --directory build/site"
+
+# An environment of its own: the site needs nothing of ptkit but its sources.
+$(VENV)/site/.ready: constraints.txt
+	$(PYTHON) -m venv $(VENV)/site
+	$(VENV)/site/bin/pip install --disable-pip-version-check --quiet -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
 	@touch $@
 
 lint: setup-dev

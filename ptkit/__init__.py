@@ -9,12 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptkit.api import Comparison, LoadedAdapter, Run, compare, load_adapter, train
+    from ptkit.adapted import parameter_groups, trainable_model
+    from ptkit.api import Comparison, Run, compare, train
     from ptkit.bank import AdapterBank, Conversation
     from ptkit.evaluation.classify import classifier
     from ptkit.hub.export import export_run
     from ptkit.hub.transfer import pull, push
     from ptkit.hub.verify import verify
+    from ptkit.loaded_adapter import LoadedAdapter, load_adapter
     from ptkit.prefix import KVPrefix
     from ptkit.recipe import load_recipe
     from ptkit.runtime.base_model import load_base
@@ -36,19 +38,23 @@ __all__ = [
     "load_base",
     "load_recipe",
     "multitask",
+    "parameter_groups",
     "pull",
     "push",
     "train",
+    "trainable_model",
     "verify",
 ]
 
 _HOMES = {
     "Comparison": "ptkit.api",
-    "LoadedAdapter": "ptkit.api",
+    "LoadedAdapter": "ptkit.loaded_adapter",
     "Run": "ptkit.api",
     "compare": "ptkit.api",
-    "load_adapter": "ptkit.api",
+    "load_adapter": "ptkit.loaded_adapter",
     "train": "ptkit.api",
+    "parameter_groups": "ptkit.adapted",
+    "trainable_model": "ptkit.adapted",
     "classifier": "ptkit.evaluation.classify",
     "distill": "ptkit.training.distill",
     "multitask": "ptkit.training.multitask",
@@ -68,3 +74,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module `ptkit` has no attribute `{name}`")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

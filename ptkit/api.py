@@ -1,47 +1,35 @@
 """What the command line does, from Python.
 
-`train`, `compare` and `load_adapter` are here; `push`, `pull` and `verify` in `ptkit.hub`.
+`train` and `compare` are here, `load_adapter` in `ptkit.loaded_adapter`; `push`, `pull` and
+`verify` are in `ptkit.hub`.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+from ptkit.comparison.figures import parameters, seconds, size
 from ptkit.comparison.grid import failures, forecast_grid, run_grid
+from ptkit.comparison.notebook import shown_in_notebook
 from ptkit.comparison.on_ray import run_on_ray
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import MethodSummary, summarise
-from ptkit.data.chat_template import ChatTemplate
+from ptkit.comparison.table import html_table
 from ptkit.data.in_memory import Rows, with_rows
-from ptkit.data.tokens import listed
-from ptkit.errors import AdapterError, ModelError, PtkitError, UserError
+from ptkit.errors import PtkitError, UserError
 from ptkit.evaluation.evaluate import find_adapter
 from ptkit.extras import require
-from ptkit.formats.adapter_files import read_adapter
 from ptkit.formats.adapter_folder import CONFIG
-from ptkit.formats.adapter_info import AdapterInfo
 from ptkit.formats.cell_record import CellRecord
 from ptkit.formats.folder_lock import held, require_free
 from ptkit.launched import is_first, world_size
-from ptkit.methods import base_of, compile_files, require_same_base
-from ptkit.methods.head import labels_of_files
-from ptkit.prefix import Compiled
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.recipe.schema import Recipe
-from ptkit.runtime.base_model import Base, frozen_base
-from ptkit.runtime.cache import ReservedCache, prefilled_cache, sees_everything
+from ptkit.runtime.base_model import Base
 from ptkit.runtime.devices import resolve_device
-from ptkit.runtime.forward import rows_for
-from ptkit.runtime.generation import generate
-from ptkit.runtime.tokenization import own_ends
 from ptkit.section import MethodSection
 from ptkit.training.cell import Cell, cell_name
 from ptkit.training.experiment import prepare
@@ -66,6 +54,22 @@ class Run:
         fine-tuning, which trains a whole model."""
         return find_adapter(self.folder)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        record = self.record
+        row = {
+            "method": record.method,
+            **{name: f"{value:.1f}" for name, value in record.metrics.items()},
+            "seed": str(record.seed),
+            "trained": parameters(
+                record.trainable_parameters, record.trainable_parameters / record.base_parameters
+            ),
+            "on disk": size(record.bytes_on_disk),
+            "time": seconds(record.train_seconds, record.train_steps > 0),
+        }
+        scored = f"{record.recipe}: n = {record.n_test} {record.rows_scored}; {self.folder}"
+        return shown_in_notebook([row], scored)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -83,6 +87,10 @@ class Comparison:
     def report(self) -> Path:
         """The HTML report."""
         return self.folder / "report.html"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return html_table(self.summaries, self.failed)
 
 
 def train(
@@ -230,123 +238,6 @@ def compare(
             raise PtkitError(failed_cells(failed))
         shown = write_outputs if is_first() else summarise
         return Comparison(folder, records, shown(folder, records, loaded.recipe), failed)
-
-
-class LoadedAdapter:
-    """One adapter on one base, ready to answer.
-
-    The prefix is compiled: nothing of the method runs when text is read, but the gate of an adapter
-    that depends on the input. For many adapters, or different ones in one batch, see `AdapterBank`.
-    """
-
-    def __init__(self, path: Path, base: Base, prefix: Compiled, info: AdapterInfo) -> None:
-        self.path, self.base, self.prefix, self.info = path, base, prefix, info
-
-    def inputs(self, encoding: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Arguments for transformers' own `model.generate(**inputs, max_new_tokens=...)`.
-
-        encoding: what the tokenizer gives, `input_ids` and `attention_mask` `[rows, tokens]`;
-            several rows of unequal length are padded at the left (`padding_side="left"`)
-
-        The answers start after `inputs["input_ids"].shape[1]` positions. Beam search and several
-        returned sequences need the rows repeated first. Logits processors and lengths count the
-        placeholders and the padding. Use `generate` of this class for those.
-        """
-        if self.prefix.infix:
-            raise AdapterError(
-                f"{self.path} stands within its input, which `model.generate` has no place for; "
-                "use `generate` of this class"
-            )
-        ids, mask = encoding["input_ids"], encoding["attention_mask"]
-        batch = self.prefix.for_rows(ids, mask)
-        if batch.embeddings is not None:
-            raise AdapterError(
-                f"{self.path} is a soft prompt that the encoder reads with its input; use "
-                "`generate` of this class"
-            )
-        if not sees_everything(self.base.model):
-            raise ModelError(
-                f"{type(self.base.model).__name__} has layers with a window or a state, where a "
-                "prefix cannot be part of the cache; use `generate` of this class"
-            )
-        virtual = torch.full((len(ids), batch.longest), self.base.pad_token_id, dtype=ids.dtype)
-        seen = batch.visible.to(mask.device, mask.dtype)  # all, but where a gate is shut
-        return {
-            "input_ids": torch.cat([virtual.to(ids.device), ids], dim=1),
-            "attention_mask": torch.cat([seen, mask], dim=1),
-            "past_key_values": prefilled_cache(
-                self.base.model, batch, ReservedCache(batch.longest + ids.shape[1] + 64)
-            ),
-        }
-
-    def generate(self, texts: str | Sequence[str], **options: Any) -> list[str]:
-        """Answers to `texts`, or to one text; `options` are transformers' (`max_new_tokens`,
-        `num_beams`, ...)."""
-        prompts = self.base.encode(listed(texts))
-        if not prompts:
-            return []
-        tokens = generate(
-            self.base.model, prompts, rows_for(self.prefix, prompts),
-            pad_token_id=self.base.pad_token_id, **options,
-        )  # fmt: skip
-        return self.base.decode(tokens)
-
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """The answer to a conversation, in the chat template and with the system prompt that the
-        adapter was trained with. Where it records none, the base's template is used.
-
-        messages: `role` and `content` each, a question last; options: as for `generate`
-
-        Raises UserError where there is no template.
-        """
-        template = ChatTemplate.of_record(self.base.tokenizer, self.info.chat)
-        if not template.exists:
-            raise UserError(f"neither {self.path} nor {self.base.id} has a chat template")
-        prompt = template.ids(template.with_system([*messages]))
-        ends = sorted({*own_ends(self.base.model), *template.ends})
-        tokens = generate(
-            self.base.model, [prompt], rows_for(self.prefix, [prompt]),
-            pad_token_id=self.base.pad_token_id, **{"eos_token_id": ends, **options},
-        )  # fmt: skip
-        return self.base.decode(tokens)[0]
-
-
-def load_adapter(
-    source: str | Path,
-    model: Base | PreTrainedModel | str | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> LoadedAdapter:
-    """Read, check and compile the adapter `source`: a folder, a run, or `user/repo[@revision]`.
-
-    model: the base, loaded or by name; default: the one the adapter names
-    tokenizer: its tokenizer, where `model` is a transformers model
-
-    Raises AdapterError when it is damaged, unsafe, for another base, or has no virtual tokens
-    (LoRA: give it to PEFT, or to an `AdapterBank`). Raises ModelError when the base cannot be
-    loaded.
-    """
-    path = find_adapter(Path(source))
-    files = read_adapter(path)
-    if labels_of_files(files) is not None:
-        raise AdapterError(
-            f"{source} is an adapter of a classifier; open it with `ptkit.classifier(...)`"
-        )
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise UserError("give the tokenizer too: load_adapter(source, model, tokenizer)")
-        base = frozen_base(model, tokenizer, str(model.name_or_path))
-    elif isinstance(model, Base):
-        base = model
-    else:
-        base = base_of(files, model, str(source))
-    require_same_base(files, base, str(source), chosen=model is not None)
-    prefix = compile_files(files, base)
-    if prefix is None:
-        raise AdapterError(
-            f"{source} is a {files.peft_type} adapter: it has no virtual tokens; load it with "
-            "PEFT, or into an AdapterBank"
-        )
-    return LoadedAdapter(path, base, prefix, files.info)
 
 
 def one_method(recipe: Recipe, title: str | None) -> MethodSection:

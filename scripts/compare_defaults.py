@@ -18,7 +18,7 @@ from ptkit.comparison.autotuned import autotuned, share_read
 from ptkit.comparison.grid import run_grid
 from ptkit.comparison.merge import read_comparison
 from ptkit.comparison.outputs import write_outputs
-from ptkit.comparison.summary import MethodSummary, summarise
+from ptkit.comparison.summary import MethodSummary, basis, shown_together, summarise
 from ptkit.formats.cell_record import CellRecord
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import EvaluateSection, Recipe
@@ -123,7 +123,8 @@ def tables(folders: list[Path]) -> str:
         )
     scores = ([m, *cells(m, lambda s: figures.score(s.leading))] for m in methods)
     lines += ["", *table(head, scores)]
-    lines += ["Mean over seeds, with a 95 % bootstrap interval over seeds and rows.", ""]
+    based = basis([s for task in tasks for s in task.of.values() if s.trains])
+    lines += [f"Mean over seeds. Interval: 95 %, {based}.", ""]
     lines += ["### Default minus PEFT's default, on the same test rows", ""]
     lines += differences(head, [t.peer for t in tasks], "default")
     if any("full" in task.of for task in tasks):
@@ -131,8 +132,8 @@ def tables(folders: list[Path]) -> str:
         ways = ([m, *cells(m, lambda s: figures.way(s.way))] for m in methods if m != "full")
         lines += table(head, ways)
         lines += [
-            "(method - base) / (full - base) of the means above, with a 95 % bootstrap "
-            "interval over seeds and rows.",
+            "(method - base) / (full - base) of the means above, with a 95 % interval (Fieller) "
+            "over seeds and rows.",
             "",
         ]
     if any(method.endswith(", auto") for method in methods):
@@ -159,11 +160,13 @@ def tables(folders: list[Path]) -> str:
 def differences(head: Iterable[str], tasks: list[dict[str, MethodSummary]], row: str) -> list[str]:
     """A table of what each prompt method's `row` differs by, a column for each task."""
 
-    def shown(summaries: dict[str, MethodSummary], method: str) -> str:
-        own = summaries.get(method)
-        return figures.NONE if own is None else figures.difference(own.against)
-
-    return table(head, ([p, *(shown(t, f"{p}, {row}") for t in tasks)] for p in PROMPTS))
+    names = [f"{prompt}, {row}" for prompt in PROMPTS]
+    found = shown_together([[t[name] for name in names if name in t] for t in tasks])
+    columns = [{s.family: figures.difference(s.against) for s in own} for own in found]
+    lines = table(head, ([p, *(c.get(f"{p}, {row}", figures.NONE) for c in columns)]
+                         for p in PROMPTS))  # fmt: skip
+    together = sum(len(column) for column in columns)
+    return [*lines, f"p values are corrected for the {together} differences shown (Holm).", ""]
 
 
 def chosen(task: Task, method: str) -> str:

@@ -19,7 +19,7 @@ PACKAGE = Path(ptkit.__file__).parent
 #: for everything in it that no longer name stands for; `*` is any one part of a name.
 LAYERS = [
     {"cli"},
-    {"api"},
+    {"api", "adapted", "loaded_adapter"},
     {"bench", "families", "hub"},
     {"serve"},
     {"vllm_connector"},

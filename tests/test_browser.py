@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from test_overview import several
-from test_report import compared
+from test_report import HOSTILE, compared
 
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
 
@@ -76,4 +76,42 @@ def test_headings_sort_the_table_both_ways(browser: Any, report: Path) -> None:
     page.keyboard.press("Enter")
     assert column(index) == sorted(column(index))
     assert page.locator("#summary thead [aria-sort=ascending]").count() == 1
+    page.close()
+
+
+def test_answers_are_browsed_by_method_worst_first(browser: Any, report: Path) -> None:
+    page = browser.new_page()
+    page.goto(report.as_uri())
+    form = page.locator("form.browse")
+
+    def scores() -> list[float]:
+        return [float(t.split()[-1]) for t in form.locator("dt.chosen + dd span").all_inner_texts()]
+
+    form.locator("select[name=method]").select_option(label="base")
+    assert form.locator("output").inner_text() == "30 rows"
+    assert len(scores()) == 10
+    worst = scores()
+    form.locator("button[name=on]").click()
+    worst += scores()
+    assert worst == sorted(worst)
+    assert form.locator(".pages span").inner_text() == "11 to 20"
+    form.locator("input[name=text]").fill("row 17")
+    assert form.locator("output").inner_text() == "1 row"
+    assert form.locator(".rows code").inner_text() == "row 17"
+    form.locator("input[name=text]").press("Enter")  # a form that is sent would leave the page
+    assert page.url == report.as_uri()
+    form.locator("input[name=text]").fill("nowhere")
+    assert form.locator("output").inner_text() == "0 rows"
+    page.close()
+
+
+def test_hostile_answers_are_text_when_browsed(browser: Any, tmp_path: Path) -> None:
+    compared(tmp_path / "out", hostile=HOSTILE)
+    page = browser.new_page()
+    shown: list[str] = []
+    page.on("dialog", lambda dialog: (shown.append(dialog.message), dialog.dismiss()))
+    page.goto((tmp_path / "out" / "report.html").as_uri(), wait_until="networkidle")
+    assert shown == []
+    assert page.locator("form.browse .rows img").count() == 0
+    assert HOSTILE.split()[-1] in page.locator("form.browse .rows").inner_text()
     page.close()

@@ -9,8 +9,10 @@ import pytest
 from test_cli import ptkit, refused
 from test_report import METHODS, compared
 
+from ptkit.comparison import figures
 from ptkit.comparison.merge import read_comparison
 from ptkit.comparison.overview import write_overview
+from ptkit.comparison.statistics import in_family
 from ptkit.errors import UserError
 
 
@@ -44,6 +46,21 @@ def test_figures_are_those_of_the_comparisons(tmp_path: Path) -> None:
     text = (tmp_path / "overview.md").read_text()
     assert text.startswith("# Two tasks\n")
     assert f"{texts[1].leading.mean:.1f} [" in text
+
+
+def test_p_values_are_corrected_for_all_differences_of_the_page(tmp_path: Path) -> None:
+    _, texts = compared(tmp_path / "texts", name="texts")
+    _, labels = compared(tmp_path / "labels", name="labels", task="classification")
+    own = [s.against for s in (*texts, *labels) if s.against is not None]
+    parts = [read_comparison(tmp_path / name) for name in ("texts", "labels")]
+    tables = {table.title: table for table in write_overview(parts, tmp_path, "Two tasks")}
+    shown = {cell.shown for row in tables["Difference"].rows for cell in row.cells}
+    together = [figures.difference(difference) for difference in in_family(own)]
+    assert {*together} <= shown
+    assert {figures.difference(difference) for difference in own} != {*together}
+    assert f"{len(own)} differences" in tables["Difference"].note
+    page = (tmp_path / "overview.html").read_text()
+    assert page.count(f"the {len(own)} differences that are shown together") == 2
 
 
 def test_page_is_one_file_that_escapes_what_it_shows(tmp_path: Path) -> None:

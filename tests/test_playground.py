@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +94,68 @@ def test_three_adapters_and_the_base_answer_side_by_side(
     assert "15.4 k parameters" in page.inner_text("#adapters")
     assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS[width][0]
     assert faults == []
+    page.close()
+
+
+def test_a_conversation_goes_on_with_each_models_own_answers(browser: Any, server: Serving) -> None:
+    page, faults = opened(browser, server, "desktop", "dark")
+    asked: list[dict[str, Any]] = []
+    page.on(
+        "request",
+        lambda request: (
+            asked.append(request.post_data_json) if "chat/completions" in request.url else None
+        ),
+    )
+    page.check("input[value=chat]")
+    assert page.is_hidden("#template-field")
+    page.fill("#system", "Be brief.")
+    page.focus(".pick[value=facts-prefix]")
+    page.keyboard.press("Space")
+    for text in ("kind[inn]", "name[Orwick]"):
+        page.fill("#tokens", "8")
+        page.fill("#prompt", text)
+        page.keyboard.press("Control+Enter")
+        page.wait_for_selector("article.running")
+        page.wait_for_selector("article.running", state="detached")
+    assert len(asked) == 4
+    for request in asked[2:]:
+        roles = [message["role"] for message in request["messages"]]
+        assert roles == ["system", "user", "assistant", "user"]
+    first, second = ({r["model"]: r["messages"] for r in pair} for pair in (asked[:2], asked[2:]))
+    for model, messages in second.items():
+        assert messages[:2] == first[model]
+        shown = page.locator(f"article[data-model='{model}'] .turn").all_inner_texts()
+        assert shown == [m["content"] for m in messages if m["role"] != "system"]
+    page.click("#anew")
+    assert page.locator("article").count() == 0
+    assert faults == []
+    page.close()
+
+
+def test_a_request_is_copied_as_others_send_it(browser: Any, server: Serving) -> None:
+    page, _ = opened(browser, server, "desktop", "light")
+    page.evaluate(
+        "Object.defineProperty(navigator, 'clipboard', {value: {writeText: async (t) => {"
+        " window.copied = t }}})"
+    )
+    page.uncheck("#with-base")
+    page.focus(".pick[value=facts-prefix]")
+    page.keyboard.press("Space")
+    page.fill("#tokens", "6")
+    page.fill("#prompt", 'kind[inn], name[Mary\'s "Inn"]')
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("article.running")
+    page.wait_for_selector("article.running", state="detached")
+    shown = page.inner_text("article .text")
+    page.click("text=Copy as curl")
+    command = page.evaluate("window.copied")
+    done = subprocess.run(["bash", "-c", f"{command} -s"], capture_output=True, check=True)
+    assert json.loads(done.stdout)["choices"][0]["text"] == shown
+    page.click("text=Copy as Python")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(page.evaluate("window.copied"), {})
+    assert out.getvalue() == f"{shown}\n"
     page.close()
 
 

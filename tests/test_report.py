@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import sacrebleu
 from markupsafe import escape
 from rich.console import Console
 
+from ptkit.comparison.advice import advice
 from ptkit.comparison.outputs import write_outputs
-from ptkit.comparison.summary import MethodSummary
+from ptkit.comparison.summary import MethodSummary, best_of
 from ptkit.comparison.table import markdown_table, summary_table
 from ptkit.formats.cell_record import CellRecord
+from ptkit.metrics.registry import metric
 from ptkit.recipe import load_recipe
 from ptkit.training.cell import folder_name
 
@@ -36,7 +39,7 @@ METHODS = [
 UNTRAINED = METHODS[:2]
 WORDS = ["the", "small", "red", "house", "near", "the", "river", "is", "very", "old"]
 HOSTILE = """</pre><script>alert(1)</script><img src=x onerror="alert(2)">'"&{{ 7*7 }}[/red]|"""
-VOID = {"meta", "link", "br", "img", "circle", "line", "polyline"}
+VOID = {"meta", "link", "br", "img", "input", "circle", "line", "polyline"}
 
 
 class Page(HTMLParser):
@@ -195,7 +198,7 @@ def test_page_names_model_n_seeds_methods_versions_and_definitions(usual) -> Non
     text = " ".join(Page(usual[0]).text.split())
     for said in (
         "tiny-en", "30 test rows", "3 seeds: 0, 1, 2", "2 CPU cores", "torch 2.13.0",
-        "95 % percentile bootstrap over seeds and rows, 100 resamples",
+        "Student's t over seeds together with a bootstrap over rows", "100 resamples",
         "Cross-entropy per token on 20,000 tokens of general text",
         "Next-token accuracy on that text, after / before",
         "Full fine-tuning has no “off”",
@@ -251,7 +254,7 @@ def test_metrics_are_given_with_their_librarys_signature(usual) -> None:
 def test_hostile_text_is_shown_and_never_run(tmp_path: Path) -> None:
     source, summaries = compared(tmp_path / "out", hostile=HOSTILE)
     page = Page(source)
-    assert page.tags.count("script") == 1
+    assert page.tags.count("script") == 2  # the page's own, and the answers as data
     assert "img" not in page.tags
     assert page.handlers == []
     assert page.open == []
@@ -313,7 +316,8 @@ def test_report_is_whole_where_figures_are_missing(
 
 def test_labels_say_whether_they_are_right(tmp_path: Path) -> None:
     source, summaries = compared(tmp_path / "out", task="classification")
-    marks = source.count("✓ right"), source.count("✗ wrong")
+    shown = source.partition("Every answer")[0]  # before the script that shows them all
+    marks = shown.count("✓ right"), shown.count("✗ wrong")
     right = sum(
         s.samples[i].prediction == s.samples[i].references[0]
         for s in summaries
@@ -352,3 +356,53 @@ def test_plots_and_latex_are_written(usual, tmp_path: Path) -> None:
     assert columns == {tex.split("tabular}{l")[1].split("}")[0].count("r")}
     assert r"50\% \& \$x\_1\$ \textbackslash{}" in tex
     assert tex.count(r"\textbf{") == 1
+
+
+def test_the_smallest_method_level_with_the_best_is_the_one_to_take(usual, tmp_path: Path) -> None:
+    page, summaries = usual
+    given = advice(summaries)
+    assert given is not None
+    best = best_of(summaries)
+    level = [
+        s
+        for s in summaries
+        if s.leading.low <= best.leading.mean <= s.leading.high
+        and best.leading.low <= s.leading.mean <= best.leading.high
+    ]
+    assert given.title == min(level, key=lambda s: s.bytes_on_disk).title
+    text = " ".join(Page(page).text.split())
+    assert f"Take {given.title}: {given.sentence}" in text
+    _, one_seed = compared(tmp_path / "out", seeds=(0,))
+    assert "One seed was run" in " ".join(advice(one_seed).reasons)
+
+
+def test_advice_says_what_the_choice_rests_on(usual) -> None:
+    _, summaries = usual
+    best = best_of(summaries)
+    small = replace(best, family="small", bytes_on_disk=0, trainable_parameters=1)
+    given = advice([*summaries, small])
+    assert given.title == "small"
+    assert f"level with the highest ({best.title}" in given.sentence
+    apart = replace(small.leading, mean=0.0, low=0.0, high=0.1)
+    lower = replace(small, metrics={**small.metrics, small.score: apart})
+    assert advice([*summaries, lower]).title != "small"
+    bare = replace(best.leading, low=None, high=None)
+    assert advice([replace(best, metrics={best.score: bare})]) is None
+
+
+def test_every_answer_is_on_the_page_with_the_score_of_its_row(usual, tmp_path: Path) -> None:
+    page, summaries = usual
+    held = re.search(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
+    data = json.loads(held[1])
+    assert data["of"] == len(data["rows"]) == 30
+    assert data["methods"] == [s.title for s in summaries]
+    for i, row in enumerate(data["rows"]):
+        for summary, (text, score) in zip(summaries, row["answers"], strict=True):
+            prediction = summary.samples[i]
+            assert text == prediction.prediction
+            alone = metric("bleu")([prediction.prediction], [prediction.references])
+            assert score == pytest.approx(alone / 100, abs=1e-3)
+    labels, _ = compared(tmp_path / "out", task="classification")
+    held = re.search(r'<script type="application/json">(.*?)</script>', labels, re.DOTALL)
+    answers = [a for row in json.loads(held[1])["rows"] for a in row["answers"]]
+    assert {score for _, score in answers} == {0.0, 1.0}

@@ -39,7 +39,11 @@ def reverse_words(path: Path) -> None:
     path.write_text(" ".join(reversed(path.read_text().split())))
 
 
-CHANGES = [("test.jsonl", reverse, "test_rows"), ("general.txt", reverse_words, "retention_text")]
+CHANGES = [
+    ("test.jsonl", reverse, "test_rows"),
+    ("general.txt", reverse_words, "retention_text"),
+    ("train.jsonl", reverse, "data_fingerprint"),
+]
 
 
 class StopAfter(RunObserver):
@@ -91,10 +95,22 @@ def parts(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     reverse(home / "data" / "test.jsonl")
     reverse_words(home / "data" / "general.txt")
     run("general", 1)
+    reverse_words(home / "data" / "general.txt")
+    reverse(home / "data" / "train.jsonl")
+    run("train", 1)
+    reverse(home / "data" / "train.jsonl")
+    shutil.copytree(home / "same", home / "metric")
+    for path in (home / "metric").rglob("record.json"):  # as another release of a library
+        values = json.loads(path.read_text())
+        values["scored_by"] = {name: f"{text}!" for name, text in values["scored_by"].items()}
+        path.write_text(json.dumps(values))
     return home
 
 
-WRONG = {"test": "test rows", "general": "general text for retention", "base": "base model"}
+WRONG = {
+    "test": "test rows", "general": "general text for retention", "base": "base model",
+    "train": "training and validation rows", "metric": "meaning of the metrics",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -131,8 +147,11 @@ def without_fingerprints(folder: Path) -> None:
         values = json.loads(path.read_text())
         for key in ("format", "test_rows", "retention_text", "retain_text"):
             values.pop(key, None)
+        if path.name == "cell.json":
+            del values["metrics"]
         if path.name == "record.json":
-            del values["base_fingerprint"]
+            for key in ("base_fingerprint", "learnt_rows", "scored_by", "test_repeats"):
+                del values[key]
         path.write_text(json.dumps(values))
 
 
@@ -174,7 +193,7 @@ def test_forgetting_of_an_earlier_version_is_not_compared_where_its_meaning_chan
         shutil.copytree(parts / name, tmp_path / name)
         for path in (tmp_path / name).rglob("record.json"):
             values = json.loads(path.read_text())
-            assert values.pop("format") == 1
+            assert values.pop("format") == 2
             assert values["retention"].pop("lead") == 0
             if name == "here":
                 values["retention"]["lead"] = lead

@@ -57,7 +57,10 @@ def test_a_start_of_words_is_what_the_base_makes_of_them(
 ) -> None:
     base = random_base(family)
     ids = {"text": [8, 9, 10, 11], "labels": [6, 7, 6, 7], "task": [9, 6, 9, 7]}[settings["start"]]
-    extra = [{}] if kind != "prefix_tuning" else [{}, {"reparameterize": True}, {"gates": "values"}]
+    extra: list[dict] = [{}]
+    if kind == "prefix_tuning":
+        mlps = [{"reparameterize": value} for value in (True, "residual")]
+        extra += [*mlps, {"gates": "values"}]
     for own in extra:
         adapter = make(base, kind, **settings, **own)
         assert_same(adapter.prefix().detach(), compile_tokens(base.model, torch.tensor(ids)))
@@ -191,7 +194,14 @@ def test_layers_of_the_embedded_base_differ_in_size() -> None:
 
 @pytest.mark.parametrize("gates", ["values", "keys_and_values"])
 @pytest.mark.parametrize(
-    "own", [{}, {"trained_layers": 2}, {"sink": True}, {"reparameterize": True}]
+    "own",
+    [
+        {},
+        {"trained_layers": 2},
+        {"sink": True},
+        {"reparameterize": True},
+        {"reparameterize": "residual"},
+    ],
 )
 def test_gates_scale_their_layer_and_fold_into_the_file(
     family: str, gates: str, own: dict, tmp_path: Path
@@ -334,3 +344,17 @@ def test_outside_a_run_what_is_left_open_is_the_tasks_own_start(kind: str) -> No
     )
     assert torch.equal(left, own)
     assert not torch.equal(left, other)
+
+
+def test_a_residual_prefix_is_its_values_and_its_mlps_together(family: str) -> None:
+    base = random_base(family)
+    own = {"reparameterize": "residual", "encoder_hidden_size": 8}
+    whole = moved(make(base, "prefix_tuning", **own))
+    mlp = make(base, "prefix_tuning", **{**own, "reparameterize": True})
+    mlp.load_trainable({n: t for n, t in whole.trainable().items() if n != "beside"})
+    expected = mlp.flat() + whole.unit * whole.beside
+    assert torch.allclose(whole.flat(), expected, atol=1e-6)
+    assert whole.trainable_parameters > mlp.trainable_parameters
+    (rate,) = whole.own_rates()
+    assert {*map(id, rate.parameters)} == {*map(id, whole.encoder.parameters())}
+    assert rate.factor < 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ptkit.comparison.statistics import holm, paired_difference, share_of_way
-from ptkit.evaluation.statistics import bootstrap_interval
-from ptkit.metrics.metric import Statistics
+from ptkit.comparison import figures
+from ptkit.comparison.statistics import holm, in_family, paired_difference, share_of_way
+from ptkit.evaluation.statistics import Resampled, bootstrap_interval, mean_interval, resample
+from ptkit.metrics.metric import Metric, Statistics
 from ptkit.metrics.registry import metric
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+from simulate_intervals import Accuracy, Bleu, Side, bleu, simulate
 
 EXACT = metric("exact_match")
 ROWS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40)
@@ -24,12 +31,16 @@ def column(values: object) -> Statistics:
     return np.asarray(values, dtype=np.float64)[:, None]
 
 
+def scored(*per_seed: Statistics, resamples: int, seed: int = 0, by: Metric = EXACT) -> Resampled:
+    return resample(by, per_seed, resamples=resamples, seed=seed)
+
+
 @given(ROWS)
 @settings(max_examples=15, deadline=None)
 def test_difference_holds_its_mean_and_changes_sign_with_the_sides(pairs) -> None:
     a, b = (column(side) for side in zip(*pairs, strict=True))
-    there = paired_difference(EXACT, [a], [b], resamples=100, seed=0)
-    back = paired_difference(EXACT, [b], [a], resamples=100, seed=0)
+    there = paired_difference(scored(a, resamples=100), scored(b, resamples=100))
+    back = paired_difference(scored(b, resamples=100), scored(a, resamples=100))
     assert there.interval.low <= there.interval.mean <= there.interval.high
     assert there.interval.mean == EXACT.score(a) - EXACT.score(b) == -back.interval.mean
     assert there.interval.low == pytest.approx(-back.interval.high)
@@ -38,7 +49,7 @@ def test_difference_holds_its_mean_and_changes_sign_with_the_sides(pairs) -> Non
 
 def test_equal_systems_do_not_differ() -> None:
     rows = column(np.arange(50) % 3 == 0)
-    same = paired_difference(EXACT, [rows], [rows], resamples=200, seed=0)
+    same = paired_difference(scored(rows, resamples=200), scored(rows, resamples=200))
     assert (same.interval.low, same.interval.mean, same.interval.high) == (0.0, 0.0, 0.0)
     assert same.p_value == 1.0
 
@@ -51,7 +62,9 @@ def test_interval_and_p_agree_with_the_paired_t_test_on_a_mean() -> None:
         a = b + generator.normal(shift, 0.3, 400)
         theirs = stats.ttest_rel(a, b)
         bounds = theirs.confidence_interval(0.95)
-        ours = paired_difference(EXACT, [column(a)], [column(b)], resamples=2000, seed=0)
+        ours = paired_difference(
+            scored(column(a), resamples=2000), scored(column(b), resamples=2000)
+        )
         width = 100 * (bounds.high - bounds.low)
         assert ours.interval.low == pytest.approx(100 * bounds.low, abs=0.1 * width)
         assert ours.interval.high == pytest.approx(100 * bounds.high, abs=0.1 * width)
@@ -66,7 +79,8 @@ def test_equally_good_systems_are_called_different_about_as_often_as_promised() 
     for trial in range(200):
         hard = generator.random(80)
         a, b = (column(generator.random(80) < hard) for _ in range(2))
-        called += paired_difference(EXACT, [a], [b], resamples=100, seed=trial).p_value < 0.05
+        found = paired_difference(*(scored(s, resamples=100, seed=trial) for s in (a, b)))
+        called += found.p_value < 0.05
     assert 1 <= called <= 22  # 10 expected
 
 
@@ -77,7 +91,9 @@ def test_pairing_sees_a_difference_that_separate_intervals_hide() -> None:
     a[1:21:2] = True
     sides = [bootstrap_interval(EXACT, [column(s)], resamples=500, seed=0) for s in (a, b)]
     assert sides[0].low < sides[1].high
-    difference = paired_difference(EXACT, [column(a)], [column(b)], resamples=500, seed=0)
+    difference = paired_difference(
+        scored(column(a), resamples=500), scored(column(b), resamples=500)
+    )
     assert difference.interval.low > 0
     assert difference.p_value < 0.01
 
@@ -88,7 +104,8 @@ def test_disagreeing_seeds_widen_the_difference() -> None:
     shaky = [column(np.arange(100) % 10 < k) for k in (4, 7, 10)]
 
     def width(per_seed: list[Statistics]) -> float:
-        interval = paired_difference(EXACT, per_seed, base, resamples=300, seed=0).interval
+        sides = (scored(*rows, resamples=300) for rows in (per_seed, base))
+        interval = paired_difference(*sides).interval
         assert interval.mean == pytest.approx(20.0)
         assert (interval.n_seeds, interval.n_examples) == (1, 100)
         return interval.high - interval.low
@@ -104,14 +121,16 @@ def test_corpus_metrics_that_are_no_means_can_be_compared(name: str) -> None:
     worse = [g if i % 2 else "x" for i, g in enumerate(gold)]
     references = [[g] for g in gold]
     a, b = (measure.statistics(p, references) for p in (better, worse))
-    difference = paired_difference(measure, [a], [b], resamples=100, seed=0)
+    difference = paired_difference(*(scored(s, resamples=100, by=measure) for s in (a, b)))
     assert difference.interval.mean == measure(better, references) - measure(worse, references)
     assert difference.interval.low <= difference.interval.mean <= difference.interval.high
 
 
 def test_sides_with_other_examples_are_refused() -> None:
     with pytest.raises(ValueError, match=r"same examples.*\[2, 3\]"):
-        paired_difference(EXACT, [np.ones((2, 1))], [np.ones((3, 1))], resamples=100, seed=0)
+        paired_difference(
+            scored(np.ones((2, 1)), resamples=100), scored(np.ones((3, 1)), resamples=100)
+        )
 
 
 @given(P_VALUES)
@@ -136,14 +155,106 @@ def test_share_of_way_is_the_ratio_of_means_and_its_interval_that_of_a_regressio
     generator = np.random.default_rng(3)
     start, end = generator.normal(0, 1, 400), generator.normal(10, 1, 400)
     method = 0.8 * end + generator.normal(0, 1, 400)
-    sides = [[column(side)] for side in (method, start, end)]
-    found = share_of_way(EXACT, *sides, resamples=2000, seed=0)
+    sides = [scored(column(side), resamples=2000) for side in (method, start, end)]
+    found = share_of_way(*sides)
     own, way = method.mean() - start.mean(), end.mean() - start.mean()
     assert found.mean == pytest.approx(own / way)
     parts = np.stack([(method - start) / own, -(end - start) / way])
     error = own / way * parts.sum(0).std(ddof=1) / 20
     assert found.low == pytest.approx(found.mean - 1.96 * error, abs=0.25 * error)
     assert found.high == pytest.approx(found.mean + 1.96 * error, abs=0.25 * error)
-    ends = share_of_way(EXACT, sides[2], sides[1], sides[2], resamples=200, seed=0)
-    assert (ends.mean, ends.low, ends.high) == (1.0, 1.0, 1.0)
-    assert share_of_way(EXACT, *[sides[0]] * 3, resamples=10, seed=0) is None
+    ends = share_of_way(sides[2], sides[1], sides[2])
+    assert (ends.mean, ends.low, ends.high) == pytest.approx((1.0, 1.0, 1.0))
+    assert share_of_way(*[sides[0]] * 3) is None
+
+
+def test_a_way_that_may_be_none_bounds_no_share() -> None:
+    """Start and end differ by chance; so any share, of either sign, is possible (Fieller 1954)."""
+    values = np.tile([1.0, -1.0], 25)
+    start, method, end = (
+        scored(column(own), resamples=200) for own in (values, 0.3 * values, 0.01 - values)
+    )
+    found = share_of_way(method, start, end)
+    assert (found.low, found.high) == (-np.inf, np.inf)
+    assert "unbounded" in figures.way(found)
+
+
+@given(st.lists(st.integers(0, 20), min_size=2, max_size=6).filter(lambda v: len({*v}) > 1))
+@settings(max_examples=30, deadline=None)
+def test_scores_that_only_seeds_change_have_students_interval(values: list[int]) -> None:
+    found = mean_interval(scored(*(np.full((9, 1), float(v)) for v in values), resamples=50))
+    points = 100 * np.array(values)
+    low, high = stats.t.interval(0.95, len(values) - 1, points.mean(), stats.sem(points))
+    assert found.mean == pytest.approx(points.mean())
+    assert (found.low, found.high) == pytest.approx((low, high))
+
+
+def test_a_difference_that_only_seeds_make_has_welchs_p() -> None:
+    generator = np.random.default_rng(8)
+    for shift in (0.0, 1.0, 3.0):
+        a, b = generator.normal(shift, 1, 5), generator.normal(0, 1, 5)
+        sides = (scored(*(np.full((9, 1), v) for v in own), resamples=999) for own in (a, b))
+        found = paired_difference(*sides)
+        welch = stats.ttest_ind(a, b, equal_var=False)
+        freedom = int(welch.df)  # rounded down
+        assert found.p_value == pytest.approx(
+            2 * stats.t.sf(abs(welch.statistic), freedom), abs=2e-3
+        )
+        half = stats.t.ppf(0.975, freedom) * np.sqrt(a.var(ddof=1) / 5 + b.var(ddof=1) / 5)
+        assert found.interval.high - found.interval.mean == pytest.approx(100 * half)
+
+
+def test_no_p_is_below_what_the_resamples_can_tell() -> None:
+    better, worse = np.ones((40, 1)), np.zeros((40, 1))
+    one = paired_difference(scored(better, resamples=199), scored(worse, resamples=199))
+    assert one.p_value == 1 / 200
+    # Seeds that never differ in these rows may differ in others, so no more is known.
+    several = paired_difference(scored(*[better] * 3, resamples=199), scored(worse, resamples=199))
+    assert several.p_value == 1 / 200
+
+
+def test_methods_are_compared_on_the_same_draws_of_rows() -> None:
+    values = np.arange(30.0)
+    a, b = (scored(column(own), resamples=50) for own in (values, values + 1))
+    assert b.replicates - a.replicates == pytest.approx(100.0)
+
+
+def test_differences_of_one_family_are_corrected_together() -> None:
+    generator = np.random.default_rng(6)
+    base = scored(column(generator.random(200) < 0.5), resamples=500)
+    found = [
+        paired_difference(scored(column(generator.random(200) < share), resamples=500), base)
+        for share in (0.5, 0.6, 0.65)
+    ]
+    assert [d.corrected for d in found] == [d.p_value for d in found]
+    together = in_family(found)
+    assert [d.corrected for d in together] == holm([d.p_value for d in found])
+    assert [d.p_value for d in together] == [d.p_value for d in found]
+    assert f"p = {together[0].corrected:.3f}" in figures.difference(together[0])
+
+
+CALIBRATED = [
+    (Accuracy, Side(3, 0.4), Side(3, 0.4)),
+    (Accuracy, Side(5, 0.4), Side(5, 0.08)),
+    (Bleu, Side(3, 0.4), Side(3, 0.4)),
+    (Bleu, Side(5, 0.4), Side(5, 0.4)),
+]
+
+
+@pytest.mark.parametrize(("world", "first", "second"), CALIBRATED)
+def test_intervals_over_few_seeds_hold_the_truth_as_often_as_they_say(
+    world: type[Accuracy], first: Side, second: Side
+) -> None:
+    """Scores, differences and false alarms; what earlier versions did holds it less often."""
+    rates = simulate(world(200, np.random.default_rng(1)), first, second, 500)
+    assert 0.93 <= rates.score <= 0.97
+    assert 0.93 <= rates.difference <= 0.99  # with equal spreads Welch errs on the safe side
+    assert rates.alarms <= 0.06
+    assert rates.score_before < rates.score - 0.02
+    assert rates.difference_before < rates.difference - 0.02
+
+
+def test_the_simulated_bleu_is_the_metrics() -> None:
+    world = Bleu(100, np.random.default_rng(1))
+    (counts,) = world._counts(np.zeros((1, 100)))
+    assert bleu(counts.sum(0)) == pytest.approx(metric("bleu").score(counts))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_base
+from pydantic import ValidationError
 
 from ptkit.data.encode import length_grouped_batches
 from ptkit.data.encoded import EncodedExample
@@ -35,6 +36,11 @@ from ptkit.training.loop import fit as fit_jobs
 TRAINED = {
     "prefix_tuning": {"num_virtual_tokens": 4},
     "prefix_mlp": {"num_virtual_tokens": 4, "reparameterize": True, "encoder_hidden_size": 16},
+    "prefix_residual": {
+        "num_virtual_tokens": 4,
+        "reparameterize": "residual",
+        "encoder_hidden_size": 16,
+    },
     "prompt_tuning": {"num_virtual_tokens": 4},
     "p_tuning": {"num_virtual_tokens": 4, "encoder": "lstm", "encoder_hidden_size": 16},
     "lora": {"rank": 2, "dropout": 0.1},
@@ -44,7 +50,11 @@ TRAINED = {
     "full": {},
 }
 #: Entries above that are not called by their method's name.
-KINDS = {"prefix_mlp": "prefix_tuning", "mixture_top": "prefix_mixture"}
+KINDS = {
+    "prefix_mlp": "prefix_tuning",
+    "prefix_residual": "prefix_tuning",
+    "mixture_top": "prefix_mixture",
+}
 
 
 def fit(adapter, train, validation, settings, learning_rate, **own):
@@ -115,6 +125,38 @@ def test_killed_run_resumes_to_the_same_weights_bit_for_bit(name: str, tmp_path:
     assert whole.trainable().keys() == resumed.trainable().keys()
     for key, value in whole.trainable().items():
         assert torch.equal(value, resumed.trainable()[key]), key
+
+
+def test_the_mean_of_steps_is_what_is_kept_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    changes = {"average": 3, "schedule": "constant", "eval_every": 12}
+    whole, expected = train("prefix_tuning", tmp_path / "whole", **changes)
+    for at in (3, 7, 11):
+        assert train("prefix_tuning", tmp_path / "cut", kill_at=at, **changes) is None
+    resumed, progress = train("prefix_tuning", tmp_path / "cut", **changes)
+    assert progress.curve == expected.curve
+    for key, value in whole.trainable().items():
+        assert torch.equal(value, resumed.trainable()[key]), key
+    # The mean itself, from the values after every step of a run without it.
+    without = {**changes, "average": None}
+    mean: dict[str, torch.Tensor] = {}
+    for step in range(1, 13):
+        # The run is validated, and its values kept, after its last step only.
+        ended, _ = train("prefix_tuning", tmp_path / f"{step}", **without, steps=step)
+        now = {n: p.detach() for n, p in ended.trainable().items()}
+        share = 1 / min(step, 3)
+        mean = {n: (1 - share) * mean.get(n, 0.0) + share * value for n, value in now.items()}
+    for key, value in whole.trainable().items():
+        assert value.detach() == pytest.approx(mean[key], abs=1e-6)
+
+
+def test_a_run_without_a_mean_is_written_as_it_was_before_there_was_one() -> None:
+    assert "average" not in TrainSection().model_dump()
+    assert TrainSection(average=5).model_dump()["average"] == 5
+    assert {*TrainSection().model_dump(exclude=TrainSection.NOT_OF_RESULT)} == {
+        *TrainSection.model_fields
+    } - TrainSection.NOT_OF_RESULT - {"average"}
+    with pytest.raises(ValidationError, match="greater than 1"):
+        TrainSection(average=1)
 
 
 def test_parts_of_checkpoints_do_not_pile_up_over_many_kills(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_map_of_two_tasks_goes_on_after_a_kill(tmp_path: Path) -> None:
     assert (tmp_path / "matrix.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "matrix.md").read_text()
     assert f"from {done.sources[0]}" in table
-    assert "p corrected (Holm)" in table
+    assert "p values are corrected for all differences of the table (Holm)" in table
     assert OWN_START in (tmp_path / "targets" / done.sources[0] / "table.md").read_text()
     other = plan([load_recipe(n, [*QUICK, tokens, "train.steps=3"]) for n in NAMES], loaded,
                  "prefix_tuning")  # fmt: skip

@@ -189,10 +189,7 @@ def _in_precision(loaded: LoadedRecipe, name: str | None) -> LoadedRecipe:
 
 
 def _show(result: Evaluation) -> None:
-    from ptkit.formats.figures import scored_rows
-
-    scored = scored_rows(result.test_split, result.test_chose)
-    typer.echo(f"{result.name}  (n={len(result.predictions)} {scored})")
+    typer.echo(f"{result.name}  (n={len(result.predictions)} {result.rows_scored})")
     for name, interval in result.metrics.items():
         typer.echo(f"  {name:12} {interval.mean:6.2f}  [{interval.low:.2f}, {interval.high:.2f}]")
     if result.retention is not None:
@@ -210,13 +207,11 @@ def _show_table(results: list[tuple[str, Evaluation]]) -> None:
     from rich.table import Table
 
     from ptkit.cli.options import show_table
-    from ptkit.formats.figures import scored_rows
 
     first = results[0][1]
     table = Table(
         "precision", "adapter", *first.metrics,
-        caption=f"n={len(first.predictions)} "
-        f"{scored_rows(first.test_split, first.test_chose)}, 95 % intervals",
+        caption=f"n={len(first.predictions)} {first.rows_scored}, 95 % intervals over rows alone",
     )  # fmt: skip
     for precision, result in results:
         scores = [f"{i.mean:.2f} [{i.low:.2f}, {i.high:.2f}]" for i in result.metrics.values()]

@@ -64,6 +64,7 @@ def _as_dict(anatomy: Anatomy) -> dict[str, object]:
         "n_test": info.n_test,
         "test_split": info.test_split,
         "test_chose": info.test_chose,
+        "test_repeats": info.test_repeats,
         "gate": info.gate,
         "layers": [vars(layer) for layer in anatomy.layers],
         "nearest": anatomy.nearest,

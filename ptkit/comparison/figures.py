@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ptkit.comparison.statistics import Difference
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats.sizes import in_bytes
@@ -80,8 +82,8 @@ def difference(found: Difference | None) -> str:
     if found is None:
         return NONE
     i = found.interval
-    small = found.p_value < 0.001
-    chance = "p < 0.001" if small else f"p = {found.p_value:.3f}"
+    small = found.corrected < 0.001
+    chance = "p < 0.001" if small else f"p = {found.corrected:.3f}"
     return f"{i.mean:+.1f} [{i.low:+.1f}, {i.high:+.1f}], {chance}"
 
 
@@ -91,6 +93,8 @@ def way(interval: Interval | None) -> str:
         return NONE
     if interval.low is None or interval.high is None:
         return f"{interval.mean:.0%}"
+    if math.isinf(interval.low) or math.isinf(interval.high):
+        return f"{interval.mean:.0%} [unbounded]"
     return f"{interval.mean:.0%} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
 
 

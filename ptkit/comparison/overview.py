@@ -12,7 +12,14 @@ from ptkit.comparison import figures
 from ptkit.comparison.grid import failures
 from ptkit.comparison.merge import MergedComparison
 from ptkit.comparison.report import page_values, templates
-from ptkit.comparison.summary import MethodSummary, anchor_of, baseline_of, summarise
+from ptkit.comparison.summary import (
+    MethodSummary,
+    anchor_of,
+    baseline_of,
+    basis,
+    shown_together,
+    summarise,
+)
 from ptkit.comparison.table import FAILED
 from ptkit.errors import UserError
 from ptkit.formats import atomic
@@ -82,14 +89,15 @@ def write_overview(parts: Sequence[MergedComparison], out: Path, title: str) -> 
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"two of these comparisons are called {', '.join(twice)}")
+    summaries = [summarise(part.folder, part.records, part.loaded.recipe) for part in parts]
     tasks = [
         Task(
             part.loaded.recipe,
             (part.folder / "recipe.yaml").read_text(encoding="utf-8"),
-            summarise(part.folder, part.records, part.loaded.recipe),
+            own,
             failures(part.loaded.recipe, part.folder),
         )
-        for part in parts
+        for part, own in zip(parts, shown_together(summaries), strict=True)
     ]
     tables = tables_of(tasks)
     atomic.write_text(out / "overview.html", _page(tasks, tables, title))
@@ -141,17 +149,20 @@ def tables_of(tasks: Sequence[Task]) -> list[OverviewTable]:
     def headed(task: Task) -> str:
         return f"{task.name}: {task.summaries[0].score}"
 
+    based = "; ".join(dict.fromkeys(_based(task, tasks) for task in tasks))
+    counts = ", ".join(f"{task.name} {_rows(task)}" for task in tasks)
+    baselines = " or ".join(dict.fromkeys(baseline_of(task.recipe) for task in tasks))
     scores = table(
-        "Score", "Mean over seeds with its 95 % bootstrap interval over seeds and rows; n is each "
-        "task's own, above. Marked: the best mean of a task (all of equal ones); whether a "
-        "difference is more than chance is told by its paired test below.",
+        "Score", f"Mean over seeds. Interval: 95 %, {based}. n: {counts}. Marked: the best mean of "
+        "a task (all of equal ones); whether a difference is more than chance is told by its "
+        "paired test below.",
         headed, lambda _, s: (figures.score(s.leading), s.leading.mean),
         lambda task: 1 if task.summaries[0].higher_is_better else -1,
     )  # fmt: skip
     differences = table(
-        "Difference", "The score minus that of "
-        f"{' or '.join(dict.fromkeys(baseline_of(task.recipe) for task in tasks))}, on the same "
-        "rows: paired bootstrap over seeds and rows, p values corrected within a task (Holm).",
+        "Difference", f"The score minus that of {baselines}, on the same rows, over seeds and rows "
+        "in the same way. Each interval is for one difference alone. p values are corrected for "
+        f"the {_compared(tasks)} differences of this table (Holm).",
         lambda task: task.name,
         lambda _, s: (figures.difference(s.against), s.against.interval.mean if s.against else ""),
         lambda _: 0,
@@ -178,7 +189,7 @@ def tables_of(tasks: Sequence[Task]) -> list[OverviewTable]:
         found.append(
             table(
                 "Share of the way from the base to full fine-tuning",
-                "(method - base) / (full - base) of the means, with a 95 % bootstrap interval over "
+                "(method - base) / (full - base) of the means, with a 95 % interval (Fieller) over "
                 "seeds and rows.", lambda task: task.name,
                 lambda _, s: (figures.way(s.way), s.way.mean if s.way else ""), lambda _: 0,
             )
@@ -188,14 +199,30 @@ def tables_of(tasks: Sequence[Task]) -> list[OverviewTable]:
     return [*found, cost]
 
 
+def _compared(tasks: Sequence[Task]) -> int:
+    return sum(s.against is not None for task in tasks for s in task.summaries)
+
+
+def _rows(task: Task) -> str:
+    record = task.summaries[0].records[0]
+    return f"{record.n_test} {record.rows_scored}"
+
+
+def _based(task: Task, tasks: Sequence[Task]) -> str:
+    """What the intervals of `task` are over; its name first where others differ."""
+    said = {other.name: basis(other.summaries) for other in tasks}
+    return said[task.name] if len({*said.values()}) == 1 else f"{task.name}: {said[task.name]}"
+
+
 def _page(tasks: Sequence[Task], tables: Sequence[OverviewTable], title: str) -> str:
     environment = templates()
     body = environment.get_template("comparison.html.j2")
     shown = []
     for task in tasks:
         values = page_values(
-            task.recipe, task.summaries, task.recipe_text, task.failed, f"{task.name}-"
-        )
+            task.recipe, task.summaries, task.recipe_text, task.failed, f"{task.name}-",
+            _compared(tasks),
+        )  # fmt: skip
         # Rendered by the same escaping environment, hence safe to put in as it is.
         shown.append({**values, "anchor": task.name, "html": Markup(body.render(**values))})
     return environment.get_template("overview.html.j2").render(

@@ -8,10 +8,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ptkit.comparison import figures
+from ptkit.comparison.advice import advice
+from ptkit.comparison.answers import browsable
 from ptkit.comparison.autotuned import autotuned, starts_tried
 from ptkit.comparison.charts import best_of_families, charts_of, colours
 from ptkit.comparison.drawing import on_page
-from ptkit.comparison.summary import MethodSummary, baseline_of, best_of
+from ptkit.comparison.summary import MethodSummary, baseline_of, basis, best_of
 from ptkit.evaluation.statistics import Interval
 from ptkit.metrics.registry import metric
 from ptkit.recipe.schema import Recipe
@@ -54,8 +56,13 @@ def page_values(
     recipe_text: str,
     failed: Sequence[Failure] = (),
     anchor: str = "",
+    compared: int = 0,
 ) -> dict[str, Any]:
-    """What `comparison.html.j2` shows of one comparison. anchor: before the ids of its elements"""
+    """What `comparison.html.j2` shows of one comparison.
+
+    anchor: before the ids of its elements; compared: differences that are shown together, where
+    other comparisons stand beside this one
+    """
     first = summaries[0].records[0]
     best = best_of(summaries)
     generation = isinstance(recipe.task, GenerationTask | ChatTask)
@@ -65,6 +72,7 @@ def page_values(
         "anchor": anchor,
         "recipe": recipe,
         "recipe_text": recipe_text,
+        "advice": advice(summaries),
         "highlights": _highlights(summaries),
         "colours": shade,
         "columns": [
@@ -78,13 +86,15 @@ def page_values(
             for chart in charts_of(summaries)
         ],
         "samples": _samples(summaries, generation=generation),
+        "browsable": browsable(summaries, generation=generation),
         "n_seeds": max(len(s.records) for s in summaries),
         "signatures": _signatures(summaries),
         "searches": _searches(summaries),
         "found": {s.title: text for s in summaries if (text := autotuned(s.records)) is not None},
         "starts_tried": max(starts_tried(s.records) for s in summaries),
         "baseline": baseline_of(recipe),
-        "compared": sum(s.against is not None for s in summaries),
+        "basis": basis(summaries),
+        "compared": compared or sum(s.against is not None for s in summaries),
         "best": best,
         "first": first,
         "machines": list(machines),

@@ -34,7 +34,7 @@ def read_predictions(folder: Path) -> list[Prediction]:
 def require_same_rows(cells: Sequence[tuple[Path, CellRecord]]) -> None:
     """Raise UserError, which names both, when two of `cells` (folder, record) that stand beside
     each other cannot be compared. They were scored on unlike test rows or general texts, or made of
-    unlike bases.
+    unlike bases. So are cells that learnt from unlike rows, or were scored by unlike metrics.
 
     Cells of one variant of a sweep stand beside each other. What a record does not hold cannot
     differ. But rows are compared by their written content too, because records of earlier versions
@@ -61,6 +61,8 @@ def _scored(folder: Path, record: CellRecord) -> Iterator[tuple[str, Any]]:
         "content of the test rows (by its fingerprint)": record.test_rows,
         "general text for retention": record.retention_text,
         "base model": record.base_fingerprint,
+        "content of the training and validation rows": record.learnt_rows,
+        "meaning of the metrics": record.scored_by,
     }
     yield from ((what, value) for what, value in fingerprints.items() if value is not None)
     if record.retention is not None:

@@ -2,106 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
-
-from ptkit.evaluation.statistics import Interval
-from ptkit.metrics.metric import Metric, Statistics
+from ptkit.evaluation.statistics import Contrast, Interval, Resampled
 
 
 @dataclass(frozen=True)
 class Difference:
     """A method's mean score minus a baseline's, in points of the metric.
 
-    interval: 95 %; its `n_seeds` is the smaller of the two sides, its `std` None
-    p_value: two-sided; never below 1 / (resamples + 1). Correct several with `holm`.
+    interval: 95 %, of this difference alone; its `n_seeds` is the smaller of the two sides, its
+        `std` None
+    p_value: two-sided, of this difference alone
+    corrected: the same, corrected for all differences that are shown together (see `in_family`)
     """
 
     interval: Interval
     p_value: float
+    corrected: float
 
 
-def paired_difference(
-    metric: Metric,
-    method: Sequence[Statistics],
-    baseline: Sequence[Statistics],
-    *,
-    resamples: int,
-    seed: int,
-) -> Difference:
-    """Paired bootstrap test of `method` against `baseline` on the same examples.
+def paired_difference(method: Resampled, baseline: Resampled) -> Difference:
+    """`method` minus `baseline`, on the same examples and draws of them, with a p value.
 
-    method, baseline: one `[examples, k]` array per seed, the same examples in the same order; the
-        sides may have different numbers of seeds. Each replicate draws examples once for all
-        arrays, because all were tested on them. It draws seeds on each side separately, because
-        seed 0 of one method has nothing in common with seed 0 of another. A side with one seed does
-        not show how far its seeds differ. With two or three the interval is too narrow for it.
-
-    The interval holds the percentiles of the replicates. The p value is the share of replicates
-    that lie as far from their own mean as the observed difference lies from zero. (Koehn 2004;
-    Efron & Tibshirani 1993, ch. 16.) Raises ValueError when the sides have different examples.
+    The sides may have different numbers of seeds. Seed 0 of one method has nothing in common with
+    seed 0 of another. A side with one seed does not show how far its seeds differ. (Koehn 2004;
+    Welch 1947.) Raises ValueError when the sides have different examples.
     """
-    sizes = {len(rows) for rows in (*method, *baseline)}
-    if len(sizes) != 1:
-        raise ValueError(f"expected the same examples on both sides, found {sorted(sizes)} rows")
-    examples = sizes.pop()
-    observed = _mean(metric, method) - _mean(metric, baseline)
-    generator = np.random.default_rng(seed)
-    replicates = np.empty(resamples)
-    for i in range(resamples):
-        rows = generator.integers(examples, size=examples)
-        replicates[i] = _redrawn(metric, method, rows, generator) - _redrawn(
-            metric, baseline, rows, generator
-        )
-    low, high = np.percentile(replicates, [2.5, 97.5])
-    # `>=`, up to rounding: two equal systems differ by zero everywhere, and their p is 1.
-    beyond = np.abs(replicates - replicates.mean()) >= abs(observed) - 1e-9
-    interval = Interval(
-        mean=observed,
-        low=min(float(low), observed),
-        high=max(float(high), observed),
-        std=None,
-        n_seeds=min(len(method), len(baseline)),
-        n_examples=examples,
-    )
-    return Difference(interval, (int(beyond.sum()) + 1) / (resamples + 1))
+    if method.n_examples != baseline.n_examples:
+        sizes = sorted((method.n_examples, baseline.n_examples))
+        raise ValueError(f"expected the same examples on both sides, found {sizes} rows")
+    contrast = Contrast((1.0, method), (-1.0, baseline))
+    seeds = min(method.seeds, baseline.seeds)
+    interval = Interval(contrast.estimate, *contrast.bounds(), None, seeds, method.n_examples)
+    p_value = contrast.p_value()
+    return Difference(interval, p_value, p_value)
 
 
-def share_of_way(
-    metric: Metric,
-    method: Sequence[Statistics],
-    start: Sequence[Statistics],
-    end: Sequence[Statistics],
-    *,
-    resamples: int,
-    seed: int,
-) -> Interval | None:
+def in_family(differences: Iterable[Difference]) -> list[Difference]:
+    """`differences` with p values corrected for each other: they are shown together."""
+    own = list(differences)
+    adjusted = holm([difference.p_value for difference in own])
+    return [replace(d, corrected=p) for d, p in zip(own, adjusted, strict=True)]
+
+
+def share_of_way(method: Resampled, start: Resampled, end: Resampled) -> Interval | None:
     """How far `method` gets from `start` to `end`: (method - start) / (end - start) of their mean
     scores, 1 being all the way. None where start and end are one.
 
-    Arguments and replicates are those of `paired_difference`: examples are drawn once for all
-    arrays, seeds on each side separately. The interval holds the percentiles of their ratios.
+    The interval holds every share that the scores do not rule out (Fieller 1954). It is unbounded
+    where the two ends do not differ by more than chance.
     """
-    way = _mean(metric, end) - _mean(metric, start)
-    if not way:
+    way = Contrast((1.0, end), (-1.0, start))
+    if not way.estimate:
         return None
-    examples = len(method[0])
-    generator = np.random.default_rng(seed)
-    replicates = []
-    for _ in range(resamples):
-        rows = generator.integers(examples, size=examples)
-        own, low, high = (_redrawn(metric, side, rows, generator) for side in (method, start, end))
-        if high != low:
-            replicates.append((own - low) / (high - low))
-    observed = (_mean(metric, method) - _mean(metric, start)) / way
-    low, high = np.percentile(replicates, [2.5, 97.5])
-    return Interval(
-        observed, min(float(low), observed), max(float(high), observed), None,
-        min(map(len, (method, start, end))), examples,
-    )  # fmt: skip
+
+    def possible(share: float) -> bool:
+        return Contrast((1.0, method), (share - 1, start), (-share, end)).holds_zero()
+
+    observed = (method.mean - start.mean) / way.estimate
+    low, high = -math.inf, math.inf
+    if not way.holds_zero():
+        low, high = _edge(possible, observed, -1.0), _edge(possible, observed, 1.0)
+    seeds = min(own.seeds for own in (method, start, end))
+    return Interval(observed, low, high, None, seeds, method.n_examples)
+
+
+def _edge(possible: Callable[[float], bool], inside: float, towards: float) -> float:
+    """The end of the values for which `possible` holds, from `inside` on in one direction."""
+    step = 1 / 16
+    while possible(inside + step * towards):
+        step *= 2
+        if step > 1e6:
+            return math.inf * towards
+    near, far = 0.0, step
+    while far - near > 1e-4:
+        middle = (near + far) / 2
+        near, far = (middle, far) if possible(inside + middle * towards) else (near, middle)
+    return inside + near * towards
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -116,20 +96,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = largest
     return adjusted
-
-
-def _mean(metric: Metric, per_seed: Sequence[Statistics]) -> float:
-    return float(np.mean([metric.score(rows) for rows in per_seed]))
-
-
-def _redrawn(
-    metric: Metric,
-    per_seed: Sequence[Statistics],
-    rows: npt.NDArray[np.int64],
-    generator: np.random.Generator,
-) -> float:
-    """Mean score on the examples `rows` of as many seeds, drawn with replacement."""
-    draw = generator.integers(len(per_seed), size=len(per_seed))
-    seeds, times = np.unique(draw, return_counts=True)
-    scores = [metric.score(per_seed[s][rows]) for s in seeds]
-    return float(np.average(scores, weights=times))

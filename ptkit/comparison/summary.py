@@ -11,11 +11,16 @@ from typing import Any, Literal
 import numpy as np
 
 from ptkit.comparison.same_rows import read_predictions, require_same_rows, say_unknown
-from ptkit.comparison.statistics import Difference, holm, paired_difference, share_of_way
+from ptkit.comparison.statistics import Difference, in_family, paired_difference, share_of_way
 from ptkit.evaluation.predict import Prediction, statistics_of
-from ptkit.evaluation.statistics import Interval, bootstrap_interval, seeds_interval
+from ptkit.evaluation.statistics import (
+    Interval,
+    Resampled,
+    mean_interval,
+    resample,
+    seeds_interval,
+)
 from ptkit.formats.cell_record import CellRecord
-from ptkit.metrics.metric import Statistics
 from ptkit.metrics.registry import metric
 from ptkit.recipe.schema import Recipe
 from ptkit.training.titles import titled
@@ -26,12 +31,11 @@ class MethodSummary:
     """One method, with one combination of swept values, over all its seeds.
 
     family: the recipe's entry; sweep: swept key -> value, empty without a sweep
-    metrics: bootstrap over seeds and examples; forgetting, retention, drift: Student-t over seeds
+    metrics: over seeds and examples; forgetting, retention, drift: over seeds, on the same text
     domains: forgetting per general text, where there are several
     share: trainable parameters / base parameters; seconds, peak_memory, added_ms: means over seeds
     off_exact: True when it held in every cell; None when the method has no "off"
-    against: the score minus the baseline's, and the p value corrected for all comparisons made;
-    None for the baseline itself
+    against: the score minus the baseline's, with its p value; None for the baseline itself
     way: how far the score gets from the base's (0) to full fine-tuning's (1); None where the recipe
     has not both
     samples: predictions of the first seed, in the order of the test rows
@@ -97,6 +101,17 @@ def best_of(summaries: Sequence[MethodSummary]) -> MethodSummary:
     return max(summaries, key=lambda s: sign * s.leading.mean)
 
 
+def basis(summaries: Sequence[MethodSummary]) -> str:
+    """What the intervals of `summaries` are over, in words."""
+    alone = [s.title for s in summaries if len(s.records) == 1]
+    if len(alone) == len(summaries):
+        return "a bootstrap over rows alone, because one seed does not show how far seeds differ"
+    both = "Student's t over seeds together with a bootstrap over rows"
+    if not alone:
+        return both
+    return f"{both}; of {', '.join(alone)}, with one seed, over rows alone"
+
+
 def summarise(folder: Path, records: Sequence[CellRecord], recipe: Recipe) -> list[MethodSummary]:
     """One summary per method and combination of swept values, in the order they were planned.
 
@@ -112,28 +127,26 @@ def summarise(folder: Path, records: Sequence[CellRecord], recipe: Recipe) -> li
     trains = {method.title: method.trains for method in recipe.methods}
     summaries, leading = [], []
     for own in order:
-        summary, statistics = _summary(folder, own, recipe, trains=trains[own[0].family])
+        summary, scores = _summary(folder, own, recipe, trains=trains[own[0].family])
         summaries.append(summary)
-        leading.append(statistics)
+        leading.append(scores)
     return _compared(summaries, leading, recipe)
 
 
 def _compared(
-    summaries: list[MethodSummary], leading: list[list[Statistics]], recipe: Recipe
+    summaries: list[MethodSummary], leading: list[Resampled], recipe: Recipe
 ) -> list[MethodSummary]:
     """`summaries` with the difference of each from the baseline of the same swept values, and how
     far each gets from the base to full fine-tuning."""
     baseline, ends = baseline_of(recipe), (anchor_of(recipe, "base"), anchor_of(recipe, "full"))
-    measure = metric(recipe.task.metrics[0])
-    drawn: dict[str, Any] = {"resamples": recipe.evaluate.bootstrap, "seed": 0}
 
-    def of(family: str | None, i: int) -> list[Statistics] | None:
+    def of(family: str | None, i: int) -> Resampled | None:
         """What `family` made of the same rows with the swept values of summary `i`."""
         partners = [
             leading[j] for j, other in enumerate(summaries)
             if other.family == family
             and all(summaries[i].sweep.get(k, v) == v for k, v in other.sweep.items())
-            and len(leading[j][0]) == len(leading[i][0])
+            and leading[j].n_examples == leading[i].n_examples
         ]  # fmt: skip
         return partners[0] if len(partners) == 1 else None
 
@@ -142,41 +155,43 @@ def _compared(
     for i, summary in enumerate(summaries):
         other = None if summary.family == baseline else of(baseline, i)
         if other is not None:
-            found[i] = paired_difference(measure, leading[i], other, **drawn)
+            found[i] = paired_difference(leading[i], other)
         base, full = (of(end, i) for end in ends)
         if base is None or full is None:
             continue
         if summary.family in ends:
             there = float(ends.index(summary.family))
-            ways[i] = Interval(there, None, None, None, len(leading[i]))
+            ways[i] = Interval(there, None, None, None, leading[i].seeds)
         else:
-            ways[i] = share_of_way(measure, leading[i], base, full, **drawn)
-    corrected = dict(zip(found, holm([d.p_value for d in found.values()]), strict=True))
+            ways[i] = share_of_way(leading[i], base, full)
+    compared = dict(zip(found, in_family(found.values()), strict=True))
+    return [replace(s, against=compared.get(i), way=ways.get(i)) for i, s in enumerate(summaries)]
+
+
+def shown_together(groups: Sequence[Sequence[MethodSummary]]) -> list[list[MethodSummary]]:
+    """`groups` of summaries whose differences are all read together: p values are corrected for
+    their number."""
+    compared = iter(in_family(s.against for own in groups for s in own if s.against is not None))
     return [
-        replace(
-            s,
-            against=replace(found[i], p_value=corrected[i]) if i in found else None,
-            way=ways.get(i),
-        )
-        for i, s in enumerate(summaries)
+        [s if s.against is None else replace(s, against=next(compared)) for s in own]
+        for own in groups
     ]
 
 
 def _summary(
     folder: Path, own: list[CellRecord], recipe: Recipe, *, trains: bool
-) -> tuple[MethodSummary, list[Statistics]]:
-    """The summary of a method's records, and the leading metric's statistics per seed."""
+) -> tuple[MethodSummary, Resampled]:
+    """The summary of a method's records, and its scores by the leading metric."""
     first = own[0]
     predictions = [read_predictions(folder / "cells" / record.cell) for record in own]
     metrics: dict[str, Interval] = {}
-    leading: list[Statistics] = []
+    scores: list[Resampled] = []
     for name in recipe.task.metrics:
         measure = metric(name)
         per_seed = [statistics_of(measure, rows) for rows in predictions]
-        metrics[name] = bootstrap_interval(
-            measure, per_seed, resamples=recipe.evaluate.bootstrap, seed=0
-        )
-        leading = leading or per_seed
+        found = resample(measure, per_seed, resamples=recipe.evaluate.bootstrap, seed=0)
+        metrics[name] = mean_interval(found).within(*measure.limits)
+        scores.append(found)
     retained = [r.retention for r in own if r.retention is not None]
     memory = [r.peak_memory_bytes for r in own if r.peak_memory_bytes is not None]
     added = [r.added_ms for r in own if r.added_ms is not None]
@@ -213,4 +228,4 @@ def _summary(
         off_exact=None if None in exact else all(exact),
         samples=tuple(predictions[0]),
     )
-    return summary, leading
+    return summary, scores[0]

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ptkit.comparison import figures
-from ptkit.comparison.summary import MethodSummary, best_of
+from ptkit.comparison.notebook import shown_in_notebook
+from ptkit.comparison.summary import MethodSummary, basis, best_of
 from ptkit.evaluation.statistics import Interval
 from ptkit.training.failure import Failure
 from ptkit.training.titles import written
@@ -90,7 +91,7 @@ def caption(
     interval."""
     record = summaries[0].records[0]
     text = (
-        f"n = {record.n_test} {record.rows_scored}; interval: 95 % bootstrap over seeds and rows; "
+        f"n = {record.n_test} {record.rows_scored}; interval: 95 %, {basis(summaries)}; "
         "peak memory beyond what was in use before"
     )
     together = [s for s in summaries if s.trained_together > 1]
@@ -117,7 +118,10 @@ def summary_table(summaries: Sequence[MethodSummary], failed: Sequence[Failure] 
     best = best_of(summaries)
     seeds = max(len(s.records) for s in summaries)
     table = Table(
-        caption=f"{seeds} seed{'s' * (seeds > 1)}, {caption(summaries, failed, spread=False)}",
+        # Text, because it names methods: a label in brackets is not rich's markup.
+        caption=Text(
+            f"{seeds} seed{'s' * (seeds > 1)}, {caption(summaries, failed, spread=False)}"
+        ),
         caption_justify="left",
         pad_edge=False,
         box=None,
@@ -143,6 +147,13 @@ def summary_table(summaries: Sequence[MethodSummary], failed: Sequence[Failure] 
         cells = [Text(value) for value in row.values()]
         table.add_row(*cells, style="bold" if summary is best else None)
     return table
+
+
+def html_table(summaries: Sequence[MethodSummary], failed: Sequence[Failure] = ()) -> str:
+    """The comparison for a notebook; the best score is bold."""
+    rows = _rows(summaries, failed, _row)
+    best = summaries.index(best_of(summaries))
+    return shown_in_notebook(rows, caption(summaries, failed, spread=True), bold=best)
 
 
 def markdown_table(summaries: Sequence[MethodSummary], failed: Sequence[Failure] = ()) -> str:

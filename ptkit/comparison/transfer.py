@@ -26,7 +26,7 @@ from ptkit.comparison import figures
 from ptkit.comparison.drawing import paper, written
 from ptkit.comparison.grid import cells, failures, run_grid
 from ptkit.comparison.outputs import write_outputs
-from ptkit.comparison.summary import MethodSummary
+from ptkit.comparison.summary import MethodSummary, basis, shown_together
 from ptkit.errors import AdapterError, PtkitError, UserError
 from ptkit.extras import require
 from ptkit.formats import atomic
@@ -136,7 +136,7 @@ def _difference(summary: MethodSummary) -> dict[str, Any]:
     found = summary.against
     if found is None:
         return {"difference": None, "p_value": None}
-    return {"difference": asdict(found.interval), "p_value": found.p_value}
+    return {"difference": asdict(found.interval), "p_value": found.corrected}
 
 
 def plan(
@@ -250,10 +250,13 @@ def run_transfer(
             failed += failures(target.recipe, folder)
         if failed:
             raise PtkitError(failed_cells(failed))
-        targets = []
-        for loaded, folder, target, records in ended:
-            first, *starts = write_outputs(folder, records, target.recipe)
-            targets.append(Target(loaded.recipe.name, first, dict(zip(names, starts, strict=True))))
+        summaries = [
+            write_outputs(folder, records, target.recipe) for _, folder, target, records in ended
+        ]
+        targets = [
+            Target(loaded.recipe.name, own[0], dict(zip(names, own[1:], strict=True)))
+            for (loaded, *_), own in zip(ended, shown_together(summaries), strict=True)
+        ]
         similarity = tuple(tuple(cosine(a, b) for b in prefixes) for a in prefixes)
         done = TransferMap(out, names, tuple(targets), similarity)
         atomic.write_json(out / "matrix.json", done.as_dict())
@@ -335,7 +338,8 @@ def _note(done: TransferMap) -> str:
     less = f" Less is better for {', '.join(lower)}." if lower else ""
     return (
         "From a source: the score minus that from the target's own start after as many steps, "
-        "95 % paired bootstrap over seeds and rows, p corrected (Holm) within a row. Tested on: "
+        f"on the same rows. Intervals: 95 %, {basis([t.own for t in done.targets])}. p values are "
+        "corrected for all differences of the table (Holm). Tested on: "
         f"{sizes}. A source's adapter is of one seed; where source and target are one task, it "
         f"has been trained for both runs' steps.{less}"
     )
@@ -354,7 +358,7 @@ def _drawn(done: TransferMap) -> bytes:
     colours = [[sign * g for g in row] for sign, row in zip(signs, gains, strict=True)]
     most = max(1e-9, *(abs(g) for row in gains for g in row))
     stars = [
-        [s.against is not None and s.against.p_value < 0.05 for s in t.starts.values()]
+        [s.against is not None and s.against.corrected < 0.05 for s in t.starts.values()]
         for t in done.targets
     ]
     names, count = list(done.sources), len(done.sources)

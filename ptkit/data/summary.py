@@ -38,6 +38,11 @@ def data_lines(
         unsaid = sum(not example.target.strip() for example in rows)
         if isinstance(task, GenerationTask | ChatTask) and unsaid:
             lines.append(f"{split}: {unsaid:,} targets are empty")
+    for split, count in data.test_repeats.items():
+        lines.append(
+            f"warning: {count:,} of the {len(data.test):,} test rows are {split} rows too; every "
+            "table says so"
+        )
     for split, ids in (encoded or {}).items():
         lines += _cut(task, split, ids)
     return lines + [f"warning: {text}" for text in _warnings(task, data)]

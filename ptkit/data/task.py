@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ class Example:
     words: tuple[str, ...] = ()
     dialogue: Dialogue | None = None
 
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What makes two rows the same: what the model reads, and what it should write."""
+        said = None if self.dialogue is None else repr(self.dialogue.messages)
+        return self.input, self.target, self.words, said
+
 
 @dataclass(frozen=True)
 class TaskData:
@@ -66,6 +73,23 @@ class TaskData:
         """The source's name of the split the test rows are from."""
         origin = self.origins.get("test")
         return origin.source if origin else "test"
+
+    @cached_property
+    def test_repeats(self) -> dict[str, int]:
+        """Another split -> how many test rows it has, too; only splits that have some.
+
+        Rows that chose the checkpoint and are the test rows are told by `test_chose`.
+        """
+        others = {"train": self.train} | (
+            {} if self.test_chose else {"validation": self.validation}
+        )
+        test = [example.content for example in self.test]
+        found = {
+            name: sum(content in seen for content in test)
+            for name, rows in others.items()
+            for seen in [{example.content for example in rows}]
+        }
+        return {name: count for name, count in found.items() if count}
 
 
 #: Labels listed in an error; more than these mean that another column was meant.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from ptkit.evaluation.score import score_intervals
 from ptkit.formats.adapter_files import read_adapter
 from ptkit.formats.adapter_folder import CONFIG, adapters_below, read_info
 from ptkit.formats.adapter_info import ChatInfo
+from ptkit.formats.figures import scored_rows
 from ptkit.formats.hub import fetch_adapter, is_on_hub, missing_here
 from ptkit.methods import (
     ADAPTERS,
@@ -90,8 +91,9 @@ def input_template(adapter: Path | None) -> str | None:
 class Evaluation:
     """Scores of one adapter, each with its 95 % interval over the test rows.
 
-    test_split: the source's name of the split these are from; test_chose: they are the validation
-    rows, which choose the checkpoint
+    test_split: the source's name of the split these are from
+    test_chose: they are the validation rows, which choose the checkpoint
+    test_repeats: another split -> how many of them it has, too
     """
 
     name: str
@@ -100,6 +102,12 @@ class Evaluation:
     retention: Retention | None
     test_split: str = "test"
     test_chose: bool = False
+    test_repeats: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def rows_scored(self) -> str:
+        """What the rows are that the scores are on, in words that follow a number."""
+        return scored_rows(self.test_split, self.test_chose, self.test_repeats)
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -108,6 +116,7 @@ class Evaluation:
             "n": len(self.predictions),
             "test_split": self.test_split,
             "test_chose": self.test_chose,
+            "test_repeats": self.test_repeats,
             "metrics": {name: i.recorded.model_dump() for name, i in self.metrics.items()},
             "retention": None if self.retention is None else self.retention.as_dict(),
         }
@@ -194,4 +203,6 @@ def evaluate(experiment: Experiment, adapter: Adapter, name: str) -> Evaluation:
         retention = measure_retention(adapter, experiment.general, share)
     scored = score_intervals(rows, recipe.task.metrics, recipe.evaluate.bootstrap)
     data = experiment.data
-    return Evaluation(name, scored, rows, retention, data.test_split, data.test_chose)
+    return Evaluation(
+        name, scored, rows, retention, data.test_split, data.test_chose, data.test_repeats
+    )

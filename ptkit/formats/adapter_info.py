@@ -176,6 +176,8 @@ class AdapterInfo(Open):
     """The source's name of the split that was scored."""
     test_chose: bool = False
     """Whether these rows are the validation rows, which also chose the checkpoint."""
+    test_repeats: dict[str, int] = Field(default_factory=dict)
+    """Another split, `train` or `validation` -> how many of these rows it has, too."""
     retention: RecordedRetention | None = None
     """Forgetting; null where it was not measured."""
     gate: dict[str, float] | None = None
@@ -211,7 +213,7 @@ class AdapterInfo(Open):
     @property
     def rows_scored(self) -> str:
         """What the rows are that the scores are on, in words that follow a number."""
-        return scored_rows(self.test_split, self.test_chose)
+        return scored_rows(self.test_split, self.test_chose, self.test_repeats)
 
     @property
     def method_kind(self) -> str | None:

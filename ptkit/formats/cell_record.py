@@ -172,8 +172,15 @@ class CellRecord(FileSection):
     test_chose: bool = False
     """Whether these rows are the validation rows, which also chose the checkpoint and a search's
     settings."""
+    test_repeats: dict[str, int] = Field(default_factory=dict)
+    """Another split, `train` or `validation` -> how many of these rows it has, too."""
     test_rows: str | None = None
     """Fingerprint of the rows that were scored; null in records of earlier versions."""
+    learnt_rows: str | None = None
+    """Fingerprint of all training and validation rows, before a draw; null in earlier records."""
+    scored_by: dict[str, str] | None = None
+    """Metric -> library, version and settings, of your own function its source; null in earlier
+    records."""
     retention_text: str | None = None
     """Fingerprint of the general text; null without `retention`, and in earlier records."""
     base_fingerprint: str | None = None
@@ -203,7 +210,7 @@ class CellRecord(FileSection):
     @property
     def rows_scored(self) -> str:
         """What the rows are that the scores are on, in words that follow a number."""
-        return scored_rows(self.test_split, self.test_chose)
+        return scored_rows(self.test_split, self.test_chose, self.test_repeats)
 
     def write(self, path: Path) -> None:
         """Write `record.json`; it appears complete or not at all."""
@@ -231,9 +238,15 @@ def _says_what_was_scored(values: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
+def _says_what_was_learnt(values: dict[str, Any]) -> dict[str, Any]:
+    """1 -> 2: a record says which rows were learnt from, what its metrics are, and which test rows
+    stand in another split. Versions that did not count those are taken to have had none."""
+    return {"test_repeats": {}, "learnt_rows": None, "scored_by": None, **values}
+
+
 CELL_RECORD = FileKind(
     CellRecord,
-    (_says_what_was_scored,),
+    (_says_what_was_scored, _says_what_was_learnt),
     FolderError,
     "delete the cell's folder to run it again",
 )

@@ -166,7 +166,9 @@ def as_prompt(files: AdapterFiles, base: Base, *, steps: int = 600) -> FittedPro
     made = with_gate(cls.from_files(plain, section, base).files(), adapter.input_gate)
     info = _converted(files, "prompt_tuning", len(embeddings))
     if error:  # the scores are the prefix's own
-        info = info.without("metrics", "n_test", "test_split", "test_chose", "retention")
+        info = info.without(
+            "metrics", "n_test", "test_split", "test_chose", "test_repeats", "retention"
+        )
     fitted = dataclasses.replace(files, config=made.config, tensors=made.tensors, info=info)
     return FittedPrompt(fitted, error)
 

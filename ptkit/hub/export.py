@@ -129,6 +129,7 @@ def _scored(
         retention=after.retention and after.retention.recorded,
         test_split=after.test_split,
         test_chose=after.test_chose,
+        test_repeats=after.test_repeats,
         int8_lost=lost,
     )
     return info, lost

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
+import math
 import sys
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint
+from typing import Any
 
 from ptkit.errors import UserError
 from ptkit.metrics.metric import MeanOverExamples, Statistics
@@ -17,6 +21,8 @@ class OwnMetric(MeanOverExamples):
 
     The score is the mean over examples, as it comes: it is not multiplied by 100.
     """
+
+    limits = (-math.inf, math.inf)
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -35,7 +41,16 @@ class OwnMetric(MeanOverExamples):
         return float(rows.mean())
 
     def signature(self, references: Sequence[Sequence[str]]) -> str:
-        return f"mean of {self.name}"
+        return f"mean of {self.name}, source {_source(self._function)}"
+
+
+def _source(function: Any) -> str:
+    """Eight hex digits over a function's source, or its name where there is none to read."""
+    try:
+        text = inspect.getsource(function)
+    except (OSError, TypeError):  # built in, or a callable object
+        text = f"{type(function).__module__}.{getattr(function, '__qualname__', type(function))}"
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 class BroughtMetric(OwnMetric):

@@ -169,6 +169,11 @@ class TrainSection(Section):
     the device has instructions for it, and `no` elsewhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    average: Annotated[int, Field(gt=1)] | None = None
+    """Validate and keep a running mean of the trained values instead of the last step's. It is the
+    mean of the first so many steps, and every later step moves it by one part in so many (an
+    exponential moving average; Polyak & Juditsky 1992). It takes the memory of one more copy. null:
+    the values of a step."""
     eval_every: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Steps between validation losses; the best checkpoint by that loss is kept. `auto` is 50, or
     fewer: the steps that train on as many rows as there are of training or of validation, whichever
@@ -196,6 +201,16 @@ class TrainSection(Section):
             raise ValueError("`together` needs another `autocast` than `fp16`, and no `report_to`")
         return self
 
+    @model_serializer(mode="wrap")
+    def _as_before_there_was_an_average(
+        self, handler: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
+        """Without `average` where it is null, so that comparisons of earlier versions go on."""
+        found: dict[str, Any] = handler(self)
+        if found.get("average", 0) is None:
+            del found["average"]
+        return found
+
 
 class EvaluateSection(Section):
     """How results are measured."""
@@ -203,10 +218,11 @@ class EvaluateSection(Section):
     batch_size: Annotated[int, Field(gt=0)] = 64
     """Rows per evaluation batch."""
     bootstrap: Annotated[int, Field(ge=100)] = 1000
-    """Resamples (over seeds and examples) behind every 95 % interval."""
+    """Resamples of the test rows behind every 95 % interval; no p value is below one in so many."""
     baseline: str | None = None
-    """Method (label or name) that the others are compared with by a paired bootstrap test,
-    corrected for their number (Holm). Default: `full` where the recipe has it, else the first."""
+    """Method (label or name) that the others are compared with on the same rows, over seeds and
+    rows, corrected for their number (Holm). Default: `full` where the recipe has it, else the
+    first."""
 
 
 class RetentionSection(Section):

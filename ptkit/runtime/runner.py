@@ -154,6 +154,18 @@ class ModelRunner:
             outputs = encoder(**call.arguments)
         return Encoded(outputs, read["attention_mask"])
 
+    def backbone(self, tokens: Tokens, prefixes: PrefixBatch | None) -> Any:
+        """What the backbone makes of `tokens`: its output, whose `last_hidden_state` is what the
+        output head reads. Raises ModelError for a soft prompt that is read as embeddings."""
+        if prefixes is not None and prefixes.embeddings is not None:
+            raise ModelError(
+                f"{type(self.model).__name__} reads a soft prompt as embeddings, which lengthen "
+                "the hidden states; use prefix_tuning where hidden states are wanted"
+            )
+        with running(self.model):
+            call = self._call(tokens, prefixes, None)
+            return viewed(self.model, call.replaced).base_model(**call.arguments)
+
     def step(self, arguments: dict[str, Any], prefixes: Repeats) -> Any:
         """The output of one forward pass that transformers' `generate` makes with `arguments`, its
         rows attending to `prefixes`; hooks on the model have run already."""

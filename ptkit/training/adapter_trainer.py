@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,14 +80,21 @@ class Job:
 
 
 def _groups(job: Job) -> list[dict[str, Any]]:
+    """The parameter groups of a job's optimiser."""
+    rate, head_rate = job.learning_rate, job.settings.head_learning_rate
+    return parameter_groups(job.adapter, rate, job.beta2, head_rate)
+
+
+def parameter_groups(
+    adapter: Adapter, learning_rate: float, beta2: float, head_learning_rate: float
+) -> list[dict[str, Any]]:
     """What AdamW is given: the adapter's parameters, and those with a rate of their own."""
-    adapter, head_learning_rate = job.adapter, job.settings.head_learning_rate
     trained = adapter.trainable().values()
     apart: list[dict[str, Any]] = []
     for own in adapter.own_rates():
-        rate = own.factor * job.learning_rate if own.learning_rate is None else own.learning_rate
-        beta2 = job.beta2 if own.beta2 is None else own.beta2
-        apart.append({"params": own.parameters, "lr": rate, "betas": (0.9, beta2)})
+        rate = own.factor * learning_rate if own.learning_rate is None else own.learning_rate
+        betas = (0.9, beta2 if own.beta2 is None else own.beta2)
+        apart.append({"params": own.parameters, "lr": rate, "betas": betas})
     if adapter.head is not None:
         apart.append({"params": [*adapter.head.parameters()], "lr": head_learning_rate})
     elsewhere = {parameter for group in apart for parameter in group["params"]}
@@ -141,6 +149,8 @@ class AdapterTrainer:
         self.progress = Progress()
         self.divergence = 0.0
         self.best = self._parameters_now()
+        #: Running means of the trained values, with `train.average`; else nothing.
+        self.average: dict[str, Tensor] = {}
         order = length_grouped_batches(
             [len(e) for e in job.train], self.settings.batch_size, job.seed
         )
@@ -158,7 +168,7 @@ class AdapterTrainer:
         )  # fmt: skip
         if loaded is None:
             return
-        self.progress, self.best = loaded
+        self.progress, self.best, self.average = loaded
         self.scheduler.load_state_dict(self.progress.schedule)
         # The scheduler restores its count only; the rate of the next step is the group's.
         for group, rate in zip(
@@ -206,6 +216,32 @@ class AdapterTrainer:
         self.progress.step += 1
         self.progress.tokens += tokens
         self.progress.loss_since_validation.append(loss)
+        self._averaged()
+
+    def _averaged(self) -> None:
+        """Move the running means, if there are any, by what this step made of the values."""
+        over = self.settings.average
+        if over is None:
+            return
+        now = {n: p.detach() for n, p in self.adapter.trainable().items()}
+        if not self.average:
+            self.average = {name: value.clone() for name, value in now.items()}
+        for name, value in now.items():
+            self.average[name].lerp_(value, 1 / min(self.progress.step, over))
+
+    @contextmanager
+    def judged(self) -> Iterator[None]:
+        """The adapter with the values that are validated, and kept if they are the best: those of
+        the last step, or the running means. Afterwards it has the last step's again."""
+        if not self.average:
+            yield
+            return
+        last = self._parameters_now()
+        self.adapter.load_trainable(self.average)
+        try:
+            yield
+        finally:
+            self.adapter.load_trainable(last)
 
     @property
     def retain_weight(self) -> float:
@@ -245,7 +281,8 @@ class AdapterTrainer:
             progress.best_score, progress.best_loss = score, loss
             progress.best_step = progress.step
             progress.stale_validations = 0
-            self.best = self._parameters_now()
+            with self.judged():
+                self.best = self._parameters_now()
         else:
             progress.stale_validations += 1
         return entry
@@ -262,8 +299,9 @@ class AdapterTrainer:
         """
         self.progress.schedule = self.scheduler.state_dict()
         save_checkpoint(
-            self.job.run, self.progress, self.adapter, self.best, self.plain_optimizer, random
-        )
+            self.job.run, self.progress, self.adapter, self.best, self.plain_optimizer, random,
+            self.average,
+        )  # fmt: skip
 
     def report(self, loss: float) -> None:
         """Tell the job's display, if it has one."""

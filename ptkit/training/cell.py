@@ -15,7 +15,7 @@ from ptkit.training.experiment import Experiment
 from ptkit.training.run_folder import open_run_folder
 
 #: What `cell.json` says of a cell since later versions.
-ADDED = ("test_rows", "retention_text", "retain_text")
+ADDED = ("test_rows", "retention_text", "retain_text", "metrics")
 
 
 def cell_name(method: MethodSection, seed: int) -> str:
@@ -67,6 +67,7 @@ def open_cell_folder(experiment: Experiment, cell: Cell) -> None:
         "data_fingerprint": experiment.data_fingerprint(cell.seed),
         "test_rows": experiment.test_fingerprint(),
         "retention_text": experiment.retention_fingerprint(),
+        "metrics": experiment.metric_signatures(),
         "retain_text": experiment.retain_fingerprint(),
         "task": recipe.task.model_dump(),
         "train": recipe.train.model_dump(exclude=recipe.train.NOT_OF_RESULT),

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -54,10 +55,12 @@ def save_checkpoint(
     best: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     random: Sequence[Mapping[str, Tensor]],
+    average: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Write `run/checkpoint-STEP`, and remove the ones before it and those that were cut off.
 
     random: the `random_states` of every process, in their order
+    average: running means of the trained values; none without `train.average`
     """
     # A run that is often killed would fill the disk with parts of checkpoints.
     atomic.remove_leftovers(run)
@@ -65,6 +68,8 @@ def save_checkpoint(
     with atomic.folder(path, replace=True) as scratch:
         save_file(_on_cpu(dict(adapter.trainable())), scratch / "trainable.safetensors")
         save_file(_on_cpu(best), scratch / "best.safetensors")
+        if average:
+            save_file(_on_cpu(dict(average)), scratch / "average.safetensors")
         save_file(_optimizer_tensors(adapter, optimizer), scratch / "optimizer.safetensors")
         states = {_key(i, name): t for i, own in enumerate(random) for name, t in own.items()}
         save_file(states, scratch / "random.safetensors")
@@ -80,13 +85,13 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     process: int = 0,
     processes: int = 1,
-) -> tuple[Progress, dict[str, Tensor]] | None:
+) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]] | None:
     """Restore the newest checkpoint of `run` into `adapter`, `optimizer` and the generators of this
     process.
 
-    Returns the progress and the best parameters so far, or None when there is no checkpoint. Raises
-    UserError when it was written by another number of processes: each has a part of every batch;
-    and when its progress is damaged.
+    Returns the progress, the best parameters so far and the running means (none without
+    `train.average`), or None when there is no checkpoint. Raises UserError when it was written by
+    another number of processes: each has a part of every batch; and when its progress is damaged.
     """
     found = _checkpoints(run)
     if not found:
@@ -112,8 +117,13 @@ def load_checkpoint(
             "to begin anew"
         ) from error
     device = adapter.base.model.device
-    best = {n: t.clone().to(device) for n, t in load_file(path / "best.safetensors").items()}
-    return progress, best
+
+    def read(file: Path) -> dict[str, Tensor]:
+        return {n: t.clone().to(device) for n, t in load_file(file).items()}
+
+    averages = path / "average.safetensors"
+    average = read(averages) if averages.exists() else {}
+    return progress, read(path / "best.safetensors"), average
 
 
 def remove_checkpoints(run: Path) -> None:

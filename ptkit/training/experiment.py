@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -14,6 +15,8 @@ from ptkit.data import Example, TaskData, general_texts, load_task
 from ptkit.data.chat_rows import ChatEncoder
 from ptkit.data.chat_template import with_template_read
 from ptkit.data.encoded import EncodedExample
+from ptkit.data.general_text import GENERAL_EN
+from ptkit.data.leaks import require_unlearnt, texts_of
 from ptkit.data.summary import chat_lines, data_lines
 from ptkit.data.token_cache import encode_cached
 from ptkit.errors import ModelError, UserError
@@ -92,10 +95,16 @@ class Experiment:
 
     def data_fingerprint(self, seed: int) -> str:
         """16 hex digits over the training and validation rows of `seed` as token ids."""
-        digest = hashlib.sha256()
-        for row in (*self.training(seed).encoded, *self.validation):
-            digest.update(repr(row.content).encode())
-        return digest.hexdigest()[:16]
+        return _of_rows((*self.training(seed).encoded, *self.validation))
+
+    def rows_fingerprint(self) -> str:
+        """The same over all training and validation rows, which every seed draws from."""
+        return _of_rows((*self.rows.encoded, *self.validation))
+
+    def metric_signatures(self) -> dict[str, str]:
+        """Metric -> library, version and settings, of your own function its source."""
+        references = [example.references for example in self.data.test]
+        return {name: metric(name).signature(references) for name in self.recipe.task.metrics}
 
     def test_fingerprint(self) -> str:
         """16 hex digits over all that the test rows are: inputs, targets, references, labels."""
@@ -122,6 +131,13 @@ class Experiment:
         if self.retain_windows is None:
             return None
         return hashlib.sha256(repr(self.retain_windows.tolist()).encode()).hexdigest()[:16]
+
+
+def _of_rows(rows: Iterable[EncodedExample]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row.content).encode())
+    return digest.hexdigest()[:16]
 
 
 def _require_same_labels(base: Base, labels: Labels | None) -> None:
@@ -161,7 +177,9 @@ def read_data(loaded: LoadedRecipe) -> tuple[LoadedRecipe, TaskData, dict[str, s
         metric(name)
     data = load_task(recipe.task, loaded.folder, loaded.given)
     require_metrics(recipe.task.metrics, [example.references for example in data.test])
-    return loaded, data, general_texts(retention.text, loaded.folder) if retention else None
+    texts = general_texts(retention.text, loaded.folder) if retention else None
+    _require_unlearnt(recipe, texts, data, loaded.folder)
+    return loaded, data, texts
 
 
 def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
@@ -207,6 +225,19 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
         loaded.folder,
         tuple(told),
     )
+
+
+def _require_unlearnt(
+    recipe: Recipe, measured: dict[str, str] | None, data: TaskData, folder: Path
+) -> None:
+    """Raise DataError where text that forgetting is measured on is learnt from."""
+    if measured is not None:
+        require_unlearnt(measured, texts_of(data.train), "the training rows")
+    retain = recipe.train.retain
+    if retain is not None and retain.text is not None and retain.text != GENERAL_EN:
+        texts = general_texts(retain.text, folder)
+        ships = general_texts(GENERAL_EN, folder)
+        require_unlearnt({**ships, **(measured or {})}, texts.values(), "`train.retain.text`")
 
 
 def _with_chat_template(loaded: LoadedRecipe) -> LoadedRecipe:

@@ -191,7 +191,9 @@ class _Loop:
             trainer = self.trainers[i]
             clock = time.perf_counter()
             if trainer.validation_due:
-                entry = trainer.validated(self.validation_loss(i))
+                with trainer.judged():
+                    validation_loss = self.validation_loss(i)
+                entry = trainer.validated(validation_loss)
                 if self.settings.report_to:
                     self.accelerator.log(entry, step=trainer.progress.step)
             trainer.progress.seconds += share + time.perf_counter() - clock

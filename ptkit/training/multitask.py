@@ -33,7 +33,7 @@ from ptkit.formats.adapter_info import AdapterInfo, MethodInfo, MultitaskInfo
 from ptkit.formats.cell_record import CurvePoint
 from ptkit.formats.figures import scored_rows
 from ptkit.formats.folder_lock import held
-from ptkit.formats.typed_file import FileKind, FileSection
+from ptkit.formats.typed_file import FileKind, FileSection, unchanged
 from ptkit.methods import Adapter
 from ptkit.methods.multitask_prompt.adapter import MultitaskPrompt
 from ptkit.methods.multitask_prompt.settings import MultitaskSection
@@ -58,7 +58,8 @@ IDENTITY, WHAT = "multitask.json", "multi-task prompt"
 class TaskScores(FileSection):
     """What the prompt of one task makes of its test rows; the first metric is the score.
 
-    test_split, test_chose: what these rows are (see `ptkit.formats.cell_record.CellRecord`)
+    test_split, test_chose, test_repeats: what these rows are (see
+    `ptkit.formats.cell_record.CellRecord`)
     """
 
     metrics: dict[str, Interval]
@@ -66,11 +67,12 @@ class TaskScores(FileSection):
     n_test: int
     test_split: str = "test"
     test_chose: bool = False
+    test_repeats: dict[str, int] = Field(default_factory=dict)
 
     @property
     def rows_scored(self) -> str:
         """What the rows are that the scores are on, in words that follow a number."""
-        return scored_rows(self.test_split, self.test_chose)
+        return scored_rows(self.test_split, self.test_chose, self.test_repeats)
 
 
 class Multitask(FileSection):
@@ -122,7 +124,10 @@ def _says_which_rows(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "tasks": named}
 
 
-_RECORD = FileKind(Multitask, (_says_which_rows,), FolderError, "pass --fresh to train it again")
+# 1 -> 2 brought `test_repeats`; versions that did not count are taken to have none.
+_RECORD = FileKind(
+    Multitask, (_says_which_rows, unchanged), FolderError, "pass --fresh to train it again"
+)
 
 
 def multitask(
@@ -315,6 +320,7 @@ def _measured(
             n_test=len(predictions),
             test_split=experiment.data.test_split,
             test_chose=experiment.data.test_chose,
+            test_repeats=experiment.data.test_repeats,
         )
         lines = [json.dumps(p.as_dict(), ensure_ascii=False) for p in predictions]
         folder = out / "tasks" / name
@@ -328,6 +334,7 @@ def _measured(
             n_test=scores[name].n_test,
             test_split=scores[name].test_split,
             test_chose=scores[name].test_chose,
+            test_repeats=scores[name].test_repeats,
         )
         _write(folder / "adapter", own, adapter, [*experiments], progress, seed, info)
         atomic.remove_leftovers(folder)

@@ -41,6 +41,7 @@ def adapter_info(
         n_test=record.n_test,
         test_split=record.test_split,
         test_chose=record.test_chose,
+        test_repeats=record.test_repeats,
         retention=record.retention,
         gate=record.gate,
         trainable_parameters=record.trainable_parameters,

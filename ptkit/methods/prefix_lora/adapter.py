@@ -99,7 +99,8 @@ class PrefixLora(Adapter):
 
     def own_rates(self) -> list[OwnRate]:
         matrices = [*self.lora.trainable().values()]
-        return [OwnRate(matrices, self.section.lora_learning_rate)]
+        rates = self.prefix_tuning.own_rates()
+        return [OwnRate(matrices, self.section.lora_learning_rate), *rates]
 
     def own_files(self) -> AdapterFiles:
         prefix, lora = self.prefix_tuning.own_files(), self.lora.own_files()

@@ -119,7 +119,10 @@ class PrefixMixture(Adapter):
 
     def own_rates(self) -> list[OwnRate]:
         gate, section = [*self.gate.parameters()], self.section
-        return [OwnRate(gate, section.gate_learning_rate, section.beta2)]
+        prefixes: list[Any] = [*self.prefixes]
+        rates = [rate for prefix in prefixes for rate in prefix.own_rates()]
+        trained = [rate for rate in rates if all(p.requires_grad for p in rate.parameters)]
+        return [OwnRate(gate, section.gate_learning_rate, section.beta2), *trained]
 
     def own_files(self) -> AdapterFiles:
         own: list[Any] = [*self.prefixes]

@@ -1,7 +1,9 @@
 """Prefix tuning: keys and values learnt at every layer (Li & Liang 2021, section 4).
 
 "Prefix-Tuning: Optimizing Continuous Prompts for Generation", https://arxiv.org/abs/2101.00190.
-With `reparameterize`, an MLP makes them (section 4.3); PEFT's `PrefixEncoder` is the MLP. Where the
+With `reparameterize`, an MLP makes them (section 4.3); PEFT's `PrefixEncoder` is the MLP. It may
+stand beside values that are learnt directly (Razdaibiedina et al. 2023, "Residual Prompt Tuning",
+https://arxiv.org/abs/2305.03937, section 3, for every layer's keys and values). Where the
 base can read a soft prompt, the embeddings that it makes the start of learn too
 (`learn_embeddings`). A prefix is then all that prompt tuning reaches, and more.
 """
@@ -44,6 +46,9 @@ from ptkit.runtime.base_model import Base
 from ptkit.runtime.cache import has_state, shares_keys
 from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.infix import require_infix
+
+#: How much slower than values beside it an MLP learns: the two rates that suit each alone.
+MLP_RATE = 0.03
 
 
 @register
@@ -112,6 +117,10 @@ class PrefixTuning(Adapter):
         self.read = read
         # [trained layers * 2 * kv_heads * head_dim]
         self.register_buffer("unit", unit.repeat_interleave(side).to(device))
+        #: What is learnt beside an MLP, in the layout of its output.
+        self.beside: nn.Parameter | None = None
+        if section.reparameterize == "residual":
+            self.beside = nn.Parameter(torch.zeros(rows, 2 * side * trained, device=device))
         self.gates: nn.Parameter | None = None
         if section.gates is not None:
             sides = 2 if section.gates == "keys_and_values" else 1
@@ -129,7 +138,7 @@ class PrefixTuning(Adapter):
             num_attention_heads=shape.kv_heads,
             token_dim=shape.kv_heads * shape.key_dim,
             num_transformer_submodules=1,
-            prefix_projection=section.reparameterize,
+            prefix_projection=bool(section.reparameterize),
             encoder_hidden_size=section.encoder_hidden_size,
         )
 
@@ -214,7 +223,7 @@ class PrefixTuning(Adapter):
     def trainable_parameters(self) -> int:
         # Where layers differ, the narrower ones have room that nobody reads.
         used = super().trainable_parameters
-        if not self.section.reparameterize:
+        if self.section.reparameterize is not True:
             side, rows = self.config.token_dim, self.virtual_tokens - self.first[0]
             layers = self.base.layout[len(self.base.layout) - self.trained_layers :]
             used -= rows * 2 * sum(side - s.kv_heads * s.key_dim for s in layers)
@@ -229,7 +238,10 @@ class PrefixTuning(Adapter):
         row, column = self.first
         indices = torch.arange(self.virtual_tokens - row, device=self.start.device)
         start = self.start if self.read is None else self.read.flat()
-        trained = start[row:, column:] + self.unit * self.encoder(indices)
+        learnt = self.encoder(indices)
+        if self.beside is not None:
+            learnt = learnt + self.beside
+        trained = start[row:, column:] + self.unit * learnt
         if self.gates is not None:
             trained = self._gated(trained)
         if column:
@@ -248,6 +260,8 @@ class PrefixTuning(Adapter):
         return prefix.to(self.base.model.device, self.base.model.dtype)
 
     def own_rates(self) -> list[OwnRate]:
+        if self.beside is not None:
+            return [OwnRate([*self.encoder.parameters()], beta2=None, factor=MLP_RATE)]
         if self.read is None:
             return []
         return [OwnRate([self.read.change], beta2=None, factor=EMBEDDING_RATE)]
