@@ -71,7 +71,8 @@ ROWS = (
         "test_llama_cpp_serve",
     ),
     EngineRow(
-        "AdapterHub's `adapters`, `--as adapterhub` (Llama, Mistral)", "adapterhub", "no", "no",
+        "AdapterHub's `adapters`, `--as adapterhub` (Llama, Mistral, GPT-2, BERT)",
+        "adapterhub", "no", "no",
         "Python", "test_import",
     ),
     EngineRow("MLX, `--as mlx`", "mlx", "no", "no", "Python", "test_mlx"),

@@ -99,7 +99,9 @@ def generate(
     import torch
 
     from ptkit.bank import AdapterBank, name_of
+    from ptkit.data.chat_template import ChatTemplate
     from ptkit.data.inputs import table_inputs
+    from ptkit.evaluation.alone import answers_alone, changes_every_row
     from ptkit.formats.adapter_folder import base_id, read_config
     from ptkit.methods import revision_named
     from ptkit.methods.base_names import needs_no_download
@@ -123,15 +125,22 @@ def generate(
     revision = revision_named(id, made_for)
     if revision is not None and not quiet:
         typer.secho(f"{id} at the revision {revision}, which the adapters name", err=True, dim=True)
-    bank = AdapterBank(load_base(id, revision=revision, device_map=device_map))
+    base = load_base(id, revision=revision, device_map=device_map)
     chosen = model is not None
-    names = [
-        None if place is None else bank.load(place, str(place), chosen=chosen) for place in places
-    ]
-    asked_in = [bank.chat_template(name) for name in names]
+    # Only by itself: what it changes, it changes for every row.
+    alone = places[0] if len(places) == 1 and named and changes_every_row(named[0]) else None
+    if alone is not None:
+        asked_in = [ChatTemplate.of_record(base.tokenizer, read_info(alone).chat)]
+    else:
+        bank = AdapterBank(base)
+        names = [
+            None if place is None else bank.load(place, str(place), chosen=chosen)
+            for place in places
+        ]
+        asked_in = [bank.chat_template(name) for name in names]
     ends = {end for chat in asked_in if chat.trained for end in chat.ends}
     if ends and not raw:
-        options["eos_token_id"] = sorted({*own_ends(bank.base.model), *ends})
+        options["eos_token_id"] = sorted({*own_ends(base.model), *ends})
 
     # Of a data file each adapter reads the columns that its own template names.
     rows = {place: table_inputs(table, input_template(place or template)) for place in places
@@ -144,7 +153,7 @@ def generate(
             return rows[place][number]
         if raw:
             return inputs[number]
-        return fill_template(inputs[number], place or template, bank.base.tokenizer)
+        return fill_template(inputs[number], place or template, base.tokenizer)
 
     if ensemble:
         texts = [filled(number, template) for number in range(len(inputs))]
@@ -154,9 +163,11 @@ def generate(
             _print(text, f"ensemble of {len(places)}", answer, json_output, alone=True)
         return
     asked = [(number, place) for number in range(len(inputs)) for place in places]
-    answers = bank.generate(
-        [filled(number, place) for number, place in asked], names * len(inputs), **options
-    )
+    texts = [filled(number, place) for number, place in asked]
+    if alone is not None:
+        answers = answers_alone(alone, base, texts, chosen=chosen, **options)
+    else:
+        answers = bank.generate(texts, names * len(inputs), **options)
     for (number, place), answer in zip(asked, answers, strict=True):
         text = inputs[number]
         name = None if place is None else name_of(place)

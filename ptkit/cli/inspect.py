@@ -11,28 +11,46 @@ import typer
 
 from ptkit.cli.completion import complete_adapters
 from ptkit.cli.options import JsonOutput, OwnModelOption, Quiet
+from ptkit.errors import AdapterError
 
 if TYPE_CHECKING:
     from ptkit.evaluation.anatomy import Anatomy
+    from ptkit.hub.imports import DescribedSource
 
 
 def inspect(
     adapter: Annotated[
-        Path, typer.Argument(help="Adapter or run folder.", autocompletion=complete_adapters)
+        Path,
+        typer.Argument(
+            help="Adapter or run folder, or whatever another library wrote.",
+            autocompletion=complete_adapters,
+        ),
     ],
     model: OwnModelOption = None,
     words: Annotated[int, typer.Option(min=1, help="Nearest words per virtual token.")] = 3,
     json_output: JsonOutput = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show an adapter's tensors, size, norms per layer, attention and nearest words."""
+    """Show an adapter's tensors, size, norms per layer, attention and nearest words.
+
+    Of another library's folder, file or repository it names what it is and what can be done with
+    it. Nothing in it is run.
+    """
     from ptkit.evaluation.anatomy import dissect
     from ptkit.evaluation.evaluate import find_adapter
     from ptkit.formats.adapter_files import read_adapter
+    from ptkit.hub.imports import describe_source
     from ptkit.methods import base_of
 
-    path = find_adapter(adapter)
-    files = read_adapter(path)
+    try:
+        path = find_adapter(adapter)
+        files = read_adapter(path)
+    except AdapterError:
+        described = describe_source(str(adapter))
+        if described is None:
+            raise
+        _show_foreign(described, str(adapter), json_output)
+        return
     base = base_of(files, model, str(adapter))
     anatomy = dissect(path, base, words=words, chosen=model is not None)
     if json_output:
@@ -41,6 +59,19 @@ def inspect(
         typer.echo(path)
     else:
         _show(anatomy, path)
+
+
+def _show_foreign(described: DescribedSource, where: str, json_output: bool) -> None:
+    if json_output:
+        typer.echo(json.dumps(vars(described), ensure_ascii=False))
+        return
+    typer.echo(f"{where} is {described.what}")
+    if described.base is not None:
+        typer.echo(f"it names the base {described.base}")
+    if described.refused is not None:
+        typer.echo(f"it is not imported: {described.refused}")
+    if described.command is not None:
+        typer.echo(f"this reads it:\n{described.command}")
 
 
 def _as_dict(anatomy: Anatomy) -> dict[str, object]:

@@ -135,7 +135,7 @@ def require_room(
 ) -> None:
     """Raise ModelError unless every example fits into the positions the adapter leaves."""
     title = f"`{adapter.section.title}`"
-    require_positions(adapter.base, adapter.virtual_tokens, title, encoded, task)
+    require_positions(adapter.base, adapter.positions, title, encoded, task)
 
 
 def require_positions(

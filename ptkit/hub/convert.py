@@ -157,6 +157,10 @@ def as_prompt(files: AdapterFiles, base: Base, *, steps: int = 600) -> FittedPro
                 raise AdapterError(
                     f"a {files.peft_type} adapter has no virtual tokens before the input"
                 )
+            if prefix.placeless:
+                raise AdapterError(
+                    f"a {files.peft_type} adapter takes no positions, and a soft prompt takes some"
+                )
             embeddings, error = fitted_embeddings(prefix.detach(), base, steps=steps)
     finally:
         adapter.close()

@@ -34,7 +34,7 @@ from ptkit.methods import (
     require_same_base,
 )
 from ptkit.methods.base_names import same_name
-from ptkit.methods.head import TrainedHead
+from ptkit.methods.head import TrainedHead, with_saved_head
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import prepare
@@ -190,7 +190,7 @@ def _check_base(files: AdapterFiles, base: Base, source: str, *, chosen: bool) -
     try:
         detail = _fit(files, base)
         if base.head is not None:
-            TrainedHead(base).load(files)
+            TrainedHead(with_saved_head(base, files)).load(files)
     except AdapterError as error:
         yield Check("shapes", False, str(error))
         return

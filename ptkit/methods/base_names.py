@@ -15,12 +15,20 @@ from ptkit.errors import AdapterError
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.model_names import PACKAGED, TINY_EN, WHEELS
 
+#: A page of the Hub, or of a mirror of it: `https://HOST/org/name`.
+_PAGE = re.compile(r"https?://[^/]+/(?P<id>[^/]+/[^/]+?)(?:/tree/[^/]+)?/?")
+#: Folders that are called alike in every training: they are known by the folder above them, too.
+_LIKE_OTHERS = re.compile(r"checkpoint-\d+")
 #: A model in the Hub's cache: `.../models--org--name/snapshots/COMMIT`.
 _CACHED = re.compile(r"(?:^|[\\/])models--(?P<id>[^\\/]+)[\\/]snapshots[\\/][^\\/]+[\\/]?$")
 
 
 def hub_name(name: str) -> str:
-    """`name`, or the id `org/name` where it is a path into the Hub's cache."""
+    """`name`, or the id `org/name` where it is a path into the Hub's cache or a page of the Hub or
+    of a mirror."""
+    page = _PAGE.fullmatch(name)
+    if page is not None:
+        return page["id"]
     found = _CACHED.search(name)
     return found["id"].replace("--", "/", 1) if found else name
 
@@ -58,7 +66,9 @@ def same_name(name: str, base: Base) -> bool:
 
 
 def _last_part(name: str) -> str:
-    return re.split(r"[\\/]", hub_name(name).rstrip("\\/"))[-1]
+    parts = re.split(r"[\\/]", hub_name(name).rstrip("\\/"))
+    count = 2 if _LIKE_OTHERS.fullmatch(parts[-1]) else 1
+    return "/".join(parts[-count:])
 
 
 def require_shapes(

@@ -102,7 +102,7 @@ def _require_places(asked: _Asked) -> None:
     if most is None or not isinstance(new, int):
         return
     for row, (prompt, prefix) in enumerate(zip(asked.prompts, asked.rows, strict=True)):
-        virtual = 0 if prefix is None else prefix.virtual_tokens
+        virtual = 0 if prefix is None else prefix.positions
         # The last new token is never read.
         if virtual + len(prompt) + new - 1 > most:
             raise ModelError(
@@ -219,7 +219,7 @@ def _in_cache(
         return _attending(asked, batch, None, None)
     if batch is not None and batch.longest:
         require_attention(model)
-        if not _kept_in_cache(model, generate_options):
+        if batch.placeless is not None or not _kept_in_cache(model, generate_options):
             return _attending(asked, batch, static_positions, read)
     input_ids, attention_mask = asked.padded(left=True)
     positions = input_ids.shape[1] + int(generate_options.get("max_new_tokens") or 0)

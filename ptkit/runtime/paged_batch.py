@@ -24,14 +24,8 @@ from ptkit.prefix import KVPrefix
 from ptkit.runtime.block_pool import BlockPool, BlockTable
 from ptkit.runtime.cache import shares_keys
 from ptkit.runtime.infix import placed_before_last
-from ptkit.runtime.paged_attention import (
-    ApartPass,
-    Chunk,
-    TogetherPass,
-    grouped,
-    of_one_length,
-    reads_tokens_apart,
-)
+from ptkit.runtime.paged_attention import ApartPass, TogetherPass, reads_tokens_apart
+from ptkit.runtime.paged_groups import Chunk, grouped, of_one_length
 from ptkit.runtime.placement import own_part
 from ptkit.runtime.runner import ModelRunner, Tokens, Want
 
@@ -118,8 +112,14 @@ class PagedSequence:
         return self.given.prefix is not None and self.given.prefix.infix
 
     @property
+    def placeless(self) -> int:
+        """How many virtual tokens it begins with that take no position."""
+        prefix = self.given.prefix
+        return 0 if prefix is None else prefix.virtual_tokens - prefix.positions
+
+    @property
     def length(self) -> int:
-        """Positions it takes."""
+        """Slots it takes."""
         return self.table.length
 
 
@@ -137,18 +137,23 @@ class PagedBatch:
         self._model, self.pool = model, pool
         self._weights: Weights = weights or (lambda _: nullcontext())
         self._apart = reads_tokens_apart(model)
+        self._last: ApartPass | None = None  # the last pass, which the next one may go on from
         #: Numbers of what sequences begin with, given once: contents are named by them.
         self._numbers: WeakKeyDictionary[KVPrefix, int] = WeakKeyDictionary()
         self._given = 0
 
     # Sequences
 
-    def begin(self, given: SequenceInput) -> PagedSequence:
-        """A sequence to `prefill`. Raises NoBlocksError when its prefix has no room."""
+    def begin(self, given: SequenceInput, reserved: int = 0) -> PagedSequence:
+        """A sequence to `prefill`. Raises NoBlocksError when its prefix has no room.
+
+        reserved: positions after those of a shared prefix whose blocks it takes at once
+        """
         table = BlockTable(self.pool)
         try:
             if given.prefix is not None and not given.prefix.infix:
                 self._take_prefix(table, given.prefix)
+            table.reserve(reserved)
             return PagedSequence(given, table, self._digests(given))
         except BaseException:
             table.release()
@@ -206,7 +211,7 @@ class PagedBatch:
             chunks: list[Chunk] = []
             for number, (sequence, token) in enumerate(zip(decoding, tokens, strict=True)):
                 sequence.table.extend(1)
-                chunks.append(Chunk(number, (token,), sequence.table.slots))
+                chunks.append(Chunk(number, (token,), sequence.table, sequence.placeless))
             leaders: dict[bytes, PagedSequence] = {}
             for group, left in prefilling:
                 for sequence in group:
@@ -223,6 +228,7 @@ class PagedBatch:
                 if leader.logits is not None and sequence.logits is None:
                     self._follow(sequence, leader)
         except BaseException:
+            self._last = None
             for block in published:
                 self.pool.withdraw(block)
             for sequence, mark, read, own in marks:
@@ -256,7 +262,9 @@ class PagedBatch:
         their numbers."""
         passes: list[ApartPass] | list[TogetherPass]
         if self._apart:
-            passes = [ApartPass(self._model, self.pool, chunks)]
+            if self._last is None or not self._last.goes_on(chunks):
+                self._last = ApartPass(self._model, self.pool, chunks)
+            passes = [self._last]
         else:
             passes = [
                 TogetherPass(self._model, self.pool, part)
@@ -280,15 +288,18 @@ class PagedBatch:
         sequences: Sequence[PagedSequence],
         wanted: frozenset[int],
     ) -> Tensor:
+        tokens = Tokens(one.ids, one.mask, one.positions)
         loras, ends = [], []
         for chunk in one.chunks:
             rows = len(chunk.ids) if isinstance(one, ApartPass) else 1
             loras += [sequences[chunk.number].lora] * rows
             ends += [False] * (len(chunk.ids) - 1) + [chunk.number in wanted]
-        at = torch.tensor(ends, device=self._model.device).view(one.ids.shape)
-        tokens = Tokens(one.ids, one.mask, one.positions)
         with self._weights(loras):
-            return ModelRunner(self._model).forward(tokens, kv=one, want=Want("logits", at))
+            runner = ModelRunner(self._model)
+            if one.ids.shape[1] == 1 and all(ends):  # decode: the head reads all there is
+                return runner.forward(tokens, kv=one)[:, 0]
+            at = torch.tensor(ends, device=self._model.device).view(one.ids.shape)
+            return runner.forward(tokens, kv=one, want=Want("logits", at))
 
     # What is read once
 
@@ -315,7 +326,7 @@ class PagedBatch:
             block = int(table.slots[len(table.slots) - end + index * size]) // size
             self.pool.publish(block, sequence.digests[index])
             published.append(block)
-        return Chunk(number, given.prompt[start:end], table.slots)
+        return Chunk(number, given.prompt[start:end], table, sequence.placeless)
 
     def _follow(self, sequence: PagedSequence, leader: PagedSequence) -> None:
         """Let `sequence` take over what `leader` has read."""

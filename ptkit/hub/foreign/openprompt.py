@@ -58,6 +58,11 @@ def found(source: Source) -> str | None:
     return "a file of tensors, perhaps a template of OpenPrompt"
 
 
+def why_not(source: Source) -> str | None:
+    """None: names and settings do not tell."""
+    return None
+
+
 def read(source: Source, base: Base | None) -> Foreign:
     """The template as prefix or prompt tuning. Raises AdapterError for one that is neither."""
     assert base is not None

@@ -28,6 +28,11 @@ def found(source: Source) -> str | None:
     return f"a {kind} adapter of PEFT with pickled weights"
 
 
+def why_not(source: Source) -> str | None:
+    """None: names and settings do not tell."""
+    return None
+
+
 def read(source: Source, base: Base | None) -> Foreign:
     """The adapter with its settings as they are, and its tensors."""
     files = AdapterFiles(source.settings(CONFIG), source.tensors(PICKLED_WEIGHTS))

@@ -34,6 +34,17 @@ class Source:
             return [self.path.name]
         return sorted(p.name for p in self.path.iterdir() if p.is_file())
 
+    @cached_property
+    def folders(self) -> list[str]:
+        """The names of the folders directly below it, in alphabetical order."""
+        if not self.path.is_dir():
+            return []
+        return sorted(p.name for p in self.path.iterdir() if p.is_dir() and p.name[0] != ".")
+
+    def below(self, name: str) -> Source:
+        """The folder `name` in it."""
+        return Source(self.path / name)
+
     def settings(self, name: str) -> dict[str, Any]:
         """The JSON object in the file `name`; empty where there is none."""
         path = self.path / name

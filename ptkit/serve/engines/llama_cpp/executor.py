@@ -369,4 +369,6 @@ def _not_held(prefix: object) -> str | None:
         return "its keys and values depend on the input"
     if prefix.infix:
         return "its virtual tokens stand before the last word of each input, not at the front"
+    if prefix.placeless:
+        return "its texts begin at position 0, and those behind a slot's tokens after them"
     return None
