@@ -45,7 +45,7 @@ from ptkit.recipe.tasks import GenerationTask, SequenceClassificationTask
 from ptkit.runtime.base_model import Base, frozen_base, load_base
 from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.forward import all_logits
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.model_names import TINY_EN
 from ptkit.serve.answers import chat_prompt
 from ptkit.serve.text import TextStream
 from ptkit.training.gate import _features, fit_gate

@@ -27,7 +27,8 @@ from typer.testing import CliRunner, Result
 from ptkit.cli.main import app
 from ptkit.errors import AdapterError
 from ptkit.evaluation.alone import answers_alone, changes_every_row
-from ptkit.formats.adapter_files import CONFIG, PICKLED_WEIGHTS, read_adapter
+from ptkit.formats.adapter_files import read_adapter
+from ptkit.formats.adapter_folder import CONFIG, PICKLED_WEIGHTS
 from ptkit.hub.engines import writer
 from ptkit.hub.foreign.pickled import unpickled
 from ptkit.hub.foreign.rotation import turned

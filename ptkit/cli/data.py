@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
 import typer
 
-from ptkit.cli.options import FormatOption, OutputFormat
+from ptkit.cli.completion import complete_models
+from ptkit.cli.options import JsonOutput, Quiet, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +35,12 @@ def inspect(
         list[Path], typer.Argument(metavar="FILE...", help="JSONL, JSON, CSV or Parquet files.")
     ],
     model: Annotated[
-        str, typer.Option("--model", help="Whose tokenizer reads them: hub id, folder or name.")
+        str,
+        typer.Option(
+            "--model",
+            help="Whose tokenizer reads them: hub id, folder or name.",
+            autocompletion=complete_models,
+        ),
     ] = "tiny-en",
     form: Annotated[
         str,
@@ -61,7 +67,8 @@ def inspect(
     ] = "assistant",
     max_tokens: Annotated[int, typer.Option(min=2, help="The most tokens of one.")] = 1024,
     rows: Annotated[int, typer.Option(min=0, help="How many of the first rows are shown.")] = 2,
-    output: FormatOption = OutputFormat.human,
+    json_output: JsonOutput = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show what was recognised, and the first rows as the model reads them.
 
@@ -105,9 +112,9 @@ def inspect(
         report = inspect_pairs(files, tokenizer, task, rows)
     else:
         report = inspect_chats(files, tokenizer, task, rows)
-    if output is OutputFormat.json:
+    if json_output:
         typer.echo(json.dumps(report.as_dict(), ensure_ascii=False, indent=2))
-    elif output is OutputFormat.quiet:
+    elif quiet:
         typer.echo(report.form)
     elif isinstance(task, PreferenceTask):
         _show_pairs(cast("PairReport", report))
@@ -128,7 +135,7 @@ def _console(form: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) 
         table.add_column(heading)
     for row in rows:
         table.add_row(*map(Text, row))
-    console.print(table)
+    show_table(table)
     return console
 
 

@@ -9,7 +9,15 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ptkit.cli.options import DeviceMapOption, JsonOutput, input_lines, is_data_file
+from ptkit.cli.options import (
+    AdapterOption,
+    DeviceMapOption,
+    JsonOutput,
+    ModelOption,
+    Quiet,
+    input_lines,
+    is_data_file,
+)
 
 
 class Ensemble(StrEnum):
@@ -24,18 +32,8 @@ def generate(
         Optional[list[str]],  # noqa: UP045  (typer reads annotations at run time)
         typer.Argument(help="Inputs. Default: the lines of --input, or of standard input."),
     ] = None,
-    adapter: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option("--adapter", "-a", help="Adapter or run folder, or hub id; repeatable."),
-    ] = None,
-    model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--model",
-            help="Base model: hub id, folder; default: `tiny-en`. Named here, it is taken for the "
-            "base of adapters that know theirs by another name only.",
-        ),
-    ] = None,
+    adapter: AdapterOption = None,
+    model: ModelOption = None,
     device_map: DeviceMapOption = None,
     input_file: Annotated[
         Optional[Path],  # noqa: UP045
@@ -64,6 +62,7 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="With --sample.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of --sample.")] = 0,
     json_output: JsonOutput = False,
+    quiet: Quiet = False,
 ) -> None:
     """Generate with one or several adapters; all rows run in one mixed batch.
 
@@ -72,7 +71,7 @@ def generate(
     """
     from ptkit.errors import UserError
     from ptkit.evaluation.evaluate import fill_template, find_adapter, input_template
-    from ptkit.formats.adapter_files import read_info
+    from ptkit.formats.adapter_folder import read_info
 
     table = input_file if is_data_file(prompt, input_file) else None
     if table is not None and raw:
@@ -87,6 +86,11 @@ def generate(
                 f"{place} was trained on conversations and takes questions: give a text file with "
                 f"one per line in place of {table}"
             )
+    for place in places if not quiet else []:
+        task = None if place is None else read_info(place).task
+        if task is not None and "classification" in task.kind:
+            note = f"{place} was trained to choose a label; `ptkit classify` shows which"
+            typer.secho(note, err=True, dim=True)
     # The base gets the first adapter's template: the same text, so that answers compare.
     template = places[0] if places else None
     if with_base or not places:
@@ -98,10 +102,11 @@ def generate(
     from ptkit.data.chat_template import ChatTemplate
     from ptkit.data.inputs import table_inputs
     from ptkit.evaluation.alone import answers_alone, changes_every_row
-    from ptkit.formats.adapter_files import read_config
+    from ptkit.formats.adapter_folder import base_id, read_config
     from ptkit.methods import revision_named
+    from ptkit.methods.base_names import needs_no_download
     from ptkit.runtime.base_model import load_base
-    from ptkit.runtime.named_models import TINY_EN
+    from ptkit.runtime.model_names import TINY_EN
     from ptkit.runtime.tokenization import own_ends
 
     torch.manual_seed(seed)
@@ -111,11 +116,14 @@ def generate(
         "do_sample": sample,
         **({"temperature": temperature, "top_p": top_p} if sample else {}),
     }
-    id = model or TINY_EN
     named = [place for place in places if place is not None]
+    of_adapters = [base_id(read_config(place), read_info(place)) for place in named]
+    # The adapter's own base, where nothing is fetched for it; another is asked for by --model.
+    here = (name for name in of_adapters if name is not None and needs_no_download(name))
+    id = model or next(here, TINY_EN)
     made_for = {str(place): (read_config(place), read_info(place)) for place in named}
     revision = revision_named(id, made_for)
-    if revision is not None:
+    if revision is not None and not quiet:
         typer.secho(f"{id} at the revision {revision}, which the adapters name", err=True, dim=True)
     base = load_base(id, revision=revision, device_map=device_map)
     chosen = model is not None

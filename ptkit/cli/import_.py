@@ -7,6 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from ptkit.cli.completion import complete_models
+
 
 def import_(
     source: Annotated[
@@ -15,7 +17,12 @@ def import_(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     model: Annotated[
         Optional[str],  # noqa: UP045  (typer reads annotations at run time)
-        typer.Option("--base", "--model", help="Base model; default: the one the adapter names."),
+        typer.Option(
+            "--base",
+            "--model",
+            help="Base model; default: the one the adapter names.",
+            autocompletion=complete_models,
+        ),
     ] = None,
     subfolder: Annotated[
         Optional[str],  # noqa: UP045

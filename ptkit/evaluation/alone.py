@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ptkit.formats.adapter_files import read_adapter, read_config
+from ptkit.formats.adapter_files import read_adapter
+from ptkit.formats.adapter_folder import read_config
 from ptkit.methods import changes_weights, load_adapter, mixes_in_batch, parts_of
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import rows_for

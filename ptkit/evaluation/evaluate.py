@@ -14,7 +14,8 @@ from ptkit.errors import AdapterError, UserError
 from ptkit.evaluation.predict import Prediction, predict
 from ptkit.evaluation.retention import Retention, measure_retention
 from ptkit.evaluation.score import score_intervals
-from ptkit.formats.adapter_files import CONFIG, adapters_below, read_adapter, read_info
+from ptkit.formats.adapter_files import read_adapter
+from ptkit.formats.adapter_folder import CONFIG, adapters_below, read_info
 from ptkit.formats.adapter_info import ChatInfo
 from ptkit.formats.figures import scored_rows
 from ptkit.formats.hub import fetch_adapter, is_on_hub, missing_here
@@ -29,7 +30,7 @@ from ptkit.methods import (
 from ptkit.methods.head import labels_of_files
 from ptkit.recipe.tasks import ConversationTask
 from ptkit.runtime.base_model import Base, load_base
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.model_names import TINY_EN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

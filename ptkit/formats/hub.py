@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptkit.errors import AdapterError, HubError, UserError, nearest
-from ptkit.formats.adapter_files import (
+from ptkit.formats.adapter_folder import (
     ADAPTER_FILES,
     ADAPTERHUBS,
     CONFIG,

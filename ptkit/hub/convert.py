@@ -16,14 +16,8 @@ from torch import Tensor
 
 from ptkit.errors import AdapterError
 from ptkit.evaluation.evaluate import find_adapter
-from ptkit.formats.adapter_files import (
-    CARD,
-    RECIPE,
-    AdapterFiles,
-    read_adapter,
-    read_texts,
-    write_adapter,
-)
+from ptkit.formats.adapter_files import AdapterFiles, read_adapter, write_adapter
+from ptkit.formats.adapter_folder import CARD, RECIPE, read_texts
 from ptkit.formats.adapter_info import AdapterInfo, MethodInfo
 from ptkit.hub.card import card_text
 from ptkit.methods import ADAPTERS, Adapter, adapter_from_files, base_of, require_same_base

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import CARD, CONFIG, write_adapter
+from ptkit.formats.adapter_files import write_adapter
+from ptkit.formats.adapter_folder import CARD, CONFIG
 from ptkit.formats.hub import fetch_foreign, is_on_hub, missing_here
 from ptkit.hub.card import card_text
 from ptkit.hub.foreign import Foreign, Format, foreign_below, format_of, recognised

@@ -14,14 +14,13 @@ from typing import Any
 from ptkit.errors import AdapterError, DataError, PtkitError, UserError
 from ptkit.evaluation.evaluate import evaluate_saved, find_adapter
 from ptkit.evaluation.statistics import Interval
-from ptkit.formats.adapter_files import (
+from ptkit.formats.adapter_files import AdapterFiles, read_adapter
+from ptkit.formats.adapter_folder import (
     INFO,
     RECIPE,
-    AdapterFiles,
     base_revision,
     is_pickle,
     is_pickled_weights,
-    read_adapter,
     sha256,
     weights_path,
 )
@@ -68,7 +67,7 @@ class Verification:
         return all(check.passed is not False for check in self.checks)
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--format json`."""
+        """For `--json`."""
         return {
             "adapter": self.adapter,
             "passed": self.passed,

@@ -13,7 +13,7 @@ from typing import Any
 
 from ptkit.errors import AdapterError
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.named_models import PACKAGED, TINY_EN, WHEELS
+from ptkit.runtime.model_names import PACKAGED, TINY_EN, WHEELS
 
 #: A page of the Hub, or of a mirror of it: `https://HOST/org/name`.
 _PAGE = re.compile(r"https?://[^/]+/(?P<id>[^/]+/[^/]+?)(?:/tree/[^/]+)?/?")
@@ -33,11 +33,22 @@ def hub_name(name: str) -> str:
     return found["id"].replace("--", "/", 1) if found else name
 
 
+def peft_name(id: str) -> str:
+    """What plain PEFT finds the base `id` by: the original on the Hub of a model that was fetched
+    from a package, else `id` itself."""
+    return WHEELS[id].hub if id in WHEELS else id
+
+
 def is_local_path(name: str) -> bool:
     """Whether a base's name is a path, and not an id on the Hub or a name of ptkit's."""
     return name.startswith(("/", ".", "~", "\\")) or "\\" in name or name.count("/") > 1 or (
         re.match(r"[A-Za-z]:", name) is not None
     )  # fmt: skip
+
+
+def needs_no_download(name: str) -> bool:
+    """Whether a base's name is one of ptkit's own, or a file or folder of this machine."""
+    return name == TINY_EN or name in PACKAGED or name in WHEELS or Path(name).exists()
 
 
 def is_here(name: str) -> bool:

@@ -172,11 +172,9 @@ def _labels(task: Task) -> Labels | None:
     return Labels(kind, tuple(task.labels))
 
 
-def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
-    """Load the data, then the base (or use the given one), and measure the base on its own.
-
-    The data comes first: a mistake in it should show before a large model is loaded.
-    """
+def read_data(loaded: LoadedRecipe) -> tuple[LoadedRecipe, TaskData, dict[str, str] | None]:
+    """All that a run reads before its base: the recipe with its chat template read, the rows, and
+    the general text, if any. Raises UserError for what a run would refuse of these."""
     loaded = _with_chat_template(loaded)
     recipe, retention = loaded.recipe, loaded.recipe.retention
     require_supported_launch()
@@ -192,6 +190,16 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     require_metrics(recipe.task.metrics, [example.references for example in data.test])
     texts = general_texts(retention.text, loaded.folder) if retention else None
     _require_unlearnt(recipe, texts, data, loaded.folder)
+    return loaded, data, texts
+
+
+def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
+    """Load the data, then the base (or use the given one), and measure the base on its own.
+
+    The data comes first: a mistake in it should show before a large model is loaded.
+    """
+    loaded, data, texts = read_data(loaded)
+    recipe, retention = loaded.recipe, loaded.recipe.retention
     labels = _labels(recipe.task)
     if base is None:
         processes(resolve_device(recipe.model.device))  # a split base needs all of them

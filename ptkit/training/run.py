@@ -49,6 +49,7 @@ from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.experiment import Experiment
 from ptkit.training.failure import FAILED
 from ptkit.training.gate import fit_gate, require_gate_fits
+from ptkit.training.learnt import signs_of_nothing
 from ptkit.training.loop import fit
 from ptkit.training.measure import Results, measured, predicted, scores_of, written
 from ptkit.training.observer import RunObserver
@@ -155,6 +156,9 @@ def _train_and_measure(
             record = record.updated(trained_together=len(cells), chosen=choices[i].record)
             record.write(cell.done)
             _tidy(cell.folder)
+            signs = signs_of_nothing(predictions, experiment.recipe.task) if trains else []
+            if signs:
+                observer.noticed(cell.name, signs)
             observer.cell_finished(record, reused=False)
             records.append(record)
         parallel.state.wait_for_everyone()

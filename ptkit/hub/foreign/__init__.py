@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from ptkit.declared import declared
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import CONFIG, INT8_WEIGHTS, WEIGHTS
+from ptkit.formats.adapter_folder import CONFIG, INT8_WEIGHTS, WEIGHTS
 
 if TYPE_CHECKING:
     from ptkit.formats.adapter_files import AdapterFiles

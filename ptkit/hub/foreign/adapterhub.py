@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import CONFIG, AdapterFiles, is_adapterhubs
+from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.formats.adapter_folder import CONFIG, is_adapterhubs
 from ptkit.formats.adapter_info import TaskInfo
 from ptkit.hub.foreign import Foreign
 from ptkit.hub.foreign.made import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import is_pickle
+from ptkit.formats.adapter_folder import is_pickle
 from ptkit.hub.foreign import Foreign
 from ptkit.hub.foreign.made import by_mlp, prefix_files, prompt_files
 from ptkit.hub.foreign.source import Source

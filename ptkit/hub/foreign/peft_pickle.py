@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ptkit.formats.adapter_files import CONFIG, PICKLED_WEIGHTS, WEIGHTS, AdapterFiles
+from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.formats.adapter_folder import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 from ptkit.hub.foreign import Foreign
 from ptkit.hub.foreign.source import Source
 from ptkit.runtime.base_model import Base

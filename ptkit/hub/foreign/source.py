@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import MAX_JSON_BYTES, is_pickle
+from ptkit.formats.adapter_folder import MAX_JSON_BYTES, is_pickle
 from ptkit.hub.foreign.pickled import unpickled
 
 
