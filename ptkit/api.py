@@ -22,7 +22,7 @@ from ptkit.data.in_memory import Rows, with_rows
 from ptkit.errors import PtkitError, UserError
 from ptkit.evaluation.evaluate import find_adapter
 from ptkit.extras import require
-from ptkit.formats.adapter_files import CONFIG
+from ptkit.formats.adapter_folder import CONFIG
 from ptkit.formats.cell_record import CellRecord
 from ptkit.formats.folder_lock import held, require_free
 from ptkit.launched import is_first, world_size

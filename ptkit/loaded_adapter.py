@@ -77,6 +77,11 @@ class LoadedAdapter:
                 f"{self.path} is a soft prompt that the encoder reads with its input; use "
                 "`generate` of this class"
             )
+        if batch.placeless is not None:
+            raise AdapterError(
+                f"{self.path} takes no positions, and `model.generate` counts what its cache "
+                "holds; use `generate` of this class"
+            )
         if not sees_everything(self.base.model):
             raise ModelError(
                 f"{type(self.base.model).__name__} has layers with a window or a state, where a "

@@ -112,6 +112,8 @@ class KVPrefix:
         None where there is nothing but keys and values
     begins_text: the virtual tokens begin with what the tokenizer puts before a text (a text
         prompt's do), so that the input is read without it
+    placeless: the virtual tokens take no positions, so the text begins at position 0 (as in
+        AdapterHub's and OpenDelta's libraries). Otherwise it begins after them
     """
 
     keys: tuple[Tensor, ...]
@@ -120,6 +122,7 @@ class KVPrefix:
     as_text: bool = False
     embeddings: Tensor | None = None
     begins_text: bool = False
+    placeless: bool = False
 
     @classmethod
     def of_embeddings(cls, embeddings: Tensor, layout: KVLayout) -> KVPrefix:
@@ -139,6 +142,11 @@ class KVPrefix:
     def virtual_tokens(self) -> int:
         """Number of virtual tokens."""
         return self.keys[0].shape[1] + (0 if self.embeddings is None else len(self.embeddings))
+
+    @property
+    def positions(self) -> int:
+        """Number of positions that its virtual tokens take before the text."""
+        return 0 if self.placeless else self.virtual_tokens
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -295,13 +303,13 @@ def prefixes_of(batch: PrefixBatch) -> list[KVPrefix | None]:
     lengths = batch.visible.sum(-1).tolist()
     kinds = [
         [False] * batch.rows if kind is None else kind.tolist()
-        for kind in (batch.infix, batch.as_text)
+        for kind in (batch.infix, batch.as_text, batch.placeless)
     ]
     shared = all(t.stride(0) == 0 for t in (*batch.keys, *batch.values))
     made: dict[object, KVPrefix] = {}
     rows: list[KVPrefix | None] = []
     for row, kind in enumerate(zip(lengths, *kinds, strict=True)):
-        length, infix, as_text = kind
+        length, infix, as_text, placeless = kind
         if not length:
             rows.append(None)
             continue
@@ -313,6 +321,7 @@ def prefixes_of(batch: PrefixBatch) -> list[KVPrefix | None]:
                 tuple(v[row, :, start:] for v in batch.values),
                 infix,
                 as_text,
+                placeless=placeless,
             )
         rows.append(made[name])
     return rows
@@ -327,6 +336,7 @@ def _by_layer(prefixes: Sequence[KVPrefix], combine: Callable[[list[Tensor]], Te
         prefixes[0].infix,
         all(p.as_text for p in prefixes),
         begins_text=any(p.begins_text for p in prefixes),
+        placeless=prefixes[0].placeless,
     )
 
 
@@ -337,6 +347,11 @@ def _require_one_layout(prefixes: Sequence[KVPrefix]) -> None:
         raise AdapterError("only prefixes of one base model can be composed")
     if any(p.infix != prefixes[0].infix for p in prefixes):
         raise AdapterError("a prefix and an infix cannot be composed into one")
+    if any(p.placeless != prefixes[0].placeless for p in prefixes):
+        raise AdapterError(
+            "a prefix that takes no positions cannot be composed with one that takes some: their "
+            "texts begin at different positions"
+        )
     if any(p.embeddings is not None for p in prefixes):
         raise AdapterError(
             "a soft prompt that an encoder reads has no keys and values to compose; train prefix "

@@ -27,6 +27,8 @@ class PrefixBatch:
         Set for one forward pass, by `ptkit.runtime.infix`
     as_text: `[rows]` bool, rows whose virtual tokens a layer's window hides as it hides text; None
         where there is no such row
+    placeless: `[rows]` bool, rows whose virtual tokens take no positions; None where there is no
+        such row
     embeddings, embedded: the rows' soft prompts, where an encoder reads some,
         `[rows, longest soft prompt, hidden]`, and bool where a row has one (padded at the left)
     """
@@ -39,6 +41,7 @@ class PrefixBatch:
     as_text: Tensor | None = None
     embeddings: Tensor | None = None
     embedded: Tensor | None = None
+    placeless: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -50,17 +53,27 @@ class PrefixBatch:
         """Width of the prefix region: positions of the longest prefix."""
         return self.visible.shape[1]
 
+    @property
+    def placed(self) -> Tensor:
+        """`[rows, longest]` bool, virtual tokens that take a position before the text."""
+        return self.visible if self.placeless is None else self.visible & ~self.placeless[:, None]
+
     @classmethod
     def shared(cls, prefix: KVPrefix, rows: int) -> PrefixBatch:
         """The same prefix for every row: expanded, not copied, so its gradient is summed once."""
         device = prefix.keys[0].device
         soft = prefix.embeddings
+
+        def every(so: bool) -> Tensor | None:
+            return torch.ones(rows, dtype=torch.bool, device=device) if so else None
+
         return cls(
             tuple(k.expand(rows, *k.shape) for k in prefix.keys),
             tuple(v.expand(rows, *v.shape) for v in prefix.values),
             torch.ones(rows, prefix.keys[0].shape[1], dtype=torch.bool, device=device),
-            torch.ones(rows, dtype=torch.bool, device=device) if prefix.infix else None,
-            as_text=torch.ones(rows, dtype=torch.bool, device=device) if prefix.as_text else None,
+            every(prefix.infix),
+            as_text=every(prefix.as_text),
+            placeless=every(prefix.placeless),
             embeddings=None if soft is None else soft.expand(rows, *soft.shape),
             embedded=None
             if soft is None
@@ -79,6 +92,7 @@ class PrefixBatch:
             visible=self.visible & rows[:, None],
             infix=some(self.infix),
             as_text=some(self.as_text),
+            placeless=some(self.placeless),
             embedded=None if self.embedded is None else self.embedded & rows[:, None],
         )
 
@@ -94,7 +108,7 @@ class PrefixBatch:
         return PrefixBatch(
             tuple(map(each, self.keys)), tuple(map(each, self.values)), each(self.visible),
             some(self.infix), some(self.seen_from), some(self.as_text), some(self.embeddings),
-            some(self.embedded),
+            some(self.embedded), some(self.placeless),
         )  # fmt: skip
 
     @classmethod
@@ -159,6 +173,7 @@ class PrefixBatch:
             keys, values,
             filled([0 if p is None else p.keys[0].shape[1] for p in prefixes], longest),
             infix=rows_where(lambda p: p.infix), as_text=rows_where(lambda p: p.as_text),
+            placeless=rows_where(lambda p: p.placeless),
         )  # fmt: skip
         softs = [None if p is None else p.embeddings for p in prefixes]
         counts = [0 if soft is None else len(soft) for soft in softs]

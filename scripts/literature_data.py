@@ -10,6 +10,8 @@ persona-reply      two personal facts and a message -> the reply that fits the f
                    words held out from training.
 persona-chat       one to three questions to a person, as messages; the facts are the system prompt.
                    Half of the test rows end with a question in words held out from training.
+persona-preference two personal facts and a message, a reply that fits and one that contradicts
+                   them. Half of the test rows ask in words held out from training.
 passage-question   a passage and a claim it bears out or not (the form of BoolQ, RTE and CB).
 """
 
@@ -349,6 +351,32 @@ def persona_chat(pick: random.Random, new_words: bool) -> Row:
     }
 
 
+def persona_preference(pick: random.Random, new_words: bool) -> Row:
+    """Two facts, a message about one of them, a reply that fits and one that contradicts them."""
+    topics = pick.sample(sorted(PERSONA), 2)
+    values = {topic: pick.choice(PERSONA[topic][2]) for topic in topics}
+    asked = pick.choice(topics)
+    _, replies, known, messages = PERSONA[asked]
+    other = pick.choice([value for value in known if value != values[asked]])
+    return {
+        "persona": " ".join(PERSONA[topic][0].format(v=values[topic]) for topic in topics),
+        "message": messages[-1] if new_words else pick.choice(messages[:-1]),
+        "chosen": pick.choice(replies).format(v=values[asked]),
+        "rejected": pick.choice(replies).format(v=other),
+        "portion": "new-question" if new_words else "seen",
+    }
+
+
+def persona_preferences() -> Splits:
+    """The three splits."""
+    return splits(
+        26,
+        lambda r: persona_preference(r, False),
+        lambda r: persona_preference(r, True),
+        TEST // 2,
+    )
+
+
 def persona_chats() -> Splits:
     """The three splits."""
     return splits(25, lambda r: persona_chat(r, False), lambda r: persona_chat(r, True), TEST // 2)
@@ -400,5 +428,6 @@ LITERATURE_SETS: dict[str, Callable[[], Splits]] = {
     "report-summary": report_summary,
     "persona-reply": persona_reply,
     "persona-chat": persona_chats,
+    "persona-preference": persona_preferences,
     "passage-question": passage_question,
 }

@@ -4,7 +4,7 @@ python scripts/make_engines_table.py
 
 What an engine is given is asked of the code: an adapter of each method is made on `tiny-en` and
 exported. How many answers are equal to transformers' is read from docs/engines.json, which holds
-the results of `ptkit verify ADAPTER --engine NAME --format json`.
+the results of `ptkit verify ADAPTER --engine NAME --json`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ ROWS = (
         "test_llama_cpp_serve",
     ),
     EngineRow(
-        "AdapterHub's `adapters`, `--as adapterhub` (Llama, Mistral)", "adapterhub", "no", "no",
+        "AdapterHub's `adapters`, `--as adapterhub` (Llama, Mistral, GPT-2, BERT)",
+        "adapterhub", "no", "no",
         "Python", "test_import",
     ),
     EngineRow("MLX, `--as mlx`", "mlx", "no", "no", "Python", "test_mlx"),

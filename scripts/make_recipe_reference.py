@@ -27,6 +27,7 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`model`", schema.ModelSection),
     ("`task` with `kind: generation`", tasks.GenerationTask),
     ("`task` with `kind: chat`", tasks.ChatTask),
+    ("`task` with `kind: preference`", tasks.PreferenceTask),
     ("`task` with `kind: classification`", tasks.ClassificationTask),
     ("`task` with `kind: sequence_classification`", tasks.SequenceClassificationTask),
     ("`task` with `kind: token_classification`", tasks.TokenClassificationTask),
@@ -72,7 +73,7 @@ def reference() -> str:
     methods = [
         (f"`methods` with `kind: {kind}`", section) for kind, section in method_sections().items()
     ]
-    for title, section in [*SECTIONS[:8], *methods, *SECTIONS[8:]]:
+    for title, section in [*SECTIONS[:9], *methods, *SECTIONS[9:]]:
         summary = (section.__doc__ or "").strip().splitlines()[0]
         parts.append(f"## {title}\n\n{summary}\n\n{table(section)}\n")
     return "\n".join(parts)

@@ -62,8 +62,9 @@ class Serving:
         return httpx2.get(f"{self.url}{path}", timeout=60, **options)
 
     def completion(self, model: str, prompt: str, tokens: int = 12, **more: Any) -> str:
-        """The greedy answer."""
-        body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, **more}
+        """The greedy answer to the prompt as it is."""
+        body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0,
+                "template": False, **more}  # fmt: skip
         response = self.post("/v1/completions", body)
         assert response.status_code == 200, response.text
         return response.json()["choices"][0]["text"]

@@ -24,6 +24,7 @@ LAYERS = [
     {"serve"},
     {"vllm_connector"},
     {"comparison"},
+    {"drafting"},
     {"training"},
     {"evaluation"},
     {"metrics.*"},

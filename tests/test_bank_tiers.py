@@ -19,7 +19,8 @@ from test_peft_parity import LEARNT, make_adapter, rows_of
 from ptkit.bank import AdapterBank
 from ptkit.bank.cache import PrefixCache
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import WEIGHTS, write_adapter
+from ptkit.formats.adapter_files import write_adapter
+from ptkit.formats.adapter_folder import WEIGHTS
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.generation import generate

@@ -17,7 +17,6 @@ from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ptkit.api import load_adapter
 from ptkit.bank import AdapterBank
 from ptkit.bank.conversation import Conversation
 from ptkit.data.chat_template import ChatTemplate
@@ -36,6 +35,7 @@ from ptkit.errors import ModelError
 from ptkit.evaluation.predict import predict
 from ptkit.evaluation.retention import measure_retention, probe_base
 from ptkit.formats.adapter_files import write_adapter
+from ptkit.loaded_adapter import load_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
@@ -45,7 +45,7 @@ from ptkit.recipe.tasks import GenerationTask, SequenceClassificationTask
 from ptkit.runtime.base_model import Base, frozen_base, load_base
 from ptkit.runtime.compile import compile_tokens
 from ptkit.runtime.forward import all_logits
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.model_names import TINY_EN
 from ptkit.serve.answers import chat_prompt
 from ptkit.serve.text import TextStream
 from ptkit.training.gate import _features, fit_gate

@@ -34,7 +34,7 @@ from ptkit.bench.result import BenchResult, Figure
 from ptkit.bench.timing import Timing, interleaved, ratio
 from ptkit.errors import PtkitError, UserError
 from ptkit.runtime.base_model import load_base
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.model_names import TINY_EN
 
 
 def figure(result: BenchResult, start: str) -> Figure:

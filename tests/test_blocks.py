@@ -261,7 +261,15 @@ def test_a_run_in_blocks_that_was_killed_ends_where_it_would_have(tmp_path: Path
 
 def test_one_adapter_in_several_precisions_is_one_table(tmp_path: Path) -> None:
     adapter = Path("adapters/routing-prefix").resolve()
-    asked = ["evaluate", "message-routing", "-a", adapter, "--set", "task.data.limits.test=6"]
+    asked = [
+        "evaluate",
+        "message-routing",
+        "-a",
+        adapter,
+        "--set",
+        "task.data.limits.test=6",
+        "--no-base",
+    ]
     kinds = ["float32", "bfloat16", "float16"]
     done = ptkit(*asked, *(w for kind in kinds for w in ("--precision", kind)), cwd=tmp_path)
     assert all(kind in done.stdout for kind in kinds)

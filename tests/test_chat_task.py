@@ -24,7 +24,7 @@ from ptkit.data.task import load_task
 from ptkit.errors import DataError, ModelError, UserError
 from ptkit.evaluation.evaluate import evaluate_saved, fill_template
 from ptkit.evaluation.predict import predict
-from ptkit.formats.adapter_files import RECIPE, read_info
+from ptkit.formats.adapter_folder import RECIPE, read_info
 from ptkit.loaded_adapter import load_adapter
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods import load_adapter as load_at
@@ -312,9 +312,7 @@ def test_inspect_shows_what_was_recognised_and_what_is_learnt(tmp_path: Path) ->
     assert "1 of b.jsonl" in shown
     assert "User: w1 w2" in shown
     assert "[learnt:  w3 w4<|endoftext|>" in shown
-    told = json.loads(
-        ptkit("data", "inspect", "a.jsonl", *options, "--format", "json", cwd=tmp_path).stdout
-    )
+    told = json.loads(ptkit("data", "inspect", "a.jsonl", *options, "--json", cwd=tmp_path).stdout)
     (split,) = told["files"]
     assert (split["rows"], split["turns_most"]) == (4, 6)
     assert split["roles"] == {"user": 7, "assistant": 7}

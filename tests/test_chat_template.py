@@ -20,7 +20,8 @@ from ptkit.data.encoded import IGNORED, EncodedExample
 from ptkit.data.examples import Example
 from ptkit.errors import DataError
 from ptkit.recipe.tasks import ChatTask
-from ptkit.runtime.named_models import TINY_EN, source_of
+from ptkit.runtime.model_names import TINY_EN
+from ptkit.runtime.named_models import source_of
 
 #: Marks of the families' templates, which `tiny-en` gets as tokens.
 MARKS = (

@@ -14,10 +14,10 @@ from test_chat import FACTS, SHORT
 from test_cli import ptkit, refused
 
 from ptkit.errors import AdapterError, ModelError
-from ptkit.formats.adapter_files import CONFIG, WEIGHTS
+from ptkit.formats.adapter_folder import CONFIG, WEIGHTS
 from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import Base, load_base
-from ptkit.runtime.named_models import TINY_EN, TINY_EN_FOLDER
+from ptkit.runtime.model_names import TINY_EN, TINY_EN_FOLDER
 from ptkit.serve.build import build_app
 
 SHIPPED = Path(__file__).resolve().parents[1] / "adapters"

@@ -23,7 +23,8 @@ from test_peft_parity import LEARNT, make_adapter
 
 from ptkit import AdapterBank
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import CARD, CONFIG, INFO, read_adapter, write_adapter
+from ptkit.formats.adapter_files import read_adapter, write_adapter
+from ptkit.formats.adapter_folder import CARD, CONFIG, INFO
 from ptkit.formats.adapter_info import AdapterInfo
 from ptkit.hub.convert import as_prefix, as_prompt, convert_adapter, one_task
 from ptkit.methods import adapter_from_files, compile_files

@@ -105,7 +105,7 @@ def test_label_without_words_is_named_with_its_row(tmp_path: Path) -> None:
 def test_built_in_sets_are_complete_and_portions_are_held_out() -> None:
     assert builtin_sets() == [
         "captions-en-de", "facts-to-text", "message-routing", "passage-question",
-        "persona-chat", "persona-reply", "report-summary",
+        "persona-chat", "persona-preference", "persona-reply", "report-summary",
     ]  # fmt: skip
     task = GenerationTask(
         kind="generation", data={"builtin": "facts-to-text"}, input="{facts}", target="{text}",

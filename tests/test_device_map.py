@@ -18,7 +18,7 @@ from transformers import DynamicCache
 import ptkit
 from ptkit.bank import AdapterBank
 from ptkit.errors import ModelError, RecipeError, UserError
-from ptkit.formats.adapter_files import WEIGHTS
+from ptkit.formats.adapter_folder import WEIGHTS
 from ptkit.launched import require_supported_launch
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.prefix import KVPrefix

@@ -25,7 +25,7 @@ from ptkit.comparison.grid import run_grid
 from ptkit.errors import UserError
 from ptkit.evaluation.latency import measure_latency
 from ptkit.evaluation.retention import measure_retention, probe_base
-from ptkit.formats.adapter_files import WEIGHTS
+from ptkit.formats.adapter_folder import WEIGHTS
 from ptkit.formats.cell_record import CellRecord
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.recipe import load_recipe

@@ -62,6 +62,14 @@ def test_recipe_reference_is_up_to_date() -> None:
     )
 
 
+def test_list_of_commands_is_up_to_date() -> None:
+    from make_commands_reference import reference
+
+    assert (ROOT / "docs" / "first-hour.md").read_text() == reference(), (
+        "run: python scripts/make_commands_reference.py"
+    )
+
+
 def test_reference_of_files_is_up_to_date() -> None:
     from make_files_reference import reference
 

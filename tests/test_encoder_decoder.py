@@ -427,7 +427,7 @@ def test_comparison_on_an_encoder_decoder(recipe: Path) -> None:
     ptkit("export", "out/cells/prefix_tuning-seed0", "--out", "mine", cwd=recipe)
     assert "PEFT cannot read this file" in (recipe / "mine/README.md").read_text()
     checks = json.loads(
-        ptkit("verify", "mine", "--score", "--recipe", "sum.yaml", "--format", "json",
+        ptkit("verify", "mine", "--score", "--recipe", "sum.yaml", "--json",
               cwd=recipe).stdout
     )  # fmt: skip
     assert checks["passed"], checks

@@ -559,7 +559,7 @@ def test_comparison_and_what_one_does_with_its_adapters(home: Path, name: str) -
         card = (home / out / "README.md").read_text()
         assert ("PEFT cannot read this file" in card) is (method != "lora")
         checks = json.loads(
-            ptkit("verify", out, "--score", "--recipe", f"{name}.yaml", "--format", "json",
+            ptkit("verify", out, "--score", "--recipe", f"{name}.yaml", "--json",
                   cwd=home).stdout
         )  # fmt: skip
         assert checks["passed"], checks

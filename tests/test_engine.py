@@ -21,7 +21,7 @@ from ptkit.bank import AdapterBank
 from ptkit.errors import PtkitError, UserError
 from ptkit.runtime.base_model import load_base
 from ptkit.runtime.block_pool import BlockTable, position_bytes
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.model_names import TINY_EN
 from ptkit.serve.answer import (
     Answer,
     DrainingError,

@@ -84,7 +84,7 @@ def test_llama_cpp_agrees_in_every_answer(
     options = ["--gguf", str(gguf), "--prompts", str(inputs), "--llama-server", str(SERVER),
                "--dtype", dtype, "--max-new-tokens", str(TOKENS)]  # fmt: skip
     assert told(adapter, *options).strip() == "3 of 3 answers are equal to transformers'"
-    found = json.loads(told(adapter, *options, "--rows", "2", "--format", "json"))
+    found = json.loads(told(adapter, *options, "--rows", "2", "--json"))
     assert found["prompts"] == found["equal"] == 2
 
 

@@ -40,7 +40,7 @@ from ptkit.methods.catalogue import method_section
 from ptkit.runtime.base_model import Base, frozen_base, load_base
 from ptkit.runtime.gate import Gate
 from ptkit.runtime.generation import generate
-from ptkit.runtime.named_models import TINY_EN, TINY_EN_FOLDER
+from ptkit.runtime.model_names import TINY_EN, TINY_EN_FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["facts-prompt", "routing-ptuning"]

@@ -21,8 +21,8 @@ def test_env_says_versions_devices_and_extras(tmp_path: Path) -> None:
 
 
 def test_env_as_json_says_the_same(tmp_path: Path) -> None:
-    told = json.loads(ptkit("env", "--format", "json", cwd=tmp_path).stdout)
+    told = json.loads(ptkit("env", "--json", cwd=tmp_path).stdout)
     assert told["torch"] == version("torch")
     assert "evaluate" in told["extras"]
     assert "evaluate" not in told["missing"]
-    assert ptkit("env", "--format", "quiet", cwd=tmp_path).stdout.strip() == version("ptkit")
+    assert ptkit("env", "--quiet", cwd=tmp_path).stdout.strip() == version("ptkit")

@@ -20,15 +20,8 @@ from test_peft_parity import LEARNT, make_adapter
 
 from ptkit import AdapterBank, export_run, load_adapter, verify
 from ptkit.errors import AdapterError, UserError
-from ptkit.formats.adapter_files import (
-    CARD,
-    INFO,
-    RECIPE,
-    WEIGHTS,
-    read_adapter,
-    sha256,
-    write_adapter,
-)
+from ptkit.formats.adapter_files import read_adapter, write_adapter
+from ptkit.formats.adapter_folder import CARD, INFO, RECIPE, WEIGHTS, sha256
 from ptkit.formats.int8 import dequantised, quantised
 
 SHIPPED = Path(__file__).resolve().parents[1] / "adapters"

@@ -52,7 +52,7 @@ from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.attention import attention_of
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits, collate, supervised_losses
-from ptkit.runtime.paged_batch import longest_sequence
+from ptkit.runtime.paged_support import longest_sequence
 from ptkit.runtime.scoring import continuation_scores
 from ptkit.training.adapter_trainer import Job
 from ptkit.training.loop import fit
@@ -346,7 +346,7 @@ def test_check_says_what_works_and_why_not(tmp_path: Path) -> None:
     assert "everything asked" in done.stdout
     assert "use `position: prefix`" in done.stdout
     FAMILIES["mistral"].config.save_pretrained(tmp_path / "mistral")
-    answer = ptkit("models", "check", str(tmp_path / "mistral"), "-m", "prompt", "--format", "json",
+    answer = ptkit("models", "check", str(tmp_path / "mistral"), "-m", "prompt", "--json",
                    cwd=tmp_path)  # fmt: skip
     cells = json.loads(answer.stdout)
     assert {c["kind"] for c in cells} == {DECODER.name, SEQUENCE_DECODER.name}
@@ -355,7 +355,7 @@ def test_check_says_what_works_and_why_not(tmp_path: Path) -> None:
 
 
 def test_check_of_the_real_weights(tmp_path: Path) -> None:
-    done = ptkit("models", "check", "tiny-en", "--full", "-m", "prefix", "--format", "json",
+    done = ptkit("models", "check", "tiny-en", "--full", "-m", "prefix", "--json",
                  cwd=tmp_path)  # fmt: skip
     assert {c["status"] for c in json.loads(done.stdout)} == {"works", "n/a"}
 
@@ -364,14 +364,14 @@ def test_check_of_an_encoder(tmp_path: Path) -> None:
     """By its shape, as both kinds of classifiers; by its weights, as what its head is for."""
     config = small(FAMILIES["electra"].config)
     config.save_pretrained(tmp_path / "shape")
-    shape = ptkit("models", "check", "shape", "-m", "prompt", "--format", "json", cwd=tmp_path)
+    shape = ptkit("models", "check", "shape", "-m", "prompt", "--json", cwd=tmp_path)
     cells = json.loads(shape.stdout)
     assert {c["kind"] for c in cells} == {SEQUENCE_ENCODER.name, TOKEN_ENCODER.name}
     assert {c["status"] for c in cells} == {"works", "n/a"}
     base = model_under_test("electra", TOKEN_ENCODER.name).base()
     base.model.save_pretrained(tmp_path / "real")
     base.tokenizer.save_pretrained(tmp_path / "real")
-    real = ptkit("models", "check", "real", "--full", "-m", "prefix", "--format", "json",
+    real = ptkit("models", "check", "real", "--full", "-m", "prefix", "--json",
                  cwd=tmp_path)  # fmt: skip
     cells = json.loads(real.stdout)
     assert {c["kind"] for c in cells} == {TOKEN_ENCODER.name}
@@ -631,7 +631,7 @@ def test_check_of_gemma_4_ends_with_answers_and_soft_prompts_with_a_reason(tmp_p
         vocab_size_per_layer_input=512, hidden_size_per_layer_input=16, sliding_window=32,
         max_position_embeddings=512, pad_token_id=1, eos_token_id=0, bos_token_id=0,
     ).save_pretrained(tmp_path / "g")  # fmt: skip
-    done = ptkit("models", "check", "g", "-m", "prefix", "-m", "prompt", "--format", "json",
+    done = ptkit("models", "check", "g", "-m", "prefix", "-m", "prompt", "--json",
                  cwd=tmp_path)  # fmt: skip
     cells = json.loads(done.stdout)
     assert {c["status"] for c in cells if c["method"] == "prefix"} == {"works", "n/a"}

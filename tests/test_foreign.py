@@ -34,17 +34,18 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ptkit.api import load_adapter
 from ptkit.bank import AdapterBank
 from ptkit.bank.source import require_files
 from ptkit.cli.inspect import _as_dict, _show
 from ptkit.errors import AdapterError
 from ptkit.evaluation.anatomy import dissect
 from ptkit.evaluation.evaluate import find_adapter
-from ptkit.formats.adapter_files import CONFIG, WEIGHTS, AdapterFiles, conversion, read_adapter
+from ptkit.formats.adapter_files import AdapterFiles, read_adapter
+from ptkit.formats.adapter_folder import CONFIG, WEIGHTS, conversion
 from ptkit.formats.adapter_info import ADAPTER_INFO
 from ptkit.formats.hub import is_on_hub
 from ptkit.hub.verify import check_files, verify
+from ptkit.loaded_adapter import load_adapter
 from ptkit.methods import adapter_from_files, base_of, compile_files
 from ptkit.methods.base_names import hub_name, is_local_path
 from ptkit.methods.saved_modules import saved_modules
@@ -146,7 +147,7 @@ def test_chosen_base_wins_over_a_name_when_there_is_no_fingerprint(
 
 
 def test_verify_says_that_the_base_was_chosen(tmp_path: Path) -> None:
-    from ptkit.runtime.named_models import TINY_EN
+    from ptkit.runtime.model_names import TINY_EN
 
     base = base_of_tiny()
     model = base.model

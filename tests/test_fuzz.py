@@ -25,15 +25,8 @@ from test_adapter_files import lora_adapter
 from test_peft_parity import LEARNT, make_adapter
 
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import (
-    CONFIG,
-    INFO,
-    INT8_WEIGHTS,
-    WEIGHTS,
-    AdapterFiles,
-    read_adapter,
-    write_adapter,
-)
+from ptkit.formats.adapter_files import AdapterFiles, read_adapter, write_adapter
+from ptkit.formats.adapter_folder import CONFIG, INFO, INT8_WEIGHTS, WEIGHTS
 from ptkit.formats.adapter_info import AdapterInfo, BaseInfo, MethodInfo, TaskInfo
 from ptkit.methods import adapter_from_files, compile_files, require_same_base
 

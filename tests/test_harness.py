@@ -25,7 +25,7 @@ from ptkit.formats.adapter_files import write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter, load_adapter
 from ptkit.methods.catalogue import method_section
 from ptkit.runtime.base_model import Base, load_base
-from ptkit.runtime.named_models import TINY_EN_FOLDER
+from ptkit.runtime.model_names import TINY_EN_FOLDER
 
 SHIPPED = Path(__file__).resolve().parents[1] / "adapters"
 TASKS = {
@@ -228,7 +228,7 @@ def test_what_cannot_be_evaluated_is_told(tmp_path: Path) -> None:
     assert "knows no task `nothing`" in refused(
         "evaluate", "--harness", "nothing", "--model", "tiny-en", cwd=tmp_path
     )
-    assert "give a recipe, or --harness TASKS" in refused("evaluate", cwd=tmp_path)
+    assert "give an adapter (-a), a recipe, or --harness TASKS" in refused("evaluate", cwd=tmp_path)
     assert "--harness has tasks of its own" in refused(
         "evaluate", "quickstart", "--harness", "pick", cwd=tmp_path
     )

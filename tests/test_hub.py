@@ -24,7 +24,7 @@ from test_cli import QUICK
 from ptkit.data.read_files import read_files
 from ptkit.data.sources import BUILTIN
 from ptkit.recipe import load_recipe, shipped_recipes
-from ptkit.runtime.named_models import TINY_EN_FOLDER, WHEELS
+from ptkit.runtime.model_names import TINY_EN_FOLDER, WHEELS
 
 SHIPPED = Path(__file__).resolve().parents[1] / "adapters"
 FACTS = "kind[boat], name[Orwick]"

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
 import pickle
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import random_base
-from encoders import random_classifier
 from foreign_files import EXACT, FOLDER, NAMES, REFUSED, base_for, largest_difference
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
 
+from ptkit.cli.main import app
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import CONFIG, PICKLED_WEIGHTS, read_adapter
+from ptkit.evaluation.alone import answers_alone, changes_every_row
+from ptkit.formats.adapter_files import read_adapter
+from ptkit.formats.adapter_folder import CONFIG, PICKLED_WEIGHTS
 from ptkit.hub.engines import writer
 from ptkit.hub.foreign.pickled import unpickled
 from ptkit.hub.foreign.rotation import turned
 from ptkit.hub.foreign.unpickle import tensors_of
-from ptkit.hub.imports import import_adapter
+from ptkit.hub.imports import describe_source, import_adapter
+from ptkit.hub.verify import verify
 from ptkit.methods import compile_files
+from ptkit.methods.base_names import same_name
+from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits
 
 
@@ -49,13 +62,6 @@ def test_at_least_thirty_adapters_of_eight_packages_or_versions_are_kept_here() 
 def test_logits_are_those_of_the_library_that_wrote_it(name: str, tmp_path: Path) -> None:
     done = import_adapter(FOLDER / name, tmp_path / "out", base=base_for(name))
     assert largest_difference(name, done.path) < 1e-4
-
-
-@pytest.mark.usefixtures("opened_here")
-def test_a_prefix_of_an_encoder_is_refused_for_its_head(tmp_path: Path) -> None:
-    base = random_classifier("bert")
-    with pytest.raises(AdapterError, match="works with a head"):
-        import_adapter(FOLDER / "adapterhub-bert-mlp", tmp_path / "out", base=base)
 
 
 @pytest.mark.usefixtures("opened_here")
@@ -162,6 +168,184 @@ def test_of_two_commands_the_second_answers(tmp_path: Path) -> None:
     assert answer.returncode == 0, answer.stderr
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of the base that a kept adapter was made on, with a tokenizer."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def folder(name: str) -> Path:
+        base = base_for(name)
+        path = root / base.id.split("/")[1]
+        if not path.exists():
+            if base.head is None:
+                base.model.generation_config.eos_token_id = 0
+            model = base.model if base.head is None else base.model.base_model
+            model.save_pretrained(path)
+            base.tokenizer.save_pretrained(path)
+        return path
+
+    return folder
+
+
+def ptkit_here(*words: str) -> Result:
+    """The command in this process: another one would load torch."""
+    return CliRunner().invoke(app, [*words])
+
+
+#: One kept adapter of each format: PEFT's versions write alike.
+ONE_OF_EACH = [n for n in NAMES if not n.startswith("peft") or n.startswith("peft-0.4.0-llama4")]
+
+
+@pytest.mark.usefixtures("opened_here")
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_of_two_commands_the_second_answers_or_the_first_says_why_not(
+    name: str, tmp_path: Path, folders: Callable[[str], Path]
+) -> None:
+    base = str(folders(name))
+    done = ptkit_here("import", str(FOLDER / name), "--base", base, "--out", str(tmp_path / "a"))
+    if name in REFUSED:
+        assert isinstance(done.exception, AdapterError)
+        assert re.search(REFUSED[name], str(done.exception))
+        return
+    assert done.exit_code == 0, done.exception
+    if base_for(name).head is not None:
+        answer = ptkit_here("classify", "w5 w6", "--adapter", str(tmp_path / "a"), "--model", base)
+        assert any(label in answer.stdout for label in base_for(name).head.labels)
+    else:
+        told = ["--model", base, "--max-new-tokens", "5"]
+        answer = ptkit_here("generate", "w5 w6", "--adapter", str(tmp_path / "a"), *told)
+    assert answer.exit_code == 0, answer.exception
+    assert answer.stdout.strip()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inspect_names_what_it_is_and_what_reads_it(name: str) -> None:
+    found = describe_source(FOLDER / name)
+    assert found is not None
+    assert name.split("-")[0] in found.what.lower()
+    if name in REFUSED and found.refused is not None:
+        assert re.search(REFUSED[name], found.refused)
+        assert found.command is None
+    else:
+        assert found.command is not None
+        assert found.command.startswith(f"ptkit import {FOLDER / name} --out ")
+
+
+def test_inspect_opens_no_pickle_and_says_what_else_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: Callable[[str], Path]
+) -> None:
+    monkeypatch.setattr("ptkit.hub.foreign.source.unpickled", pytest.fail)
+    monkeypatch.setattr(torch, "load", pytest.fail)
+    shown = ptkit_here("inspect", str(FOLDER / "adapterhub-llama-gated"))
+    assert "a prefix_tuning adapter of AdapterHub" in shown.stdout
+    assert "it is not imported: this prefix has a gate" in shown.stdout
+    shown = ptkit_here("inspect", str(FOLDER / "opendelta-gpt2-soft"), "--json")
+    assert json.loads(shown.stdout)["what"] == "a `soft_prompt` delta of OpenDelta"
+    shown = ptkit_here("inspect", str(folders("peft-0.3.0-gpt2-prefix")))
+    assert "a model of transformers (`gpt2`), and no adapter" in shown.stdout
+    (tmp_path / "nothing").mkdir()
+    assert "neither an adapter" in str(ptkit_here("inspect", str(tmp_path / "nothing")).exception)
+
+
+@pytest.mark.usefixtures("opened_here")
+def test_several_adapters_in_one_folder_are_listed_and_a_subfolder_is_one_of_them(
+    tmp_path: Path,
+) -> None:
+    for name in ("adapterhub-llama-flat", "peft-0.3.0-gpt2-prefix"):
+        shutil.copytree(FOLDER / name, tmp_path / "all" / name)
+    import_adapter(tmp_path / "all" / "peft-0.3.0-gpt2-prefix", tmp_path / "all" / "read")
+    with pytest.raises(AdapterError, match=r"several adapters, name one: .*flat`.*prefix`.*read`"):
+        import_adapter(tmp_path / "all", tmp_path / "out")
+    with pytest.raises(AdapterError, match="PEFT's layout already"):
+        import_adapter(tmp_path / "all" / "read", tmp_path / "out")
+    named = {"base": base_for("llama"), "subfolder": "adapterhub-llama-flat"}
+    import_adapter(tmp_path / "all", tmp_path / "out", **named)
+    assert largest_difference("adapterhub-llama-flat", tmp_path / "out") < 1e-4
+
+
+@pytest.mark.usefixtures("opened_here")
+@pytest.mark.parametrize(
+    ("told", "asked"),
+    [
+        ("/home/me/.cache/huggingface/hub/models--org--tiny/snapshots/60ab/", "org/tiny"),
+        ("https://hf-mirror.com/org/tiny", "org/tiny"),
+        ("org/tiny", "org/tiny"),
+    ],
+)
+def test_a_base_is_found_by_the_name_that_is_told(
+    told: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(FOLDER / "adapterhub-llama-flat", tmp_path / "in")
+    settings = json.loads((tmp_path / "in" / CONFIG).read_text())
+    (tmp_path / "in" / CONFIG).write_text(
+        json.dumps({**settings, "model_name": told, "revision": "v2"})
+    )
+    seen = []
+
+    def load(id: str, *, revision: str | None, labels: object) -> Base:
+        seen.append((id, revision, labels))
+        return base_for("llama")
+
+    monkeypatch.setattr("ptkit.hub.imports.load_base", load)
+    import_adapter(tmp_path / "in", tmp_path / "out")
+    assert seen == [(asked, "v2", None)]
+
+
+def test_a_base_that_is_a_path_elsewhere_is_asked_for(tmp_path: Path) -> None:
+    shutil.copytree(FOLDER / "adapterhub-llama-flat", tmp_path / "in")
+    settings = json.loads((tmp_path / "in" / CONFIG).read_text())
+    told = {**settings, "model_name": "/runs/llama/checkpoint-500"}
+    (tmp_path / "in" / CONFIG).write_text(json.dumps(told))
+    with pytest.raises(AdapterError, match="a path that is not here; name the same model with"):
+        import_adapter(tmp_path / "in", tmp_path / "out")
+
+
+def test_checkpoints_of_different_trainings_have_different_names() -> None:
+    base = dataclasses.replace(base_for("llama"), id="runs/one/checkpoint-500")
+    assert same_name("/elsewhere/one/checkpoint-500", base)
+    assert not same_name("/elsewhere/other/checkpoint-500", base)
+
+
+@pytest.mark.usefixtures("opened_here")
+def test_a_decoders_adapter_with_a_head_of_its_own_is_refused(tmp_path: Path) -> None:
+    base = base_for("llama")
+    shutil.copytree(FOLDER / "adapterhub-llama-flat", tmp_path / "in")
+    head = {"lm_head.weight": base.model.lm_head.weight.detach().clone()}
+    torch.save(head, tmp_path / "in" / "pytorch_model_head.bin")
+    import_adapter(tmp_path / "in", tmp_path / "same", base=base)
+    torch.save({"lm_head.weight": head["lm_head.weight"] + 1},
+               tmp_path / "in" / "pytorch_model_head.bin")  # fmt: skip
+    with pytest.raises(AdapterError, match=r"brings a head .* that is not the one of"):
+        import_adapter(tmp_path / "in", tmp_path / "other", base=base)
+
+
+@pytest.mark.usefixtures("opened_here")
+def test_a_numpy_prompt_of_t5_is_read_by_its_encoder(tmp_path: Path) -> None:
+    """The same embeddings as OpenDelta's soft prompt, whose logits are kept."""
+    soft = unpickled(FOLDER / "opendelta-t5-soft" / "pytorch_model.bin")
+    (embeddings,) = soft.values()
+    np.save(tmp_path / "prompt.npy", embeddings.numpy())
+    import_adapter(tmp_path / "prompt.npy", tmp_path / "out", base=base_for("t5"))
+    assert largest_difference("opendelta-t5-soft", tmp_path / "out") < 1e-4
+
+
+@pytest.mark.usefixtures("opened_here")
+def test_llama_adapter_answers_as_in_peft_and_leaves_the_base_as_it_was(tmp_path: Path) -> None:
+    name = "peft-0.4.0-llama4-adaption"
+    base, ids = base_for(name), torch.tensor([[5, 6]])
+    import_adapter(FOLDER / name, tmp_path / "out", base=base)
+    assert changes_every_row(tmp_path / "out")
+    with torch.no_grad():
+        before = base.model(input_ids=ids).logits
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    (found,) = answers_alone(tmp_path / "out", base, ["w5 w6"], max_new_tokens=5)
+    with torch.no_grad():
+        assert torch.equal(base.model(input_ids=ids).logits, before)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path / "out")
+    written = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    assert found.split() == base.tokenizer.decode(written[0, 2:]).split()
+
+
 def test_what_is_known_of_each_library_is_in_the_documentation() -> None:
     page = (Path(__file__).parent.parent / "docs" / "foreign.md").read_text(encoding="utf-8")
     made = subprocess.run(
@@ -197,16 +381,29 @@ def test_an_import_of_the_wrong_base_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("opened_here")
-@pytest.mark.parametrize("name", ["adapterhub-llama-mlp", "adapterhub-mistral-flat"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapterhub-llama-mlp",
+        "adapterhub-mistral-flat",
+        "adapterhub-gpt2-flat",
+        "adapterhub-bert-seq2",
+        "adapterhub-bert-seq1pool",
+        "adapterhub-bert-tag",
+        "adapterhub-roberta-seq2",
+    ],
+)
 def test_a_prefix_that_is_exported_for_adapterhub_is_the_one_that_was_imported(
     name: str, tmp_path: Path
 ) -> None:
     base = base_for(name)
     import_adapter(FOLDER / name, tmp_path / "in", base=base)
+    assert verify(tmp_path / "in", base=base).passed
     writer("adapterhub")([tmp_path / "in"], tmp_path / "out", base=base)
     theirs = unpickled(FOLDER / name / "pytorch_adapter.bin")
     written = load_file(tmp_path / "out" / "adapter.safetensors")
-    if name.endswith("flat"):  # under their names, one copy for each place they have
+    flat = json.loads((FOLDER / name / CONFIG).read_text())["config"]["flat"]
+    if flat:  # under their names, one copy for each place they have
         own = {n.replace(".in.", ".a."): t for n, t in written.items()}
         assert own.keys() == theirs.keys()
         for tensor in theirs:
@@ -219,6 +416,6 @@ def test_a_prefix_that_is_exported_for_adapterhub_is_the_one_that_was_imported(
 def test_an_export_for_adapterhub_that_cannot_be_exact_is_refused(tmp_path: Path) -> None:
     base = base_for("gpt2")
     import_adapter(FOLDER / "peft-0.3.0-gpt2-prefix", tmp_path / "in", base=base)
-    with pytest.raises(AdapterError, match="cannot be moved"):
+    with pytest.raises(AdapterError, match="cannot be moved"):  # PEFT's texts begin after it
         writer("adapterhub")([tmp_path / "in"], tmp_path / "out", base=base)
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ import ptkit
 from ptkit.data import load_task
 from ptkit.data.in_memory import with_rows
 from ptkit.errors import DataError, UserError
-from ptkit.formats.adapter_files import WEIGHTS
+from ptkit.formats.adapter_folder import WEIGHTS
 from ptkit.recipe import load_recipe
 
 SHORT = ["train.steps=2", "train.eval_every=2", "retention=null"]

@@ -22,7 +22,8 @@ from test_peft_parity import LEARNT, make_adapter
 from ptkit.bank import AdapterBank
 from ptkit.errors import AdapterError
 from ptkit.formats import atomic
-from ptkit.formats.adapter_files import CONFIG, INFO, WEIGHTS, write_adapter
+from ptkit.formats.adapter_files import write_adapter
+from ptkit.formats.adapter_folder import CONFIG, INFO, WEIGHTS
 from ptkit.serve.answer import InUseError
 from ptkit.serve.app import create_app
 from ptkit.serve.engine import Engine

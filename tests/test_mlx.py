@@ -21,7 +21,7 @@ from ptkit.families.matrix import model_under_test
 from ptkit.formats.adapter_files import write_adapter
 from ptkit.hub.engines.mlx import write
 from ptkit.runtime.base_model import Base, load_base
-from ptkit.runtime.named_models import TINY_EN, TINY_EN_FOLDER
+from ptkit.runtime.model_names import TINY_EN, TINY_EN_FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
 APART = ROOT / ".venv" / "mlx"

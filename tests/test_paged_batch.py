@@ -34,12 +34,8 @@ from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.block_pool import BlockPool, NoBlocksError, position_bytes
 from ptkit.runtime.generation import generate
-from ptkit.runtime.paged_batch import (
-    PagedBatch,
-    PagedSequence,
-    SequenceInput,
-    longest_sequence,
-)
+from ptkit.runtime.paged_batch import PagedBatch, PagedSequence, SequenceInput
+from ptkit.runtime.paged_support import longest_sequence
 
 _SMALL = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 _WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -20,7 +20,8 @@ from ptkit.bank import AdapterBank
 from ptkit.comparison.grid import run_grid
 from ptkit.comparison.outputs import write_outputs
 from ptkit.errors import AdapterError, ModelError
-from ptkit.formats.adapter_files import CONFIG, AdapterFiles, read_adapter, write_adapter
+from ptkit.formats.adapter_files import AdapterFiles, read_adapter, write_adapter
+from ptkit.formats.adapter_folder import CONFIG
 from ptkit.formats.adapter_info import AdapterInfo, MethodInfo
 from ptkit.hub.export import export_run
 from ptkit.methods import (
@@ -35,7 +36,7 @@ from ptkit.methods.peft.settings import NAMES, REFUSED
 from ptkit.recipe import load_recipe
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.generation import generate
-from ptkit.runtime.named_models import TINY_EN_FOLDER
+from ptkit.runtime.model_names import TINY_EN_FOLDER
 
 IDS = torch.arange(1, 13).view(2, 6)
 

@@ -17,7 +17,7 @@ from test_browser import WIDTHS
 
 from ptkit.bank import AdapterBank
 from ptkit.runtime.base_model import load_base
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.model_names import TINY_EN
 
 ROOT = Path(__file__).resolve().parents[1]
 THREE = ["facts-prefix", "facts-prompt", "routing-prefix"]

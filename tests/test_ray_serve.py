@@ -13,7 +13,7 @@ from serving import free_port
 
 from ptkit.bank import AdapterBank
 from ptkit.runtime.base_model import load_base
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.model_names import TINY_EN
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,7 +48,7 @@ def test_two_replicas_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         def ask(number: int) -> str:
             body = {
                 "model": names[number % 4], "prompt": f"The boat {number % 3}", "max_tokens": 8,
-                "temperature": 0,
+                "temperature": 0, "template": False,
             }  # fmt: skip
             answer = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
             assert answer.status_code == 200, answer.text

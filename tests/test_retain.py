@@ -15,7 +15,7 @@ from ptkit.errors import UserError
 from ptkit.recipe.schema import RetainSection, RetentionSection, TrainSection
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.model_names import TINY_EN
 from ptkit.training.adapter_trainer import Job
 from ptkit.training.loop import fit
 from ptkit.training.retain import WINDOW, Retainer, general_windows, written_by_base

@@ -13,9 +13,9 @@ from test_distributed import recipe_with_base as recipe_with_base
 from test_multitask import NAMES, QUICK
 
 from ptkit.bank import AdapterBank
-from ptkit.formats.adapter_files import INFO
+from ptkit.formats.adapter_folder import INFO
 from ptkit.runtime.base_model import load_base
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.model_names import TINY_EN
 from ptkit.serve.engine import Engine
 from ptkit.serve.library import Library
 

@@ -24,12 +24,15 @@ from test_cli import refused
 
 from ptkit.bank import AdapterBank
 from ptkit.bench.bases import random_prefixes
+from ptkit.evaluation.classify import classifier
 from ptkit.runtime.base_model import Base, load_base
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.model_names import TINY_EN
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "adapters"
 ADAPTERS = 32
+#: Prompts as they are, not in the adapter's template.
+RAW = {"template": False}
 PROMPTS = ["The boat", "A lake in winter is", "kind[robot], name[Al]\n", "Once upon a time, there"]
 
 
@@ -86,7 +89,8 @@ def test_completion_is_the_solo_greedy_run_streamed_or_not(
     for prompt in PROMPTS:
         expected = solo(bank, name, prompt, 16)
         settings: dict[str, Any] = {
-            "model": name or TINY_EN, "prompt": prompt, "max_tokens": 16, "temperature": 0
+            "model": name or TINY_EN, "prompt": prompt, "max_tokens": 16, "temperature": 0,
+            "extra_body": RAW,
         }  # fmt: skip
         whole = client.completions.create(**settings)
         assert whole.choices[0].text == expected
@@ -105,8 +109,9 @@ def test_completion_is_the_solo_greedy_run_streamed_or_not(
 
 def test_several_prompts_n_stop_and_logprobs(client: openai.OpenAI, bank: AdapterBank) -> None:
     made = client.completions.create(
-        model="facts-prefix", prompt=PROMPTS[:2], n=2, max_tokens=8, temperature=0, logprobs=2
-    )
+        model="facts-prefix", prompt=PROMPTS[:2], n=2, max_tokens=8, temperature=0, logprobs=2,
+        extra_body=RAW,
+    )  # fmt: skip
     assert [c.index for c in made.choices] == [0, 1, 2, 3]
     texts = [c.text for c in made.choices]
     assert texts == [solo(bank, "facts-prefix", p, 8) for p in PROMPTS[:2] for _ in range(2)]
@@ -165,6 +170,46 @@ def test_ensemble_and_template(server: Serving, bank: AdapterBank) -> None:
     assert [together] == expected
     filled = server.completion("facts-prefix", facts, 20, template=True)
     assert filled == solo(bank, "facts-prefix", f"{facts}\n", 20)
+
+
+def test_the_first_request_is_answered_as_generate_answers(
+    client: openai.OpenAI, server: Serving, bank: AdapterBank
+) -> None:
+    facts = "kind[boat], name[Ashmere], colour[green]"
+    expected = solo(bank, "facts-prefix", f"{facts}\n", 64)
+    bare = server.post("/v1/completions", {"model": "facts-prefix", "prompt": facts}).json()
+    assert bare["choices"][0]["text"] == expected
+    asked: Any = [{"role": "user", "content": facts}]
+    chat = client.chat.completions.create(model="facts-prefix", messages=asked, max_tokens=64)
+    assert chat.choices[0].message.content == expected
+    sampled = client.completions.create(model="facts-prefix", prompt=facts, n=4, max_tokens=24)
+    assert len({choice.text for choice in sampled.choices}) > 1
+    (ids,) = bank.base.encode([facts])
+    by_ids = client.completions.create(model="facts-prefix", prompt=ids, max_tokens=8)
+    assert by_ids.choices[0].text == solo(bank, "facts-prefix", facts, 8)
+
+
+def test_labels_are_those_of_classify(server: Serving, base: Base) -> None:
+    texts = ["I was charged twice for one order", "The parcel has not arrived yet"]
+    for name in ("routing-prefix", "routing-ptuning"):
+        with classifier(SHIPPED / name, base=base) as own:
+            expected = own.probabilities(texts)
+        body = {"model": name, "input": texts}
+        for path in ("/v1/classify", "/classify"):
+            answer = server.post(path, body).json()
+            assert answer["labels"] == list(expected[0])
+            for row, shares in zip(answer["data"], expected, strict=True):
+                assert row["probs"] == pytest.approx([*shares.values()], abs=1e-5)
+                assert row["label"] == max(shares, key=shares.__getitem__)
+    one = server.post("/v1/classify", {"model": "routing-prefix", "input": texts[0]}).json()
+    assert len(one["data"]) == 1
+    for model, told in (
+        ("facts-prefix", "was not trained to classify"),
+        (TINY_EN, "has no labels"),
+    ):
+        refused_ = server.post("/v1/classify", {"model": model, "input": "x"})
+        assert refused_.status_code == 400
+        assert told in refused_.json()["error"]["message"]
 
 
 def test_models_and_cards(client: openai.OpenAI, server: Serving) -> None:
@@ -453,21 +498,22 @@ def test_termination_finishes_what_runs_and_refuses_what_comes(
     with Serving(folder, tmp_path / "log", "--max-batch", "4") as server:
         body = {
             "model": "facts-prefix", "prompt": "The boat", "max_tokens": 200, "temperature": 0,
-            "ignore_eos": True,
+            "ignore_eos": True, "template": False,
         }  # fmt: skip
         (expected,) = bank.generate(
             ["The boat"], ["facts-prefix"], max_new_tokens=200, do_sample=False, eos_token_id=None
         )
         got: list[str] = []
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x")
+        ours = ("ignore_eos", "template")
 
         def ask(stream: bool) -> None:
             if not stream:
                 got.append(server.post("/v1/completions", body).json()["choices"][0]["text"])
                 return
-            settings: dict[str, Any] = {k: v for k, v in body.items() if k != "ignore_eos"}
+            settings: dict[str, Any] = {k: v for k, v in body.items() if k not in ours}
             pieces = client.completions.create(
-                **settings, stream=True, extra_body={"ignore_eos": True}
+                **settings, stream=True, extra_body={k: body[k] for k in ours}
             )
             got.append("".join(piece.choices[0].text for piece in pieces))
 

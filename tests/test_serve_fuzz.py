@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
 
 from ptkit.bank import AdapterBank
 from ptkit.runtime.base_model import load_base
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.model_names import TINY_EN
 from ptkit.serve.answers import RequestLimits
 from ptkit.serve.app import create_app
 from ptkit.serve.engine import Engine

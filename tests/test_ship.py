@@ -23,23 +23,15 @@ from test_cli import refused as refused_command
 from test_peft_parity import LEARNT, make_adapter
 
 from ptkit.errors import AdapterError, HubError, UserError
-from ptkit.formats.adapter_files import (
-    ADAPTER_FILES,
-    CARD,
-    CONFIG,
-    INFO,
-    RECIPE,
-    WEIGHTS,
-    read_adapter,
-    write_adapter,
-)
+from ptkit.formats.adapter_files import read_adapter, write_adapter
+from ptkit.formats.adapter_folder import ADAPTER_FILES, CARD, CONFIG, INFO, RECIPE, WEIGHTS
 from ptkit.formats.hub import HubId, is_hub_id
 from ptkit.hub.card import card_text
 from ptkit.hub.search import search
 from ptkit.hub.transfer import pull, push
 from ptkit.hub.verify import check_files, verify
 from ptkit.recipe import load_recipe
-from ptkit.runtime.named_models import TINY_EN_FOLDER
+from ptkit.runtime.model_names import TINY_EN_FOLDER
 
 ptkit = partial(command, cwd=Path())
 refused = partial(refused_command, cwd=Path())
@@ -369,16 +361,16 @@ def test_commands_speak_to_people_machines_and_pipes(hub: HubServer, adapter: Pa
     done = ptkit("push", str(adapter), "team/facts")
     assert done.stdout.strip().startswith(hub.url)
     assert WEIGHTS in done.stderr
-    dry = ptkit("push", str(adapter), "team/x", "--dry-run", "--format", "json")
+    dry = ptkit("push", str(adapter), "team/x", "--dry-run", "--json")
     assert json.loads(dry.stdout)["url"] is None
-    assert ptkit("pull", "team/facts", "--format", "quiet").stdout.strip() == "adapters/facts"
+    assert ptkit("pull", "team/facts", "--quiet").stdout.strip() == "adapters/facts"
     assert "team/facts" in ptkit("search", "tiny-en").stdout
-    assert ptkit("search", "tiny-en", "--format", "quiet").stdout.split() == ["team/facts"]
-    listed = ptkit("adapters", "ls", "--format", "quiet").stdout.split()
+    assert ptkit("search", "tiny-en", "--quiet").stdout.split() == ["team/facts"]
+    listed = ptkit("adapters", "ls", "--quiet").stdout.split()
     assert listed == ["adapters/facts"]
-    facts = json.loads(ptkit("adapters", "info", "team/facts", "--format", "json").stdout)
+    facts = json.loads(ptkit("adapters", "info", "team/facts", "--json").stdout)
     assert facts["method"] == "prefix_tuning"
-    checks = json.loads(ptkit("verify", "team/facts", "--format", "json").stdout)
+    checks = json.loads(ptkit("verify", "team/facts", "--json").stdout)
     assert checks["passed"]
     assert "no pickle" in {check["name"] for check in checks["checks"]}
 
@@ -396,7 +388,7 @@ def test_adapters_are_removed_only_when_confirmed(adapter: Path, tmp_path: Path)
 
 def test_diff_names_what_differs() -> None:
     one, other = SHIPPED / "facts-prefix", SHIPPED / "facts-prompt"
-    rows = json.loads(ptkit("adapters", "diff", str(one), str(other), "--format", "json").stdout)
+    rows = json.loads(ptkit("adapters", "diff", str(one), str(other), "--json").stdout)
     names = {row["name"] for row in rows}
     assert {"method.kind", "metrics.bleu.value", "tensor prompt_embeddings"} <= names
     assert "base.fingerprint" not in names

@@ -13,12 +13,13 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from ptkit.bank import AdapterBank
-from ptkit.formats.adapter_files import WEIGHTS, read_adapter
+from ptkit.formats.adapter_files import read_adapter
+from ptkit.formats.adapter_folder import WEIGHTS
 from ptkit.methods import adapter_from_files, require_same_base
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits
-from ptkit.runtime.named_models import TINY_EN_FOLDER
+from ptkit.runtime.model_names import TINY_EN_FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTERS = sorted(p.parent for p in (ROOT / "adapters").glob(f"*/{WEIGHTS}"))

@@ -31,11 +31,11 @@ from transformers import (
 )
 
 from ptkit import AdapterBank
-from ptkit.api import LoadedAdapter
 from ptkit.families.kinds import DECODER, ENCODER_DECODER, SEQUENCE_ENCODER
 from ptkit.families.model_under_test import small_model
 from ptkit.families.shapes import FAMILIES, small
 from ptkit.formats.adapter_files import write_adapter
+from ptkit.loaded_adapter import LoadedAdapter
 from ptkit.prefix import KVPrefix
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base, frozen_base

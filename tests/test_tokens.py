@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ptkit.api import LoadedAdapter
 from ptkit.bank import AdapterBank
 from ptkit.bank.conversation import Conversation
 from ptkit.data.encode import encode_examples, require_apart
@@ -19,6 +18,7 @@ from ptkit.data.examples import Example
 from ptkit.errors import DataError, ModelError, UserError
 from ptkit.evaluation.classify import Classifier
 from ptkit.formats.adapter_info import AdapterInfo
+from ptkit.loaded_adapter import LoadedAdapter
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
 from ptkit.recipe.tasks import ClassificationTask, GenerationTask, TokenClassificationTask
 from ptkit.runtime.base_model import Base, frozen_base

@@ -35,7 +35,7 @@ from ptkit.formats.adapter_files import write_adapter
 from ptkit.hub.engines.vllm import ADAPTERS
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.model_names import TINY_EN
 from ptkit.vllm_connector.files import ABOUT, TENSORS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -422,7 +422,7 @@ def test_a_version_that_the_workers_lose_fails_one_request_only(
 
 def test_verify_counts_the_answers_of_vllm_that_are_ptkits(tmp_path: Path) -> None:
     told = ["verify", str(ROOT / "adapters" / "facts-prefix"), "--engine", "vllm", "--rows", "8",
-            "--format", "json"]  # fmt: skip
+            "--json"]  # fmt: skip
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "ptkit", *told, "--engine-python", str(PYTHON)],

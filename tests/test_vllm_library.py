@@ -29,7 +29,7 @@ from ptkit.hub.vllm_server import VLLMServer
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section
 from ptkit.runtime.base_model import Base, load_base
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.model_names import TINY_EN
 from ptkit.vllm_connector.files import (
     ABOUT,
     TENSORS,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ptkit.bank.ensemble import AveragedLogProbabilities, EnsembleBy, label_votes, vote
 from ptkit.bank.resident import ResidentAdapters, RowNames, parts_of_row
 from ptkit.bank.slots import SlotTable
@@ -135,10 +137,20 @@ class AdapterBank(ResidentAdapters):
         require_apart(dict(zip(labels, words, strict=True)))
         rows = [*names] * len(texts)
         contexts = self._encoded([text for text in texts for _ in names], rows)
-        with self.weights(rows):
-            scores = continuation_scores(
-                self.base.model, contexts, words, self.rows(rows, contexts),
-                pad_token_id=self.base.pad_token_id,
-            )  # fmt: skip
+        scores = self.continuation_scores(contexts, words, rows)
         grouped = scores.view(len(texts), len(names), len(labels))
         return [labels[i] for i in label_votes(grouped, by).tolist()]
+
+    def continuation_scores(
+        self,
+        contexts: list[list[int]],
+        continuations: list[list[int]],
+        names: Sequence[RowNames],
+    ) -> Tensor:
+        """Log-probability of each continuation after each context with its row's adapters,
+        `[contexts, continuations]`. contexts, continuations: token ids"""
+        with self.weights(names):
+            return continuation_scores(
+                self.base.model, contexts, continuations, self.rows(names, contexts),
+                pad_token_id=self.base.pad_token_id,
+            )  # fmt: skip

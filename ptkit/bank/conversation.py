@@ -114,7 +114,7 @@ class Conversation:
         prompt = self._prompt(text, self.exchanges, self.adapter)
         versions = bank.versions(self.adapter)  # before the rows: never newer than what they hold
         batch = bank.rows([self.adapter])
-        options = self._within_room(options, batch.longest, len(prompt))
+        options = self._within_room(options, int(batch.placed.sum(-1).max()), len(prompt))
         ends = bank.chat_template(self.adapter).ends
         options = _ending(base, options, ends)
         if on_text is not None:
@@ -162,7 +162,7 @@ class Conversation:
         ]
         bank, base = self.bank, self.bank.base
         prefixes = bank.prefixes(adapters, prompts)
-        longest = max((p.virtual_tokens for p in prefixes if p is not None), default=0)
+        longest = max((p.positions for p in prefixes if p is not None), default=0)
         options = self._within_room(options, longest, max(map(len, prompts)))
         ends = frozenset[int]().union(*(bank.chat_template(name).ends for name in adapters))
         options = _ending(base, options, ends)

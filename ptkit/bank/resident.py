@@ -12,7 +12,7 @@ from ptkit.bank.lora_rows import LoraRows
 from ptkit.bank.source import locate, name_of, read_checked, require_files
 from ptkit.bank.store import AdapterStatus, BankCounts, PrefixStore
 from ptkit.errors import AdapterError, ModelError
-from ptkit.formats.adapter_files import adapter_folders
+from ptkit.formats.adapter_folder import adapter_folders
 from ptkit.methods import Adapter, compile_files, mixes_in_batch, parts_of
 from ptkit.prefix import Compiled, KVPrefix
 from ptkit.prefix_batch import PrefixBatch

@@ -52,6 +52,8 @@ class SlotTable:
         self._visible = torch.zeros(shape, dtype=torch.bool, device=device)
         #: Asked for only by layers with a window (see `PrefixBatch.as_text`).
         self._as_text = torch.zeros(shape[0], dtype=torch.bool, device=device)
+        self._placeless = torch.zeros(shape[0], dtype=torch.bool, device=device)
+        self._some_placeless = False
         #: Slot of each row, `[rows]`: what a compiled function takes as its input.
         self.index = torch.zeros(rows, dtype=torch.long, device=device)
         self._row_slots = [0] * rows
@@ -84,6 +86,7 @@ class SlotTable:
             tuple(v.index_select(0, index) for v in self._values),
             self._visible.index_select(0, index),
             as_text=self._as_text.index_select(0, index),
+            placeless=self._placeless.index_select(0, index) if self._some_placeless else None,
         )
 
     def _slot(self, row: int, name: str) -> int:
@@ -132,4 +135,6 @@ class SlotTable:
             for layer, part in zip(table, parts, strict=True):
                 layer[slot, :, missing:] = part
         self._as_text[slot] = prefix.as_text
+        self._placeless[slot] = prefix.placeless
+        self._some_placeless |= prefix.placeless
         self._visible[slot] = torch.arange(self.virtual_tokens) >= missing

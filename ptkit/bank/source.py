@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import (
+from ptkit.formats.adapter_files import AdapterFiles, read_adapter
+from ptkit.formats.adapter_folder import (
     CONFIG,
     INFO,
     INT8_WEIGHTS,
     WEIGHTS,
-    AdapterFiles,
     adapters_below,
-    read_adapter,
     read_config,
 )
 from ptkit.formats.fingerprint import file_stamp

@@ -19,7 +19,7 @@ from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.runtime.base_model import Base, frozen_base, load_base
 from ptkit.runtime.devices import resolve_device
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.model_names import TINY_EN
 
 #: Name of the random base; its shape is the one PEFT's and S-LoRA's papers and issues talk about.
 GPT2_SMALL = "gpt2-small"

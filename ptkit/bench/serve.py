@@ -29,7 +29,7 @@ from ptkit.data.sources import BUILTIN
 from ptkit.errors import UserError
 from ptkit.extras import require
 from ptkit.runtime.base_model import Base, load_base
-from ptkit.runtime.named_models import TINY_EN, TINY_EN_FOLDER
+from ptkit.runtime.model_names import TINY_EN, TINY_EN_FOLDER
 from ptkit.serve.engines import free_port
 
 #: Who else is put under the same load.

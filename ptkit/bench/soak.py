@@ -18,7 +18,7 @@ from ptkit.bank import AdapterBank
 from ptkit.bench.bases import bench_base, random_prefixes, random_prompts
 from ptkit.bench.result import BenchResult, Figure
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import CONFIG, WEIGHTS
+from ptkit.formats.adapter_folder import CONFIG, WEIGHTS
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.generation import generate

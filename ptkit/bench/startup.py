@@ -14,7 +14,7 @@ from ptkit.bench.bases import ParityError, random_prefixes
 from ptkit.bench.result import BenchResult, Figure
 from ptkit.bench.timing import Timing, interleaved, ratio
 from ptkit.runtime.base_model import load_base
-from ptkit.runtime.named_models import TINY_EN, TINY_EN_FOLDER
+from ptkit.runtime.model_names import TINY_EN, TINY_EN_FOLDER
 
 #: What a person would write to use an adapter with PEFT alone.
 _WITH_PEFT = """

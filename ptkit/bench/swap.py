@@ -20,7 +20,7 @@ from ptkit.bench.bases import (
 )
 from ptkit.bench.result import BenchResult, Figure
 from ptkit.bench.timing import interleaved, ratio
-from ptkit.formats.adapter_files import WEIGHTS
+from ptkit.formats.adapter_folder import WEIGHTS
 from ptkit.runtime.forward import all_logits
 
 

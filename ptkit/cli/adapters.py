@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ptkit.cli.options import AdapterArgument, FormatOption, OutputFormat, table
+from ptkit.cli.options import AdapterArgument, JsonOutput, Quiet, table
 
 if TYPE_CHECKING:
-    from ptkit.bank.listing import Listed
+    from ptkit.formats.listing import Listed
 
 app = typer.Typer(help="List, describe, compare and delete adapters.", no_args_is_help=True)
 
@@ -24,18 +24,19 @@ def ls(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Folder whose direct subfolders are adapters.")
     ] = Path("adapters"),
-    format: FormatOption = OutputFormat.human,
+    json_output: JsonOutput = False,
+    quiet: Quiet = False,
 ) -> None:
     """List the adapters: method, base, virtual tokens, size; reads no weights, loads no model."""
-    from ptkit.bank.listing import list_adapters
+    from ptkit.formats.listing import list_adapters
     from ptkit.formats.sizes import in_bytes
 
     found = list_adapters(folder)
-    if format is OutputFormat.json:
-        for listed in found:
-            typer.echo(json.dumps({**asdict(listed), "path": str(listed.path)}))
+    if json_output:
+        rows = [{**asdict(listed), "path": str(listed.path)} for listed in found]
+        typer.echo(json.dumps(rows, ensure_ascii=False))
         return
-    if format is OutputFormat.quiet:
+    if quiet:
         for listed in found:
             typer.echo(listed.path)
         return
@@ -53,15 +54,15 @@ def _row(a: Listed) -> list[str]:
 
 
 @app.command()
-def info(adapter: AdapterArgument, format: FormatOption = OutputFormat.human) -> None:
+def info(adapter: AdapterArgument, json_output: JsonOutput = False, quiet: Quiet = False) -> None:
     """Show what an adapter's record says: method, base, scores, forgetting; loads no model."""
     from ptkit.hub.describe import describe
 
     facts = describe(adapter)
-    if format is OutputFormat.json:
+    if json_output:
         typer.echo(json.dumps(facts, ensure_ascii=False))
         return
-    if format is OutputFormat.quiet:
+    if quiet:
         typer.echo(facts["path"])
         return
     for name, value in facts.items():
@@ -73,16 +74,19 @@ def info(adapter: AdapterArgument, format: FormatOption = OutputFormat.human) ->
 
 @app.command()
 def diff(
-    first: AdapterArgument, second: AdapterArgument, format: FormatOption = OutputFormat.human
+    first: AdapterArgument,
+    second: AdapterArgument,
+    json_output: JsonOutput = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare two adapters: settings, scores and trained values that differ."""
     from ptkit.hub.describe import differences
 
     found = differences(first, second)
-    if format is OutputFormat.json:
+    if json_output:
         typer.echo(json.dumps([asdict(d) for d in found], ensure_ascii=False))
         return
-    if format is OutputFormat.quiet:
+    if quiet:
         for difference in found:
             typer.echo(difference.name)
         return
@@ -96,11 +100,12 @@ def diff(
 def rm(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Adapter folders.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    format: FormatOption = OutputFormat.human,
+    json_output: JsonOutput = False,
+    quiet: Quiet = False,
 ) -> None:
     """Delete adapter folders. Nothing else is deleted, and runs are not adapters."""
     from ptkit.errors import UserError
-    from ptkit.formats.adapter_files import CONFIG
+    from ptkit.formats.adapter_folder import CONFIG
 
     for folder in folders:
         if not (folder / CONFIG).is_file():
@@ -113,9 +118,9 @@ def rm(
             raise UserError("nothing was deleted")
     for folder in folders:
         shutil.rmtree(folder)
-        if format is OutputFormat.json:
+        if json_output:
             typer.echo(json.dumps({"deleted": str(folder)}))
-        elif format is OutputFormat.quiet:
+        elif quiet:
             typer.echo(folder)
         else:
             typer.echo(f"deleted {folder}")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ptkit.cli import adapters
-from ptkit.cli.options import JsonOutput, ModelOption, OutputFormat, table
+from ptkit.cli.options import JsonOutput, ModelOption, Quiet, table
 from ptkit.errors import UserError
 from ptkit.formats.sizes import in_bytes, read_bytes
 
@@ -23,10 +23,10 @@ FolderArgument = Annotated[
 
 
 @app.command()
-def ls(folder: FolderArgument, json_output: JsonOutput = False) -> None:
+def ls(folder: FolderArgument, json_output: JsonOutput = False, quiet: Quiet = False) -> None:
     """List the adapters: method, base, virtual tokens, size; reads no weights, loads no model."""
     _adapters(folder)
-    adapters.ls(folder, OutputFormat.json if json_output else OutputFormat.human)
+    adapters.ls(folder, json_output=json_output, quiet=quiet)
 
 
 @app.command()
@@ -38,12 +38,13 @@ def load(
         typer.Option(help="Device memory for prefixes, `500MB` say. Default: no limit."),
     ] = None,
     json_output: JsonOutput = False,
+    quiet: Quiet = False,
 ) -> None:
     """Load every adapter into a bank: what it takes, how long, and where each one ends up."""
     limit = None if budget is None else read_bytes(budget)
     from ptkit.bank import AdapterBank
     from ptkit.runtime.base_model import load_base
-    from ptkit.runtime.named_models import TINY_EN
+    from ptkit.runtime.model_names import TINY_EN
 
     paths = _adapters(folder)
     base = load_base(model or TINY_EN)
@@ -63,6 +64,10 @@ def load(
         shown = [{**asdict(s), "path": str(s.path)} for s in statuses]
         typer.echo(json.dumps({**summary, "loaded": shown}))
         return
+    if quiet:
+        for status in statuses:
+            typer.echo(status.name)
+        return
     table(
         ["adapter", "method", "virtual tokens", "bytes", "where"],
         [[s.name, str(s.method), str(s.virtual_tokens), f"{s.nbytes or 0:,}", s.tier]
@@ -78,7 +83,10 @@ def load(
 
 @app.command()
 def verify(
-    folder: FolderArgument, model: ModelOption = None, json_output: JsonOutput = False
+    folder: FolderArgument,
+    model: ModelOption = None,
+    json_output: JsonOutput = False,
+    quiet: Quiet = False,
 ) -> None:
     """Read, check and compile every adapter for the base; exit code 2 when one is refused.
 
@@ -87,7 +95,7 @@ def verify(
     from ptkit.bank import AdapterBank
     from ptkit.errors import AdapterError
     from ptkit.runtime.base_model import load_base
-    from ptkit.runtime.named_models import TINY_EN
+    from ptkit.runtime.model_names import TINY_EN
 
     paths = _adapters(folder)
     bank = AdapterBank(load_base(model or TINY_EN))
@@ -100,6 +108,9 @@ def verify(
             fault, refused = str(error), refused + 1
         if json_output:
             typer.echo(json.dumps({"adapter": path.name, "ok": fault is None, "fault": fault}))
+        elif quiet:
+            if fault is not None:
+                typer.echo(path.name)
         else:
             mark, color = ("ok     ", "green") if fault is None else ("refused", "red")
             typer.secho(mark, fg=color, nl=False)
@@ -110,7 +121,7 @@ def verify(
 
 def _adapters(folder: Path) -> list[Path]:
     """The adapter folders below `folder`. Raises UserError when there are none."""
-    from ptkit.formats.adapter_files import CONFIG, adapter_folders
+    from ptkit.formats.adapter_folder import CONFIG, adapter_folders
 
     found = adapter_folders(folder)
     if not found:

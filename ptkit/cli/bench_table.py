@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from ptkit.cli.options import show_table
 from ptkit.formats.sizes import in_bytes
 
 if TYPE_CHECKING:
@@ -39,8 +40,7 @@ def _print(result: BenchResult) -> None:
     for what in result.left_out:
         table.add_row(what, "not available")
     console = Console()
-    console.width = max(console.width, 100)
-    console.print(table)
+    show_table(table, least=100)
     for what, why in result.left_out.items():
         console.print(f"{what}: not available: {why}.", markup=False, highlight=False)
     for what, how in result.disagreed.items():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from ptkit.cli.completion import complete_adapters
 from ptkit.cli.options import DeviceMapOption, ModelOption
 from ptkit.errors import UserError, did_you_mean
 
@@ -25,7 +26,12 @@ BASE = "base"
 def chat(
     adapter: Annotated[
         Optional[str],  # noqa: UP045  (typer reads annotations at run time)
-        typer.Option("--adapter", "-a", help="Who answers first: folder, hub id, or known name."),
+        typer.Option(
+            "--adapter",
+            "-a",
+            help="Who answers first: folder, hub id, or known name.",
+            autocompletion=complete_adapters,
+        ),
     ] = None,
     adapters: Annotated[
         Optional[Path],  # noqa: UP045
@@ -51,7 +57,7 @@ def chat(
     What was said stays in memory as keys and values, so a turn reads its own tokens only. Lines
     on standard input are answered one by one, without prompts, and a wrong one ends the command.
     """
-    from ptkit.formats.adapter_files import adapter_folders
+    from ptkit.formats.adapter_folder import adapter_folders
 
     if adapters is not None:
         adapter_folders(adapters)  # refuses a missing one before a model loads
@@ -61,7 +67,7 @@ def chat(
     from ptkit.bank import AdapterBank
     from ptkit.bank.conversation import Conversation
     from ptkit.runtime.base_model import load_base
-    from ptkit.runtime.named_models import TINY_EN
+    from ptkit.runtime.model_names import TINY_EN
 
     torch.manual_seed(seed)
     options = {
@@ -197,8 +203,9 @@ class _Chat:
 
     def _list(self, _: str) -> None:
         from rich import box
-        from rich.console import Console
         from rich.table import Table
+
+        from ptkit.cli.options import show_table
 
         table = Table("", "adapter", "method", "virtual tokens", "where", box=box.SIMPLE_HEAD)
         current = self._conversation.adapter
@@ -208,7 +215,7 @@ class _Chat:
             tokens = "" if status.virtual_tokens is None else str(status.virtual_tokens)
             mark = ">" if name == current else ""
             table.add_row(mark, name, status.method or "not read yet", tokens, status.tier)
-        Console(markup=False).print(table)
+        show_table(table, names=1, markup=False)
 
     def _diff(self, argument: str) -> None:
         from rich.console import Console

@@ -8,7 +8,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import JsonOutput, input_lines, is_data_file
+from ptkit.cli.completion import complete_adapters
+from ptkit.cli.options import JsonOutput, OwnModelOption, Quiet, input_lines, is_data_file
 
 
 def classify(
@@ -17,12 +18,15 @@ def classify(
         typer.Argument(help="Texts. Default: the lines of --input, or of standard input."),
     ] = None,
     adapter: Annotated[
-        Path, typer.Option("--adapter", "-a", help="Adapter or run folder, or hub id.")
+        Path,
+        typer.Option(
+            "--adapter",
+            "-a",
+            help="Adapter or run folder, or hub id.",
+            autocompletion=complete_adapters,
+        ),
     ] = ...,  # type: ignore[assignment]
-    model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--model", help="Base model; default: the one the adapter names."),
-    ] = None,
+    model: OwnModelOption = None,
     input_file: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -37,6 +41,7 @@ def classify(
         typer.Option("--raw", help="Use texts as they are, not in the adapter's own template."),
     ] = False,
     json_output: JsonOutput = False,
+    quiet: Quiet = False,
 ) -> None:
     """Label texts with an adapter that was trained to classify.
 
@@ -69,5 +74,11 @@ def classify(
             if json_output:
                 found = {"input": line, "label": best, "probabilities": shares}
                 typer.echo(json.dumps(found, ensure_ascii=False))
-            else:
-                typer.echo(f"{best}  {shares[best]:.1%}  {line if len(texts) > 1 else ''}".rstrip())
+            elif quiet:
+                typer.echo(best)
+            elif len(texts) > 1:
+                told = " ".join(line.split())  # one text, one line
+                typer.echo(f"{best}  {shares[best]:.1%}  {told}")
+            else:  # there is room for all of them
+                for label in sorted(shares, key=shares.__getitem__, reverse=True):
+                    typer.echo(f"{label}  {shares[label]:.1%}")

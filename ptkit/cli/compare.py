@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import DryRun, Fresh, JsonOutput, Quiet, RecipeArgument, Set
+from ptkit.cli.options import DryRun, Fresh, JsonOutput, Quiet, RecipeArgument, Set, show_table
 from ptkit.errors import PtkitError, UserError
 
 if TYPE_CHECKING:
@@ -42,8 +42,6 @@ def compare(
     cell that fails is a row with the reason. The exit code is then 1, and the same command tries it
     again.
     """
-    from rich.console import Console
-
     from ptkit.api import compare as run
     from ptkit.api import plan_comparison
     from ptkit.cli.display import LiveDisplay, say_plan
@@ -74,10 +72,8 @@ def compare(
             typer.echo(json.dumps(failure.as_row(), ensure_ascii=False))
         _require_none(done.failed)
         return
-    console = Console()
-    # Piped output has no width of its own; below 100 columns figures would be cut.
-    console.width = max(console.width, 100)
-    console.print(summary_table(done.summaries, done.failed))
+    # Below 100 columns figures would stand in pieces.
+    show_table(summary_table(done.summaries, done.failed), least=100)
     typer.echo(str(done.report))
     _require_none(done.failed)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import AdapterArgument
+from ptkit.cli.options import AdapterArgument, OwnModelOption
 
 
 class ConvertedKind(StrEnum):
@@ -26,10 +26,7 @@ def convert(
         Optional[int],  # noqa: UP045  (typer reads annotations at run time)
         typer.Option(min=0, help="Which task of a multi-task prompt, from 0."),
     ] = None,
-    model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--model", help="Base model; default: the one the adapter names."),
-    ] = None,
+    model: OwnModelOption = None,
     max_error: Annotated[
         float,
         typer.Option(min=0, max=1, help="Share of a prefix a soft prompt may miss."),

@@ -25,6 +25,7 @@ from ptkit.formats.cell_record import CellRecord
 from ptkit.training.adapter_trainer import StepReport
 from ptkit.training.failure import Failure
 from ptkit.training.forecast import Forecast, in_time
+from ptkit.training.learnt import FlatLoss
 from ptkit.training.observer import RunObserver
 
 
@@ -59,6 +60,7 @@ class LiveDisplay(RunObserver):
         self.lines = not quiet and not self.console.is_terminal
         self.began = self.told = time.monotonic()
         self.first_step = 0
+        self.flat = FlatLoss()
 
     def __enter__(self) -> LiveDisplay:
         self.progress.start()
@@ -105,6 +107,7 @@ class LiveDisplay(RunObserver):
         self.name = cell
         self.began = time.monotonic()
         self.first_step = 0
+        self.flat = FlatLoss()
         if steps:
             self._phase(f"[bold]{cell}[/] training", steps)
 
@@ -120,6 +123,9 @@ class LiveDisplay(RunObserver):
             return
         if not self.first_step:  # a resumed run begins where it was
             self.first_step, self.began = report.step, time.monotonic()
+        warning = self.flat.add(report)
+        if warning is not None:
+            self._say(f"{self.name}: {warning}")
         note = f"loss {report.loss:.3f}"
         if report.validation_loss is not None:
             note += f" · validation {report.validation_loss:.3f}"
@@ -146,6 +152,10 @@ class LiveDisplay(RunObserver):
     def trial_failed(self, failure: Failure) -> None:
         self._end_phase()
         self._say(f"{failure.cell}: failed: {failure.reason}")
+
+    def noticed(self, cell: str, lines: Sequence[str]) -> None:
+        for line in lines:
+            self._say(f"{cell}: {line}")
 
     def cell_finished(self, record: CellRecord, reused: bool) -> None:
         what = "already done" if reused else f"{record.train_seconds + record.eval_seconds:.0f} s"

@@ -8,14 +8,14 @@ from importlib.util import find_spec
 
 import typer
 
-from ptkit.cli.options import FormatOption, OutputFormat
+from ptkit.cli.options import JsonOutput, Quiet
 from ptkit.extras import EXTRAS, installed
 
 #: Packages that every result depends on.
 _PACKAGES = ("ptkit", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 
 
-def env(format: FormatOption = OutputFormat.human) -> None:
+def env(json_output: JsonOutput = False, quiet: Quiet = False) -> None:
     """Say which versions, devices, extras and fetched models there are. Nothing leaves the machine.
 
     Paste it into a report of a fault: it names no user and no folder.
@@ -27,11 +27,11 @@ def env(format: FormatOption = OutputFormat.human) -> None:
         "devices": ", ".join(_devices()),
         "extras": ", ".join(name for name in EXTRAS if not _missing(name)) or "none",
     }
-    if format is OutputFormat.json:
+    if json_output:
         missing = {name: sorted(lacking) for name in EXTRAS if (lacking := _missing(name))}
         typer.echo(json.dumps({**found, "missing": missing}, indent=2))
         return
-    if format is OutputFormat.quiet:
+    if quiet:
         typer.echo(found["ptkit"])
         return
     width = max(map(len, found))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ptkit.cli.options import JsonOutput, Set
+from ptkit.cli.completion import complete_adapters
+from ptkit.cli.options import JsonOutput, Quiet, Set
 from ptkit.errors import UserError
 from ptkit.extras import require
 
@@ -25,7 +26,29 @@ def evaluate(
     ] = None,
     adapter: Annotated[
         Optional[list[Path]],  # noqa: UP045
-        typer.Option("--adapter", "-a", help="Adapter or run folder; repeatable. None: the base."),
+        typer.Option(
+            "--adapter",
+            "-a",
+            help="Adapter or run folder; repeatable. None: the base.",
+            autocompletion=complete_adapters,
+        ),
+    ] = None,
+    data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--data",
+            "-d",
+            help="File of rows to score on in place of the recipe's: CSV, JSONL, "
+            "JSON or Parquet with the recipe's columns.",
+        ),
+    ] = None,
+    with_base: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--base/--no-base",
+            help="Score the plain base beside the adapters; default: it is, where it answers in "
+            "words.",
+        ),
     ] = None,
     set_: Set = None,
     precision: Annotated[
@@ -71,10 +94,14 @@ def evaluate(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="With --harness: rows at a time.")] = 16,
     json_output: JsonOutput = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Score saved adapters (or the base) on the test rows of a recipe, with 95 % intervals.
+    """Score saved adapters beside the base on the test rows of a recipe, with 95 % intervals.
 
-    With --harness, on standard tasks (needs `pip install "ptkit\\[harness]"`).
+    Without RECIPE it is the recipe that the first adapter was trained by. With --data the rows of a
+    file are scored instead.
+
+    With --harness, on standard tasks (needs `pip install "ptkit[harness]"`).
     """
     places: list[Path | None] = [*adapter] if adapter else [None]
     if harness is not None:
@@ -85,52 +112,78 @@ def evaluate(
         return
     if chat:
         raise UserError("--chat is for --harness: a recipe's task says how its rows are asked")
-    if recipe is None:
-        raise UserError("nothing to evaluate on: give a recipe, or --harness TASKS")
+    if recipe is None and adapter is None:
+        raise UserError("nothing to evaluate: give an adapter (-a), a recipe, or --harness TASKS")
     if predictions is not None and len(places) * len(precision or [None]) > 1:
         raise UserError(
             "--predictions takes the rows of one adapter in one precision; give a single --adapter"
         )
-    _recipe_rows(recipe, set_ or [], places, precision or [None], predictions, json_output)
+    _recipe_rows(
+        recipe, set_ or [], places, [*precision] if precision else [None],
+        _Asked(data, with_base, predictions, json_output, quiet),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """How scores are asked for: on which rows, and how they are shown."""
+
+    data: Path | None
+    with_base: bool | None
+    predictions: Path | None
+    json_output: bool
+    quiet: bool
 
 
 def _recipe_rows(
-    recipe: str,
+    recipe: str | None,
     overrides: list[str],
     places: list[Path | None],
-    precisions: list[str] | list[None],
-    predictions: Path | None,
-    json_output: bool,
+    precisions: list[str | None],
+    asked: _Asked,
 ) -> None:
-    from ptkit.evaluation.evaluate import evaluate_saved
+    from ptkit.evaluation.evaluate import evaluate_saved, find_adapter
     from ptkit.formats import atomic
     from ptkit.recipe import load_recipe
+    from ptkit.recipe.tasks import HeadedTask
     from ptkit.training.experiment import prepare
+    from ptkit.training.own_recipe import own_recipe, with_test_rows
 
-    loaded = load_recipe(recipe, overrides)
+    if recipe is not None:
+        loaded = load_recipe(recipe, overrides)
+    else:
+        assert places[0] is not None
+        loaded = own_recipe(find_adapter(places[0], whole=True), overrides, data=asked.data)
+    if asked.data is not None:
+        loaded = with_test_rows(loaded, asked.data)
+    # A head is part of an adapter: the base's own is a new one, or of other labels.
+    beside = not isinstance(loaded.recipe.task, HeadedTask)
+    shown = [*places]
+    if None not in shown and (beside if asked.with_base is None else asked.with_base):
+        shown.insert(0, None)
     recipes = [_in_precision(loaded, name) for name in precisions]  # all checked before any runs
     table: list[tuple[str, Evaluation]] = []
-    for asked, chosen in zip(precisions, recipes, strict=True):
+    for name, chosen in zip(precisions, recipes, strict=True):
         experiment = prepare(chosen)
         head = experiment.base.head
         speaks = experiment.parallel.state.is_main_process
         if (
-            speaks and head is not None and head.told and None in places
+            speaks and not asked.quiet and head is not None and head.told and None in shown
         ):  # an adapter has a head of its own
             typer.echo(head.told, err=True)
-        for place in places:
+        for place in shown:
             result = evaluate_saved(experiment, place)
             if not speaks:  # the first one speaks and writes
                 continue
-            if predictions is not None:
+            if asked.predictions is not None and (place is not None or len(shown) == 1):
                 rows = [json.dumps(p.as_dict(), ensure_ascii=False) for p in result.predictions]
-                atomic.write_text(predictions, "\n".join(rows) + "\n")
+                atomic.write_text(asked.predictions, "\n".join(rows) + "\n")
             found = experiment.base.precision
-            if json_output:
+            if asked.json_output:
                 typer.echo(json.dumps({**result.as_dict(), "precision": found}))
             elif len(recipes) > 1:
                 # A GGUF file's values are of its own precision, however they are kept.
-                named = found if asked == found else f"{asked} ({found})"
+                named = found if name == found else f"{name} ({found})"
                 table.append((named, result))
             else:
                 _show(result)
@@ -161,8 +214,9 @@ def _show(result: Evaluation) -> None:
 
 
 def _show_table(results: list[tuple[str, Evaluation]]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from ptkit.cli.options import show_table
 
     first = results[0][1]
     table = Table(
@@ -172,7 +226,7 @@ def _show_table(results: list[tuple[str, Evaluation]]) -> None:
     for precision, result in results:
         scores = [f"{i.mean:.2f} [{i.low:.2f}, {i.high:.2f}]" for i in result.metrics.values()]
         table.add_row(precision, result.name, *scores)
-    Console().print(table)
+    show_table(table, names=1)
 
 
 def _standard_tasks(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from ptkit.cli.completion import complete_adapters
 from ptkit.errors import UserError
 from ptkit.formats.sizes import in_bytes
 from ptkit.hub.engines import engines, writer
@@ -44,6 +45,7 @@ def export(
         list[Path],
         typer.Argument(
             metavar="RUN...",
+            autocompletion=complete_adapters,
             help="Finished runs or adapter folders; for an engine as many as are to be served.",
         ),
     ],

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ptkit.cli.options import DeviceMapOption, JsonOutput, input_lines, is_data_file
+from ptkit.cli.options import (
+    AdapterOption,
+    DeviceMapOption,
+    JsonOutput,
+    ModelOption,
+    Quiet,
+    input_lines,
+    is_data_file,
+)
 
 if TYPE_CHECKING:
     from ptkit.data.chat_questions import Question
@@ -27,18 +35,8 @@ def generate(
         Optional[list[str]],  # noqa: UP045  (typer reads annotations at run time)
         typer.Argument(help="Inputs. Default: the lines of --input, or of standard input."),
     ] = None,
-    adapter: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option("--adapter", "-a", help="Adapter or run folder, or hub id; repeatable."),
-    ] = None,
-    model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--model",
-            help="Base model: hub id, folder; default: `tiny-en`. Named here, it is taken for the "
-            "base of adapters that know theirs by another name only.",
-        ),
-    ] = None,
+    adapter: AdapterOption = None,
+    model: ModelOption = None,
     device_map: DeviceMapOption = None,
     input_file: Annotated[
         Optional[Path],  # noqa: UP045
@@ -68,6 +66,7 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="With --sample.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of --sample.")] = 0,
     json_output: JsonOutput = False,
+    quiet: Quiet = False,
 ) -> None:
     """Generate with one or several adapters; all rows run in one mixed batch.
 
@@ -76,7 +75,7 @@ def generate(
     """
     from ptkit.errors import UserError
     from ptkit.evaluation.evaluate import fill_template, find_adapter
-    from ptkit.formats.adapter_files import read_config, read_info
+    from ptkit.formats.adapter_folder import read_info
 
     table = input_file if is_data_file(prompt, input_file) else None
     if table is not None and raw:
@@ -85,6 +84,11 @@ def generate(
     places: list[Path | None] = [find_adapter(path) for path in adapter or []]
     if ensemble and (len(places) < 2 or with_base):
         raise UserError("--ensemble needs at least two --adapter, and no --base")
+    for place in places if not quiet else []:
+        task = None if place is None else read_info(place).task
+        if task is not None and "classification" in task.kind:
+            note = f"{place} was trained to choose a label; `ptkit classify` shows which"
+            typer.secho(note, err=True, dim=True)
     # The base gets the first adapter's template: the same text, so that answers compare.
     template = places[0] if places else None
     if with_base or not places:
@@ -97,9 +101,13 @@ def generate(
     import torch
 
     from ptkit.bank import AdapterBank, name_of
+    from ptkit.data.chat_template import ChatTemplate
+    from ptkit.evaluation.alone import answers_alone, changes_every_row
+    from ptkit.formats.adapter_folder import base_id, read_config
     from ptkit.methods import revision_named
+    from ptkit.methods.base_names import needs_no_download
     from ptkit.runtime.base_model import load_base
-    from ptkit.runtime.named_models import TINY_EN
+    from ptkit.runtime.model_names import TINY_EN
     from ptkit.runtime.tokenization import own_ends
 
     torch.manual_seed(seed)
@@ -109,21 +117,31 @@ def generate(
         "do_sample": sample,
         **({"temperature": temperature, "top_p": top_p} if sample else {}),
     }
-    id = model or TINY_EN
     named = [place for place in places if place is not None]
+    of_adapters = [base_id(read_config(place), read_info(place)) for place in named]
+    # The adapter's own base, where nothing is fetched for it; another is asked for by --model.
+    here = (name for name in of_adapters if name is not None and needs_no_download(name))
+    id = model or next(here, TINY_EN)
     made_for = {str(place): (read_config(place), read_info(place)) for place in named}
     revision = revision_named(id, made_for)
-    if revision is not None:
+    if revision is not None and not quiet:
         typer.secho(f"{id} at the revision {revision}, which the adapters name", err=True, dim=True)
-    bank = AdapterBank(load_base(id, revision=revision, device_map=device_map))
+    base = load_base(id, revision=revision, device_map=device_map)
     chosen = model is not None
-    names = [
-        None if place is None else bank.load(place, str(place), chosen=chosen) for place in places
-    ]
-    asked_in = [bank.chat_template(name) for name in names]
+    # Only by itself: what it changes, it changes for every row.
+    alone = places[0] if len(places) == 1 and named and changes_every_row(named[0]) else None
+    if alone is not None:
+        asked_in = [ChatTemplate.of_record(base.tokenizer, read_info(alone).chat)]
+    else:
+        bank = AdapterBank(base)
+        names = [
+            None if place is None else bank.load(place, str(place), chosen=chosen)
+            for place in places
+        ]
+        asked_in = [bank.chat_template(name) for name in names]
     ends = {end for chat in asked_in if chat.trained for end in chat.ends}
     if ends and not raw:
-        options["eos_token_id"] = sorted({*own_ends(bank.base.model), *ends})
+        options["eos_token_id"] = sorted({*own_ends(base.model), *ends})
 
     chats = dict(zip(places, asked_in, strict=True))
     if rows:
@@ -146,9 +164,11 @@ def generate(
             _print(text, f"ensemble of {len(places)}", answer, json_output, alone=True)
         return
     asked = [(number, place) for number in range(len(inputs)) for place in places]
-    answers = bank.generate(
-        [filled(number, place) for number, place in asked], names * len(inputs), **options
-    )
+    texts = [filled(number, place) for number, place in asked]
+    if alone is not None:
+        answers = answers_alone(alone, base, texts, chosen=chosen, **options)
+    else:
+        answers = bank.generate(texts, names * len(inputs), **options)
     for (number, place), answer in zip(asked, answers, strict=True):
         text = inputs[number]
         name = None if place is None else name_of(place)

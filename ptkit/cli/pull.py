@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import FormatOption, OutputFormat
+from ptkit.cli.options import JsonOutput, Quiet
 
 
 def pull(
@@ -18,17 +18,18 @@ def pull(
         typer.Option("--out", "-o", help="Folder to write; default: adapters/REPO."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")] = False,
-    format: FormatOption = OutputFormat.human,
+    json_output: JsonOutput = False,
+    quiet: Quiet = False,
 ) -> None:
     """Download an adapter to a folder, checked; only the files ptkit reads are asked for."""
     from ptkit.hub.transfer import pull as run
 
     done = run(source, out, force=force)
-    if format is OutputFormat.json:
+    if json_output:
         checks = [vars(check) for check in done.checks]
         typer.echo(json.dumps({"path": str(done.path), "checks": checks}, ensure_ascii=False))
         return
-    if format is OutputFormat.human:
+    if not quiet:
         for check in done.checks:
             typer.secho(f"{check.name}: {check.detail}", err=True, dim=True)
         typer.secho(f"`ptkit verify {done.path}` checks it on its base", err=True, dim=True)

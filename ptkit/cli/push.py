@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import FormatOption, OutputFormat
+from ptkit.cli.options import JsonOutput, Quiet
 
 
 def push(
@@ -36,7 +36,8 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and list the files; send nothing.")
     ] = False,
-    format: FormatOption = OutputFormat.human,
+    json_output: JsonOutput = False,
+    quiet: Quiet = False,
 ) -> None:
     """Upload an adapter with its card and record, in one commit; prints the commit's address.
 
@@ -49,10 +50,10 @@ def push(
         adapter, repository, private=private, revision=revision, create_pr=create_pr,
         dry_run=dry_run, message=message, base_model=base_model,
     )  # fmt: skip
-    if format is OutputFormat.json:
+    if json_output:
         typer.echo(json.dumps(vars(done)))
         return
-    if format is OutputFormat.human:
+    if not quiet:
         for name, size in done.files.items():
             typer.secho(f"{size:>10,}  {name}", err=True, dim=True)
     if done.url is None:

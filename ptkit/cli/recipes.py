@@ -3,47 +3,40 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import JsonOutput, RecipeArgument
+from ptkit.cli.completion import complete_recipes
+from ptkit.cli.options import JsonOutput, Quiet, RecipeArgument, table
 
 app = typer.Typer(no_args_is_help=True, help="List, show, copy and check recipes.")
 
 
 @app.command("list")
-def list_(json_output: JsonOutput = False) -> None:
+def list_(json_output: JsonOutput = False, quiet: Quiet = False) -> None:
     """List the recipes that ship with ptkit."""
-    from rich.console import Console
-    from rich.table import Table
+    from ptkit.recipe.shipped import recipe_summaries
 
-    from ptkit.recipe import load_recipe, shipped_recipes
-
-    recipes = [load_recipe(path).recipe for path in shipped_recipes().values()]
+    found = recipe_summaries()
     if json_output:
-        rows = [
-            {
-                "name": r.name,
-                "description": r.description,
-                "model": r.model.id,
-                "task": r.task.kind,
-                "methods": [m.title for m in r.methods],
-            }
-            for r in recipes
-        ]
-        typer.echo(json.dumps(rows, indent=2))
+        typer.echo(json.dumps([asdict(summary) for summary in found], indent=2))
         return
-    table = Table(
-        "recipe", "base model", "task", "methods", "what it shows", box=None, pad_edge=False
+    if quiet:
+        for summary in found:
+            typer.echo(summary.name)
+        return
+    # Those of the embedded base run anywhere, in minutes.
+    found.sort(key=lambda summary: (summary.model != "tiny-en", summary.name))
+    table(
+        ["recipe", "base model", "task", "what it shows"],
+        [[s.name, s.model, s.task, s.description] for s in found],
     )
-    for recipe in recipes:
-        table.add_row(
-            f"[bold]{recipe.name}[/]", recipe.model.id, recipe.task.kind,
-            str(len(recipe.methods)), recipe.description,
-        )  # fmt: skip
-    Console().print(table)
+    typer.secho(
+        "your own data: `ptkit init --data FILE`, or `ptkit recipes copy NAME mine.yaml`", err=True
+    )
 
 
 @app.command()
@@ -56,42 +49,62 @@ def show(recipe: RecipeArgument) -> None:
 
 @app.command()
 def copy(
-    recipe: RecipeArgument,
+    recipe: Annotated[
+        Optional[str],  # noqa: UP045  (typer reads annotations at run time)
+        typer.Argument(
+            metavar="RECIPE",
+            help="A shipped recipe's name, or a file.",
+            autocompletion=complete_recipes,
+        ),
+    ] = None,
     destination: Annotated[
-        Optional[Path],  # noqa: UP045  (typer reads annotations at run time)
+        Optional[Path],  # noqa: UP045
         typer.Argument(help="File to write; default: RECIPE.yaml here."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Copy a shipped recipe to start your own from."""
+    """Copy a shipped recipe to start your own from. The copy has a name of its own."""
     from ptkit.errors import UserError
     from ptkit.formats import atomic
     from ptkit.recipe import load_recipe
+    from ptkit.recipe.shipped import renamed
 
+    if recipe is None:
+        raise UserError("no recipe to copy; `ptkit recipes list` shows those that ship")
     loaded = load_recipe(recipe)
     target = destination or Path(f"{loaded.recipe.name}.yaml")
     if target.is_dir():
         target = target / f"{loaded.recipe.name}.yaml"
     if target.exists() and not force:
         raise UserError(f"{target} exists; choose another name or pass --force to replace it")
-    atomic.write_text(target, loaded.text)
+    atomic.write_text(target, renamed(loaded, target))
     typer.echo(f"{target}")
+    if not quiet:
+        typer.secho(
+            f"next: edit `task.data`, then `ptkit recipes validate {target}` and "
+            f"`ptkit train {target}`", err=True,
+        )  # fmt: skip
 
 
 @app.command()
 def validate(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Files or names.")],
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE...", help="Files or names.", autocompletion=complete_recipes
+        ),
+    ],
+    quiet: Quiet = False,
 ) -> None:
     """Check recipes and their data; every fault is named with its place (exit code 2).
 
-    Files and built-in sets are read. The command shows what was decided about them, and whether the
-    metrics can judge them. Data of the Hub are not fetched.
+    All is checked that a run checks before its base is loaded: columns, labels, templates, metrics,
+    lengths, adapters to start from. Data of the Hub are not fetched.
     """
-    from ptkit.data import load_task
-    from ptkit.data.summary import data_lines
     from ptkit.errors import RecipeError, UserError
-    from ptkit.evaluation.score import require_metrics
     from ptkit.recipe import load_recipe
+    from ptkit.training.checked import checked
 
     faults = []
     for recipe in recipes:
@@ -100,19 +113,13 @@ def validate(
         except RecipeError as error:
             faults.append(str(error))
             continue
-        task = loaded.recipe.task
-        if task.data.hub:
-            told = [f"data: `{task.data.hub}` of the Hub, not read here"]
-        else:
-            try:
-                data = load_task(task, loaded.folder)
-                require_metrics(task.metrics, [example.references for example in data.test])
-                told = data_lines(task, data)
-            except UserError as error:
-                faults.append(f"{recipe}: {error}")
-                continue
+        try:
+            told = checked(loaded)
+        except UserError as error:
+            faults.append(f"{recipe}: {error}")
+            continue
         typer.echo(f"{recipe}: valid")
-        for line in told:
+        for line in () if quiet else told:
             typer.echo(f"  {line}")
     if faults:
         raise RecipeError("\n".join(faults))

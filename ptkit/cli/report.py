@@ -30,8 +30,7 @@ def report(
     become one comparison in --out. Comparisons of different tasks become overview.html and
     overview.md with --overview TITLE. Unfinished ones are reported as far as they got.
     """
-    from rich.console import Console
-
+    from ptkit.cli.options import show_table
     from ptkit.comparison.grid import failures
     from ptkit.comparison.merge import merge, read_comparison
     from ptkit.comparison.outputs import write_outputs
@@ -49,10 +48,8 @@ def report(
         return
     whole = parts[0] if out is None else merge(parts, out)
     summaries = write_outputs(whole.folder, whole.records, whole.loaded.recipe)
-    console = Console()
-    console.width = max(console.width, 100)
     failed = failures(whole.loaded.recipe, whole.folder)
-    console.print(summary_table(summaries, failed))
+    show_table(summary_table(summaries, failed), least=100)
     if whole.missing:
         typer.echo(
             (f"{whole.missing} cells are missing" if whole.missing > 1 else "1 cell is missing")

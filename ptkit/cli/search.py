@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import FormatOption, OutputFormat, table
+from ptkit.cli.options import JsonOutput, Quiet, table
 
 
 def search(
@@ -21,16 +21,17 @@ def search(
         typer.Option("--method", "-m", help="As in a recipe: prefix_tuning, lora, ..."),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
-    format: FormatOption = OutputFormat.human,
+    json_output: JsonOutput = False,
+    quiet: Quiet = False,
 ) -> None:
     """Find adapters of a base model on the Hub, most downloaded first."""
     from ptkit.hub.search import search as run
 
     found = run(base, method=method, text=text, limit=limit)
-    if format is OutputFormat.json:
+    if json_output:
         typer.echo(json.dumps([vars(f) for f in found]))
         return
-    if format is OutputFormat.quiet:
+    if quiet:
         for each in found:
             typer.echo(each.id)
         return

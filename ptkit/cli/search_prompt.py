@@ -33,7 +33,7 @@ def search_prompt(
     from ptkit.data.task import task_words
     from ptkit.errors import UserError
     from ptkit.recipe import load_recipe
-    from ptkit.recipe.tasks import HeadedTask
+    from ptkit.recipe.tasks import HeadedTask, PreferenceTask
     from ptkit.training.experiment import prepare
     from ptkit.training.search_prompt import search_prompt as run
 
@@ -43,6 +43,11 @@ def search_prompt(
         raise UserError(
             f"a prompt is searched for models that answer in words; {recipe} has a task of `kind: "
             f"{task.kind}`"
+        )
+    if isinstance(task, PreferenceTask):
+        raise UserError(
+            f"a prompt is searched by the loss of targets; {recipe} has a task of `kind: "
+            "preference`, whose loss is of pairs"
         )
     experiment = prepare(loaded)
 

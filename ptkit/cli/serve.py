@@ -197,7 +197,7 @@ def serve(
 
     from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
-    from ptkit.runtime.named_models import TINY_EN
+    from ptkit.runtime.model_names import TINY_EN
     from ptkit.serve.build import build_app, named
 
     executor = None

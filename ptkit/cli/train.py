@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
-from ptkit.cli.options import DryRun, Fresh, JsonOutput, Quiet, RecipeArgument, Set
+from ptkit.cli.completion import complete_adapters, complete_models, complete_recipes
+from ptkit.cli.drafted import (
+    PANEL,
+    DataOption,
+    DraftGoal,
+    GoalOption,
+    LabelOption,
+    TargetOption,
+    TestOption,
+    TextOption,
+    ValidationOption,
+)
+from ptkit.cli.options import DryRun, Fresh, JsonOutput, Quiet, Set
+from ptkit.errors import UserError
 
 
 def train(
-    recipe: RecipeArgument,
-    method: Annotated[
+    recipe: Annotated[
         Optional[str],  # noqa: UP045  (typer reads annotations at run time)
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="A recipe file, or the name of a shipped recipe; none with --data.",
+            autocompletion=complete_recipes,
+        ),
+    ] = None,
+    method: Annotated[
+        Optional[str],  # noqa: UP045
         typer.Option("--method", "-m", help="Which of the recipe's methods (its label or kind)."),
     ] = None,
     seed: Annotated[
@@ -27,19 +47,48 @@ def train(
     ] = None,
     start_from: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--from", help="Train further from this adapter folder."),
+        typer.Option(
+            "--from", help="Train further from this adapter.", autocompletion=complete_adapters
+        ),
     ] = None,
     set_: Set = None,
     fresh: Fresh = False,
     dry_run: DryRun = False,
+    data: DataOption = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--model",
+            rich_help_panel=PANEL,
+            autocompletion=complete_models,
+            help="Base model: hub id, folder or name; default: `tiny-en`.",
+        ),
+    ] = None,
+    goal: GoalOption = DraftGoal.auto,
+    label: LabelOption = None,
+    text: TextOption = None,
+    target: TargetOption = None,
+    test: TestOption = None,
+    validation: ValidationOption = None,
     quiet: Quiet = False,
     json_output: JsonOutput = False,
 ) -> None:
     """Train one method of a recipe and measure it.
 
+    With --data FILE in place of a recipe, one is drafted as by `ptkit init`, and printed.
+
     A stopped run (Ctrl-C, kill, power) resumes where it last saved when the same command is given
     again. It ends with the same weights.
     """
+    columns: dict[str, Any] = {
+        "data": data, "model": model, "label": label, "text": text, "target": target,
+        "test": test, "validation": validation,
+    }  # fmt: skip
+    if goal is not DraftGoal.auto:
+        columns["goal"] = goal.value
+    given = {name: value for name, value in columns.items() if value is not None}
+    _require_one_source(recipe, given)
+
     from ptkit.api import one_method, plan_training, run_folder, start_over
     from ptkit.api import train as run
     from ptkit.cli.display import LiveDisplay, say_plan
@@ -49,7 +98,15 @@ def train(
     from ptkit.training.processes import processes
     from ptkit.training.ready import require_supported
 
-    loaded = load_recipe(recipe, set_ or [])
+    if recipe is None:
+        from ptkit.drafting.draft import draft_recipe
+
+        draft = draft_recipe(**given, method=method, overrides=set_ or [])
+        loaded, method = draft.loaded, method or draft.loaded.recipe.methods[-1].title
+        if not (quiet or json_output):
+            typer.echo(loaded.text, err=True)
+    else:
+        loaded = load_recipe(recipe, set_ or [])
     section = one_method(loaded.recipe, method)
     used_seed = loaded.recipe.seeds[0] if seed is None else seed
     folder = run_folder(loaded.recipe, section, used_seed, out)
@@ -84,7 +141,37 @@ def train(
         f"best at step {record.best_step} of {record.train_steps}"
     )
     if (chosen := autotuned([record])) is not None:
-        typer.echo(f"auto found: {chosen}")
+        typer.echo(f"the start (and rate) that `auto` chose: {chosen}")
     if record.retention is not None:
         typer.echo(f"forgetting {record.retention.forgetting:+.3f} nats per token, adapter on")
     typer.echo(f"{folder}")
+    if not quiet:
+        for line in _next(folder, record.adapter_path, loaded.recipe.task.kind):
+            typer.secho(line, err=True)
+
+
+def _require_one_source(recipe: str | None, given: dict[str, Any]) -> None:
+    """Raise UserError unless there is either a recipe or a data file."""
+    if recipe is None and "data" not in given:
+        raise UserError(
+            "nothing to train: give a recipe (`ptkit recipes list` shows those that ship), or "
+            "--data FILE"
+        )
+    if recipe is not None and given:
+        key = {"model": "model.id", "label": "task.label"}.get(next(iter(given)), "task")
+        raise UserError(
+            f"--{next(iter(given))} drafts a recipe, and {recipe} is one: change it there, or for "
+            f"this run with --set {key}=..."
+        )
+
+
+def _next(folder: Path, adapter: str | None, kind: str) -> list[str]:
+    """The commands that make sense after a run."""
+    if adapter != "adapter":
+        return []
+    use = f'ptkit {"classify" if "classification" in kind else "generate"} "..." -a {folder}'
+    return [
+        f"next: {use}",
+        f"      ptkit evaluate -a {folder}   (beside the base, with intervals)",
+        f"      ptkit export {folder} --out adapters/NAME, then ptkit serve --adapters adapters",
+    ]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ptkit.cli.options import AdapterArgument, FormatOption, OutputFormat
+from ptkit.cli.options import AdapterArgument, JsonOutput, OwnModelOption, Quiet
 from ptkit.errors import PtkitError, UserError
 
 _ENGINE = "With --engine"
@@ -17,10 +17,7 @@ _MARKS = {True: ("ok  ", "green"), False: ("FAIL", "red"), None: ("?   ", "yello
 
 def verify(
     adapter: AdapterArgument,
-    model: Annotated[
-        Optional[str],  # noqa: UP045  (typer reads annotations at run time)
-        typer.Option("--model", help="Base to check it on; default: the one it names."),
-    ] = None,
+    model: OwnModelOption = None,
     score: Annotated[
         bool, typer.Option("--score", help="Run its recipe's test again: are the scores true?")
     ] = False,
@@ -28,7 +25,8 @@ def verify(
         Optional[Path],  # noqa: UP045
         typer.Option(help="With --score: this recipe instead of the adapter's own."),
     ] = None,
-    format: FormatOption = OutputFormat.human,
+    json_output: JsonOutput = False,
+    quiet: Quiet = False,
     engine: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -98,7 +96,7 @@ def verify(
         if score:
             raise UserError("--engine compares answers, not scores; leave --score out")
         asked = {"file": prompts, "recipe": recipe, "count": rows}
-        _compare(adapter, model, engine, given, asked, max_new_tokens, at_least, format)
+        _compare(adapter, model, engine, given, asked, max_new_tokens, at_least, json_output, quiet)
         return
     for name, value in {"gguf": gguf, "dtype": dtype, "prompts": prompts}.items():
         if value is not None:
@@ -108,9 +106,9 @@ def verify(
     from ptkit.hub.verify import verify as run
 
     found = run(adapter, model=model, score=score, recipe=recipe)
-    if format is OutputFormat.json:
+    if json_output:
         typer.echo(json.dumps(found.as_dict(), ensure_ascii=False))
-    elif format is OutputFormat.quiet:
+    elif quiet:
         for check in found.checks:
             if check.passed is False:
                 typer.echo(check.name)
@@ -132,7 +130,8 @@ def _compare(
     asked: dict[str, Any],
     max_new_tokens: int,
     at_least: float,
-    format: OutputFormat,
+    json_output: bool,
+    quiet: bool,
 ) -> None:
     """Print how many of an engine's answers are transformers'. Raises PtkitError when fewer than
     the share `at_least` are."""
@@ -159,9 +158,9 @@ def _compare(
     else:
         base = base_of(read_adapter(find_adapter(source)), model, adapter)
     found = agreement(source, base, engine, texts, max_new_tokens=max_new_tokens, **settings)
-    if format is OutputFormat.json:
+    if json_output:
         typer.echo(json.dumps(found.as_dict(), ensure_ascii=False))
-    elif format is OutputFormat.quiet:
+    elif quiet:
         typer.echo(f"{found.share:.4f}")
     else:
         typer.echo(f"{found.equal} of {found.prompts} answers are equal to transformers'")

@@ -13,6 +13,7 @@ from ptkit.comparison.drawing import Draw, as_file, say, short
 from ptkit.comparison.summary import MethodSummary, best_of
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats import atomic
+from ptkit.metrics import metric_names
 from ptkit.training.titles import written
 
 if TYPE_CHECKING:
@@ -220,6 +221,8 @@ def _curves(summaries: Sequence[MethodSummary]) -> Iterator[Chart]:
     if not trained or not all(record.curve for s in trained for record in s.records):
         return
     shade = colours(summaries)
+    pairs = any(name in metric_names("pair") for name in trained[0].metrics)
+    unit = "pair" if pairs else "token"
     lines = []
     for summary in trained:
         by_step: dict[int, list[float]] = {}
@@ -235,7 +238,7 @@ def _curves(summaries: Sequence[MethodSummary]) -> Iterator[Chart]:
         "Learning curves",
         "Validation loss, mean over seeds."
         + (" Of a sweep, the best of each method." if any(s.sweep for s in summaries) else ""),
-        partial(_plot, lines=lines, names=("optimiser step", "validation loss (nats per token)")),
+        partial(_plot, lines=lines, names=("optimiser step", f"validation loss (nats per {unit})")),
     )
 
 

@@ -17,7 +17,7 @@ from ptkit.comparison.summary import MethodSummary, baseline_of, basis, best_of
 from ptkit.evaluation.statistics import Interval
 from ptkit.metrics.registry import metric
 from ptkit.recipe.schema import Recipe
-from ptkit.recipe.tasks import ChatTask, GenerationTask
+from ptkit.recipe.tasks import ConversationTask, GenerationTask
 from ptkit.training.failure import Failure
 from ptkit.training.titles import written
 
@@ -65,7 +65,7 @@ def page_values(
     """
     first = summaries[0].records[0]
     best = best_of(summaries)
-    generation = isinstance(recipe.task, GenerationTask | ChatTask)
+    generation = isinstance(recipe.task, GenerationTask | ConversationTask)
     shade = colours(summaries)
     machines = {r.hardware: None for s in summaries for r in s.records}
     return {

@@ -154,6 +154,46 @@ class ChatEncoder:
                 return EncodedExample(row.input_ids, row.target_ids)
             dialogue = self._shorter(dialogue, len(row.input_ids), room, "before the last answer")
 
+    def together(self, dialogues: Sequence[Dialogue], notes: ChatNotes) -> list[EncodedExample]:
+        """Conversations that begin alike, in a pass each. All lose the early turns that the longest
+        has to, and none loses what is learnt.
+
+        Raises DataError where that is not enough, and for several answers to be learnt in a
+        template that renders earlier ones otherwise.
+        """
+        whole, most = dialogues, self.task.max_tokens
+        while True:
+            tokens = [self._whole(d) for d in dialogues]
+            longest = max(len(own.ids) for own in tokens)
+            if longest <= most:
+                break
+            shorter = [self._shorter(d, longest, most, "in all") for d in dialogues]
+            if any(sum(a.learnt) < sum(b.learnt) for a, b in zip(shorter, dialogues, strict=True)):
+                raise DataError(
+                    f"{dialogues[0].where}: the conversation has {longest:,} tokens with its last "
+                    f"question alone, more than {most:,} (`task.max_tokens`); raise the limit, or "
+                    "leave the row out"
+                )
+            dialogues = shorter
+        lost = len(whole[0].messages) - len(dialogues[0].messages)
+        self._note(notes, lost, tokens)
+        return [own.row() for own in tokens]
+
+    def _whole(self, dialogue: Dialogue) -> _Tokens:
+        """All of a conversation as tokens, in one pass."""
+        rendered = self._in_one_pass(dialogue)
+        return self._tokens(dialogue, rendered, self.task.loss, *self._encoded([rendered.text]))
+
+    def _in_one_pass(self, dialogue: Dialogue) -> Rendered:
+        """The text of a conversation of which all that is learnt is learnt at once."""
+        found = self.template.rendered(dialogue)
+        if found is None and sum(dialogue.learnt) > 1:
+            raise DataError(
+                f"{dialogue.where}: the chat template changes earlier answers when others follow, "
+                "so several answers after a prompt cannot be scored in one pass; leave one answer"
+            )
+        return self._spans(dialogue) if found is None else found
+
     def question(self, dialogue: Dialogue, answer: int) -> list[int]:
         """The token ids up to where the message `answer` begins."""
         room = self.task.max_tokens - self.task.max_target_tokens
@@ -198,15 +238,20 @@ class ChatEncoder:
             exchanges += 1
             rendered = self._spans(dialogue)
             (encoded,) = self._encoded([rendered.text])
-        lost = len(whole.messages) - len(dialogue.messages)
+        self._note(notes, len(whole.messages) - len(dialogue.messages), [tokens])
+        return exchanges, tokens
+
+    def _note(self, notes: ChatNotes, lost: int, rows: Sequence[_Tokens]) -> None:
+        """Note how many messages a row's conversations lost, and whether none of their answers
+        ends with a mark."""
         notes.shortened += bool(lost)
         notes.dropped += lost
         notes.endless += not any(
             token in self.template.marks
+            for tokens in rows
             for token, learnt in zip(tokens.ids, tokens.learnt, strict=True)
             if learnt
         )
-        return exchanges, tokens
 
     def _spans(self, dialogue: Dialogue) -> Rendered:
         """The text, with the places of learnt answers even where earlier ones have none."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -21,7 +21,7 @@ from ptkit.data.dialogue import Dialogue, Message
 from ptkit.data.tokens import part_ids, text_ids
 from ptkit.errors import DataError, UserError, did_you_mean
 from ptkit.formats.adapter_info import ChatInfo
-from ptkit.recipe.tasks import ChatTask
+from ptkit.recipe.tasks import ConversationTask
 from ptkit.section import resolve_path
 
 #: Templates for models that have none. `chatml` needs its two marks among the model's tokens;
@@ -41,6 +41,7 @@ NAMED = {
         "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
     ),
 }
+Conversations = TypeVar("Conversations", bound=ConversationTask)
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -71,7 +72,7 @@ class ChatTemplate:
     trained: bool = False
 
     @classmethod
-    def of_task(cls, tokenizer: PreTrainedTokenizerBase, task: ChatTask) -> ChatTemplate:
+    def of_task(cls, tokenizer: PreTrainedTokenizerBase, task: ConversationTask) -> ChatTemplate:
         """The template of a task, whose file was read (see `with_template_read`).
 
         Raises DataError where the task names none and the tokenizer has none.
@@ -274,7 +275,7 @@ def _end(asked: str, said: str) -> str:
     return repr(asked[same:][-60:])
 
 
-def with_template_read(task: ChatTask, folder: Path) -> ChatTask:
+def with_template_read(task: Conversations, folder: Path) -> Conversations:
     """`task` with the text of the template's file in place of its name, so that it is complete
     wherever it is kept. Raises DataError for a file that is not there, empty, or no template."""
     chosen = task.chat_template

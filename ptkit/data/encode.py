@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ptkit.data.chat_rows import ChatEncoder
 from ptkit.data.encoded import IGNORED, EncodedExample
 from ptkit.data.examples import Example
+from ptkit.data.pair_rows import PairEncoder
 from ptkit.data.tokens import cut_left, lead_ids, part_ids, texts_ids, whole_ids
 from ptkit.errors import DataError
 from ptkit.recipe.tasks import (
@@ -19,6 +20,7 @@ from ptkit.recipe.tasks import (
     ClassificationTask,
     GenerationTask,
     HeadedTask,
+    PreferenceTask,
     Task,
     TokenClassificationTask,
 )
@@ -45,7 +47,7 @@ def encode_examples(
     words that `require_apart` refuses.
 
     A conversation is one up to its last answer, which is the target. What training reads of it are
-    `ptkit.data.chat_rows`.
+    `ptkit.data.chat_rows`. A pair of answers is as training reads it (`ptkit.data.pair_rows`).
 
     For a classification head, too, the tokenizer adds its special tokens and cuts at the right; a
     word's label is that of its first token. Raises DataError for a tokenizer that cannot tell
@@ -54,6 +56,8 @@ def encode_examples(
     if isinstance(task, ChatTask):
         encoder = ChatEncoder(tokenizer, task)
         return [encoder.asked(example) for example in examples]
+    if isinstance(task, PreferenceTask):
+        return [*PairEncoder(tokenizer, task).rows(examples).encoded]
     if isinstance(task, TokenClassificationTask):
         return _encoded_words(examples, tokenizer, task)
     if isinstance(task, HeadedTask):

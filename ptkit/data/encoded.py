@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from ptkit.data.tokens import without_lead
 
@@ -47,6 +47,19 @@ class EncodedExample:
         told = (self.input_ids, self.target_ids)
         return told if self.learnt is None else (*told, self.learnt)
 
+    def passes(self) -> tuple[EncodedExample, ...]:
+        """The rows of a batch that it is read as: itself."""
+        return (self,)
+
+    def with_inputs(self, change: Callable[[list[int]], list[int]]) -> EncodedExample:
+        """The same with what `change` makes of its input."""
+        return replace(self, input_ids=change(self.input_ids))
+
+    @property
+    def terms(self) -> int:
+        """How many terms a mean loss has of it: a target that is learnt each."""
+        return self.supervised
+
 
 @dataclass(frozen=True, slots=True)
 class StudiedText(EncodedExample):
@@ -75,3 +88,45 @@ class TaskExample(EncodedExample):
 
     task: int = 0
     weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PairExample(EncodedExample):
+    """An input with a preferred answer, its target, and a rejected one.
+
+    rejected: the input with the other answer
+    reference: the cross-entropy in nats by the base alone, of the chosen answer and of the rejected
+        one. None where it was not read (see `ptkit.training.preference`)
+
+    It is read as two rows that follow each other in one batch, and its length is that of both.
+    """
+
+    rejected: EncodedExample = field(kw_only=True)
+    reference: tuple[float, float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids) + len(self.target_ids) + len(self.rejected)
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        chosen, rejected = self.passes()
+        return (*chosen.content, *rejected.content)
+
+    def passes(self) -> tuple[EncodedExample, ...]:
+        """The rows of a batch that it is read as: the chosen answer, then the rejected one."""
+        return EncodedExample(self.input_ids, self.target_ids, self.learnt), self.rejected
+
+    def with_inputs(self, change: Callable[[list[int]], list[int]]) -> PairExample:
+        """The same with what `change` makes of both inputs."""
+        ids, rejected = change(self.input_ids), self.rejected.with_inputs(change)
+        return replace(self, input_ids=ids, rejected=rejected)
+
+    @property
+    def terms(self) -> int:
+        """How many terms a mean loss has of it: one."""
+        return 1
+
+
+def passes_of(rows: Iterable[EncodedExample]) -> list[EncodedExample]:
+    """The rows of a batch that `rows` are read as, in their order."""
+    return [one for row in rows for one in row.passes()]

@@ -86,24 +86,33 @@ def batch_of(rows: Sequence[EncodedExample], more: dict[str, Any] | None = None)
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of each row's input and target, `[rows]` each."""
+    """Tokens of each row, `[rows]` each.
+
+    inputs, targets: of its input and of its target; of a pair, of the longer ones
+    whole: of all of it; passes: of the longest row of a batch that it is read as
+    """
 
     inputs: np.ndarray
     targets: np.ndarray
-
-    @property
-    def whole(self) -> np.ndarray:
-        """Tokens of each row, `[rows]`."""
-        return self.inputs + self.targets
+    whole: np.ndarray
+    passes: np.ndarray
 
     @classmethod
     def of(cls, rows: Iterable[EncodedExample]) -> Lengths:
         """Those of `rows`, without reading rows that are in a file."""
         if isinstance(rows, EncodedRows):
-            return cls(rows.inputs, rows.targets)
+            whole = rows.inputs + rows.targets
+            return cls(rows.inputs, rows.targets, whole, whole)
         if isinstance(rows, Picked):
-            within = cls.of(rows.rows)
-            return cls(within.inputs[rows.numbers], within.targets[rows.numbers])
-        pairs = [(len(row.input_ids), len(row.target_ids)) for row in rows]
-        both = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-        return cls(both[:, 0], both[:, 1])
+            within, at = cls.of(rows.rows), rows.numbers
+            return cls(within.inputs[at], within.targets[at], within.whole[at], within.passes[at])
+        found = [
+            (
+                max(len(one.input_ids) for one in row.passes()),
+                max(len(one.target_ids) for one in row.passes()),
+                len(row),
+                max(map(len, row.passes())),
+            )
+            for row in rows
+        ]
+        return cls(*np.array(found, dtype=np.int64).reshape(-1, 4).T)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ptkit.data.dialogue import Dialogue
 from ptkit.data.lazy import Lazy
@@ -26,6 +26,9 @@ class Example:
         `target` their labels with spaces between.
     dialogue: the conversation (chat); `target` is then its last answer, and `input` what was said
         before, for people
+    rejected: the same with the answer that was not preferred (preference); `target` is the one that
+        was
+    where: the place of its row, for messages; a conversation has its own
     """
 
     input: str
@@ -34,13 +37,23 @@ class Example:
     label: str | None = None
     words: tuple[str, ...] = ()
     dialogue: Dialogue | None = None
+    rejected: Example | None = None
+    where: str = ""
+
+    def with_system(self, system: str | None) -> Example:
+        """The row with a system prompt in its conversations, where they bring none."""
+        if self.dialogue is None:
+            return self
+        rejected = None if self.rejected is None else self.rejected.with_system(system)
+        return replace(self, dialogue=self.dialogue.with_system(system), rejected=rejected)
 
     @property
     def content(self) -> bytes:
         """What makes two rows the same, as a digest: what the model reads, and what it should
         write. Texts of many rows are not kept."""
         said = None if self.dialogue is None else repr(self.dialogue.messages)
-        told = repr((self.input, self.target, self.words, said))
+        other = b"" if self.rejected is None else self.rejected.content
+        told = repr((self.input, self.target, self.words, said, other))
         return hashlib.blake2b(told.encode(), digest_size=16).digest()
 
 

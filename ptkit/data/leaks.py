@@ -47,6 +47,8 @@ def texts_of(examples: Iterable[Example]) -> Iterable[str]:
     for example in examples:
         yield example.input
         yield example.target
+        if example.rejected is not None:
+            yield example.rejected.target
 
 
 def _lines(text: str) -> list[str]:

@@ -10,7 +10,14 @@ from ptkit.data.encoded_rows import Lengths
 from ptkit.data.examples import Facts
 from ptkit.data.splits import Origin
 from ptkit.data.task import TaskData
-from ptkit.recipe.tasks import ChatTask, ClassificationTask, GenerationTask, HeadedTask, Task
+from ptkit.recipe.tasks import (
+    ClassificationTask,
+    ConversationTask,
+    GenerationTask,
+    HeadedTask,
+    PreferenceTask,
+    Task,
+)
 
 #: Labels that are listed with their counts; of more, only how many there are.
 MOST_LISTED = 20
@@ -32,11 +39,12 @@ def data_lines(
         for split, rows in splits.items()
     ]
     if data.form:
-        lines.insert(0, f"conversations: recognised as {data.form}")
+        what = "pairs" if isinstance(task, PreferenceTask) else "conversations"
+        lines.insert(0, f"{what}: recognised as {data.form}")
     for split, found in facts.items():
         if found.empty_inputs:
             lines.append(f"{split}: {found.empty_inputs:,} inputs are empty")
-        if isinstance(task, GenerationTask | ChatTask) and found.empty_targets:
+        if isinstance(task, GenerationTask | ConversationTask) and found.empty_targets:
             lines.append(f"{split}: {found.empty_targets:,} targets are empty")
     for split, count in data.test_repeats.items():
         lines.append(
@@ -48,10 +56,15 @@ def data_lines(
     return lines + [f"warning: {text}" for text in _warnings(task, facts)]
 
 
-def chat_lines(task: ChatTask, split: str, notes: ChatNotes) -> list[str]:
+def chat_lines(task: ConversationTask, split: str, notes: ChatNotes) -> list[str]:
     """What was decided about the conversations of `split` as they became token ids."""
     lines = []
-    if notes.shortened:
+    if notes.shortened and not notes.dropped:  # of texts
+        lines.append(
+            f"{split}: {notes.shortened:,} prompts leave their answers no room within "
+            f"`max_tokens` ({task.max_tokens}); their left ends are cut"
+        )
+    elif notes.shortened:
         lines.append(
             f"{split}: {notes.shortened:,} conversations exceed `max_tokens` ({task.max_tokens}); "
             f"{notes.dropped:,} early messages are left out"
@@ -102,7 +115,7 @@ def known_labels(task: Task) -> list[str]:
 
 
 def _cut(task: Task, split: str, ids: Sequence[EncodedExample]) -> list[str]:
-    if isinstance(task, ChatTask):  # nothing is cut within a turn (see `chat_lines`)
+    if isinstance(task, ConversationTask):  # nothing is cut within a turn (see `chat_lines`)
         return []
     limit, lengths = task.max_input_tokens, Lengths.of(ids)
     lines = []

@@ -11,6 +11,7 @@ from typing import Any
 
 from ptkit.data.chat_formats import ChatFormat, recognised
 from ptkit.data.examples import Example, examples_of
+from ptkit.data.pair_formats import Pair, PairFormat, pair_format
 from ptkit.data.sources import load_rows
 from ptkit.data.splits import Origin
 from ptkit.data.table import Row, Table, kind_of
@@ -19,7 +20,9 @@ from ptkit.errors import DataError, did_you_mean
 from ptkit.recipe.tasks import (
     ChatTask,
     ClassificationTask,
+    ConversationTask,
     GenerationTask,
+    PreferenceTask,
     SequenceClassificationTask,
     Task,
     TokenClassificationTask,
@@ -32,7 +35,7 @@ class TaskData:
 
     origins: where the rows of each split are from
     test_chose: the test rows are the validation rows, which choose the checkpoint
-    form: how rows write conversations, in words; "" for other tasks
+    form: how rows write conversations or pairs, in words; "" for other tasks
     """
 
     train: Sequence[Example]
@@ -116,7 +119,7 @@ def load_task(task: Task, folder: Path, given: Mapping[str, Table] | None = None
 
     Raises DataError for data that cannot be read, and for templates that name a missing column.
     Other reasons are missing targets and labels, labels the task does not have, values without a
-    text, and references that are not lists of texts. So are conversations that are broken.
+    text, and references that are not lists of texts. So are broken conversations and pairs.
     """
     label = (
         task.label if isinstance(task, ClassificationTask | SequenceClassificationTask) else None
@@ -124,7 +127,11 @@ def load_task(task: Task, folder: Path, given: Mapping[str, Table] | None = None
     rows = load_rows(task.data, folder, label, given)
     known: Collection[str] = getattr(task, "labels", ())
     unknown = _Unknown(known, "task.labels")
-    form = recognised(task, rows.train) if isinstance(task, ChatTask) else None
+    form: ChatFormat | PairFormat | None = None
+    if isinstance(task, ChatTask):
+        form = recognised(task, rows.train)
+    elif isinstance(task, PreferenceTask):
+        form = pair_format(task, rows.train)
     if isinstance(task, ClassificationTask):
         unknown = _Unknown(task.verbalizer, "task.verbalizer")
     read: list[Sequence[Example]] = []
@@ -137,8 +144,11 @@ def load_task(task: Task, folder: Path, given: Mapping[str, Table] | None = None
         if isinstance(task, GenerationTask):
             read.append(_generation(task, table, source, judged=split == "test"))
         elif isinstance(task, ChatTask):
-            assert form is not None
+            assert isinstance(form, ChatFormat)
             read.append(_chats(task, form, table, source, judged=split == "test"))
+        elif isinstance(task, PreferenceTask):
+            assert isinstance(form, PairFormat)
+            read.append([example_of_pair(pair) for pair in form.pairs(task, table, source)])
         elif isinstance(task, TokenClassificationTask):
             read.append(_tagged(task, table, source, unknown))
         else:
@@ -196,11 +206,21 @@ def _chats(
     return examples_of(rows, read)
 
 
+def example_of_pair(pair: Pair) -> Example:
+    """The preferred answer of a pair as a row, beside it the rejected one."""
+    chosen, rejected = pair.dialogues or (None, None)
+    other = Example(pair.input, pair.rejected, (pair.rejected,), dialogue=rejected)
+    return Example(
+        pair.input, pair.chosen, (pair.chosen,), dialogue=chosen, rejected=other, where=pair.where
+    )
+
+
 def task_words(task: Task) -> str:
     """The words that every input of a task has: those around the columns of its template, or its
     system prompt. Empty where it has none."""
-    if isinstance(task, ChatTask):
-        return task.system or ""
+    if isinstance(task, ConversationTask):
+        written = Template(task.input).words if isinstance(task, PreferenceTask) else ""
+        return task.system or written
     return "" if isinstance(task, TokenClassificationTask) else Template(task.input).words
 
 

@@ -29,8 +29,9 @@ from ptkit.data.encoded import EncodedExample
 from ptkit.data.encoded_rows import SCHEMA, EncodedRows, batch_of
 from ptkit.data.examples import FEWEST_ROWS, Example, Facts
 from ptkit.data.lazy import Mapped
+from ptkit.data.pair_rows import PairEncoder
 from ptkit.formats.cache_home import cache_home, make_room
-from ptkit.recipe.tasks import ChatTask, Task
+from ptkit.recipe.tasks import ChatTask, ConversationTask, PreferenceTask, Task
 
 #: Counted up when the same rows and tokenizer give other ids than before.
 _VERSION = 3
@@ -56,8 +57,9 @@ def encode_cached(
 ) -> Sequence[EncodedExample]:
     """`encode_examples`. Many rows are read from a file, which holds those that were encoded
     before."""
-    # A slow tokenizer does not say what it is made of.
-    if len(examples) < FEWEST_ROWS or not tokenizer.is_fast:
+    # A slow tokenizer does not say what it is made of, and the file has no columns for pairs.
+    kept = tokenizer.is_fast and not isinstance(task, PreferenceTask)
+    if len(examples) < FEWEST_ROWS or not kept:
         return encode_examples(examples, tokenizer, task, pairs=pairs)
 
     def batches(_: dict[str, Any]) -> Iterator[pa.RecordBatch]:
@@ -71,6 +73,16 @@ def encode_cached(
     if file is None or len(file) != len(examples):
         return encode_examples(examples, tokenizer, task, pairs=pairs)
     return EncodedRows(file)
+
+
+def encode_conversations(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, task: ConversationTask
+) -> ChatRows:
+    """The rows that training reads of conversations or pairs, and what was decided on the way."""
+    if isinstance(task, PreferenceTask):
+        return PairEncoder(tokenizer, task).rows(examples)
+    assert isinstance(task, ChatTask)
+    return encode_chats_cached(examples, tokenizer, task)
 
 
 def encode_chats_cached(

@@ -51,21 +51,22 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return texts_ids(tokenizer, [text])[0]
 
 
-def texts_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def texts_ids(tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str]) -> list[list[int]]:
     """The token ids of whole texts that a causal model goes on with: the lead once, then the text.
 
     A text that was written with its lead already (a rendered chat template) has it once, too.
     Nothing is put after a text: what the model writes belongs there.
     """
+    texts = listed(texts)
     if not texts:
         return []
     lead = lead_ids(tokenizer)
-    parts = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    parts = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return [_begun(lead, ids) for ids in parts]
 
 
 def whole_ids(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int | None = None
+    tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str], limit: int | None = None
 ) -> list[list[int]]:
     """The token ids of whole texts for an encoder: with all that `tokenizer` puts around them.
 
@@ -73,6 +74,7 @@ def whole_ids(
 
     A text that was written with its lead already has it once.
     """
+    texts = listed(texts)
     if not texts:
         return []
 
@@ -82,7 +84,7 @@ def whole_ids(
 
     lead = lead_ids(tokenizer)
     begin = str(tokenizer.convert_ids_to_tokens(lead[0])) if lead else ""
-    found = framed(list(texts), limit)
+    found = framed(texts, limit)
     twice = [
         i for i, text in enumerate(texts)
         if begin and begin in text and part_ids(tokenizer, text)[: len(lead)] == lead

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from ptkit.data.tokens import text_ids
-from ptkit.formats.adapter_files import AdapterFiles, read_adapter, weights_path
+from ptkit.formats.adapter_files import AdapterFiles, read_adapter
+from ptkit.formats.adapter_folder import weights_path
 from ptkit.methods import adapter_from_files, require_same_base
 from ptkit.methods.soft_prompt import SoftPrompt
 from ptkit.prefix import KVPrefix

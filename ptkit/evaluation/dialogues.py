@@ -81,9 +81,7 @@ class DialogueAnswers:
     def _written(self, inputs: Sequence[list[int]]) -> list[str]:
         base, task = self.adapter.base, self.task
         longest = max(map(len, inputs)) + task.max_target_tokens
-        base.require_positions(
-            self.adapter.virtual_tokens, longest, f"`{self.adapter.section.title}`"
-        )
+        base.require_positions(self.adapter.positions, longest, f"`{self.adapter.section.title}`")
         tokens = generate(
             self.adapter.model,
             list(inputs),

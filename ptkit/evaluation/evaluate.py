@@ -14,7 +14,8 @@ from ptkit.errors import AdapterError, UserError
 from ptkit.evaluation.predict import Prediction, predict
 from ptkit.evaluation.retention import Retention, measure_retention
 from ptkit.evaluation.score import score_intervals
-from ptkit.formats.adapter_files import CONFIG, adapters_below, read_adapter, read_info
+from ptkit.formats.adapter_files import read_adapter
+from ptkit.formats.adapter_folder import CONFIG, adapters_below, read_info
 from ptkit.formats.adapter_info import ChatInfo
 from ptkit.formats.figures import scored_rows
 from ptkit.formats.hub import fetch_adapter, is_on_hub, missing_here
@@ -27,9 +28,9 @@ from ptkit.methods import (
     load_adapter,
 )
 from ptkit.methods.head import labels_of_files
-from ptkit.recipe.tasks import ChatTask
+from ptkit.recipe.tasks import ConversationTask
 from ptkit.runtime.base_model import Base, load_base
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.model_names import TINY_EN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -169,7 +170,7 @@ def _in_own_template(experiment: Experiment, chat: ChatInfo | None, name: str) -
     adapter was trained with. Raises UserError where the recipe has another system prompt."""
     recipe, data = experiment.recipe, experiment.data
     task = recipe.task
-    if chat is None or not isinstance(task, ChatTask):
+    if chat is None or not isinstance(task, ConversationTask):
         return experiment
     if task.system is not None and task.system != chat.system:
         raise UserError(
@@ -177,11 +178,7 @@ def _in_own_template(experiment: Experiment, chat: ChatInfo | None, name: str) -
             f"{task.system!r}: leave `task.system` out (--set task.system=null)"
         )
     asked = task.model_copy(update={"chat_template": chat.template, "system": chat.system})
-    test = [
-        replace(row, dialogue=row.dialogue.with_system(chat.system))
-        for row in data.test
-        if row.dialogue is not None
-    ]
+    test = [row.with_system(chat.system) for row in data.test]
     recipe = recipe.model_copy(update={"task": asked})
     return replace(experiment, recipe=recipe, data=replace(data, test=test))
 

@@ -54,7 +54,7 @@ class AdapterLM(TemplateLM):
         compiled = adapter.compiled()
         self._compiled = None if compiled is None else compiled.detach()
         self._lead = adapter.base.lead
-        self.max_length = (adapter.base.max_positions or _UNBOUNDED) - adapter.virtual_tokens
+        self.max_length = (adapter.base.max_positions or _UNBOUNDED) - adapter.positions
 
     @property
     def eot_token_id(self) -> int:

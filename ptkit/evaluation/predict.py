@@ -1,9 +1,9 @@
-"""Predictions of an adapter: generated texts, or the likeliest label."""
+"""Predictions of an adapter: generated texts, the likeliest label, or the preferred answer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ptkit.data.encoded import EncodedExample
 from ptkit.data.encoded_rows import Lengths
 from ptkit.data.examples import Example
 from ptkit.evaluation.dialogues import DialogueAnswers
+from ptkit.evaluation.preferences import pair_details, preferred
 from ptkit.methods import Adapter
 from ptkit.metrics.metric import Metric, Statistics
 from ptkit.metrics.registry import metric
@@ -23,6 +24,7 @@ from ptkit.recipe.tasks import (
     ClassificationTask,
     GenerationTask,
     HeadedTask,
+    PreferenceTask,
     SequenceClassificationTask,
     Task,
     TokenClassificationTask,
@@ -44,7 +46,8 @@ class Prediction:
     """One test row and what the model made of it.
 
     prediction, references: generated text and the acceptable texts; for classification, labels;
-        for token classification the labels of all words, with spaces between
+        for token classification the labels of all words, with spaces between. For pairs they are
+        the answer that the adapter prefers, and the chosen one
     details: what metrics ask for beside the text (`Metric.needs`)
     """
 
@@ -79,7 +82,7 @@ def predict(
     base = adapter.base
     encoded = encode_examples(examples, base.tokenizer, task, pairs=base.encoder_decoder)
     require_embedded(base, encoded, task)
-    encoded = [replace(row, input_ids=adapter.behind(row.input_ids)) for row in encoded]
+    whole, encoded = encoded, [row.with_inputs(adapter.behind) for row in encoded]
     require_room(adapter, encoded, task)
     compiled = adapter.compiled()
     compiled = None if compiled is None else compiled.detach()
@@ -98,6 +101,9 @@ def predict(
             details = [{} for _ in rows]
             if "nats" in wanted:
                 details = chats.nats(asked, lambda read: _target_nats(adapter, read, compiled))
+        elif isinstance(task, PreferenceTask):
+            details = pair_details(adapter, [whole[i] for i in rows], compiled, task)
+            texts = [preferred(examples[i], d) for i, d in zip(rows, details, strict=True)]
         elif isinstance(task, GenerationTask):
             texts = _generated(adapter, inputs, compiled, task)
             details = [{} for _ in rows]
@@ -136,7 +142,7 @@ def require_room(
 ) -> None:
     """Raise ModelError unless every example fits into the positions the adapter leaves."""
     title = f"`{adapter.section.title}`"
-    require_positions(adapter.base, adapter.virtual_tokens, title, encoded, task)
+    require_positions(adapter.base, adapter.positions, title, encoded, task)
 
 
 def require_positions(

@@ -259,7 +259,7 @@ def measure_retention(adapter: Adapter, probe: GeneralProbe, share: Share = _alo
     Raises ModelError when a window does not fit beside the virtual tokens.
     """
     adapter.base.require_positions(
-        adapter.virtual_tokens,
+        adapter.positions,
         next(iter(probe.windows.values())).shape[1],
         f"`{adapter.section.title}`",
     )

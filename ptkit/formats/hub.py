@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptkit.errors import AdapterError, HubError, UserError, nearest
-from ptkit.formats.adapter_files import (
+from ptkit.formats.adapter_folder import (
     ADAPTER_FILES,
     ADAPTERHUBS,
     CONFIG,
@@ -129,14 +129,23 @@ def fetch_adapter(hub_id: str, *, whole: bool = False) -> Path:
     return folder
 
 
-def fetch_foreign(hub_id: str) -> Path:
+def fetch_foreign(hub_id: str, subfolder: str | None = None) -> Path:
     """Download the repository `user/repo[@revision]`, of whatever library, pickles included, and
-    return its folder in the Hub's cache. Nothing is opened. Raises as `fetch_adapter` does."""
+    return its folder in the Hub's cache. Nothing is opened. Raises as `fetch_adapter` does.
+
+    subfolder: download what is in it only
+    """
     from huggingface_hub import snapshot_download
 
     source = HubId.read(hub_id)
     with hub_errors(source):
-        wanted = [n for n in hub_files(source) if n.endswith((".json", *PICKLES, *_TENSORS))]
+        inside = "" if subfolder is None else f"{subfolder.strip('/')}/"
+        wanted = [
+            name for name in hub_files(source)
+            if name.endswith((".json", *PICKLES, *_TENSORS)) and name.startswith(inside)
+        ]  # fmt: skip
+        if subfolder is not None and not wanted:
+            raise AdapterError(f"{hub_id} holds nothing in `{subfolder}`")
         _require_small(source, wanted)
         return Path(
             snapshot_download(source.repository, revision=source.revision, allow_patterns=wanted)

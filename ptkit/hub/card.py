@@ -9,12 +9,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ptkit.formats.adapter_files import RECIPE, AdapterFiles
+from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.formats.adapter_folder import RECIPE
 from ptkit.formats.adapter_info import AdapterInfo
 from ptkit.methods.base_names import hub_name, is_here
 from ptkit.methods.catalogue import file_type, method_of_files
 from ptkit.methods.head import labels_of_files
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.model_names import PACKAGED, TINY_EN, WHEELS
 
 #: Stands in a card for the repository it will be in; `ptkit push` puts the name in.
 PLACE = "USER/REPO"
@@ -137,7 +138,8 @@ def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: 
         place=PLACE,
         info=None if info.empty else info,
         base=base,
-        base_source="path/to/tiny-en" if base == TINY_EN else base,
+        base_source=_source_of_base(base),
+        place_of_base=base == TINY_EN or base in PACKAGED,
         method=f"{method[:1].upper()}{method[1:]}",
         data=_data(info),
         parameters=values,
@@ -168,6 +170,13 @@ def _body(name: str, files: AdapterFiles, stored_bytes: int, int8: bool, table: 
         versions=_versions(info.versions),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _source_of_base(base: str) -> str:
+    """What transformers loads the base by: an id of the Hub, or a placeholder for its folder."""
+    if base == TINY_EN or base in PACKAGED:
+        return f"path/to/{base}"
+    return WHEELS[base].hub if base in WHEELS else base
 
 
 def _data(info: AdapterInfo) -> str:

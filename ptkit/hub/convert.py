@@ -16,14 +16,8 @@ from torch import Tensor
 
 from ptkit.errors import AdapterError
 from ptkit.evaluation.evaluate import find_adapter
-from ptkit.formats.adapter_files import (
-    CARD,
-    RECIPE,
-    AdapterFiles,
-    read_adapter,
-    read_texts,
-    write_adapter,
-)
+from ptkit.formats.adapter_files import AdapterFiles, read_adapter, write_adapter
+from ptkit.formats.adapter_folder import CARD, RECIPE, read_texts
 from ptkit.formats.adapter_info import AdapterInfo, MethodInfo
 from ptkit.hub.card import card_text
 from ptkit.methods import ADAPTERS, Adapter, adapter_from_files, base_of, require_same_base
@@ -162,6 +156,10 @@ def as_prompt(files: AdapterFiles, base: Base, *, steps: int = 600) -> FittedPro
             if prefix is None or prefix.infix:
                 raise AdapterError(
                     f"a {files.peft_type} adapter has no virtual tokens before the input"
+                )
+            if prefix.placeless:
+                raise AdapterError(
+                    f"a {files.peft_type} adapter takes no positions, and a soft prompt takes some"
                 )
             embeddings, error = fitted_embeddings(prefix.detach(), base, steps=steps)
     finally:

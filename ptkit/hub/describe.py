@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ptkit.evaluation.evaluate import find_adapter
-from ptkit.formats.adapter_files import AdapterFiles, read_adapter, weights_path
+from ptkit.formats.adapter_files import AdapterFiles, read_adapter
+from ptkit.formats.adapter_folder import weights_path
 
 
 def describe(source: str | Path) -> dict[str, Any]:

@@ -31,9 +31,11 @@ class EngineSource:
 
 
 def engine_adapters(
-    sources: Sequence[Path], base: Base | None
+    sources: Sequence[Path], base: Base | None, *, classifiers: bool = False
 ) -> Iterator[tuple[EngineSource, Adapter]]:
     """Each of `sources` (runs or adapter folders) on their one base, which is loaded unless given.
+
+    classifiers: whether they may be of models with a classification head
 
     An adapter is closed when the next one is asked for. Raises AdapterError for adapters of
     encoders, encoder-decoders and other bases, UserError when two have one name or the base's
@@ -46,7 +48,7 @@ def engine_adapters(
         if base is None:
             base = base_of(files, None, str(source))
         require_same_base(files, base, str(source))
-        if base.encoder_decoder or base.head is not None:
+        if base.encoder_decoder or (base.head is not None and not classifiers):
             raise AdapterError(f"{source}: only adapters of causal models can be exported so")
         if base.quantized:
             raise UserError(
@@ -67,14 +69,16 @@ def engine_adapters(
             adapter.close()
 
 
-def engine_prefix(source: EngineSource, adapter: Adapter) -> KVPrefix:
+def engine_prefix(source: EngineSource, adapter: Adapter, *, placeless: bool = False) -> KVPrefix:
     """The keys and values that an engine's cache begins with; nothing else is left of `adapter`.
+
+    placeless: whether it may be one whose texts begin at position 0
 
     Raises AdapterError where there is more to it, with what that is, and for bases whose layers do
     not keep every key.
     """
-    model = adapter.base.model
-    if has_state(model) or shares_keys(model) or not sees_everything(model):
+    model, encoder = adapter.base.model, adapter.base.encoder
+    if not encoder and (has_state(model) or shares_keys(model) or not sees_everything(model)):
         raise AdapterError(
             f"layers of {adapter.base.id} see a window, share keys or keep a state; an engine "
             "keeps more for them than a plain cache of keys and values; use `ptkit serve`"
@@ -83,6 +87,8 @@ def engine_prefix(source: EngineSource, adapter: Adapter) -> KVPrefix:
     prefix = None if why else adapter.prefix()
     if prefix is not None and prefix.infix:
         why = "its virtual tokens stand before the last word of each input, not at the front"
+    if prefix is not None and prefix.placeless and not placeless:
+        why = "its texts begin at position 0, and an engine's begin after what its cache holds"
     if why is None and prefix is None:
         why = "it has no virtual tokens"
     if why is not None or prefix is None:

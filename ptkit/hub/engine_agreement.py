@@ -57,7 +57,7 @@ class Agreement:
         return self.equal / self.prompts
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--format json`."""
+        """For `--json`."""
         differences = [vars(difference) for difference in self.differences]
         return {**vars(self), "share": self.share, "differences": differences}
 

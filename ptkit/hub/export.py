@@ -10,20 +10,14 @@ import torch
 
 from ptkit.errors import AdapterError, PtkitError
 from ptkit.evaluation.evaluate import Evaluation, evaluate, find_adapter
-from ptkit.formats.adapter_files import (
-    CARD,
-    RECIPE,
-    AdapterFiles,
-    read_adapter,
-    read_texts,
-    weights_path,
-    write_adapter,
-)
+from ptkit.formats.adapter_files import AdapterFiles, read_adapter, write_adapter
+from ptkit.formats.adapter_folder import CARD, RECIPE, read_texts, weights_path
 from ptkit.formats.adapter_info import AdapterInfo, CardInfo
 from ptkit.formats.int8 import dequantised, quantised
 from ptkit.hub.card import card_text
 from ptkit.hub.convert import as_prefix, require_convertible
 from ptkit.methods import adapter_from_files, base_of, require_same_base
+from ptkit.methods.base_names import peft_name
 from ptkit.recipe import load_recipe
 from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import prepare
@@ -83,7 +77,8 @@ def export_run(
     if not info.empty:
         info = info.updated(dtype=dtype, card=CardInfo(license=license, language=language))
     kept = {RECIPE: texts[RECIPE]} if RECIPE in texts else {}
-    files = replace(stored, info=info, texts=kept)
+    config = {**stored.config, "base_model_name_or_path": peft_name(base.id)}
+    files = replace(stored, config=config, info=info, texts=kept)
     tensors = quantised(trained.tensors) if dtype == "int8" else stored.tensors
     card = card_text(
         out.name, files, sum(t.nbytes for t in tensors.values()), int8=dtype == "int8",

@@ -13,7 +13,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ptkit.errors import UserError
-from ptkit.formats.adapter_files import CARD, CONFIG, INFO, RECIPE, AdapterFiles
+from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.formats.adapter_folder import CARD, CONFIG, INFO, RECIPE
 from ptkit.formats.adapter_info import ADAPTER_INFO, AdapterInfo
 from ptkit.formats.hub import HubId
 from ptkit.hub.card import with_base

@@ -13,14 +13,8 @@ from pathlib import Path
 from ptkit.errors import AdapterError, UserError
 from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats import atomic
-from ptkit.formats.adapter_files import (
-    ADAPTER_FILES,
-    CARD,
-    INT8_WEIGHTS,
-    read_adapter,
-    read_texts,
-    weights_path,
-)
+from ptkit.formats.adapter_files import read_adapter
+from ptkit.formats.adapter_folder import ADAPTER_FILES, CARD, INT8_WEIGHTS, read_texts, weights_path
 from ptkit.formats.hub import HubId, fetch_adapter, hub_errors
 from ptkit.hub.card import card_text, named
 from ptkit.hub.published import public_base, say_places, with_public_base

@@ -14,14 +14,13 @@ from typing import Any
 from ptkit.errors import AdapterError, DataError, PtkitError, UserError
 from ptkit.evaluation.evaluate import evaluate_saved, find_adapter
 from ptkit.evaluation.statistics import Interval
-from ptkit.formats.adapter_files import (
+from ptkit.formats.adapter_files import AdapterFiles, read_adapter
+from ptkit.formats.adapter_folder import (
     INFO,
     RECIPE,
-    AdapterFiles,
     base_revision,
     is_pickle,
     is_pickled_weights,
-    read_adapter,
     sha256,
     weights_path,
 )
@@ -35,7 +34,7 @@ from ptkit.methods import (
     require_same_base,
 )
 from ptkit.methods.base_names import same_name
-from ptkit.methods.head import TrainedHead
+from ptkit.methods.head import TrainedHead, with_saved_head
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import prepare
@@ -68,7 +67,7 @@ class Verification:
         return all(check.passed is not False for check in self.checks)
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--format json`."""
+        """For `--json`."""
         return {
             "adapter": self.adapter,
             "passed": self.passed,
@@ -191,7 +190,7 @@ def _check_base(files: AdapterFiles, base: Base, source: str, *, chosen: bool) -
     try:
         detail = _fit(files, base)
         if base.head is not None:
-            TrainedHead(base).load(files)
+            TrainedHead(with_saved_head(base, files)).load(files)
     except AdapterError as error:
         yield Check("shapes", False, str(error))
         return

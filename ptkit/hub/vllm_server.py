@@ -15,7 +15,7 @@ from types import FrameType
 from torch import nn
 
 from ptkit.errors import PtkitError, UserError
-from ptkit.formats.adapter_files import adapter_folders
+from ptkit.formats.adapter_folder import adapter_folders
 from ptkit.hub.engine_adapters import engine_adapters, engine_prefix
 from ptkit.hub.engines.vllm import ADAPTERS, CODE, transfer_config, write_connector, write_prefix
 from ptkit.runtime.base_model import Base

@@ -152,8 +152,13 @@ class Adapter(nn.Module):
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions the adapter takes from the base's budget."""
+        """Number of its virtual tokens."""
         return 0
+
+    @property
+    def positions(self) -> int:
+        """Positions the adapter takes from the base's budget."""
+        return self.virtual_tokens
 
     @property
     def infix(self) -> bool:

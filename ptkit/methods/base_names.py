@@ -13,16 +13,30 @@ from typing import Any
 
 from ptkit.errors import AdapterError
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.named_models import PACKAGED, TINY_EN, WHEELS
+from ptkit.runtime.model_names import PACKAGED, TINY_EN, WHEELS
 
+#: A page of the Hub, or of a mirror of it: `https://HOST/org/name`.
+_PAGE = re.compile(r"https?://[^/]+/(?P<id>[^/]+/[^/]+?)(?:/tree/[^/]+)?/?")
+#: Folders that are called alike in every training: they are known by the folder above them, too.
+_LIKE_OTHERS = re.compile(r"checkpoint-\d+")
 #: A model in the Hub's cache: `.../models--org--name/snapshots/COMMIT`.
 _CACHED = re.compile(r"(?:^|[\\/])models--(?P<id>[^\\/]+)[\\/]snapshots[\\/][^\\/]+[\\/]?$")
 
 
 def hub_name(name: str) -> str:
-    """`name`, or the id `org/name` where it is a path into the Hub's cache."""
+    """`name`, or the id `org/name` where it is a path into the Hub's cache or a page of the Hub or
+    of a mirror."""
+    page = _PAGE.fullmatch(name)
+    if page is not None:
+        return page["id"]
     found = _CACHED.search(name)
     return found["id"].replace("--", "/", 1) if found else name
+
+
+def peft_name(id: str) -> str:
+    """What plain PEFT finds the base `id` by: the original on the Hub of a model that was fetched
+    from a package, else `id` itself."""
+    return WHEELS[id].hub if id in WHEELS else id
 
 
 def is_local_path(name: str) -> bool:
@@ -30,6 +44,11 @@ def is_local_path(name: str) -> bool:
     return name.startswith(("/", ".", "~", "\\")) or "\\" in name or name.count("/") > 1 or (
         re.match(r"[A-Za-z]:", name) is not None
     )  # fmt: skip
+
+
+def needs_no_download(name: str) -> bool:
+    """Whether a base's name is one of ptkit's own, or a file or folder of this machine."""
+    return name == TINY_EN or name in PACKAGED or name in WHEELS or Path(name).exists()
 
 
 def is_here(name: str) -> bool:
@@ -47,7 +66,9 @@ def same_name(name: str, base: Base) -> bool:
 
 
 def _last_part(name: str) -> str:
-    return re.split(r"[\\/]", hub_name(name).rstrip("\\/"))[-1]
+    parts = re.split(r"[\\/]", hub_name(name).rstrip("\\/"))
+    count = 2 if _LIKE_OTHERS.fullmatch(parts[-1]) else 1
+    return "/".join(parts[-count:])
 
 
 def require_shapes(

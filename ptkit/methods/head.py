@@ -117,6 +117,24 @@ def labels_of_files(files: AdapterFiles) -> Labels | None:
     return Labels(kind, tuple(f"LABEL_{i}" for i in range(outputs[-1])))
 
 
+def with_saved_head(base: Base, files: AdapterFiles) -> Base:
+    """`base`, where its head takes in the pooler, if `files` bring a trained copy of it. Most
+    checkpoints have one, which then is no part of a new head."""
+    kind = file_type(files.peft_type)
+    if base.head is None or (kind is not None and kind.in_layers):
+        return base  # PEFT keeps those of layers itself
+    inside = tuple(f"{name}." for name in base.head.modules)
+    known = {
+        name for name, _ in base.model.named_modules() if name.rpartition(".")[2] == "pooler"
+    }  # fmt: skip
+    more = {name for name in saved_modules(files.config) if name in known
+            and not f"{name}.".startswith(inside)}  # fmt: skip
+    if not more:
+        return base
+    modules = tuple(sorted({*base.head.modules, *more}))
+    return replace(base, head=replace(base.head, modules=modules))
+
+
 def without_head(files: AdapterFiles, base: Base) -> AdapterFiles:
     """`files` as they would be if the adapter had been made for a language model."""
     assert base.head is not None

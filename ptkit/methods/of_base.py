@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import AdapterFiles, base_id, base_revision, read_adapter
+from ptkit.formats.adapter_files import AdapterFiles, read_adapter
+from ptkit.formats.adapter_folder import base_id, base_revision
 from ptkit.formats.adapter_info import AdapterInfo, BaseInfo
 from ptkit.formats.fingerprint import is_same_model
 from ptkit.methods.adapter import Adapter

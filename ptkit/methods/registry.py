@@ -10,7 +10,7 @@ from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.methods.adapter import REGISTERED, Adapter, Demonstrations
 from ptkit.methods.catalogue import import_part, method_of_files, method_packages, method_sections
 from ptkit.methods.gate_files import gate_of, without_gate
-from ptkit.methods.head import TASK_TYPES, without_head
+from ptkit.methods.head import TASK_TYPES, with_saved_head, without_head
 from ptkit.methods.saved_modules import require_saved_modules
 from ptkit.prefix import Compiled
 from ptkit.runtime.base_model import Base
@@ -112,6 +112,7 @@ def restored(
 ) -> Adapter:
     """The adapter of method `cls` that `files` hold, head and gate included."""
     _require_reachable(section, base)
+    base = with_saved_head(base, files)
     gate, own = gate_of(files, base), without_gate(files)
     if base.head is not None:
         own = without_head(own, base)
@@ -130,6 +131,7 @@ def compile_files(files: AdapterFiles, base: Base) -> Compiled | None:
     """
     cls, section = _method_of(files, base)
     _require_reachable(section, base)
+    base = with_saved_head(base, files)
     gate, own = gate_of(files, base), without_gate(files)
     if base.head is not None:
         own = without_head(own, base)

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import CONFIG, AdapterFiles
+from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.formats.adapter_folder import CONFIG
 from ptkit.runtime.base_model import Base
 
 KEY = "modules_to_save"

@@ -6,7 +6,7 @@ without tokenising anything again.
 
 A module of this folder that has `NAMES` and `make(name)` is a metric, or several, and is found by
 being there. `NAMES` says what is judged: a `text`, the `label` of an input, the labels of its
-`words`. It is read from the source, so that reading a recipe loads no library.
+`words`, a `pair` of answers. It is read from the source, so that reading a recipe loads no library.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal
 
 from ptkit.declared import declared
 
-Judged = Literal["text", "label", "words"]
+Judged = Literal["text", "label", "words", "pair"]
 
 #: Tokenisers of sacrebleu's that stand for `TOKENIZER` in a name, as in `bleu-zh`.
 TOKENIZERS = ("zh", "char", "intl", "ja-mecab", "ko-mecab", "flores200")
@@ -41,5 +41,5 @@ def metric_modules() -> dict[str, str]:
 
 
 def metric_names(judged: Judged) -> tuple[str, ...]:
-    """Metrics that judge texts, labels or labels of words."""
+    """Metrics that judge texts, labels, labels of words or pairs of answers."""
     return tuple(name for name, (_, what) in _found().items() if what == judged)

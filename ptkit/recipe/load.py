@@ -15,6 +15,8 @@ from ptkit.recipe.faults import recipe_faults
 from ptkit.recipe.schema import Recipe
 from ptkit.recipe.yaml_source import read_yaml
 
+#: Endings of files of rows, which are taken for recipes by mistake.
+_ROWS = (".csv", ".tsv", ".jsonl", ".parquet")
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -65,6 +67,11 @@ def shipped_recipes() -> dict[str, Path]:
 def find_recipe(name_or_path: str | Path) -> Path:
     """The file of a shipped recipe's name, or the path itself. Raises RecipeError if neither."""
     path = Path(name_or_path)
+    if path.suffix.lower() in _ROWS:
+        raise RecipeError(
+            f"{path} holds rows, not a recipe; `ptkit init --data {path}` drafts a recipe for it, "
+            f"and `train` and `evaluate` read it with `--data {path}`"
+        )
     if path.is_file():
         return path
     shipped = shipped_recipes()
@@ -78,15 +85,15 @@ def find_recipe(name_or_path: str | Path) -> Path:
     )
 
 
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+def load_recipe(name_or_path: str | Path, overrides: str | Sequence[str] = ()) -> LoadedRecipe:
     """Read and validate a recipe file, or a shipped recipe by name.
 
-    overrides: `key.path=value` assignments applied before validation.
+    overrides: `key.path=value` assignments, or one, applied before validation.
     Raises RecipeError with one line per fault: file, line, key, what was expected.
     """
     path = find_recipe(name_or_path)
     source = read_yaml(path, str(path))
-    for assignment in overrides:
+    for assignment in [overrides] if isinstance(overrides, str) else overrides:
         source.set(assignment)
     recipe, faults = recipe_faults(source)
     if recipe is None:

@@ -38,7 +38,7 @@ class DataSection(Section):
 
     builtin: str | None = None
     """A set that ships with ptkit: `facts-to-text`, `message-routing`, `captions-en-de`,
-    `report-summary`, `persona-reply`, `persona-chat`, `passage-question`."""
+    `report-summary`, `persona-reply`, `persona-chat`, `persona-preference`, `passage-question`."""
     hub: str | None = None
     """Id of a dataset on the Hugging Face Hub. Its CSV and JSON files are read as `files` are: a
     cell is its text."""
@@ -198,13 +198,30 @@ class ClassificationTask(Section):
         return words
 
 
-class ChatTask(Section):
+class ConversationTask(Section):
+    """What tasks share whose rows are conversations, written in a chat template."""
+
+    data: DataSection
+    """Where the rows come from, one conversation each."""
+    system: str | None = None
+    """System prompt of conversations that bring none. The adapter keeps it, and `chat`, `serve` and
+    `generate` put it before what they are asked."""
+    chat_template: str | None = None
+    """The template that conversations are written in: a Jinja file (relative paths start at the
+    recipe's folder), its text, or `chatml` or `plain`. null: the model's own. The adapter keeps
+    what is not the model's own."""
+    max_tokens: Annotated[int, Field(gt=1)] = 1024
+    """The most tokens of a conversation, the template's included."""
+    too_long: Literal["drop_turns", "refuse"] = "drop_turns"
+    """What becomes of longer ones. `drop_turns`: the earliest questions with their answers are left
+    out, whole, and the system prompt stays. `refuse`: the run ends with an error."""
+
+
+class ChatTask(ConversationTask):
     """The model answers in conversations, which it reads in its chat template."""
 
     kind: Literal["chat"]
     """`chat`."""
-    data: DataSection
-    """Where the rows come from, one conversation each."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
     """How a row writes a conversation. `messages`: OpenAI's and TRL's. `sharegpt`: turns of `from`
     and `value`. `alpaca`: `instruction`, `input`, `output`. `prompt_completion`: texts or messages.
@@ -214,20 +231,8 @@ class ChatTask(Section):
     references: str | None = None
     """Column holding the list of acceptable last answers; without it the one in the conversation
     is the reference."""
-    system: str | None = None
-    """System prompt of conversations that bring none. The adapter keeps it, and `chat`, `serve` and
-    `generate` put it before what they are asked."""
-    chat_template: str | None = None
-    """The template that conversations are written in: a Jinja file (relative paths start at the
-    recipe's folder), its text, or `chatml` or `plain`. null: the model's own. The adapter keeps
-    what is not the model's own."""
     loss: Literal["assistant", "last", "all"] = "assistant"
     """What is learnt: all answers of a conversation, the last one, or every token."""
-    max_tokens: Annotated[int, Field(gt=0)] = 1024
-    """The most tokens of a conversation, the template's included."""
-    too_long: Literal["drop_turns", "refuse"] = "drop_turns"
-    """What becomes of longer ones. `drop_turns`: the earliest questions with their answers are left
-    out, whole, and the system prompt stays. `refuse`: the run ends with an error."""
     history: Literal["reference", "own"] = "reference"
     """What the model reads before the last answer of a test conversation: the earlier answers of
     the conversation, or those that it wrote itself."""
@@ -251,6 +256,46 @@ class ChatTask(Section):
                 f"of `max_target_tokens` ({self.max_target_tokens}); lower the second"
             )
         return self
+
+
+class PreferenceTask(ConversationTask):
+    """The model learns which of two answers to the same prompt is preferred."""
+
+    kind: Literal["preference"]
+    """`preference`."""
+    data: DataSection
+    """Where the rows come from, one pair of answers each. The answers are the columns `chosen` and
+    `rejected`: texts, or lists of messages as TRL has them. Conversations without a column `prompt`
+    share their beginning, which is the prompt."""
+    objective: Literal["dpo"] = "dpo"
+    """`dpo`: direct preference optimisation (Rafailov et al. 2023). The reference is the base
+    itself with the adapter off: no second model is loaded."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How near to the base the adapter stays: what a nat of difference from it counts."""
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """The loss of a pair, by TRL's names. `sigmoid`: DPO's own; `hinge`: SLiC's (Zhao et al. 2023);
+    `ipo`: that of Azar et al. 2023, of log-probabilities per token."""
+    input: str = "{prompt}"
+    """Template of what the model reads, with `{column}` placeholders, where answers are texts."""
+    chosen: str = "{chosen}"
+    """Template of the preferred answer (an end-of-text token is added)."""
+    rejected: str = "{rejected}"
+    """Template of the other answer."""
+    max_tokens: Annotated[int, Field(gt=1)] = 1024
+    """The most tokens of a prompt with the longer of its answers."""
+    too_long: Literal["drop_turns", "refuse"] = "drop_turns"
+    """What becomes of longer ones. `drop_turns`: a conversation loses its earliest questions with
+    their answers, whole, and a text its left end; answers are never cut. `refuse`: the run ends
+    with an error."""
+    metrics: list[MetricName] = Field(
+        default=["preference_accuracy", "reward_margin"], min_length=1
+    )
+    """`preference_accuracy`: share of pairs whose chosen answer the adapter has raised more, beside
+    the base. `reward_margin`: by how many nats more, times `beta`. `ranking_accuracy`: share of
+    pairs whose chosen answer is the likelier one. The first is *the score* in tables."""
+    _judged: ClassVar[Judged] = "pair"
+
+    _metrics_are_known = field_validator("metrics")(_require_metrics)
 
 
 class HeadedTask(Section):
@@ -311,6 +356,7 @@ class TokenClassificationTask(HeadedTask):
 Task = (
     GenerationTask
     | ChatTask
+    | PreferenceTask
     | ClassificationTask
     | SequenceClassificationTask
     | TokenClassificationTask

@@ -26,6 +26,7 @@ from ptkit.errors import ModelError
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.attention_sites import layer_table, require_attention
 from ptkit.runtime.facts import known
+from ptkit.runtime.parted_attention import LEAST_TOKENS, hides_padding, is_plain, prefixed_causal
 
 #: The argument of a model's forward that holds a `Placed`.
 KEYWORD = "ptkit_prefix"
@@ -85,6 +86,41 @@ class Placed:
         self.layers, self.cached, self.positions, self.noted = layers, cached, positions, noted
         #: Layers of a pass share a mask: the mask itself, and with the prefix region before it.
         self._extended: dict[object, tuple[Tensor | None, Tensor]] = {}
+        self._seen_by_all: bool | None = None  # whether every token sees all virtual tokens
+
+    def in_parts(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: dict[str, Any],
+    ) -> Tensor | None:
+        """The attention of `query`, plainly causal among its own tokens, in two parts that need no
+        mask: `[rows, tokens, heads, dim]`. None where it is not so, or a mask is as fast."""
+        tokens, batch = query.shape[2], None if self.repeats is None else self.repeats.batch
+        causal = options.get("is_causal")
+        if (
+            batch is None
+            or not LEAST_TOKENS <= tokens == key.shape[2]
+            or query.device.type != "cpu"
+            or key.shape[-1] != value.shape[-1]
+            or not (getattr(module, "is_causal", True) if causal is None else causal)
+            or torch.compiler.is_compiling()
+            or not is_plain(options)
+            or batch.seen_from is not None
+            or (batch.as_text is not None and options.get("sliding_window") is not None)
+        ):
+            return None
+        if self._seen_by_all is None:
+            self._seen_by_all = bool(batch.visible.all())
+        if not self._seen_by_all or len(key) != batch.rows:
+            return None
+        layer = self.layers[module]
+        if self.noted is not None:
+            self.noted[layer] = key, value
+        prefix = batch.keys[layer].to(key.dtype), batch.values[layer].to(value.dtype)
+        return prefixed_causal(query, key, value, prefix, options.get("scaling"))
 
     def before(
         self,
@@ -215,6 +251,10 @@ def _prefix_sdpa(
     if isinstance(placed, GroupedAttention):
         return placed.attended(module, query, kw, sdpa_attention_forward), None
     if placed is not None:
+        if attention_mask is None:
+            output = placed.in_parts(module, query, key, value, kw)
+            if output is not None:
+                return output, None
         key, value, attention_mask = placed.before(
             module, query.shape[2], key, value, attention_mask, kw
         )
@@ -308,9 +348,15 @@ class WithTheCall:
             )
         given = call.arguments
         positions = given.get("position_ids")
-        whole = given.get("past_key_values") is None and given.get("attention_mask") is None
-        if positions is not None and whole:
-            # Without a mask, transformers takes positions with a gap (an infix) for several texts.
+        whole = given.get("past_key_values") is None
+        if (
+            positions is not None
+            and whole
+            and (
+                # Without a mask, transformers takes positions with a gap for several texts.
+                given.get("attention_mask") is None or hides_padding(given)
+            )
+        ):
             given["attention_mask"] = torch.ones_like(positions)
         given[KEYWORD] = in_place(model, prefixes, call, noted)
 
@@ -332,9 +378,9 @@ def prefixed_positions(batch: PrefixBatch, attention_mask: Tensor) -> Tensor:
 
     attention_mask: `[rows, tokens]`, 1 on real tokens, padding on either side. Virtual tokens take
         the first positions, as in PEFT and in both prefix-tuning and prompt-tuning papers. An infix
-        takes those between the tokens before `batch.seen_from` and the others.
+        takes those between the tokens before `batch.seen_from` and the others. Some take none.
     """
-    lengths = batch.visible.sum(-1, keepdim=True).to(attention_mask.device)
+    lengths = batch.placed.sum(-1, keepdim=True).to(attention_mask.device)
     if batch.seen_from is not None:
         token = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         lengths = lengths * (token >= batch.seen_from[:, None])

@@ -28,7 +28,8 @@ from ptkit.runtime.gguf_blocks import in_blocks
 from ptkit.runtime.gguf_model import is_gguf, stored_type
 from ptkit.runtime.heads import Head, Labels, class_for, label_names
 from ptkit.runtime.label_order import order_of, reorder, told
-from ptkit.runtime.named_models import TINY_EN, gguf_behind, source_of
+from ptkit.runtime.model_names import TINY_EN
+from ptkit.runtime.named_models import gguf_behind, source_of
 from ptkit.runtime.placement import full_weight, is_whole, processes_of
 from ptkit.runtime.progress import no_weights_bar
 from ptkit.runtime.quantize import logical_size, quantization_config, require_quantized

@@ -182,22 +182,41 @@ class BlockPool:
             tensor = self._with_room(tensors, layer, new)
             tensor.index_copy_(0, _on(tensor, slots), new.to(tensor))
 
-    def read(self, layer: int, slots: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int, slots: Tensor, rows: int, place: int = 0) -> tuple[Tensor, Tensor]:
         """Keys and values of `layer` at `slots` `[rows * positions]`, each
-        `[rows, heads, positions, dim]`. The next read writes over them."""
+        `[rows, heads, positions, dim]`. The next read into `place` writes over them."""
         pair = []
         for kind, tensors in enumerate((self._keys, self._values)):
             tensor = tensors[layer]
             assert tensor is not None
-            room = self._room_for(kind, slots.shape[0], tensor)
+            room = self._room_for((kind, place), slots.shape[0], tensor)
             torch.index_select(tensor, 0, _on(tensor, slots), out=room)
             pair.append(room.view(rows, -1, *room.shape[1:]).transpose(1, 2))
         return pair[0], pair[1]
 
-    def _room_for(self, kind: int, positions: int, like: Tensor) -> Tensor:
+    def seen(
+        self, layer: int, first: int, apart: int, rows: int, positions: int
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of `layer`, each `[rows, heads, positions, dim]`, where they are: row `i`
+        in the slots from `first + i * apart` on. A later write may change them."""
+        pair = []
+        for tensors in (self._keys, self._values):
+            tensor = tensors[layer]
+            assert tensor is not None
+            slot, head, value = tensor.stride()
+            pair.append(
+                tensor.as_strided(
+                    (rows, tensor.shape[1], positions, tensor.shape[2]),
+                    (apart * slot, head, slot, value),
+                    tensor.storage_offset() + first * slot,
+                )
+            )
+        return pair[0], pair[1]
+
+    def _room_for(self, use: tuple[int, int], positions: int, like: Tensor) -> Tensor:
         """Memory for what is read, `[positions, heads, dim]`: the same for all layers, as fresh
         memory costs as much as the copy."""
-        key = kind, like.device, like.dtype, like.shape[1:]
+        key = use, like.device, like.dtype, like.shape[1:]
         room = self._gathered.get(key)
         if room is None or room.shape[0] < positions:
             self._gathered[key] = room = like.new_empty(positions + positions // 4, *like.shape[1:])
@@ -240,11 +259,22 @@ class BlockTable:
         self.length = 0
         self._slots = np.empty(64, dtype=np.int64)
         self._room = 0  # positions of the last block that are still to be written
+        self._reserved: list[int] = []  # blocks that it has for later, the next one last
 
     @property
     def slots(self) -> np.ndarray:
         """The slots of its positions in order, `[length]`, int64."""
         return self._slots[: self.length]
+
+    @property
+    def last_slot(self) -> int:
+        """The slot of its last position."""
+        return int(self._slots[self.length - 1])
+
+    def reserve(self, positions: int) -> None:
+        """Take the blocks of so many more positions now. From a fresh pool they follow each other,
+        so that they can be read where they are. Raises NoBlocksError."""
+        self._reserved = self._allocate(self._pool.blocks_for(positions))[::-1]
 
     @property
     def mark(self) -> tuple[int, int, int]:
@@ -277,7 +307,7 @@ class BlockTable:
             self.length += 1
             self._room -= 1
             return self._slots[self.length - 1 : self.length]
-        new = pool.allocate(pool.blocks_for(max(0, positions - self._room)))
+        new = self._allocate(pool.blocks_for(max(0, positions - self._room)))
         start = self.length
         if self._room:
             first = (self.blocks[-1] + 1) * size - self._room
@@ -313,6 +343,15 @@ class BlockTable:
     def release(self) -> None:
         """Give all of it up."""
         self.back_to((0, 0, 0))
+        self._pool.release(self._reserved)
+        self._reserved = []
+
+    def _allocate(self, count: int) -> list[int]:
+        """So many blocks, reserved ones first; all or none."""
+        reserved = self._reserved[len(self._reserved) - min(count, len(self._reserved)) :]
+        new = self._pool.allocate(count - len(reserved)) if count > len(reserved) else []
+        del self._reserved[len(self._reserved) - len(reserved) :]
+        return reserved[::-1] + new
 
     def _append(self, slots: np.ndarray) -> None:
         end = self.length + len(slots)

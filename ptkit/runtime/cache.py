@@ -164,6 +164,8 @@ def conversation_cache(
     model: PreTrainedModel, batch: PrefixBatch | None, positions: int
 ) -> DynamicCache:
     """`cache_for` the first turn, with the rows' prefixes in it where they can be part of it."""
+    if batch is not None and batch.placeless is not None:
+        return DynamicCache(config=model.config)  # of the text only, whose positions begin at 0
     cache = cache_for(model, batch, positions)
     if batch is not None and batch.longest and isinstance(cache, ReservedCache):
         prefilled_cache(model, batch, cache)

@@ -106,6 +106,8 @@ class DecodeLoop(Generic[Row]):
 
     def remove(self, rows: Collection[Row]) -> None:
         """Take `rows` out, and give up their blocks."""
+        if not rows:
+            return
         gone = {*rows}
         for row in gone:
             self.batch.end(row.sequence)
@@ -118,6 +120,8 @@ class DecodeLoop(Generic[Row]):
     def _ready(self, logits: Tensor) -> Ready[Row]:
         """The rows that `logits` `[decoding, vocabulary]` are of, and those of the owners whose
         inputs have all been read, which decode from now on."""
+        if not self.prefilling:
+            return Ready(self.decoding, logits, len(self.decoding))
         waiting = {row.owner for row in self.prefilling if row.sequence.logits is None}
         first = [row for row in self.prefilling if row.owner not in waiting]
         decoded = self.decoding

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptkit.data.encoded import IGNORED, EncodedExample
+from ptkit.data.encoded import IGNORED, EncodedExample, passes_of
 from ptkit.prefix import Compiled
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe.tasks import HeadedTask, Task
@@ -119,6 +119,26 @@ def supervised_losses(
     return ModelRunner(model).forward(tokens, batch, want=want)
 
 
+def summed_by_row(losses: Tensor, counts: Tensor) -> Tensor:
+    """The sum of each row's losses, `[rows]`.
+
+    losses: of all supervised tokens, row by row, `[n]`; counts: how many each row has, `[rows]`
+    """
+    return torch.stack([part.sum() for part in losses.split(counts.tolist())])
+
+
+def row_nats(
+    base: Base, model: PreTrainedModel, rows: Sequence[EncodedExample], batch: PrefixBatch | None
+) -> Tensor:
+    """Cross-entropy in nats of each row's targets after its input, `[rows]`, in float32.
+
+    model: the base's own, or the one an adapter runs; batch: the rows' prefixes
+    """
+    tensors = collate(rows, base)
+    losses = supervised_losses(model, **tensors, batch=batch)
+    return summed_by_row(losses, supervised_counts(model, tensors["labels"]))
+
+
 def teacher_outputs(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -210,7 +230,7 @@ def require_embedded(base: Base, rows: Iterable[EncodedExample], task: Task) -> 
     """
     headed = isinstance(task, HeadedTask)  # whose targets are numbers of labels
     base.require_embedded(
-        row.input_ids if headed else [*row.input_ids, *row.target_ids] for row in rows
+        row.input_ids if headed else [*row.input_ids, *row.target_ids] for row in passes_of(rows)
     )
 
 

@@ -42,8 +42,8 @@ from ptkit.runtime.forward import pad_rows
 from ptkit.runtime.infix import placed_before_last, read_before_last
 from ptkit.runtime.locks import running
 from ptkit.runtime.paged_attention import reads_blocks
-from ptkit.runtime.paged_batch import smallest_window, why_not_paged
 from ptkit.runtime.paged_generation import BlockDecoding
+from ptkit.runtime.paged_support import smallest_window, why_not_paged
 from ptkit.runtime.placement import own_part
 from ptkit.runtime.processors import DRAFTED, processors_read_text, setting
 from ptkit.runtime.row_adapters import row_adapters
@@ -102,7 +102,7 @@ def _require_places(asked: _Asked) -> None:
     if most is None or not isinstance(new, int):
         return
     for row, (prompt, prefix) in enumerate(zip(asked.prompts, asked.rows, strict=True)):
-        virtual = 0 if prefix is None else prefix.virtual_tokens
+        virtual = 0 if prefix is None else prefix.positions
         # The last new token is never read.
         if virtual + len(prompt) + new - 1 > most:
             raise ModelError(
@@ -219,7 +219,7 @@ def _in_cache(
         return _attending(asked, batch, None, None)
     if batch is not None and batch.longest:
         require_attention(model)
-        if not _kept_in_cache(model, generate_options):
+        if batch.placeless is not None or not _kept_in_cache(model, generate_options):
             return _attending(asked, batch, static_positions, read)
     input_ids, attention_mask = asked.padded(left=True)
     positions = input_ids.shape[1] + int(generate_options.get("max_new_tokens") or 0)

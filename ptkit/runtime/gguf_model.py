@@ -35,7 +35,7 @@ from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURE
 
 from ptkit.errors import ModelError
 from ptkit.formats import atomic
-from ptkit.formats.adapter_files import sha256
+from ptkit.formats.adapter_folder import sha256
 from ptkit.formats.cache_home import cache_home
 
 try:

@@ -81,9 +81,11 @@ def read_before_last(
         cache.update(keys, values, layer)
     if not mask.shape[1]:
         return
-    seen = (batch.visible & ~batch.infix[:, None]).to(mask.dtype)
-    whole = torch.cat([seen, mask], dim=1)
-    positions = (whole.cumsum(-1) - 1).clamp(min=0)[:, -mask.shape[1] :]
+    whole, counted = (
+        torch.cat([(t & ~batch.infix[:, None]).to(mask.dtype), mask], dim=1)
+        for t in (batch.visible, batch.placed)
+    )
+    positions = (counted.cumsum(-1) - 1).clamp(min=0)[:, -mask.shape[1] :]
     with running(model):
         model.base_model(
             input_ids=input_ids[:, :-1], attention_mask=whole, position_ids=positions,

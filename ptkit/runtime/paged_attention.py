@@ -10,7 +10,6 @@ the cache hands the model their keys and values.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,34 +31,16 @@ from ptkit.runtime.attention import (
 from ptkit.runtime.attention_sites import takes_positions
 from ptkit.runtime.backends import backend_of
 from ptkit.runtime.block_pool import BlockPool
+from ptkit.runtime.group_attention import attended_in_parts, can_share, decoded
 from ptkit.runtime.handed_cache import HandedCache
-
-#: Sequences are read together while the shorter one has so much of the longer one's length, or
-#: lacks so few positions of it.
-_SIMILAR, _CLOSE = 0.7, 32
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """New tokens of one sequence.
-
-    ids: the tokens; written: their slots; slots: those of all its positions, these at the end
-    number: which sequence of the pass it is
-    """
-
-    number: int
-    ids: Sequence[int]
-    slots: np.ndarray
-
-    @property
-    def written(self) -> np.ndarray:
-        """The slots of the new tokens."""
-        return self.slots[len(self.slots) - len(self.ids) :]
-
-    @property
-    def before(self) -> int:
-        """Positions before the new tokens."""
-        return len(self.slots) - len(self.ids)
+from ptkit.runtime.paged_groups import (
+    GROUPED_FOR,
+    Chunk,
+    TokenGroup,
+    grouped,
+    grouped_by_beginning,
+)
+from ptkit.runtime.parted_attention import is_plain
 
 
 def reads_tokens_apart(model: PreTrainedModel) -> bool:
@@ -83,88 +64,6 @@ def reads_blocks(model: PreTrainedModel) -> bool:
     except ModelError:
         return False
     return isinstance(backend, HandedCache) or reads_tokens_apart(model)
-
-
-def grouped(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
-    """`chunks` in groups of similar numbers of new tokens and similar lengths."""
-    ordered = sorted(chunks, key=lambda chunk: (-len(chunk.ids), -len(chunk.slots)))
-    groups: list[list[Chunk]] = []
-    most = longest = 0  # new tokens, and positions, of the last group
-    for chunk in ordered:
-        new, length = len(chunk.ids), len(chunk.slots)
-        if groups and _similar(new, most) and _similar(length, longest):
-            groups[-1].append(chunk)
-            longest = max(longest, length)
-        else:
-            groups.append([chunk])
-            most, longest = new, length
-    return groups
-
-
-def of_one_length(group: Sequence[Chunk]) -> list[list[Chunk]]:
-    """`group` in parts that a `TogetherPass` takes: one token each, or equal lengths."""
-    parts: dict[tuple[int, int], list[Chunk]] = {}
-    for chunk in group:
-        single = len(chunk.ids) == 1
-        parts.setdefault((len(chunk.ids), 0 if single else len(chunk.slots)), []).append(chunk)
-    return [*parts.values()]
-
-
-def _similar(one: int, other: int) -> bool:
-    if one > other:
-        one, other = other, one
-    if one == 1 < other:
-        return False  # one token alone needs no mask of its own
-    return one >= _SIMILAR * other or other - one <= _CLOSE
-
-
-class _Group:
-    """Sequences of a pass that attend together: `rows` of them, each with `queries` tokens.
-
-    start, tokens: where their tokens are among those of the pass
-    """
-
-    def __init__(self, chunks: Sequence[Chunk], start: int, model: PreTrainedModel) -> None:
-        device, rows = model.device, len(chunks)
-        counts = np.array([len(chunk.ids) for chunk in chunks])
-        lengths = np.array([len(chunk.slots) for chunk in chunks])
-        self.start, self.tokens, self.rows = start, int(counts.sum()), rows
-        self.queries, longest = int(counts.max()), int(lengths.max())
-        # A missing position is the sequence's own first one: it is hidden, but must be finite
-        # where the sequence is.
-        slots = np.empty((rows, longest), dtype=np.int64)
-        for row, chunk in enumerate(chunks):
-            slots[row, : len(chunk.slots)] = chunk.slots
-            slots[row, len(chunk.slots) :] = chunk.slots[0]
-        self.positions = longest
-        #: Of all positions of the rows, one row after the other, `[rows * positions]`.
-        self.slots = torch.from_numpy(slots.reshape(-1)).to(device)
-        #: Padded query -> token, and token -> padded query; None where nothing is padded.
-        self.query: Tensor | None = None
-        self.back: Tensor | None = None
-        if self.tokens != rows * self.queries:
-            first = np.cumsum(counts) - counts
-            column = np.arange(self.queries)
-            there = column < counts[:, None]
-            self.query = torch.from_numpy(
-                np.where(there, first[:, None] + column, first[:, None]).reshape(-1)
-            ).to(device)
-            self.back = torch.from_numpy(np.flatnonzero(there)).to(device)
-        self.mask = self._mask(lengths - counts, lengths, longest, model)
-
-    def _mask(
-        self, before: np.ndarray, lengths: np.ndarray, longest: int, model: PreTrainedModel
-    ) -> Tensor | None:
-        """What the queries attend to, `[rows, 1, queries, positions]`, added to the scores."""
-        if self.queries == 1 and (lengths == longest).all():
-            return None
-        if not before.any() and attention_of(model) == "sdpa":
-            return None  # plainly causal, by itself
-        seen = torch.from_numpy(before)[:, None] + torch.arange(self.queries)
-        hidden = torch.arange(longest) > seen[:, None, :, None]
-        mask = torch.zeros(hidden.shape, dtype=model.dtype)
-        mask.masked_fill_(hidden, torch.finfo(model.dtype).min)
-        return mask.to(model.device)
 
 
 class PagedCache(Cache):
@@ -217,29 +116,58 @@ class _PagedLayer(CacheLayerMixin):
 class ApartPass(PagedCache, GroupedAttention):
     """A pass in which every token is a row of its own.
 
-    chunks: what is read, in the order of the rows
+    chunks: what is read, in any order; afterwards in the order of the rows
     """
 
     def __init__(self, model: PreTrainedModel, pool: BlockPool, chunks: Sequence[Chunk]) -> None:
         super().__init__(pool, len(pool.layout))
         self.chunks: list[Chunk] = []
-        self._groups: list[_Group] = []
-        start = 0
-        for group in grouped(chunks):
-            self.chunks += group
-            made = _Group(group, start, model)
-            self._groups.append(made)
-            start += made.tokens
+        self._device = model.device
         self._numbers = layers_read(model)
-        device = model.device
-        written = np.concatenate([chunk.written for chunk in self.chunks])
-        self._written = torch.from_numpy(written).to(device)
-        self.ids = torch.tensor(
-            [token for chunk in self.chunks for token in chunk.ids], device=device
-        )[:, None]
-        positions = [np.arange(c.before, c.before + len(c.ids)) for c in self.chunks]
-        self.positions = torch.from_numpy(np.concatenate(positions)).to(device)[:, None]
+        self._is_sdpa = attention_of(model) == "sdpa"
+        #: Attention modules -> whether they compute the plain attention.
+        self._plain: dict[nn.Module, bool] = {}
+        if self._is_sdpa and can_share(pool, model.device):
+            groups = grouped_by_beginning(chunks)
+        else:
+            groups = [(group, 0) for group in grouped(chunks)]
+        self._groups: list[TokenGroup] = []
+        start = 0
+        for group, shared in groups:
+            self._groups.append(TokenGroup(group, start, model, shared))
+            self.chunks += group
+            start += self._groups[-1].tokens
+        positions = [np.arange(c.position, c.position + len(c.ids)) for c in self.chunks]
+        self.positions = torch.from_numpy(np.concatenate(positions)).to(self._device)[:, None]
+        self._lengths = [chunk.table.length for chunk in self.chunks]
+        self._steps = GROUPED_FOR if start == len(self.chunks) else 0  # for which it can go on
+        self._take([chunk.written for chunk in self.chunks])
         self.mask = torch.ones_like(self.ids)
+
+    def goes_on(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether this can be the pass of `chunks`, in the order of their numbers, as well: one
+        more token of each sequence. It is that pass from then on."""
+        if not self._steps or len(chunks) != len(self.chunks):
+            return False
+        ordered = [chunks[chunk.number] for chunk in self.chunks]
+        lengths = [length + 1 for length in self._lengths]
+        if not all(
+            new.table is old.table and len(new.ids) == 1 and new.table.length == length
+            for new, old, length in zip(ordered, self.chunks, lengths, strict=True)
+        ):
+            return False
+        self._steps -= 1
+        self._lengths, self.chunks = lengths, ordered
+        for group in self._groups:
+            group.advance()
+        self.positions = self.positions + 1
+        self._take([chunk.written for chunk in ordered])
+        return True
+
+    def _take(self, written: Sequence[np.ndarray]) -> None:
+        self._written = torch.from_numpy(np.concatenate(written)).to(self._device)
+        ids = [token for chunk in self.chunks for token in chunk.ids]
+        self.ids = torch.tensor(ids, device=self._device)[:, None]
 
     def put(self, model: PreTrainedModel, call: Call) -> None:
         take_prefixes(model)
@@ -262,16 +190,29 @@ class ApartPass(PagedCache, GroupedAttention):
         attention: Callable[..., tuple[Tensor, Any]],
     ) -> Tensor:
         layer, found = self._numbers[module], []
+        plain = self._plain.get(module)
+        if plain is None:
+            self._plain[module] = plain = self._is_sdpa and is_plain(options)
+            if not plain:
+                self._groups = [g if g.shared is None else g.whole() for g in self._groups]
+        scaling = options.get("scaling")
         for group in self._groups:
-            own = query[group.start : group.start + group.tokens]  # [tokens, heads, 1, dim]
+            own = query  # [tokens, heads, 1, dim]
+            if len(self._groups) > 1:
+                own = query[group.start : group.start + group.tokens]
             if group.queries > 1:
                 own = own[:, :, 0]
                 if group.query is not None:
                     own = own.index_select(0, group.query.to(own.device))
                 own = own.view(group.rows, group.queries, *own.shape[1:]).transpose(1, 2)
-            keys, values = self.pool.read(layer, group.slots, group.rows)
-            mask = None if group.mask is None else group.mask.to(own.device)
-            output, _ = attention(module, own, keys, values, mask, **options)
+            if group.shared is not None:
+                output = attended_in_parts(group, own, self.pool, layer, scaling)
+            elif plain and group.queries == 1:
+                output = decoded(group, own, self.pool, layer, scaling)
+            else:
+                keys, values = group.own.read(self.pool, layer)
+                mask = group.mask_on(own.device)
+                output, _ = attention(module, own, keys, values, mask, **options)
             if group.queries > 1:
                 output = output.flatten(0, 1)  # [padded tokens, heads, dim]
                 if group.back is not None:
@@ -288,16 +229,16 @@ class TogetherPass(PagedCache):
     def __init__(self, model: PreTrainedModel, pool: BlockPool, chunks: Sequence[Chunk]) -> None:
         super().__init__(pool, len(pool.layout))
         self.chunks = [*chunks]
-        group = _Group(self.chunks, 0, model)
+        group = TokenGroup(self.chunks, 0, model)
         assert group.query is None
-        self._slots, self._rows, self._longest = group.slots, group.rows, group.positions
-        self._queries = group.queries
+        self._own, self._longest, self._queries = group.own, group.positions, group.queries
         device = model.device
-        lengths = torch.tensor([len(chunk.slots) for chunk in chunks], device=device)[:, None]
+        lengths = torch.tensor([chunk.table.length for chunk in chunks], device=device)[:, None]
         written = np.concatenate([chunk.written for chunk in chunks])
         self._written = torch.from_numpy(written).to(device)
         self.ids = torch.tensor([[*chunk.ids] for chunk in chunks], device=device)
-        self.positions = lengths - self._queries + torch.arange(self._queries, device=device)
+        first = torch.tensor([chunk.position for chunk in chunks], device=device)[:, None]
+        self.positions = first + torch.arange(self._queries, device=device)
         self.mask = (torch.arange(self._longest, device=device) < lengths).long()
 
     def put(self, model: PreTrainedModel, call: Call) -> None:
@@ -306,7 +247,7 @@ class TogetherPass(PagedCache):
     def updated(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = keys.transpose(1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1)
         self.pool.write(layer, self._written, keys, values)
-        return self.pool.read(layer, self._slots, self._rows)
+        return self._own.read(self.pool, layer)
 
     def sizes(self, queries: int) -> tuple[int, int]:
         return self._longest, self._longest - self._queries

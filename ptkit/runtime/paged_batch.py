@@ -11,75 +11,22 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel
 
-from ptkit.errors import ModelError
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.block_pool import BlockPool, BlockTable
-from ptkit.runtime.cache import shares_keys
 from ptkit.runtime.infix import placed_before_last
-from ptkit.runtime.paged_attention import (
-    ApartPass,
-    Chunk,
-    TogetherPass,
-    grouped,
-    of_one_length,
-    reads_tokens_apart,
-)
+from ptkit.runtime.paged_attention import ApartPass, TogetherPass, reads_tokens_apart
+from ptkit.runtime.paged_groups import Chunk, grouped, of_one_length
 from ptkit.runtime.placement import own_part
 from ptkit.runtime.runner import ModelRunner, Tokens, Want
 
 #: A context in which rows run with these LoRA adapters, e.g. that of `AdapterBank.weights`.
 Weights = Callable[[Sequence[str | None]], AbstractContextManager[None]]
-
-
-def why_not_paged(model: PreTrainedModel) -> str | None:
-    """What of `model` blocks of keys and values have no place for; None: they do for all of it."""
-    if model.config.is_encoder_decoder:
-        return "is an encoder-decoder, and blocks are for causal language models"
-    if shares_keys(model):
-        return "has layers that read the keys and values of others, which blocks have no place for"
-    if {*map(type, _layers(model))} - {DynamicLayer, DynamicSlidingWindowLayer}:
-        return (
-            "has layers that keep a state instead of keys and values, which cannot be handed from "
-            "row to row"
-        )
-    return None
-
-
-def smallest_window(model: PreTrainedModel) -> int | None:
-    """The positions that the layer with the smallest window sees; None where all see everything.
-
-    Up to there a window hides nothing, and blocks hold what such a layer reads.
-    """
-    sizes = [x.sliding_window for x in _layers(model) if type(x) is DynamicSlidingWindowLayer]
-    config: Any = model.config.get_text_config()
-    if getattr(config, "attention_types", None):  # GPT-Neo's local layers
-        sizes.append(config.window_size)
-    return min(sizes, default=None)
-
-
-def _layers(model: PreTrainedModel) -> list[Any]:
-    return DynamicCache(config=model.config).layers
-
-
-def longest_sequence(model: PreTrainedModel) -> int | None:
-    """The most positions a sequence of a `PagedBatch` of `model` may take; None: no limit.
-
-    Where layers see a window only, it is the window. Raises ModelError for models that
-    `why_not_paged` tells something of.
-    """
-    reason = why_not_paged(model)
-    if reason is not None:
-        raise ModelError(f"{type(model).__name__} {reason}; `ptkit generate` runs it")
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min((limit for limit in (most, smallest_window(model)) if limit), default=None)
 
 
 @dataclass(frozen=True)
@@ -118,8 +65,14 @@ class PagedSequence:
         return self.given.prefix is not None and self.given.prefix.infix
 
     @property
+    def placeless(self) -> int:
+        """How many virtual tokens it begins with that take no position."""
+        prefix = self.given.prefix
+        return 0 if prefix is None else prefix.virtual_tokens - prefix.positions
+
+    @property
     def length(self) -> int:
-        """Positions it takes."""
+        """Slots it takes."""
         return self.table.length
 
 
@@ -137,18 +90,23 @@ class PagedBatch:
         self._model, self.pool = model, pool
         self._weights: Weights = weights or (lambda _: nullcontext())
         self._apart = reads_tokens_apart(model)
+        self._last: ApartPass | None = None  # the last pass, which the next one may go on from
         #: Numbers of what sequences begin with, given once: contents are named by them.
         self._numbers: WeakKeyDictionary[KVPrefix, int] = WeakKeyDictionary()
         self._given = 0
 
     # Sequences
 
-    def begin(self, given: SequenceInput) -> PagedSequence:
-        """A sequence to `prefill`. Raises NoBlocksError when its prefix has no room."""
+    def begin(self, given: SequenceInput, reserved: int = 0) -> PagedSequence:
+        """A sequence to `prefill`. Raises NoBlocksError when its prefix has no room.
+
+        reserved: positions after those of a shared prefix whose blocks it takes at once
+        """
         table = BlockTable(self.pool)
         try:
             if given.prefix is not None and not given.prefix.infix:
                 self._take_prefix(table, given.prefix)
+            table.reserve(reserved)
             return PagedSequence(given, table, self._digests(given))
         except BaseException:
             table.release()
@@ -206,7 +164,7 @@ class PagedBatch:
             chunks: list[Chunk] = []
             for number, (sequence, token) in enumerate(zip(decoding, tokens, strict=True)):
                 sequence.table.extend(1)
-                chunks.append(Chunk(number, (token,), sequence.table.slots))
+                chunks.append(Chunk(number, (token,), sequence.table, sequence.placeless))
             leaders: dict[bytes, PagedSequence] = {}
             for group, left in prefilling:
                 for sequence in group:
@@ -223,6 +181,7 @@ class PagedBatch:
                 if leader.logits is not None and sequence.logits is None:
                     self._follow(sequence, leader)
         except BaseException:
+            self._last = None
             for block in published:
                 self.pool.withdraw(block)
             for sequence, mark, read, own in marks:
@@ -256,7 +215,9 @@ class PagedBatch:
         their numbers."""
         passes: list[ApartPass] | list[TogetherPass]
         if self._apart:
-            passes = [ApartPass(self._model, self.pool, chunks)]
+            if self._last is None or not self._last.goes_on(chunks):
+                self._last = ApartPass(self._model, self.pool, chunks)
+            passes = [self._last]
         else:
             passes = [
                 TogetherPass(self._model, self.pool, part)
@@ -280,15 +241,18 @@ class PagedBatch:
         sequences: Sequence[PagedSequence],
         wanted: frozenset[int],
     ) -> Tensor:
+        tokens = Tokens(one.ids, one.mask, one.positions)
         loras, ends = [], []
         for chunk in one.chunks:
             rows = len(chunk.ids) if isinstance(one, ApartPass) else 1
             loras += [sequences[chunk.number].lora] * rows
             ends += [False] * (len(chunk.ids) - 1) + [chunk.number in wanted]
-        at = torch.tensor(ends, device=self._model.device).view(one.ids.shape)
-        tokens = Tokens(one.ids, one.mask, one.positions)
         with self._weights(loras):
-            return ModelRunner(self._model).forward(tokens, kv=one, want=Want("logits", at))
+            runner = ModelRunner(self._model)
+            if one.ids.shape[1] == 1 and all(ends):  # decode: the head reads all there is
+                return runner.forward(tokens, kv=one)[:, 0]
+            at = torch.tensor(ends, device=self._model.device).view(one.ids.shape)
+            return runner.forward(tokens, kv=one, want=Want("logits", at))
 
     # What is read once
 
@@ -315,7 +279,7 @@ class PagedBatch:
             block = int(table.slots[len(table.slots) - end + index * size]) // size
             self.pool.publish(block, sequence.digests[index])
             published.append(block)
-        return Chunk(number, given.prompt[start:end], table.slots)
+        return Chunk(number, given.prompt[start:end], table, sequence.placeless)
 
     def _follow(self, sequence: PagedSequence, leader: PagedSequence) -> None:
         """Let `sequence` take over what `leader` has read."""

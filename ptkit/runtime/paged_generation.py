@@ -88,6 +88,7 @@ class BlockDecoding:
         sampled = bool(generation_config.do_sample)
         plain = not (sampled or len(logits_processor))
         writer: Any = view  # transformers' stubs do not know what generates
+        rows, numbers = None, input_ids.new_empty(0)  # of the last step
         with ExitStack() as decoding:
             while loop.rows:
                 ready = loop.step()
@@ -95,7 +96,9 @@ class BlockDecoding:
                     continue
                 if not ready.decoded:  # all that follows is decode
                     decoding.enter_context(writer._optimize_model_for_decode())
-                numbers = torch.tensor([row.number for row in ready.rows], device=input_ids.device)
+                if ready.rows is not rows:
+                    rows, listed = ready.rows, [row.number for row in ready.rows]
+                    numbers = torch.tensor(listed, device=input_ids.device)
                 own = ready.logits.to(input_ids.device)
                 if plain:
                     chosen = own.argmax(-1)
@@ -127,22 +130,24 @@ class BlockDecoding:
         loop: DecodeLoop[_TextRow] = DecodeLoop(batch, config.prefill_chunk_size)
         for given in self._inputs:
             for _ in range(times):
-                loop.prefilling.append(_TextRow(batch.begin(given), len(loop.prefilling), self))
+                sequence = batch.begin(given, _own_positions(given, new))
+                loop.prefilling.append(_TextRow(sequence, len(loop.prefilling), self))
         return loop
 
 
 def _blocks(inputs: Sequence[SequenceInput], new: int, times: int) -> int:
     """Blocks that hold `inputs`, each `times` with `new` tokens after it, and every prefix once."""
-    held = []
-    shared = {}
-    for given in inputs:
-        prefix, own = given.prefix, len(given.prompt) + new
-        if prefix is not None and prefix.infix:
-            own += prefix.virtual_tokens
-        elif prefix is not None:
-            shared[id(prefix)] = prefix.virtual_tokens
-        held += [own] * times
+    shared = {id(given.prefix): given.prefix.virtual_tokens for given in inputs if
+              given.prefix is not None and not given.prefix.infix}  # fmt: skip
+    held = [_own_positions(given, new) for given in inputs for _ in range(times)]
     return sum(-(-positions // BLOCK_SIZE) for positions in (*held, *shared.values()))
+
+
+def _own_positions(given: SequenceInput, new: int) -> int:
+    """Positions of `given` and of `new` tokens after it that are in blocks of its own."""
+    own = given.prefix is not None and given.prefix.infix
+    virtual = given.prefix.virtual_tokens if given.prefix is not None and own else 0
+    return virtual + len(given.prompt) + new
 
 
 def _of_all(logits: Tensor, numbers: Tensor, rows: int) -> Tensor:

@@ -49,14 +49,16 @@ def _read_once_scores(
     """`continuation_scores` of models whose cache can hold a prefix."""
     ids, mask = (t.to(model.device) for t in pad_rows(contexts, pad_token_id, left=True))
     cache = DynamicCache()
+    counted = mask  # what takes a position
     if batch is not None and batch.longest:
         if batch.infix is not None:
             read_before_last(model, ids, mask, batch, cache)
             ids = ids[:, -1:]
         else:
             prefilled_cache(model, batch, cache)
+        counted = torch.cat([batch.placed.long().to(mask.device), mask], dim=1)
         mask = torch.cat([batch.visible.long().to(mask.device), mask], dim=1)
-    positions = mask.cumsum(-1).sub(1).clamp(min=0)
+    positions = counted.cumsum(-1).sub(1).clamp(min=0)
     runner = ModelRunner(model)
     end = torch.zeros_like(ids, dtype=torch.bool)
     end[:, -1] = True
@@ -71,8 +73,10 @@ def _read_once_scores(
     tails, tail_mask = pad_rows([c[:-1] for c in continuations], pad_token_id, left=False)
     tails = tails.repeat(len(contexts), 1).to(model.device)
     tail_mask = tail_mask.repeat(len(contexts), 1).to(model.device)
-    mask = torch.cat([mask.repeat_interleave(count, 0), tail_mask], dim=1)
-    positions = mask.cumsum(-1).sub(1).clamp(min=0)[:, -tails.shape[1] :]
+    counted, mask = (
+        torch.cat([t.repeat_interleave(count, 0), tail_mask], dim=1) for t in (counted, mask)
+    )
+    positions = counted.cumsum(-1).sub(1).clamp(min=0)[:, -tails.shape[1] :]
     log_probs = _log_probs(runner.forward(Tokens(tails, mask, positions), kv=cache))
     following = log_probs.view(len(contexts), count, tails.shape[1], -1)
     for i, continuation in enumerate(continuations):

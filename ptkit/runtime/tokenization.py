@@ -26,7 +26,7 @@ class TokenizerMixin:
         An encoder-decoder's texts have a frame of their own (see `encode`)."""
         return [] if self.model.config.is_encoder_decoder else lead_ids(self.tokenizer)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: str | Sequence[str]) -> list[list[int]]:
         """The token ids of whole texts, each as the model is given it.
 
         Raises ModelError for a token that the model has no embedding for.

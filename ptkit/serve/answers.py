@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from ptkit.data.chat_template import ChatTemplate
 from ptkit.data.templates import filled
 from ptkit.data.tokens import text_ids
-from ptkit.errors import UserError
+from ptkit.errors import DataError, UserError
 from ptkit.serve.answer import Answer, FinishReason, Update
 from ptkit.serve.engine import Engine
 from ptkit.serve.library import Library
@@ -37,6 +37,9 @@ from ptkit.serve.protocol import (
     Usage,
 )
 from ptkit.serve.sampling import Sampling, Token
+
+#: The longest answer to a prompt that names none, as of `ptkit generate`.
+USUAL_TOKENS = 64
 
 
 @dataclass
@@ -271,10 +274,11 @@ def _sampling(
     if asked is not None and asked > most:
         raise UserError(f"`max_tokens` is {asked}, this server writes at most {most}")
     if asked is None:  # a conversation's answer may take what is left
-        asked = most if room is None else max(1, min(most, room))
+        wanted = most if isinstance(request, ChatRequest) else min(most, USUAL_TOKENS)
+        asked = wanted if room is None else max(1, min(wanted, room))
     return Sampling(
         max_tokens=asked,
-        temperature=request.temperature,
+        temperature=request.used_temperature,
         top_p=request.top_p,
         seed=None if request.seed is None else (request.seed + number) % 2**63,
         stop=request.stops,
@@ -288,7 +292,9 @@ def _sampling(
 def _is_chat(request: CompletionRequest | ChatRequest, template: ChatTemplate) -> bool:
     """Whether the prompts are conversations: they are, where a prompt is to be put into the
     template of an adapter that was trained on conversations."""
-    return isinstance(request, ChatRequest) or (request.template and template.trained)
+    if isinstance(request, ChatRequest):
+        return True
+    return request.template is not False and template.trained and request.is_text
 
 
 def _prompts(
@@ -296,16 +302,20 @@ def _prompts(
 ) -> list[list[int]]:
     """The token ids of every prompt. Raises UserError for ids the model does not have."""
     base = library.bank.base
+    template = library.template(request.model) if request.template is not False else None
     if isinstance(request, ChatRequest):
         messages = [message.as_template_takes_it() for message in request.messages]
-        ids = chat_prompt(chat, messages)
+        if template is not None and not chat.trained and _is_question(messages):
+            # It was trained on inputs, not on conversations: the one question is its input.
+            (ids,) = base.encode([_filled(template, messages[0]["content"])])
+        else:
+            ids = chat_prompt(chat, messages)
         base.require_embedded([ids])
         return [ids]
     prompts: list[list[int]] = []
-    template = library.template(request.model) if request.template else None
     for prompt in request.prompts:
         if isinstance(prompt, str):
-            asked = chat.asked(prompt) if _is_chat(request, chat) else filled(template, prompt)
+            asked = chat.asked(prompt) if _is_chat(request, chat) else _filled(template, prompt)
             (ids,) = base.encode([asked])
             if not ids:
                 raise UserError("the prompt is empty: it has no tokens")
@@ -317,6 +327,18 @@ def _prompts(
                 )
         prompts.append(ids)
     return prompts
+
+
+def _is_question(messages: Sequence[Mapping[str, str]]) -> bool:
+    return len(messages) == 1 and messages[0]["role"] == "user"
+
+
+def _filled(template: str | None, text: str) -> str:
+    """`text` in an adapter's template. Raises UserError for a template of several columns."""
+    try:
+        return filled(template, text)
+    except DataError as error:
+        raise UserError(f"{error}; here that is `template: false`") from error
 
 
 def chat_prompt(template: ChatTemplate, messages: list[dict[str, str]]) -> list[int]:

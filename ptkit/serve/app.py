@@ -22,6 +22,7 @@ from ptkit.serve.answer import (
 from ptkit.serve.answers import CompletionStream, RequestLimits
 from ptkit.serve.engine import Engine
 from ptkit.serve.guard import Guard, error_body
+from ptkit.serve.labels import Classification, ClassifyRequest, classified
 from ptkit.serve.library import NAME, Library, NotAllowedError, UnknownModelError
 from ptkit.serve.metrics import Metrics
 from ptkit.serve.protocol import (
@@ -88,6 +89,7 @@ def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 # Events hold what the JSON response does, piece by piece; OpenAPI has no schema for a stream.
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 _ANSWERING = _STREAM | _documented(400, 401, 404, 408, 409, 413, 422, 429, 500, 503, 504)
+_LABELLING = _documented(400, 401, 404, 408, 413, 422, 500, 503)
 _CHANGING = _documented(400, 401, 403, 404, 408, 409, 413, 422, 500, 502)
 
 
@@ -148,6 +150,14 @@ def _answers(app: FastAPI, library: Library) -> None:
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
         """Answer a conversation, in the model's chat template."""
         return await _answer(body, request)
+
+    @app.post("/classify", responses=_LABELLING, include_in_schema=False)
+    @app.post("/v1/classify", responses=_LABELLING)
+    async def classify(body: ClassifyRequest) -> Classification:
+        """Label texts with an adapter that was trained to."""
+        if library.engine.draining:
+            raise DrainingError("the server is shutting down")
+        return await run_in_threadpool(classified, library, body)
 
     @app.get("/v1/models", responses=_documented(401))
     def models() -> ModelList:

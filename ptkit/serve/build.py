@@ -13,7 +13,7 @@ from ptkit.bank import AdapterBank
 from ptkit.extras import extra
 from ptkit.methods.base_names import is_here
 from ptkit.runtime.base_model import Base, load_base
-from ptkit.runtime.named_models import TINY_EN
+from ptkit.runtime.model_names import TINY_EN
 from ptkit.serve.answer import AnswerExecutor, StatLogger
 from ptkit.serve.answers import RequestLimits
 from ptkit.serve.app import create_app

@@ -15,12 +15,8 @@ from ptkit.prefix import KVPrefix
 from ptkit.runtime.block_pool import BlockPool
 from ptkit.runtime.decode_loop import DecodeLoop, LoopRow, Ready
 from ptkit.runtime.generation import end_ids
-from ptkit.runtime.paged_batch import (
-    PagedBatch,
-    PagedSequence,
-    SequenceInput,
-    longest_sequence,
-)
+from ptkit.runtime.paged_batch import PagedBatch, PagedSequence, SequenceInput
+from ptkit.runtime.paged_support import longest_sequence
 from ptkit.serve.answer import (
     Answer,
     Endings,

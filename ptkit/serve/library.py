@@ -17,7 +17,7 @@ from ptkit.bank import AdapterBank
 from ptkit.data.chat_template import ChatTemplate
 from ptkit.errors import AdapterError, UserError, did_you_mean
 from ptkit.formats import atomic
-from ptkit.formats.adapter_files import (
+from ptkit.formats.adapter_folder import (
     ADAPTER_FILES,
     adapter_folders,
     read_config,

@@ -42,7 +42,16 @@ class _Choosing(_Strict):
     n: int = Field(default=1, ge=1, le=64, description="Answers per prompt.")
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
-    temperature: float = Field(default=1.0, ge=0, le=2, description="0 is greedy.")
+    temperature: float | None = Field(
+        default=None,
+        ge=0,
+        le=2,
+        description="0 is greedy; default: 0, or 1 with `top_p`, `seed` or `n` of several.",
+    )
+    template: StrictBool | None = Field(
+        default=None,
+        description="Put texts into the adapter's template; default: where it has one.",
+    )
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
@@ -51,6 +60,14 @@ class _Choosing(_Strict):
     user: str | None = Field(default=None, description="Taken and not used.")
     metadata: dict[str, str] | None = Field(default=None, description="Taken and not used.")
     ignore_eos: StrictBool = Field(default=False, description="Go on after the end of text.")
+
+    @property
+    def used_temperature(self) -> float:
+        """Greedy, as `ptkit generate` is, unless the request asks to sample in whatever way."""
+        if self.temperature is not None:
+            return self.temperature
+        samples = self.n > 1 or self.seed is not None or self.top_p < 1
+        return 1.0 if samples else 0.0
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -106,12 +123,8 @@ class CompletionRequest(_Choosing):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    max_tokens: int = Field(default=16, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, description="Default: 64.")
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP)
-    template: StrictBool = Field(
-        default=False,
-        description="Put the prompt into the template that the adapter was trained with.",
-    )
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -126,6 +139,11 @@ class CompletionRequest(_Choosing):
         elif prompt == [] or prompt == [[]]:
             raise ValueError("`prompt` is an empty list")
         return prompt
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the prompts are texts, and not token ids."""
+        return isinstance(self.prompts[0], str)
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

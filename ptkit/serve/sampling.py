@@ -14,6 +14,9 @@ from ptkit.errors import PtkitError
 
 #: Below this temperature no other token than the likeliest has a probability float32 can hold.
 _COLDEST = 1e-6
+#: Scores that are looked at together on a CPU. More do not stay in its cache, and fresh memory for
+#: them costs more than the arithmetic: 32 rows of 49,152 take 17 to 29 ms at once, 11 in parts.
+_AT_ONCE = 1 << 18
 
 
 class NotFiniteError(PtkitError):
@@ -90,10 +93,13 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Token | None]
     warped = [
         (i, s) for i, s in asked if not s.sampling.greedy or (s.sampling.penalised and s.seen)
     ]
-    if warped:
-        rows = [i for i, _ in warped]
-        scores = _penalised(logits[rows].float(), [s for _, s in warped])
-        for (i, _), token in zip(warped, _drawn(scores, [s for _, s in warped]), strict=True):
+    together = len(states)
+    if logits.device.type == "cpu":
+        together = max(1, _AT_ONCE // logits.shape[-1])
+    for start in range(0, len(warped), together):
+        part = warped[start : start + together]
+        scores = _penalised(logits[[i for i, _ in part]].float(), [s for _, s in part])
+        for (i, _), token in zip(part, _drawn(scores, [s for _, s in part]), strict=True):
             chosen[i] = token
     for i, state in asked:
         if state.sampling.penalised:

@@ -22,7 +22,9 @@ from ptkit.data.lazy import picked
 from ptkit.errors import DataError, PtkitError, UserError
 from ptkit.methods import Adapter
 from ptkit.recipe.schema import TrainSection
+from ptkit.runtime.dropout import dropout_of
 from ptkit.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ptkit.training.preference import Preference, with_references
 from ptkit.training.processes import DataParallel
 from ptkit.training.retain import Retainer
 from ptkit.training.teacher import Teacher
@@ -36,7 +38,7 @@ class StepReport:
     """What a progress display is told after every step.
 
     loss: training loss of the step; validation_loss: of the latest validation, if any; both in
-    nats per target token.
+    nats per target token, or per pair of answers.
     """
 
     step: int
@@ -58,6 +60,7 @@ class Job:
     beta2: AdamW's decay of the squared gradients
     teacher: of rows that are `StudiedText`s: losses are then divergences from it, not
         cross-entropies; None where labels are learnt
+    preference: of rows that are `PairExample`s: the loss of a pair; None elsewhere
     """
 
     adapter: Adapter
@@ -71,6 +74,7 @@ class Job:
     general: Tensor | None = None
     beta2: float = 0.999
     teacher: Teacher | None = None
+    preference: Preference | None = None
 
     def __post_init__(self) -> None:
         if not self.train or not self.validation:
@@ -80,6 +84,14 @@ class Job:
                 "a prefix that learns from a teacher is read without dropout, in a mode in which "
                 "nothing is checkpointed; set `gradient_checkpointing: false`"
             )
+        if self.preference is not None and self.settings.gradient_checkpointing:
+            dropped = dropout_of(self.adapter.model)
+            if dropped:
+                name, value = next(iter(dropped.items()))
+                raise UserError(
+                    f"pairs are read without dropout, and layers that are recomputed have it "
+                    f"({value:g} in `{name}`); set `gradient_checkpointing: false`"
+                )
 
 
 def _groups(job: Job) -> list[dict[str, Any]]:
@@ -143,8 +155,9 @@ class AdapterTrainer:
             self.settings.warmup_steps,
             num_training_steps=self.settings.steps,
         )
+        self.train: Sequence[EncodedExample] = job.train
         by_length = np.argsort(Lengths.of(job.validation).whole, kind="stable")
-        self.validation = picked(job.validation, by_length)
+        self.validation: Sequence[EncodedExample] = picked(job.validation, by_length)
         self.retainer: Retainer | None = None
         retain = self.settings.retain
         if retain is not None and retain.by == "divergence":
@@ -155,13 +168,14 @@ class AdapterTrainer:
         self.best = self._parameters_now()
         #: Running means of the trained values, with `train.average`; else nothing.
         self.average: dict[str, Tensor] = {}
-        order = length_grouped_batches(
-            Lengths.of(job.train).whole, self.settings.batch_size, job.seed
-        )
-        self._order: Iterator[list[int]] = itertools.islice(
-            order, parallel.rank, None, parallel.size
-        )
+        self._order = self._batches()
         self._validate_every = validate_every(job, parallel.size)
+
+    def _batches(self) -> Iterator[list[int]]:
+        """The numbers of the rows of this process's batches, without end."""
+        lengths = Lengths.of(self.job.train).whole
+        order = length_grouped_batches(lengths, self.settings.batch_size, self.job.seed)
+        return itertools.islice(order, self._parallel.rank, None, self._parallel.size)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
@@ -183,10 +197,19 @@ class AdapterTrainer:
         self._order = itertools.islice(self._order, read, None)
 
     def study(self) -> None:
-        """Let the teacher, if there is one, read what is learnt from it."""
+        """Let the teacher, if there is one, read what is learnt from it, and the base the answers
+        that an adapter's are compared with."""
         if self.job.teacher is not None:
             rows = (*self.job.train, *self.job.validation)
             self.job.teacher.study([row for row in rows if isinstance(row, StudiedText)])
+        if self.job.preference is not None:
+            # Of more rows than a run reads, it needs only those; a resumed one all of them again.
+            count = self.settings.steps * self.settings.gradient_accumulation
+            read = [i for batch in itertools.islice(self._batches(), count) for i in batch]
+            judged = range(self._parallel.rank, len(self.validation), self._parallel.size)
+            size = self.settings.batch_size
+            self.train = with_references(self.adapter, self.train, read, size)
+            self.validation = with_references(self.adapter, self.validation, judged, size)
 
     @property
     def finished(self) -> bool:
@@ -200,12 +223,12 @@ class AdapterTrainer:
 
     def next_batch(self) -> list[EncodedExample]:
         """The rows of the next batch."""
-        return [self.job.train[i] for i in next(self._order)]
+        return [self.train[i] for i in next(self._order)]
 
     def step(self, loss: float, tokens: int) -> None:
         """Take the optimiser step that the parameters' gradients ask for.
 
-        loss: of this step, in nats per target token; tokens: read for it. Raises PtkitError when
+        loss: of this step, see `StepReport`; tokens: read for it. Raises PtkitError when
         the loss is not finite.
         """
         if not math.isfinite(loss):

@@ -27,19 +27,13 @@ from ptkit.formats.cell_record import CHOSEN_SETTINGS, ChosenSettings, TriedRate
 from ptkit.methods import Adapter
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe.schema import TrainSection
-from ptkit.recipe.tasks import (
-    ChatTask,
-    ClassificationTask,
-    GenerationTask,
-    HeadedTask,
-    Task,
-)
+from ptkit.recipe.tasks import ClassificationTask, HeadedTask, Task
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_counts, supervised_losses
 from ptkit.runtime.precision import mixed_precision
 from ptkit.section import MethodSection
 from ptkit.training.adapter_trainer import Job
-from ptkit.training.loop import fit
+from ptkit.training.loop import first_loss, fit
 from ptkit.training.processes import processes
 
 #: Of the rows that a run's steps read, what the starts and the rates may read. A row that is
@@ -110,9 +104,7 @@ def autotune(
     return Autotuned(section.model_copy(update=chosen.settings), chosen)
 
 
-def starts(
-    task: ChatTask | ClassificationTask | GenerationTask, examples: Sequence[Example], seed: int
-) -> list[dict[str, str]]:
+def starts(task: Task, examples: Sequence[Example], seed: int) -> list[dict[str, str]]:
     """Settings of the starts to try: the task's own words, answers, demonstrations, any words."""
     texts = [task_words(task)]
     drawn = random.Random(seed).sample(examples, min(64, len(examples)))
@@ -155,7 +147,8 @@ def _start(
     rows = min(budget, 2 * job.settings.batch_size, half)
     if rows < FEWEST_ROWS:
         return untried
-    scored = [job.train[i] for i in order[:rows].tolist()]
+    # Of a pair, a start is to fit the answer that is wanted.
+    scored = [job.train[i].passes()[0] for i in order[:rows].tolist()]
     adapters = (started(candidate).adapter for candidate in candidates)
     losses = _losses(job.adapter.base, adapters, scored, job.settings)
     best = min(range(len(losses)), key=losses.__getitem__)
@@ -220,8 +213,7 @@ def _rate(section: MethodSection, make: Make, folder: Path) -> dict[str, Any]:
                 "`learning_rate: auto` trains several rates in one batch, which takes one process "
                 "and another `autocast` than `fp16`; give a rate"
             )
-        first = jobs[0]
-        (before,) = _losses(first.adapter.base, [first.adapter], first.validation, first.settings)
+        before = first_loss(jobs[0])
         try:
             progresses = fit(jobs)
         except PtkitError:

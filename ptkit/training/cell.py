@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ptkit.formats.adapter_files import read_config, sha256, weights_path
+from ptkit.formats.adapter_folder import read_config, sha256, weights_path
 from ptkit.formats.cell_record import RecordedSearch
 from ptkit.methods.start import named_adapter
 from ptkit.section import MethodSection

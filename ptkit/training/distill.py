@@ -47,7 +47,7 @@ from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.prefix import KVPrefix
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.schema import TrainSection
-from ptkit.recipe.tasks import ChatTask, HeadedTask, Task
+from ptkit.recipe.tasks import ConversationTask, HeadedTask, Task
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.cache import has_state
 from ptkit.runtime.compile import compile_tokens
@@ -322,7 +322,7 @@ def _of_recipe(loaded: LoadedRecipe, base: Base) -> Inputs:
             f"the recipe `{loaded.recipe.name}` has a task of `kind: {task.kind}`, whose model "
             "writes no text; use a recipe that answers in words"
         )
-    if isinstance(task, ChatTask):
+    if isinstance(task, ConversationTask):
         task = with_template_read(task, loaded.folder)
     data = load_task(task, loaded.folder)
     found = {}

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from ptkit.data import Example, TaskData, general_texts, load_task
-from ptkit.data.chat_template import with_template_read
+from ptkit.data.chat_template import ChatTemplate, with_template_read
 from ptkit.data.encoded import EncodedExample
 from ptkit.data.general_text import GENERAL_EN
 from ptkit.data.lazy import picked
 from ptkit.data.leaks import require_unlearnt, texts_of
 from ptkit.data.summary import chat_lines, data_lines
-from ptkit.data.token_cache import encode_cached, encode_chats_cached
+from ptkit.data.token_cache import encode_cached, encode_conversations
 from ptkit.errors import ModelError, UserError
 from ptkit.evaluation.retention import GeneralProbe, off_probe, probe_base
 from ptkit.evaluation.score import require_metrics
@@ -27,7 +27,7 @@ from ptkit.launched import require_supported_launch
 from ptkit.metrics.registry import metric
 from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.schema import Recipe
-from ptkit.recipe.tasks import ChatTask, HeadedTask, Task, TokenClassificationTask
+from ptkit.recipe.tasks import ConversationTask, HeadedTask, Task, TokenClassificationTask
 from ptkit.runtime.architecture import HeadKind
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.devices import resolve_device
@@ -74,6 +74,14 @@ class Experiment:
         """Which rows this process reads, where the run has several."""
         return DataParallel.of(self.base)
 
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """What the rows' conversations are written in; None where they are no conversations."""
+        task = self.recipe.task
+        if not isinstance(task, ConversationTask) or self.data.train[0].dialogue is None:
+            return None
+        return ChatTemplate.of_task(self.base.tokenizer, task)
+
     def training(self, seed: int) -> TrainingRows:
         """The training rows of the cells with `seed`: all, or a random draw (`task.data.draw`)."""
         data = self.recipe.task.data
@@ -117,8 +125,11 @@ class Experiment:
         for row in self.data.test:
             told = (row.input, row.target, row.references, row.label, row.words)
             digest.update(repr(told).encode())
-            if row.dialogue is not None:  # tools and calls are not in the text
-                digest.update(repr((row.dialogue.messages, row.dialogue.tools)).encode())
+            if row.rejected is not None:
+                digest.update(repr(row.rejected.target).encode())
+            for own in (row, row.rejected):
+                if own is not None and own.dialogue is not None:  # tools are not in the text
+                    digest.update(repr((own.dialogue.messages, own.dialogue.tools)).encode())
         return digest.hexdigest()[:16]
 
     def retention_fingerprint(self) -> str | None:
@@ -166,11 +177,9 @@ def _labels(task: Task) -> Labels | None:
     return Labels(kind, tuple(task.labels))
 
 
-def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
-    """Load the data, then the base (or use the given one), and measure the base on its own.
-
-    The data comes first: a mistake in it should show before a large model is loaded.
-    """
+def read_data(loaded: LoadedRecipe) -> tuple[LoadedRecipe, TaskData, dict[str, str] | None]:
+    """All that a run reads before its base: the recipe with its chat template read, the rows, and
+    the general text, if any. Raises UserError for what a run would refuse of these."""
     loaded = _with_chat_template(loaded)
     recipe, retention = loaded.recipe, loaded.recipe.retention
     require_supported_launch()
@@ -186,6 +195,16 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     require_metrics(recipe.task.metrics, [example.references for example in data.test])
     texts = general_texts(retention.text, loaded.folder) if retention else None
     _require_unlearnt(recipe, texts, data, loaded.folder)
+    return loaded, data, texts
+
+
+def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
+    """Load the data, then the base (or use the given one), and measure the base on its own.
+
+    The data comes first: a mistake in it should show before a large model is loaded.
+    """
+    loaded, data, texts = read_data(loaded)
+    recipe, retention = loaded.recipe, loaded.recipe.retention
     labels = _labels(recipe.task)
     if base is None:
         processes(resolve_device(recipe.model.device))  # a split base needs all of them
@@ -200,8 +219,8 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     told: list[str] = []
     training: TrainingRows
     validation: Sequence[EncodedExample]
-    if isinstance(recipe.task, ChatTask):
-        training, validation = _chat_rows(base, recipe.task, data, told)
+    if isinstance(recipe.task, ConversationTask):
+        training, validation = _conversation_rows(base, recipe.task, data, told)
     else:
         training = TrainingRows(data.train, encode(data.train))
         validation = encode(data.validation)
@@ -242,24 +261,25 @@ def _require_unlearnt(
 def _with_chat_template(loaded: LoadedRecipe) -> LoadedRecipe:
     """`loaded` with the text of the file that its `task.chat_template` names."""
     task = loaded.recipe.task
-    if not isinstance(task, ChatTask):
+    if not isinstance(task, ConversationTask):
         return loaded
     read = with_template_read(task, loaded.folder)
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"task": read}))
 
 
-def _chat_rows(
-    base: Base, task: ChatTask, data: TaskData, told: list[str]
+def _conversation_rows(
+    base: Base, task: ConversationTask, data: TaskData, told: list[str]
 ) -> tuple[TrainingRows, Sequence[EncodedExample]]:
-    """The conversations of the training and validation splits as rows; adds to `told` what was
-    decided. Raises ModelError for an encoder-decoder."""
+    """The conversations, or pairs, of the training and validation splits as rows; adds to `told`
+    what was decided. Raises ModelError for an encoder-decoder."""
     if base.encoder_decoder:
+        kind = getattr(task, "kind", "")
         raise ModelError(
             f"{base.id} is an encoder-decoder: it writes one target after one input; a task of "
-            "`kind: chat` needs a causal model"
+            f"`kind: {kind}` needs a causal model"
         )
     train, validation = (
-        encode_chats_cached(part, base.tokenizer, task) for part in (data.train, data.validation)
+        encode_conversations(part, base.tokenizer, task) for part in (data.train, data.validation)
     )
     for split, rows in (("train", train), ("validation", validation)):
         told += chat_lines(task, split, rows.notes)

@@ -25,7 +25,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
-from ptkit.data.encoded import EncodedExample, StudiedText, TaskExample
+from ptkit.data.encoded import EncodedExample, PairExample, StudiedText, TaskExample, passes_of
 from ptkit.data.encoded_rows import Lengths
 from ptkit.errors import UserError
 from ptkit.runtime.cache import sees_everything
@@ -39,6 +39,7 @@ from ptkit.training.checkpoint import Progress, random_states
 from ptkit.training.context_cache import ContextCache
 from ptkit.training.memory import PeakMemory, give_back_what_is_freed
 from ptkit.training.objective import Objective
+from ptkit.training.preference import references
 from ptkit.training.processes import PATIENCE, DataParallel, current, require_own
 
 #: Settings that belong to the step, so that jobs of one loop must agree on them.
@@ -62,16 +63,29 @@ def fit(jobs: Sequence[Job]) -> list[Progress]:
         return _fit(jobs, device)
 
 
-def _fit(jobs: Sequence[Job], device: torch.device) -> list[Progress]:
-    settings = jobs[0].settings
+def first_loss(job: Job) -> float:
+    """The validation loss of `job` before its first step."""
+    AcceleratorState._reset_state()
+    device = job.adapter.base.model.device
+    with current(device):
+        return _Loop([job], _accelerator(job, device)).first_loss()
+
+
+def _accelerator(job: Job, device: torch.device) -> Accelerator:
     accelerator = Accelerator(
-        mixed_precision=mixed_precision(settings.autocast, device),
+        mixed_precision=mixed_precision(job.settings.autocast, device),
         cpu=device.type == "cpu",
-        log_with=settings.report_to or None,
-        project_dir=jobs[0].run,
+        log_with=job.settings.report_to or None,
+        project_dir=job.run,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     require_own(device, PartialState())
+    return accelerator
+
+
+def _fit(jobs: Sequence[Job], device: torch.device) -> list[Progress]:
+    settings = jobs[0].settings
+    accelerator = _accelerator(jobs[0], device)
     if settings.report_to:
         tracked = {"learning_rate": jobs[0].learning_rate, **settings.model_dump()}
         # Trackers take plain values only.
@@ -98,6 +112,8 @@ def _require_shareable(jobs: Sequence[Job]) -> None:
         )
     if len({job.teacher is None for job in jobs}) > 1:
         raise UserError("adapters trained together learn either all from a teacher, or none")
+    if len({job.preference for job in jobs}) > 1:
+        raise UserError("adapters trained together must have the same loss of pairs")
     for job in jobs:
         section = job.adapter.section
         if not section.shares_batch:
@@ -127,13 +143,20 @@ class _Loop:
             self.contexts = ContextCache(self.base, self.settings.context_cache_mb * 10**6)
         self.model = jobs[0].adapter.model
         self.trainers = [AdapterTrainer(job, self.parallel) for job in jobs]
-        self.objective: Any = Objective([t.adapter for t in self.trainers])
+        adapters = [t.adapter for t in self.trainers]
+        self.objective: Any = Objective(adapters, jobs[0].preference)
         if is_whole(self.base.model):
             self.objective = accelerator.prepare(self.objective)
         # Otherwise the base stays where it lies, and the adapters are beside it. Processes that
         # hold it together compute the same gradients, which DDP would only send around again.
         for trainer in self.trainers:
             trainer.optimizer = accelerator.prepare(trainer.plain_optimizer)
+
+    def first_loss(self) -> float:
+        """The first adapter's validation loss as it is."""
+        with self.accelerator.autocast():
+            self.trainers[0].study()
+        return self.validation_loss(0)
 
     def run(self) -> list[Progress]:
         """Train until every adapter has finished."""
@@ -169,7 +192,7 @@ class _Loop:
         if not self.base.free_attention:
             return nullcontext()
         parts = (rows for t in self.trainers for rows in (t.job.train, t.job.validation))
-        longest = max(int(Lengths.of(rows).whole.max()) for rows in parts)
+        longest = max(int(Lengths.of(rows).passes.max()) for rows in parts)
         return fastest_attention(self.model, self.accelerator.mixed_precision, longest)
 
     def _weights(self) -> AbstractContextManager[None]:
@@ -213,7 +236,7 @@ class _Loop:
     def _gradients(self, active: list[int]) -> tuple[list[float], list[int]]:
         """Gradients of each active adapter's own loss, summed over accumulated batches.
 
-        Returns, for each, the loss per target token and the tokens read.
+        Returns, for each, the mean loss (see `EncodedExample.terms`) and the tokens read.
         """
         accelerator = self.accelerator
         self.model.train()
@@ -222,9 +245,9 @@ class _Loop:
             [self.trainers[i].next_batch() for _ in range(self.settings.gradient_accumulation)]
             for i in active
         ]
-        supervised = torch.tensor([sum(map(_targets, own)) for own in batches])
-        everywhere = self._summed(supervised.to(accelerator.device))
-        # DDP averages gradients over processes; a loss is a mean over all its tokens.
+        terms = torch.tensor([sum(map(_terms, own)) for own in batches])
+        everywhere = self._summed(terms.to(accelerator.device))
+        # DDP averages gradients over processes; a loss is a mean over all its terms.
         scale = self.parallel.size / everywhere
         total = torch.zeros(len(active), device=accelerator.device)
         for n in range(self.settings.gradient_accumulation):
@@ -233,7 +256,7 @@ class _Loop:
             with nullcontext() if last else accelerator.no_sync(self.objective):
                 with accelerator.autocast():
                     tensors = self._tensors(active, part)
-                    losses = self.objective(active, [len(r) for r in part], **tensors)
+                    losses = self.objective(active, **tensors)
                 losses = losses * scale
                 accelerator.backward(losses.sum())
                 total += losses.detach() / self.parallel.size
@@ -263,7 +286,7 @@ class _Loop:
     ) -> dict[str, Any]:
         """What the objective takes for these rows of the `active` adapters."""
         rows = [row for rows in rows_of_each for row in rows]
-        known: dict[str, Any] = {}
+        known: dict[str, Any] = {"rows": [len(passes_of(own)) for own in rows_of_each]}
         wanted = [
             teacher.outputs([row for row in own if isinstance(row, StudiedText)])
             for i, own in zip(active, rows_of_each, strict=True)
@@ -275,6 +298,9 @@ class _Loop:
             known["tasks"] = [row.task for row in of_tasks]
             weights = torch.tensor([row.weight for row in of_tasks])
             known["weights"] = weights.to(self.accelerator.device)
+        if pairs := [row for row in rows if isinstance(row, PairExample)]:
+            known["reference"] = references(pairs, self.accelerator.device)
+        rows = passes_of(rows)
         if self.contexts is not None:
             known["contexts"] = self.contexts.contexts(rows)
             rows = self.contexts.shortened(rows)
@@ -283,8 +309,8 @@ class _Loop:
 
     @torch.no_grad()
     def validation_loss(self, index: int) -> float:
-        """Mean loss per target token of an adapter's validation rows, in nats. Every process reads
-        an equal part of the rows, and all have the same result."""
+        """Mean loss of an adapter's validation rows, in nats per target token or pair. Every
+        process reads an equal part of the rows, and all have the same result."""
         self.model.eval()
         accelerator, trainer = self.accelerator, self.trainers[index]
         objective = accelerator.unwrap_model(self.objective)
@@ -296,8 +322,8 @@ class _Loop:
             rows = [*own[start : start + size]]
             with accelerator.autocast():
                 tensors = self._tensors([index], [rows])
-                total += float(objective([index], [len(rows)], **tensors))
-            count += _targets(rows)
+                total += float(objective([index], **tensors))
+            count += _terms(rows)
         sums = torch.tensor([total, count], dtype=torch.float64, device=accelerator.device)
         total, count = self._summed(sums).tolist()
         return total / count
@@ -310,5 +336,5 @@ def _inputs_can_be_kept(job: Job) -> bool:
     return adapter.infix and not adapter.changes_weights and not adapter.depends_on_input
 
 
-def _targets(rows: Sequence[EncodedExample]) -> int:
-    return sum(row.supervised for row in rows)
+def _terms(rows: Sequence[EncodedExample]) -> int:
+    return sum(row.terms for row in rows)

@@ -19,7 +19,8 @@ from ptkit.evaluation.retention import off_probe
 from ptkit.evaluation.score import score_intervals
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats import atomic
-from ptkit.formats.adapter_files import RECIPE, WEIGHTS, AdapterFiles, write_adapter
+from ptkit.formats.adapter_files import AdapterFiles, write_adapter
+from ptkit.formats.adapter_folder import RECIPE, WEIGHTS
 from ptkit.formats.cell_record import CellRecord, CurvePoint
 from ptkit.formats.figures import RecordedRetention
 from ptkit.methods import Adapter

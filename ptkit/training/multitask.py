@@ -40,7 +40,7 @@ from ptkit.methods.multitask_prompt.settings import MultitaskSection
 from ptkit.methods.prompt_tuning.settings import PromptTuningSection
 from ptkit.methods.start import start_embeddings, start_tokens
 from ptkit.recipe import LoadedRecipe
-from ptkit.recipe.tasks import HeadedTask
+from ptkit.recipe.tasks import HeadedTask, PreferenceTask
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.training.adapter_trainer import Job
 from ptkit.training.checkpoint import Progress, remove_checkpoints
@@ -239,6 +239,11 @@ def _prompt_tuning(loaded: LoadedRecipe) -> PromptTuningSection:
         raise UserError(
             f"`{recipe.name}` has a task of `kind: {recipe.task.kind}`, whose head is of its own "
             "labels; a multi-task prompt is for tasks that answer in words"
+        )
+    if isinstance(recipe.task, PreferenceTask):
+        raise UserError(
+            f"`{recipe.name}` has a task of `kind: preference`, whose loss is of pairs; a "
+            "multi-task prompt learns targets"
         )
     found = [m for m in recipe.methods if isinstance(m, PromptTuningSection)]
     if len(found) != 1:

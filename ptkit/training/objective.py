@@ -1,9 +1,10 @@
-"""What a training step minimises: cross-entropy of the target tokens, given the input, or their
-divergence from a teacher's predictions."""
+"""What a training step minimises: cross-entropy of the target tokens, given the input. It may be
+their divergence from a teacher's predictions, or the loss of pairs of answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +12,30 @@ from torch import Tensor, nn
 from ptkit.methods import Adapter
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.architecture import evaluating
+from ptkit.runtime.checkpointing import recomputes
 from ptkit.runtime.forward import (
     input_tokens,
+    summed_by_row,
     supervised_counts,
     supervised_divergences,
     supervised_losses,
 )
 from ptkit.runtime.infix import placed_behind
+from ptkit.training.preference import Preference
 
 
 class Objective(nn.Module):
     """Losses of a batch whose rows belong to one or several adapters of one base.
 
     A module, so that DDP can wrap it.
+
+    preference: the loss of pairs, where rows are pairs of answers that follow each other
     """
 
-    def __init__(self, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, adapters: Sequence[Adapter], preference: Preference | None = None) -> None:
         super().__init__()
         self.adapters = nn.ModuleList(adapters)
+        self.preference = preference
 
     def forward(
         self,
@@ -41,9 +48,11 @@ class Objective(nn.Module):
         wanted: Tensor | None = None,
         tasks: Sequence[int] | None = None,
         weights: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy in nats of each active adapter's rows, summed over their supervised
-        tokens, `[active]`; with `wanted` the divergence KL(teacher || adapter) instead.
+        tokens, `[active]`. With `wanted` it is the divergence KL(teacher || adapter) instead, and
+        with `reference` the losses of their pairs.
 
         active: indices of the adapters in this batch, in the order of their rows
         rows: how many rows each of them has; they add up to the rows of the tensors
@@ -52,6 +61,7 @@ class Objective(nn.Module):
         wanted: what a teacher makes of the rows (see `ptkit.training.teacher`)
         tasks, weights: of a multi-task prompt's rows, the task of each and what its losses count,
             `[rows]`
+        reference: cross-entropy in nats of each row's targets by the base alone, `[rows]`
 
         Every adapter compiles once, whatever the number of its rows.
         """
@@ -70,18 +80,27 @@ class Objective(nn.Module):
             assert batch is not None
             batch = placed_behind(adapters[0].model, batch, contexts)
         model = adapters[0].model
-        if wanted is None:
-            losses = supervised_losses(model, input_ids, attention_mask, labels, batch)
-        else:
-            # Read as it will be served: dropout on one side would count as divergence.
-            with evaluating(model):
+        # Compared with what the base makes of the same tokens, a row is read as it will be served:
+        # dropout on one side would count as a difference. Layers recompute in training mode only;
+        # there nothing has dropout (see `ptkit.training.adapter_trainer`).
+        compared = wanted is not None or reference is not None
+        with evaluating(model) if compared and not recomputes(model) else nullcontext():
+            if wanted is None:
+                losses = supervised_losses(model, input_ids, attention_mask, labels, batch)
+            else:
                 losses = supervised_divergences(
                     model, input_ids, attention_mask, labels, batch, wanted
                 )
+        counts = supervised_counts(model, labels)
         if weights is not None:
-            losses = losses * weights.repeat_interleave(supervised_counts(model, labels))
+            losses = losses * weights.repeat_interleave(counts)
+        if reference is not None:
+            assert self.preference is not None
+            nats = summed_by_row(losses, counts)
+            losses = self.preference.losses(nats, reference, counts)
+            rows, counts = [n // 2 for n in rows], torch.ones_like(losses, dtype=torch.long)
         if len(active) == 1:
             return losses.sum()[None]
         # Supervised tokens come row by row, so each adapter's are together.
-        counts = supervised_counts(model, labels).split(list(rows))
-        return torch.stack([part.sum() for part in losses.split([int(c.sum()) for c in counts])])
+        own = [int(part.sum()) for part in counts.split(list(rows))]
+        return torch.stack([part.sum() for part in losses.split(own)])

@@ -40,6 +40,9 @@ class RunObserver:
     def trial_failed(self, failure: Failure) -> None:
         """A trial of a search has no result; the search goes on."""
 
+    def noticed(self, cell: str, lines: Sequence[str]) -> None:
+        """A cell shows signs that nothing was learnt; `lines`: what, and the likely cause."""
+
     def cell_finished(self, record: CellRecord, reused: bool) -> None:
         """The cell's record is on disk; `reused` when it was there already."""
 

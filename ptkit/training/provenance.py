@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from ptkit.data.chat_template import ChatTemplate
 from ptkit.evaluation.statistics import Interval
 from ptkit.extras import installed
 from ptkit.formats.adapter_info import AdapterInfo, BaseInfo, DataInfo, MethodInfo, TaskInfo
 from ptkit.formats.cell_record import CellRecord
 from ptkit.recipe.load import recipe_as_yaml
 from ptkit.recipe.schema import Recipe
-from ptkit.recipe.tasks import ChatTask, DataSection, Task
+from ptkit.recipe.tasks import DataSection, Task
 from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import Experiment
 
@@ -49,9 +48,8 @@ def adapter_info(
         dtype="float32",
         versions=record.versions,
     )
-    if not isinstance(task, ChatTask):
-        return info
-    return info.updated(chat=ChatTemplate.of_task(experiment.base.tokenizer, task).record)
+    template = experiment.chat_template
+    return info if template is None else info.updated(chat=template.record)
 
 
 def base_info(base: Base) -> BaseInfo:

@@ -21,8 +21,7 @@ from typing import Any
 
 from accelerate.utils import set_seed
 
-from ptkit.data.chat_template import ChatTemplate
-from ptkit.data.encoded import EncodedExample
+from ptkit.data.encoded import EncodedExample, passes_of
 from ptkit.data.examples import Example
 from ptkit.data.lazy import Mapped
 from ptkit.data.task import task_words
@@ -41,7 +40,7 @@ from ptkit.methods import (
     require_same_base,
     restored,
 )
-from ptkit.recipe.tasks import ChatTask, ClassificationTask, HeadedTask
+from ptkit.recipe.tasks import ClassificationTask, HeadedTask
 from ptkit.runtime.dropout import require_no_dropout
 from ptkit.runtime.gate import Gate
 from ptkit.section import MethodSection
@@ -52,9 +51,11 @@ from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.experiment import Experiment
 from ptkit.training.failure import FAILED
 from ptkit.training.gate import fit_gate, require_gate_fits
+from ptkit.training.learnt import signs_of_nothing
 from ptkit.training.loop import fit
 from ptkit.training.measure import Results, measured, predicted, scores_of, written
 from ptkit.training.observer import RunObserver
+from ptkit.training.preference import preference_of
 
 
 def run_cells(
@@ -157,6 +158,9 @@ def _train_and_measure(
             record = record.updated(trained_together=len(cells), chosen=choices[i].record)
             record.write(cell.done)
             _tidy(cell.folder)
+            signs = signs_of_nothing(predictions, experiment.recipe.task) if trains else []
+            if signs:
+                observer.noticed(cell.name, signs)
             observer.cell_finished(record, reused=False)
             records.append(record)
         parallel.state.wait_for_everyone()
@@ -199,8 +203,8 @@ def demonstrations(experiment: Experiment, seed: int) -> Demonstrations:
     if isinstance(task, HeadedTask):
         texts = Mapped(lambda example: example.input, rows)
         return Demonstrations(texts, seed, folder=experiment.folder)
-    if isinstance(task, ChatTask):
-        template = ChatTemplate.of_task(experiment.base.tokenizer, task)
+    template = experiment.chat_template
+    if template is not None:
         # A demonstration stands within a text: what begins one is not there again.
         begin = str(template.tokenizer.decode(experiment.base.lead))
 
@@ -266,16 +270,19 @@ def new_job(experiment: Experiment, cell: Cell, adapter: Adapter) -> Job:
         cell.folder,
         general=experiment.retain_windows,
         beta2=getattr(section, "beta2", Job.beta2),
+        preference=preference_of(recipe.task),
     )
 
 
 def _require_one_input(adapter: Adapter, rows: Sequence[EncodedExample]) -> None:
     """Raise UserError for an adapter that is placed by, or made from, the end of the one input,
     where rows have several answers in one pass."""
-    if (adapter.infix or adapter.depends_on_input) and any(row.learnt is not None for row in rows):
+    several = any(row.learnt is not None for row in passes_of(rows))
+    if several and (adapter.infix or adapter.depends_on_input):
         raise UserError(
             f"`{adapter.section.title}` depends on the whole input before an answer, and all "
-            "answers of a conversation are learnt in one pass; use `task.loss: last`"
+            "answers of a conversation are learnt in one pass; use `task.loss: last`, or one "
+            "answer after a prompt"
         )
 
 

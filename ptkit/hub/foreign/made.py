@@ -4,25 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.formats.adapter_info import AdapterInfo
+from ptkit.hub.foreign.rotation import turned
 from ptkit.methods import ADAPTERS
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base
 from ptkit.training.provenance import base_info
 
+#: What PEFT puts before the name of a module that it saves whole.
+_WRAPPER = "base_model."
 
-def prefix_files(flat: Tensor, base: Base, where: str) -> AdapterFiles:
+
+def prefix_files(flat: Tensor, base: Base, where: str, *, placeless: bool = False) -> AdapterFiles:
     """A prefix whose values are `flat` `[tokens, layers * 2 * kv_heads * head_dim]`, each token's
-    layer by layer, its key before its value. Raises AdapterError for a base of another shape."""
+    layer by layer, its key before its value.
+
+    placeless: see `KVPrefix.placeless`. Raises AdapterError for a base of another shape.
+    """
     _require_finite(flat, where)
     prefix = KVPrefix.from_flat(flat.float(), base.layout)
+    prefix = dataclasses.replace(prefix, placeless=placeless)
     return _of_base(PrefixTuning.from_prefix(prefix, base).files(), base)
+
+
+def turned_prefix_files(flat: Tensor, base: Base, where: str) -> AdapterFiles:
+    """As `prefix_files`, of a prefix whose texts begin at position 0: its keys are turned by its
+    number of tokens. Raises AdapterError for bases whose keys cannot be turned."""
+    prefix = KVPrefix.from_flat(flat.float(), base.layout)
+    keys = tuple(turned(k, base, prefix.virtual_tokens) for k in prefix.keys)
+    return prefix_files(KVPrefix(keys, prefix.values).flat(), base, where)
 
 
 def prompt_files(embeddings: Tensor, base: Base, where: str) -> AdapterFiles:
@@ -38,6 +55,31 @@ def prompt_files(embeddings: Tensor, base: Base, where: str) -> AdapterFiles:
     section = cls.section_class(kind="prompt_tuning", num_virtual_tokens=len(embeddings))  # type: ignore[call-arg]
     plain = AdapterFiles({"peft_type": "PROMPT_TUNING"}, {"prompt_embeddings": embeddings.float()})
     return _of_base(cls.from_files(plain, section, base).files(), base)
+
+
+def with_head(files: AdapterFiles, head: Mapping[str, Tensor], where: str) -> AdapterFiles:
+    """`files`, made on a base with a classification head, with the tensors of `head` for it.
+
+    head: by the names that the base has for them. Raises AdapterError where they are not all of the
+    head that an adapter keeps, or of other shapes.
+    """
+    tensors = dict(files.tensors)
+    own = {name.removeprefix(_WRAPPER) for name in tensors if name.startswith(_WRAPPER)}
+    if own != head.keys():
+        raise AdapterError(
+            f"{where}: the head has {', '.join(sorted(head))}, and this base keeps "
+            f"{', '.join(sorted(own))}"
+        )
+    for name, tensor in head.items():
+        _require_finite(tensor, where)
+        expected = tensors[f"{_WRAPPER}{name}"].shape
+        if tensor.shape != expected:
+            raise AdapterError(
+                f"{where}: `{name}` of the head has shape {list(tensor.shape)}, expected "
+                f"{list(expected)}"
+            )
+        tensors[f"{_WRAPPER}{name}"] = tensor.float()
+    return dataclasses.replace(files, tensors=tensors)
 
 
 def by_mlp(tensors: dict[str, Tensor], wte: str, mlp: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import is_pickle
+from ptkit.formats.adapter_folder import is_pickle
 from ptkit.hub.foreign import Foreign
 from ptkit.hub.foreign.made import by_mlp, prefix_files, prompt_files
 from ptkit.hub.foreign.source import Source
@@ -56,6 +56,11 @@ def found(source: Source) -> str | None:
     if len(pickles) != 1 or any(name in source.names for name in known):
         return None
     return "a file of tensors, perhaps a template of OpenPrompt"
+
+
+def why_not(source: Source) -> str | None:
+    """None: names and settings do not tell."""
+    return None
 
 
 def read(source: Source, base: Base | None) -> Foreign:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ptkit.formats.adapter_files import CONFIG, PICKLED_WEIGHTS, WEIGHTS, AdapterFiles
+from ptkit.formats.adapter_files import AdapterFiles
+from ptkit.formats.adapter_folder import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 from ptkit.hub.foreign import Foreign
 from ptkit.hub.foreign.source import Source
 from ptkit.runtime.base_model import Base
@@ -25,6 +26,11 @@ def found(source: Source) -> str | None:
     if PICKLED_WEIGHTS not in source.names or WEIGHTS in source.names or not isinstance(kind, str):
         return None
     return f"a {kind} adapter of PEFT with pickled weights"
+
+
+def why_not(source: Source) -> str | None:
+    """None: names and settings do not tell."""
+    return None
 
 
 def read(source: Source, base: Base | None) -> Foreign:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import MAX_JSON_BYTES, is_pickle
+from ptkit.formats.adapter_folder import MAX_JSON_BYTES, is_pickle
 from ptkit.hub.foreign.pickled import unpickled
 
 
@@ -33,6 +33,17 @@ class Source:
         if not self.path.is_dir():
             return [self.path.name]
         return sorted(p.name for p in self.path.iterdir() if p.is_file())
+
+    @cached_property
+    def folders(self) -> list[str]:
+        """The names of the folders directly below it, in alphabetical order."""
+        if not self.path.is_dir():
+            return []
+        return sorted(p.name for p in self.path.iterdir() if p.is_dir() and p.name[0] != ".")
+
+    def below(self, name: str) -> Source:
+        """The folder `name` in it."""
+        return Source(self.path / name)
 
     def settings(self, name: str) -> dict[str, Any]:
         """The JSON object in the file `name`; empty where there is none."""

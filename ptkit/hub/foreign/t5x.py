@@ -26,7 +26,12 @@ FORMATS = [
 def found(source: Source) -> str | None:
     """What `source` is, where it is one array."""
     arrays = [name for name in source.names if name.endswith(".npy")]
-    return "a soft prompt as a NumPy array" if arrays == source.names else None
+    return "a soft prompt as a NumPy array" if arrays and arrays == source.names else None
+
+
+def why_not(source: Source) -> str | None:
+    """None: names and settings do not tell."""
+    return None
 
 
 def read(source: Source, base: Base | None) -> Foreign:

@@ -34,6 +34,7 @@ from ptkit.methods.prefix_tuning.settings import (
     ENCODER_DECODER,
     HYBRID,
     INFIX,
+    PLACELESS,
     UNLIKE,
     PrefixTuningSection,
 )
@@ -41,7 +42,8 @@ from ptkit.methods.read_start import EMBEDDING_RATE, ReadStart, compiles_embeddi
 from ptkit.methods.registry import compile_files
 from ptkit.methods.start import start_files, start_shares, start_tokens
 from ptkit.prefix import KVPrefix
-from ptkit.runtime.architecture import reads_ids
+from ptkit.runtime.architecture import places_in_table, reads_ids
+from ptkit.runtime.attention_sites import takes_positions
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.cache import has_state, shares_keys
 from ptkit.runtime.compile import compile_tokens
@@ -67,10 +69,13 @@ class PrefixTuning(Adapter):
         base: Base,
         start: Tensor | None,
         read: ReadStart | None = None,
+        *,
+        placeless: bool = False,
     ) -> None:
         """start: PEFT's flat layout `[virtual_tokens, layers * 2 * kv_heads * head_dim]`; None:
         noise, as PEFT's
         read: what `start` becomes while its embeddings learn
+        placeless: see `KVPrefix.placeless`
 
         What is learnt is a change of the start, in units of the start's RMS per layer and side.
         Keys and values differ in size by layer (30 times in the embedded base), while a step of
@@ -84,6 +89,9 @@ class PrefixTuning(Adapter):
             )
         if section.position == "infix":
             require_infix(base.model)
+        if placeless:
+            _require_told_positions(base)
+        self.placeless = placeless
         if base.encoder_decoder and section.trained_layers is not None:
             raise ModelError("`trained_layers` counts the layers of one stack; leave it out here")
         layers = len(base.layout)
@@ -173,6 +181,11 @@ class PrefixTuning(Adapter):
                     f"a {files.peft_type} adapter weighs its prefixes by the input and is no start "
                     "for one prefix; start from one of those it was made of"
                 )
+            if prefix.placeless:
+                raise AdapterError(
+                    f"a {files.peft_type} adapter lets its texts begin at position 0, and those "
+                    "of a new prefix begin after it; start from another adapter"
+                )
             compiled.append(replace(prefix, infix=section.position == "infix"))
         return KVPrefix.averaged(compiled, start_shares(section))
 
@@ -189,7 +202,7 @@ class PrefixTuning(Adapter):
             num_virtual_tokens=prefix.virtual_tokens,
             position="infix" if prefix.infix else "prefix",
         )
-        return cls(section, base, prefix.flat().float())
+        return cls(section, base, prefix.flat().float(), placeless=prefix.placeless)
 
     @classmethod
     def from_files(
@@ -203,7 +216,8 @@ class PrefixTuning(Adapter):
             "reparameterize": False,
             "position": "infix" if files.peft_type == INFIX else "prefix",
         }
-        return cls(section.model_copy(update=update), base, flat.float())
+        placeless = files.peft_type == PLACELESS
+        return cls(section.model_copy(update=update), base, flat.float(), placeless=placeless)
 
     @classmethod
     def prefix_from_files(
@@ -213,11 +227,18 @@ class PrefixTuning(Adapter):
         # Copied: the tensors may be views of a mapped file, which may change under the adapter.
         place = base.model.device, base.model.dtype
         prefix = KVPrefix.from_flat(flat, base.layout, copied_to=place)
-        return replace(prefix, infix=files.peft_type == INFIX)
+        placeless = files.peft_type == PLACELESS
+        if placeless:
+            _require_told_positions(base)
+        return replace(prefix, infix=files.peft_type == INFIX, placeless=placeless)
 
     @property
     def virtual_tokens(self) -> int:
         return self.section.num_virtual_tokens
+
+    @property
+    def positions(self) -> int:
+        return 0 if self.placeless else self.virtual_tokens
 
     @property
     def trainable_parameters(self) -> int:
@@ -256,7 +277,7 @@ class PrefixTuning(Adapter):
 
     def prefix(self) -> KVPrefix:
         prefix = KVPrefix.from_flat(self.flat(), self.base.layout)
-        prefix = replace(prefix, infix=self.infix)
+        prefix = replace(prefix, infix=self.infix, placeless=self.placeless)
         return prefix.to(self.base.model.device, self.base.model.dtype)
 
     def own_rates(self) -> list[OwnRate]:
@@ -274,6 +295,8 @@ class PrefixTuning(Adapter):
             config["peft_type"] = UNLIKE
         if self.infix:
             config["peft_type"] = INFIX
+        if self.placeless:
+            config["peft_type"] = PLACELESS
         if self.base.encoder_decoder:
             config |= {"peft_type": ENCODER_DECODER, "task_type": "SEQ_2_SEQ_LM"}
         if self.base.encoder:
@@ -290,6 +313,15 @@ def _learns_embeddings(section: PrefixTuningSection, base: Base) -> bool:
             "keep a state or look up token ids); leave `learn_embeddings` out"
         )
     return able and section.learn_embeddings is not False and section.embeddings_matter()
+
+
+def _require_told_positions(base: Base) -> None:
+    """Raise AdapterError where a text behind virtual tokens cannot be told to begin at 0."""
+    if places_in_table(base.model) is None or not takes_positions(base.model):
+        raise AdapterError(
+            f"a prefix that takes no positions is read on models with a table of positions, as "
+            f"GPT-2; {base.id} has none"
+        )
 
 
 def _flat_of(files: AdapterFiles, base: Base) -> Tensor:

@@ -79,6 +79,10 @@ ENCODER_DECODER = "PTKIT_ENCODER_DECODER_PREFIX"
 #: virtual tokens are taken from them.
 ENCODER = "PTKIT_ENCODER_PREFIX"
 
+#: A prefix whose virtual tokens take no positions, as those of AdapterHub's and OpenDelta's
+#: libraries: the text begins at position 0. PEFT lets it begin after them.
+PLACELESS = "PTKIT_PLACELESS_PREFIX"
+
 
 @register_method
 class PrefixTuningSection(PrefixSettings):
@@ -89,6 +93,7 @@ class PrefixTuningSection(PrefixSettings):
     tags: ClassVar[tuple[str, ...]] = (
         "prefix-tuning", "prefix_tuning", "ptkit-infix", "ptkit-encoder-decoder-prefix",
         "ptkit-encoder-prefix", "ptkit-hybrid-prefix", "ptkit-unlike-prefix",
+        "ptkit-placeless-prefix",
     )  # fmt: skip
     # CARTRIDGE differs in how it is trained: its file is the same flat prefix.
     file_types: ClassVar[Mapping[str, FileType]] = {
@@ -106,6 +111,7 @@ class PrefixTuningSection(PrefixSettings):
         UNLIKE: FileType(
             "the base has layers with more heads than its widest, which PEFT leaves out"
         ),
+        PLACELESS: FileType("its texts begin at position 0, and behind PEFT's prefix after it"),
     }
     kind: Literal["prefix_tuning"]
     """`prefix_tuning`."""

@@ -17,7 +17,7 @@ from ptkit.errors import AdapterError, PtkitError, UserError
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.cache import has_state, sees_everything, shares_keys
 from ptkit.runtime.generation import end_ids
-from ptkit.runtime.paged_batch import longest_sequence
+from ptkit.runtime.paged_support import longest_sequence
 from ptkit.runtime.slot_file import placeholders, slot_file
 from ptkit.serve.answer import Answer, Endings, EngineDiedError, StatLogger, Update
 from ptkit.serve.decoding import DecodeState
@@ -369,4 +369,6 @@ def _not_held(prefix: object) -> str | None:
         return "its keys and values depend on the input"
     if prefix.infix:
         return "its virtual tokens stand before the last word of each input, not at the front"
+    if prefix.placeless:
+        return "its texts begin at position 0, and those behind a slot's tokens after them"
     return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptkit.errors import AdapterError
-from ptkit.formats.adapter_files import (
+from ptkit.formats.adapter_folder import (
     adapter_folders,
     base_id,
     read_config,

@@ -1,0 +1,169 @@
+"""The forms in which rows hold two answers to one prompt, a preferred one and a rejected one.
+
+They are TRL's: `prompt`, `chosen` and `rejected` as texts or as messages. Conversations in `chosen`
+and `rejected` may also share their beginning, which is the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ptkit.data.dialogue import Dialogue, answer_text, dialogue_of
+from ptkit.data.table import Row, Table, kind_of
+from ptkit.data.templates import Template
+from ptkit.errors import DataError
+from ptkit.recipe.tasks import PreferenceTask
+
+#: The columns of the two answers.
+ANSWERS = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A row as text, and its conversations where it has some.
+
+    where: the place of the row, for messages
+    dialogues: the prompt with each of the answers; only what follows the prompt is learnt
+    """
+
+    where: str
+    input: str
+    chosen: str
+    rejected: str
+    dialogues: tuple[Dialogue, Dialogue] | None = None
+
+
+@dataclass(frozen=True)
+class PairFormat:
+    """How rows write pairs. messages: as lists of messages, else as texts."""
+
+    messages: bool
+
+    def __str__(self) -> str:
+        """In words, for whoever started a run."""
+        what = "lists of messages" if self.messages else "texts"
+        return f"`chosen` and `rejected` as {what}"
+
+    def pairs(self, task: PreferenceTask, table: Table, source: str) -> Iterator[Pair]:
+        """Every row's pair. Raises DataError, with the row's place, for a broken one."""
+        read = _conversations if self.messages else _texts
+        for pair in read(task, table, source):
+            if pair.chosen == pair.rejected:
+                raise DataError(
+                    f"{pair.where}: `chosen` and `rejected` are the same; expected two answers "
+                    "that differ; leave the row out"
+                )
+            yield pair
+
+
+def pair_format(task: PreferenceTask, table: Table) -> PairFormat:
+    """The form of the rows of `table`: that of the first chosen answer."""
+    if task.chosen == type(task).model_fields["chosen"].default and "chosen" in table.columns:
+        answers = (row.get("chosen") for _, row in table.only(["chosen"]).raw(""))
+        first = next((answer for answer in answers if answer is not None), None)
+        if isinstance(first, list) and (not first or isinstance(first[0], Mapping)):
+            for column in ANSWERS:
+                if column not in table.columns:
+                    raise DataError(f"the data has no column `{column}` beside `chosen`")
+            return PairFormat(messages=True)
+    return PairFormat(messages=False)
+
+
+def _texts(task: PreferenceTask, table: Table, source: str) -> Iterator[Pair]:
+    templates = [Template(getattr(task, key), f"task.{key}") for key in ("input", *ANSWERS)]
+    for template in templates:
+        template.require(table)
+    used = table.only([column for own in templates for column in own.columns_of(table)])
+    for (where, _), row in zip(used.raw(source), used, strict=True):
+        asked, chosen, rejected = (own.render(row, where, complete=True) for own in templates)
+        if not asked:
+            raise DataError(
+                f"{where}: the prompt is empty; expected a text for the answers to follow"
+            )
+        yield Pair(where, asked, chosen, rejected)
+
+
+def _conversations(task: PreferenceTask, table: Table, source: str) -> Iterator[Pair]:
+    for where, row in table.raw(source):
+        shared, whole = _split(row, where)
+        chosen, rejected = (
+            dialogue_of(
+                whole[column], f"{where}, `{column}`", tools=row.get("tools"), learn_from=shared,
+                column=column,
+            ).with_system(task.system)
+            for column in ANSWERS
+        )  # fmt: skip
+        before = len(chosen.messages) - (len(whole["chosen"]) - shared)
+        asked = "\n".join(f"{m['role']}: {m['content']}" for m in chosen.messages[:before])
+        yield Pair(where, asked, _said(chosen, before), _said(rejected, before), (chosen, rejected))
+
+
+def _said(dialogue: Dialogue, before: int) -> str:
+    """What follows the first messages, as text; one answer is that answer."""
+    rest = dialogue.messages[before:]
+    if len(rest) == 1:
+        return answer_text(rest[0])
+    return "\n".join(f"{m['role']}: {answer_text(m)}" for m in rest)
+
+
+def _split(row: Row, where: str) -> tuple[int, dict[str, list[Any]]]:
+    """How many messages are the prompt, and the prompt with each answer."""
+    answers: dict[str, list[Any]] = {}
+    for column in ANSWERS:
+        value = row.get(column)
+        if not isinstance(value, list) or not value:
+            found = "nothing" if value is None else "an empty list" if value == [] else None
+            raise DataError(
+                f"{where}: `{column}` should be a non-empty list of messages, as in the first row, "
+                f"found {found or kind_of(value)}"
+            )
+        answers[column] = value
+    prompt = row.get("prompt")
+    if not isinstance(prompt, list):
+        return _shared(prompt, answers["chosen"], answers["rejected"], where), answers
+    if not prompt:
+        raise DataError(f"{where}: `prompt` should be a non-empty list of messages")
+    return len(prompt), {column: [*prompt, *value] for column, value in answers.items()}
+
+
+def _shared(prompt: Any, chosen: Sequence[Any], rejected: Sequence[Any], where: str) -> int:
+    """How many messages two conversations begin with alike: their prompt.
+
+    prompt: what the row says of it, a text or nothing. Raises DataError where none is shared, where
+    they part elsewhere than at an answer, and where the text is none of the shared messages.
+    """
+    both = zip(chosen, rejected, strict=False)
+    count = next((i for i, (a, b) in enumerate(both) if a != b), min(len(chosen), len(rejected)))
+    if count == len(chosen) == len(rejected):
+        raise DataError(
+            f"{where}: `chosen` and `rejected` are the same; expected two answers that differ; "
+            "leave the row out"
+        )
+    if not count:
+        raise DataError(
+            f"{where}: `chosen` and `rejected` begin differently, so there is no prompt; expected "
+            "the same messages before the answers, or a column `prompt` that is a list of messages"
+        )
+    for column, turns in zip(ANSWERS, (chosen, rejected), strict=True):
+        if count == len(turns):
+            raise DataError(
+                f"{where}: all of `{column}` is the beginning of the other conversation; expected "
+                "an answer after the messages that both share"
+            )
+        turn = turns[count]
+        role = turn.get("role") if isinstance(turn, Mapping) else None
+        if role is not None and role != "assistant":
+            raise DataError(
+                f"{where}, turn {count + 1}: `chosen` and `rejected` part at a turn of "
+                f"`{role}`, expected `assistant`: they must share all that is asked"
+            )
+    if isinstance(prompt, str) and prompt not in [
+        turn.get("content") for turn in chosen[:count] if isinstance(turn, Mapping)
+    ]:
+        raise DataError(
+            f"{where}: the text in `prompt` is none of the messages that `chosen` and `rejected` "
+            "share; expected one of them, a list of messages, or no column `prompt`"
+        )
+    return count

@@ -1,0 +1,304 @@
+"""A recipe for a data file: the task, the lengths, the metrics and the method that fit it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ptkit.data.chat_formats import recognised
+from ptkit.data.chat_template import with_template_read
+from ptkit.data.templates import Template
+from ptkit.data.tokens import listed
+from ptkit.drafting.base_facts import BaseFacts, base_facts
+from ptkit.drafting.columns import Column
+from ptkit.drafting.files import Files, read_splits
+from ptkit.drafting.goal import Chosen, Goal, choose
+from ptkit.drafting.label_words import label_words
+from ptkit.drafting.lengths import SAMPLED, Lengths, chat_lengths, text_lengths
+from ptkit.drafting.metrics_for import label_metrics, text_metrics
+from ptkit.drafting.plan import Plan, planned
+from ptkit.drafting.written import commented, yaml_with_comments
+from ptkit.errors import DataError, RecipeError, UserError
+from ptkit.recipe import LoadedRecipe
+from ptkit.recipe.faults import recipe_faults
+from ptkit.recipe.tasks import ChatTask
+from ptkit.recipe.yaml_source import parse_yaml
+from ptkit.training.checked import checked
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A recipe that was made for a file, and checked.
+
+    reasons: why it is so, in lines; told: what was decided about the rows, as a run tells it
+    """
+
+    loaded: LoadedRecipe
+    reasons: tuple[str, ...]
+    told: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The `task` of a recipe, with what is said of its keys."""
+
+    settings: dict[str, Any]
+    comments: dict[str, str]
+    lengths: Lengths
+
+
+def draft_recipe(
+    data: Path,
+    out: Path | None = None,
+    *,
+    model: str = "tiny-en",
+    goal: Goal = "auto",
+    label: str | None = None,
+    text: str | Sequence[str] = (),
+    target: str | None = None,
+    validation: Path | None = None,
+    test: Path | None = None,
+    method: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Draft:
+    """A recipe that fits the rows of `data`. Nothing is written.
+
+    data: CSV, JSONL, JSON or Parquet; out: where the recipe will lie, from which its paths are
+        relative; default: NAME.yaml in the current folder
+    model: the base; only its settings and tokenizer are read
+    goal, label, text, target: what is to be learnt, where the columns do not tell
+    validation, test: files of the other splits; default: those that lie beside `data`
+    method: kind of the method to train; default: by the number of rows and the base
+    overrides: `key.path=value` assignments to the recipe
+
+    Raises DataError for rows that training would refuse, and ModelError for a base that is not
+    here.
+    """
+    files = read_splits(data, validation=validation, test=test)
+    chosen = choose(files.train, goal, label=label, text=listed(text), target=target)
+    base = base_facts(model)
+    name = _name(files.paths["train"])
+    out = out or Path(f"{name}.yaml")
+    task = _task(chosen, files, base, files.as_written(out.parent))
+    plan = planned(base, task.settings["kind"], len(files.train), task.lengths, method)
+    reasons = (*chosen.reasons, *_splits_told(files), task.lengths.told, *plan.reasons)
+    recipe_text = _text(name, out, data, model, task, plan, reasons)
+    source = parse_yaml(recipe_text, str(out))
+    for assignment in overrides:
+        source.set(assignment)
+    recipe, faults = recipe_faults(source)
+    if recipe is None:
+        raise RecipeError("the recipe that was drafted is not valid:\n" + "\n".join(faults))
+    loaded = LoadedRecipe(recipe, out.resolve(), recipe_text)
+    return Draft(loaded, reasons, tuple(checked(loaded)))
+
+
+def _name(data: Path) -> str:
+    """A recipe's name from the name of its file; of `train.csv`, from its folder's."""
+    stem = data.stem
+    if re.fullmatch(r"(train|training|data)", stem, re.IGNORECASE):
+        stem = data.resolve().parent.name or stem
+    slug = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-._")
+    return slug or "mine"
+
+
+def _splits_told(files: Files) -> list[str]:
+    told = [
+        f"`{files.paths[split].name}` lies beside the file and is the {split} split"
+        for split in files.found
+    ]
+    if "test" not in files.tables:
+        told.append(
+            "there is no test file, so the validation rows are scored, which also choose the "
+            "checkpoint; rows of their own (`test:`) give an honest score"
+        )
+    return told
+
+
+def _task(chosen: Chosen, files: Files, base: BaseFacts, paths: dict[str, str]) -> _Task:
+    if chosen.goal != "classification" and base.kind == "encoder":
+        raise UserError(
+            f"`{base.id}` is an encoder, which writes no text; choose a model that does, or name "
+            "a column of labels (`--label`)"
+        )
+    if chosen.goal == "chat":
+        if base.kind == "encoder_decoder":
+            raise UserError(f"`{base.id}` is an encoder-decoder; conversations need a causal model")
+        return _chat(chosen, files, base, paths)
+    if chosen.goal == "classification":
+        return _classification(chosen, files, base, paths)
+    return _generation(chosen, files, base, paths)
+
+
+def _classification(chosen: Chosen, files: Files, base: BaseFacts, paths: dict[str, str]) -> _Task:
+    assert chosen.target is not None
+    label = chosen.target.name
+    tables = files.tables.values()
+    counts = Counter(str(row[label]) for table in tables if label in table.columns
+                     for row in table.only([label]) if row[label] not in (None, ""))  # fmt: skip
+    labels = sorted(counts)
+    metrics, why = label_metrics([*counts.values()])
+    headed = base.kind == "encoder"
+    pattern = _frame(chosen.inputs, "" if headed else f"\n{_spoken(label)}:")
+    inputs = _rendered(pattern, files)
+    settings: dict[str, Any] = {
+        "kind": "sequence_classification" if headed else "classification",
+        "data": {"files": paths}, "input": pattern, "label": label,
+    }  # fmt: skip
+    comments = {"task.input": _INPUT, "task.label": "Column with the label.",
+                "task.metrics": f"The first is the score: {why}."}  # fmt: skip
+    if headed:
+        spaced = next((name for name in labels if re.search(r"\s", name)), None)
+        if spaced is not None:
+            raise DataError(
+                f"the label `{spaced}` has a space, which labels of an encoder's head cannot "
+                "have; write it in one word in the file"
+            )
+        settings["labels"] = labels
+        targets = [""] * len(inputs)
+        comments["task.kind"] = "The base is an encoder: a head that is trained chooses the label."
+    else:
+        words, why = label_words(labels, base.tokenizer)
+        settings["verbalizer"] = words
+        targets = [*words.values()]
+        comments["task.kind"] = "The model chooses the label whose words are likeliest."
+        comments["task.verbalizer"] = (
+            f"Label -> the words that stand for it after the input: {why}. Other words may be "
+            "better, if they fit the sentence."
+        )
+    lengths = text_lengths(inputs, targets, base.tokenizer, _room(base))
+    settings |= {"max_input_tokens": lengths.input, "metrics": metrics}
+    comments["task.max_input_tokens"] = f"{_capital(lengths.told)}."
+    return _Task(settings, comments, lengths)
+
+
+def _generation(chosen: Chosen, files: Files, base: BaseFacts, paths: dict[str, str]) -> _Task:
+    if chosen.in_list:
+        assert chosen.references is not None
+        learnt = f"{{{chosen.references.name}[0]}}"
+    else:
+        assert chosen.target is not None
+        learnt = f"{{{chosen.target.name}}}"
+    named = chosen.target or chosen.references
+    assert named is not None
+    several = len(chosen.inputs) > 1
+    pattern = _frame(chosen.inputs, f"\n{_spoken(named.name)}:" if several else "\n")
+    target = f" {learnt}" if several else learnt
+    written = _rendered(target, files)
+    metrics, why = text_metrics(written, named.name)
+    lengths = text_lengths(_rendered(pattern, files), written, base.tokenizer, _room(base))
+    settings: dict[str, Any] = {
+        "kind": "generation", "data": {"files": paths}, "input": pattern, "target": target,
+    }  # fmt: skip
+    if chosen.references is not None:
+        settings["references"] = chosen.references.name
+    settings |= {"max_input_tokens": lengths.input, "max_target_tokens": lengths.target,
+                 "metrics": metrics}  # fmt: skip
+    return _Task(settings, {
+        "task.kind": "The model writes the target after the input.",
+        "task.input": _INPUT,
+        "task.target": "Template of what the model learns to write.",
+        "task.references": "Column with the list of acceptable texts of each row.",
+        "task.max_input_tokens": f"{_capital(lengths.told)}.",
+        "task.max_target_tokens": "Targets, and answers, end after this many tokens.",
+        "task.metrics": f"The first is the score: {why}.",
+    }, lengths)  # fmt: skip
+
+
+def _chat(chosen: Chosen, files: Files, base: BaseFacts, paths: dict[str, str]) -> _Task:
+    settings: dict[str, Any] = {"kind": "chat", "data": {"files": paths}}
+    asked = ChatTask.model_validate(settings)
+    form = recognised(asked, files.train)
+    settings["format"] = form.name
+    if form.column is not None:
+        settings["column"] = form.column
+    if chosen.references is not None:
+        settings["references"] = chosen.references.name
+    own = getattr(base.tokenizer, "chat_template", None) is not None
+    if not own:
+        settings["chat_template"] = "plain"
+    task = with_template_read(ChatTask.model_validate(settings), Path())
+    rows = form.dialogues(files.train, "train")
+    dialogues = [dialogue for _, dialogue in islice(rows, SAMPLED)]
+    lengths = chat_lengths(dialogues, base.tokenizer, task, _room(base))
+    settings |= {"max_tokens": lengths.input, "max_target_tokens": lengths.target,
+                 "metrics": ["chrf", "perplexity"]}  # fmt: skip
+    return _Task(settings, {
+        "task.kind": "The model answers in conversations, in its chat template.",
+        "task.format": f"Recognised as {form}.",
+        "task.chat_template": "The model has no chat template of its own; `plain` fits every base.",
+        "task.references": "Column with the list of acceptable last answers.",
+        "task.max_tokens": f"{_capital(lengths.told)}.",
+        "task.max_target_tokens": "Answers end after this many tokens.",
+        "task.metrics": "The first is the score; `perplexity` is that of all answers.",
+    }, lengths)  # fmt: skip
+
+
+_INPUT = "Template of what the model reads, with the columns in braces."
+#: Virtual tokens that may stand before a text.
+_VIRTUAL = 20
+
+
+def _room(base: BaseFacts) -> int | None:
+    return None if base.positions is None else base.positions - _VIRTUAL
+
+
+def _frame(inputs: Sequence[Column], end: str) -> str:
+    """The template of the inputs: one column as it is, several with their names."""
+    if len(inputs) == 1:
+        return f"{{{inputs[0].name}}}{end}"
+    return "\n".join(f"{_spoken(c.name)}: {{{c.name}}}" for c in inputs) + end
+
+
+def _spoken(name: str) -> str:
+    """A column's name as a word before a colon."""
+    return _capital(re.sub(r"[_\W]+", " ", name).strip()) or "Answer"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _rendered(pattern: str, files: Files) -> list[str]:
+    """The first rows in the template. Raises DataError for values without a text."""
+    template, rows = Template(pattern), files.train
+    template.require(rows)
+    return [
+        template.render(row, f"{files.paths['train']}, row {number}")
+        for number, row in islice(rows.only(template.columns_of(rows)).placed(), SAMPLED)
+    ]
+
+
+def _text(
+    name: str, out: Path, data: Path, model: str, task: _Task, plan: Plan, reasons: Sequence[str]
+) -> str:
+    head = [f"Made for {data.name} by `ptkit init`. Every line may be changed.", ""]
+    for what, command in (
+        ("check", "recipes validate"),
+        ("train", "train"),
+        ("compare", "compare"),
+    ):
+        head.append(f"  {what + ':':<10}ptkit {command} {out.name}")
+    head += ["", "Why it is so:", *(f"  - {reason}" for reason in reasons)]
+    values = {
+        "name": name, "description": f"Drafted from {data.name}.", "model": {"id": model},
+        "task": task.settings, "methods": plan.methods, "seeds": [0], "train": plan.train,
+    }  # fmt: skip
+    comments = {
+        "name": "Names the output folder runs/NAME.",
+        "model": "The frozen base model: a Hub id, a folder, a GGUF file or a name of ptkit's.",
+        "task": "What is learnt, from which data.",
+        "task.data": "CSV, JSONL, JSON or Parquet; paths start at this file's folder.",
+        "seeds": "One run per method and seed; three or more show the spread.",
+        **task.comments, **plan.comments,
+    }  # fmt: skip
+    return (
+        "\n".join(line for part in head for line in commented(part))
+        + "\n\n"
+        + (yaml_with_comments(values, comments))
+    )

@@ -1,0 +1,105 @@
+"""Which method, for how long: by the number of rows and the base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ptkit.drafting.base_facts import BaseFacts
+from ptkit.drafting.lengths import Lengths
+from ptkit.errors import UserError, did_you_mean
+from ptkit.methods.catalogue import method_sections
+from ptkit.runtime.model_names import TINY_EN, WHEELS
+
+#: Fewer training rows than this are fitted too soon by long prefixes (docs/quality.md).
+FEW_ROWS = 200
+#: Layers' parameters from which a soft prompt does as well as more (Lester et al. 2021).
+LARGE = 10_000_000_000
+#: Bases on which the default rate was measured.
+_MEASURED = {TINY_EN, *WHEELS}
+_LEAST_STEPS, _MOST_STEPS = 100, 1_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Methods and training of a draft. comments: by key; reasons: in lines."""
+
+    methods: list[dict[str, Any]]
+    train: dict[str, Any]
+    comments: dict[str, str]
+    reasons: tuple[str, ...]
+
+
+def planned(
+    base: BaseFacts, kind: str, rows: int, lengths: Lengths, wanted: str | None = None
+) -> Plan:
+    """What to train for `rows` training rows of a task of this kind. wanted: the method's kind,
+    where it was named. Raises UserError for one that there is not."""
+    method, why = _method(base, rows, kind)
+    if wanted is not None:
+        method, why = {**_settings_of(wanted, method), "kind": wanted}, "as was asked for"
+    train, steps_why = _training(rows, lengths)
+    untrained: list[dict[str, Any]] = [] if base.kind == "encoder" else [{"kind": "base"}]
+    if base.kind == "decoder" and kind != "chat" and _demonstrations_fit(base, lengths):
+        untrained.append({"kind": "text_prompt", "examples": 3})
+    others = "\n".join([
+        "  # Others to compare it with (ptkit compare); `ptkit train` then needs --method:",
+        *(f"  # - kind: {other}" for other in ("prompt_tuning", "prefix_tuning", "lora")
+          if other != method["kind"]),
+    ])  # fmt: skip
+    comments = {
+        "methods": "What is compared; untrained ones run once. `ptkit train` trains the last.",
+        "methods.base": "The base as it is.",
+        "methods.text_prompt": "Nothing is trained: demonstrations are written before the input.",
+        f"methods.{method['kind']}": f"{why[:1].upper()}{why[1:]}.",
+        "methods.": others,
+        "train": f"{steps_why[:1].upper()}{steps_why[1:]}.",
+    }
+    return Plan([*untrained, method], train, comments, (why, steps_why))
+
+
+def _settings_of(wanted: str, drafted: dict[str, Any]) -> dict[str, Any]:
+    """What was drafted for another method and `wanted` can be told, too."""
+    known = method_sections()
+    if wanted not in known:
+        raise UserError(f"no method `{wanted}`; {did_you_mean(wanted, known)}")
+    auto = known[wanted].shares_batch  # others cannot find their rate themselves
+    fields = known[wanted].model_fields
+    return {k: v for k, v in drafted.items() if k in fields and (auto or v != "auto")}
+
+
+def _method(base: BaseFacts, rows: int, kind: str) -> tuple[dict[str, Any], str]:
+    if base.parameters is not None and base.parameters >= LARGE:
+        settings: dict[str, Any] = {"kind": "prompt_tuning", "num_virtual_tokens": 20}
+        why = "on a base this large a soft prompt does as well as methods with more parameters"
+    elif rows < FEW_ROWS:
+        tokens = 5 if "classification" in kind else 10
+        settings = {"kind": "prefix_tuning", "num_virtual_tokens": tokens}
+        why = f"a prefix of {tokens} tokens, because {rows:,} rows are few and a longer one fits "
+        why += "them too soon"
+    else:
+        settings = {"kind": "prefix_tuning", "num_virtual_tokens": 20}
+        why = f"a prefix of 20 tokens: of the prompt methods it learns most from {rows:,} rows"
+    if base.id not in _MEASURED and base.kind == "decoder":
+        settings["learning_rate"] = "auto"
+        why += "; a short test finds the learning rate"
+    return settings, why
+
+
+def _training(rows: int, lengths: Lengths) -> tuple[dict[str, Any], str]:
+    tokens = lengths.input + lengths.target
+    batch, accumulated = (16, 1) if tokens <= 256 else (8, 1) if tokens <= 1024 else (4, 2)
+    batch = min(batch, max(1, rows // 2))
+    epochs = 20 if rows < FEW_ROWS else 5 if rows < 2_000 else 2
+    wanted = -(-rows * epochs // (batch * accumulated))
+    steps = min(_MOST_STEPS, max(_LEAST_STEPS, wanted))
+    read = steps * batch * accumulated / rows
+    train: dict[str, Any] = {"steps": steps, "batch_size": batch}
+    if accumulated > 1:
+        train["gradient_accumulation"] = accumulated
+    why = f"{steps:,} steps of {batch * accumulated} rows read the data {read:.1f} times"
+    return train, f"{why}, and the best step by validation loss is kept"
+
+
+def _demonstrations_fit(base: BaseFacts, lengths: Lengths) -> bool:
+    return base.positions is None or 4 * (lengths.input + lengths.target) <= base.positions

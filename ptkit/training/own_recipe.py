@@ -1,0 +1,63 @@
+"""The recipe an adapter was trained by, and other rows to score it on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ptkit.data.read_files import read_files
+from ptkit.errors import AdapterError, DataError, UserError
+from ptkit.formats.adapter_folder import RECIPE
+from ptkit.recipe import LoadedRecipe, load_recipe
+from ptkit.recipe.tasks import DataSection, SplitLimits
+
+
+def own_recipe(
+    adapter: Path, overrides: Sequence[str] = (), *, data: Path | None = None
+) -> LoadedRecipe:
+    """The recipe in the folder of an adapter, with its data found from where the command runs.
+
+    data: rows that are read in place of its own, which then need not be here
+
+    Raises AdapterError without one, and DataError where its files are not here. Raises UserError
+    where it would run code of its own.
+    """
+    path = adapter / RECIPE
+    if not path.is_file():
+        raise AdapterError(f"{adapter} has no {RECIPE}; name the recipe to evaluate it on")
+    loaded = load_recipe(path, overrides)
+    own = [name for name in loaded.recipe.task.metrics if ":" in name]
+    if own:
+        raise UserError(
+            f"the recipe in {adapter} scores with code of its own ({', '.join(own)}); read it, and "
+            f"name it as the recipe if you trust it: {path}"
+        )
+    section = loaded.recipe.task.data
+    if data is not None or section.files is None:
+        return loaded
+    files = [name for names in section.files.values()
+             for name in ([names] if isinstance(names, str) else names)]  # fmt: skip
+    for folder in (loaded.folder, Path.cwd()):
+        if all((folder / Path(name).expanduser()).is_file() for name in files):
+            return replace(loaded, path=folder / RECIPE)
+    raise DataError(
+        f"the adapter was trained on {', '.join(f'`{name}`' for name in files)}, not found from "
+        f"here; run this where the recipe's paths start, or give --data FILE"
+    )
+
+
+def with_test_rows(loaded: LoadedRecipe, file: Path) -> LoadedRecipe:
+    """`loaded` with the rows of `file` as all there are: they are scored, and nothing is trained.
+
+    Raises DataError as `read_files` does.
+    """
+    table = read_files([file])
+    limits = SplitLimits()
+    section = DataSection(memory=True, limits=limits, draw=loaded.recipe.task.data.draw)
+    if section.draw == "seed":  # draws of training rows, of which there are none
+        section = section.model_copy(update={"draw": "balanced"})
+    task = loaded.recipe.task.model_copy(update={"data": section})
+    recipe = loaded.recipe.model_copy(update={"task": task})
+    given = {"train": table, "validation": table, "test": table}
+    return replace(loaded, recipe=recipe, given=given)
