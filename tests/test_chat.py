@@ -128,8 +128,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_bank_ls_shows_headers_and_faults(folder: Path) -> None:
-    lines = ptkit("bank", "ls", "all", "--json", cwd=folder).stdout.splitlines()
-    listed = {row["name"]: row for row in map(json.loads, lines)}
+    rows = json.loads(ptkit("bank", "ls", "all", "--json", cwd=folder).stdout)
+    listed = {row["name"]: row for row in rows}
     assert [*listed] == ["cut", "facts-prefix", "facts-prompt", "headless"]
     good = listed["facts-prefix"]
     assert (good["method"], good["base"], good["virtual_tokens"]) == (
