@@ -6,6 +6,8 @@ The files in `tests/files` are kept as builds of their day wrote them; none is m
 from __future__ import annotations
 
 import copy
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -242,16 +244,27 @@ def test_any_value_anywhere_is_refused_by_name_or_written_back(data: st.DataObje
     assert json.dumps(kind.as_file(again)) == json.dumps(written)
 
 
-def test_tables_of_results_are_those_that_todays_build_wrote() -> None:
+#: What a cell's record says since its second format.
+ADDED = {"test_repeats", "scored_by", "learnt_rows"}
+
+
+def test_tables_of_results_are_those_that_were_written_and_what_was_added() -> None:
     from ptkit.comparison.outputs import _csv
 
     lines = (KEPT / "results.jsonl").read_text().splitlines()
     records = [CELL_RECORD.read(json.loads(line), "it") for line in lines]
     assert len(records) > 3
-    assert [json.loads(record.as_line()) for record in records] == [*map(json.loads, lines)]
-    columns = [list(json.loads(line)) for line in lines]
-    assert [list(json.loads(record.as_line())) for record in records] == columns
-    assert _csv(records, []) == (KEPT / "results.csv").read_bytes().decode()
+    for record, line in zip(records, lines, strict=True):
+        written, before = json.loads(record.as_line()), json.loads(line)
+        assert written.keys() - before.keys() == ADDED
+        kept = {name: value for name, value in written.items() if name not in ADDED}
+        assert [*kept.items()] == [*before.items()]
+    written = csv.DictReader(io.StringIO(_csv(records, [])))
+    with (KEPT / "results.csv").open(newline="") as file:
+        before = csv.DictReader(file)
+        for row, was in zip(written, before, strict=True):
+            assert row.keys() - was.keys() == ADDED
+            assert [*was.items()] == [item for item in row.items() if item[0] not in ADDED]
 
 
 def test_other_files_of_a_run_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -273,8 +286,11 @@ def test_other_files_of_a_run_are_read_as_they_were_written(tmp_path: Path) -> N
     assert lost(values_of(KEPT / "multitask.json"), multitask.as_dict()) == []
     failed = Failure.read(folders["failed"])
     assert lost(values_of(KEPT / "failed.json"), failed.model_dump()) == []
-    for name, read in (("distilled", Distilled.read), ("multitask", Multitask.read)):
+    for name, read, newest in (
+        ("distilled", Distilled.read, 1),
+        ("multitask", Multitask.read, 2),
+    ):
         path = folders[name] / "record.json"
-        path.write_text(json.dumps({**values_of(path), FORMAT: 2}))
-        with pytest.raises(FolderError, match="reads formats up to 1: update it with"):
+        path.write_text(json.dumps({**values_of(path), FORMAT: newest + 1}))
+        with pytest.raises(FolderError, match=f"reads formats up to {newest}: update it with"):
             read(folders[name])
