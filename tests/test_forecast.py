@@ -105,7 +105,7 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(
             shown.cell_started("prefix_tuning-seed0", 200)
             for step in range(1, 101):
                 clock[0] += 1
-                shown.stepped(StepReport(step, 200, 2.5, None if step < 50 else 2.25))
+                shown.stepped(StepReport(step, 200, 4 - step / 100, None if step < 50 else 2.25))
             shown.predicting(8, 64)
             clock[0] += LiveDisplay.EVERY
             shown.predicting(16, 64)
@@ -113,8 +113,8 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(
 
     lines = told(quiet=False).splitlines()
     assert len(lines) == 100 // 15 + 1
-    assert lines[0] == "prefix_tuning-seed0: step 15 of 200, loss 2.500, 3 min left"
-    assert "step 60 of 200, loss 2.500, validation 2.250, 2 min left" in lines[3]
+    assert lines[0] == "prefix_tuning-seed0: step 15 of 200, loss 3.850, 3 min left"
+    assert "step 60 of 200, loss 3.400, validation 2.250, 2 min left" in lines[3]
     assert lines[-1] == "prefix_tuning-seed0: 16 of 64 rows predicted"
     assert told(quiet=True) == ""
 
