@@ -139,7 +139,7 @@ def test_a_package_that_cannot_be_used_is_named_with_what_to_do(
     mine.mkdir(parents=True)
     own = SETTINGS.replace('Literal["nudge"]', 'Literal["lora"]')
     (mine / "settings.py").write_text(own)
-    refused = run(installed, "-m", "ptkit", "recipes", "list")
+    refused = run(installed, "-m", "ptkit", "recipes", "validate", "quickstart")
     assert refused.returncode == 2
     assert told in refused.stderr
     assert "uninstall" in refused.stderr
