@@ -77,10 +77,17 @@ $(VENV)/llama-cpp $(VENV)/mlx: constraints.txt | $(VENV)/.ready
 	@touch $@
 
 # What tests compare with, apart; without it those tests skip.
-setup-oracles: $(VENV)/trl
+setup-oracles: $(VENV)/trl $(VENV)/adapterhub
 
 $(VENV)/trl: | $(VENV)/.ready
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $@ trl==1.16.0
+	@touch $@
+
+# With the transformers that it needs, in place of ptkit's.
+$(VENV)/adapterhub: | $(VENV)/.ready
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $@ adapters==1.3.0 \
+	  transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 requests==2.34.2 urllib3==2.8.0 \
+	  charset_normalizer==3.5.3
 	@touch $@
 
 # An environment of its own: vLLM needs an earlier torch and transformers. What the package brings

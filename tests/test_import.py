@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import pickle
 import re
 import shutil
@@ -39,6 +40,19 @@ from ptkit.methods import compile_files
 from ptkit.methods.base_names import same_name
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits
+
+#: AdapterHub's library, in a folder of its own.
+ADAPTERHUB = Path(os.environ.get("PTKIT_ADAPTERHUB", Path(sys.prefix) / "adapterhub"))
+#: Adapters of it that are exported again.
+GIVEN_BACK = [
+    "adapterhub-llama-mlp",
+    "adapterhub-mistral-flat",
+    "adapterhub-gpt2-flat",
+    "adapterhub-bert-seq2",
+    "adapterhub-bert-seq1pool",
+    "adapterhub-bert-tag",
+    "adapterhub-roberta-seq2",
+]
 
 
 @pytest.fixture
@@ -381,18 +395,7 @@ def test_an_import_of_the_wrong_base_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("opened_here")
-@pytest.mark.parametrize(
-    "name",
-    [
-        "adapterhub-llama-mlp",
-        "adapterhub-mistral-flat",
-        "adapterhub-gpt2-flat",
-        "adapterhub-bert-seq2",
-        "adapterhub-bert-seq1pool",
-        "adapterhub-bert-tag",
-        "adapterhub-roberta-seq2",
-    ],
-)
+@pytest.mark.parametrize("name", GIVEN_BACK)
 def test_a_prefix_that_is_exported_for_adapterhub_is_the_one_that_was_imported(
     name: str, tmp_path: Path
 ) -> None:
@@ -410,6 +413,26 @@ def test_a_prefix_that_is_exported_for_adapterhub_is_the_one_that_was_imported(
             torch.testing.assert_close(own[tensor], theirs[tensor], atol=1e-5, rtol=1e-5)
     import_adapter(tmp_path / "out", tmp_path / "back", base=base)
     assert largest_difference(name, tmp_path / "back") < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("opened_here")
+def test_adapterhubs_own_loader_reads_what_is_exported(tmp_path: Path) -> None:
+    if not (ADAPTERHUB / "adapters").is_dir():
+        pytest.skip("AdapterHub's library is not here: make setup-oracles")
+    for name in GIVEN_BACK:
+        base = base_for(name)
+        import_adapter(FOLDER / name, tmp_path / "in" / name, base=base)
+        writer("adapterhub")([tmp_path / "in" / name], tmp_path / "out" / name, base=base)
+    script = Path(__file__).parent / "adapterhub_reads.py"
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "out", FOLDER, FOLDER / "bases"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ADAPTERHUB)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == {*GIVEN_BACK}
+    assert max(found.values()) < 1e-4, found
 
 
 @pytest.mark.usefixtures("opened_here")
