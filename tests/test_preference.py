@@ -569,7 +569,7 @@ def test_inspect_shows_what_both_forms_of_pairs_hold(tmp_path: Path) -> None:
     assert "`chosen` and `rejected` as texts" in shown
     assert "1 of b.jsonl" in shown
     assert "rejected:  A cook." in shown
-    told = json.loads(ptkit("data", "inspect", "a.jsonl", "--format", "json", cwd=tmp_path).stdout)
+    told = json.loads(ptkit("data", "inspect", "a.jsonl", "--json", cwd=tmp_path).stdout)
     assert [f["rows"] for f in told["files"]] == [2]
     assert told["first_rows"][1]["prompt"].endswith("Where do you live?")
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(implicit(row)) for row in rows))
