@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +24,8 @@ from ptkit.data.read_files import read_files
 from ptkit.data.summary import chat_lines
 from ptkit.data.table import Table
 from ptkit.recipe.tasks import ChatTask
+
+K = TypeVar("K")
 
 #: Conversations that are encoded at a time.
 _AT_A_TIME = 1_000
@@ -98,7 +100,7 @@ def inspect_chats(
                 tokens_median=statistics.median(lengths), tokens_longest=max(lengths),
                 shortened=split.notes.shortened, dropped=split.notes.dropped,
                 supervised=split.learnt / sum(lengths),
-                duplicates=_duplicates(name, keys),
+                duplicates=duplicates_of(name, keys),
                 notes=chat_lines(task, name, split.notes),
             )
         )  # fmt: skip
@@ -144,8 +146,11 @@ def _content(dialogue: Dialogue) -> bytes:
     return hashlib.blake2b(said.encode(), digest_size=16).digest()
 
 
-def _duplicates(name: str, keys: Mapping[str, Counter[bytes]]) -> dict[str, int]:
-    """How many of this file's conversations each of the others has."""
+def duplicates_of(name: str, keys: Mapping[str, Counter[K]]) -> dict[str, int]:
+    """How many rows of the file `name` each of the others has; only those that have some.
+
+    keys: of each file, how often each row occurs, by what makes two rows the same
+    """
     found = {
         other: sum(count for key, count in keys[name].items() if key in theirs)
         for other, theirs in keys.items()

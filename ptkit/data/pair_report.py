@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ptkit.data.chat_report import duplicates_of
 from ptkit.data.encoded import EncodedExample, PairExample
 from ptkit.data.pair_formats import ANSWERS, pair_format
 from ptkit.data.pair_rows import PairEncoder
@@ -88,11 +89,6 @@ def inspect_pairs(
     for name, own in examples.items():
         rows = encoder.rows(own)
         pairs = [row for row in rows.encoded if isinstance(row, PairExample)]
-        others = {
-            other: sum(count for key, count in keys[name].items() if key in theirs)
-            for other, theirs in keys.items()
-            if other != name
-        }
         splits.append(
             PairSplitReport(
                 name=name, rows=len(own),
@@ -100,7 +96,7 @@ def inspect_pairs(
                 chosen=_tokens([len(pair.target_ids) for pair in pairs]),
                 rejected=_tokens([len(pair.rejected.target_ids) for pair in pairs]),
                 shortened=rows.notes.shortened,
-                duplicates={other: count for other, count in others.items() if count},
+                duplicates=duplicates_of(name, keys),
                 notes=chat_lines(task, name, rows.notes),
             )
         )  # fmt: skip

@@ -19,7 +19,14 @@ from transformers.modeling_outputs import CausalLMOutput
 from ptkit.errors import ModelError, UserError
 from ptkit.prefix import Compiled
 from ptkit.prefix_batch import PrefixBatch
-from ptkit.runtime.forward import input_tokens, pad_rows, rows_for, supervised_losses
+from ptkit.runtime.forward import (
+    all_logits,
+    input_tokens,
+    last_of_rows,
+    pad_rows,
+    rows_for,
+    supervised_losses,
+)
 from ptkit.runtime.generation import generate
 from ptkit.runtime.runner import ModelRunner, Tokens
 from ptkit.runtime.views import StandIn, twin
@@ -65,8 +72,7 @@ class AdaptedModel:
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask
         model, rows = self._plain[0], self._rows(ids, mask, labels)
         if labels is None:
-            tokens = self._tokens(ids, mask, decoder_input_ids)
-            logits = ModelRunner(model).forward(tokens, rows)
+            logits = self._logits(ids, mask, decoder_input_ids, rows)
             return CausalLMOutput(logits=cast(Any, logits))
         losses = supervised_losses(model, ids, mask, labels, rows)
         loss = losses.sum() / (losses.numel() if num_items_in_batch is None else num_items_in_batch)
@@ -134,12 +140,15 @@ class AdaptedModel:
         read = mask.bool() if labels is None else input_tokens(self._plain[0], mask, labels)
         return self._compile().for_rows(ids, read)
 
-    def _tokens(self, ids: Tensor, mask: Tensor, written: Tensor | None) -> Tokens:
-        if not self._plain[0].config.is_encoder_decoder:
-            return Tokens(ids, mask, last=_last_of_row(mask))
+    def _logits(
+        self, ids: Tensor, mask: Tensor, written: Tensor | None, rows: PrefixBatch
+    ) -> Tensor:
+        model = self._plain[0]
+        if not model.config.is_encoder_decoder:
+            return all_logits(model, ids, mask, rows)
         if written is None:
             raise ModelError("give `labels` or `decoder_input_ids`: the decoder writes them")
-        return Tokens(ids, mask, written=written)
+        return ModelRunner(model).forward(Tokens(ids, mask, written=written), rows)
 
 
 class _Backbone(StandIn):
@@ -156,7 +165,7 @@ class _Backbone(StandIn):
         _require_known(others)
         ids = _given(input_ids)
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask
-        tokens = Tokens(ids, mask, last=_last_of_row(mask))
+        tokens = Tokens(ids, mask, last=last_of_rows(mask))
         runner = ModelRunner(adapted._plain[0])
         return runner.backbone(tokens, adapted._rows(ids, mask, None))
 
@@ -203,8 +212,3 @@ def _require_known(others: Mapping[str, Any]) -> None:
             f"a forward pass with an adapter takes no `{wrong[0]}`: a row is one text, "
             "read from its beginning (turn packing and padding-free batches off)"
         )
-
-
-def _last_of_row(mask: Tensor) -> Tensor:
-    """Index of the last token of each row, `[rows]`: before it stands an infix."""
-    return (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)

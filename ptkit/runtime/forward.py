@@ -194,9 +194,14 @@ def all_logits(
 
     The whole row counts as its input: an infix stands before its last token.
     """
+    tokens = Tokens(input_ids, attention_mask, last=last_of_rows(attention_mask))
+    return ModelRunner(model).forward(tokens, batch)
+
+
+def last_of_rows(attention_mask: Tensor) -> Tensor:
+    """Index of the last real token of each row, `[rows]`; padding may be on either side."""
     index = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last = (attention_mask * index).argmax(-1)
-    return ModelRunner(model).forward(Tokens(input_ids, attention_mask, last=last), batch)
+    return (attention_mask * index).argmax(-1)
 
 
 def pad_rows(rows: list[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
