@@ -102,7 +102,7 @@ def train(
         from ptkit.drafting.draft import draft_recipe
 
         draft = draft_recipe(**given, method=method, overrides=set_ or [])
-        loaded, method = draft.loaded, method or draft.loaded.recipe.methods[-1].title
+        loaded, method = draft.loaded, draft.method
         if not (quiet or json_output):
             typer.echo(loaded.text, err=True)
     else:
