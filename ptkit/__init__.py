@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ptkit.adapted import parameter_groups, trainable_model
     from ptkit.api import Comparison, Run, compare, train
     from ptkit.bank import AdapterBank, Conversation
+    from ptkit.drafting.draft import draft_recipe
     from ptkit.evaluation.classify import classifier
     from ptkit.hub.export import export_run
     from ptkit.hub.transfer import pull, push
@@ -33,6 +34,7 @@ __all__ = [
     "classifier",
     "compare",
     "distill",
+    "draft_recipe",
     "export_run",
     "load_adapter",
     "load_base",
@@ -57,6 +59,7 @@ _HOMES = {
     "trainable_model": "ptkit.adapted",
     "classifier": "ptkit.evaluation.classify",
     "distill": "ptkit.training.distill",
+    "draft_recipe": "ptkit.drafting.draft",
     "multitask": "ptkit.training.multitask",
     "export_run": "ptkit.hub.export",
     "pull": "ptkit.hub.transfer",

@@ -26,7 +26,8 @@ from ptkit.methods import ADAPTERS, Adapter, Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section
 from ptkit.prefix import Compiled
 from ptkit.runtime.adapted_model import adapted_model
-from ptkit.runtime.base_model import Base, frozen_base, load_base
+from ptkit.runtime.base_model import Base, load_base
+from ptkit.runtime.given_base import given_base
 from ptkit.section import MethodSection
 from ptkit.training.adapter_trainer import parameter_groups as groups_of
 from ptkit.training.provenance import base_info, versions
@@ -63,7 +64,11 @@ def trainable_model(
     Raises UserError for settings that the method does not have, or a method without virtual tokens.
     Raises ModelError for a base that it does not work on.
     """
-    base = _base(model, tokenizer)
+    base = (
+        load_base(model)
+        if isinstance(model, str)
+        else given_base(model, tokenizer, "trainable_model(model, tokenizer)")
+    )
     section = _section(method, settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -97,18 +102,6 @@ def parameter_groups(
     groups = groups_of(adapter, rate, getattr(section, "beta2", 0.999), rate)
     own = {"lr": rate, "betas": (0.9, getattr(section, "beta2", 0.999))}
     return [own | group for group in groups]
-
-
-def _base(
-    model: Base | PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None
-) -> Base:  # fmt: skip
-    if isinstance(model, Base):
-        return model
-    if isinstance(model, str):
-        return load_base(model)
-    if tokenizer is None:
-        raise UserError("give the tokenizer too: trainable_model(model, tokenizer)")
-    return frozen_base(model, tokenizer, str(model.name_or_path))
 
 
 def _section(method: str, settings: dict[str, Any]) -> MethodSection:

@@ -9,7 +9,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptkit.comparison.figures import parameters, seconds, size
 from ptkit.comparison.grid import failures, forecast_grid, run_grid
@@ -19,17 +23,23 @@ from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import MethodSummary, summarise
 from ptkit.comparison.table import html_table
 from ptkit.data.in_memory import Rows, with_rows
-from ptkit.errors import PtkitError, UserError
+from ptkit.drafting.draft import draft_recipe
+from ptkit.drafting.files import Source
+from ptkit.drafting.goal import Goal
+from ptkit.errors import PtkitError, UserError, did_you_mean
 from ptkit.evaluation.evaluate import find_adapter
 from ptkit.extras import require
 from ptkit.formats.adapter_folder import CONFIG
 from ptkit.formats.cell_record import CellRecord
 from ptkit.formats.folder_lock import held, require_free
 from ptkit.launched import is_first, world_size
+from ptkit.methods.catalogue import method_sections
 from ptkit.recipe import LoadedRecipe, load_recipe
-from ptkit.recipe.schema import Recipe
+from ptkit.recipe.schema import Recipe, TrainSection
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.devices import resolve_device
+from ptkit.runtime.given_base import given_base
+from ptkit.runtime.model_names import TINY_EN
 from ptkit.section import MethodSection
 from ptkit.training.cell import Cell, cell_name
 from ptkit.training.experiment import prepare
@@ -43,10 +53,14 @@ from ptkit.training.run import run_cells
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, and what was measured."""
+    """A finished run: its folder, what was measured, and the recipe it is of.
+
+    `recipe.text` is the recipe as YAML with its comments, one that was drafted included.
+    """
 
     folder: Path
     record: CellRecord
+    recipe: LoadedRecipe
 
     @property
     def adapter(self) -> Path:
@@ -94,8 +108,17 @@ class Comparison:
 
 
 def train(
-    recipe: str | Path | LoadedRecipe,
+    recipe: str | Path | LoadedRecipe | None = None,
     *,
+    data: Source | None = None,
+    model: str | Path | Base | PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    goal: Goal = "auto",
+    label: str | None = None,
+    text: str | Sequence[str] = (),
+    target: str | None = None,
+    validation: Source | None = None,
+    test: Source | None = None,
     method: str | None = None,
     seed: int | None = None,
     out: str | Path | None = None,
@@ -105,11 +128,20 @@ def train(
     fresh: bool = False,
     base: Base | None = None,
     observer: RunObserver | None = None,
+    **settings: Any,
 ) -> Run:
     """Train one method of a recipe and measure it, as `ptkit train` does.
 
-    recipe: a file, the name of a shipped recipe, or a loaded one
-    method: which of its methods (label or kind); may be left out where only one is trained
+    recipe: a file, the name of a shipped recipe, or a loaded one; none with `data`
+    data: what a recipe is drafted for, as `ptkit train --data` does: a file or its folder, or rows
+        (see `draft_recipe`). `Run.recipe` is the draft
+    model: with `data`: the base; a name, a folder, a GGUF file, what `load_base` gave, or a model
+        of transformers with its `tokenizer`; default: `tiny-en`
+    goal, label, text, target, validation, test: with `data`: see `draft_recipe`
+    settings: with `data`: keys of the method and of a recipe's `train`, such as
+        `num_virtual_tokens=20`, `learning_rate=0.1`, `steps=200`, `batch_size=8`
+    method: which of the recipe's methods (label or kind); may be left out where only one is
+        trained. With `data`: the kind of the method; default: by the number of rows and the base
     seed: default: the recipe's first
     out: default `runs/RECIPE/METHOD-seedN`; a run that was stopped there goes on
     start_from: an adapter folder to train further
@@ -122,7 +154,25 @@ def train(
     Raises RecipeError, DataError, ModelError or UserError, before anything is trained, for what
     cannot be carried out.
     """
-    loaded = _loaded(recipe, overrides, dataset)
+    if data is None:
+        about = {
+            "model": model, "tokenizer": tokenizer, "goal": None if goal == "auto" else goal,
+            "label": label, "text": text or None, "target": target, "validation": validation,
+            "test": test,
+        }  # fmt: skip
+        others = [name for name, value in about.items() if value is not None]
+        loaded = _loaded(_only_recipe(recipe, [*others, *settings]), overrides, dataset)
+    else:
+        _require_no_other(recipe=recipe, dataset=dataset, base=base)
+        if isinstance(model, Base | PreTrainedModel):
+            base = given_base(model, tokenizer, "train(model=model, tokenizer=tokenizer, ...)")
+            model = base
+        draft = draft_recipe(
+            data, model=TINY_EN if model is None else model, goal=goal, label=label, text=text,
+            target=target, validation=validation, test=test, method=method, settings=settings,
+            overrides=overrides,
+        )  # fmt: skip
+        loaded, method = draft.loaded, draft.method
     section, used_seed, folder = _chosen(loaded, method, seed, out)
     require_supported(loaded.recipe, [section])
     if fresh:
@@ -134,7 +184,44 @@ def train(
         if is_long(experiment, [cell]):
             observer.planned(lambda: forecast(experiment, [cell]))
     (record,) = run_cells(experiment, [cell], observer)
-    return Run(folder, record)
+    return Run(folder, record, loaded)
+
+
+def _only_recipe(
+    recipe: str | Path | LoadedRecipe | None, others: Sequence[str]
+) -> str | Path | LoadedRecipe:
+    """The recipe. Raises UserError where there is none, or something beside it that drafts one."""
+    if recipe is None:
+        raise UserError("nothing to train: give a recipe, or `data=` with rows to draft one for")
+    for name in others:
+        raise UserError(
+            f"`{name}=` is for a recipe that is drafted for `data=`, and one was given: change it "
+            f'there, or with overrides=["{_key(name)}=..."]'
+        )
+    return recipe
+
+
+def _key(name: str) -> str:
+    """The key of a recipe that an argument of `train` stands for. Raises UserError for none."""
+    if name in _KEYS:
+        return _KEYS[name]
+    if name in TrainSection.model_fields:
+        return f"train.{name}"
+    if any(name in section.model_fields for section in method_sections().values()):
+        return f"methods.N.{name}"
+    raise UserError(f"`train` has no argument `{name}`; {did_you_mean(name, _ARGUMENTS)}")
+
+
+def _require_no_other(**others: object) -> None:
+    """Raise UserError for what cannot stand beside `data`."""
+    for name, value in others.items():
+        if value is not None:
+            fix = {
+                "recipe": "hand rows to a recipe with `dataset=`",
+                "dataset": "leave `dataset=` out, which hands rows to a recipe",
+                "base": "name the base with `model=`, which takes a loaded one, too",
+            }[name]
+            raise UserError(f"`data=` drafts a recipe, and `{name}` was given beside it; {fix}")
 
 
 def _loaded(
@@ -157,6 +244,15 @@ def _chosen(
 def _cell(section: MethodSection, seed: int, folder: Path, start_from: str | Path | None) -> Cell:
     origin = None if start_from is None else find_adapter(Path(start_from))
     return Cell(section, seed, folder, origin)
+
+
+#: What may be said of `data`, and the key of a recipe that says it.
+_KEYS = {
+    "model": "model.id", "tokenizer": "model.id", "goal": "task.kind", "label": "task.label",
+    "text": "task.input", "target": "task.target", "validation": "task.data.files.validation",
+    "test": "task.data.files.test",
+}  # fmt: skip
+_ARGUMENTS = [name for name in signature(train).parameters if name != "settings"]
 
 
 def plan_training(

@@ -24,10 +24,11 @@ from ptkit.methods import base_of, compile_files, require_same_base
 from ptkit.methods.head import labels_of_files
 from ptkit.prefix import Compiled
 from ptkit.runtime.adapted_model import adapted_model
-from ptkit.runtime.base_model import Base, frozen_base
+from ptkit.runtime.base_model import Base
 from ptkit.runtime.cache import ReservedCache, prefilled_cache, sees_everything
 from ptkit.runtime.forward import rows_for
 from ptkit.runtime.generation import generate
+from ptkit.runtime.given_base import given_base
 from ptkit.runtime.tokenization import own_ends
 
 
@@ -167,12 +168,8 @@ def load_adapter(
         raise AdapterError(
             f"{source} is an adapter of a classifier; open it with `ptkit.classifier(...)`"
         )
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise UserError("give the tokenizer too: load_adapter(source, model, tokenizer)")
-        base = frozen_base(model, tokenizer, str(model.name_or_path))
-    elif isinstance(model, Base):
-        base = model
+    if isinstance(model, Base | PreTrainedModel):
+        base = given_base(model, tokenizer, "load_adapter(source, model, tokenizer)")
     else:
         base = base_of(files, model, str(source))
     require_same_base(files, base, str(source), chosen=model is not None)

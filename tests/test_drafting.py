@@ -231,6 +231,7 @@ def test_train_takes_a_data_file_in_place_of_a_recipe(tickets: Path) -> None:
     options = ("--data", "tickets.csv", "--label", "label", "--text", "text", *quick)
     done = ptkit("train", "--model", "tiny-en", *options, cwd=folder)
     assert "kind: classification" in done.stderr
+    assert "# --set train.steps=4" in done.stderr
     assert "runs/tickets/prefix_tuning-seed0" in done.stdout
     assert "next: ptkit classify" in done.stderr
     record = folder / "runs/tickets/prefix_tuning-seed0/record.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from ptkit.cli.main import app
 from ptkit.cli.serve import size
 from ptkit.comparison import figures
 from ptkit.errors import UserError
-from ptkit.formats.sizes import in_bytes, read_bytes
+from ptkit.formats.sizes import in_bytes, in_money, read_bytes
 from ptkit.recipe import load_recipe
 from ptkit.training.adapter_trainer import StepReport
 from ptkit.training.cell import Cell
@@ -92,6 +93,41 @@ def test_dry_run_of_both_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     assert json.loads(said.stdout)["cells"] == 1
     assert not [*tmp_path.iterdir()]
+
+
+def test_the_price_of_a_run_is_told_beside_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def said(command: str, *options: str) -> str:
+        done = CliRunner().invoke(app, [command, *options, *small("seeds=[0]")])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    few = ("--set", "methods=[{kind: base}]")
+    monkeypatch.setenv("PTKIT_PRICE_PER_HOUR", "3600")
+    plan = json.loads(said("train", "quickstart", "--dry-run", "--json"))
+    assert plan["price_per_hour"] == 3600
+    assert plan["price"] == pytest.approx(plan["seconds"])
+    shown = said("train", "quickstart", "--dry-run", "--price-per-hour", "1.2")
+    assert re.search(r"about \d+ s, a price of [\d.e-]+ at 1.2 an hour", shown)
+    record = json.loads(said("train", "quickstart", "--json"))
+    assert record["price"] == pytest.approx(record["train_seconds"] + record["eval_seconds"])
+    (line,) = said("compare", "quickstart", *few, "--json").splitlines()
+    assert json.loads(line)["price"] == pytest.approx(json.loads(line)["eval_seconds"])
+    assert "a price of" in said("compare", "quickstart", *few)
+    monkeypatch.delenv("PTKIT_PRICE_PER_HOUR")
+    assert "price" not in said("train", "quickstart", "--json")
+    for wrong in ("-1", "nan", "inf", "much"):
+        done = CliRunner().invoke(app, ["train", "quickstart", "--price-per-hour", wrong])
+        assert done.exit_code == 2
+
+
+@given(st.floats(0, 1e9))
+def test_a_price_is_written_to_two_digits_that_say_something(amount: float) -> None:
+    read = float(in_money(amount).replace(",", ""))
+    assert read == pytest.approx(amount, rel=0.06, abs=0.005 if amount >= 0.01 else 0)
 
 
 def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(

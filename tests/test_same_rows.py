@@ -19,6 +19,7 @@ from ptkit.evaluation.retention import LanguageModelling, Retention
 from ptkit.recipe import load_recipe
 from ptkit.training.experiment import prepare
 from ptkit.training.observer import RunObserver
+from ptkit.training.run_folder import open_run_folder
 
 GOOD = "methods=[{kind: base}, {kind: prompt_tuning, num_virtual_tokens: 2}]"
 
@@ -222,3 +223,17 @@ def test_no_share_is_kept_of_a_base_that_predicts_no_token(
     whole = read_comparison(tmp_path / "out")
     write_outputs(tmp_path / "out", list(whole.records), whole.loaded.recipe)
     assert (tmp_path / "out/report.html").is_file()
+
+
+def test_what_differs_is_told_with_both_values(tmp_path: Path) -> None:
+    path = tmp_path / "cell.json"
+    method = {"kind": "prefix_tuning", "num_virtual_tokens": 10, "start": "task"}
+    open_run_folder(path, {"method": method, "seed": 0}, "run")
+    open_run_folder(path, {"method": method, "seed": 0}, "run")
+    changed = {**method, "num_virtual_tokens": 5, "start_text": "x" * 100}
+    with pytest.raises(FolderError) as refused:
+        open_run_folder(path, {"method": changed, "seed": 0}, "run")
+    assert "differs in `method`; `method.num_virtual_tokens` is 10 there and 5 here, " in str(
+        refused.value
+    )
+    assert f'`method.start_text` is null there and "{"x" * 36}... here' in str(refused.value)

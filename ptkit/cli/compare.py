@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import DryRun, Fresh, JsonOutput, Quiet, RecipeArgument, Set, show_table
+from ptkit.cli.options import (
+    DryRun,
+    Fresh,
+    JsonOutput,
+    PricePerHour,
+    Quiet,
+    RecipeArgument,
+    Set,
+    show_table,
+)  # fmt: skip
 from ptkit.errors import PtkitError, UserError
 
 if TYPE_CHECKING:
@@ -33,6 +42,7 @@ def compare(
     cell_cpus: Annotated[float, typer.Option(min=0.1, help="With --on: CPUs of one cell.")] = 1,
     cell_gpus: Annotated[float, typer.Option(min=0, help="With --on: GPUs of one cell.")] = 0,
     dry_run: DryRun = False,
+    price_per_hour: PricePerHour = None,
     quiet: Quiet = False,
     json_output: JsonOutput = False,
 ) -> None:
@@ -44,7 +54,7 @@ def compare(
     """
     from ptkit.api import compare as run
     from ptkit.api import plan_comparison
-    from ptkit.cli.display import LiveDisplay, say_plan
+    from ptkit.cli.display import LiveDisplay, price, say_plan, say_price
     from ptkit.comparison.grid import cells
     from ptkit.comparison.table import summary_table
     from ptkit.launched import is_first
@@ -54,11 +64,12 @@ def compare(
     loaded = load_recipe(recipe, set_ or [])
     if dry_run:
         told, measured = plan_comparison(loaded, out=out)
-        say_plan(told, measured, as_json=json_output)
+        say_plan(told, measured, as_json=json_output, price_per_hour=price_per_hour)
         return
     # Under `accelerate launch` every process trains; the first one speaks and writes.
     silent = quiet or json_output or not is_first()
-    with LiveDisplay(len(cells(loaded.recipe)), quiet=silent) as display:
+    shown = LiveDisplay(len(cells(loaded.recipe)), quiet=silent, price_per_hour=price_per_hour)
+    with shown as display:
         done = run(
             loaded, out=out, fresh=fresh, ray=ray, cell_cpus=cell_cpus, cell_gpus=cell_gpus,
             observer=display,
@@ -67,13 +78,15 @@ def compare(
         raise typer.Exit(1 if done.failed else 0)
     if json_output:
         for record in done.records:
-            typer.echo(record.as_line())
+            cost = price(record.train_seconds + record.eval_seconds, price_per_hour)
+            typer.echo(json.dumps({**record.as_dict(), **cost}, ensure_ascii=False))
         for failure in done.failed:
             typer.echo(json.dumps(failure.as_row(), ensure_ascii=False))
         _require_none(done.failed)
         return
     # Below 100 columns figures would stand in pieces.
     show_table(summary_table(done.summaries, done.failed), least=100)
+    say_price(sum(r.train_seconds + r.eval_seconds for r in done.records), price_per_hour)
     typer.echo(str(done.report))
     _require_none(done.failed)
 

@@ -24,7 +24,7 @@ from rich.progress import (
 from ptkit.formats.cell_record import CellRecord
 from ptkit.training.adapter_trainer import StepReport
 from ptkit.training.failure import Failure
-from ptkit.training.forecast import Forecast, in_time
+from ptkit.training.forecast import Forecast, in_time, price_of, priced
 from ptkit.training.learnt import FlatLoss
 from ptkit.training.observer import RunObserver
 
@@ -39,7 +39,10 @@ class LiveDisplay(RunObserver):
     #: Seconds between two lines about a cell under way.
     EVERY = 15.0
 
-    def __init__(self, cells: int, *, quiet: bool = False) -> None:
+    def __init__(
+        self, cells: int, *, quiet: bool = False, price_per_hour: float | None = None
+    ) -> None:
+        self.price_per_hour = price_per_hour
         self.console = Console(stderr=True, quiet=quiet)
         self.cells = cells
         self.ended: set[str] = set()
@@ -88,7 +91,7 @@ class LiveDisplay(RunObserver):
     def planned(self, measured: Callable[[], Forecast]) -> None:
         if self.console.quiet:
             return
-        for line in measured().lines():
+        for line in measured().lines(self.price_per_hour):
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _line(self, text: str, left: float | None = None) -> None:
@@ -186,10 +189,26 @@ class LiveDisplay(RunObserver):
             self.cell = None
 
 
-def say_plan(data: Sequence[str], measured: Forecast, *, as_json: bool) -> None:
+def say_plan(
+    data: Sequence[str], measured: Forecast, *, as_json: bool, price_per_hour: float | None = None
+) -> None:
     """Print what `--dry-run` found: for people, or as one line of JSON."""
     if as_json:
-        typer.echo(json.dumps({"data": [*data], **asdict(measured)}))
+        found = {"data": [*data], **asdict(measured), **price(measured.seconds, price_per_hour)}
+        typer.echo(json.dumps(found))
         return
-    for line in (*data, *measured.lines()):
+    for line in (*data, *measured.lines(price_per_hour)):
         typer.echo(line)
+
+
+def say_price(seconds: float, price_per_hour: float | None) -> None:
+    """Print what training and scoring cost, where the price of an hour is known."""
+    if price_per_hour is not None:
+        typer.echo(f"trained and scored in {in_time(seconds)}: {priced(seconds, price_per_hour)}")
+
+
+def price(seconds: float, price_per_hour: float | None) -> dict[str, float]:
+    """The same for JSON; nothing without the price of an hour."""
+    if price_per_hour is None:
+        return {}
+    return {"price_per_hour": price_per_hour, "price": price_of(seconds, price_per_hour)}

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from ptkit.cli.completion import complete_models
+
 if TYPE_CHECKING:
     from ptkit.drafting.draft import Draft
 
@@ -27,6 +29,20 @@ DataOption = Annotated[
     typer.Option(
         "--data", "-d", rich_help_panel=PANEL,
         help="File with the training rows: CSV, JSONL, JSON or Parquet; or its folder.",
+    ),
+]  # fmt: skip
+DraftModelOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--model", rich_help_panel=PANEL, autocompletion=complete_models,
+        help="Base model: hub id, folder, GGUF file or name; default: `tiny-en`.",
+    ),
+]  # fmt: skip
+MethodOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--method", "-m",
+        help="Which of the recipe's methods (its label or kind); of a draft, the kind to train.",
     ),
 ]  # fmt: skip
 GoalOption = Annotated[

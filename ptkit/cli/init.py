@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from ptkit.cli.completion import complete_models
 from ptkit.cli.drafted import (
     DataOption,
     DraftGoal,
+    DraftModelOption,
     GoalOption,
     LabelOption,
+    MethodOption,
     TargetOption,
     TestOption,
     TextOption,
@@ -30,26 +31,16 @@ if TYPE_CHECKING:
 
 def init(
     data: DataOption = None,
-    model: Annotated[
-        Optional[str],  # noqa: UP045  (typer reads annotations at run time)
-        typer.Option(
-            "--model",
-            help="Base model: hub id, folder or name; default: `tiny-en`.",
-            autocompletion=complete_models,
-        ),
-    ] = None,
+    model: DraftModelOption = None,
     goal: GoalOption = DraftGoal.auto,
     label: LabelOption = None,
     text: TextOption = None,
     target: TargetOption = None,
     test: TestOption = None,
     validation: ValidationOption = None,
-    method: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--method", "-m", help="Kind of the method; default: by rows and model."),
-    ] = None,
+    method: MethodOption = None,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[Path],  # noqa: UP045  (typer reads annotations at run time)
         typer.Option("--out", "-o", help="Recipe to write; default: NAME.yaml here."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")] = False,

@@ -43,6 +43,21 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Say what it will take, measured on a few steps, and stop."),
 ]
+
+
+def _amount(value: float | None) -> float | None:
+    if value is not None and not (0 <= value < float("inf")):
+        raise typer.BadParameter(f"{value} is no price of an hour; write a number such as 1.2")
+    return value
+
+
+PricePerHour = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(
+        "--price-per-hour", metavar="NUMBER", envvar="PTKIT_PRICE_PER_HOUR", callback=_amount,
+        help="What an hour of the machine costs, in any currency; times are told with their price.",
+    ),
+]  # fmt: skip
 JsonOutput = Annotated[bool, typer.Option("--json", help="Print results as JSON.")]
 ModelOption = Annotated[
     Optional[str],  # noqa: UP045

@@ -8,19 +8,20 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ptkit.cli.completion import complete_adapters, complete_models, complete_recipes
+from ptkit.cli.completion import complete_adapters, complete_recipes
 from ptkit.cli.drafted import (
-    PANEL,
     DataOption,
     DraftGoal,
+    DraftModelOption,
     GoalOption,
     LabelOption,
+    MethodOption,
     TargetOption,
     TestOption,
     TextOption,
     ValidationOption,
 )
-from ptkit.cli.options import DryRun, Fresh, JsonOutput, Quiet, Set
+from ptkit.cli.options import DryRun, Fresh, JsonOutput, PricePerHour, Quiet, Set
 from ptkit.errors import UserError
 
 
@@ -33,10 +34,7 @@ def train(
             autocompletion=complete_recipes,
         ),
     ] = None,
-    method: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--method", "-m", help="Which of the recipe's methods (its label or kind)."),
-    ] = None,
+    method: MethodOption = None,
     seed: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(help="Seed of this run; default: the recipe's first."),
@@ -54,16 +52,9 @@ def train(
     set_: Set = None,
     fresh: Fresh = False,
     dry_run: DryRun = False,
+    price_per_hour: PricePerHour = None,
     data: DataOption = None,
-    model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--model",
-            rich_help_panel=PANEL,
-            autocompletion=complete_models,
-            help="Base model: hub id, folder or name; default: `tiny-en`.",
-        ),
-    ] = None,
+    model: DraftModelOption = None,
     goal: GoalOption = DraftGoal.auto,
     label: LabelOption = None,
     text: TextOption = None,
@@ -91,7 +82,7 @@ def train(
 
     from ptkit.api import one_method, plan_training, run_folder, start_over
     from ptkit.api import train as run
-    from ptkit.cli.display import LiveDisplay, say_plan
+    from ptkit.cli.display import LiveDisplay, price, say_plan, say_price
     from ptkit.comparison.autotuned import autotuned
     from ptkit.recipe import load_recipe
     from ptkit.runtime.devices import resolve_device
@@ -102,9 +93,11 @@ def train(
         from ptkit.drafting.draft import draft_recipe
 
         draft = draft_recipe(**given, method=method, overrides=set_ or [])
-        loaded, method = draft.loaded, method or draft.loaded.recipe.methods[-1].title
+        loaded, method = draft.loaded, draft.method
         if not (quiet or json_output):
             typer.echo(loaded.text, err=True)
+            for assignment in set_ or []:
+                typer.echo(f"# --set {assignment}", err=True)
     else:
         loaded = load_recipe(recipe, set_ or [])
     section = one_method(loaded.recipe, method)
@@ -114,7 +107,7 @@ def train(
         told, measured = plan_training(
             loaded, method=section.title, seed=used_seed, out=folder, start_from=start_from
         )
-        say_plan(told, measured, as_json=json_output)
+        say_plan(told, measured, as_json=json_output, price_per_hour=price_per_hour)
         return
     require_supported(loaded.recipe, [section])  # before anything is deleted
     # Under `accelerate launch` every process trains; the first one speaks and writes.
@@ -123,15 +116,17 @@ def train(
         start_over(folder)
     state.wait_for_everyone()
     silent = quiet or json_output or not state.is_main_process
-    with LiveDisplay(1, quiet=silent) as display:
+    with LiveDisplay(1, quiet=silent, price_per_hour=price_per_hour) as display:
         record = run(
             loaded, method=section.title, seed=used_seed, out=folder, start_from=start_from,
             observer=display,
         ).record  # fmt: skip
     if not state.is_main_process:
         return
+    took = record.train_seconds + record.eval_seconds
     if json_output:
-        typer.echo(json.dumps({**record.as_dict(), "folder": str(folder)}))
+        cost = price(took, price_per_hour)
+        typer.echo(json.dumps({**record.as_dict(), "folder": str(folder), **cost}))
         return
     metrics = "  ".join(f"{name} {value:.2f}" for name, value in record.metrics.items())
     typer.echo(f"{metrics}  (n={record.n_test} {record.rows_scored}, seed {record.seed})")
@@ -140,6 +135,7 @@ def train(
         f"({record.trainable_parameters / record.base_parameters:.3%} of the base), "
         f"best at step {record.best_step} of {record.train_steps}"
     )
+    say_price(took, price_per_hour)
     if (chosen := autotuned([record])) is not None:
         typer.echo(f"the start (and rate) that `auto` chose: {chosen}")
     if record.retention is not None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+import pandas as pd
+import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
 from ptkit.data.table import Table
@@ -14,22 +16,25 @@ from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.tasks import DataSection, Splits
 
 #: What may be handed over: one split, or several by name.
-Rows: TypeAlias = Dataset | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+Rows: TypeAlias = Dataset | pd.DataFrame | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
 
 def tables_of(dataset: Rows) -> dict[str, Table]:
     """Split -> rows. A data set without splits is `train`; its rows are read where they lie.
 
-    dataset: a `datasets.Dataset` or `DatasetDict`, a list of mappings, or a mapping from splits to
-        either
+    dataset: a `datasets.Dataset` or `DatasetDict`, a data frame of pandas, a list of mappings, or a
+        mapping from splits to any of these
 
     Raises DataError for anything else, and for a row that is no mapping.
     """
     parts = dataset if isinstance(dataset, Mapping) else {"train": dataset}
-    return {str(split): _table(str(split), rows) for split, rows in parts.items()}
+    return {str(split): table_of(str(split), rows) for split, rows in parts.items()}
 
 
-def _table(split: str, rows: Any) -> Table:
+def table_of(split: str, rows: Any) -> Table:
+    """The rows of one split, which messages call by its name. Raises DataError as `tables_of`."""
+    if isinstance(rows, pd.DataFrame):
+        rows = _of_frame(split, rows)
     if isinstance(rows, Dataset):
         return Table.of(rows)
     if isinstance(rows, IterableDataset):
@@ -39,14 +44,24 @@ def _table(split: str, rows: Any) -> Table:
         )
     if not isinstance(rows, Sequence) or isinstance(rows, str):
         raise DataError(
-            f"the split `{split}` is a {type(rows).__name__}; expected a datasets.Dataset or a "
-            "list of rows, each a mapping from columns to values"
+            f"the split `{split}` is a {type(rows).__name__}; expected a datasets.Dataset, a "
+            "data frame, or a list of rows, each a mapping from columns to values"
         )
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise DataError(f"{split} row {number} is a {type(row).__name__}, expected a mapping")
     columns = dict.fromkeys(str(column) for row in rows for column in row)
     return Table([*columns], list(rows))
+
+
+def _of_frame(split: str, frame: pd.DataFrame) -> Dataset:
+    """The rows of a data frame, without its index. Raises DataError where a column has no type."""
+    try:
+        return Dataset.from_pandas(frame, preserve_index=False)
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        raise DataError(
+            f"the split `{split}` is a data frame that Arrow cannot hold: {error}"
+        ) from error
 
 
 def with_rows(loaded: LoadedRecipe, dataset: Rows) -> LoadedRecipe:

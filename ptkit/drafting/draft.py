@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from ptkit.data.templates import Template
 from ptkit.data.tokens import listed
 from ptkit.drafting.base_facts import BaseFacts, base_facts
 from ptkit.drafting.columns import Column
-from ptkit.drafting.files import Files, read_splits
+from ptkit.drafting.files import DraftRows, Source, read_splits
 from ptkit.drafting.goal import Chosen, Goal, choose
 from ptkit.drafting.label_words import label_words
 from ptkit.drafting.lengths import SAMPLED, Lengths, chat_lengths, text_lengths
@@ -28,12 +28,13 @@ from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.faults import recipe_faults
 from ptkit.recipe.tasks import ChatTask
 from ptkit.recipe.yaml_source import parse_yaml
+from ptkit.runtime.base_model import Base
 from ptkit.training.checked import checked
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A recipe that was made for a file, and checked.
+    """A recipe that was made for rows, and checked.
 
     reasons: why it is so, in lines; told: what was decided about the rows, as a run tells it
     """
@@ -41,6 +42,11 @@ class Draft:
     loaded: LoadedRecipe
     reasons: tuple[str, ...]
     told: tuple[str, ...]
+
+    @property
+    def method(self) -> str:
+        """The method to train; the others are for a comparison."""
+        return self.loaded.recipe.methods[-1].title
 
 
 @dataclass(frozen=True)
@@ -53,49 +59,57 @@ class _Task:
 
 
 def draft_recipe(
-    data: Path,
+    data: Source,
     out: Path | None = None,
     *,
-    model: str = "tiny-en",
+    model: str | Path | Base = "tiny-en",
     goal: Goal = "auto",
     label: str | None = None,
     text: str | Sequence[str] = (),
     target: str | None = None,
-    validation: Path | None = None,
-    test: Path | None = None,
+    validation: Source | None = None,
+    test: Source | None = None,
     method: str | None = None,
+    settings: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
 ) -> Draft:
     """A recipe that fits the rows of `data`. Nothing is written.
 
-    data: CSV, JSONL, JSON or Parquet; out: where the recipe will lie, from which its paths are
-        relative; default: NAME.yaml in the current folder
-    model: the base; only its settings and tokenizer are read
+    data: a file (CSV, JSONL, JSON or Parquet) or its folder; or rows of a program. Those are a
+        `datasets.Dataset`, a data frame, a list of mappings, or a mapping from splits to these
+    out: where the recipe will lie, from which its paths are relative; default: NAME.yaml in the
+        current folder
+    model: the base, by name or loaded; only its settings and tokenizer are read
     goal, label, text, target: what is to be learnt, where the columns do not tell
-    validation, test: files of the other splits; default: those that lie beside `data`
+    validation, test: rows of the other splits; default: the files that lie beside `data`
     method: kind of the method to train; default: by the number of rows and the base
+    settings: keys of that method and of `train`, in place of those that would fit
     overrides: `key.path=value` assignments to the recipe
 
     Raises DataError for rows that training would refuse, and ModelError for a base that is not
-    here.
+    here. Raises UserError for a method, or a setting of it, that there is not.
     """
-    files = read_splits(data, validation=validation, test=test)
-    chosen = choose(files.train, goal, label=label, text=listed(text), target=target)
-    base = base_facts(model)
-    name = _name(files.paths["train"])
+    rows = read_splits(data, validation=validation, test=test)
+    chosen = choose(rows.train, goal, label=label, text=listed(text), target=target)
+    base = base_facts(model if isinstance(model, Base) else str(model))
+    name = _name(rows.paths["train"]) if rows.paths else "mine"
     out = out or Path(f"{name}.yaml")
-    task = _task(chosen, files, base, files.as_written(out.parent))
-    plan = planned(base, task.settings["kind"], len(files.train), task.lengths, method)
-    reasons = (*chosen.reasons, *_splits_told(files), task.lengths.told, *plan.reasons)
-    recipe_text = _text(name, out, data, model, task, plan, reasons)
+    task = _task(chosen, rows, base, rows.as_written(out.parent))
+    kind = task.settings["kind"]
+    held_out = len(rows.tables["validation"]) if "validation" in rows.tables else None
+    plan = planned(base, kind, len(rows.train), task.lengths, method, settings, held_out)
+    reasons = (*chosen.reasons, *_splits_told(rows), task.lengths.told, *plan.reasons)
+    recipe_text = _text(name, out, rows, base, task, plan, reasons)
     source = parse_yaml(recipe_text, str(out))
     for assignment in overrides:
         source.set(assignment)
     recipe, faults = recipe_faults(source)
     if recipe is None:
         raise RecipeError("the recipe that was drafted is not valid:\n" + "\n".join(faults))
-    loaded = LoadedRecipe(recipe, out.resolve(), recipe_text)
-    return Draft(loaded, reasons, tuple(checked(loaded)))
+    given = None if rows.paths else rows.tables
+    loaded = LoadedRecipe(recipe, out.resolve(), recipe_text, given)
+    told = checked(loaded, None if base.loaded is None else base.tokenizer)
+    return Draft(loaded, reasons, tuple(told))
 
 
 def _name(data: Path) -> str:
@@ -107,12 +121,12 @@ def _name(data: Path) -> str:
     return slug or "mine"
 
 
-def _splits_told(files: Files) -> list[str]:
+def _splits_told(rows: DraftRows) -> list[str]:
     told = [
-        f"`{files.paths[split].name}` lies beside the file and is the {split} split"
-        for split in files.found
-    ]
-    if "test" not in files.tables:
+        f"`{rows.paths[split].name}` lies beside the file and is the {split} split"
+        for split in rows.found if rows.paths
+    ]  # fmt: skip
+    if "test" not in rows.tables:
         told.append(
             "there is no test file, so the validation rows are scored, which also choose the "
             "checkpoint; rows of their own (`test:`) give an honest score"
@@ -120,7 +134,7 @@ def _splits_told(files: Files) -> list[str]:
     return told
 
 
-def _task(chosen: Chosen, files: Files, base: BaseFacts, paths: dict[str, str]) -> _Task:
+def _task(chosen: Chosen, rows: DraftRows, base: BaseFacts, data: dict[str, Any]) -> _Task:
     if chosen.goal != "classification" and base.kind == "encoder":
         raise UserError(
             f"`{base.id}` is an encoder, which writes no text; choose a model that does, or name "
@@ -129,26 +143,28 @@ def _task(chosen: Chosen, files: Files, base: BaseFacts, paths: dict[str, str]) 
     if chosen.goal == "chat":
         if base.kind == "encoder_decoder":
             raise UserError(f"`{base.id}` is an encoder-decoder; conversations need a causal model")
-        return _chat(chosen, files, base, paths)
+        return _chat(chosen, rows, base, data)
     if chosen.goal == "classification":
-        return _classification(chosen, files, base, paths)
-    return _generation(chosen, files, base, paths)
+        return _classification(chosen, rows, base, data)
+    return _generation(chosen, rows, base, data)
 
 
-def _classification(chosen: Chosen, files: Files, base: BaseFacts, paths: dict[str, str]) -> _Task:
+def _classification(
+    chosen: Chosen, rows: DraftRows, base: BaseFacts, data: dict[str, Any]
+) -> _Task:
     assert chosen.target is not None
     label = chosen.target.name
-    tables = files.tables.values()
+    tables = rows.tables.values()
     counts = Counter(str(row[label]) for table in tables if label in table.columns
                      for row in table.only([label]) if row[label] not in (None, ""))  # fmt: skip
     labels = sorted(counts)
     metrics, why = label_metrics([*counts.values()])
     headed = base.kind == "encoder"
     pattern = _frame(chosen.inputs, "" if headed else f"\n{_spoken(label)}:")
-    inputs = _rendered(pattern, files)
+    inputs = _rendered(pattern, rows)
     settings: dict[str, Any] = {
         "kind": "sequence_classification" if headed else "classification",
-        "data": {"files": paths}, "input": pattern, "label": label,
+        "data": data, "input": pattern, "label": label,
     }  # fmt: skip
     comments = {"task.input": _INPUT, "task.label": "Column with the label.",
                 "task.metrics": f"The first is the score: {why}."}  # fmt: skip
@@ -177,7 +193,7 @@ def _classification(chosen: Chosen, files: Files, base: BaseFacts, paths: dict[s
     return _Task(settings, comments, lengths)
 
 
-def _generation(chosen: Chosen, files: Files, base: BaseFacts, paths: dict[str, str]) -> _Task:
+def _generation(chosen: Chosen, rows: DraftRows, base: BaseFacts, data: dict[str, Any]) -> _Task:
     if chosen.in_list:
         assert chosen.references is not None
         learnt = f"{{{chosen.references.name}[0]}}"
@@ -189,11 +205,11 @@ def _generation(chosen: Chosen, files: Files, base: BaseFacts, paths: dict[str, 
     several = len(chosen.inputs) > 1
     pattern = _frame(chosen.inputs, f"\n{_spoken(named.name)}:" if several else "\n")
     target = f" {learnt}" if several else learnt
-    written = _rendered(target, files)
+    written = _rendered(target, rows)
     metrics, why = text_metrics(written, named.name)
-    lengths = text_lengths(_rendered(pattern, files), written, base.tokenizer, _room(base))
+    lengths = text_lengths(_rendered(pattern, rows), written, base.tokenizer, _room(base))
     settings: dict[str, Any] = {
-        "kind": "generation", "data": {"files": paths}, "input": pattern, "target": target,
+        "kind": "generation", "data": data, "input": pattern, "target": target,
     }  # fmt: skip
     if chosen.references is not None:
         settings["references"] = chosen.references.name
@@ -210,10 +226,10 @@ def _generation(chosen: Chosen, files: Files, base: BaseFacts, paths: dict[str, 
     }, lengths)  # fmt: skip
 
 
-def _chat(chosen: Chosen, files: Files, base: BaseFacts, paths: dict[str, str]) -> _Task:
-    settings: dict[str, Any] = {"kind": "chat", "data": {"files": paths}}
+def _chat(chosen: Chosen, rows: DraftRows, base: BaseFacts, data: dict[str, Any]) -> _Task:
+    settings: dict[str, Any] = {"kind": "chat", "data": data}
     asked = ChatTask.model_validate(settings)
-    form = recognised(asked, files.train)
+    form = recognised(asked, rows.train)
     settings["format"] = form.name
     if form.column is not None:
         settings["column"] = form.column
@@ -223,8 +239,8 @@ def _chat(chosen: Chosen, files: Files, base: BaseFacts, paths: dict[str, str]) 
     if not own:
         settings["chat_template"] = "plain"
     task = with_template_read(ChatTask.model_validate(settings), Path())
-    rows = form.dialogues(files.train, "train")
-    dialogues = [dialogue for _, dialogue in islice(rows, SAMPLED)]
+    placed = form.dialogues(rows.train, "train")
+    dialogues = [dialogue for _, dialogue in islice(placed, SAMPLED)]
     lengths = chat_lengths(dialogues, base.tokenizer, task, _room(base))
     settings |= {"max_tokens": lengths.input, "max_target_tokens": lengths.target,
                  "metrics": ["chrf", "perplexity"]}  # fmt: skip
@@ -264,36 +280,46 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _rendered(pattern: str, files: Files) -> list[str]:
+def _rendered(pattern: str, rows: DraftRows) -> list[str]:
     """The first rows in the template. Raises DataError for values without a text."""
-    template, rows = Template(pattern), files.train
-    template.require(rows)
+    template, table = Template(pattern), rows.train
+    template.require(table)
     return [
-        template.render(row, f"{files.paths['train']}, row {number}")
-        for number, row in islice(rows.only(template.columns_of(rows)).placed(), SAMPLED)
+        template.render(row, f"{rows.called('train')}, row {number}")
+        for number, row in islice(table.only(template.columns_of(table)).placed(), SAMPLED)
     ]
 
 
 def _text(
-    name: str, out: Path, data: Path, model: str, task: _Task, plan: Plan, reasons: Sequence[str]
+    name: str,
+    out: Path,
+    rows: DraftRows,
+    base: BaseFacts,
+    task: _Task,
+    plan: Plan,
+    reasons: Sequence[str],
 ) -> str:
-    head = [f"Made for {data.name} by `ptkit init`. Every line may be changed.", ""]
+    head = [f"Made for {rows.title} by `ptkit init`. Every line may be changed.", ""]
     for what, command in (
         ("check", "recipes validate"),
         ("train", "train"),
         ("compare", "compare"),
     ):
         head.append(f"  {what + ':':<10}ptkit {command} {out.name}")
-    head += ["", "Why it is so:", *(f"  - {reason}" for reason in reasons)]
+    head.append("")
+    if not rows.paths:
+        head = ["Made for rows of a program, which hands them over again: `dataset=`.", ""]
+    head += ["Why it is so:", *(f"  - {reason}" for reason in reasons)]
     values = {
-        "name": name, "description": f"Drafted from {data.name}.", "model": {"id": model},
+        "name": name, "description": f"Drafted from {rows.title}.", "model": base.section,
         "task": task.settings, "methods": plan.methods, "seeds": [0], "train": plan.train,
     }  # fmt: skip
     comments = {
         "name": "Names the output folder runs/NAME.",
         "model": "The frozen base model: a Hub id, a folder, a GGUF file or a name of ptkit's.",
         "task": "What is learnt, from which data.",
-        "task.data": "CSV, JSONL, JSON or Parquet; paths start at this file's folder.",
+        "task.data": "CSV, JSONL, JSON or Parquet; paths start at this file's folder."
+        if rows.paths else "The rows are in memory.",
         "seeds": "One run per method and seed; three or more show the spread.",
         **task.comments, **plan.comments,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The files a draft is made from: the one that was given, and the splits that lie beside it."""
+"""The rows a draft is made from: those that were given, and the splits that lie beside a file."""
 
 from __future__ import annotations
 
@@ -7,64 +7,107 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
+from ptkit.data.in_memory import Rows, table_of
 from ptkit.data.read_files import READERS, read_files
 from ptkit.data.table import Table
 from ptkit.errors import DataError
 
+#: What a draft can be made from: a file or its folder, or rows that a program hands over.
+Source: TypeAlias = str | Path | Rows
 #: Names of the other splits, as they stand in names of files.
 _NAMES = {"validation": ("validation", "valid", "val", "dev"), "test": ("test", "eval")}
 _TRAIN = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Files:
-    """Split -> file, and its rows. `train` is always there.
+class DraftRows:
+    """The rows of each split. `train` is always there.
 
+    paths: split -> file; empty where one of them was handed over by a program
     found: splits that were found beside the given file, and not named
     """
 
-    paths: Mapping[str, Path]
     tables: Mapping[str, Table]
-    found: tuple[str, ...]
+    paths: Mapping[str, Path]
+    found: tuple[str, ...] = ()
 
     @property
     def train(self) -> Table:
         """The training rows."""
         return self.tables["train"]
 
-    def as_written(self, folder: Path) -> dict[str, str]:
-        """The paths for a recipe in `folder`: relative ones where a folder is shared."""
-        return {split: _relative(path, folder) for split, path in self.paths.items()}
+    @property
+    def title(self) -> str:
+        """What a recipe calls them."""
+        return self.paths["train"].name if self.paths else "rows of a program"
+
+    def called(self, split: str) -> str:
+        """What messages call a split."""
+        return str(self.paths[split]) if self.paths else f"the split `{split}`"
+
+    def as_written(self, folder: Path) -> dict[str, Any]:
+        """`task.data` of a recipe in `folder`. Paths are relative where a folder is shared."""
+        if self.paths:
+            return {"files": {split: _relative(path, folder) for split, path in self.paths.items()}}
+        absent = {split: None for split in _NAMES if split not in self.tables}
+        return {"memory": True, **({"splits": absent} if absent else {})}
 
 
-def read_splits(data: Path, *, validation: Path | None = None, test: Path | None = None) -> Files:
-    """The rows of `data`, and of the other splits: those named, else those beside it.
+def read_splits(
+    data: Source, *, validation: Source | None = None, test: Source | None = None
+) -> DraftRows:
+    """The rows of `data`, and of the other splits: those named, else those beside its file.
 
-    data: a file, or a folder with a file whose name has `train`
+    data: a file, or a folder with a file whose name has `train`; or rows (see
+        `ptkit.data.in_memory`), of one split or of several by name
 
-    Raises DataError for a file that cannot be read, and for a folder without one.
+    Raises DataError for a file that cannot be read, a folder without one, and for what is no rows.
     """
-    data = _train_file(data)
-    paths = {"train": data}
+    given: dict[str, Source] = _splits(data) if isinstance(data, Mapping) else {"train": data}
+    given |= {
+        split: own for split, own in (("validation", validation), ("test", test)) if own is not None
+    }
+    paths = {split: Path(own) for split, own in given.items() if isinstance(own, str | Path)}
     found = []
-    for split, named in (("validation", validation), ("test", test)):
-        path = named or _beside(data, split)
-        if path is not None:
-            paths[split] = path
-            found += [] if named else [split]
-    tables = {split: read_files([path]) for split, path in paths.items()}
+    if "train" in paths:
+        paths["train"] = _train_file(paths["train"])
+        for split in _NAMES:
+            beside = None if split in given else _beside(paths["train"], split)
+            if beside is not None:
+                paths[split] = beside
+                found.append(split)
+    tables = {
+        split: read_files([paths[split]]) if split in paths else table_of(split, given[split])
+        for split in ("train", *_NAMES) if split in paths or split in given
+    }  # fmt: skip
+    rows = DraftRows(tables, paths if len(paths) == len(tables) else {}, tuple(found))
     for split, table in tables.items():
         if not len(table):
-            raise DataError(f"{paths[split]} has no rows")
+            raise DataError(f"{rows.called(split)} has no rows")
     if "validation" not in tables and len(tables["train"]) < 2:
-        raise DataError(f"{data} has one row; at least two are needed")
-    return Files(paths, tables, tuple(found))
+        raise DataError(f"{rows.called('train')} has one row; at least two are needed")
+    return rows
+
+
+def _splits(data: Mapping[str, Any]) -> dict[str, Source]:
+    """Split -> its rows, by ptkit's names of splits. Raises DataError where none is `train`."""
+    if "train" not in data:
+        raise DataError(
+            f"the data has the splits {', '.join(map(str, data)) or 'none'}; one must be called "
+            "`train` (are these columns? Then hand over `datasets.Dataset.from_dict(...)`)"
+        )
+    named = {split: next((n for n in names if n in data), None) for split, names in _NAMES.items()}
+    return {
+        "train": data["train"],
+        **{split: data[name] for split, name in named.items() if name is not None},
+    }
 
 
 def _train_file(data: Path) -> Path:
     if not data.is_dir():
-        if not data.exists() and data.suffix not in READERS:
+        if not data.exists():
             raise DataError(f"no such data file: {data}; expected {', '.join(READERS)}")
         return data
     named = sorted(p for p in data.iterdir() if p.suffix in READERS and _TRAIN.search(p.stem))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import ValidationError
 
 from ptkit.drafting.base_facts import BaseFacts
 from ptkit.drafting.lengths import Lengths
 from ptkit.errors import UserError, did_you_mean
 from ptkit.methods.catalogue import method_sections
+from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.model_names import TINY_EN, WHEELS
+from ptkit.training.autotune import finds_rate
 
 #: Fewer training rows than this are fitted too soon by long prefixes (docs/quality.md).
 FEW_ROWS = 200
@@ -31,17 +36,40 @@ class Plan:
 
 
 def planned(
-    base: BaseFacts, kind: str, rows: int, lengths: Lengths, wanted: str | None = None
+    base: BaseFacts,
+    kind: str,
+    rows: int,
+    lengths: Lengths,
+    wanted: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    held_out: int | None = None,
 ) -> Plan:
-    """What to train for `rows` training rows of a task of this kind. wanted: the method's kind,
-    where it was named. Raises UserError for one that there is not."""
+    """What to train for `rows` training rows of a task of this kind.
+
+    wanted: the method's kind, where it was named
+    settings: keys of the method and of `train`, in place of what fits
+    held_out: validation rows; None: a tenth of the others
+
+    Raises UserError for a method or a key that there is not.
+    """
     method, why = _method(base, rows, kind)
     if wanted is not None:
         method, why = {**_settings_of(wanted, method), "kind": wanted}, "as was asked for"
-    train, steps_why = _training(rows, lengths)
+    own, of_train = _told_apart(method["kind"], settings or {})
+    method |= own
+    if own:
+        why += f"; the call gave {', '.join(f'`{key}`' for key in own)}"
+    train, steps_why = _training(rows, lengths, of_train)
+    if method.get("learning_rate") == "auto" and "learning_rate" not in own:
+        if finds_rate(TrainSection(**train), max(1, rows // 10) if held_out is None else held_out):
+            why += "; a short test finds the learning rate"
+        else:
+            del method["learning_rate"]
+            why += "; the learning rate is the default one, because the run is too short to test it"
     untrained: list[dict[str, Any]] = [] if base.kind == "encoder" else [{"kind": "base"}]
     if base.kind == "decoder" and kind != "chat" and _demonstrations_fit(base, lengths):
         untrained.append({"kind": "text_prompt", "examples": 3})
+    untrained = [entry for entry in untrained if entry["kind"] != method["kind"]]
     others = "\n".join([
         "  # Others to compare it with (ptkit compare); `ptkit train` then needs --method:",
         *(f"  # - kind: {other}" for other in ("prompt_tuning", "prefix_tuning", "lora")
@@ -68,6 +96,27 @@ def _settings_of(wanted: str, drafted: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in drafted.items() if k in fields and (auto or v != "auto")}
 
 
+def _told_apart(kind: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The method's own settings, and those of `train`."""
+    of_method = {*method_sections()[kind].model_fields} - {"kind", "label"}
+    of_train = {*TrainSection.model_fields}
+    for key in settings:
+        if key not in of_method | of_train:
+            raise UserError(
+                f"`{kind}` and `train` have no setting `{key}`; "
+                + did_you_mean(key, of_method | of_train)
+            )
+    own = {key: value for key, value in settings.items() if key in of_method}
+    rest = {key: value for key, value in settings.items() if key not in of_method}
+    try:
+        read = TrainSection.model_validate(rest).model_dump(mode="json")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "train"
+        raise UserError(f"`{key}`: {first['msg'].removeprefix('Value error, ')}") from error
+    return own, {key: read.get(key) for key in rest}
+
+
 def _method(base: BaseFacts, rows: int, kind: str) -> tuple[dict[str, Any], str]:
     if base.parameters is not None and base.parameters >= LARGE:
         settings: dict[str, Any] = {"kind": "prompt_tuning", "num_virtual_tokens": 20}
@@ -82,21 +131,25 @@ def _method(base: BaseFacts, rows: int, kind: str) -> tuple[dict[str, Any], str]
         why = f"a prefix of 20 tokens: of the prompt methods it learns most from {rows:,} rows"
     if base.id not in _MEASURED and base.kind == "decoder":
         settings["learning_rate"] = "auto"
-        why += "; a short test finds the learning rate"
     return settings, why
 
 
-def _training(rows: int, lengths: Lengths) -> tuple[dict[str, Any], str]:
+def _training(rows: int, lengths: Lengths, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """`train` of a recipe, and why it is so. given: its keys that were asked for"""
     tokens = lengths.input + lengths.target
     batch, accumulated = (16, 1) if tokens <= 256 else (8, 1) if tokens <= 1024 else (4, 2)
     batch = min(batch, max(1, rows // 2))
+    if "batch_size" in given:
+        batch, accumulated = given["batch_size"], 1
+    accumulated = given.get("gradient_accumulation", accumulated)
     epochs = 20 if rows < FEW_ROWS else 5 if rows < 2_000 else 2
     wanted = -(-rows * epochs // (batch * accumulated))
-    steps = min(_MOST_STEPS, max(_LEAST_STEPS, wanted))
+    steps = given.get("steps", min(_MOST_STEPS, max(_LEAST_STEPS, wanted)))
     read = steps * batch * accumulated / rows
     train: dict[str, Any] = {"steps": steps, "batch_size": batch}
     if accumulated > 1:
         train["gradient_accumulation"] = accumulated
+    train |= given
     why = f"{steps:,} steps of {batch * accumulated} rows read the data {read:.1f} times"
     return train, f"{why}, and the best step by validation loss is kept"
 

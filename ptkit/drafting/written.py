@@ -64,8 +64,8 @@ def scalar(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, int | float):
-        return f"{value:g}" if isinstance(value, float) else str(value)
-    if isinstance(value, list):
+        return repr(float(value) if isinstance(value, float) else int(value))
+    if isinstance(value, list | tuple):
         return "[" + ", ".join(map(scalar, value)) + "]"
     text = str(value)
     if _PLAIN.fullmatch(text) and text.lower() not in _NOT_TEXT:

@@ -22,6 +22,11 @@ def in_bytes(count: float) -> str:
     return f"{count / 1000:.1f} GB"
 
 
+def in_money(amount: float) -> str:
+    """A price in whatever currency, for people: `0.24`, and two digits where that is nothing."""
+    return f"{amount:,.2f}" if amount >= 0.01 or not amount else f"{amount:.2g}"
+
+
 def read_bytes(text: str) -> int:
     """`500MB`, `1.5 GiB`, `2G` or `750000` as bytes; decimal units, and binary ones with an i.
 

@@ -35,10 +35,9 @@ def require_same_base(files: AdapterFiles, base: Base, where: str, *, chosen: bo
     made_for, name = files.info.base, files.base_id
     if made_for.fingerprint:
         if not _is_made_for(made_for, base):
-            detail = f" (weights {made_for.fingerprint}, here {base.fingerprint})"
             raise AdapterError(
-                f"{where} was made for the base model `{name}`, not for `{base.id}`{detail}; "
-                f"load it on `{name}`"
+                f"{where} was made for the base model `{name}`, not for `{base.id}` "
+                f"({_differences(made_for, base)}); load it on `{name}`"
             )
         trained_in = made_for.precision or base.precision
         if trained_in != base.precision:
@@ -60,6 +59,24 @@ def require_same_base(files: AdapterFiles, base: Base, where: str, *, chosen: bo
         "%s names the base model `%s`; it is used on `%s`, as chosen: it has no fingerprint to "
         "tell whether they are the same", where, name, base.id
     )  # fmt: skip
+
+
+def _differences(made_for: BaseInfo, base: Base) -> str:
+    """What an adapter's record says of its base, and `base` is not: each key with both values."""
+    here = {
+        "revision": base.revision, "parameters": base.parameters,
+        "tokenizer": base.tokenizer_fingerprint, "fingerprint": base.fingerprint,
+    }  # fmt: skip
+    told = [(key, getattr(made_for, key), value) for key, value in here.items()]
+    return ", ".join(
+        f"`{key}`: {_shown(there)}, here {_shown(value)}"
+        for key, there, value in told
+        if there is not None and value is not None and there != value
+    )
+
+
+def _shown(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _is_made_for(made_for: BaseInfo, base: Base) -> bool:

@@ -35,6 +35,10 @@ class EngineDiedError(PtkitError):
     """The process that writes the answers has ended; the same request may be taken later."""
 
 
+class TooLongError(UserError):
+    """The request needs more positions than there are."""
+
+
 class InUseError(UserError):
     """The adapter takes part in running answers and cannot be changed now."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -204,6 +205,17 @@ class CompletionStream:
         if options is not None and options.include_usage:
             kind: Any = ChatChunk if chat else Completion
             yield kind(choices=[], usage=self.usage(), **self._head)
+
+    def as_json(self, event: BaseModel) -> str:
+        """An event of the stream as OpenAI writes it: `usage` where it was asked for, and of a
+        message's growth what there is."""
+        options = self._request.stream_options
+        counted = options is not None and options.include_usage
+        told = event.model_dump(mode="json", exclude=None if counted else {"usage"})
+        for choice in told["choices"]:
+            if "delta" in choice:
+                choice["delta"] = {k: v for k, v in choice["delta"].items() if v is not None}
+        return json.dumps(told, ensure_ascii=False, separators=(",", ":"))
 
     def usage(self) -> Usage:
         """Tokens so far."""

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
 from typing import Annotated, Any
 
-from ptkit.errors import AdapterError, HubError, PtkitError, UserError
+from ptkit.errors import PtkitError, UserError
 from ptkit.extras import extra
 from ptkit.serve.answer import (
     DrainingError,
-    EngineDiedError,
-    InUseError,
-    NoMemoryError,
-    QueueFullError,
-    TimedOutError,
 )
 from ptkit.serve.answers import CompletionStream, RequestLimits
 from ptkit.serve.engine import Engine
 from ptkit.serve.guard import Guard, error_body
-from ptkit.serve.labels import Classification, ClassifyRequest, classified
-from ptkit.serve.library import NAME, Library, NotAllowedError, UnknownModelError
+from ptkit.serve.http_errors import answer_errors, classified
+from ptkit.serve.labels import Classification, ClassifyRequest, labelled
+from ptkit.serve.library import NAME, Library, UnknownModelError
 from ptkit.serve.metrics import Metrics
 from ptkit.serve.protocol import (
     AdapterCard,
@@ -43,10 +40,8 @@ from ptkit.serve.protocol import (
 
 with extra("serve", "`ptkit serve`"):
     from fastapi import FastAPI, Path, Query, Request, UploadFile
-    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
     from starlette.concurrency import run_in_threadpool
-    from starlette.exceptions import HTTPException
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 logger = logging.getLogger(__name__)
@@ -62,24 +57,6 @@ _PAGE_HEADERS = {
     "x-content-type-options": "nosniff",
 }
 _LOOPBACK_HOSTS = ["localhost", "127.0.0.1", "[::1]"]
-
-# Status, OpenAI's type and code of each error; the first that fits.
-_STATUS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
-    (UnknownModelError, 404, "invalid_request_error", "model_not_found"),
-    (NotAllowedError, 403, "permission_error", "not_allowed"),
-    (InUseError, 409, "invalid_request_error", "adapter_in_use"),
-    (QueueFullError, 429, "rate_limit_error", "queue_full"),
-    (DrainingError, 503, "server_error", "draining"),
-    (NoMemoryError, 503, "server_error", "no_memory"),
-    (EngineDiedError, 503, "server_error", "engine_died"),
-    (TimedOutError, 504, "server_error", "timeout"),
-    (HubError, 502, "server_error", "hub_failed"),
-    (AdapterError, 422, "invalid_request_error", "adapter_refused"),
-    (UserError, 400, "invalid_request_error", None),
-    (PtkitError, 500, "server_error", None),
-)
-#: Seconds after which a refused request may be sent again.
-_RETRY_AFTER = {429: "1", 503: "10"}
 
 
 def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -123,7 +100,7 @@ def create_app(
     _answers(app, library)
     _adapters(app, library, metrics)
     _probes(app, library.engine, metrics)
-    _errors(app)
+    answer_errors(app)
     if loopback_only:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK_HOSTS)
     app.add_middleware(Guard, keys=keys, max_body=max_body, max_upload=max_upload)
@@ -141,6 +118,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _answers(app: FastAPI, library: Library) -> None:
+    began = int(time.time())
+
     @app.post("/v1/completions", responses=_ANSWERING, response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Any:
         """Continue a text."""
@@ -157,24 +136,26 @@ def _answers(app: FastAPI, library: Library) -> None:
         """Label texts with an adapter that was trained to."""
         if library.engine.draining:
             raise DrainingError("the server is shutting down")
-        return await run_in_threadpool(classified, library, body)
+        return await run_in_threadpool(labelled, library, body)
 
     @app.get("/v1/models", responses=_documented(401))
     def models() -> ModelList:
         """The base and every adapter."""
-        return ModelList(data=[_model(library, n) for n in [library.base_name, *library.names()]])
+        names = [library.base_name, *library.names()]
+        return ModelList(data=[_model(library, name, began) for name in names])
 
     @app.get("/v1/models/{model:path}", responses=_documented(401, 404))
     def model(model: str) -> ServedModel:
         """One of them."""
         if model != library.base_name:
             library.path(model)
-        return _model(library, model)
+        return _model(library, model, began)
 
 
-def _model(library: Library, name: str) -> ServedModel:
+def _model(library: Library, name: str, began: int) -> ServedModel:
+    """began: seconds since 1970 at which the server did"""
     parent = None if name == library.base_name else library.base_name
-    return ServedModel(id=name, created=0, parent=parent, max_model_len=library.engine.longest)
+    return ServedModel(id=name, created=began, parent=parent, max_model_len=library.engine.longest)
 
 
 async def _answer(body: CompletionRequest | ChatRequest, request: Request) -> Any:
@@ -215,10 +196,10 @@ async def _server_sent(stream: CompletionStream, library: Library) -> AsyncItera
     that is gone included, the answers are given up."""
     try:
         async for event in stream.events():
-            yield b"data: " + event.model_dump_json().encode() + b"\n\n"
+            yield b"data: " + stream.as_json(event).encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
     except PtkitError as error:
-        _, kind, code = _classified(error)
+        _, kind, code = classified(error)
         yield b"data: " + error_body(library.public(str(error)), kind, code) + b"\n\n"
     except Exception as error:  # the status is sent already; a stream that just ends looks whole
         logger.exception("a stream failed")
@@ -330,54 +311,3 @@ class _Counting:
             await send(message)
 
         await self._app(scope, receive, counted if scope["type"] == "http" else send)
-
-
-# Errors
-
-
-def _classified(error: Exception) -> tuple[int, str, str | None]:
-    for kind, status, type, code in _STATUS:
-        if isinstance(error, kind):
-            return status, type, code
-    return 500, "server_error", None
-
-
-def _errors(app: FastAPI) -> None:
-    def respond(
-        status: int, message: str, type: str, code: str | None = None, param: str | None = None
-    ) -> Response:
-        retry = _RETRY_AFTER.get(status)
-        return Response(
-            error_body(message, type, code, param),
-            status_code=status,
-            media_type="application/json",
-            headers=None if retry is None else {"retry-after": retry},
-        )
-
-    @app.exception_handler(PtkitError)
-    async def refused(_: Request, error: PtkitError) -> Response:
-        status, type, code = _classified(error)
-        return respond(status, app.state.library.public(str(error)), type, code)
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        message = str(first["msg"]).removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = f"`{where}` is not known to this server"
-        elif where and f"`{where}`" not in message:
-            message = f"`{where}`: {message}"
-        return respond(400, message, "invalid_request_error", param=where or None)
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        answer = respond(error.status_code, message, "invalid_request_error")
-        answer.headers.update(error.headers or {})
-        return answer
-
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> Response:
-        logger.error("a request failed", exc_info=error)
-        return respond(500, f"{type(error).__name__}; see the server's log", "server_error")

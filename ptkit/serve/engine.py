@@ -21,6 +21,7 @@ from ptkit.serve.answer import (
     DrainingError,
     RequestAdapter,
     StatLogger,
+    TooLongError,
     Update,
 )
 from ptkit.serve.executor import Executor
@@ -138,7 +139,7 @@ class Engine:
                 "can"
             )
         if self.longest is not None and answer.positions > self.longest:
-            raise UserError(
+            raise TooLongError(
                 f"the request needs {answer.positions} positions (adapter "
                 f"{answer.virtual_tokens}, prompt "
                 f"{len(answer.prompt)}, answer {answer.sampling.max_tokens}), of which "

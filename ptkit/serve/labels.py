@@ -50,7 +50,7 @@ class Classification(BaseModel):
     usage: Usage
 
 
-def classified(library: Library, request: ClassifyRequest) -> Classification:
+def labelled(library: Library, request: ClassifyRequest) -> Classification:
     """The labels that an adapter gives to texts, as `ptkit classify` does.
 
     Raises UserError for a model that was not trained to classify, and for texts that do not fit.

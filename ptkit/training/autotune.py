@@ -245,14 +245,27 @@ def nearest_good(rates: Sequence[float], learnt: Sequence[float], default: float
     return min(good, key=lambda rate: (rate > default, abs(math.log(rate / default))))
 
 
+def finds_rate(train: TrainSection, validation: int) -> bool:
+    """Whether a run with these settings is long enough for `learning_rate: auto`.
+
+    validation: rows of that split
+    """
+    return _shares(train, validation, len(FACTORS))[0] >= FEWEST_STEPS
+
+
+def _shares(train: TrainSection, validation: int, rates: int) -> tuple[int, int, int]:
+    """Steps, rows per step and validation rows of each of `rates` miniature runs."""
+    budget = _rows_read(train, RATE_SHARE)
+    batch = max(1, train.batch_size * train.gradient_accumulation // rates)
+    judged = min(validation, max(1, budget // (2 * rates)))
+    scored = judged * (rates + 1)  # after each miniature run, and once before
+    return (budget - scored // 2) // (batch * rates), batch, judged
+
+
 def _miniature(job: Job, rates: int, run: Path) -> Job:
     """`job` with so few steps and rows that `rates` of them read `RATE_SHARE` of its rows."""
     train = job.settings
-    budget = _rows_read(train, RATE_SHARE)
-    batch = max(1, train.batch_size * train.gradient_accumulation // rates)
-    judged = min(len(job.validation), max(1, budget // (2 * rates)))
-    scored = judged * (rates + 1)  # after each miniature run, and once before
-    steps = (budget - scored // 2) // (batch * rates)
+    steps, batch, judged = _shares(train, len(job.validation), rates)
     if steps < FEWEST_STEPS:
         raise UserError(
             f"`learning_rate: auto` tries {rates} rates in {RATE_SHARE:.0%} of the run, "

@@ -22,12 +22,14 @@ from ptkit.training.experiment import read_data
 from ptkit.training.ready import require_supported
 
 
-def checked(loaded: LoadedRecipe) -> list[str]:
+def checked(loaded: LoadedRecipe, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
     """Check all of a recipe that can be checked without loading its base, as a run would.
 
     Files are read; their columns, labels, templates and metrics are checked, and so are adapters to
     start from. With the base's tokenizer on this machine, rows become token ids. Data of the Hub
     are not fetched. Returns what was decided, in lines. Raises UserError as a run does.
+
+    tokenizer: the base's, where a program has loaded it
     """
     require_supported(loaded.recipe, loaded.recipe.methods)
     for method in loaded.recipe.methods:
@@ -37,7 +39,8 @@ def checked(loaded: LoadedRecipe) -> list[str]:
         return [f"data: `{hub}` of the Hub, not read here"]
     loaded, data, _ = read_data(loaded)
     task = loaded.recipe.task
-    tokenizer = _tokenizer_here(loaded.recipe.model.id, loaded.recipe.model.revision)
+    if tokenizer is None:
+        tokenizer = _tokenizer_here(loaded.recipe.model.id, loaded.recipe.model.revision)
     if tokenizer is None:
         told = f"the tokenizer of `{loaded.recipe.model.id}` is not here: lengths are not checked"
         return [*data_lines(task, data), told]

@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from ptkit.data.encode import length_grouped_batches
 from ptkit.data.encoded_rows import Lengths
 from ptkit.evaluation.predict import predict
-from ptkit.formats.sizes import in_bytes
+from ptkit.formats.sizes import in_bytes, in_money
 from ptkit.launched import world_size
 from ptkit.methods import Adapter
 from ptkit.section import MethodSection
@@ -65,14 +65,15 @@ class Forecast:
     values: dict[str, int]
     open_methods: tuple[str, ...]
 
-    def lines(self) -> list[str]:
-        """What a person is told."""
+    def lines(self, price_per_hour: float | None = None) -> list[str]:
+        """What a person is told. price_per_hour: of the machine, in any currency."""
         if not self.cells:
             return ["nothing is left to run"]
         what = "1 run" if self.cells == 1 else f"{self.cells} cells"
         done = f" ({self.finished} are finished)" if self.finished else ""
         peak = "" if self.memory is None else f", {in_bytes(self.memory)} beyond the base"
-        lines = [f"{what} to go{done}: about {in_time(self.seconds)}{peak}"]
+        price = "" if price_per_hour is None else f", {priced(self.seconds, price_per_hour)}"
+        lines = [f"{what} to go{done}: about {in_time(self.seconds)}{price}{peak}"]
         trained = [f"{name} {values:,}" for name, values in self.values.items() if values]
         if trained:
             lines.append("values trained: " + ", ".join(trained))
@@ -186,6 +187,16 @@ def _predicting(experiment: Experiment, adapter: Adapter) -> float:
     # Rows of a batch share its steps: of twice as many rows, each takes less.
     full = min(recipe.evaluate.batch_size, len(rows))
     return spent * len(rows) / len(some) * (len(some) / full) ** 0.5 if full else 0.0
+
+
+def price_of(seconds: float, per_hour: float) -> float:
+    """What `seconds` of a machine cost."""
+    return seconds / 3600 * per_hour
+
+
+def priced(seconds: float, per_hour: float) -> str:
+    """What `seconds` of a machine cost, for people."""
+    return f"a price of {in_money(price_of(seconds, per_hour))} at {per_hour:g} an hour"
 
 
 def in_time(seconds: float) -> str:

@@ -34,12 +34,36 @@ def open_run_folder(
         return
     there = json.loads(path.read_text(encoding="utf-8"))
     told = [key for key in identity if key in there or key not in added]
-    changed = sorted(k for k in told if there.get(k) != json.loads(json.dumps(identity[k])))
+    now = json.loads(json.dumps(identity))
+    changed = sorted(k for k in told if there.get(k) != now[k])
     if changed:
+        keys = [line for k in changed for line in _differences(k, there.get(k), now[k])]
+        more = f", and {len(keys) - _MOST} others" if len(keys) > _MOST else ""
         raise FolderError(
             f"{folder} holds a {what} that differs in {', '.join(f'`{k}`' for k in changed)}; "
-            "choose another --out, or pass --fresh to start over"
+            f"{', '.join(keys[:_MOST])}{more}; choose another --out, or pass --fresh to start over"
         )
+
+
+#: Differences that are told, and the letters of a value.
+_MOST, _LETTERS = 5, 40
+
+
+def _differences(key: str, there: Any, now: Any) -> list[str]:
+    """The keys from `key` down that differ, each with both values."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        return [
+            line
+            for name in dict.fromkeys([*there, *now])
+            if there.get(name) != now.get(name)
+            for line in _differences(f"{key}.{name}", there.get(name), now.get(name))
+        ]
+    return [f"`{key}` is {_shown(there)} there and {_shown(now)} here"]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _LETTERS else f"{text[: _LETTERS - 3]}..."
 
 
 def delete_run_folder(path: Path, what: str) -> None:
