@@ -35,6 +35,7 @@ from ptkit.formats.folder_lock import held, require_free
 from ptkit.launched import is_first, world_size
 from ptkit.methods.catalogue import method_sections
 from ptkit.recipe import LoadedRecipe, load_recipe
+from ptkit.recipe.one_method import one_method
 from ptkit.recipe.schema import Recipe, TrainSection
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.devices import resolve_device
@@ -334,22 +335,6 @@ def compare(
             raise PtkitError(failed_cells(failed))
         shown = write_outputs if is_first() else summarise
         return Comparison(folder, records, shown(folder, records, loaded.recipe), failed)
-
-
-def one_method(recipe: Recipe, title: str | None) -> MethodSection:
-    """The method a single run is about. Raises UserError when the choice is not clear."""
-    if title is not None:
-        try:
-            return recipe.method(title)
-        except KeyError as error:
-            raise UserError(str(error.args[0])) from error
-    if len(recipe.methods) == 1:  # a baseline, say: it is measured
-        return recipe.methods[0]
-    trained = [m for m in recipe.methods if m.trains]
-    if len(trained) != 1:
-        names = ", ".join(m.title for m in recipe.methods)
-        raise UserError(f"the recipe has several methods; choose one with --method: {names}")
-    return trained[0]
 
 
 def run_folder(recipe: Recipe, method: MethodSection, seed: int, out: str | Path | None) -> Path:

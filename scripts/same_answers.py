@@ -1,9 +1,9 @@
-"""Whether adapters of conversations answer alike wherever they are asked, as ptkit's users ask them.
+"""Whether adapters of conversations answer alike wherever they are asked.
 
     python scripts/same_answers.py runs/persona-chat-smollm2/prefix_tuning-seed0 [RUN ...]
 
-Each run is asked the first test conversations of the built-in set `persona-chat`: by `ptkit generate`,
-by `ptkit chat`, by the server of `ptkit serve`, by plain PEFT on the exported adapter, and by plain
+Each run is asked the first test conversations of the built-in set `persona-chat`: by `ptkit
+generate`, by `ptkit chat`, by the server of `ptkit serve`, by plain PEFT on the exported adapter, and by plain
 transformers on its exported keys and values. The last two run in a process that never imports ptkit
 and put the messages into the base's own chat template. Answers are greedy. A line for each run and
 way says how many of them are those of `ptkit generate`. The exit code is 1 where one differs.
@@ -27,7 +27,7 @@ from typing import Any
 Messages = list[dict[str, str]]
 
 #: Run without ptkit: reads messages and writes answers, behind PEFT's model or a file of keys.
-PLAIN = '''
+PLAIN = """
 import importlib.util, json, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -60,7 +60,7 @@ for messages in json.loads(asked):
     answers.append(tokenizer.decode(made, skip_special_tokens=True).strip())
 assert not any(name.split(".")[0] == "ptkit" for name in sys.modules)
 print(json.dumps(answers))
-'''
+"""
 
 
 class Refused(Exception):

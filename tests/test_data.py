@@ -79,7 +79,7 @@ def test_limits_take_the_first_rows_where_asked(tmp_path: Path) -> None:
         ({"train": "good.jsonl"}, {"input": "{aa}"}, "`task.input` names the column `aa`"),
         ({"train": "good.jsonl"}, {"target": "{a.x}"}, r"no row has `{a.x}`.*there is a text"),
         ({"train": "good.jsonl"}, {"references": "c"}, "`task.references` names the column `c`"),
-        ({"train": "good.jsonl"}, {"references": "b"}, "train row 1: `b` should be a non-empty"),
+        ({"train": "good.jsonl"}, {"references": "b"}, "good.jsonl:1: `b` should be a non-empty"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, files, changes, message: str) -> None:
@@ -98,7 +98,7 @@ def test_label_without_words_is_named_with_its_row(tmp_path: Path) -> None:
         kind="classification", data={"files": {"train": name, "validation": name}},
         input="{a}", verbalizer={"good": " yes", "bad": " no"},
     )  # fmt: skip
-    with pytest.raises(DataError, match=r"train row 2.*: the label `godo` .*did you mean `good`"):
+    with pytest.raises(DataError, match=r"\.jsonl:2.*: the label `godo` .*did you mean `good`"):
         load_task(task, tmp_path)
 
 

@@ -56,6 +56,31 @@ def jsonl_file(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
+def test_labels_that_differ_in_case_or_spaces_are_refused(tmp_path: Path) -> None:
+    rows = [
+        ("text", "team"),
+        *TICKETS,
+        ("The lift is broken", "Billing"),
+        ("No light", " billing "),
+    ]
+    with pytest.raises(DataError, match=r"`billing` \(2 rows\), `Billing` \(1 row\), ` billing `"):
+        draft_recipe(csv_file(tmp_path / "t.csv", rows))
+
+
+def test_rare_labels_and_empty_texts_are_told(tmp_path: Path) -> None:
+    rows = [("text", "team"), *(TICKETS * 5), ("", "billing"), ("Is there a glossary?", "glossary")]
+    reasons = draft_recipe(csv_file(tmp_path / "t.csv", rows)).reasons
+    assert "warning: too few rows to learn and judge these labels: `glossary` (1 row)" in reasons
+    assert "warning: 1 training row has nothing to read in `text`" in reasons
+
+
+def test_a_misspelt_file_names_the_one_that_is_there(tmp_path: Path) -> None:
+    csv_file(tmp_path / "tickets.csv", [("text", "team"), *TICKETS])
+    for arguments in (["init", "--data", "ticket.csv"], ["train", "--data", "ticket.csv"]):
+        told = refused(*arguments, cwd=tmp_path)
+        assert "no such data file: ticket.csv; did you mean `tickets.csv`?" in told
+
+
 @pytest.fixture
 def tickets(tmp_path: Path) -> Path:
     rows = [(str(i), *TICKETS[i % 6]) for i in range(30)]

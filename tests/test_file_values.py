@@ -94,13 +94,13 @@ def test_what_is_missing_in_a_target_is_refused_with_row_and_column(
     tmp_path: Path, text: str
 ) -> None:
     (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(DataError, match=r"train row 2: `task.target` names `b`, which is missing"):
+    with pytest.raises(DataError, match=r":2: `task.target` names `b`, which is missing"):
         load_task(task("t.csv"), tmp_path)
     labelled = ClassificationTask(
         kind="classification", data={"files": {"train": "t.csv", "validation": "t.csv"}},
         input="{a}", label="b", verbalizer={"x": " x", "y": " y"},
     )  # fmt: skip
-    with pytest.raises(DataError, match=r"train row 2: the label in the column `b` is missing"):
+    with pytest.raises(DataError, match=r":2: the label in the column `b` is missing"):
         load_task(labelled, tmp_path)
 
 
@@ -112,7 +112,7 @@ def test_all_unknown_labels_are_told_at_once_with_lines_to_paste(tmp_path: Path)
     )  # fmt: skip
     with pytest.raises(DataError) as told:
         load_task(labelled, tmp_path)
-    assert "train row 1 (and in 2 more): the label `01`" in str(told.value)
+    assert ":1 (and in 2 more): the label `01`" in str(told.value)
     assert '    "01": " 01"\n    "NA": " NA"' in str(told.value)
 
 
@@ -402,7 +402,7 @@ def test_a_refused_row_is_named_as_it_stands_in_the_file(
     labelled = ClassificationTask(
         kind="classification", data=data, input="{a}", label="l", verbalizer={"y": " y", "n": " n"}
     )
-    with pytest.raises(DataError, match=f"^train row {bad}: .*missing"):
+    with pytest.raises(DataError, match=f":{bad}: .*missing"):
         load_task(generated if column == "b" else labelled, tmp_path)
 
 

@@ -23,6 +23,7 @@ from ptkit.methods import (
 )
 from ptkit.methods.catalogue import method_section
 from ptkit.recipe.schema import TrainSection
+from ptkit.training import adapter_trainer
 from ptkit.training.adapter_trainer import Job, StepReport, _groups
 from ptkit.training.checkpoint import (
     Progress,
@@ -88,8 +89,18 @@ class Killed(Exception):
     """Stands for a kill: raised from the step report."""
 
 
-def train(name: str, run: Path, *, kill_at: int | None = None, seed: int = 0, **changes):
+def train(
+    name: str,
+    run: Path,
+    *,
+    kill_at: int | None = None,
+    seed: int = 0,
+    seen: list[int] | None = None,
+    **changes,
+):
     def report(step: StepReport) -> None:
+        if seen is not None:
+            seen.append(step.step)
         if step.step == kill_at:
             raise Killed
 
@@ -123,6 +134,23 @@ def test_killed_run_resumes_to_the_same_weights_bit_for_bit(name: str, tmp_path:
     resumed, progress = train(name, tmp_path / "cut")
     assert progress.curve == expected.curve
     assert whole.trainable().keys() == resumed.trainable().keys()
+    for key, value in whole.trainable().items():
+        assert torch.equal(value, resumed.trainable()[key]), key
+
+
+@pytest.mark.parametrize("kill_at", [1, 4])
+def test_a_run_is_saved_after_a_while_whatever_its_steps(
+    kill_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slow steps, few of them: a stopped run goes on where it was, although no `save_every` came."""
+    whole, expected = train("prefix_tuning", tmp_path / "whole", save_every=50)
+    monkeypatch.setattr(adapter_trainer, "SAVED_AFTER", 0.0)
+    monkeypatch.setattr(adapter_trainer, "_SAVING_SHARE", 0.0)
+    assert train("prefix_tuning", tmp_path / "cut", kill_at=kill_at, save_every=50) is None
+    seen: list[int] = []
+    resumed, progress = train("prefix_tuning", tmp_path / "cut", save_every=50, seen=seen)
+    assert seen[0] == kill_at + 1
+    assert progress.curve == expected.curve
     for key, value in whole.trainable().items():
         assert torch.equal(value, resumed.trainable()[key]), key
 

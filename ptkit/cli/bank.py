@@ -43,11 +43,11 @@ def load(
     """Load every adapter into a bank: what it takes, how long, and where each one ends up."""
     limit = None if budget is None else read_bytes(budget)
     from ptkit.bank import AdapterBank
+    from ptkit.methods.own_base import own_base
     from ptkit.runtime.base_model import load_base
-    from ptkit.runtime.model_names import TINY_EN
 
     paths = _adapters(folder)
-    base = load_base(model or TINY_EN)
+    base = load_base(model or own_base(paths))
     base.remember()  # its time is no adapter's
     bank = AdapterBank(base, budget=limit)
     started = time.perf_counter()
@@ -94,11 +94,11 @@ def verify(
     """
     from ptkit.bank import AdapterBank
     from ptkit.errors import AdapterError
+    from ptkit.methods.own_base import own_base
     from ptkit.runtime.base_model import load_base
-    from ptkit.runtime.model_names import TINY_EN
 
     paths = _adapters(folder)
-    bank = AdapterBank(load_base(model or TINY_EN))
+    bank = AdapterBank(load_base(model or own_base(paths)))
     refused = 0
     for path in paths:
         fault = None

@@ -57,17 +57,20 @@ def chat(
     What was said stays in memory as keys and values, so a turn reads its own tokens only. Lines
     on standard input are answered one by one, without prompts, and a wrong one ends the command.
     """
+    from ptkit.evaluation.evaluate import find_adapter
     from ptkit.formats.adapter_folder import adapter_folders
+    from ptkit.methods.own_base import own_base
 
-    if adapters is not None:
-        adapter_folders(adapters)  # refuses a missing one before a model loads
+    known = [] if adapters is None else adapter_folders(adapters)
+    if adapter is not None:  # it answers first, so the others have to fit
+        known = [path for path in known if path.name == adapter] or [find_adapter(Path(adapter))]
+    id = model or own_base(known)
 
     import torch
 
     from ptkit.bank import AdapterBank
     from ptkit.bank.conversation import Conversation
     from ptkit.runtime.base_model import load_base
-    from ptkit.runtime.model_names import TINY_EN
 
     torch.manual_seed(seed)
     options = {
@@ -75,7 +78,7 @@ def chat(
         "do_sample": sample,
         **({"temperature": temperature, "top_p": top_p} if sample else {}),
     }
-    base = load_base(model or TINY_EN, device_map=device_map)
+    base = load_base(id, device_map=device_map)
     bank, chosen = AdapterBank(base), model is not None
     if adapters is not None:
         bank.register_all(adapters, chosen=chosen)
@@ -83,7 +86,7 @@ def chat(
     if adapter is not None:
         talk.adapter(adapter)
     if sys.stdin.isatty():
-        talk.interactively(model or TINY_EN)
+        talk.interactively(id)
     else:
         for line in sys.stdin:
             if not talk.take(line.strip()):

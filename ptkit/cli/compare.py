@@ -52,16 +52,19 @@ def compare(
     cell that fails is a row with the reason. The exit code is then 1, and the same command tries it
     again.
     """
+    from ptkit.recipe import load_recipe
+
+    # Before torch is imported, which takes seconds: a slip of the pen is told at once.
+    loaded = load_recipe(recipe, set_ or [])
+
     from ptkit.api import compare as run
     from ptkit.api import plan_comparison
     from ptkit.cli.display import LiveDisplay, price, say_plan, say_price
     from ptkit.comparison.grid import cells
     from ptkit.comparison.table import summary_table
     from ptkit.launched import is_first
-    from ptkit.recipe import load_recipe
 
     ray = on is not None and (_ray_address(on) or True)
-    loaded = load_recipe(recipe, set_ or [])
     if dry_run:
         told, measured = plan_comparison(loaded, out=out)
         say_plan(told, measured, as_json=json_output, price_per_hour=price_per_hour)

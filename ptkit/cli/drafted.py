@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from ptkit.cli.completion import complete_models
+from ptkit.errors import DataError
 
 if TYPE_CHECKING:
     from ptkit.drafting.draft import Draft
@@ -23,11 +24,20 @@ class DraftGoal(StrEnum):
     chat = "chat"
 
 
+def _there(path: Path | None) -> Path | None:
+    """`path`. Raises DataError where nothing is there, before anything slow is imported."""
+    if path is not None and not path.exists():
+        from ptkit.data.read_files import no_such_file
+
+        raise DataError(no_such_file(path))
+    return path
+
+
 PANEL = "Drafting a recipe from a data file"
 DataOption = Annotated[
     Optional[Path],  # noqa: UP045  (typer reads annotations at run time)
     typer.Option(
-        "--data", "-d", rich_help_panel=PANEL,
+        "--data", "-d", rich_help_panel=PANEL, callback=_there,
         help="File with the training rows: CSV, JSONL, JSON or Parquet; or its folder.",
     ),
 ]  # fmt: skip
@@ -64,14 +74,14 @@ TargetOption = Annotated[
 TestOption = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(
-        "--test", rich_help_panel=PANEL,
+        "--test", rich_help_panel=PANEL, callback=_there,
         help="File with test rows; default: one beside the data whose name has `test`.",
     ),
 ]  # fmt: skip
 ValidationOption = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(
-        "--validation", rich_help_panel=PANEL,
+        "--validation", rich_help_panel=PANEL, callback=_there,
         help="File with validation rows; default: one beside the data, or a tenth of them.",
     ),
 ]  # fmt: skip

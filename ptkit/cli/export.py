@@ -11,6 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ptkit.cli.completion import complete_adapters
+from ptkit.cli.options import gguf_named
 from ptkit.errors import UserError
 from ptkit.formats.sizes import in_bytes
 from ptkit.hub.engines import engines, writer
@@ -82,7 +83,10 @@ def export(
     ] = None,
     gguf: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="With llama-cpp: the file that llama-server loads."),
+        typer.Option(
+            help="With llama-cpp: the file that llama-server loads, or `smollm2-135m`.",
+            callback=gguf_named,
+        ),
     ] = None,
     flash_attention: Annotated[
         Optional[bool],  # noqa: UP045
@@ -118,11 +122,16 @@ def export(
     )  # fmt: skip
     typer.echo(f"{done.path}")
     size = in_bytes(done.bytes)
-    notes = [f"{done.parameters:,} parameters", f"{size}, verified by reloading"]
+    notes = [f"{done.parameters:,} values", f"{size}, verified by reloading"]
+    if done.trained not in (None, done.parameters):
+        notes[0] += f" (folded from {done.trained:,} that were trained)"
     if done.largest_rounding:
         notes.append(f"largest rounding {done.largest_rounding:.2g}")
     notes += [f"{name} {-points:+.2f}" for name, points in (done.lost or {}).items()]
     typer.secho(", ".join(notes), err=True)
+    if form == "peft" and dtype != Dtype.int8:
+        typer.secho("plain PEFT: PeftModel.from_pretrained(model, PATH)", err=True)
+    typer.secho(f"next: ptkit serve --adapters {done.path.parent}", err=True)
 
 
 def _parts(run: Path, out: Path, dtype: Dtype, force: bool) -> None:

@@ -103,11 +103,10 @@ def generate(
     from ptkit.bank import AdapterBank, name_of
     from ptkit.data.chat_template import ChatTemplate
     from ptkit.evaluation.alone import answers_alone, changes_every_row
-    from ptkit.formats.adapter_folder import base_id, read_config
+    from ptkit.formats.adapter_folder import read_config
     from ptkit.methods import revision_named
-    from ptkit.methods.base_names import needs_no_download
+    from ptkit.methods.own_base import own_base
     from ptkit.runtime.base_model import load_base
-    from ptkit.runtime.model_names import TINY_EN
     from ptkit.runtime.tokenization import own_ends
 
     torch.manual_seed(seed)
@@ -118,10 +117,7 @@ def generate(
         **({"temperature": temperature, "top_p": top_p} if sample else {}),
     }
     named = [place for place in places if place is not None]
-    of_adapters = [base_id(read_config(place), read_info(place)) for place in named]
-    # The adapter's own base, where nothing is fetched for it; another is asked for by --model.
-    here = (name for name in of_adapters if name is not None and needs_no_download(name))
-    id = model or next(here, TINY_EN)
+    id = model or own_base(named)
     made_for = {str(place): (read_config(place), read_info(place)) for place in named}
     revision = revision_named(id, made_for)
     if revision is not None and not quiet:

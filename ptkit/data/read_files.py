@@ -24,7 +24,7 @@ from datasets import Dataset
 
 from ptkit.data.stored_rows import mapped_table, stored
 from ptkit.data.table import Spots, Table
-from ptkit.errors import DataError
+from ptkit.errors import DataError, nearest
 
 #: Larger files are kept as rows on disk, and read row by row.
 IN_MEMORY_BYTES = 16_000_000
@@ -40,6 +40,14 @@ class Digits(str):
 _HALF = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
+def no_such_file(path: Path) -> str:
+    """That `path` is not there, with the file beside it that is likely meant."""
+    beside = path.parent.iterdir() if path.parent.is_dir() else []
+    close = nearest(path.name, [other.name for other in beside if other.suffix in READERS])
+    told = f"did you mean `{path.with_name(close)}`?" if close else f"expected {', '.join(READERS)}"
+    return f"no such data file: {path}; {told}"
+
+
 def read_files(paths: Sequence[Path]) -> Table:
     """The rows of files of one format, one after another.
 
@@ -48,7 +56,7 @@ def read_files(paths: Sequence[Path]) -> Table:
     kinds = set()
     for path in paths:
         if not path.is_file():
-            raise DataError(f"no such data file: {path}")
+            raise DataError(no_such_file(path))
         if path.suffix not in READERS:
             raise DataError(f"{path}: expected one of {', '.join(READERS)}")
         if not path.stat().st_size:

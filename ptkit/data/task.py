@@ -164,9 +164,7 @@ def _plain(
 ) -> Sequence[Example]:
     """The examples that `read` makes of a row's place and plain values in `columns`."""
     used = rows.only(columns)
-    return examples_of(
-        used, lambda number, row: read(f"{source} row {used.place(number)}", used.plain(row))
-    )
+    return examples_of(used, lambda number, row: read(used.where(number, source), used.plain(row)))
 
 
 def _generation(

@@ -18,6 +18,7 @@ from ptkit.drafting.base_facts import BaseFacts, base_facts
 from ptkit.drafting.columns import Column
 from ptkit.drafting.files import DraftRows, Source, read_splits
 from ptkit.drafting.goal import Chosen, Goal, choose
+from ptkit.drafting.label_checks import rare_labels, require_apart_as_written
 from ptkit.drafting.label_words import label_words
 from ptkit.drafting.lengths import SAMPLED, Lengths, chat_lengths, text_lengths
 from ptkit.drafting.metrics_for import label_metrics, text_metrics
@@ -56,6 +57,7 @@ class _Task:
     settings: dict[str, Any]
     comments: dict[str, str]
     lengths: Lengths
+    warnings: tuple[str, ...] = ()
 
 
 def draft_recipe(
@@ -98,7 +100,9 @@ def draft_recipe(
     kind = task.settings["kind"]
     held_out = len(rows.tables["validation"]) if "validation" in rows.tables else None
     plan = planned(base, kind, len(rows.train), task.lengths, method, settings, held_out)
-    reasons = (*chosen.reasons, *_splits_told(rows), task.lengths.told, *plan.reasons)
+    reasons = (
+        *chosen.reasons, *task.warnings, *_splits_told(rows), task.lengths.told, *plan.reasons
+    )  # fmt: skip
     recipe_text = _text(name, out, rows, base, task, plan, reasons)
     source = parse_yaml(recipe_text, str(out))
     for assignment in overrides:
@@ -157,6 +161,7 @@ def _classification(
     tables = rows.tables.values()
     counts = Counter(str(row[label]) for table in tables if label in table.columns
                      for row in table.only([label]) if row[label] not in (None, ""))  # fmt: skip
+    require_apart_as_written(counts)
     labels = sorted(counts)
     metrics, why = label_metrics([*counts.values()])
     headed = base.kind == "encoder"
@@ -190,7 +195,19 @@ def _classification(
     lengths = text_lengths(inputs, targets, base.tokenizer, _room(base))
     settings |= {"max_input_tokens": lengths.input, "metrics": metrics}
     comments["task.max_input_tokens"] = f"{_capital(lengths.told)}."
-    return _Task(settings, comments, lengths)
+    return _Task(settings, comments, lengths, (*rare_labels(counts), *_empty(chosen, rows)))
+
+
+def _empty(chosen: Chosen, rows: DraftRows) -> tuple[str, ...]:
+    """A line about training rows whose texts to read are all empty; none without any."""
+    names = [column.name for column in chosen.inputs]
+    empty = sum(
+        not any(str(row[name] or "").strip() for name in names) for row in rows.train.only(names)
+    )
+    if not empty:
+        return ()
+    what = "1 training row has" if empty == 1 else f"{empty:,} training rows have"
+    return (f"warning: {what} nothing to read in {', '.join(f'`{n}`' for n in names)}",)
 
 
 def _generation(chosen: Chosen, rows: DraftRows, base: BaseFacts, data: dict[str, Any]) -> _Task:
@@ -223,7 +240,7 @@ def _generation(chosen: Chosen, rows: DraftRows, base: BaseFacts, data: dict[str
         "task.max_input_tokens": f"{_capital(lengths.told)}.",
         "task.max_target_tokens": "Targets, and answers, end after this many tokens.",
         "task.metrics": f"The first is the score: {why}.",
-    }, lengths)  # fmt: skip
+    }, lengths, _empty(chosen, rows))  # fmt: skip
 
 
 def _chat(chosen: Chosen, rows: DraftRows, base: BaseFacts, data: dict[str, Any]) -> _Task:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ptkit.data.in_memory import Rows, table_of
-from ptkit.data.read_files import READERS, read_files
+from ptkit.data.read_files import READERS, no_such_file, read_files
 from ptkit.data.table import Table
 from ptkit.errors import DataError
 
@@ -108,7 +108,7 @@ def _splits(data: Mapping[str, Any]) -> dict[str, Source]:
 def _train_file(data: Path) -> Path:
     if not data.is_dir():
         if not data.exists():
-            raise DataError(f"no such data file: {data}; expected {', '.join(READERS)}")
+            raise DataError(no_such_file(data))
         return data
     named = sorted(p for p in data.iterdir() if p.suffix in READERS and _TRAIN.search(p.stem))
     if len(named) != 1:

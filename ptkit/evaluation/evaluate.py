@@ -15,7 +15,7 @@ from ptkit.evaluation.predict import Prediction, predict
 from ptkit.evaluation.retention import Retention, measure_retention
 from ptkit.evaluation.score import score_intervals
 from ptkit.formats.adapter_files import read_adapter
-from ptkit.formats.adapter_folder import CONFIG, adapters_below, read_info
+from ptkit.formats.adapter_folder import CONFIG, adapters_below, read_info, runs_below
 from ptkit.formats.adapter_info import ChatInfo
 from ptkit.formats.figures import scored_rows
 from ptkit.formats.hub import fetch_adapter, is_on_hub, missing_here
@@ -59,10 +59,10 @@ def find_adapter(path: Path, *, whole: bool = False) -> Path:
             f"{path} is a full fine-tuning run: it has no adapter, its whole model is in "
             f"{path / 'model'}; give that as the model"
         )
-    below = adapters_below(path)
-    if below:
-        names = ", ".join(f"`{path / folder}`" for folder in below)
-        raise AdapterError(f"{path} holds several adapters, name one: {names}")
+    for kind, below in (("adapters", adapters_below(path)), ("runs", runs_below(path))):
+        if below:
+            names = ", ".join(f"`{path / folder}`" for folder in below)
+            raise AdapterError(f"{path} holds {kind}, name one: {names}")
     raise AdapterError(f"{path} is neither an adapter ({CONFIG} is missing) nor a finished run")
 
 

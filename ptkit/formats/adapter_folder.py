@@ -68,16 +68,43 @@ def conversion(source: str | Path) -> str:
 
 
 def adapter_folders(folder: Path) -> list[Path]:
-    """The adapter folders directly below `folder`, by name. Raises AdapterError without it."""
+    """The adapter folders directly below `folder`, by name.
+
+    Raises AdapterError without `folder`, and where an adapter or runs are in its place.
+    """
     if not folder.is_dir():
         raise AdapterError(f"no such folder of adapters: {folder}")
+    found = _below(folder)
+    if not found:
+        _require_no_other_place(folder)
+    return found
+
+
+def _below(folder: Path) -> list[Path]:
     atomic.settle_all(folder)
     return sorted(path for path in folder.iterdir() if (path / CONFIG).is_file())
 
 
+def runs_below(path: Path) -> list[Path]:
+    """Finished runs directly below `path`, and `path` itself where it is one, by name."""
+    places = [path, *sorted(below for below in path.iterdir() if below.is_dir())]
+    return [place for place in places if (place / "adapter" / CONFIG).is_file()]
+
+
+def _require_no_other_place(folder: Path) -> None:
+    """Raise AdapterError where `folder`, which has no adapters below it, is one or holds runs."""
+    if (folder / CONFIG).is_file():
+        raise AdapterError(
+            f"{folder} is an adapter; give the folder that holds it, {folder.resolve().parent}"
+        )
+    for run in runs_below(folder):
+        export = shlex.join(["ptkit", "export", str(run), "--out", f"adapters/{run.name}"])
+        raise AdapterError(f"{folder} holds runs, not adapters; first: {export}")
+
+
 def adapters_below(path: Path) -> list[str]:
     """Names of the adapter folders in `path`, as PEFT saves several adapters of one model."""
-    return [folder.name for folder in adapter_folders(path)] if path.is_dir() else []
+    return [folder.name for folder in _below(path)] if path.is_dir() else []
 
 
 def sha256(path: Path) -> str:

@@ -84,15 +84,22 @@ def missing_here(text: str) -> str:
     """What is wrong with `text`, which is not there, and the nearest names that are."""
     path = Path(text)
     message = f"no such adapter or run: {text}"
-    if not path.parent.is_dir() or path.parent == path:
+    if path.parent == path:
         return message
-    folders = [p.name for p in path.parent.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    close = nearest(path.name, folders)
-    if close:
-        message += f"; did you mean `{path.parent / close}`?"
+    if not path.parent.is_dir():  # the first part that is not there may be misspelt
+        missing = next(p for p in reversed(path.parents) if not p.is_dir())
+        return message + _meant(missing, path.relative_to(missing))
+    message += _meant(path)
     if is_hub_id(text):
         message += f" (`{text}@main` is the repository on the Hub)"
     return message
+
+
+def _meant(missing: Path, below: Path = Path()) -> str:
+    """A clause that names the folder beside `missing` that is likely meant, with `below` in it."""
+    folders = [p.name for p in missing.parent.iterdir() if p.is_dir()]
+    close = nearest(missing.name, [name for name in folders if not name.startswith(".")])
+    return f"; did you mean `{missing.parent / close / below}`?" if close else ""
 
 
 def fetch_adapter(hub_id: str, *, whole: bool = False) -> Path:

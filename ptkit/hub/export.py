@@ -31,6 +31,7 @@ Format = Literal["peft", "kv"]
 class Exported:
     """What was written. bytes: size of the weights file; parameters: values in it.
 
+    trained: values that were trained, from which these were folded; None where no record tells
     lost: for int8, what each metric lost against the original on the recipe's test rows
     """
 
@@ -39,6 +40,7 @@ class Exported:
     bytes: int
     largest_rounding: float
     lost: dict[str, float] | None
+    trained: int | None
 
 
 def export_run(
@@ -100,6 +102,7 @@ def export_run(
         weights_path(out).stat().st_size,
         rounding,
         lost,
+        trained.info.trainable_parameters,
     )
 
 

@@ -62,10 +62,11 @@ def is_here(name: str) -> bool:
 def same_name(name: str, base: Base) -> bool:
     """Whether `name` is `base`'s, by its last part: `gpt2` is `openai-community/gpt2`."""
     own = {base.id, str(base.model.name_or_path)}
-    return _last_part(name) in {_last_part(other) for other in own}
+    return last_part(name) in {last_part(other) for other in own}
 
 
-def _last_part(name: str) -> str:
+def last_part(name: str) -> str:
+    """What bases are told apart by where paths and accounts differ: `gpt2` of `openai/gpt2`."""
     parts = re.split(r"[\\/]", hub_name(name).rstrip("\\/"))
     count = 2 if _LIKE_OTHERS.fullmatch(parts[-1]) else 1
     return "/".join(parts[-count:])

@@ -179,7 +179,8 @@ class TrainSection(Section):
     fewer: the steps that train on as many rows as there are of training or of validation, whichever
     are more. With few rows the best step comes early."""
     save_every: Annotated[int, Field(gt=0)] = 50
-    """Steps between saves from which a killed run resumes."""
+    """Steps between saves from which a killed run resumes. A single process also saves about once a
+    minute."""
     context_cache_mb: Annotated[int, Field(ge=0)] = 2000
     """Memory for the inputs of an infix, which are read once and kept for all epochs; those that do
     not fit are read again. It changes the time only."""

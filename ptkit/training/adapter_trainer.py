@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ from ptkit.training.processes import DataParallel
 from ptkit.training.retain import Retainer
 from ptkit.training.teacher import Teacher
 
+#: Seconds after which a step is saved although `save_every` does not ask for it.
+SAVED_AFTER = 60.0
+#: Such a save waits for this many times what the last one took: it costs a fiftieth at most.
+_SAVING_SHARE = 50
 #: Steps between validations with `eval_every: auto` where rows are many.
 SELDOM_STEPS = 50
 
@@ -168,6 +173,8 @@ class AdapterTrainer:
         self.best = self._parameters_now()
         #: Running means of the trained values, with `train.average`; else nothing.
         self.average: dict[str, Tensor] = {}
+        # When the last checkpoint was written, and how many seconds that took.
+        self._saved, self._saving = time.monotonic(), 0.0
         self._order = self._batches()
         self._validate_every = validate_every(job, parallel.size)
 
@@ -316,19 +323,27 @@ class AdapterTrainer:
 
     @property
     def save_due(self) -> bool:
-        """Whether the step just taken is one to save after."""
-        return self.finished or self.progress.step % self.settings.save_every == 0
+        """Whether the step just taken is one to save after: the last, every `save_every`-th, and
+        any after a minute in which nothing was saved. Processes have clocks of their own and must
+        save together, so with several of them time has no say."""
+        if self.finished or self.progress.step % self.settings.save_every == 0:
+            return True
+        waits = max(SAVED_AFTER, _SAVING_SHARE * self._saving)
+        return self._parallel.size == 1 and time.monotonic() - self._saved >= waits
 
     def save(self, random: Sequence[Mapping[str, Tensor]]) -> None:
         """Write a checkpoint; it appears complete or not at all.
 
         random: the state of every process's generators
         """
+        started = time.monotonic()
         self.progress.schedule = self.scheduler.state_dict()
         save_checkpoint(
             self.job.run, self.progress, self.adapter, self.best, self.plain_optimizer, random,
             self.average,
         )  # fmt: skip
+        self._saved = time.monotonic()
+        self._saving = self._saved - started
 
     def report(self, loss: float) -> None:
         """Tell the job's display, if it has one."""
