@@ -2,11 +2,12 @@
 
     python scripts/same_answers.py runs/persona-chat-smollm2/prefix_tuning-seed0 [RUN ...]
 
-Each run is asked the first test conversations of the built-in set `persona-chat`: by `ptkit
-generate`, by `ptkit chat`, by the server of `ptkit serve`, by plain PEFT on the exported adapter, and by plain
-transformers on its exported keys and values. The last two run in a process that never imports ptkit
-and put the messages into the base's own chat template. Answers are greedy. A line for each run and
-way says how many of them are those of `ptkit generate`. The exit code is 1 where one differs.
+Each run is asked the first test conversations of the built-in set `persona-chat`. They are asked by
+`ptkit generate`, by `ptkit chat`, and by the server of `ptkit serve`. Plain PEFT is asked on the
+exported adapter, and plain transformers on its exported keys and values. Both run in a process that
+never imports ptkit, and put the messages into the base's own chat template. Answers are greedy. A
+line for each run and way says how many of them are those of `ptkit generate`. The exit code is 1
+where one differs.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import VOCABULARY, random_base
@@ -22,7 +24,13 @@ from ptkit.runtime.forward import (
     supervised_losses,
     token_losses,
 )
-from ptkit.runtime.fused import CHUNK, fused_activations, has_plain_head, head_losses
+from ptkit.runtime.fused import (
+    CHUNK,
+    _SwiGLU,
+    fused_activations,
+    has_plain_head,
+    head_losses,
+)
 
 
 def batch_of(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -148,3 +156,31 @@ def test_activations_are_back_afterwards_and_logits_bit_identical() -> None:
             torch.testing.assert_close(base.model(input_ids=ids).logits, before)
         assert [type(m) for m in base.model.modules()] == kinds
         assert torch.equal(base.model(input_ids=ids).logits, before)
+
+
+def test_swiglu_is_the_models_own_bit_for_bit_and_its_gradients_are_right() -> None:
+    base = random_base("llama")
+    before = [type(m) for m in base.model.modules()]
+    ids = torch.tensor(rows_of([9]))
+    found = []
+    for fused in (False, True):
+        embedded = base.model.get_input_embeddings()(ids).requires_grad_()
+        with fused_activations(base.model) if fused else nullcontext():
+            own = [type(m) for m in base.model.modules()]
+            assert (own != before) == fused
+            logits = base.model(inputs_embeds=embedded, use_cache=False).logits
+            logits.square().sum().backward()
+        found.append((logits.detach(), embedded.grad))
+    assert [type(m) for m in base.model.modules()] == before
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+    gate = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    up = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(_SwiGLU.apply, (gate, up))
+
+
+def test_what_is_set_on_a_module_in_training_stays_set() -> None:
+    base = random_base("llama")
+    with fused_activations(base.model):
+        base.model.train()
+    assert all(module.training for module in base.model.modules())

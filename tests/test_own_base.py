@@ -72,7 +72,7 @@ def test_a_folder_of_runs_is_asked_for_one(tmp_path: Path) -> None:
     run = tmp_path / "tickets" / "prefix_tuning-seed0"
     shutil.copytree(SHIPPED / "facts-prefix", run / "adapter")
     assert find_adapter(run) == run / "adapter"
-    with pytest.raises(AdapterError, match="holds runs, name one: `.*prefix_tuning-seed0`"):
+    with pytest.raises(AdapterError, match=r"holds runs, name one: `.*prefix_tuning-seed0`"):
         find_adapter(tmp_path / "tickets")
-    with pytest.raises(AdapterError, match="did you mean `.*tickets/prefix_tuning-seed0`"):
+    with pytest.raises(AdapterError, match=r"did you mean `.*tickets/prefix_tuning-seed0`"):
         find_adapter(tmp_path / "ticket" / "prefix_tuning-seed0")

@@ -142,7 +142,7 @@ def test_killed_run_resumes_to_the_same_weights_bit_for_bit(name: str, tmp_path:
 def test_a_run_is_saved_after_a_while_whatever_its_steps(
     kill_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slow steps, few of them: a stopped run goes on where it was, although no `save_every` came."""
+    """Slow steps, few of them: a stopped run goes on where it was, before any `save_every`."""
     whole, expected = train("prefix_tuning", tmp_path / "whole", save_every=50)
     monkeypatch.setattr(adapter_trainer, "SAVED_AFTER", 0.0)
     monkeypatch.setattr(adapter_trainer, "_SAVING_SHARE", 0.0)

@@ -239,6 +239,26 @@ class GroupedAttention:
         raise NotImplementedError
 
 
+class RowAttention:
+    """What a pass hands to its attention modules when its tokens stand in one line, and are of
+    several rows: `[1, heads, tokens, dim]`. See `ptkit.runtime.unpadded`."""
+
+    def attended(
+        self,
+        module: nn.Module,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        mask: Tensor | None,
+        options: dict[str, Any],
+        attention: Callable[..., tuple[Tensor, Any]],
+    ) -> Tensor:
+        """The output of `module`: `[1, tokens, heads, dim]`.
+
+        tensors: queries, keys and values
+        attention: the attention function of rows, which takes `options`, too
+        """
+        raise NotImplementedError
+
+
 def _prefix_sdpa(
     module: nn.Module,
     query: Tensor,
@@ -247,9 +267,12 @@ def _prefix_sdpa(
     attention_mask: Tensor | None,
     **kw: Any,
 ) -> tuple[Tensor, None]:
-    placed: Placed | GroupedAttention | None = kw.pop(KEYWORD, None)
+    placed: Placed | GroupedAttention | RowAttention | None = kw.pop(KEYWORD, None)
     if isinstance(placed, GroupedAttention):
         return placed.attended(module, query, kw, sdpa_attention_forward), None
+    if isinstance(placed, RowAttention):
+        tensors = query, key, value
+        return placed.attended(module, tensors, attention_mask, kw, _prefix_sdpa), None
     if placed is not None:
         if attention_mask is None:
             output = placed.in_parts(module, query, key, value, kw)

@@ -7,7 +7,7 @@ depends on its arguments alone, so any number of threads run passes of one model
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ from ptkit.runtime.locks import lock_of, running
 from ptkit.runtime.paged_attention import PagedCache
 from ptkit.runtime.placement import own_part
 from ptkit.runtime.soft_prompts import put_soft_prompts, skipped_positions, with_embeddings
+from ptkit.runtime.unpadded import unpadded
 from ptkit.runtime.views import StandIn, looks_into_views, name_of, viewed
 
 
@@ -115,6 +116,9 @@ class ModelRunner:
             if not looks_into_views(model):  # it is read whole
                 logits = self._output(call).logits[want.at]
                 return logits if want.targets is None else token_losses(logits, want.targets)
+            kept = unpadded(model, call, tokens.mask) if kv is None else None
+            if kept is not None:
+                want = replace(want, at=want.at.flatten().index_select(0, kept)[None])
             if want.what == "losses":
                 return self._losses(call, prefixes, want)
             if want.what == "hidden":
