@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,11 +25,11 @@ from ptkit.data.encoded_rows import EncodedRows, Lengths
 from ptkit.data.examples import StoredExamples
 from ptkit.data.lazy import Lazy, Mapped, Picked
 from ptkit.data.stored_rows import StoredRows
-from ptkit.errors import DataError
+from ptkit.errors import DataError, UserError
 from ptkit.formats.adapter_files import weights_path
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.runtime.base_model import Base
-from ptkit.training import adapter_trainer
+from ptkit.training import adapter_trainer, run
 from ptkit.training.experiment import prepare
 
 
@@ -234,6 +235,18 @@ def test_training_from_disk_resumes_within_an_epoch_bit_for_bit(
             train(loaded, base=base, out=tmp_path / "killed")
     resumed = train(loaded, base=base, out=tmp_path / "killed")
     assert bytes_of(resumed) == bytes_of(wanted)
+
+
+def test_checks_of_all_rows_hold_one_at_a_time() -> None:
+    """A list of a million rows as objects would be what the file spares."""
+
+    def rows() -> Iterator[EncodedExample]:
+        yield EncodedExample([1], [2, 3], (True, False))
+        pytest.fail("the first row tells enough")
+
+    adapter = SimpleNamespace(infix=True, section=SimpleNamespace(title="an infix"))
+    with pytest.raises(UserError, match="an infix"):
+        run._require_one_input(adapter, rows())  # type: ignore[arg-type]
 
 
 MANY = """
