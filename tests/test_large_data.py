@@ -34,6 +34,7 @@ from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.runtime.base_model import Base
 from ptkit.training import adapter_trainer, run
 from ptkit.training.experiment import prepare
+from ptkit.training.task_rows import TaskRows
 
 
 @pytest.fixture(autouse=True)
@@ -343,6 +344,25 @@ def test_pairs_handed_over_as_a_dataset_stay_where_they_lie(
     handed = prepare(with_rows(loaded, DatasetDict(train=rows, validation=rows, test=rows)), base)
     assert isinstance(handed.rows.encoded, EncodedPairs)
     assert handed.rows.encoded == prepare(loaded, base).rows.encoded
+
+
+def test_rows_of_several_tasks_stay_in_their_files(
+    tmp_path: Path, base: Base, request: Any
+) -> None:
+    chats, last = talk(tmp_path / "talk"), talk(tmp_path / "last", loss="last")
+
+    def joined() -> TaskRows:
+        return TaskRows([prepare(loaded, base).rows.encoded for loaded in (chats, last, chats)])
+
+    few = joined()
+    request.getfixturevalue("large")
+    many = joined()
+    assert all(isinstance(own, EncodedRows) for own in many._rows)
+    assert many == few
+    assert [many[i] for i in range(len(many))] == [*many]
+    whole, wanted = (vars(Lengths.of(rows)) for rows in (many, [*many]))
+    for name in whole:
+        assert whole[name].tolist() == wanted[name].tolist()
 
 
 def test_checks_of_all_rows_hold_one_at_a_time() -> None:

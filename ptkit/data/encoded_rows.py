@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
 
@@ -24,7 +24,15 @@ _REJECTED = "rejected_"
 PAIR_SCHEMA = pa.schema([*SCHEMA, *(pa.field(_REJECTED + f.name, f.type) for f in SCHEMA)])
 
 
-class EncodedRows(Lazy[EncodedExample]):
+class MeasuredRows(Lazy[EncodedExample]):
+    """Rows whose lengths are known without reading them."""
+
+    def lengths(self) -> Lengths:
+        """Tokens of each row."""
+        raise NotImplementedError
+
+
+class EncodedRows(MeasuredRows):
     """The rows of a file whose batches `batch_of` made."""
 
     def __init__(self, file: ArrowFile) -> None:
@@ -45,7 +53,6 @@ class EncodedRows(Lazy[EncodedExample]):
             yield from (_row(columns, row) for row in range(batch.num_rows))
 
     def lengths(self) -> Lengths:
-        """Tokens of each row, which are known without reading it."""
         inputs, targets = self._lengths
         whole = inputs + targets
         return Lengths(inputs, targets, whole, whole)
@@ -142,8 +149,8 @@ class Lengths:
 
     @classmethod
     def of(cls, rows: Iterable[EncodedExample]) -> Lengths:
-        """Those of `rows`, without reading rows that are in a file."""
-        if isinstance(rows, EncodedRows):
+        """Those of `rows`, without reading those whose lengths are known."""
+        if isinstance(rows, MeasuredRows):
             return rows.lengths()
         if isinstance(rows, Picked):
             within, at = cls.of(rows.rows), rows.numbers
@@ -158,3 +165,9 @@ class Lengths:
             for row in rows
         ]
         return cls(*np.array(found, dtype=np.int64).reshape(-1, 4).T)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Lengths]) -> Lengths:
+        """Those of the rows of `parts`, one after another."""
+        named = (field.name for field in fields(cls))
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in named))
