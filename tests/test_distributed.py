@@ -20,8 +20,10 @@ from accelerate import Accelerator, PartialState
 from conftest import random_base
 from safetensors.torch import load_file
 from test_compare import recipe_file as recipe_file
+from test_preference import texts
 
 from ptkit.comparison.grid import run_grid
+from ptkit.data.examples import FEWEST_ROWS
 from ptkit.errors import UserError
 from ptkit.evaluation.latency import measure_latency
 from ptkit.evaluation.retention import measure_retention, probe_base
@@ -86,6 +88,49 @@ def test_two_processes_train_like_one(recipe_with_base: list[str], tmp_path: Pat
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(
         p.name for p in (tmp_path / "one").iterdir()
     )
+
+
+PAIRS = """
+name: choices
+model: {{id: {base}, device: cpu}}
+task:
+  kind: preference
+  data: {{files: {{train: many.jsonl, validation: few.jsonl, test: few.jsonl}}}}
+  metrics: [preference_accuracy, reward_margin]
+methods: [{{kind: lora, rank: 2}}]
+train: {{steps: 4, batch_size: 2, warmup_steps: 1, eval_every: 2, save_every: 2}}
+retention: null
+"""
+
+
+def test_two_processes_learn_pairs_from_disk_like_one(
+    recipe_with_base: list[str], tmp_path: Path
+) -> None:
+    """Each process asks the base about the pairs that it reads itself."""
+    for name, count in (("many", FEWEST_ROWS), ("few", 7)):
+        lines = [json.dumps(texts(20)[n % 20] | {"id": n}) for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    recipe, cache = tmp_path / "choices.yaml", tmp_path / "cache"
+    recipe.write_text(PAIRS.format(base=recipe_with_base[1].removeprefix("model.id=")))
+    train = ["train", str(recipe), "--method", "lora", "--json"]
+    told: dict[str, Any] = {}
+    for out, launch, more in (
+        ("two", [*TWO_PROCESSES, "ptkit"], []),
+        ("one", command(), settings("train.gradient_accumulation=2")),
+    ):
+        done = subprocess.run(
+            [*launch, *train, *more, "--out", out], cwd=tmp_path, capture_output=True, text=True,
+            timeout=300, env={**os.environ, "PTKIT_CACHE": str(cache)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        told[out] = json.loads(done.stdout)
+    assert [*(cache / "tokens").iterdir()]  # they were read from there
+    two, one = told["two"], told["one"]
+    assert len(two["curve"]) == len(one["curve"]) == 2
+    for a, b in zip(two["curve"], one["curve"], strict=True):
+        assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
+    assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-4)
 
 
 #: `ptkit.train` in every process of a run, and what each of them did, one JSON file per process.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,23 +14,27 @@ from typing import Any
 import pandas as pd
 import pytest
 from conftest import random_base
+from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 from test_chat_task import RECIPE_TEXT, WORDS, turns
+from test_preference import implicit, messages, texts
 
 from ptkit.api import train
 from ptkit.data import chat_report, examples, read_files, stored_rows, token_cache
 from ptkit.data.encoded import EncodedExample
-from ptkit.data.encoded_rows import EncodedRows, Lengths
+from ptkit.data.encoded_rows import EncodedPairs, EncodedRows, Lengths
 from ptkit.data.examples import StoredExamples
+from ptkit.data.in_memory import with_rows
 from ptkit.data.lazy import Lazy, Mapped, Picked
 from ptkit.data.stored_rows import StoredRows
-from ptkit.errors import DataError
+from ptkit.errors import DataError, UserError
 from ptkit.formats.adapter_files import weights_path
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.runtime.base_model import Base
-from ptkit.training import adapter_trainer
+from ptkit.training import adapter_trainer, run
 from ptkit.training.experiment import prepare
+from ptkit.training.task_rows import TaskRows
 
 
 @pytest.fixture(autouse=True)
@@ -209,6 +214,23 @@ class _Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
+def bytes_of(run: Any) -> bytes:
+    """The trained weights of a run."""
+    return weights_path(run.adapter).read_bytes()
+
+
+def killed_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """Let runs be killed after so many steps."""
+    next_batch = adapter_trainer.AdapterTrainer.next_batch
+
+    def killed(trainer: Any) -> list[EncodedExample]:
+        if trainer.progress.step == step:
+            raise _Killed
+        return next_batch(trainer)
+
+    patch.setattr(adapter_trainer.AdapterTrainer, "next_batch", killed)
+
+
 def test_training_from_disk_resumes_within_an_epoch_bit_for_bit(
     tmp_path: Path, base: Base, request: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,24 +238,143 @@ def test_training_from_disk_resumes_within_an_epoch_bit_for_bit(
     wanted = train(loaded, base=base, out=tmp_path / "memory")
     request.getfixturevalue("large")
     whole = train(loaded, base=base, out=tmp_path / "disk")
-
-    def bytes_of(run: Any) -> bytes:
-        return weights_path(run.adapter).read_bytes()
-
     assert bytes_of(whole) == bytes_of(wanted)
-    next_batch = adapter_trainer.AdapterTrainer.next_batch
-
-    def killed(trainer: Any) -> list[EncodedExample]:
-        if trainer.progress.step == 11:
-            raise _Killed
-        return next_batch(trainer)
-
     with monkeypatch.context() as patch:
-        patch.setattr(adapter_trainer.AdapterTrainer, "next_batch", killed)
+        killed_at(11, patch)
         with pytest.raises(_Killed):
             train(loaded, base=base, out=tmp_path / "killed")
     resumed = train(loaded, base=base, out=tmp_path / "killed")
     assert bytes_of(resumed) == bytes_of(wanted)
+
+
+PAIRS = """
+name: choices
+model: {id: random-llama-0}
+task:
+  kind: preference
+  data: {files: {train: rows.jsonl, validation: rows.jsonl, test: rows.jsonl}}
+  metrics: [preference_accuracy]
+methods: [{kind: lora, rank: 2}]
+train: {steps: 8, batch_size: 2, warmup_steps: 1, eval_every: 4, save_every: 3}
+retention: null
+"""
+FORMS = {"texts": lambda row: row, "messages": messages, "shared beginning": implicit}
+
+
+def choices(folder: Path, form: str, *changes: str, count: int = 13) -> LoadedRecipe:
+    folder.mkdir(exist_ok=True)
+    rows = [FORMS[form](row) for row in texts(count)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (folder / "words.jinja").write_text(WORDS)
+    (folder / "choices.yaml").write_text(PAIRS)
+    template = [] if form == "texts" else ["task.chat_template=words.jinja"]
+    return load_recipe(folder / "choices.yaml", [*template, *changes])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("short", [False, True])
+def test_many_pairs_become_the_rows_of_few(
+    tmp_path: Path, base: Base, form: str, short: bool, request: Any
+) -> None:
+    cut = ["task.max_tokens=6"] if short and form == "texts" else []
+    loaded = choices(tmp_path / "pairs", form, *cut)
+    few = prepare(loaded, base)
+    assert isinstance(few.rows.encoded, list)
+    request.getfixturevalue("large")
+    for _ in range(2):  # written, then read
+        many = prepare(loaded, base)
+        assert isinstance(many.rows.encoded, EncodedPairs)
+        assert isinstance(many.data.train, StoredExamples)
+        assert many.rows.encoded == few.rows.encoded
+        assert many.rows.examples == few.rows.examples
+        assert many.validation == few.validation
+        assert many.data == few.data
+        assert many.data_lines() == few.data_lines()
+        assert many.data_fingerprint(0) == few.data_fingerprint(0)
+        assert many.test_fingerprint() == few.test_fingerprint()
+        for name, lengths in vars(Lengths.of(few.rows.encoded)).items():
+            assert getattr(Lengths.of(many.rows.encoded), name).tolist() == lengths.tolist()
+
+
+def test_pairs_that_differ_in_a_rejected_answer_are_tokenised_anew(
+    tmp_path: Path, base: Base, cache: Path, large: None
+) -> None:
+    for form in FORMS:
+        loaded = choices(tmp_path / "pairs", form)
+        first = prepare(loaded, base)
+        path = loaded.folder / "rows.jsonl"
+        path.write_text(path.read_text().replace("w61", "w63"))
+        second = prepare(loaded, base)
+        assert first.rows.encoded != second.rows.encoded
+
+
+def test_a_broken_pair_of_a_large_file_is_told_by_its_line(
+    tmp_path: Path, base: Base, large: None
+) -> None:
+    loaded = choices(tmp_path / "pairs", "texts")
+    with (loaded.folder / "rows.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "w1", "chosen": "w2", "rejected": "w2"}) + "\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl:14: `chosen` and `rejected` are the same"):
+        prepare(loaded, base)
+
+
+@pytest.mark.parametrize("form", ["texts", "messages"])
+def test_pairs_from_disk_are_learnt_and_resumed_bit_for_bit(
+    tmp_path: Path, base: Base, form: str, request: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = choices(tmp_path / "pairs", form)  # 13 rows, batches of 2: step 8 is a new epoch
+    wanted = train(loaded, base=base, out=tmp_path / "memory")
+    request.getfixturevalue("large")
+    whole = train(loaded, base=base, out=tmp_path / "disk")
+    assert whole.record.curve == wanted.record.curve
+    assert bytes_of(whole) == bytes_of(wanted)
+    with monkeypatch.context() as patch:
+        killed_at(5, patch)
+        with pytest.raises(_Killed):
+            train(loaded, base=base, out=tmp_path / "killed")
+    assert bytes_of(train(loaded, base=base, out=tmp_path / "killed")) == bytes_of(wanted)
+
+
+def test_pairs_handed_over_as_a_dataset_stay_where_they_lie(
+    tmp_path: Path, base: Base, large: None
+) -> None:
+    loaded = choices(tmp_path / "pairs", "messages")
+    lines = (loaded.folder / "rows.jsonl").read_text().splitlines()
+    rows = Dataset.from_list([json.loads(line) for line in lines])
+    handed = prepare(with_rows(loaded, DatasetDict(train=rows, validation=rows, test=rows)), base)
+    assert isinstance(handed.rows.encoded, EncodedPairs)
+    assert handed.rows.encoded == prepare(loaded, base).rows.encoded
+
+
+def test_rows_of_several_tasks_stay_in_their_files(
+    tmp_path: Path, base: Base, request: Any
+) -> None:
+    chats, last = talk(tmp_path / "talk"), talk(tmp_path / "last", loss="last")
+
+    def joined() -> TaskRows:
+        return TaskRows([prepare(loaded, base).rows.encoded for loaded in (chats, last, chats)])
+
+    few = joined()
+    request.getfixturevalue("large")
+    many = joined()
+    assert all(isinstance(own, EncodedRows) for own in many._rows)
+    assert many == few
+    assert [many[i] for i in range(len(many))] == [*many]
+    whole, wanted = (vars(Lengths.of(rows)) for rows in (many, [*many]))
+    for name in whole:
+        assert whole[name].tolist() == wanted[name].tolist()
+
+
+def test_checks_of_all_rows_hold_one_at_a_time() -> None:
+    """A list of a million rows as objects would be what the file spares."""
+
+    def rows() -> Iterator[EncodedExample]:
+        yield EncodedExample([1], [2, 3], (True, False))
+        pytest.fail("the first row tells enough")
+
+    adapter = SimpleNamespace(infix=True, section=SimpleNamespace(title="an infix"))
+    with pytest.raises(UserError, match="an infix"):
+        run._require_one_input(adapter, rows())  # type: ignore[arg-type]
 
 
 MANY = """
@@ -241,13 +382,15 @@ name: many
 model: {{id: random-llama-0}}
 task:
   data: {{files: {{train: rows.jsonl, validation: talk.jsonl}}}}
-  metrics: [chrf]
+  metrics: [{metric}]
 {task}
 methods: [{{kind: prefix_tuning}}]
 retention: null
 """
 TASKS = {
     "chat": "  kind: chat\n  chat_template: words.jinja\n",
+    "preference": "  kind: preference\n  input: '{messages[0].content}'\n"
+    "  chosen: 'w1 {messages[1].content}'\n  rejected: 'w2 {messages[1].content}'\n",
     "generation": "  kind: generation\n  input: '{messages[0].content}'\n"
     "  target: '{messages[1].content}'\n",
 }
@@ -261,14 +404,18 @@ def anonymous() -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kind", ["chat", "generation"])
+@pytest.mark.parametrize("kind", TASKS)
 def test_memory_hardly_grows_with_rows(
     tmp_path: Path, base: Base, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(read_files, "IN_MEMORY_BYTES", 100_000)
     talk(tmp_path)
     recipe = tmp_path / "many.yaml"
-    recipe.write_text(MANY.format(task=TASKS[kind]))
+    recipe.write_text(
+        MANY.format(
+            task=TASKS[kind], metric="preference_accuracy" if kind == "preference" else "chrf"
+        )
+    )
     loaded = load_recipe(recipe)
 
     for module in (stored_rows, token_cache):

@@ -26,9 +26,10 @@ from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits, collate, supervised_losses
 from ptkit.training.adapter_trainer import StepReport
-from ptkit.training.multitask import Multitask, multitask, of_tasks
+from ptkit.training.multitask import Multitask, multitask
 from ptkit.training.objective import Objective
 from ptkit.training.observer import RunObserver
+from ptkit.training.task_rows import TaskRows
 
 QUICK = [
     "train.steps=4", "train.eval_every=2", "train.save_every=2", "train.batch_size=4",
@@ -98,12 +99,13 @@ def test_peft_reads_all_tasks_from_one_file(family: str, tmp_path: Path) -> None
 
 def test_loss_and_gradients_are_those_of_the_tasks_one_by_one(family: str) -> None:
     base = random_base(family)
-    rows = of_tasks([
+    rows = TaskRows([
         [EncodedExample([4, 8, 2], [7]), EncodedExample([3, 6, 9, 11, 40], [5])],
         [EncodedExample([12, 3], [9, 33, 2, 71, 5, 6])],
     ])  # fmt: skip
     prompt = random_prompt(base, tasks=2)
     tensors = collate(rows, base)
+    assert [*rows] == [rows[i] for i in range(len(rows))]
     weights = torch.tensor([row.weight for row in rows])
     together = Objective([prompt])(
         [0], [len(rows)], **tensors, tasks=[row.task for row in rows], weights=weights
@@ -127,7 +129,7 @@ def test_loss_and_gradients_are_those_of_the_tasks_one_by_one(family: str) -> No
 def test_tasks_count_by_their_rows() -> None:
     short = [EncodedExample([1, 2], [3])] * 6
     long = [EncodedExample([1], [5, 6, 7, IGNORED, 8])] * 2
-    rows = of_tasks([short, long])
+    rows = TaskRows([short, long])
     shares = [sum(r.weight * r.supervised for r in rows if r.task == t) for t in (0, 1)]
     assert shares[0] / shares[1] == pytest.approx(3)
     assert sum(shares) == pytest.approx(sum(r.supervised for r in rows))

@@ -164,7 +164,8 @@ def test_what_conversations_share_is_the_prompt(
         | ({"prompt": asked} if named else {}),
     ):
         table = Table([*row], [row])
-        found += pair_format(task, table).pairs(task, table, "train")
+        used, read_pair = pair_format(task, table).reader(task, table, "train")
+        found.append(read_pair(0, used.rows[0]))
     explicit, shared = found
     assert explicit == shared
     assert (explicit.chosen, explicit.rejected) == tuple(answers)

@@ -1,8 +1,7 @@
 """AdapterHub's `adapters` as a peer of `ptkit bench train`, in a process and an environment of its
 own: it needs transformers 4, ptkit 5.
 
-The process lives as long as the bench. It takes turns with ptkit's own steps, so that only one of
-them works at a time. What it does is in `adapterhub_peer.py`.
+What it does is in `adapterhub_peer.py`.
 """
 
 from __future__ import annotations
@@ -10,24 +9,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 
 import torch
 from safetensors.torch import save_file
 
-from ptkit.bench.peers import BenchMethod, Clock, Round, Trained
-from ptkit.errors import PtkitError, UserError
+from ptkit.bench.peer_process import NotReadyError, PeerProcess
+from ptkit.bench.peers import BenchMethod, Clock, Round, Trained, trainer_settings
+from ptkit.errors import UserError
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.progress import no_weights_bar
 from ptkit.training import memory
 
 #: What is run over there; no module of ptkit's can be imported there.
 SCRIPT = Path(__file__).with_name("adapterhub_peer.py")
+#: How it answers; copied beside it.
+ANSWERS = Path(__file__).with_name("peer_answers.py")
 #: Why methods other than prefix tuning are not compared.
 NOT_COMPARED = {
     "prompt_tuning": "`adapters` has prompt tuning for encoders only, for no base that generates",
@@ -45,7 +46,6 @@ class AdapterHub:
     """
 
     title: ClassVar[str] = "adapters + AdapterTrainer"
-    aimed_at: ClassVar[bool] = False
 
     def __init__(self, python: str | None) -> None:
         if python is None:
@@ -58,13 +58,11 @@ class AdapterHub:
         self._refused: str | None = None
         with ExitStack() as opened:  # closed again if it cannot be started
             self._folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
-            self._log = opened.enter_context(
-                (self._folder / "log.txt").open("w+", encoding="utf-8")
-            )
-            for path in (SCRIPT, Path(memory.__file__)):
+            log = opened.enter_context((self._folder / "log.txt").open("w+", encoding="utf-8"))
+            for path in (SCRIPT, ANSWERS, Path(memory.__file__)):
                 shutil.copy(path, self._folder)
-            self._process = self._started()
-            opened.callback(self._end)
+            self._process = self._started(log)
+            opened.callback(self._process.end)
             self.versions = self._ready()
             self._opened = opened.pop_all()
 
@@ -84,25 +82,24 @@ class AdapterHub:
             return NOT_COMPARED[method.kind]
         if base is not self._base:
             self._refused, self._base = self._given(base), base
-        return self._refused or self._asked("offer", **self._prefix(base, method, 0)).get("lacks")
+        return self._refused or self._process.asked("offer", **self._prefix(base, method, 0)).get(
+            "lacks"
+        )
+
+    def aim(
+        self, method: BenchMethod, model: str, supervised: float
+    ) -> tuple[float | None, float | None]:
+        return None, None
 
     def train(self, turn: Round) -> Trained:
-        settings = turn.settings
-        rows = [[row.input_ids, row.target_ids] for row in turn.ordered()]
-        (self._folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-        done = self._asked(
+        (self._folder / "rows.json").write_text(json.dumps(turn.labelled()), encoding="utf-8")
+        done = self._process.asked(
             "train",
             **self._prefix(turn.base, turn.method, turn.seed),
             rows=str(self._folder / "rows.json"),
             pad=turn.base.pad_token_id,
-            settings={
-                "max_steps": settings.steps, "per_device_train_batch_size": settings.batch_size,
-                "learning_rate": turn.method.learning_rate,
-                "max_grad_norm": settings.max_grad_norm,
-                "use_cpu": turn.base.model.device.type == "cpu",
-                "bf16": settings.autocast == "bf16", "fp16": settings.autocast == "fp16",
-            },
-        )["done"]  # fmt: skip
+            settings=trainer_settings(turn),
+        )["done"]
         clock = Clock(done["ends"], done["losses"])
         return Trained(clock.losses, clock.per_step, done["memory"])
 
@@ -113,7 +110,7 @@ class AdapterHub:
             base.model.save_pretrained(folder)
         path = folder / "config.json"
         path.write_text(json.dumps(_of_transformers_4(json.loads(path.read_text()))))
-        answer = self._asked(
+        answer = self._process.asked(
             "base", folder=str(folder), device=str(base.model.device),
             dtype=str(base.model.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
         )  # fmt: skip
@@ -134,16 +131,13 @@ class AdapterHub:
         }  # fmt: skip
         return {"prefix": prefix, "start": str(start)}
 
-    def _started(self) -> subprocess.Popen[str]:
+    def _started(self, log: TextIO) -> PeerProcess:
         # Its own environment is not to see this one's modules (-E, -s), nor the network; what it
         # leaves behind when it is ended goes with the folder.
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(self._folder)}
+        command = [self.python, "-E", "-s", str(self._folder / SCRIPT.name)]
         try:
-            return subprocess.Popen(
-                [self.python, "-E", "-s", str(self._folder / SCRIPT.name)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-                encoding="utf-8", env=environment,
-            )  # fmt: skip
+            return PeerProcess("`adapters`", command, log, environment)
         except OSError as error:
             raise UserError(
                 f"--peer-python {self.python}: cannot be run ({error.strerror}); give the `python` "
@@ -152,42 +146,13 @@ class AdapterHub:
 
     def _ready(self) -> str:
         """Wait until it has imported everything; returns its versions."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:  # libraries may print before they are ready, too
-            if line.startswith('{"ready"'):
-                return str(json.loads(line)["ready"])
-        raise UserError(
-            f"--peer-python {self.python}: this environment cannot run `adapters` "
-            f"({self._last_words()}); make one that can:\n{_recipe()}"
-        )
-
-    def _asked(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """The answer to a request: an object with `done` or `lacks`. Raises PtkitError where
-        something over there failed."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         try:
-            print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise PtkitError(f"the process of `adapters` ended: {self._last_words()}")
-        answer: dict[str, Any] = json.loads(line)
-        if "failed" in answer:
-            raise PtkitError(f"`adapters` failed ({self.versions}):\n{answer['failed']}")
-        return answer
-
-    def _last_words(self) -> str:
-        """The last line it wrote on stderr."""
-        code = self._process.wait()
-        self._log.seek(0)
-        lines = self._log.read().strip().splitlines()
-        return lines[-1].strip() if lines else f"exit code {code}"
-
-    def _end(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+            return self._process.wait_until_ready()
+        except NotReadyError as error:
+            raise UserError(
+                f"--peer-python {self.python}: this environment cannot run `adapters` "
+                f"({error}); make one that can:\n{_recipe()}"
+            ) from error
 
 
 def _recipe() -> str:

@@ -3,24 +3,17 @@ transformers than ptkit. Run by `ptkit bench train --against adapters` (`ptkit.b
 
     python adapterhub_peer.py
 
-It reads one JSON request per line from stdin and answers each with one line of JSON on stdout. The
-answer is an object with `done`, with `lacks` (why the library cannot do that), or with `failed` (a
-traceback). Tensors and rows come as files. Between requests it waits and does nothing.
-
-It imports nothing of ptkit's but `memory`, which is `ptkit/training/memory.py`, copied beside it:
-both sides' memory is measured alike.
+Two modules of ptkit's are copied beside it, and it imports no others: `peer_answers` and `memory`.
+The latter is of `ptkit/training`, so that both sides' memory is measured alike.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
-import sys
 import tempfile
 import time
-import traceback
-from typing import Any, TextIO
+from typing import Any
 
 import accelerate  # noqa: F401  (the Trainer needs it; better missed now than at the first step)
 import adapters
@@ -28,6 +21,7 @@ import torch
 import transformers
 from adapters import AdapterTrainer, PrefixTuningConfig
 from memory import PeakMemory
+from peer_answers import Lacking, answer_requests
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import SequentialSampler
@@ -38,10 +32,6 @@ from transformers.trainer_callback import PrinterCallback
 NAME = "bench"
 #: Label of positions that are not supervised.
 IGNORED = -100
-
-
-class Lacking(Exception):
-    """The library cannot do what was asked."""
 
 
 class Bench:
@@ -87,7 +77,7 @@ class Bench:
     def train(
         self, prefix: dict[str, Any], start: str, rows: str, pad: int, settings: dict[str, Any]
     ) -> dict[str, Any]:
-        """Train on the rows in file `rows`, `[[input ids, target ids], ...]`, as they come.
+        """Train on the rows in file `rows`, `[[token ids, labels], ...]`, as they come.
 
         settings: arguments of transformers' TrainingArguments. Returns the loss and the end
         (seconds) of every step, and peak memory in bytes.
@@ -99,10 +89,12 @@ class Bench:
         ends: list[float] = []
         with tempfile.TemporaryDirectory() as scratch:
             arguments = TrainingArguments(
-                scratch, lr_scheduler_type="constant", weight_decay=0.0, logging_steps=1,
-                save_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False,
+                scratch,
+                logging_steps=1,
+                save_strategy="no",
+                remove_unused_columns=False,
                 **settings,
-            )  # fmt: skip
+            )
             trainer = InOrder(
                 self.model, arguments, train_dataset=examples, callbacks=[Noted(ends)],
                 data_collator=lambda batch: collated(
@@ -182,51 +174,27 @@ def collated(
     padded, transformers makes no mask. Fused attention then lets the first tokens read only the
     beginning of the prefix.
     """
-    longest = max(len(given) + len(targets) for given, targets in rows)
+    longest = max(len(own) for own, _ in rows)
     ids = torch.full((len(rows), longest), pad)
     real = torch.zeros(len(rows), longest, dtype=torch.bool)
     labels = torch.full((len(rows), longest), IGNORED)
-    for i, (given, targets) in enumerate(rows):
-        length = len(given) + len(targets)
-        ids[i, :length] = torch.tensor(given + targets)
-        labels[i, len(given) : length] = torch.tensor(targets)
-        real[i, :length] = True
+    for i, (own, targets) in enumerate(rows):
+        ids[i, : len(own)] = torch.tensor(own)
+        labels[i, : len(own)] = torch.tensor(targets)
+        real[i, : len(own)] = True
     seen = torch.ones(longest, longest, dtype=torch.bool).tril() & real[:, None, None, :]
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
     positions = torch.arange(virtual_tokens, virtual_tokens + longest).expand(len(rows), -1)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "position_ids": positions}
 
 
-def answered(bench: Bench, request: dict[str, Any]) -> dict[str, Any]:
-    """The answer to a request: `do` names a method of `bench`, the rest are its arguments."""
-    try:
-        return {"done": getattr(bench, request.pop("do"))(**request)}
-    except Lacking as error:
-        return {"lacks": str(error)}
-    except Exception:
-        return {"failed": traceback.format_exc()}
-
-
-def answers_to() -> TextIO:
-    """Where answers go: stdout as it was. Whatever else is printed from now on, by libraries in
-    Python or in C, goes to stderr and cannot get between them."""
-    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return own
-
-
 def main() -> None:
-    """Say what runs here, then answer until stdin ends."""
-    answers = answers_to()
-    versions = (
+    """Answer requests until stdin ends."""
+    answer_requests(
+        Bench(),
         f"adapters {adapters.__version__} (transformers {transformers.__version__}, "
-        f"torch {torch.__version__}, Python {platform.python_version()})"
+        f"torch {torch.__version__}, Python {platform.python_version()})",
     )
-    # On a line of its own, even where something printed by an import has not ended its line.
-    print("\n" + json.dumps({"ready": versions}), file=answers, flush=True)
-    bench = Bench()
-    for line in sys.stdin:
-        print(json.dumps(answered(bench, json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 
 from ptkit.bench.bases import GPT2_SMALL, LARGE_VOCABULARY
 from ptkit.data.encode import length_grouped_batches
-from ptkit.data.encoded import EncodedExample
+from ptkit.data.encoded import IGNORED, EncodedExample
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, create_adapter
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base
@@ -24,10 +24,11 @@ from ptkit.runtime.base_model import Base
 
 @dataclass(frozen=True)
 class BenchMethod:
-    """A method's settings, and how many times faster than PEFT + Trainer it should be."""
+    """A method's settings, and how many times faster than PEFT + Trainer it should be, where
+    there is a target for that."""
 
     settings: dict[str, Any]
-    at_least: float
+    at_least: float | None
     learning_rate: float
 
     @property
@@ -71,7 +72,11 @@ METHODS = {
     "p-tuning": BenchMethod({"kind": "p_tuning", "num_virtual_tokens": 20, **_MLP}, 2.2, 1e-3),
     "lora": BenchMethod({"kind": "lora", "rank": 8}, 1.0, 1e-3),
     "full": BenchMethod({"kind": "full"}, 1.0, 1e-4),
+    "prefix-20": BenchMethod({"kind": "prefix_tuning", "num_virtual_tokens": 20}, None, 1e-2),
+    "prompt-32": BenchMethod({"kind": "prompt_tuning", "num_virtual_tokens": 32}, None, 1e-2),
 }  # fmt: skip
+#: Those that are trained where none are named.
+USUAL = ("prefix", "prefix-mlp", "prompt-20", "prompt-100", "p-tuning", "lora", "full")
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,30 @@ class Round:
         )
         return [self.rows[i] for batch in islice(order, self.settings.steps) for i in batch]
 
+    def labelled(self) -> list[tuple[list[int], list[int]]]:
+        """Token ids and labels of the rows as the steps read them, `IGNORED` where nothing is
+        learnt."""
+        return [
+            (row.input_ids + row.target_ids, [IGNORED] * len(row.input_ids) + row.labels)
+            for row in self.ordered()
+        ]
+
     def started(self) -> Adapter:
         """The adapter this round starts from."""
         return self.method.started(self.base, self.seed)
+
+
+def trainer_settings(turn: Round) -> dict[str, Any]:
+    """Arguments of transformers' TrainingArguments for what ptkit does in `turn`."""
+    settings = turn.settings
+    return {
+        "max_steps": settings.steps, "per_device_train_batch_size": settings.batch_size,
+        "learning_rate": turn.method.learning_rate, "max_grad_norm": settings.max_grad_norm,
+        "lr_scheduler_type": "constant", "weight_decay": 0.0,
+        "use_cpu": turn.base.model.device.type == "cpu",
+        "bf16": settings.autocast == "bf16", "fp16": settings.autocast == "fp16",
+        "report_to": [], "disable_tqdm": True,
+    }  # fmt: skip
 
 
 @dataclass
@@ -129,8 +155,6 @@ class Peer(Protocol):
 
     title: ClassVar[str]
     """Its name in the figures."""
-    aimed_at: ClassVar[bool]
-    """Whether a method's targets are about this peer."""
 
     @property
     def versions(self) -> str:
@@ -138,6 +162,14 @@ class Peer(Protocol):
 
     def lacks(self, base: Base, method: BenchMethod) -> str | None:
         """Why it cannot take part in `method`; None where it can."""
+
+    def aim(
+        self, method: BenchMethod, model: str, supervised: float
+    ) -> tuple[float | None, float | None]:
+        """At least so many times its speed, at most this share of its memory; None: no target.
+
+        supervised: positions with a label per row
+        """
 
     def train(self, turn: Round) -> Trained:
         """Take the steps of `turn`."""

@@ -12,12 +12,19 @@ from typing import Any, ClassVar
 import peft
 import torch
 import transformers
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ptkit.bench.peers import BenchMethod, Clock, Round, Trained
+from ptkit.bench.peers import BenchMethod, Clock, Round, Trained, trainer_settings
 from ptkit.methods.full.adapter import Full
 from ptkit.methods.peft_layers import PeftLayers
 from ptkit.runtime.base_model import Base
@@ -29,7 +36,6 @@ class PeftTrainer:
     """PEFT and the Trainer, in this process."""
 
     title: ClassVar[str] = "PEFT + Trainer"
-    aimed_at: ClassVar[bool] = True
 
     @property
     def versions(self) -> str:
@@ -41,15 +47,20 @@ class PeftTrainer:
     def lacks(self, base: Base, method: BenchMethod) -> str | None:
         return None
 
+    def aim(
+        self, method: BenchMethod, model: str, supervised: float
+    ) -> tuple[float | None, float | None]:
+        return method.aim(model, supervised)
+
     def train(self, turn: Round) -> Trained:
         base = turn.base
         model = model_of(turn)
         clock = Clock()
         with tempfile.TemporaryDirectory() as scratch:
             arguments = arguments_of(turn, scratch, logging_steps=1, save_strategy="no")
-            trainer = _InOrder(
+            trainer = _OrderedTrainer(
                 model, arguments, data_collator=lambda batch: collate(batch, base),
-                train_dataset=turn.ordered(), callbacks=[_Noted(clock)],
+                train_dataset=turn.ordered(), callbacks=[StepNotes(clock)],
             )  # fmt: skip
             trainer.remove_callback(PrinterCallback)
             memory = PeakMemory(base.model.device)
@@ -59,14 +70,22 @@ class PeftTrainer:
         return Trained(clock.losses, clock.per_step, peak)
 
 
-class _InOrder(Trainer):
-    """transformers' Trainer, reading the rows in the order they come."""
+class InOrder:
+    """What makes a Trainer read the rows in the order they come."""
+
+    train_dataset: Any
 
     def _get_train_sampler(self, *args: Any, **kw: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+        return SequentialSampler(self.train_dataset)
 
 
-class _Noted(TrainerCallback):
+class _OrderedTrainer(InOrder, Trainer):
+    """transformers' Trainer, reading the rows in the order they come."""
+
+
+class StepNotes(TrainerCallback):
+    """Notes when steps end and what they lost."""
+
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
 
@@ -80,33 +99,41 @@ class _Noted(TrainerCallback):
 
 def arguments_of(turn: Round, folder: str, **own: Any) -> TrainingArguments:
     """The Trainer's settings for what ptkit does in `turn`; `own`: what only the caller wants."""
-    settings = turn.settings
-    return TrainingArguments(
-        folder, max_steps=settings.steps, per_device_train_batch_size=settings.batch_size,
-        learning_rate=turn.method.learning_rate, lr_scheduler_type="constant", weight_decay=0.0,
-        max_grad_norm=settings.max_grad_norm, report_to=[], disable_tqdm=True,
-        use_cpu=turn.base.model.device.type == "cpu", remove_unused_columns=False,
-        bf16=settings.autocast == "bf16", fp16=settings.autocast == "fp16", **own,
-    )  # fmt: skip
+    return TrainingArguments(folder, remove_unused_columns=False, **trainer_settings(turn), **own)
+
+
+def start_of(turn: Round) -> tuple[PeftConfig | None, dict[str, Tensor]]:
+    """PEFT's settings of the method, and the values it starts from, as PEFT names them. No settings
+    where the base itself is trained."""
+    adapter: Any = turn.started()
+    try:
+        if isinstance(adapter, Full):
+            return None, {}
+        if isinstance(adapter, PeftLayers):
+            model = adapter.peft_model
+            config = copy.deepcopy(model.peft_config["default"])
+            return config, dict(get_peft_model_state_dict(model))
+        return copy.deepcopy(adapter.config), adapter.encoder.state_dict()
+    finally:
+        adapter.close()
+
+
+def load_start(model: PeftModel, values: dict[str, Tensor]) -> None:
+    """Let PEFT's model start from `values` (see `start_of`)."""
+    if model.peft_config["default"].is_prompt_learning:
+        model.prompt_encoder["default"].load_state_dict(values)
+    else:
+        set_peft_model_state_dict(model, values)
 
 
 def model_of(turn: Round) -> Any:
     """PEFT's model of the same method with the same values to start from, on a base of its own."""
-    adapter: Any = turn.started()
-    try:
-        if isinstance(adapter, Full):
-            return adapter.model
-        in_layers = isinstance(adapter, PeftLayers)
-        config = copy.deepcopy(adapter.peft_model.peft_config["default"]) if in_layers else None
-        state = dict(get_peft_model_state_dict(adapter.peft_model)) if in_layers else {}
-    finally:
-        adapter.close()
+    config, values = start_of(turn)
     own: Any = copy.deepcopy(turn.base.model)
+    if config is None:
+        return own.requires_grad_(True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about GPT-2's Conv1D
-        model: Any = get_peft_model(own, config or copy.deepcopy(adapter.config))
-    if in_layers:
-        set_peft_model_state_dict(model, state)
-    else:
-        model.prompt_encoder["default"].load_state_dict(adapter.encoder.state_dict())
+        model: Any = get_peft_model(own, config)
+    load_start(model, values)
     return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,16 @@ from ptkit.bench.peers import METHODS, BenchMethod, Clock, Peer, Round, Trained
 from ptkit.bench.peft_trainer import PeftTrainer
 from ptkit.bench.result import BenchResult, Figure, times
 from ptkit.bench.timing import Timing, ratio, timed
+from ptkit.bench.trl_trainer import TrlTrainer
 from ptkit.data import load_task
+from ptkit.data.chat_rows import ChatEncoder
 from ptkit.data.encode import encode_examples
 from ptkit.data.encoded import EncodedExample
+from ptkit.data.examples import Example
 from ptkit.errors import UserError, did_you_mean
 from ptkit.recipe import load_recipe
 from ptkit.recipe.schema import TrainSection
+from ptkit.recipe.tasks import ChatTask, PreferenceTask, Task
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate
 from ptkit.runtime.fused import fused_activations
@@ -33,8 +37,8 @@ from ptkit.training.loop import fit
 from ptkit.training.memory import PeakMemory
 from ptkit.training.objective import Objective
 
-#: How far the losses of a step may be apart, relative: both sides take the same steps.
-TOLERANCE = 5e-3
+#: How far the losses of a step may be apart, relative, by precision: all take the same steps.
+TOLERANCES = {"no": 1e-4, "bf16": 5e-3}
 #: Rows and columns of the matrices whose product tells the machine's peak.
 PEAK_SIZE = 2048
 
@@ -43,6 +47,7 @@ PEAK_SIZE = 2048
 PEERS: Mapping[str, Callable[[str | None], AbstractContextManager[Peer]]] = {
     "peft": lambda python: nullcontext(PeftTrainer()),
     "adapters": AdapterHub,
+    "trl": lambda python: TrlTrainer(),
 }
 
 
@@ -80,7 +85,7 @@ def bench_train(
         loaded = load_recipe(recipe)
         data = load_task(loaded.recipe.task, loaded.folder)
         count = max(steps * batch_size, 64)
-        rows = encode_examples(data.train[:count], base.tokenizer, loaded.recipe.task)
+        rows = _encoded(data.train[:count], base, loaded.recipe.task)[:count]
         settings = TrainSection(
             steps=steps, batch_size=batch_size, warmup_steps=0, schedule="constant",
             eval_every=steps, save_every=steps, autocast=autocast,  # type: ignore[arg-type]
@@ -105,15 +110,16 @@ def bench_train(
                     ours.append(_with_ptkit(turn))
                     for peer in taking_part:
                         theirs[peer.title].append(peer.train(turn))
-                        found = _difference(ours[-1], peer.title, theirs[peer.title][-1])
+                        found = _difference(ours[-1], peer.title, theirs[peer.title][-1], autocast)
                         worst[peer.title] = max(worst[peer.title], found)
             except ParityError as error:  # the other methods may agree
                 disagreed[name] = str(error)
                 continue
             apart = {t: max(apart.get(t, 0.0), worst.get(t, 0.0)) for t in {**apart, **worst}}
             supervised = statistics.mean(row.supervised for row in rows)
-            aimed_at = {peer.title for peer in taking_part if peer.aimed_at}
-            figures += _figures(name, ours, theirs, aimed_at, method.aim(model, supervised))
+            aims = {peer.title: peer.aim(method, model, supervised) for peer in taking_part}
+            tokens = batch_size * statistics.mean(map(len, rows))
+            figures += _figures(name, ours, theirs, aims, tokens)
             figures.append(_share_of_peak(name, base, method, rows[:batch_size], ours, autocast))
         versions = "; ".join(peer.versions for peer in peers)
     return BenchResult(
@@ -121,13 +127,24 @@ def bench_train(
         {
             "model": model, "recipe": recipe, "rows": len(rows), "steps": steps,
             "batch_size": batch_size, "rounds": rounds, "autocast": autocast,
-            "tokens_per_row": statistics.mean(map(len, rows)), "against": versions,
+            "tokens_per_row": statistics.mean(map(len, rows)),
+            "learnt_per_row": statistics.mean(row.supervised for row in rows), "against": versions,
         },
         _parity(apart),
         figures,
         left_out,
         disagreed,
     )  # fmt: skip
+
+
+def _encoded(examples: Sequence[Example], base: Base, task: Task) -> list[EncodedExample]:
+    """The rows that training reads: of a conversation all that is learnt of it. Raises UserError
+    for pairs of answers."""
+    if isinstance(task, PreferenceTask):
+        raise UserError("`bench train` has no pairs of answers; name a recipe of another task")
+    if isinstance(task, ChatTask):
+        return [*ChatEncoder(base.tokenizer, task).rows(examples).encoded]
+    return encode_examples(examples, base.tokenizer, task)
 
 
 def _with_ptkit(turn: Round) -> Trained:
@@ -152,12 +169,12 @@ def _with_ptkit(turn: Round) -> Trained:
     return Trained(clock.losses, clock.per_step, peak)
 
 
-def _difference(ours: Trained, title: str, theirs: Trained) -> float:
-    """The largest relative difference of a step's loss. Raises ParityError above TOLERANCE."""
+def _difference(ours: Trained, title: str, theirs: Trained, autocast: str) -> float:
+    """The largest relative difference of a step's loss. Raises ParityError above TOLERANCES."""
     if len(ours.losses) != len(theirs.losses):
         raise ParityError(f"{len(ours.losses)} steps here, {len(theirs.losses)} by {title}")
     worst = max(abs(a - b) / abs(b) for a, b in zip(ours.losses, theirs.losses, strict=True))
-    if not worst <= TOLERANCE:  # a loss that is no number is no agreement either
+    if not worst <= TOLERANCES[autocast]:  # a loss that is no number is no agreement either
         raise ParityError(f"losses {ours.losses} here, {theirs.losses} by {title}")
     return worst
 
@@ -209,10 +226,13 @@ def _figures(
     name: str,
     ours: Sequence[Trained],
     theirs: Mapping[str, Sequence[Trained]],
-    aimed_at: Collection[str],
-    aims: tuple[float | None, float | None],
+    aims: Mapping[str, tuple[float | None, float | None]],
+    tokens: float,
 ) -> list[Figure]:
-    """Times, then memory, of ptkit and of every peer; `aims` are about those `aimed_at`."""
+    """Times, then memory, of ptkit and of every peer.
+
+    aims: the targets beside each peer; tokens: of a batch, padding left out
+    """
 
     def timing(runs: Sequence[Trained]) -> Timing:
         return Timing(tuple(run.seconds for run in runs))
@@ -220,19 +240,22 @@ def _figures(
     def peak(runs: Sequence[Trained]) -> float:
         return statistics.median(run.memory for run in runs)
 
-    target = {title: aims if title in aimed_at else (None, None) for title in theirs}
-    figures = [Figure(f"{name}: a step, ptkit", timing(ours).median, "s")]
+    figures = [
+        Figure(f"{name}: a step, ptkit", timing(ours).median, "s"),
+        Figure(f"{name}: tokens per second, ptkit", tokens / timing(ours).median),
+    ]
     for title, runs in theirs.items():
         faster = times(ratio(timing(runs), timing(ours)))
         figures += [
             Figure(f"{name}: a step, {title}", timing(runs).median, "s"),
-            Figure(f"{name}: {title} / ptkit", *faster, at_least=target[title][0]),
+            Figure(f"{name}: tokens per second, {title}", tokens / timing(runs).median),
+            Figure(f"{name}: {title} / ptkit", *faster, at_least=aims[title][0]),
         ]
     figures.append(Figure(f"{name}: peak memory, ptkit", peak(ours), "bytes"))
     for title, runs in theirs.items():
         share = peak(ours) / peak(runs)
         figures += [
             Figure(f"{name}: peak memory, {title}", peak(runs), "bytes"),
-            Figure(f"{name}: memory, ptkit / {title}", share, "x", at_most=target[title][1]),
+            Figure(f"{name}: memory, ptkit / {title}", share, "x", at_most=aims[title][1]),
         ]
     return figures

@@ -44,7 +44,8 @@ Methods = Annotated[
     typer.Option(
         "--method",
         "-m",
-        help="prefix, prefix-mlp, prompt-20, prompt-100, p-tuning, lora, full; default: all.",
+        help="prefix, prefix-20, prefix-mlp, prompt-20, prompt-32, prompt-100, p-tuning, lora, "
+        "full; default: all but prefix-20 and prompt-32.",
     ),
 ]
 TrainedOn = Annotated[str, typer.Option(help="Whose data is trained on.")]
@@ -64,7 +65,7 @@ def train(
     autocast: BothAutocast = Autocast.no,
     against: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="peft, adapters, or both with a comma between; default: peft."),
+        typer.Option(help="peft, adapters, trl; several with commas; default: peft."),
     ] = None,
     peer_python: Annotated[
         Optional[str],  # noqa: UP045
@@ -72,15 +73,16 @@ def train(
     ] = None,
     json_output: JsonOutput = False,
 ) -> None:
-    """The same training steps by ptkit and by PEFT + Trainer, or by AdapterHub's `adapters`: time
-    and memory of a step."""
-    from ptkit.bench.train import METHODS, bench_train
+    """The same training steps by ptkit and by PEFT + Trainer, AdapterHub's `adapters` or TRL's
+    SFTTrainer: time and memory of a step."""
+    from ptkit.bench.peers import USUAL
+    from ptkit.bench.train import bench_train
 
     peers = _named(against) or ["peft"]
     if peer_python is not None and "adapters" not in peers:
         raise UserError("--peer-python is for --against adapters; add that, or leave it out")
     result = bench_train(
-        model, method or list(METHODS), recipe=recipe, steps=steps, batch_size=batch_size,
+        model, method or list(USUAL), recipe=recipe, steps=steps, batch_size=batch_size,
         rounds=rounds, autocast=autocast.value, against=peers,
         peer_python=peer_python,
     )  # fmt: skip
@@ -136,11 +138,11 @@ def run(
     json_output: JsonOutput = False,
 ) -> None:
     """Whole training runs by ptkit and by PEFT + Trainer, each with batches of its own making."""
-    from ptkit.bench.peers import METHODS
+    from ptkit.bench.peers import USUAL
     from ptkit.bench.whole_run import bench_run
 
     result = bench_run(
-        model, method or list(METHODS), recipe=recipe, rows=rows, validation=validation,
+        model, method or list(USUAL), recipe=recipe, rows=rows, validation=validation,
         steps=steps, batch_size=batch_size, rounds=rounds, autocast=autocast.value,
         peer_autocast=peer_autocast.value if peer_autocast else None,
     )  # fmt: skip
@@ -365,17 +367,18 @@ def every(model: BenchModel = "gpt2-small", json_output: JsonOutput = False) -> 
     from ptkit.bench.growth import bench_memory
     from ptkit.bench.infix import bench_infix
     from ptkit.bench.mixed import bench_mixed
+    from ptkit.bench.peers import USUAL
     from ptkit.bench.serve import bench_serve
     from ptkit.bench.startup import bench_startup
     from ptkit.bench.swap import bench_swap
     from ptkit.bench.together import bench_together
     from ptkit.bench.traffic import bench_traffic
-    from ptkit.bench.train import METHODS, bench_train
+    from ptkit.bench.train import bench_train
     from ptkit.bench.whole_run import bench_run
 
     benches = (
-        lambda: bench_train(model, list(METHODS)),
-        lambda: bench_run(model, list(METHODS)),
+        lambda: bench_train(model, list(USUAL)),
+        lambda: bench_run(model, list(USUAL)),
         lambda: bench_infix(model),
         lambda: bench_together(model),
         lambda: bench_generate(model),

@@ -32,6 +32,11 @@ class ChatNotes:
     unfolded: int = 0
     endless: int = 0
 
+    def add(self, more: ChatNotes) -> None:
+        """Count what was decided about further conversations, too."""
+        for name, count in vars(more).items():
+            setattr(self, name, getattr(self, name) + count)
+
 
 @dataclass(frozen=True)
 class ChatRows:

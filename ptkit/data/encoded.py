@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ptkit.data.tokens import without_lead
@@ -127,6 +127,12 @@ class PairExample(EncodedExample):
         return 1
 
 
+def each_pass(rows: Iterable[EncodedExample]) -> Iterator[EncodedExample]:
+    """The rows of a batch that `rows` are read as, in their order, one at a time: `rows` may be
+    more than memory holds."""
+    return (one for row in rows for one in row.passes())
+
+
 def passes_of(rows: Iterable[EncodedExample]) -> list[EncodedExample]:
-    """The rows of a batch that `rows` are read as, in their order."""
-    return [one for row in rows for one in row.passes()]
+    """The same, of the rows of one batch."""
+    return [*each_pass(rows)]

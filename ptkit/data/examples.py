@@ -89,12 +89,17 @@ def _facts(examples: Sequence[Example]) -> Facts:
             found.tags.update(example.target.split())
         found.empty_inputs += not example.input.strip()
         found.empty_targets += not example.target.strip()
-        told: tuple[object, ...] = (example.input, example.target, example.words)
-        if (said := example.dialogue) is not None:
-            told = (said.messages, said.learnt, said.tools)
-        digest.update(repr(told).encode())
+        digest.update(repr(_read_of(example)).encode())
     found.digest = digest.hexdigest()
     return found
+
+
+def _read_of(example: Example) -> tuple[object, ...]:
+    """All of an example that its token ids depend on."""
+    told: tuple[object, ...] = (example.input, example.target, example.words)
+    if (said := example.dialogue) is not None:
+        told = (said.messages, said.learnt, said.tools)
+    return told if example.rejected is None else (*told, _read_of(example.rejected))
 
 
 class StoredExamples(Lazy[Example]):

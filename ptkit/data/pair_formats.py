@@ -6,7 +6,7 @@ and `rejected` may also share their beginning, which is the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,16 +46,26 @@ class PairFormat:
         what = "lists of messages" if self.messages else "texts"
         return f"`chosen` and `rejected` as {what}"
 
-    def pairs(self, task: PreferenceTask, table: Table, source: str) -> Iterator[Pair]:
-        """Every row's pair. Raises DataError, with the row's place, for a broken one."""
-        read = _conversations if self.messages else _texts
-        for pair in read(task, table, source):
+    def reader(
+        self, task: PreferenceTask, table: Table, source: str
+    ) -> tuple[Table, Callable[[int, Row], Pair]]:
+        """The columns of `table` that are read, and what makes a pair of a row's number, from 0,
+        and the row as read. It raises DataError, with the row's place, for a broken one.
+
+        source: what messages call rows that are in no file of this machine
+        """
+        used, read = (_conversations if self.messages else _texts)(task, table)
+
+        def checked(number: int, row: Row) -> Pair:
+            pair = read(table.where(number, source), row)
             if pair.chosen == pair.rejected:
                 raise DataError(
                     f"{pair.where}: `chosen` and `rejected` are the same; expected two answers "
                     "that differ; leave the row out"
                 )
-            yield pair
+            return pair
+
+        return used, checked
 
 
 def pair_format(task: PreferenceTask, table: Table) -> PairFormat:
@@ -71,22 +81,30 @@ def pair_format(task: PreferenceTask, table: Table) -> PairFormat:
     return PairFormat(messages=False)
 
 
-def _texts(task: PreferenceTask, table: Table, source: str) -> Iterator[Pair]:
+#: What makes a pair of a row's place and the row as read.
+_Read = Callable[[str, Row], Pair]
+
+
+def _texts(task: PreferenceTask, table: Table) -> tuple[Table, _Read]:
     templates = [Template(getattr(task, key), f"task.{key}") for key in ("input", *ANSWERS)]
     for template in templates:
         template.require(table)
     used = table.only([column for own in templates for column in own.columns_of(table)])
-    for (where, _), row in zip(used.raw(source), used, strict=True):
-        asked, chosen, rejected = (own.render(row, where, complete=True) for own in templates)
+
+    def read(where: str, row: Row) -> Pair:
+        plain = used.plain(row)
+        asked, chosen, rejected = (own.render(plain, where, complete=True) for own in templates)
         if not asked:
             raise DataError(
                 f"{where}: the prompt is empty; expected a text for the answers to follow"
             )
-        yield Pair(where, asked, chosen, rejected)
+        return Pair(where, asked, chosen, rejected)
+
+    return used, read
 
 
-def _conversations(task: PreferenceTask, table: Table, source: str) -> Iterator[Pair]:
-    for where, row in table.raw(source):
+def _conversations(task: PreferenceTask, table: Table) -> tuple[Table, _Read]:
+    def read(where: str, row: Row) -> Pair:
         shared, whole = _split(row, where)
         chosen, rejected = (
             dialogue_of(
@@ -97,7 +115,10 @@ def _conversations(task: PreferenceTask, table: Table, source: str) -> Iterator[
         )  # fmt: skip
         before = len(chosen.messages) - (len(whole["chosen"]) - shared)
         asked = "\n".join(f"{m['role']}: {m['content']}" for m in chosen.messages[:before])
-        yield Pair(where, asked, _said(chosen, before), _said(rejected, before), (chosen, rejected))
+        said, other = _said(chosen, before), _said(rejected, before)
+        return Pair(where, asked, said, other, (chosen, rejected))
+
+    return table, read
 
 
 def _said(dialogue: Dialogue, before: int) -> str:

@@ -17,7 +17,7 @@ from ptkit.data.pair_formats import ANSWERS, pair_format
 from ptkit.data.pair_rows import PairEncoder
 from ptkit.data.read_files import read_files
 from ptkit.data.summary import chat_lines
-from ptkit.data.task import example_of_pair
+from ptkit.data.task import pair_examples
 from ptkit.recipe.tasks import PreferenceTask
 
 
@@ -75,10 +75,7 @@ def inspect_pairs(
     """
     tables = {path.name: read_files([path]) for path in files}
     form = pair_format(task, next(iter(tables.values())))
-    examples = {
-        name: [example_of_pair(pair) for pair in form.pairs(task, table, name)]
-        for name, table in tables.items()
-    }
+    examples = {name: pair_examples(task, form, table, name) for name, table in tables.items()}
     keys = {
         name: Counter((e.input, e.target, e.rejected and e.rejected.target) for e in own)
         for name, own in examples.items()

@@ -11,7 +11,7 @@ from typing import Any
 
 from ptkit.data.chat_formats import ChatFormat, recognised
 from ptkit.data.examples import Example, examples_of
-from ptkit.data.pair_formats import Pair, PairFormat, pair_format
+from ptkit.data.pair_formats import PairFormat, pair_format
 from ptkit.data.sources import load_rows
 from ptkit.data.splits import Origin
 from ptkit.data.table import Row, Table, kind_of
@@ -148,7 +148,7 @@ def load_task(task: Task, folder: Path, given: Mapping[str, Table] | None = None
             read.append(_chats(task, form, table, source, judged=split == "test"))
         elif isinstance(task, PreferenceTask):
             assert isinstance(form, PairFormat)
-            read.append([example_of_pair(pair) for pair in form.pairs(task, table, source)])
+            read.append(pair_examples(task, form, table, source))
         elif isinstance(task, TokenClassificationTask):
             read.append(_tagged(task, table, source, unknown))
         else:
@@ -204,13 +204,26 @@ def _chats(
     return examples_of(rows, read)
 
 
-def example_of_pair(pair: Pair) -> Example:
-    """The preferred answer of a pair as a row, beside it the rejected one."""
-    chosen, rejected = pair.dialogues or (None, None)
-    other = Example(pair.input, pair.rejected, (pair.rejected,), dialogue=rejected)
-    return Example(
-        pair.input, pair.chosen, (pair.chosen,), dialogue=chosen, rejected=other, where=pair.where
-    )
+def pair_examples(
+    task: PreferenceTask, form: PairFormat, table: Table, source: str
+) -> Sequence[Example]:
+    """The pairs of `table` as examples: the preferred answer, beside it the rejected one. Raises
+    DataError for a broken row.
+
+    source: what messages call rows that are in no file of this machine
+    """
+    used, pair_of = form.reader(task, table, source)
+
+    def read(number: int, row: Row) -> Example:
+        pair = pair_of(number, row)
+        chosen, rejected = pair.dialogues or (None, None)
+        other = Example(pair.input, pair.rejected, (pair.rejected,), dialogue=rejected)
+        return Example(
+            pair.input, pair.chosen, (pair.chosen,), dialogue=chosen, rejected=other,
+            where=pair.where,
+        )  # fmt: skip
+
+    return examples_of(used, read)
 
 
 def task_words(task: Task) -> str:

@@ -25,8 +25,15 @@ from transformers import PreTrainedTokenizerBase
 from ptkit.data.arrow_file import ArrowFile, write_arrow
 from ptkit.data.chat_rows import ChatEncoder, ChatNotes, ChatRows, Cut, cut_example
 from ptkit.data.encode import encode_examples
-from ptkit.data.encoded import EncodedExample
-from ptkit.data.encoded_rows import SCHEMA, EncodedRows, batch_of
+from ptkit.data.encoded import EncodedExample, PairExample
+from ptkit.data.encoded_rows import (
+    PAIR_SCHEMA,
+    SCHEMA,
+    EncodedPairs,
+    EncodedRows,
+    batch_of,
+    pair_batch_of,
+)
 from ptkit.data.examples import FEWEST_ROWS, Example, Facts
 from ptkit.data.lazy import Mapped
 from ptkit.data.pair_rows import PairEncoder
@@ -57,9 +64,10 @@ def encode_cached(
 ) -> Sequence[EncodedExample]:
     """`encode_examples`. Many rows are read from a file, which holds those that were encoded
     before."""
-    # A slow tokenizer does not say what it is made of, and the file has no columns for pairs.
-    kept = tokenizer.is_fast and not isinstance(task, PreferenceTask)
-    if len(examples) < FEWEST_ROWS or not kept:
+    if isinstance(task, PreferenceTask):
+        return encode_pairs_cached(examples, tokenizer, task).encoded
+    # A slow tokenizer does not say what it is made of.
+    if len(examples) < FEWEST_ROWS or not tokenizer.is_fast:
         return encode_examples(examples, tokenizer, task, pairs=pairs)
 
     def batches(_: dict[str, Any]) -> Iterator[pa.RecordBatch]:
@@ -80,7 +88,7 @@ def encode_conversations(
 ) -> ChatRows:
     """The rows that training reads of conversations or pairs, and what was decided on the way."""
     if isinstance(task, PreferenceTask):
-        return PairEncoder(tokenizer, task).rows(examples)
+        return encode_pairs_cached(examples, tokenizer, task)
     assert isinstance(task, ChatTask)
     return encode_chats_cached(examples, tokenizer, task)
 
@@ -118,6 +126,29 @@ def encode_chats_cached(
     return ChatRows(Mapped(read, range(len(file))), EncodedRows(file), ChatNotes(**file.notes))
 
 
+def encode_pairs_cached(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, task: PreferenceTask
+) -> ChatRows:
+    """The rows that training reads of pairs (see `PairEncoder.rows`); many are read from a file."""
+    encoder = PairEncoder(tokenizer, task)
+    if len(examples) < FEWEST_ROWS or not tokenizer.is_fast:
+        return encoder.rows(examples)
+
+    def batches(told: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+        notes = ChatNotes()
+        for some in _parts(examples):
+            found = encoder.rows(some)
+            notes.add(found.notes)
+            yield pair_batch_of([row for row in found.encoded if isinstance(row, PairExample)])
+        told |= asdict(notes)
+
+    name = _digest(examples, tokenizer, task, ["pairs", *_of_template(tokenizer, task)])
+    file = _cached(name, PAIR_SCHEMA, batches)
+    if file is None or len(file) != len(examples):
+        return encoder.rows(examples)
+    return ChatRows(examples, EncodedPairs(file), ChatNotes(**file.notes))
+
+
 def _parts(examples: Sequence[Example]) -> Iterator[list[Example]]:
     """The examples in order, so many at a time: each part is read and given back."""
     left = iter(examples)
@@ -146,7 +177,7 @@ def _cached(
     return None
 
 
-def _of_template(tokenizer: PreTrainedTokenizerBase, task: ChatTask) -> list[Any]:
+def _of_template(tokenizer: PreTrainedTokenizerBase, task: ConversationTask) -> list[Any]:
     """All that the text of a conversation depends on, beside the conversation and the task."""
     own = tokenizer.chat_template
     told = json.dumps([own, task.chat_template])

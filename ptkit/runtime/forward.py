@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptkit.data.encoded import IGNORED, EncodedExample, passes_of
+from ptkit.data.encoded import IGNORED, EncodedExample, each_pass
 from ptkit.prefix import Compiled
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe.tasks import HeadedTask, Task
@@ -235,7 +235,7 @@ def require_embedded(base: Base, rows: Iterable[EncodedExample], task: Task) -> 
     """
     headed = isinstance(task, HeadedTask)  # whose targets are numbers of labels
     base.require_embedded(
-        row.input_ids if headed else [*row.input_ids, *row.target_ids] for row in passes_of(rows)
+        row.input_ids if headed else [*row.input_ids, *row.target_ids] for row in each_pass(rows)
     )
 
 

@@ -22,7 +22,6 @@ import torch
 from accelerate.utils import set_seed
 from pydantic import Field
 
-from ptkit.data.encoded import EncodedExample, TaskExample
 from ptkit.errors import FolderError, ModelError, UserError
 from ptkit.evaluation.predict import predict, require_room
 from ptkit.evaluation.score import score_intervals
@@ -50,6 +49,7 @@ from ptkit.training.observer import RunObserver
 from ptkit.training.provenance import base_info, data_info, task_info, versions
 from ptkit.training.run import demonstrations
 from ptkit.training.run_folder import delete_run_folder, open_run_folder
+from ptkit.training.task_rows import TaskRows
 
 #: The file that says what a folder is, and what that is called.
 IDENTITY, WHAT = "multitask.json", "multi-task prompt"
@@ -166,35 +166,19 @@ def multitask(
         rows = {name: e.training(seed).encoded for name, e in experiments.items()}
         adapter = _created(section, base, seed, experiments)
         for name, experiment in experiments.items():
-            require_room(adapter, (*rows[name], *experiment.validation), experiment.recipe.task)
+            for part in (rows[name], experiment.validation):
+                require_room(adapter, part, experiment.recipe.task)
         observer.cell_started(" + ".join(experiments), first.train.steps)
         (progress,) = fit([
             Job(
                 adapter,
-                of_tasks([*rows.values()]),
-                of_tasks([e.validation for e in experiments.values()]),
+                TaskRows([*rows.values()]),
+                TaskRows([e.validation for e in experiments.values()]),
                 first.train, float(section.learning_rate), seed, out, observer.stepped,
                 beta2=section.beta2,
             )
         ])  # fmt: skip
         return _measured(out, adapter, progress, experiments, seed, observer)
-
-
-def of_tasks(rows: Sequence[Sequence[EncodedExample]]) -> list[TaskExample]:
-    """The rows of all tasks, each with its task's number and weight.
-
-    A task counts by its rows. The losses of one with long targets get lower weights, so that over
-    all rows the weights of the targets add up to their number.
-    """
-    targets = [sum(row.supervised for row in own) for own in rows]
-    mean = sum(targets) / sum(map(len, rows))
-    return [
-        TaskExample(
-            row.input_ids, row.target_ids, row.learnt, task, mean * len(own) / targets[task]
-        )
-        for task, own in enumerate(rows)
-        for row in own
-    ]
 
 
 def start_over(folder: Path) -> None:

@@ -7,14 +7,18 @@ of the answers never changes, so each answer is read once, before the first step
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ptkit.data.encoded import EncodedExample, PairExample, passes_of
+from ptkit.data.encoded_rows import Lengths
+from ptkit.data.lazy import Lazy
 from ptkit.methods import Adapter
 from ptkit.recipe.tasks import PreferenceTask, Task
 from ptkit.runtime.architecture import evaluating
@@ -59,24 +63,42 @@ def references(pairs: Sequence[PairExample], device: torch.device) -> Tensor:
     return torch.tensor([pair.reference for pair in pairs], device=device).flatten()
 
 
+class Referenced(Lazy[EncodedExample]):
+    """Pairs with what the base makes of their answers, where that is known.
+
+    pairs: `PairExample`s; known: nats of the chosen answer and of the rejected one, `[pairs, 2]`,
+        NaN where the base did not read them
+    """
+
+    def __init__(self, pairs: Sequence[EncodedExample], known: np.ndarray) -> None:
+        self._pairs, self._known = pairs, known
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def entry(self, number: int) -> EncodedExample:
+        pair = self._pairs[number]
+        assert isinstance(pair, PairExample)
+        chosen, rejected = self._known[number].tolist()
+        return pair if math.isnan(chosen) else replace(pair, reference=(chosen, rejected))
+
+
 @torch.no_grad()
 def with_references(
     adapter: Adapter, rows: Sequence[EncodedExample], wanted: Sequence[int], batch_size: int
-) -> list[EncodedExample]:
-    """`rows` with what the base of `adapter` makes of those with the numbers `wanted`.
+) -> Referenced:
+    """`rows` with what the base of `adapter` makes of those with the numbers `wanted`. Only the
+    rows of a batch are in memory at a time.
 
     The result depends on `wanted` and `batch_size` only, so that a resumed run has the same.
     """
-    found = list(rows)
-    order = sorted(set(wanted), key=lambda i: (len(rows[i]), i))
+    known = np.full((len(rows), 2), np.nan)
+    order = np.unique(np.asarray(wanted, dtype=np.int64))
+    order = order[np.argsort(Lengths.of(rows).whole[order], kind="stable")]
     base = adapter.base
     with adapter.off(), evaluating(base.model):
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            read = passes_of(rows[i] for i in part)
-            nats = row_nats(base, base.model, read, None).view(-1, 2).tolist()
-            for i, (chosen, rejected) in zip(part, nats, strict=True):
-                pair = rows[i]
-                assert isinstance(pair, PairExample)
-                found[i] = replace(pair, reference=(chosen, rejected))
-    return found
+            read = passes_of(rows[int(i)] for i in part)
+            known[part] = row_nats(base, base.model, read, None).view(-1, 2).tolist()
+    return Referenced(rows, known)

@@ -21,7 +21,7 @@ from typing import Any
 
 from accelerate.utils import set_seed
 
-from ptkit.data.encoded import EncodedExample, passes_of
+from ptkit.data.encoded import EncodedExample, each_pass
 from ptkit.data.examples import Example
 from ptkit.data.lazy import Mapped
 from ptkit.data.task import task_words
@@ -277,7 +277,7 @@ def new_job(experiment: Experiment, cell: Cell, adapter: Adapter) -> Job:
 def _require_one_input(adapter: Adapter, rows: Sequence[EncodedExample]) -> None:
     """Raise UserError for an adapter that is placed by, or made from, the end of the one input,
     where rows have several answers in one pass."""
-    several = any(row.learnt is not None for row in passes_of(rows))
+    several = any(row.learnt is not None for row in each_pass(rows))
     if several and (adapter.infix or adapter.depends_on_input):
         raise UserError(
             f"`{adapter.section.title}` depends on the whole input before an answer, and all "
