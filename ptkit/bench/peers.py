@@ -70,10 +70,10 @@ METHODS = {
     "prompt-20": BenchMethod({"kind": "prompt_tuning", "num_virtual_tokens": 20}, 2.2, 1e-2),
     "prompt-100": BenchMethod({"kind": "prompt_tuning", "num_virtual_tokens": 100}, 3.5, 1e-2),
     "p-tuning": BenchMethod({"kind": "p_tuning", "num_virtual_tokens": 20, **_MLP}, 2.2, 1e-3),
-    "lora": BenchMethod({"kind": "lora", "rank": 8}, 1.0, 1e-3),
+    "lora": BenchMethod({"kind": "lora", "rank": 8}, 1.0, 2e-4),
     "full": BenchMethod({"kind": "full"}, 1.0, 1e-4),
-    "prefix-20": BenchMethod({"kind": "prefix_tuning", "num_virtual_tokens": 20}, None, 1e-2),
-    "prompt-32": BenchMethod({"kind": "prompt_tuning", "num_virtual_tokens": 32}, None, 1e-2),
+    "prefix-20": BenchMethod({"kind": "prefix_tuning", "num_virtual_tokens": 20}, None, 1e-3),
+    "prompt-32": BenchMethod({"kind": "prompt_tuning", "num_virtual_tokens": 32}, None, 1e-3),
 }  # fmt: skip
 #: Those that are trained where none are named.
 USUAL = ("prefix", "prefix-mlp", "prompt-20", "prompt-100", "p-tuning", "lora", "full")
