@@ -93,7 +93,7 @@ $(VENV)/transformers-4.34.1: ORACLE := transformers==4.34.1 huggingface_hub==0.1
 $(VENV)/trl: ORACLE := trl==1.16.0
 $(VENV)/opendelta: ORACLE := opendelta==0.3.2
 $(VENV)/openprompt: ORACLE := openprompt==1.0.1 yacs==0.1.8 rouge==1.0.1 tensorboardX==2.6.5 dill==0.4.1
-$(VENV)/litgpt: ORACLE := litgpt==0.5.13 lightning==2.6.6 lightning_utilities==0.15.3 torchmetrics==1.9.0
+$(VENV)/litgpt: ORACLE := litgpt==0.5.13 lightning_utilities==0.15.3
 $(PEFTS:%=$(VENV)/peft-%): ORACLE = $(subst peft-,peft==,$(@F))
 $(VENV)/paddlenlp: ORACLE := paddlenlp==2.8.1 paddlepaddle==3.3.1 protobuf==7.36.2 opt_einsum==3.3.0 \
   httpx==0.28.1 httpcore==1.0.9

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
-from case import Cases
-from litgpt.adapter import GPT, Config, adapter_filter
+from case import Cases, StandIns
+
+# For training and serving.
+sys.meta_path.insert(0, StandIns("lightning", "torchmetrics"))
+from litgpt.adapter import GPT, Config, adapter_filter  # noqa: E402
 
 
 def main() -> None:
