@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-engines test-floor lint format setup setup-dev setup-engines setup-small-engines setup-oracles site clean
+.PHONY: demo test test-engines test-floor lint format setup setup-dev setup-engines setup-small-engines setup-oracles setup-paddlenlp site clean
 
 demo: setup  ## compare all methods on the embedded base model, export two, swap them
 	$(BIN)/python scripts/demo.py
@@ -76,18 +76,29 @@ $(VENV)/llama-cpp $(VENV)/mlx: constraints.txt | $(VENV)/.ready
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps --upgrade --target $@ $(ENGINE)
 	@touch $@
 
-# What tests compare with, apart; without it those tests skip.
-setup-oracles: $(VENV)/trl $(VENV)/adapterhub
+# What tests compare with, each in a folder of its own; without it those tests skip.
+PEFTS := 0.2.0 0.3.0 0.4.0 0.6.0
+ORACLES := trl adapterhub $(PEFTS:%=peft-%) opendelta openprompt litgpt transformers-4.34.1
+setup-oracles: $(ORACLES:%=$(VENV)/%)
 
-$(VENV)/trl: | $(VENV)/.ready
-	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $@ trl==1.16.0
-	@touch $@
+# It brings a framework of 700 MB, so CI does without.
+setup-paddlenlp: $(VENV)/paddlenlp
 
 # With the transformers that it needs, in place of ptkit's.
-$(VENV)/adapterhub: | $(VENV)/.ready
-	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $@ adapters==1.3.0 \
-	  transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 requests==2.34.2 urllib3==2.8.0 \
-	  charset_normalizer==3.5.3
+$(VENV)/adapterhub: ORACLE := adapters==1.3.0 transformers==4.57.6 huggingface_hub==0.36.2 \
+  tokenizers==0.22.2 requests==2.34.2 urllib3==2.8.0 charset_normalizer==3.5.3
+# The transformers that the older libraries run with.
+$(VENV)/transformers-4.34.1: ORACLE := transformers==4.34.1 huggingface_hub==0.19.4 tokenizers==0.14.1 \
+  accelerate==0.25.0 requests==2.34.2 urllib3==2.8.0 charset_normalizer==3.5.3
+$(VENV)/trl: ORACLE := trl==1.16.0
+$(VENV)/opendelta: ORACLE := opendelta==0.3.2
+$(VENV)/openprompt: ORACLE := openprompt==1.0.1 yacs==0.1.8 rouge==1.0.1 tensorboardX==2.6.5 dill==0.4.1
+$(VENV)/litgpt: ORACLE := litgpt==0.5.13 lightning_utilities==0.15.3
+$(PEFTS:%=$(VENV)/peft-%): ORACLE = $(subst peft-,peft==,$(@F))
+$(VENV)/paddlenlp: ORACLE := paddlenlp==2.8.1 paddlepaddle==3.3.1 protobuf==7.36.2 opt_einsum==3.3.0 \
+  httpx==0.28.1 httpcore==1.0.9
+$(ORACLES:%=$(VENV)/%) $(VENV)/paddlenlp: | $(VENV)/.ready
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --no-compile --upgrade --target $@ $(ORACLE)
 	@touch $@
 
 # An environment of its own: vLLM needs an earlier torch and transformers. What the package brings

@@ -67,6 +67,10 @@ class Compiled(Protocol):
         """Number of virtual tokens of a row."""
 
     @property
+    def positions(self) -> int:
+        """See `KVPrefix.positions`."""
+
+    @property
     def infix(self) -> bool:
         """See `KVPrefix.infix`."""
 

@@ -10,8 +10,8 @@ from ptkit.hub import foreign
 
 
 def main() -> None:
-    print("| written by | files | becomes | why |")
-    print("|---|---|---|---|")
+    print("| written by | files | becomes | why | test |")
+    print("|---|---|---|---|---|")
     for rows in declared(Path(foreign.__file__).parent, "FORMATS").values():
         for row in rows:
             print(f"| {' | '.join(row)} |")

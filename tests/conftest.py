@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from ptkit.formats.cache_home import cache_home
+from ptkit.hub.foreign.unpickle import tensors_of
 from ptkit.runtime.base_model import Base, frozen_base
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -160,3 +161,13 @@ def smollm2() -> Path:
         here.parent.mkdir(parents=True, exist_ok=True)
         here.symlink_to(folder)
     return here
+
+
+@pytest.fixture
+def opened_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickles that a test knows need no process of their own, that loads torch."""
+
+    def tensors(path: Path) -> dict[str, torch.Tensor]:
+        return dict(tensors_of(torch.load(path, weights_only=True)))
+
+    monkeypatch.setattr("ptkit.hub.foreign.source.unpickled", tensors)

@@ -128,7 +128,7 @@ def test_chat_server_and_generate_ask_as_training_did(run: Run, base: Base) -> N
 
     library: Any = SimpleNamespace(
         bank=bank, engine=SimpleNamespace(longest=None), adapters=lambda _: (
-            SimpleNamespace(virtual_tokens=3),), chat_template=lambda _: bank.chat_template("talk"),
+            SimpleNamespace(positions=3),), chat_template=lambda _: bank.chat_template("talk"),
         template=lambda _: None,
     )  # fmt: skip
     loop = asyncio.new_event_loop()

@@ -341,7 +341,7 @@ def test_an_answer_that_cannot_be_begun_fails_alone_and_is_told(
         pass
 
     class BadPrefix:
-        virtual_tokens, infix = 1, False
+        virtual_tokens, positions, infix = 1, 1, False
 
         def for_input(self, ids: object) -> object:
             raise Bad("a bad prefix")
@@ -437,7 +437,7 @@ def test_asking_does_not_wait_for_inputs_to_be_begun(
     begun, go_on = threading.Event(), threading.Event()
 
     class SlowPrefix:
-        virtual_tokens, infix = 1, False
+        virtual_tokens, positions, infix = 1, 1, False
 
         def for_input(self, ids: object) -> object:
             begun.set()

@@ -18,7 +18,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_base
-from foreign_files import EXACT, FOLDER, NAMES, REFUSED, base_for, largest_difference
+from foreign_files import (
+    EXACT,
+    FOLDER,
+    NAMES,
+    ORACLES,
+    REFUSED,
+    base_for,
+    largest_difference,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -33,7 +41,6 @@ from ptkit.formats.adapter_folder import CONFIG, PICKLED_WEIGHTS
 from ptkit.hub.engines import writer
 from ptkit.hub.foreign.pickled import unpickled
 from ptkit.hub.foreign.rotation import turned
-from ptkit.hub.foreign.unpickle import tensors_of
 from ptkit.hub.imports import describe_source, import_adapter
 from ptkit.hub.verify import verify
 from ptkit.methods import compile_files
@@ -41,8 +48,6 @@ from ptkit.methods.base_names import same_name
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits
 
-#: AdapterHub's library, in a folder of its own.
-ADAPTERHUB = Path(os.environ.get("PTKIT_ADAPTERHUB", Path(sys.prefix) / "adapterhub"))
 #: Adapters of it that are exported again.
 GIVEN_BACK = [
     "adapterhub-llama-mlp",
@@ -53,16 +58,6 @@ GIVEN_BACK = [
     "adapterhub-bert-tag",
     "adapterhub-roberta-seq2",
 ]
-
-
-@pytest.fixture
-def opened_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pickles of `FOLDER`, which are known, need no process of their own, that loads torch."""
-
-    def tensors(path: Path) -> dict[str, torch.Tensor]:
-        return dict(tensors_of(torch.load(path, weights_only=True)))
-
-    monkeypatch.setattr("ptkit.hub.foreign.source.unpickled", tensors)
 
 
 def test_at_least_thirty_adapters_of_eight_packages_or_versions_are_kept_here() -> None:
@@ -206,12 +201,8 @@ def ptkit_here(*words: str) -> Result:
     return CliRunner().invoke(app, [*words])
 
 
-#: One kept adapter of each format: PEFT's versions write alike.
-ONE_OF_EACH = [n for n in NAMES if not n.startswith("peft") or n.startswith("peft-0.4.0-llama4")]
-
-
 @pytest.mark.usefixtures("opened_here")
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", NAMES)
 def test_of_two_commands_the_second_answers_or_the_first_says_why_not(
     name: str, tmp_path: Path, folders: Callable[[str], Path]
 ) -> None:
@@ -418,7 +409,7 @@ def test_a_prefix_that_is_exported_for_adapterhub_is_the_one_that_was_imported(
 @pytest.mark.slow
 @pytest.mark.usefixtures("opened_here")
 def test_adapterhubs_own_loader_reads_what_is_exported(tmp_path: Path) -> None:
-    if not (ADAPTERHUB / "adapters").is_dir():
+    if not (ORACLES / "adapterhub").is_dir():
         pytest.skip("AdapterHub's library is not here: make setup-oracles")
     for name in GIVEN_BACK:
         base = base_for(name)
@@ -427,7 +418,8 @@ def test_adapterhubs_own_loader_reads_what_is_exported(tmp_path: Path) -> None:
     script = Path(__file__).parent / "adapterhub_reads.py"
     done = subprocess.run(
         [sys.executable, script, tmp_path / "out", FOLDER, FOLDER / "bases"],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ADAPTERHUB)},
+        capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ORACLES / "adapterhub")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

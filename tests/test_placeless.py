@@ -3,9 +3,13 @@ to run it."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import threading
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +22,7 @@ from transformers import DynamicCache
 
 from ptkit.bank import AdapterBank
 from ptkit.bank.conversation import Conversation
-from ptkit.errors import AdapterError, ModelError
+from ptkit.errors import AdapterError, ModelError, UserError
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.formats.adapter_info import AdapterInfo
 from ptkit.hub.convert import as_prompt
@@ -31,8 +35,14 @@ from ptkit.prefix import KVPrefix
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits, pad_rows
+from ptkit.runtime.gate import Gated
 from ptkit.runtime.generation import generate
 from ptkit.runtime.scoring import continuation_scores
+from ptkit.serve.answer import Answer, RequestAdapter, Update
+from ptkit.serve.answers import CompletionStream, RequestLimits
+from ptkit.serve.engine import Engine
+from ptkit.serve.protocol import CompletionRequest
+from ptkit.serve.sampling import Sampling
 from ptkit.training.provenance import base_info
 
 
@@ -140,6 +150,51 @@ def test_a_text_may_fill_the_whole_table_of_positions() -> None:
     placed = made(4, placeless=False)
     with pytest.raises(ModelError, match="positions"):
         generate(gpt2().model, [ids], [placed], pad_token_id=0, max_new_tokens=4)
+
+
+def test_a_served_request_has_the_room_of_the_whole_table() -> None:
+    bank, most = AdapterBank(gpt2()), gpt2().model.config.n_positions
+    bank.add("placeless", made(4))
+    bank.add("placed", made(4, placeless=False))
+    engine, loop = Engine(bank, max_rows=2, max_waiting=8), asyncio.new_event_loop()
+
+    def asked(name: str) -> Answer:
+        """An answer to all but ten positions, as long as there is room for."""
+        library: Any = SimpleNamespace(
+            bank=bank, engine=engine, template=lambda _: None,
+            adapters=lambda name: (RequestAdapter(name, *bank.parts(name)),),
+            chat_template=lambda _: SimpleNamespace(ends=frozenset(), trained=False),
+        )  # fmt: skip
+        request = CompletionRequest(model=name, prompt=" ".join(["w5"] * (most - 10)))
+        limits = RequestLimits(max_tokens=2 * most)
+        return CompletionStream(library, limits, request, loop).answers[0]
+
+    def told(name: str, prompt: int, new: int) -> list[int]:
+        ended, ids = threading.Event(), []
+
+        def tell(update: Update) -> None:
+            ids.extend(token.id for token in update.tokens)
+            if update.last:
+                ended.set()
+
+        adapters = (RequestAdapter(name, *bank.parts(name)),)
+        sampling = Sampling(max_tokens=new, ignore_eos=True)
+        engine.submit([Answer([5] * prompt, adapters, sampling, tell)])
+        assert ended.wait(60)
+        return ids
+
+    try:
+        assert [asked(name).positions for name in ("placeless", "placed")] == [most, most]
+        assert told("placeless", most - 3, 3)[:2] == greedy([5] * (most - 3), made(4), 2)
+        with pytest.raises(UserError, match=r"\(adapter 0, prompt"):
+            told("placeless", most - 3, 4)
+        with pytest.raises(UserError, match=r"\(adapter 4, prompt"):
+            told("placed", most - 3, 3)
+    finally:
+        engine.close()
+        loop.close()
+    gated: Any = Gated(made(4), SimpleNamespace())  # type: ignore[arg-type]
+    assert RequestAdapter("gated", gated).positions == 0
 
 
 @pytest.fixture

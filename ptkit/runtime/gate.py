@@ -85,6 +85,11 @@ class Gated:
         return self.compiled.virtual_tokens
 
     @property
+    def positions(self) -> int:
+        """See `KVPrefix.positions`."""
+        return self.compiled.positions
+
+    @property
     def infix(self) -> bool:
         """See `KVPrefix.infix`."""
         return self.compiled.infix

@@ -40,6 +40,11 @@ class MixedPrefixes:
         return self.prefixes[0].virtual_tokens
 
     @property
+    def positions(self) -> int:
+        """See `KVPrefix.positions`."""
+        return self.prefixes[0].positions
+
+    @property
     def infix(self) -> bool:
         """See `KVPrefix.infix`."""
         return self.prefixes[0].infix

@@ -57,8 +57,13 @@ class RequestAdapter:
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions its prefix takes."""
+        """Virtual tokens whose keys and values it has."""
         return 0 if self.prefix is None else self.prefix.virtual_tokens
+
+    @property
+    def positions(self) -> int:
+        """Positions before the text that its virtual tokens take."""
+        return 0 if self.prefix is None else self.prefix.positions
 
 
 @dataclass(frozen=True)
@@ -106,14 +111,14 @@ class Answer:
         return self.adapters[0].name if len(self.adapters) == 1 else "ensemble"
 
     @property
-    def virtual_tokens(self) -> int:
+    def virtual_positions(self) -> int:
         """Positions its longest prefix takes."""
-        return max(adapter.virtual_tokens for adapter in self.adapters)
+        return max(adapter.positions for adapter in self.adapters)
 
     @property
     def positions(self) -> int:
         """Positions its longest row may take."""
-        return self.virtual_tokens + len(self.prompt) + self.sampling.max_tokens
+        return self.virtual_positions + len(self.prompt) + self.sampling.max_tokens
 
 
 class StatLogger(Protocol):

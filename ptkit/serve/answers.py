@@ -87,7 +87,7 @@ class CompletionStream:
         template = library.chat_template(request.model)
         prompts = _prompts(library, request, template)
         ends = template.ends if _is_chat(request, template) else frozenset[int]()
-        virtual = max(adapter.virtual_tokens for adapter in adapters)
+        virtual = max(adapter.positions for adapter in adapters)
         deadline = time.monotonic() + limits.timeout
         self.answers: list[Answer] = []
         for prompt in prompts:

@@ -141,7 +141,7 @@ class Engine:
         if self.longest is not None and answer.positions > self.longest:
             raise TooLongError(
                 f"the request needs {answer.positions} positions (adapter "
-                f"{answer.virtual_tokens}, prompt "
+                f"{answer.virtual_positions}, prompt "
                 f"{len(answer.prompt)}, answer {answer.sampling.max_tokens}), of which "
                 f"there are {self.longest} here; shorten the prompt or lower max_tokens"
             )

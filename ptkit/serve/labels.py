@@ -55,7 +55,7 @@ def labelled(library: Library, request: ClassifyRequest) -> Classification:
 
     Raises UserError for a model that was not trained to classify, and for texts that do not fit.
     """
-    library.adapters(request.model)  # refuses what is unknown, or has bad files
+    adapters = library.adapters(request.model)  # refuses what is unknown, or has bad files
     task = _task(library, request.model)
     base, name = library.bank.base, request.model
     words = label_token_ids(task, base.tokenizer)
@@ -64,7 +64,7 @@ def labelled(library: Library, request: ClassifyRequest) -> Classification:
     examples = [Example(filled(task.input, text), labels[0], (), labels[0]) for text in texts]
     contexts = [row.input_ids for row in encode_examples(examples, base.tokenizer, task)]
     longest = max(map(len, contexts)) + max(map(len, words.values()))
-    most, virtual = library.engine.longest, library.bank.status(name).virtual_tokens or 0
+    most, virtual = library.engine.longest, max(adapter.positions for adapter in adapters)
     if most is not None and virtual + longest > most:
         raise UserError(
             f"the request needs {virtual + longest} positions, of which there are {most} here; "

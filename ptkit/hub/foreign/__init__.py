@@ -4,7 +4,8 @@ library's format, and found by being there.
 Such a module has
 
     LIBRARY             how people call the library
-    FORMATS             rows of docs/foreign.md: what it wrote, what becomes of it, why
+    FORMATS             rows of docs/foreign.md: what it wrote, what becomes of it, why, and how it
+                        is tested
     found(source)       what `source` is, in a few words; None where another library wrote it
     why_not(source)     why it is refused, as far as names and settings tell; None where it may be
                         read. No pickle is opened for it

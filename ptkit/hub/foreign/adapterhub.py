@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
@@ -45,36 +47,49 @@ FORMATS = [
         "`adapter_config.json`, `pytorch_adapter.bin`",
         "prefix tuning",
         "keys turned by the number of virtual tokens",
+        "live, kept",
     ),
     (
         "`adapters`, prefix (flat or MLP) of GPT-2",
         "`adapter_config.json`, `pytorch_adapter.bin`",
         "ptkit's prefix that takes no positions",
         "its texts begin at position 0, and PEFT's after the prefix",
+        "live, kept",
     ),
     (
         "`adapters`, prefix (flat or MLP) of BERT and RoBERTa, with a head that classifies",
         "the same, `head_config.json`, `pytorch_model_head.bin`",
         "ptkit's encoder prefix with a head",
         "positions stay; two layers with a tanh are the pooler and the classifier",
+        "live, kept",
     ),
     (
         "`adapters`, prefix of an encoder with another head, or none",
         "the same",
         "refused",
         "no classifier of transformers has such a head",
+        "live, kept",
     ),
     (
         "`adapters`, prefix with a gate",
         "`adapter_config.json`, `pytorch_adapter.bin`",
         "refused",
         "the gate is a mean over all positions, later ones too",
+        "live, kept",
+    ),
+    (
+        "`adapters`, prefix that leaves out layers",
+        "`adapter_config.json`, `pytorch_adapter.bin`",
+        "refused",
+        "a prefix in PEFT and ptkit has keys and values for every layer",
+        "live, kept",
     ),
     (
         "`adapters`, other methods",
         "`adapter_config.json`, `pytorch_adapter.bin`",
         "refused",
         "bottleneck adapters, LoRA and others of that library are not read",
+        "live",
     ),
 ]
 #: Families whose models are encoders, which need a head to answer.
@@ -126,6 +141,12 @@ def why_not(source: Source) -> str | None:
             "this prefix has a gate, which is a mean over all positions of the text, later ones "
             "too; no prefix is that"
         )
+    left_out = settings["config"].get("leave_out")
+    if left_out:
+        return (
+            f"it leaves out the layers {', '.join(map(str, left_out))}, and a prefix here has keys "
+            "and values for every layer; train it again with ptkit"
+        )
     head = head_of(source) if _of_encoder(source) else None
     return f"{head}; train it again with ptkit" if isinstance(head, str) else None
 
@@ -141,7 +162,11 @@ def read(source: Source, base: Base | None) -> Foreign:
     config: dict[str, Any] = source.settings(CONFIG)["config"]
     parts = _parts(source.tensors(*WEIGHTS), where)
     tokens = int(config["prefix_length"])
-    values = parts["control_trans"] if config.get("flat") else by_mlp(parts, "wte", "control_trans")
+    if config.get("flat"):
+        values = parts["control_trans"]
+    else:
+        between = _activation(str(config.get("non_linearity", "tanh")), where)
+        values = by_mlp(parts, "wte", "control_trans", between)
     flat = as_rows(values, tokens)
     if base.encoder_decoder:
         raise AdapterError(
@@ -155,6 +180,20 @@ def read(source: Source, base: Base | None) -> Foreign:
     if not sees_everything(base.model):
         raise AdapterError(f"{where}: on a base whose layers see a window this was not tried")
     return Foreign(turned_prefix_files(flat, base, where), (_SDPA,))
+
+
+def _activation(name: str, where: str) -> Callable[[Tensor], Tensor]:
+    """The library's `non_linearity`: one of transformers' activations, or one of its own.
+
+    Raises AdapterError for a name that is neither.
+    """
+    name = name.lower()
+    if name == "leakyrelu":
+        return torch.nn.functional.leaky_relu
+    if name not in ACT2FN:
+        raise AdapterError(f"{where}: its MLP has the activation `{name}`, which ptkit lacks")
+    function: Callable[[Tensor], Tensor] = ACT2FN[name]
+    return function
 
 
 def _of_classifier(source: Source, flat: Tensor, base: Base) -> Foreign:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from ptkit.errors import AdapterError
@@ -82,20 +83,25 @@ def with_head(files: AdapterFiles, head: Mapping[str, Tensor], where: str) -> Ad
     return dataclasses.replace(files, tensors=tensors)
 
 
-def by_mlp(tensors: dict[str, Tensor], wte: str, mlp: str) -> Tensor:
+def by_mlp(
+    tensors: dict[str, Tensor],
+    wte: str,
+    mlp: str,
+    between: Callable[[Tensor], Tensor] = torch.tanh,
+) -> Tensor:
     """What the MLP of Li & Liang (2021, section 4.3) makes of its embeddings, `[tokens, values]`.
 
     It has two layers with a tanh between. All libraries took over its names from them.
 
-    wte, mlp: what the names of the embeddings and of the MLP's layers begin with. Raises
-    AdapterError where a part is missing.
+    wte, mlp: what the names of the embeddings and of the MLP's layers begin with; between: what
+    stands between the layers. Raises AdapterError where a part is missing.
     """
     names = [f"{wte}.weight", *(f"{mlp}.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias"))]
     missing = [name for name in names if name not in tensors]
     if missing:
         raise AdapterError(f"the MLP of a prefix lacks {', '.join(missing)}")
     start, first, first_bias, last, last_bias = (tensors[name].double() for name in names)
-    return ((start @ first.T + first_bias).tanh() @ last.T + last_bias).float()
+    return (between(start @ first.T + first_bias) @ last.T + last_bias).float()
 
 
 def as_rows(values: Tensor, tokens: int) -> Tensor:

@@ -21,24 +21,35 @@ FORMATS = [
         "`config.json`, `pytorch_model.bin`",
         "prompt tuning",
         "the same embeddings before the text",
+        "live, kept",
     ),
     (
         "OpenDelta, soft prompt of T5",
         "`config.json`, `pytorch_model.bin`",
         "ptkit's encoder prompt",
         "the same embeddings before what the encoder reads",
+        "live, kept",
     ),
     (
         "OpenDelta, prefix of GPT-2",
         "`config.json`, `pytorch_model.bin`",
         "ptkit's prefix that takes no positions",
         "its texts begin at position 0, and PEFT's after the prefix",
+        "live, kept",
     ),
     (
         "OpenDelta, prefix of T5",
         "`config.json`, `pytorch_model.bin`",
         "refused",
         "it has none for the cross-attention, which ptkit's has",
+        "live, kept",
+    ),
+    (
+        "OpenDelta, other deltas",
+        "`config.json`, `pytorch_model.bin`",
+        "refused",
+        "adapters, LoRA and others of that library are not read",
+        "live",
     ),
 ]
 _SETTINGS, _WEIGHTS = "config.json", "pytorch_model.bin"

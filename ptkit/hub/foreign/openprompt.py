@@ -19,30 +19,35 @@ FORMATS = [
         "one file of tensors",
         "prefix tuning",
         "handed over as PEFT does, so its texts begin behind it too",
+        "live, kept",
     ),
     (
         "OpenPrompt, `SoftTemplate` of a decoder",
         "one file of tensors",
         "prompt tuning",
         "the same embeddings before the text",
+        "live, kept",
     ),
     (
         "OpenPrompt, `SoftTemplate` of T5",
         "one file of tensors",
         "ptkit's encoder prompt",
         "the same embeddings before what the encoder reads",
+        "live, kept",
     ),
     (
         "OpenPrompt, `PrefixTuningTemplate` of T5",
         "one file of tensors",
         "refused",
         "it has none for the cross-attention, which ptkit's has",
+        "live, kept",
     ),
     (
         "OpenPrompt, `PtuningTemplate` and `MixedTemplate`",
         "one file of tensors",
         "refused",
         "its tokens stand where the template puts them, not before the text",
+        "live, kept",
     ),
 ]
 #: What a template's state holds beside what it learnt: the base's own embeddings, and numbers.

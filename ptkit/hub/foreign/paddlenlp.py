@@ -21,12 +21,14 @@ FORMATS = [
         "`prefix_config.json`, `pre_caches.npy`",
         "prefix tuning",
         "keys turned by the number of virtual tokens; its pickle is not opened",
+        "live, kept",
     ),
     (
         "PaddleNLP, prefix of another family",
         "`prefix_config.json`, `pre_caches.npy`",
         "refused",
-        "not tried: each family there has a layout of its own",
+        "each family there has a layout of its own",
+        "not tried",
     ),
 ]
 _SETTINGS: Final = "prefix_config.json"

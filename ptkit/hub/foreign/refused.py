@@ -17,12 +17,14 @@ FORMATS = [
         "`lit_model.pth.adapter`",
         "refused",
         "a second softmax with a gate per head; `adaption_prompt`'s has one per layer",
+        "live, kept",
     ),
     (
         "NeMo, p-tuning",
         "one `.nemo` file",
         "refused",
-        "not tried: its package needs a training framework of many gigabytes",
+        "its package needs a training framework of many gigabytes",
+        "not tried",
     ),
 ]
 #: What file names end in -> what such a file is, and why it is not read.

@@ -18,7 +18,8 @@ FORMATS = [
         "Google's prompt tuning on T5X",
         "one `.npy` file `[tokens, hidden]`",
         "prompt tuning, or ptkit's encoder prompt",
-        "not tried with its package; the same embeddings before the text",
+        "the same embeddings before the text",
+        "not tried",
     ),
 ]
 
