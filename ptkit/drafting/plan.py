@@ -66,8 +66,10 @@ def planned(
         else:
             del method["learning_rate"]
             why += "; the learning rate is the default one, because the run is too short to test it"
-    untrained: list[dict[str, Any]] = [] if base.kind == "encoder" else [{"kind": "base"}]
-    if base.kind == "decoder" and kind != "chat" and _demonstrations_fit(base, lengths):
+    headed = kind in ("sequence_classification", "token_classification")
+    untrained: list[dict[str, Any]] = [] if headed else [{"kind": "base"}]
+    in_words = base.kind == "decoder" and not headed
+    if in_words and kind != "chat" and _demonstrations_fit(base, lengths):
         untrained.append({"kind": "text_prompt", "examples": 3})
     untrained = [entry for entry in untrained if entry["kind"] != method["kind"]]
     others = "\n".join([
@@ -129,7 +131,7 @@ def _method(base: BaseFacts, rows: int, kind: str) -> tuple[dict[str, Any], str]
     else:
         settings = {"kind": "prefix_tuning", "num_virtual_tokens": 20}
         why = f"a prefix of 20 tokens: of the prompt methods it learns most from {rows:,} rows"
-    if base.id not in _MEASURED and base.kind == "decoder":
+    if base.id not in _MEASURED and base.kind == "decoder" and kind != "token_classification":
         settings["learning_rate"] = "auto"
     return settings, why
 
