@@ -12,6 +12,7 @@ from ptkit.drafting.base_facts import BaseFacts
 from ptkit.drafting.lengths import Lengths
 from ptkit.errors import UserError, did_you_mean
 from ptkit.methods.catalogue import method_sections
+from ptkit.recipe.elsewhere import elsewhere
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.model_names import TINY_EN, WHEELS
 from ptkit.training.autotune import finds_rate
@@ -102,11 +103,12 @@ def _told_apart(kind: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any],
     """The method's own settings, and those of `train`."""
     of_method = {*method_sections()[kind].model_fields} - {"kind", "label"}
     of_train = {*TrainSection.model_fields}
+    known = of_method | of_train
     for key in settings:
-        if key not in of_method | of_train:
+        if key not in known:
             raise UserError(
                 f"`{kind}` and `train` have no setting `{key}`; "
-                + did_you_mean(key, of_method | of_train)
+                + (elsewhere(key, [*known]) or did_you_mean(key, known))
             )
     own = {key: value for key, value in settings.items() if key in of_method}
     rest = {key: value for key, value in settings.items() if key not in of_method}
