@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -109,7 +109,7 @@ class Comparison:
 
 
 def train(
-    recipe: str | Path | LoadedRecipe | None = None,
+    recipe: str | Path | Mapping[str, Any] | LoadedRecipe | None = None,
     *,
     data: Source | None = None,
     model: str | Path | Base | PreTrainedModel | None = None,
@@ -133,7 +133,8 @@ def train(
 ) -> Run:
     """Train one method of a recipe and measure it, as `ptkit train` does.
 
-    recipe: a file, the name of a shipped recipe, or a loaded one; none with `data`
+    recipe: a file, the name of a shipped recipe, a mapping of a recipe's keys, or a loaded one;
+        none with `data`
     data: what a recipe is drafted for, as `ptkit train --data` does: a file or its folder, or rows
         (see `draft_recipe`). `Run.recipe` is the draft
     model: with `data`: the base; a name, a folder, a GGUF file, what `load_base` gave, or a model
@@ -189,8 +190,8 @@ def train(
 
 
 def _only_recipe(
-    recipe: str | Path | LoadedRecipe | None, others: Sequence[str]
-) -> str | Path | LoadedRecipe:
+    recipe: str | Path | Mapping[str, Any] | LoadedRecipe | None, others: Sequence[str]
+) -> str | Path | Mapping[str, Any] | LoadedRecipe:
     """The recipe. Raises UserError where there is none, or something beside it that drafts one."""
     if recipe is None:
         raise UserError("nothing to train: give a recipe, or `data=` with rows to draft one for")
@@ -226,7 +227,9 @@ def _require_no_other(**others: object) -> None:
 
 
 def _loaded(
-    recipe: str | Path | LoadedRecipe, overrides: Sequence[str], dataset: Rows | None
+    recipe: str | Path | Mapping[str, Any] | LoadedRecipe,
+    overrides: Sequence[str],
+    dataset: Rows | None,
 ) -> LoadedRecipe:
     """The recipe that the arguments of `train` and `compare` ask for."""
     loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
@@ -257,7 +260,7 @@ _ARGUMENTS = [name for name in signature(train).parameters if name != "settings"
 
 
 def plan_training(
-    recipe: str | Path | LoadedRecipe,
+    recipe: str | Path | Mapping[str, Any] | LoadedRecipe,
     *,
     method: str | None = None,
     seed: int | None = None,
@@ -278,7 +281,7 @@ def plan_training(
 
 
 def plan_comparison(
-    recipe: str | Path | LoadedRecipe,
+    recipe: str | Path | Mapping[str, Any] | LoadedRecipe,
     *,
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -291,7 +294,7 @@ def plan_comparison(
 
 
 def compare(
-    recipe: str | Path | LoadedRecipe,
+    recipe: str | Path | Mapping[str, Any] | LoadedRecipe,
     *,
     out: str | Path | None = None,
     overrides: Sequence[str] = (),

@@ -363,3 +363,42 @@ def test_an_exported_adapter_says_where_plain_peft_finds_its_base() -> None:
     assert "`ptkit models path tiny-en` prints the folder of the base" in card
     shipped = (ROOT / "adapters" / "facts-prefix" / "README.md").read_text()
     assert "`ptkit models path tiny-en` prints the folder of the base" in shipped
+
+
+NER = [
+    (["Al", "lives", "in", "Rome"], ["B-PER", "O", "O", "B-LOC"]),
+    (["The", "boat", "left", "Oslo"], ["O", "O", "O", "B-LOC"]),
+    (["Eva", "Lind", "slept"], ["B-PER", "I-PER", "O"]),
+]
+
+
+@pytest.fixture
+def sentences(tmp_path: Path) -> Path:
+    rows = [{"id": str(i), "tokens": NER[i % 3][0], "ner_tags": NER[i % 3][1]} for i in range(24)]
+    return jsonl_file(tmp_path / "ner.jsonl", rows)
+
+
+def test_words_with_labels_become_a_token_classification(sentences: Path) -> None:
+    for options in ({}, {"label": "ner_tags", "text": "tokens"}, {"goal": "token_classification"}):
+        recipe = drafted(sentences, **options).loaded.recipe
+        task: Any = recipe.task
+        assert (task.kind, task.words, task.tags) == ("token_classification", "tokens", "ner_tags")
+        assert task.labels == ["B-LOC", "B-PER", "I-PER", "O"]
+        assert task.metrics[0] == "entity_f1"
+        assert [m.kind for m in recipe.methods] == ["prefix_tuning"]
+    quick = ("--set", "train.steps=2", "--set", "train.save_every=2", "--quiet")
+    ptkit("train", "--data", "ner.jsonl", *quick, cwd=sentences.parent)
+    run = "runs/ner/prefix_tuning-seed0"
+    labelled = ptkit("classify", "Al slept", "-a", run, cwd=sentences.parent).stdout
+    assert [word.split("/")[0] for word in labelled.split()] == ["Al", "slept"]
+
+
+def test_lists_that_are_no_labels_of_words_are_not_taken_for_them(tmp_path: Path) -> None:
+    rows = [{"tokens": ["a", "b", "c"], "tags": ["X", "Y"], "text": "a b c"} for _ in range(4)]
+    data = jsonl_file(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match="a label for each word, as lists of the same length"):
+        drafted(data, goal="token_classification")
+    spaced = [
+        {"tokens": ["a", "b"], "answers": ["so it is", "no"], "text": f"t {i}"} for i in "abcd"
+    ]
+    assert choose(read_splits(jsonl_file(data, spaced)).train).goal == "generation"

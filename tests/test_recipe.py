@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -192,3 +193,42 @@ def test_any_yaml_mapping_reads_back_with_a_line_for_every_key(value) -> None:
     source = parse_yaml(text, "x.yaml")
     assert source.data == {"top": value}
     assert source.where(("top",)) == "x.yaml:1"
+
+
+WRITTEN = {
+    "name": "mine",
+    "task": {"kind": "generation", "data": {"builtin": "facts-to-text"}, "input": "{facts}\n",
+             "target": "{text}"},
+    "methods": [{"kind": "prefix_tuning", "num_virtual_tokens": 5}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "fix"),
+    [
+        ({"train": {"lr": 0.1}}, "`train.lr` unknown; write it as `methods.N.learning_rate`"),
+        ({"train": {"learning_rate": 0.1}}, "write it as `methods.N.learning_rate`"),
+        ({"train": {"epochs": 3}}, "write `train.steps`, which is rows x epochs"),
+        ({"train": {"max_steps": 3}}, "did you mean `steps`?"),
+        ({"steps": 3}, "`steps` unknown; write it as `train.steps`"),
+        ({"train": {"num_virtual_tokens": 3}}, "write it as `methods.N.num_virtual_tokens`"),
+        ({"methods": [{"kind": "prefix_tuning", "lr": 1}]}, "did you mean `learning_rate`?"),
+        ({"train": {"stpes": 3}}, "did you mean `steps`?"),
+        ({"task": {**WRITTEN["task"], "data": {"files": "x.csv"}}}, "`files: {train: x.csv}`"),
+    ],
+)
+def test_a_key_at_another_place_is_told_where_it_belongs(changed: Any, fix: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        load_recipe({**WRITTEN, **changed})
+    assert fix in str(refused.value)
+
+
+def test_a_mapping_is_a_recipe_as_its_file_is(tmp_path: Path) -> None:
+    loaded = load_recipe(WRITTEN, "train.steps=7")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(loaded.text)
+    assert load_recipe(path, "train.steps=7").recipe == loaded.recipe
+    assert loaded.recipe.train.steps == 7
+    for wrong, why in ((7, "a int is no recipe"), ({"name": object()}, "no text or number")):
+        with pytest.raises(RecipeError, match=why):
+            load_recipe(wrong)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ class DraftGoal(StrEnum):
 
     auto = "auto"
     classification = "classification"
+    token_classification = "token_classification"
     generation = "generation"
     chat = "chat"
 

@@ -82,6 +82,9 @@ def init(
     _told(draft, path, quiet=quiet or asks, as_json=json_output)
 
 
+_GOALS = ", ".join(goal for goal in DraftGoal if goal is not DraftGoal.auto)
+
+
 def _asked(
     data: Path, goal: DraftGoal, label: str | None, text: list[str], target: str | None
 ) -> tuple[DraftGoal, str | None, str | None]:
@@ -100,16 +103,14 @@ def _asked(
     except DataError:
         found = None
     suggested = DraftGoal.classification.value if found is None else found.goal
-    named = typer.prompt(
-        "What is to be learnt (classification, generation, chat)", default=suggested, err=True
-    )
+    named = typer.prompt(f"What is to be learnt ({_GOALS})", default=suggested, err=True)
     if named not in (*DraftGoal,):
-        raise UserError(f"no goal `{named}`; known: classification, generation, chat")
+        raise UserError(f"no goal `{named}`; known: {_GOALS}")
     goal = DraftGoal(named)
     if goal is DraftGoal.chat or (found is not None and goal.value == found.goal and found.in_list):
         return goal, None, None
     likely = found.target.name if found and found.target and found.goal == named else None
-    if goal is DraftGoal.classification:
+    if goal in (DraftGoal.classification, DraftGoal.token_classification):
         return goal, typer.prompt("Column with the label", default=likely, err=True), None
     return goal, None, typer.prompt("Column with the text to write", default=likely, err=True)
 

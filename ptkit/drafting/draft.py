@@ -21,7 +21,7 @@ from ptkit.drafting.goal import Chosen, Goal, choose
 from ptkit.drafting.label_checks import rare_labels, require_apart_as_written
 from ptkit.drafting.label_words import label_words
 from ptkit.drafting.lengths import SAMPLED, Lengths, chat_lengths, text_lengths
-from ptkit.drafting.metrics_for import label_metrics, text_metrics
+from ptkit.drafting.metrics_for import label_metrics, text_metrics, word_metrics
 from ptkit.drafting.plan import Plan, planned
 from ptkit.drafting.written import commented, yaml_with_comments
 from ptkit.errors import DataError, RecipeError, UserError
@@ -139,6 +139,8 @@ def _splits_told(rows: DraftRows) -> list[str]:
 
 
 def _task(chosen: Chosen, rows: DraftRows, base: BaseFacts, data: dict[str, Any]) -> _Task:
+    if chosen.goal == "token_classification":
+        return _tagging(chosen, rows, base, data)
     if chosen.goal != "classification" and base.kind == "encoder":
         raise UserError(
             f"`{base.id}` is an encoder, which writes no text; choose a model that does, or name "
@@ -208,6 +210,33 @@ def _empty(chosen: Chosen, rows: DraftRows) -> tuple[str, ...]:
         return ()
     what = "1 training row has" if empty == 1 else f"{empty:,} training rows have"
     return (f"warning: {what} nothing to read in {', '.join(f'`{n}`' for n in names)}",)
+
+
+def _tagging(chosen: Chosen, rows: DraftRows, base: BaseFacts, data: dict[str, Any]) -> _Task:
+    if base.kind == "encoder_decoder":
+        raise UserError(f"`{base.id}` is an encoder-decoder; labels of words need another base")
+    assert chosen.target is not None
+    words, tags = chosen.inputs[0].name, chosen.target.name
+    tables = [table for table in rows.tables.values() if tags in table.columns]
+    labels = sorted({str(tag) for table in tables for row in table.only([tags])
+                     for tag in row[tags] or ()})  # fmt: skip
+    metrics, why = word_metrics(labels)
+    texts = [" ".join(row[words] or ()) for row in islice(rows.train.only([words]), SAMPLED)]
+    lengths = text_lengths(texts, [""], base.tokenizer, _room(base))
+    settings: dict[str, Any] = {
+        "kind": "token_classification", "data": data, "words": words, "tags": tags,
+        "labels": labels, "max_input_tokens": lengths.input, "metrics": metrics,
+    }  # fmt: skip
+    kind = "A head that is trained chooses a label for each word"
+    if base.kind == "decoder":
+        kind += ". This base reads from left to right: an encoder (`minilm-l6`) sees both sides"
+    return _Task(settings, {
+        "task.kind": f"{kind}.",
+        "task.words": "Column with the list of words.",
+        "task.tags": "Column with the list of their labels.",
+        "task.max_input_tokens": f"{_capital(lengths.told)}.",
+        "task.metrics": f"The first is the score: {why}.",
+    }, lengths)  # fmt: skip
 
 
 def _generation(chosen: Chosen, rows: DraftRows, base: BaseFacts, data: dict[str, Any]) -> _Task:

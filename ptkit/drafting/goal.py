@@ -10,12 +10,12 @@ from typing import Literal
 from ptkit.data.chat_formats import recognised
 from ptkit.data.table import Table
 from ptkit.drafting.columns import Column, columns_of, listed_columns
+from ptkit.drafting.tagged_words import tagged_words
 from ptkit.errors import DataError, UserError, did_you_mean
 from ptkit.recipe.tasks import ChatTask
 
 #: What a task can be drafted for; `auto` finds it from the columns.
-Goal = Literal["auto", "classification", "generation", "chat"]
-GOALS: tuple[Goal, ...] = ("auto", "classification", "generation", "chat")
+Goal = Literal["auto", "classification", "token_classification", "generation", "chat"]
 
 _LABEL = re.compile(
     r"(label|labels|class|category|intent|sentiment|topic|tag|type|queue|department|priority|"
@@ -33,13 +33,14 @@ _CHAT = ({"messages"}, {"conversations"}, {"instruction", "output"}, {"prompt", 
 class Chosen:
     """What is learnt from a file.
 
-    inputs: columns that are read; target: the label, or the text to write; None for conversations
+    inputs: columns that are read
+    target: the label, the labels of words, or the text to write; None for conversations
     references: the column with lists of acceptable texts
     in_list: the target is the first text of `references`
     reasons: why, in lines
     """
 
-    goal: Literal["classification", "generation", "chat"]
+    goal: Literal["classification", "token_classification", "generation", "chat"]
     inputs: tuple[Column, ...] = ()
     target: Column | None = None
     references: Column | None = None
@@ -67,6 +68,15 @@ def choose(
             raise DataError(f"the data has no column `{name}`; {did_you_mean(name, columns)}")
     if label is not None and (target is not None or goal in ("generation", "chat")):
         raise UserError("a label is for `--goal classification`; leave out what is for another")
+    if goal == "token_classification" or (goal == "auto" and target is None and len(text) <= 1):
+        tagged = tagged_words(table, columns, text[0] if text else None, label)
+        if tagged is not None:
+            return _tagging(*tagged)
+    if goal == "token_classification":
+        raise DataError(
+            "no two columns hold the words of sentences and a label for each word, as lists of the "
+            f"same length; there are {listed_columns([*columns.values()])}"
+        )
     if target is not None and goal not in ("auto", "generation"):
         raise UserError("a target is for `--goal generation`; leave out what is for another")
     given = [columns[name] for name in text]
@@ -101,6 +111,11 @@ def _found(table: Table, columns: dict[str, Column], given: Sequence[Column]) ->
         "the columns do not tell what is to be learnt; name the column with `--label` or "
         f"`--target`. There are {listed_columns([*columns.values()])}"
     )
+
+
+def _tagging(words: Column, tags: Column) -> Chosen:
+    told = f"the column `{tags.name}` has a label for each word of the column `{words.name}`"
+    return Chosen("token_classification", (words,), tags, reasons=(told,))
 
 
 def _is_chat(table: Table) -> bool:

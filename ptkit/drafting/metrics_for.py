@@ -10,6 +10,8 @@ from collections.abc import Sequence
 #: Letters of scripts whose words have no spaces between them.
 _NO_SPACES = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]")
 _SUMMARY = re.compile(r"summar|highlight|headline|abstract|title|tldr", re.IGNORECASE)
+#: Labels of IOB, IOBES and BILOU.
+_ENTITY = re.compile(r"O|[BIESLU]-.+")
 #: How many times as frequent as another a label is before accuracy misleads.
 _UNEVEN = 3
 
@@ -20,6 +22,13 @@ def label_metrics(counts: Sequence[int]) -> tuple[list[str], str]:
         uneven = f"labels are uneven ({min(counts):,} to {max(counts):,} rows each)"
         return ["macro_f1", "accuracy"], f"{uneven}, and macro F1 counts each label the same"
     return ["accuracy", "macro_f1"], "labels have about as many rows each"
+
+
+def word_metrics(labels: Sequence[str]) -> tuple[list[str], str]:
+    """Metrics of words with these labels, the score first, and why."""
+    if all(map(_ENTITY.fullmatch, labels)) and any("-" in label for label in labels):
+        return ["entity_f1", "word_accuracy"], "labels mark where names begin and end"
+    return ["word_macro_f1", "word_accuracy"], "macro F1 counts each label the same"
 
 
 def text_metrics(texts: Sequence[str], column: str) -> tuple[list[str], str]:

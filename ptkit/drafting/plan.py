@@ -12,6 +12,7 @@ from ptkit.drafting.base_facts import BaseFacts
 from ptkit.drafting.lengths import Lengths
 from ptkit.errors import UserError, did_you_mean
 from ptkit.methods.catalogue import method_sections
+from ptkit.recipe.elsewhere import elsewhere
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.model_names import TINY_EN, WHEELS
 from ptkit.training.autotune import finds_rate
@@ -66,8 +67,10 @@ def planned(
         else:
             del method["learning_rate"]
             why += "; the learning rate is the default one, because the run is too short to test it"
-    untrained: list[dict[str, Any]] = [] if base.kind == "encoder" else [{"kind": "base"}]
-    if base.kind == "decoder" and kind != "chat" and _demonstrations_fit(base, lengths):
+    headed = kind in ("sequence_classification", "token_classification")
+    untrained: list[dict[str, Any]] = [] if headed else [{"kind": "base"}]
+    in_words = base.kind == "decoder" and not headed
+    if in_words and kind != "chat" and _demonstrations_fit(base, lengths):
         untrained.append({"kind": "text_prompt", "examples": 3})
     untrained = [entry for entry in untrained if entry["kind"] != method["kind"]]
     others = "\n".join([
@@ -100,11 +103,12 @@ def _told_apart(kind: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any],
     """The method's own settings, and those of `train`."""
     of_method = {*method_sections()[kind].model_fields} - {"kind", "label"}
     of_train = {*TrainSection.model_fields}
+    known = of_method | of_train
     for key in settings:
-        if key not in of_method | of_train:
+        if key not in known:
             raise UserError(
                 f"`{kind}` and `train` have no setting `{key}`; "
-                + did_you_mean(key, of_method | of_train)
+                + (elsewhere(key, [*known]) or did_you_mean(key, known))
             )
     own = {key: value for key, value in settings.items() if key in of_method}
     rest = {key: value for key, value in settings.items() if key not in of_method}
@@ -129,7 +133,7 @@ def _method(base: BaseFacts, rows: int, kind: str) -> tuple[dict[str, Any], str]
     else:
         settings = {"kind": "prefix_tuning", "num_virtual_tokens": 20}
         why = f"a prefix of 20 tokens: of the prompt methods it learns most from {rows:,} rows"
-    if base.id not in _MEASURED and base.kind == "decoder":
+    if base.id not in _MEASURED and base.kind == "decoder" and kind != "token_classification":
         settings["learning_rate"] = "auto"
     return settings, why
 

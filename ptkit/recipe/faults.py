@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from ptkit.errors import did_you_mean, nearest
 from ptkit.methods.catalogue import method_sections
+from ptkit.recipe.elsewhere import elsewhere
 from ptkit.recipe.schema import Recipe
 from ptkit.recipe.tasks import Task
 from ptkit.recipe.yaml_source import KeyPath, YamlSource
@@ -79,7 +80,8 @@ def _fault(source: YamlSource, error: Any, below: KeyPath) -> str:
     kind = error["type"]
     if kind == "extra_forbidden":
         known = _fields_at(source.data, path[:-1])
-        return f"{where}: `{dotted}` unknown; {did_you_mean(str(path[-1]), known)}"
+        key = str(path[-1])
+        return f"{where}: `{dotted}` unknown; {elsewhere(key, known) or did_you_mean(key, known)}"
     if kind == "missing":
         description = _description(source.data, path)
         return f"{where}: `{dotted}` is missing" + (

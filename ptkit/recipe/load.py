@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.representer import RepresenterError
 
 from ptkit.errors import RecipeError, did_you_mean
 from ptkit.recipe.faults import recipe_faults
 from ptkit.recipe.schema import Recipe
-from ptkit.recipe.yaml_source import read_yaml
+from ptkit.recipe.yaml_source import parse_yaml, read_yaml
 
 #: Endings of files of rows, which are taken for recipes by mistake.
 _ROWS = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -45,11 +46,19 @@ class LoadedRecipe:
 
 def recipe_as_yaml(recipe: Recipe) -> str:
     """`recipe` as YAML with every default written out."""
+    return _as_yaml(recipe.model_dump(mode="json"))
+
+
+def _as_yaml(values: Mapping[str, Any]) -> str:
+    """`values` as YAML. Raises RecipeError for a value that YAML has no form for."""
     stream = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.dump(recipe.model_dump(mode="json"), stream)
+    try:
+        yaml.dump(dict(values), stream)
+    except RepresenterError as error:
+        raise RecipeError(f"the recipe has a value that is no text or number: {error}") from error
     return stream.getvalue()
 
 
@@ -85,17 +94,29 @@ def find_recipe(name_or_path: str | Path) -> Path:
     )
 
 
-def load_recipe(name_or_path: str | Path, overrides: str | Sequence[str] = ()) -> LoadedRecipe:
-    """Read and validate a recipe file, or a shipped recipe by name.
+def load_recipe(
+    recipe: str | Path | Mapping[str, Any], overrides: str | Sequence[str] = ()
+) -> LoadedRecipe:
+    """Read and validate a recipe file, a shipped recipe by name, or a mapping of a recipe's keys.
 
     overrides: `key.path=value` assignments, or one, applied before validation.
-    Raises RecipeError with one line per fault: file, line, key, what was expected.
+    Raises RecipeError with one line per fault: file, line, key, what was expected. Relative paths
+    in a mapping start at the current folder.
     """
-    path = find_recipe(name_or_path)
-    source = read_yaml(path, str(path))
+    if isinstance(recipe, Mapping):
+        path, text = Path("recipe.yaml"), _as_yaml(recipe)
+        source = parse_yaml(text, "the recipe")
+    elif isinstance(recipe, str | Path):
+        path = find_recipe(recipe)
+        source, text = read_yaml(path, str(path)), path.read_text(encoding="utf-8")
+    else:
+        raise RecipeError(
+            f"a {type(recipe).__name__} is no recipe; give a file, the name of one that ships, or "
+            "a mapping of its keys"
+        )
     for assignment in [overrides] if isinstance(overrides, str) else overrides:
         source.set(assignment)
-    recipe, faults = recipe_faults(source)
-    if recipe is None:
+    found, faults = recipe_faults(source)
+    if found is None:
         raise RecipeError("\n".join(faults))
-    return LoadedRecipe(recipe, path.resolve(), path.read_text(encoding="utf-8"))
+    return LoadedRecipe(found, path.resolve(), text)

@@ -74,6 +74,9 @@ class DataSection(Section):
     @classmethod
     def _fall_backs_are_written_out(cls, data: Any) -> Any:
         """What the splits of files are is known here, and part of the recipe that is kept."""
+        if isinstance(data, dict) and isinstance(data.get("files"), str | list):
+            named = data["files"] if isinstance(data["files"], str) else "rows.csv"
+            raise ValueError(f"`files` names the file of each split: `files: {{train: {named}}}`")
         if not isinstance(data, dict) or not isinstance(data.get("files"), dict):
             return data
         splits = data.get("splits", {})
