@@ -6,11 +6,11 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from importlib.resources import files
 from typing import Annotated, Any
 
 from ptkit.errors import AdapterError, HubError, PtkitError, UserError
 from ptkit.extras import extra
+from ptkit.playground import HEADERS, page
 from ptkit.serve.answer import (
     DrainingError,
     EngineDiedError,
@@ -23,7 +23,13 @@ from ptkit.serve.answers import CompletionStream, RequestLimits
 from ptkit.serve.engine import Engine
 from ptkit.serve.guard import Guard, error_body
 from ptkit.serve.labels import Classification, ClassifyRequest, classified
-from ptkit.serve.library import NAME, Library, NotAllowedError, UnknownModelError
+from ptkit.serve.library import (
+    NAME,
+    SENT_FILES,
+    Library,
+    NotAllowedError,
+    UnknownModelError,
+)
 from ptkit.serve.metrics import Metrics
 from ptkit.serve.protocol import (
     AdapterCard,
@@ -53,14 +59,6 @@ logger = logging.getLogger(__name__)
 
 #: Most files of an upload: those an adapter consists of, and one too many, which is then named.
 MAX_FILES = 16
-#: The page asks nobody else for anything, and nobody may frame it.
-_PAGE_HEADERS = {
-    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src "
-    "'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-}
 _LOOPBACK_HOSTS = ["localhost", "127.0.0.1", "[::1]"]
 
 # Status, OpenAI's type and code of each error; the first that fits.
@@ -248,7 +246,9 @@ def _adapters(app: FastAPI, library: Library, metrics: Metrics) -> None:
         for name in names[offset : offset + limit]:
             with suppress(UnknownModelError):  # unloaded since
                 cards.append(AdapterCard.model_validate(library.card(name)))
-        return AdapterCards(base=library.base_name, total=len(names), data=cards)
+        return AdapterCards(
+            base=library.base_name, total=len(names), files=list(SENT_FILES), data=cards
+        )
 
     @app.post("/v1/load_adapter", responses=_CHANGING)
     @app.post("/v1/load_lora_adapter", responses=_CHANGING)
@@ -291,7 +291,7 @@ def _adapters(app: FastAPI, library: Library, metrics: Metrics) -> None:
 
 
 def _probes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
-    page = (files("ptkit.serve") / "playground.html").read_text(encoding="utf-8")
+    shown = page()
 
     @app.get("/health", responses={503: {"model": Health}}, response_model=Health)
     def health() -> JSONResponse:
@@ -313,7 +313,7 @@ def _probes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
 
     @app.get("/", include_in_schema=False)
     def playground() -> HTMLResponse:
-        return HTMLResponse(page, headers=_PAGE_HEADERS)
+        return HTMLResponse(shown, headers=HEADERS)
 
 
 class _Counting:
