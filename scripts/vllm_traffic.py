@@ -10,14 +10,14 @@ in turn with the base's. It prints a JSON object; `failures` lists what did not 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import hashlib
 import json
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,20 +97,21 @@ def memory(pid: int) -> int:
     return sum(process.memory_info().rss for process in processes if process.is_running())
 
 
-async def ask_all(
-    url: str, names: Sequence[str], prompts: Iterable[list[int]], at_once: int, tokens: int = 4
+def ask_all(
+    url: str, names: Sequence[str], prompts: Sequence[list[int]], at_once: int, tokens: int = 4
 ) -> Counter[int]:
     """Send a request for each of `names`, `at_once` at a time; how often each status came."""
-    gate, statuses = asyncio.Semaphore(at_once), Counter[int]()
-    async with httpx2.AsyncClient(base_url=url, timeout=600) as client:
+    limits = httpx2.Limits(max_connections=at_once)
+    with (
+        httpx2.Client(base_url=url, timeout=600, limits=limits) as client,
+        ThreadPoolExecutor(at_once) as pool,
+    ):
 
-        async def ask(name: str, prompt: list[int]) -> None:
-            async with gate:
-                body = {"model": name, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-                statuses[(await client.post("/v1/completions", json=body)).status_code] += 1
+        def ask(name: str, prompt: list[int]) -> int:
+            body = {"model": name, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+            return client.post("/v1/completions", json=body).status_code
 
-        await asyncio.gather(*(ask(*asked) for asked in zip(names, prompts, strict=True)))
-    return statuses
+        return Counter(pool.map(ask, names, prompts))
 
 
 def first_token(client: httpx2.Client, name: str, prompt: list[int]) -> float:
@@ -166,9 +167,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             statuses, seconds, seen = Counter[int](), [], [(memory(pid), counts(url))]
             for part in (slice(0, half), slice(half, None)):
                 began = time.perf_counter()
-                statuses += asyncio.run(
-                    ask_all(url, names[part], prompts[part], given.at_once)
-                )  # fmt: skip
+                statuses += ask_all(url, names[part], prompts[part], given.at_once)
                 seconds.append(time.perf_counter() - began)
                 seen.append((memory(pid), counts(url)))
             resident = Counter(names[half:]).most_common(1)[0][0]

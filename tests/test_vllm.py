@@ -453,7 +453,7 @@ def test_skewed_requests_are_answered_and_what_they_cost_is_counted(
     asked = [names[n] for n in zipf(8, 24, 1.0)]
     assert len({*asked}) > 3
     prompts = [[5, 6, 7 + turn] for turn in range(len(asked))]
-    statuses = asyncio.run(ask_all(engine.url, asked, prompts, 4, 2))
+    statuses = ask_all(engine.url, asked, prompts, 4, 2)
     assert statuses == {200: len(asked)}
     grown = {name: value - before[name] for name, value in counts(engine.url).items()}
     assert grown["ptkit:prefix_loads_total"] >= len({*asked})
