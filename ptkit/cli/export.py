@@ -56,7 +56,7 @@ def export(
             "--as",
             callback=_form,
             autocompletion=lambda: [*_FORMS, *engines()],
-            metavar="|".join([*_FORMS, *engines()]),
+            metavar="FORM",
             help=" ".join(f"`{name}`: {what}" for name, what in {**_FORMS, **engines()}.items()),
         ),
     ] = "peft",
