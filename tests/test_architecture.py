@@ -36,7 +36,7 @@ LAYERS = [
     {"recipe", "formats"},
     {"methods.catalogue", "metrics"},
     {"methods.*.settings", "methods.prompt_settings"},
-    {"section", "options", "plugins", "extras", "declared", "launched"},
+    {"section", "options", "plugins", "extras", "declared", "launched", "playground"},
     {"errors"},
 ]
 #: Free of every layer: the package's own doors, which load what is asked of them.

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from llama_cpp import SERVER, needs_server, tiny_base, tiny_gguf, write_prefixes
 from test_cli import ptkit, refused
+from test_gguf import write as write_gguf
 
 from ptkit.bank import AdapterBank
 from ptkit.errors import UserError
 from ptkit.hub import engine_agreement
 from ptkit.hub.engine_agreement import agreement, prompts_of
 from ptkit.hub.engine_runs import engines_that_run
-from ptkit.runtime.base_model import Base
+from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits
 
 TEXTS = ["abc 12", "a", "zyx ab 1"]
@@ -67,6 +71,52 @@ def test_the_first_difference_and_its_gap_are_told(
     best = logits.topk(2)
     assert best.indices[0] == ours[2][3]
     assert other.gap == pytest.approx(float(best.values[0] - best.values[1]), abs=1e-4)
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = Path(__file__).resolve().parents[1] / "scripts"
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+def test_a_dequantised_copy_has_the_files_weights(scripts: Path, tmp_path: Path) -> None:
+    from llama_cpp_agreement import dequantised
+
+    source = tmp_path / "tiny.Q4_1.gguf"
+    write_gguf(source, GGMLQuantizationType.Q4_1)
+    copy = dequantised(source, tmp_path / "tiny.float32.gguf")
+    assert copy.stat().st_size > 2 * source.stat().st_size
+    one, other = (load_base(str(path), device="cpu") for path in (source, copy))
+    ours, theirs = one.model.state_dict(), other.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    assert one.encode(TEXTS) == other.encode(TEXTS)
+
+
+@needs_server
+def test_the_script_goes_on_where_it_stopped(
+    scripts: Path, adapter: Path, gguf: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
+    out = tmp_path / "engines.json"
+    for caches in (["float32"], ["float32", "float16"]):
+        done = subprocess.run(
+            [
+                sys.executable, scripts / "llama_cpp_agreement.py", gguf, adapter, "--rows", "3",
+                "--tokens", str(TOKENS), "--prompts", tmp_path / "prompts.txt", "--caches", *caches,
+                "--llama-server", SERVER, "--work", tmp_path / "work", "--out", out,
+            ],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == 2  # of both files; what was there is kept
+    runs = json.loads(out.read_text())["llama-cpp"]["runs"]
+    assert [(run["file"], run["cache"]) for run in runs] == [
+        ("llama", "f32"), ("float32", "f32"), ("llama", "f16"), ("float32", "f16"),
+    ]  # fmt: skip
+    assert all(run["equal"] == run["prompts"] == 3 for run in runs)
 
 
 def told(adapter: Path, *options: str, code: int = 0) -> str:

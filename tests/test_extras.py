@@ -30,7 +30,8 @@ OPTIONAL = {module for modules in EXTRAS.values() for module in modules}
 #: Modules that run inside vLLM's environment, which has all that they import.
 OF_VLLM = {
     "ptkit.vllm_connector.plugin", "ptkit.vllm_connector.requests",
-    "ptkit.vllm_connector.connector",
+    "ptkit.vllm_connector.connector", "ptkit.vllm_connector.chats",
+    "ptkit.vllm_connector.loads",
 }  # fmt: skip
 #: The program, one of another environment, and one that reads files beside it.
 NOT_IMPORTED = {

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from test_peft_parity import LEARNT, make_adapter
 
 from ptkit.bank import AdapterBank
 from ptkit.errors import UserError
-from ptkit.formats.adapter_files import write_adapter
+from ptkit.formats.adapter_files import read_adapter, write_adapter
+from ptkit.formats.adapter_info import ChatInfo
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.recipe.schema import method_section
 from ptkit.runtime.base_model import Base
@@ -48,6 +50,11 @@ from ptkit.serve.sampling import Sampling
 
 PROMPT = "abc 12"
 CONTEXT = 96
+#: Of an adapter that was trained on conversations.
+CHAT = (
+    "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ', ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
+)
 FLOAT32 = CacheLayout(True, GGMLQuantizationType.F32)
 
 
@@ -69,6 +76,9 @@ def folder(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_prefixes(base, folder, 3)
     for name in ("prefix-mlp", "prompt", "p-tuning-lstm"):
         write_adapter(folder / name, make_adapter(base, LEARNT[name]).files())
+    files = read_adapter(folder / "a0")
+    info = files.info.model_copy(update={"chat": ChatInfo(template=CHAT, system="zyx")})
+    write_adapter(folder / "chatty", replace(files, info=info))
     lora = create_adapter(method_section({"kind": "lora"}), base, Demonstrations((), 0))
     write_adapter(folder / "changes-weights", lora.files())
     lora.close()
@@ -158,6 +168,19 @@ def test_chat_uses_the_models_template_and_adapters(served: Serving, base: Base)
     same = asked(served, "a1", prompt=ids, max_tokens=8).json()
     assert answer["choices"][0]["message"]["content"] == same["choices"][0]["text"]
     assert answer["usage"] == same["usage"]
+
+
+def test_a_chat_uses_the_adapters_own_template_and_system_prompt(
+    served: Serving, base: Base
+) -> None:
+    body = {"model": "chatty", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 8,
+            "temperature": 0}  # fmt: skip
+    answer = served.post("/v1/chat/completions", body).json()
+    (ids,) = base.encode([f"system zyx, user {PROMPT}, assistant"])
+    same = asked(served, "a0", prompt=ids, max_tokens=8).json()
+    assert answer["choices"][0]["message"]["content"] == same["choices"][0]["text"]
+    assert answer["usage"] == same["usage"]
+    assert answer["usage"]["prompt_tokens"] == len(ids)
 
 
 def test_several_answers_stops_and_seeds(served: Serving, expected: dict[str, str]) -> None:

@@ -50,7 +50,7 @@ def test_the_playground_is_told_which_rows(chosen_on: Path) -> None:
         assert library.card("mine").rows == CHOSE
     finally:
         engine.close()
-    page = (Path(__file__).parents[1] / "ptkit/serve/playground.html").read_text()
+    page = (Path(__file__).parents[1] / "ptkit/playground/page.html").read_text()
     assert "card.rows" in page
 
 

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,19 @@ import pytest
 import torch
 from openai import APIStatusError, AsyncOpenAI, OpenAI
 from safetensors.torch import load_file, save
+from starlette.testclient import TestClient
 from test_peft_parity import make_adapter
 
 from ptkit.bank import AdapterBank
 from ptkit.formats.adapter_files import write_adapter
+from ptkit.formats.adapter_info import ChatInfo, TaskInfo
 from ptkit.hub.engines.vllm import ADAPTERS
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits
 from ptkit.runtime.model_names import TINY_EN
+from ptkit.serve.answers import CompletionStream, RequestLimits
+from ptkit.serve.build import build_app
+from ptkit.serve.protocol import ChatRequest
 from ptkit.vllm_connector.files import ABOUT, TENSORS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +55,11 @@ TEXTS = [
     "Once upon a time there was a small town by the sea, and in that town lived a baker. " * 2,
 ]
 TOKENS = 24
+#: Turns end with a mark that ends no text of the base.
+CHAT = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|pad|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -91,9 +101,16 @@ def base() -> Base:
 def sources(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     section = {"kind": "prefix_tuning", "num_virtual_tokens": LONG}
     torch.manual_seed(0)
-    long = tmp_path_factory.mktemp("long") / "long"
-    write_adapter(long, make_adapter(base, section, start="vocabulary").files())
-    return [*(ROOT / "adapters" / name for name in SHIPPED), long]
+    files = make_adapter(base, section, start="vocabulary").files()
+    folder = tmp_path_factory.mktemp("made")
+    told: dict[str, dict[str, Any]] = {
+        "long": {},
+        "chatty": {"chat": ChatInfo(template=CHAT, system="Be brief.")},
+        "columns": {"task": TaskInfo(kind="generation", input="{a} and {b}")},
+    }
+    for name, info in told.items():
+        write_adapter(folder / name, replace(files, info=files.info.model_copy(update=info)))
+    return [*(ROOT / "adapters" / name for name in SHIPPED), *(folder / name for name in told)]
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +194,11 @@ async def together(engine: Engine, asked: list[tuple[str, Any]], **options: Any)
     )
 
 
-def preemptions(engine: Engine) -> float:
+def metric(engine: Engine, name: str) -> float:
     for line in httpx2.get(f"{engine.url}/metrics", timeout=300).text.splitlines():
-        if line.startswith("vllm:num_preemptions_total"):
+        if line.startswith((f"{name}{{", f"{name} ")):
             return float(line.split()[-1])
-    pytest.fail("vLLM counts no preemptions")
+    pytest.fail(f"vLLM has no metric {name}")
 
 
 def test_adapters_and_the_base_in_one_batch_answer_as_ptkit_does(
@@ -191,7 +208,7 @@ def test_adapters_and_the_base_in_one_batch_answer_as_ptkit_does(
     names = [*SHIPPED, "long", TINY_EN]
     asked = [(name, bank.base.encode([text])[0]) for text in TEXTS for name in names]
     wanted = [expected(bank, name, text) for text in TEXTS for name in names]
-    before = preemptions(engine)
+    before = metric(engine, "vllm:num_preemptions_total")
     for _ in range(2):
         answers = asyncio.run(together(engine, asked))
         for (name, ids), answer, tokens in zip(asked, answers, wanted, strict=True):
@@ -201,7 +218,8 @@ def test_adapters_and_the_base_in_one_batch_answer_as_ptkit_does(
             assert answer.usage.prompt_tokens == len(ids)
             assert answer.usage.prompt_tokens_details.cached_tokens <= len(ids)
             assert answer.model == name
-    assert preemptions(engine) > before  # 24 requests do not fit into 32 blocks
+    after = metric(engine, "vllm:num_preemptions_total")
+    assert after > before  # 24 requests do not fit into 32 blocks
 
 
 def test_the_api_lists_adapters_beside_the_base(engine: Engine) -> None:
@@ -237,8 +255,9 @@ def test_streams_several_answers_stops_and_seeds_work(engine: Engine, bank: Adap
 
 
 def test_a_chat_names_an_adapter_as_its_model(engine: Engine, bank: AdapterBank) -> None:
-    text = TEXTS[0]
-    message = {"role": "user", "content": [{"type": "text", "text": text}]}
+    text = TEXTS[0]  # what the adapter's template makes of the question
+    question = text.removesuffix("\n")
+    message = {"role": "user", "content": [{"type": "text", "text": question}]}
     answer = engine.openai.chat.completions.create(
         model="facts-prompt", messages=[message], max_tokens=TOKENS, temperature=0, logprobs=True
     )
@@ -251,6 +270,199 @@ def test_a_chat_names_an_adapter_as_its_model(engine: Engine, bank: AdapterBank)
     )
     told = "".join(e.choices[0].delta.content or "" for e in events if e.choices)
     assert told == bank.base.tokenizer.decode(ids)
+
+
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "question": [{"role": "user", "content": "name[Orwick], colour[green] \"é😀\""}],
+    "parts": [{"role": "user", "content": [{"type": "text", "text": "Where is it?"}]}],
+    "system": [
+        {"role": "developer", "content": "Be long."}, {"role": "user", "content": "Where is it?"},
+    ],
+    "turns": [
+        {"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "There."},
+        {"role": "user", "content": "And now?"},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def own(base: Base, sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """`ptkit serve` with the same adapters, in this process."""
+    folder = tmp_path_factory.mktemp("own")
+    for source in sources:
+        shutil.copytree(source, folder / source.name)
+    app = build_app(base, folder)
+    with TestClient(app):
+        yield app
+
+
+@pytest.mark.parametrize("name", ["chatty", "facts-prompt", "routing-prefix", "long"])
+def test_the_same_chat_is_read_and_answered_as_by_ptkit_serve(
+    name: str, engine: Engine, own: Any
+) -> None:
+    """In the adapter's template, with its system prompt; a question of an adapter that was trained
+    on inputs is its input, unless the request says otherwise."""
+    prompts = set()
+    for messages in CONVERSATIONS.values():
+        for more in ({}, {"template": False}):
+            body = {"model": name, "messages": messages, "max_tokens": 12, "temperature": 0, **more}
+            made = CompletionStream(
+                own.state.library, RequestLimits(), ChatRequest(**body), asyncio.new_event_loop()
+            )
+            theirs = TestClient(own).post("/v1/chat/completions", json=body).json()
+            answer = engine.openai.chat.completions.create(
+                model=name, messages=messages, max_tokens=12, temperature=0,
+                extra_body={"return_token_ids": True, **more},
+            )  # fmt: skip
+            assert answer.prompt_token_ids == made.answers[0].prompt
+            (choice,) = answer.choices
+            assert choice.message.content == theirs["choices"][0]["message"]["content"]
+            assert choice.finish_reason == theirs["choices"][0]["finish_reason"]
+            assert answer.usage.completion_tokens == theirs["usage"]["completion_tokens"]
+            prompts.add(tuple(answer.prompt_token_ids))
+    assert len(prompts) >= len(CONVERSATIONS)
+    tokenized = httpx2.post(
+        f"{engine.url}/tokenize", json={"model": name, "messages": CONVERSATIONS["turns"]}
+    )
+    assert tuple(tokenized.json()["tokens"]) in prompts
+
+
+def test_a_chat_ends_at_the_adapters_own_mark(engine: Engine, base: Base) -> None:
+    mark = base.tokenizer.pad_token_id
+
+    def written(name: str, **more: Any) -> Any:
+        return engine.openai.chat.completions.create(
+            model=name, messages=CONVERSATIONS["question"], max_tokens=5, temperature=0,
+            logit_bias={str(mark): 100}, extra_body=more,
+        )  # fmt: skip
+
+    ended = written("chatty")
+    assert ended.choices[0].finish_reason == "stop"
+    assert ended.choices[0].message.content == ""
+    assert ended.usage.completion_tokens == 1
+    assert written("chatty", ignore_eos=True).usage.completion_tokens == 5
+    for name in ("long", TINY_EN):
+        assert written(name).usage.completion_tokens == 5
+
+
+def test_a_question_for_an_adapter_of_several_columns_is_a_400(engine: Engine) -> None:
+    with pytest.raises(APIStatusError) as raised:
+        engine.openai.chat.completions.create(
+            model="columns", messages=CONVERSATIONS["question"], max_tokens=5
+        )
+    assert raised.value.status_code == 400
+    assert "inputs are made of `a`, `b`" in raised.value.body["message"]
+    assert engine.alive
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_bytes_of_a_chats_tokens_are_those_of_its_message(
+    engine: Engine, base: Base, stream: bool
+) -> None:
+    """Of characters that span tokens, too: the last of these has them all."""
+    text = "20 °C 😀 né"
+    given: dict[str, Any] = {
+        "messages": CONVERSATIONS["question"], "max_tokens": 32, "temperature": 0, "logprobs": True,
+        "extra_body": {"structured_outputs": {"choice": [text]}}, "stream": stream,
+    }  # fmt: skip
+    answer = engine.openai.chat.completions.create(model="chatty", **given)
+    choices = [c for event in (answer if stream else [answer]) for c in event.choices]
+    tokens = [t for c in choices if c.logprobs for t in c.logprobs.content]
+    assert tokens.pop().token == base.tokenizer.eos_token  # vLLM tells of it, too
+    assert bytes(byte for token in tokens for byte in token.bytes or ()).decode() == text
+    assert len(tokens) > len(text.split()) + 3
+
+
+def test_the_playground_asks_and_uploads(engine: Engine, bank: AdapterBank, browser: Any) -> None:
+    """`ptkit serve`'s page, on vLLM's server."""
+    page = browser.new_page()
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(engine.url)
+    page.wait_for_selector(".pick[value=facts-prompt]")
+    assert page.inner_text("#base") == TINY_EN
+    assert "bleu" in page.inner_text("#adapters")
+    page.check(".pick[value=facts-prompt]")
+    page.fill("#tokens", str(TOKENS))
+    page.fill("#prompt", TEXTS[0].removesuffix("\n"))
+    shown = {}
+    for mode in ("text", "chat"):
+        page.check(f"input[value={mode}]")
+        page.fill("#prompt", TEXTS[0].removesuffix("\n"))
+        page.keyboard.press("Control+Enter")
+        page.locator("article").nth(1).wait_for()
+        page.wait_for_selector("article.running", state="detached", timeout=300_000)
+        shown[mode] = {
+            a.get_attribute("data-model"): a.query_selector(".text").inner_text()
+            for a in page.query_selector_all("article")
+        }
+        assert {*shown[mode]} == {TINY_EN, "facts-prompt"}
+        assert not page.query_selector_all(".note.error")
+    ids = expected(bank, "facts-prompt", TEXTS[0])
+    assert shown["text"]["facts-prompt"].strip() == bank.base.tokenizer.decode(ids).strip()
+    page.click("#upload summary")
+    assert page.inner_text("#files-told") == f"{ABOUT}, {TENSORS}"
+    page.fill("#upload-name", "mine")
+    page.set_input_files("#upload-files", [ROOT / "adapters" / "facts-prompt" / "ptkit.json"])
+    page.click("#upload button")
+    page.wait_for_selector("#upload .error:not(:empty)")
+    assert "`ptkit export ADAPTER --as vllm` writes" in page.inner_text("#upload .error")
+    page.set_input_files("#upload-files", [engine.root / "long" / f for f in (ABOUT, TENSORS)])
+    page.click("#upload button")
+    page.wait_for_selector(".pick[value=mine]")
+    page.click("[aria-label='Unload mine']")
+    page.wait_for_selector(".pick[value=mine]", state="detached")
+    assert faults == []
+    page.close()
+
+
+def test_metrics_count_what_was_loaded_and_fetched(engine: Engine) -> None:
+    changed(engine.root, "long", "counted", lambda t: t * 0.9)
+    before = {name: metric(engine, name) for name in COUNTED}
+    assert engine.post("load_adapter", name="counted", path="counted").status_code == 200
+    for _ in range(2):  # texts that no block in the prefix cache holds
+        engine.ask("counted", [7, 8, 9], extra_body={"cache_salt": os.urandom(8).hex()})
+    grown = {name: metric(engine, name) - before[name] for name in COUNTED}
+    assert grown["ptkit:prefix_loads_total"] == 2
+    assert grown["ptkit:prefix_fetches_total"] == 1
+    assert grown["ptkit:adapter_reads_total"] == 1
+    assert grown["ptkit:adapters"] == 1
+    size = httpx2.get(f"{engine.url}/v1/adapters", params={"search": "counted"}).json()["data"][0]
+    assert grown["ptkit:prefix_kept_bytes"] == grown["ptkit:spool_bytes"] == size["bytes"]
+    assert engine.post("unload_adapter", name="counted").status_code == 200
+
+
+COUNTED = (
+    "ptkit:prefix_loads_total", "ptkit:prefix_fetches_total", "ptkit:prefix_kept_bytes",
+    "ptkit:adapters", "ptkit:spool_bytes", "ptkit:adapter_reads_total",
+)  # fmt: skip
+
+
+def test_skewed_requests_are_answered_and_what_they_cost_is_counted(
+    engine: Engine, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`scripts/vllm_traffic.py`, on the adapters and the budget of these tests."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from vllm_traffic import ask_all, counts, first_tokens, write_prefixes, zipf
+
+    one = write_prefixes(base, engine.root, 8, 3)
+    names = [f"adapter-{n:05d}" for n in range(8)]
+    for name in names:
+        assert engine.post("load_adapter", name=name, path=name).status_code == 200
+    before = counts(engine.url)
+    asked = [names[n] for n in zipf(8, 24, 1.0)]
+    assert len({*asked}) > 3
+    prompts = [[5, 6, 7 + turn] for turn in range(len(asked))]
+    statuses = ask_all(engine.url, asked, prompts, 4, 2)
+    assert statuses == {200: len(asked)}
+    grown = {name: value - before[name] for name, value in counts(engine.url).items()}
+    assert grown["ptkit:prefix_loads_total"] >= len({*asked})
+    assert grown["ptkit:prefix_fetches_total"] == len({*asked})
+    assert grown["ptkit:prefix_kept_bytes"] == one * len({*asked})
+    timings = first_tokens(engine.url, TINY_EN, asked[0], 2, 8, 8000)
+    assert all(seconds > 0 for timing in timings for seconds in timing.seconds)
+    for name in names:
+        assert engine.post("unload_adapter", name=name).status_code == 200
 
 
 @pytest.mark.parametrize("name", ["facts-prefix", "long"])
@@ -414,7 +626,8 @@ def test_a_version_that_the_workers_lose_fails_one_request_only(
         engine.ask("lost", TEXTS[0])
     assert raised.value.status_code == 500
     spool.write_bytes(content)
-    assert engine.ask("lost", TEXTS[0]).choices[0].finish_reason
+    fresh = engine.ask("lost", TEXTS[0], extra_body={"cache_salt": "of its own"})
+    assert engine.ask("lost", TEXTS[0]).choices[0].text == fresh.choices[0].text
     text = bank.base.tokenizer.decode(expected(bank, "long", TEXTS[0]))
     assert engine.ask("long", TEXTS[0]).choices[0].text == text
     assert engine.alive

@@ -16,15 +16,18 @@ from conftest import random_base
 from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
-from jinja2 import Template
+from jinja2 import Template, TemplateError
 from safetensors.torch import load_file, save
 from test_cli import refused
 from test_peft_parity import LEARNT, make_adapter
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from ptkit.data.templates import filled
 from ptkit.errors import AdapterError, UserError
 from ptkit.families.matrix import model_under_test
 from ptkit.formats.adapter_files import write_adapter
-from ptkit.hub.engines.vllm import ADAPTERS, CODE, write
+from ptkit.formats.adapter_info import ChatInfo
+from ptkit.hub.engines.vllm import ADAPTERS, CODE, asked_as, write
 from ptkit.hub.vllm_server import VLLMServer
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section
@@ -33,12 +36,14 @@ from ptkit.runtime.model_names import TINY_EN
 from ptkit.vllm_connector.files import (
     ABOUT,
     TENSORS,
+    ChatRecord,
     PrefixRecord,
     read_checked,
     read_record,
     tensors_of,
 )
 from ptkit.vllm_connector.library import FixedError, PrefixLibrary, UnknownAdapterError, spooled
+from ptkit.vllm_connector.memory import PrefixMemory
 from ptkit.vllm_connector.running import RunningBase, require_runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,6 +107,59 @@ def test_an_export_holds_the_prefix_and_what_it_was_made_for(base: Base, exporte
     for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
         assert torch.equal(found[f"keys.{layer}"], keys)
         assert torch.equal(found[f"values.{layer}"], values)
+
+
+CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|pad|>' }}{% endfor %}"
+
+
+def test_an_export_says_how_conversations_are_asked(
+    base: Base, exported: Path, tmp_path: Path
+) -> None:
+    facts = read_record(exported / ADAPTERS / "facts-prompt").chat
+    assert (facts.template, facts.ends, facts.lead) == (None, (), ())
+    assert facts.question is not None
+    assert _rendered(facts.question, "an inn") == "an inn\n"
+    files = make_adapter(base, LEARNT["prefix"]).files()
+    chat = ChatInfo(template=CHAT, system="Be brief.")
+    info = files.info.model_copy(update={"chat": chat})
+    write_adapter(tmp_path / "chatty", replace(files, info=info))
+    write([tmp_path / "chatty"], tmp_path / "out", base=base)
+    found = read_record(tmp_path / "out" / ADAPTERS / "chatty").chat
+    assert found == ChatRecord(CHAT, "Be brief.", None, (base.tokenizer.pad_token_id,), ())
+    assert "trained on conversations" in (tmp_path / "out" / "README.md").read_text()
+
+
+def _rendered(template: str, question: str) -> str:
+    (text,), _ = render_jinja_template(
+        conversations=[[{"role": "user", "content": question}]], chat_template=template
+    )
+    return text
+
+
+@given(st.text(st.sampled_from("ab \n'\"\\{}%#é😀"), max_size=12), st.text(max_size=8))
+def test_a_question_stands_where_the_template_has_its_column(around: str, question: str) -> None:
+    """Whatever stands around it; Jinja gets no part of it as its own."""
+    literal = around.replace("{", "{{").replace("}", "}}")
+    for template in (f"{literal}{{text}}{literal}", f"{{text}}{literal}{{text}}"):
+        assert _rendered(asked_as(template), question) == filled(template, question)
+
+
+def test_a_question_for_an_adapter_of_several_columns_is_refused_with_the_reason() -> None:
+    with pytest.raises(TemplateError, match=r"inputs are made of `a`, `b`.*template: false"):
+        _rendered(asked_as("{a}\n{b}"), "x")
+
+
+def test_a_list_tells_of_an_adapter_what_its_record_says(library: PrefixLibrary) -> None:
+    card = library.card("facts-prompt")
+    assert (card["method"], card["template"], card["fault"]) == (
+        "prompt_tuning", "{facts}\n", None,
+    )  # fmt: skip
+    assert card["n"] > 0
+    assert card["low"] <= card["score"] <= card["high"]
+    odd = {"method": 5, "score": "x", "template": ["a"]}
+    _about(library.root / "facts-prompt", made_from=odd)
+    card = library.card("facts-prompt")
+    assert (card["method"], card["score"], card["template"]) == (None, None, None)
 
 
 def test_what_vllm_runs_imports_nothing_that_its_environment_lacks(exported: Path) -> None:
@@ -182,11 +240,15 @@ def test_an_adapter_is_served_as_it_was_checked(library: PrefixLibrary, root: Pa
         (lambda f: _cut(f / TENSORS), "not written completely"),
         (lambda f: _cut(f / ABOUT), "not JSON"),
         (lambda f: _flip(f / TENSORS), "is damaged"),
-        (lambda f: _about(f, format=2), "expected 1"),
+        (lambda f: _about(f, format=1), "expected 2"),
         (lambda f: _about(f, layers=3), "of 3 layers"),
         (lambda f: _about(f, virtual_tokens=True), "expected a positive number"),
         (lambda f: _about(f, sha256="../../etc/passwd"), "64 hex digits"),
         (lambda f: _about(f, virtual_tokens=600), "leave no room"),
+        (lambda f: _about(f, chat=None), "`chat` is missing"),
+        (lambda f: _about(f, chat={"ends": [], "lead": [], "system": 5}), "neither a text"),
+        (lambda f: _about(f, chat={"ends": [True], "lead": []}), "no list of token ids"),
+        (lambda f: _about(f, made_from={"score": float("nan")}), "is not JSON"),
         (lambda f: _about(f, rope={"rope_theta": 500.0, "rope_type": "default"}), "rotary"),
         (lambda f: _about(f, base={"id": "gpt2", "fingerprint": "0" * 16}), "for the base `gpt2`"),
         (lambda f: _tensors(f, "keys.1", torch.zeros(4, 32, 10)), "expected float32"),
@@ -345,10 +407,42 @@ def test_the_spool_stays_within_its_budget_but_for_what_is_in_use(
     now[0] += 100
     library.load("again", "facts-prompt", replace=False)
     assert [p.stem for p in spool.iterdir()] == [library.version("facts-prompt").digest]
+    before = library.reads
     assert library.version("facts-prefix") == first  # read again
+    assert library.reads == before + 1
+    assert library.version("facts-prefix") == first  # as it is
+    assert library.reads == before + 1
+    assert library.spool_bytes >= first.nbytes
     spooled(spool, first.digest).unlink()  # somebody cleans up
     assert library.version("facts-prefix") == first
     assert spooled(spool, first.digest).is_file()
+
+
+@given(asked=st.lists(st.integers(0, 5), min_size=1, max_size=30), room=st.integers(0, 4))
+def test_a_worker_keeps_the_prefixes_that_were_used_last(
+    asked: list[int], room: int, versions: Path
+) -> None:
+    """As many as its budget holds, and one in any case; each is what its file holds."""
+    one = 2 * 3 * 4 * 5 * 4
+    memory = PrefixMemory(versions, torch.float32, room * one)
+    for turn, number in enumerate(asked):
+        keys, values = memory[str(number)][0]
+        assert torch.equal(keys, torch.full((4, 3, 5), float(number)))
+        assert torch.equal(values, -keys)
+        last = [*dict.fromkeys(reversed(asked[: turn + 1]))]
+        kept = last[: max(1, room)]
+        assert [n for n in range(6) if str(n) in memory] == sorted(kept)
+        assert memory.nbytes == one * len(kept)
+
+
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("versions")
+    for number in range(6):
+        states = torch.full((3, 4, 5), float(number))
+        data = save({"keys.0": states, "values.0": -states})
+        spooled(folder, str(number)).write_bytes(data)
+    return folder
 
 
 class _Config:

@@ -41,6 +41,8 @@ NAMED = {
         "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
     ),
 }
+#: Stands for an answer where the mark behind it is looked for; no mark holds it.
+_ANSWER = "Qz7"
 Conversations = TypeVar("Conversations", bound=ConversationTask)
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -147,13 +149,13 @@ class ChatTemplate:
         question = {"role": "user", "content": "a"}
         try:
             asked = self.render([question], ask=True)
-            said = self.render([question, {"role": "assistant", "content": "a"}])
+            said = self.render([question, {"role": "assistant", "content": _ANSWER}])
         except Exception:  # a template that insists on more than a question and an answer
             return frozenset()
         answer = said.removeprefix(asked)
-        if answer == said or "a" not in answer:
+        if answer == said or _ANSWER not in answer:
             return frozenset()
-        tail = part_ids(self.tokenizer, answer.rpartition("a")[2])[:1]
+        tail = part_ids(self.tokenizer, answer.rpartition(_ANSWER)[2])[:1]
         return self.marks & {*tail}
 
     def render(

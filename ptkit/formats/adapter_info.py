@@ -216,6 +216,22 @@ class AdapterInfo(Open):
         return scored_rows(self.test_split, self.test_chose, self.test_repeats)
 
     @property
+    def figures(self) -> dict[str, Any]:
+        """What servers list of it: its size, and what it scored in the metric that leads."""
+        metric, score = next(iter((self.metrics or {}).items()), (None, None))
+        return {
+            "parameters": self.trainable_parameters,
+            "recipe": self.recipe,
+            "metric": metric,
+            "score": score and score.value,
+            "low": score and score.low,
+            "high": score and score.high,
+            "n": self.n_test,
+            "rows": None if self.n_test is None else self.rows_scored,
+            "forgetting": self.retention and self.retention.forgetting,
+        }
+
+    @property
     def method_kind(self) -> str | None:
         """The method's `kind`; None where no method is recorded."""
         return None if self.method is None else self.method.kind

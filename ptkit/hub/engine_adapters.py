@@ -120,7 +120,10 @@ def _more_than_a_prefix(adapter: Adapter) -> str | None:
 
 def inputs_told(sources: Sequence[EngineSource]) -> str:
     """A line for each adapter of a README: how the inputs it was trained on are written."""
-    return "\n".join(
-        f"- `{s.name}`: trained on inputs written as {json.dumps(s.template or '{text}')}"
-        for s in sources
-    )
+
+    def told(source: EngineSource) -> str:
+        if source.files.info.chat is not None:
+            return "trained on conversations, in the chat template of its `ptkit.json`"
+        return f"trained on inputs written as {json.dumps(source.template or '{text}')}"
+
+    return "\n".join(f"- `{source.name}`: {told(source)}" for source in sources)

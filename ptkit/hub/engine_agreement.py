@@ -69,19 +69,19 @@ def agreement(
     texts: Sequence[str],
     *,
     max_new_tokens: int = 32,
+    ours: Sequence[list[int]] | None = None,
     **settings: Any,
 ) -> Agreement:
     """Compare greedy answers of `engine` with those of transformers on `base`.
 
     source: of the adapter; texts: whole inputs; settings: see the engine's `greedy`
+    ours: transformers' answers (`own_answers`), where they are known already
     """
     prompts = base.encode(texts)
     (prefix,) = [engine_prefix(*read) for read in engine_adapters([source], base)]
     theirs = greedy_of(engine)(source, base, prompts, max_new_tokens, **settings)
-    ours = [
-        answer for start in range(0, len(prompts), _BATCH)
-        for answer in _generated(base, prefix, prompts[start : start + _BATCH], max_new_tokens)
-    ]  # fmt: skip
+    if ours is None:
+        ours = own_answers(source, base, texts, max_new_tokens)
     differences = [
         _difference(base, prefix, number, prompts[number], *answers)
         for number, answers in enumerate(zip(ours, theirs, strict=True))
@@ -89,6 +89,18 @@ def agreement(
     ]
     equal = len(prompts) - len(differences)
     return Agreement(engine, len(prompts), equal, tuple(differences))
+
+
+def own_answers(
+    source: Path, base: Base, texts: Sequence[str], max_new_tokens: int
+) -> list[list[int]]:
+    """Transformers' greedy answers to `texts` with the adapter `source`, as token ids."""
+    prompts = base.encode(texts)
+    (prefix,) = [engine_prefix(*read) for read in engine_adapters([source], base)]
+    return [
+        answer for start in range(0, len(prompts), _BATCH)
+        for answer in _generated(base, prefix, prompts[start : start + _BATCH], max_new_tokens)
+    ]  # fmt: skip
 
 
 def prompts_of(

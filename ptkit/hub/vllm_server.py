@@ -7,10 +7,11 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from torch import nn
 
@@ -33,6 +34,7 @@ class VLLMServer:
 
     python: of vLLM's environment; keys: what requests may present, none: nothing is asked
     model_name: what requests call the base; options: vLLM's own, as its command takes them
+    settings: further ones of the connector (docs/engines.md)
     """
 
     base: Base
@@ -46,6 +48,7 @@ class VLLMServer:
     keys: tuple[str, ...] = ()
     read_only: bool = False
     options: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
         """Compile the adapters, start vLLM with them, and wait until it ends.
@@ -86,7 +89,7 @@ class VLLMServer:
             "--served-model-name", self.model_name, "--dtype", self.dtype,
             "--host", self.host, "--port", str(self.port), "--max-num-seqs", str(self.max_batch),
             "--kv-transfer-config",
-            transfer_config(folder / ADAPTERS, read_only=self.read_only),
+            transfer_config(folder / ADAPTERS, read_only=self.read_only, **self.settings),
         ]  # fmt: skip
         if self.base.revision is not None:
             command += ["--revision", self.base.revision]

@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 from pydantic import BaseModel
@@ -38,6 +37,7 @@ from ptkit.serve.protocol import (
     Usage,
 )
 from ptkit.serve.sampling import Sampling, Token
+from ptkit.serve.token_bytes import CharacterOffsets, TokenBytes
 
 #: The longest answer to a prompt that names none, as of `ptkit generate`.
 USUAL_TOKENS = 64
@@ -76,7 +76,7 @@ class CompletionStream:
     ) -> None:
         """Raises UserError when the request cannot be carried out as written."""
         self._engine: Engine = library.engine
-        self._tokenizer = library.bank.base.tokenizer
+        self._bytes = TokenBytes(library.bank.base.tokenizer)
         self._request = request
         self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
         kind = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
@@ -167,7 +167,7 @@ class CompletionStream:
                 CompletionChoice(
                     index=i,
                     text=answer.text,
-                    logprobs=self._completion_logprobs(answer.tokens, 0),
+                    logprobs=self._completion_logprobs(answer.tokens, CharacterOffsets()),
                     finish_reason=answer.finish,
                 )
                 for i, answer in enumerate(written)
@@ -182,7 +182,7 @@ class CompletionStream:
         if chat:
             for index in range(len(self.answers)):
                 yield self._chunk(index, Delta(role="assistant", content=""), None, None)
-        offsets = [0] * len(self.answers)
+        offsets = [CharacterOffsets() for _ in self.answers]
         async for index, update in self.updates():
             if chat:
                 delta = Delta(content=update.text)
@@ -200,7 +200,6 @@ class CompletionStream:
                     ],
                     **self._head,
                 )
-            offsets[index] += len(update.text)
         options = self._request.stream_options
         if options is not None and options.include_usage:
             kind: Any = ChatChunk if chat else Completion
@@ -237,8 +236,9 @@ class CompletionStream:
             return None
 
         def named(id: int, logprob: float) -> dict[str, Any]:
-            text = self._token(id)
-            return {"token": text, "logprob": logprob, "bytes": [*text.encode()]}
+            return {
+                "token": self._bytes.name(id), "logprob": logprob, "bytes": [*self._bytes[id]]
+            }  # fmt: skip
 
         return ChatLogprobs(
             content=[
@@ -250,23 +250,21 @@ class CompletionStream:
             ]
         )
 
-    def _completion_logprobs(self, tokens: Sequence[Token], at: int) -> CompletionLogprobs | None:
-        """at: characters of the answer before these tokens."""
+    def _completion_logprobs(
+        self, tokens: Sequence[Token], offsets: CharacterOffsets
+    ) -> CompletionLogprobs | None:
+        """offsets: of the answer, which took the tokens before these."""
         if not isinstance(self._request, CompletionRequest) or self._request.logprobs is None:
             return None
-        texts = [self._token(token.id) for token in tokens]
-        offsets = [*accumulate(map(len, texts[:-1]), initial=at)] if texts else []
+        name = self._bytes.long_name
         return CompletionLogprobs(
-            tokens=texts,
+            tokens=[name(token.id) for token in tokens],
             token_logprobs=[token.logprob or 0.0 for token in tokens],
-            top_logprobs=[{self._token(i): p for i, p in token.top} for token in tokens]
+            top_logprobs=[{name(i): p for i, p in token.top} for token in tokens]
             if self._request.logprobs
             else None,
-            text_offset=offsets,
+            text_offset=[offsets.place(self._bytes[token.id]) for token in tokens],
         )
-
-    def _token(self, id: int) -> str:
-        return str(self._tokenizer.decode([id]))
 
 
 def _sampling(

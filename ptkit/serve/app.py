@@ -7,11 +7,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from importlib.resources import files
 from typing import Annotated, Any
 
 from ptkit.errors import PtkitError, UserError
 from ptkit.extras import extra
+from ptkit.playground import HEADERS, page
 from ptkit.serve.answer import (
     DrainingError,
 )
@@ -20,7 +20,7 @@ from ptkit.serve.engine import Engine
 from ptkit.serve.guard import Guard, error_body
 from ptkit.serve.http_errors import answer_errors, classified
 from ptkit.serve.labels import Classification, ClassifyRequest, labelled
-from ptkit.serve.library import NAME, Library, UnknownModelError
+from ptkit.serve.library import NAME, SENT_FILES, Library, UnknownModelError
 from ptkit.serve.metrics import Metrics
 from ptkit.serve.protocol import (
     AdapterCard,
@@ -48,14 +48,6 @@ logger = logging.getLogger(__name__)
 
 #: Most files of an upload: those an adapter consists of, and one too many, which is then named.
 MAX_FILES = 16
-#: The page asks nobody else for anything, and nobody may frame it.
-_PAGE_HEADERS = {
-    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src "
-    "'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-}
 _LOOPBACK_HOSTS = ["localhost", "127.0.0.1", "[::1]"]
 
 
@@ -229,7 +221,9 @@ def _adapters(app: FastAPI, library: Library, metrics: Metrics) -> None:
         for name in names[offset : offset + limit]:
             with suppress(UnknownModelError):  # unloaded since
                 cards.append(AdapterCard.model_validate(library.card(name)))
-        return AdapterCards(base=library.base_name, total=len(names), data=cards)
+        return AdapterCards(
+            base=library.base_name, total=len(names), files=list(SENT_FILES), data=cards
+        )
 
     @app.post("/v1/load_adapter", responses=_CHANGING)
     @app.post("/v1/load_lora_adapter", responses=_CHANGING)
@@ -272,7 +266,7 @@ def _adapters(app: FastAPI, library: Library, metrics: Metrics) -> None:
 
 
 def _probes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
-    page = (files("ptkit.serve") / "playground.html").read_text(encoding="utf-8")
+    shown = page()
 
     @app.get("/health", responses={503: {"model": Health}}, response_model=Health)
     def health() -> JSONResponse:
@@ -294,7 +288,7 @@ def _probes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
 
     @app.get("/", include_in_schema=False)
     def playground() -> HTMLResponse:
-        return HTMLResponse(page, headers=_PAGE_HEADERS)
+        return HTMLResponse(shown, headers=HEADERS)
 
 
 class _Counting:

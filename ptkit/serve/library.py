@@ -32,6 +32,8 @@ from ptkit.serve.answer import RequestAdapter
 from ptkit.serve.engine import Engine
 
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
+#: Of an upload: those that an adapter of this version has.
+SENT_FILES = ("adapter_config.json", "adapter_model.safetensors", "ptkit.json")
 #: Between the names of adapters that answer together.
 ENSEMBLE = ","
 
@@ -186,7 +188,7 @@ class Library:
         fault = fault and self.public(fault)
         return Card(
             name, method, status.tier, status.version, tokens, bytes=size, fault=fault,
-            **_recorded(info),
+            template=info.template, **info.figures,
         )  # fmt: skip
 
     # Changes while the server runs
@@ -297,20 +299,3 @@ def _require_name(name: str, base_name: str) -> None:
         )
     if name == base_name:
         raise UserError(f"`{name}` is the name of the base model")
-
-
-def _recorded(info: AdapterInfo) -> dict[str, Any]:
-    """The fields of a card that come from ptkit's record of an adapter."""
-    metric, score = next(iter((info.metrics or {}).items()), (None, None))
-    return {
-        "parameters": info.trainable_parameters,
-        "recipe": info.recipe,
-        "metric": metric,
-        "score": score and score.value,
-        "low": score and score.low,
-        "high": score and score.high,
-        "n": info.n_test,
-        "rows": None if info.n_test is None else info.rows_scored,
-        "forgetting": info.retention and info.retention.forgetting,
-        "template": info.template,
-    }

@@ -170,9 +170,8 @@ class Message(_Strict):
 
     def as_template_takes_it(self) -> dict[str, str]:
         """For the tokenizer's chat template."""
-        text = self.content if isinstance(self.content, str) else "".join(
-            part.text for part in self.content
-        )  # fmt: skip
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -340,10 +339,11 @@ class AdapterCard(BaseModel):
 
 
 class AdapterCards(BaseModel):
-    """`GET /v1/adapters`. total: how many match; data: those of this page."""
+    """`GET /v1/adapters`. total: how many match; files: what uploads send; data: one page."""
 
     base: str
     total: int
+    files: list[str]
     data: list[AdapterCard]
 
 

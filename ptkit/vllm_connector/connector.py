@@ -7,13 +7,12 @@ the engine runs: what cannot be loaded is reported as failed blocks, and vLLM fa
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
@@ -27,7 +26,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 from vllm.v1.outputs import LogprobsTensors
 
-from ptkit.vllm_connector.library import spool_of, spooled
+from ptkit.vllm_connector.library import spool_of
+from ptkit.vllm_connector.loads import PrefixLoadMetrics, PrefixLoadStats
+from ptkit.vllm_connector.memory import PrefixMemory
 from ptkit.vllm_connector.requests import KEY
 from ptkit.vllm_connector.running import require_runs
 
@@ -69,6 +70,7 @@ class PtkitConnector(KVConnectorBase_V1):
         self._block_size = groups[0].kv_cache_spec.block_size
         self._loads: list[PrefixLoad] = []
         self._failed: set[int] = set()
+        self._stats = PrefixLoadStats()
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
         self._prefixes = PrefixMemory(
             spool_of(vllm_config.kv_transfer_config),
@@ -80,6 +82,23 @@ class PtkitConnector(KVConnectorBase_V1):
             # Rows of positions that were loaded, not computed, are left as the memory was found;
             # vLLM then looks up whatever token ids these are.
             LogprobsTensors.empty_cpu = staticmethod(_zeroed(LogprobsTensors.empty_cpu))
+
+    # For vLLM's metrics
+
+    def get_kv_connector_stats(self) -> PrefixLoadStats | None:
+        """See vLLM's. What this worker loaded since the last call; None: nothing."""
+        stats, self._stats = self._stats, PrefixLoadStats()
+        return None if stats.is_empty() else stats
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PrefixLoadStats:
+        """See vLLM's."""
+        return PrefixLoadStats(data)
+
+    @classmethod
+    def build_prom_metrics(cls, *args: Any) -> PrefixLoadMetrics:
+        """See vLLM's."""
+        return PrefixLoadMetrics(*args)
 
     # In the scheduler
 
@@ -151,7 +170,7 @@ class PtkitConnector(KVConnectorBase_V1):
     def _write(self, load: PrefixLoad) -> None:
         if load.digest is None:
             raise ValueError("the request asks for something else than an adapter")
-        prefix = self._prefixes[load.digest]
+        prefix = self._fetched(load.digest)
         slots: Tensor | None = None
         for number, layer in self._layers.items():
             keys, values = (_own_heads(t, layer.num_kv_heads) for t in prefix[number])
@@ -167,32 +186,18 @@ class PtkitConnector(KVConnectorBase_V1):
                 slots,
             )
 
-
-class PrefixMemory:
-    """Prefixes as a worker writes them: layer -> keys and values `[virtual_tokens, kv_heads,
-    head_dim]` of all heads, in `dtype`. The least recently used are given up beyond `budget` bytes.
-    """
-
-    def __init__(self, spool: Any, dtype: torch.dtype, budget: int) -> None:
-        self._spool, self._dtype, self._budget = spool, dtype, budget
-        self._kept: OrderedDict[str, list[tuple[Tensor, Tensor]]] = OrderedDict()
-        self._bytes = 0
-
-    def __getitem__(self, digest: str) -> Sequence[tuple[Tensor, Tensor]]:
-        if digest not in self._kept:
-            tensors = load_file(spooled(self._spool, digest))
-            self._kept[digest] = [
-                (self._as_rows(tensors[f"keys.{i}"]), self._as_rows(tensors[f"values.{i}"]))
-                for i in range(len(tensors) // 2)
-            ]
-            self._bytes += _nbytes(self._kept[digest])
-            while self._bytes > self._budget and len(self._kept) > 1:
-                self._bytes -= _nbytes(self._kept.popitem(last=False)[1])
-        self._kept.move_to_end(digest)
-        return self._kept[digest]
-
-    def _as_rows(self, states: Tensor) -> Tensor:
-        return states.transpose(0, 1).to(self._dtype).contiguous()
+    def _fetched(self, digest: str) -> Sequence[tuple[Tensor, Tensor]]:
+        """The prefix `digest` from memory, or from the spool, which is counted."""
+        counts, memory = self._stats.data, self._prefixes
+        counts["loads"] += 1
+        if digest in memory:
+            return memory[digest]
+        before, started = memory.nbytes, time.perf_counter()
+        prefix = memory[digest]
+        counts["fetches"] += 1
+        counts["fetch_seconds"] += time.perf_counter() - started
+        counts["kept_bytes"] += memory.nbytes - before
+        return prefix
 
 
 def _asked(request: Any) -> tuple[str | None, int]:
@@ -225,10 +230,6 @@ def _own_heads(states: Tensor, own: int) -> Tensor:
     first = min(own, total / get_tensor_model_parallel_world_size())
     start = int(get_tensor_model_parallel_rank() * first)
     return states[:, start : start + own]
-
-
-def _nbytes(prefix: Sequence[tuple[Tensor, Tensor]]) -> int:
-    return sum(keys.nbytes + values.nbytes for keys, values in prefix)
 
 
 def _zeroed(make: Any) -> Any:

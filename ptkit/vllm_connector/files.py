@@ -17,13 +17,46 @@ from torch import Tensor
 
 from ptkit.errors import AdapterError
 
-#: Of the two files together; another one is refused.
-FORMAT = 1
+#: Of the two files together; another one is refused. 2 brought `chat`.
+FORMAT = 2
 ABOUT, TENSORS = "adapter.json", "prefix.safetensors"
 #: Bytes that `adapter.json`, and the header of the tensors, may have.
 _SMALL = 1_000_000
 _NUMBERS = ("virtual_tokens", "layers", "kv_heads", "head_dim")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ChatRecord:
+    """How the adapter is asked in conversations.
+
+    template: Jinja's text, where it was trained on conversations; None: the base's own
+    system: the system prompt of conversations that bring none
+    question: Jinja's text for a single question, where it was trained on inputs of one form
+    ends: token ids at which an answer ends, beside the base's own
+    lead: token ids that every prompt begins with
+    """
+
+    template: str | None = None
+    system: str | None = None
+    question: str | None = None
+    ends: tuple[int, ...] = ()
+    lead: tuple[int, ...] = ()
+
+    @classmethod
+    def read(cls, found: Any) -> ChatRecord:
+        """From the value of `chat`. Raises AdapterError where it is something else."""
+        if not isinstance(found, dict):
+            raise AdapterError(f"{ABOUT}: `chat` is missing or of another type")
+        texts: dict[str, Any] = {n: found.get(n) for n in ("template", "system", "question")}
+        for name, text in texts.items():
+            if text is not None and not isinstance(text, str):
+                raise AdapterError(f"{ABOUT}: `chat.{name}` is neither a text nor null")
+        ids: dict[str, Any] = {name: found.get(name) for name in ("ends", "lead")}
+        for name, tokens in ids.items():
+            if not isinstance(tokens, list) or not all(_is_id(token) for token in tokens):
+                raise AdapterError(f"{ABOUT}: `chat.{name}` is no list of token ids")
+        return cls(**texts, ends=tuple(ids["ends"]), lead=tuple(ids["lead"]))
 
 
 @dataclass(frozen=True)
@@ -35,7 +68,8 @@ class PrefixRecord:
     dtype: of the tensors; sha256: of their file
     base: the base it was made for: `id`, `fingerprint`, `sketch`, `precision`
     rope: the base's rotary settings; None where it has none
-    made_from: `method`, `name` and `template` of the adapter; for people only
+    chat: how it is asked in conversations
+    made_from: `method`, `name` and `template` of the adapter, and what it scored; for people only
     """
 
     virtual_tokens: int
@@ -46,6 +80,7 @@ class PrefixRecord:
     sha256: str
     base: dict[str, Any]
     rope: dict[str, Any] | None = None
+    chat: ChatRecord = ChatRecord()
     made_from: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -63,6 +98,7 @@ class PrefixRecord:
         """From the bytes of `adapter.json`. Raises AdapterError where they are something else."""
         try:
             found = json.loads(data)
+            json.dumps(found, allow_nan=False)  # a list of adapters can be sent
         except (ValueError, RecursionError) as error:
             raise AdapterError(f"{ABOUT} is not JSON ({error}); export the adapter again") from None
         if not isinstance(found, dict) or found.get("format") != FORMAT:
@@ -84,8 +120,12 @@ class PrefixRecord:
             raise AdapterError(f"{ABOUT}: `rope` is neither an object nor null")
         return cls(
             **numbers, dtype=found["dtype"], sha256=found["sha256"], base=found["base"], rope=rope,
-            made_from=found["made_from"],
+            chat=ChatRecord.read(found.get("chat")), made_from=found["made_from"],
         )  # fmt: skip
+
+
+def _is_id(token: Any) -> bool:
+    return type(token) is int and 0 <= token < 2**31
 
 
 def read_record(folder: Path) -> PrefixRecord:

@@ -16,7 +16,7 @@ from typing import Any
 from ptkit.errors import AdapterError, PtkitError, UserError, did_you_mean
 from ptkit.formats import atomic
 from ptkit.formats.fingerprint import file_stamp
-from ptkit.vllm_connector.files import ABOUT, TENSORS, read_checked, read_record
+from ptkit.vllm_connector.files import ABOUT, TENSORS, ChatRecord, read_checked, read_record
 from ptkit.vllm_connector.running import RunningBase
 
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
@@ -26,6 +26,12 @@ _KINDS = {"text", "thinking", "input", "output", "image", "prompt", "audio", "re
 #: Seconds for which a file that was just asked for stays, though no request holds it yet.
 _GRACE = 60.0
 _TRIES = 3
+_NUMBER = (int, float)
+#: What a list of adapters tells of `made_from`, and the types that it may have.
+_TOLD: Mapping[str, type | tuple[type, ...]] = {
+    "method": str, "template": str, "recipe": str, "metric": str, "rows": str, "parameters": int,
+    "n": int, "score": _NUMBER, "low": _NUMBER, "high": _NUMBER, "forgetting": _NUMBER,
+}  # fmt: skip
 #: Bytes that files in use may take.
 SPOOL = 4 * 2**30
 
@@ -43,14 +49,17 @@ class FixedError(UserError):
 
 @dataclass(frozen=True)
 class PrefixVersion:
-    """An adapter as it was when its files were checked. digest: of its tensors' file, 64 hex
-    digits, by which the workers find it."""
+    """An adapter as it was when its files were checked.
+
+    digest: of its tensors' file, 64 hex digits, by which the workers find it
+    chat: how it is asked in conversations
+    """
 
     name: str
     digest: str
     virtual_tokens: int
     nbytes: int
-    made_from: Mapping[str, Any]
+    chat: ChatRecord
 
 
 @dataclass
@@ -70,6 +79,8 @@ class PrefixLibrary:
         workers read it there, so files that change or vanish below `root` reach no running request
     budget: bytes that the spool may take, beyond what running requests use
     read_only: no loading, swapping, unloading or uploading
+
+    `reads` counts how often an adapter's files were read, whatever was found.
     """
 
     def __init__(
@@ -85,6 +96,7 @@ class PrefixLibrary:
         self.root, self.spool, self.running = root.resolve(), spool, running
         self.read_only = read_only
         self._budget, self._clock = budget, clock
+        self.reads = 0
         self._known: dict[str, _Known] = {}
         self._spooled: OrderedDict[str, tuple[int, float]] = OrderedDict()  # by last use
         self._held: Counter[str] = Counter()
@@ -110,6 +122,12 @@ class PrefixLibrary:
         """Names of all adapters, sorted."""
         with self._lock:
             return sorted(self._known)
+
+    @property
+    def spool_bytes(self) -> int:
+        """Bytes of keys and values that lie in the spool."""
+        with self._lock:
+            return sum(size for size, _ in self._spooled.values())
 
     def version(self, name: str) -> PrefixVersion:
         """The adapter `name` as its files are now; they are read again only when they changed.
@@ -142,6 +160,7 @@ class PrefixLibrary:
             except AdapterError as error:
                 return {"name": name, "fault": str(error)}
         return {
+            **_told(record.made_from),
             "name": name,
             "fault": fault,
             "virtual_tokens": record.virtual_tokens,
@@ -193,7 +212,11 @@ class PrefixLibrary:
         self._require_changes()
         self._require_name(name)
         if set(files) != {ABOUT, TENSORS}:
-            raise UserError(f"expected the files {ABOUT} and {TENSORS}, found {sorted(files)}")
+            found = ", ".join(sorted(files)) or "none"
+            raise UserError(
+                f"expected the files {ABOUT} and {TENSORS}, which `ptkit export ADAPTER --as vllm` "
+                f"writes below adapters/NAME; found {found}"
+            )
         folder = self.root / name
         with atomic.scratch(folder) as scratch:
             for file, data in files.items():
@@ -224,6 +247,8 @@ class PrefixLibrary:
 
     def _check(self, name: str, folder: Path) -> tuple[PrefixVersion, FileStamp]:
         """Read and check the files in `folder`, and put them into the spool."""
+        with self._lock:
+            self.reads += 1
         for left in reversed(range(_TRIES)):
             stamp = _stamp(folder)
             try:
@@ -236,7 +261,7 @@ class PrefixLibrary:
                 raise
             break
         version = PrefixVersion(
-            name, record.sha256, record.virtual_tokens, record.nbytes, record.made_from
+            name, record.sha256, record.virtual_tokens, record.nbytes, record.chat
         )
         self._write(version, data)
         return version, stamp
@@ -292,6 +317,15 @@ class PrefixLibrary:
             )
         if name in _KINDS:
             raise UserError(f"`{name}` is a kind of message parts in vLLM; choose another name")
+
+
+def _told(made_from: Mapping[str, Any]) -> dict[str, Any]:
+    """What a list of adapters tells of `made_from`; what is missing there is None."""
+    told: dict[str, Any] = {
+        key: value if isinstance(value := made_from.get(key), kind) else None
+        for key, kind in _TOLD.items()
+    }
+    return told | {"method": told["method"] and told["method"].lower()}
 
 
 def spooled(spool: Path, digest: str) -> Path:

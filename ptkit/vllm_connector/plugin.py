@@ -10,16 +10,28 @@ import atexit
 import json
 import shutil
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException, Request, UploadFile
+from fastapi import FastAPI, HTTPException, Query, Request, UploadFile
+from fastapi.responses import HTMLResponse
+from prometheus_client import REGISTRY
 from vllm import __version__ as vllm_version
 from vllm.logger import init_logger
 
 from ptkit.errors import PtkitError, UserError
+from ptkit.playground import HEADERS, page
+from ptkit.vllm_connector.chats import ChatPrompts
 from ptkit.vllm_connector.files import ABOUT, TENSORS
-from ptkit.vllm_connector.library import SPOOL, FixedError, PrefixLibrary, spool_of
+from ptkit.vllm_connector.library import (
+    SPOOL,
+    FixedError,
+    PrefixLibrary,
+    UnknownAdapterError,
+    spool_of,
+)
+from ptkit.vllm_connector.loads import LibraryMetrics
 from ptkit.vllm_connector.requests import PrefixRequest, PrefixRequests, as_vllm_error
 from ptkit.vllm_connector.running import RunningBase, require_runs
 
@@ -27,6 +39,8 @@ logger = init_logger("vllm.ptkit")
 
 #: Bytes of a request about adapters, and of an upload.
 MAX_BODY, MAX_UPLOAD = 1_000_000, 512_000_000
+#: Of an upload: those that an adapter consists of, and some too many, which are then named.
+MAX_FILES = 16
 #: Versions of vLLM whose server was compared with ptkit.
 TRIED = ("0.32",)
 
@@ -42,6 +56,7 @@ class PtkitAdapters:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes of `docs/engines.md`."""
+        app.add_api_route("/", self._page, methods=["GET"], include_in_schema=False)
         app.add_api_route("/v1/adapters", self._list, methods=["GET"])
         app.add_api_route("/v1/adapters/{name}", self._upload, methods=["PUT"])
         for change, answer in (
@@ -78,9 +93,11 @@ class PtkitAdapters:
             read_only=bool(extra.get("read_only")),
         )
         faults = await asyncio.to_thread(library.register_all)
+        models = state.openai_serving_models
         self._served = ServedAdapters(
-            engine_client, library, state.openai_serving_models, set(names)
+            engine_client, library, models, set(names), state.online_renderer
         )
+        REGISTRY.register(LibraryMetrics(library))
         for fault in faults:
             logger.warning("ptkit: left out: %s", fault)
         logger.info("ptkit: %s with %d adapters", running.name, len(library.names()))
@@ -91,9 +108,19 @@ class PtkitAdapters:
         assert self._served is not None
         return self._served
 
-    async def _list(self) -> dict[str, Any]:
-        """What the adapters are; `fault`: why the files of one cannot be served."""
-        return await asyncio.to_thread(self.served.cards)
+    async def _page(self) -> HTMLResponse:
+        """The playground."""
+        return HTMLResponse(page(), headers=HEADERS)
+
+    async def _list(
+        self,
+        search: Annotated[str, Query(max_length=200)] = "",
+        offset: Annotated[int, Query(ge=0, lt=2**31)] = 0,
+        limit: Annotated[int, Query(ge=1, le=500)] = 100,
+    ) -> dict[str, Any]:
+        """What the adapters are whose names hold `search`, a page at a time; `fault`: why the files
+        of one cannot be served."""
+        return await asyncio.to_thread(self.served.cards, search, offset, limit)
 
     async def _load(self, request: Request) -> dict[str, str]:
         """Serve one more adapter: `{"name": ..., "path": FOLDER}`."""
@@ -116,8 +143,10 @@ class PtkitAdapters:
     async def _upload(self, name: str, files: list[UploadFile], request: Request) -> dict[str, str]:
         """Send the two files of an adapter, and serve it in place of what had the name."""
         _require_size(request, MAX_UPLOAD)
-        if len(files) > 2:
-            raise as_vllm_error(UserError(f"expected the files {ABOUT} and {TENSORS}"))
+        if len(files) > MAX_FILES:
+            raise as_vllm_error(
+                UserError(f"{len(files)} files; expected two, {ABOUT} and {TENSORS}")
+            )
         sent = {str(file.filename): await file.read() for file in files}
         new = await self.served.upload(name, sent)
         return {"name": name, "change": "uploaded" if new else "swapped"}
@@ -126,20 +155,35 @@ class PtkitAdapters:
 class ServedAdapters:
     """A library, and vLLM's list of what is served.
 
-    taken: names of the base
+    taken: names of the base; renderer: of the server's routes that take messages
     """
 
     def __init__(
-        self, engine_client: Any, library: PrefixLibrary, models: Any, taken: set[str]
+        self,
+        engine_client: Any,
+        library: PrefixLibrary,
+        models: Any,
+        taken: set[str],
+        renderer: Any,
     ) -> None:
         self.library = library
         self._listed, self._taken = models.lora_requests, taken
         self._requests = PrefixRequests(engine_client, library, models.lora_requests)
+        ChatPrompts(renderer, self._requests)
 
-    def cards(self) -> dict[str, Any]:
-        """Each adapter, as `GET /v1/adapters` tells it."""
-        data = [self.library.card(name) for name in self.library.names()]
-        return {"base": self.library.running.name, "total": len(data), "data": data}
+    def cards(self, search: str, offset: int, limit: int) -> dict[str, Any]:
+        """Adapters, as `GET /v1/adapters` tells them."""
+        names = [name for name in self.library.names() if search.lower() in name.lower()]
+        data = []
+        for name in names[offset : offset + limit]:
+            with suppress(UnknownAdapterError):  # unloaded since
+                data.append(self.library.card(name))
+        return {
+            "base": self.library.running.name,
+            "total": len(names),
+            "files": [ABOUT, TENSORS],
+            "data": data,
+        }
 
     async def change(self, kind: str, name: str, path: str) -> None:
         """Load, swap or unload `name`."""

@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import itertools
 import os
+from collections import Counter
 from collections.abc import AsyncGenerator, MutableMapping, Sequence
 from contextlib import aclosing
 from http import HTTPStatus
@@ -33,6 +34,8 @@ from ptkit.vllm_connector.library import PrefixLibrary, PrefixVersion, UnknownAd
 
 #: In a request's `kv_transfer_params`: what the connector loads.
 KEY = "ptkit"
+#: In a prompt made of messages: the version of the adapter whose template they were put into.
+VERSION = "ptkit_version"
 #: Far from the numbers that vLLM counts LoRA adapters with.
 _FIRST_ID = 1_000_000_000
 
@@ -58,6 +61,8 @@ class PrefixRequests:
         self._ids = itertools.count(_FIRST_ID)
         # Who knows the salt of an adapter could put other blocks where it looks for its own.
         self._secret = os.urandom(32)
+        # How often requests of a version failed, or ended before they were told anything.
+        self._failed: Counter[str] = Counter()
         for name in library.names():
             self.enter(name)
         engine_client.generate = self.generate
@@ -92,12 +97,20 @@ class PrefixRequests:
             return self._generate(
                 prompt, sampling_params, request_id, lora_request=lora_request, **others
             )
-        version = self._version(lora_request.lora_name)
+        chat = prompt.get(VERSION) if isinstance(prompt, dict) else None
+        version = chat or self.version(lora_request.lora_name)
         _require_plain(prompt, sampling_params, version.name)
+        if chat is not None:
+            sampling_params = _ending(sampling_params, version.chat.ends)
         prompt, sampling_params = self._with_prefix(prompt, sampling_params, version)
         return self._answers(version, prompt, sampling_params, request_id, others)
 
-    def _version(self, name: str) -> PrefixVersion:
+    def serves(self, name: str | None) -> bool:
+        """Whether `name` is an adapter's."""
+        return isinstance(self._listed.get(name or ""), PrefixRequest)
+
+    def version(self, name: str) -> PrefixVersion:
+        """The adapter `name` as it is now. Raises VLLMError where it cannot be served."""
         try:
             return self.library.version(name)
         except PtkitError as error:
@@ -112,11 +125,19 @@ class PrefixRequests:
         others: dict[str, Any],
     ) -> AsyncGenerator[RequestOutput, None]:
         told = self._generate(prompt, sampling_params, request_id, **others)
-        with self.library.held(version):
-            async with aclosing(told) as outputs:
-                async for output in outputs:
-                    hide(output, version.virtual_tokens)
-                    yield output
+        loaded = False
+        try:
+            with self.library.held(version):
+                async with aclosing(told) as outputs:
+                    async for output in outputs:
+                        loaded = not any(o.finish_reason == "error" for o in output.outputs)
+                        hide(output, version.virtual_tokens)
+                        yield output
+        finally:
+            if not loaded:
+                # Its load may have failed. vLLM takes such blocks out of its prefix cache, unless
+                # the request was given up in that step.
+                self._failed[version.digest] += 1
 
     def _with_prefix(
         self, prompt: dict[str, Any], params: SamplingParams, version: PrefixVersion
@@ -147,15 +168,27 @@ class PrefixRequests:
             # Without blocks of earlier requests, all of what is no placeholder is computed anyway.
             params.skip_reading_prefix_cache = False
             own += f" {os.urandom(16).hex()}"
-        salt = hmac.new(self._secret, f"{version.digest} {own}".encode(), hashlib.sha256)
+        salted = f"{version.digest} {self._failed[version.digest]} {own}"
+        salt = hmac.new(self._secret, salted.encode(), hashlib.sha256)
         # The penalty for repetition looks at the prompt too: there, a token that it holds anyway.
         placeholder = ids[0] if params.repetition_penalty != 1.0 else 0
-        told = {key: value for key, value in prompt.items() if key != "prompt_token_offsets"}
+        without = ("prompt_token_offsets", VERSION)
+        told = {key: value for key, value in prompt.items() if key not in without}
         told |= {
             "prompt_token_ids": [placeholder] * virtual + list(ids),
             "cache_salt": salt.hexdigest(),
         }
         return told, params
+
+
+def _ending(params: SamplingParams, ends: Sequence[int]) -> SamplingParams:
+    """`params` of an answer that ends at `ends`, too."""
+    if params.ignore_eos or not ends:
+        return params
+    params = params.clone()
+    params.stop_token_ids = list(dict.fromkeys([*(params.stop_token_ids or ()), *ends]))
+    params._all_stop_token_ids.update(ends)  # what `min_tokens` holds back
+    return params
 
 
 def hide(output: RequestOutput, virtual: int) -> None:

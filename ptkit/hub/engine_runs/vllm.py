@@ -51,7 +51,7 @@ def greedy(
         server = VLLMServer(
             base, None, python, "127.0.0.1", free_port(), dtype, "base", len(prompts),
         )  # fmt: skip
-        with _running(server, folder) as url:
+        with running(server, folder) as (url, _):
             answers = [_answer(url, prompt, max_new_tokens) for prompt in prompts]
     return [
         answer[: next((i for i, token in enumerate(answer) if token in ends), len(answer))]
@@ -60,9 +60,9 @@ def greedy(
 
 
 @contextmanager
-def _running(server: VLLMServer, folder: Path) -> Iterator[str]:
-    """The address of vLLM's server, ready; it has ended afterwards. Raises PtkitError with the end
-    of its log where it does not start."""
+def running(server: VLLMServer, folder: Path) -> Iterator[tuple[str, int]]:
+    """The address of vLLM's server, ready, and its process; it has ended afterwards. Raises
+    PtkitError with the end of its log where it does not start."""
     log = folder / "vllm.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -72,7 +72,7 @@ def _running(server: VLLMServer, folder: Path) -> Iterator[str]:
     url = f"http://{server.host}:{server.port}"
     try:
         _wait_until_ready(process, url, log)
-        yield url
+        yield url, process.pid
     finally:
         process.terminate()
         try:

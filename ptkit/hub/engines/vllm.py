@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,10 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save
 
-from ptkit.errors import AdapterError, UserError
+from ptkit.data.chat_template import ChatTemplate
+from ptkit.data.templates import filled
+from ptkit.data.tokens import lead_ids
+from ptkit.errors import AdapterError, DataError, UserError
 from ptkit.formats import atomic
 from ptkit.hub.engine_adapters import (
     EngineSource,
@@ -26,7 +30,7 @@ from ptkit.hub.engines import Written
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.named_models import source_of
-from ptkit.vllm_connector.files import ABOUT, TENSORS, PrefixRecord
+from ptkit.vllm_connector.files import ABOUT, TENSORS, ChatRecord, PrefixRecord
 from ptkit.vllm_connector.running import CONNECTOR, MODULE
 
 #: Folders of the export: what is served, and what vLLM's Python finds it with.
@@ -34,9 +38,12 @@ ADAPTERS, CODE = "adapters", "connector"
 #: What `CODE` holds of ptkit: all that the connector imports.
 _MODULES = [
     "__init__.py", "errors.py", "formats/__init__.py", "formats/atomic.py",
-    "formats/checkpoint.py", "formats/exchange.py", "formats/fingerprint.py", "vllm_connector",
+    "formats/checkpoint.py", "formats/exchange.py", "formats/fingerprint.py", "playground",
+    "vllm_connector",
 ]  # fmt: skip
 _DTYPES = ("float32", "bfloat16", "float16")
+#: Stands for the question where a template is taken apart; no template holds it.
+_QUESTION = "\0question\0"
 
 
 def write(
@@ -74,6 +81,28 @@ def write_prefix(
     source: EngineSource, prefix: KVPrefix, base: Base, folder: Path, dtype: str = "float32"
 ) -> None:
     """Write the folder of one adapter. Raises AdapterError for layers of several shapes."""
+    data = save(prefix_tensors(prefix, getattr(torch, dtype)))
+    record = replace(
+        record_of(prefix, base, dtype),
+        sha256=hashlib.sha256(data).hexdigest(),
+        chat=_chat(source, base),
+        made_from={
+            "name": source.name,
+            "method": source.files.peft_type,
+            "template": source.template,
+            **source.files.info.figures,
+        },
+    )
+    folder.mkdir(parents=True)
+    atomic.write_bytes(folder / TENSORS, data)
+    atomic.write_json(folder / ABOUT, record.as_json())
+
+
+def record_of(prefix: KVPrefix, base: Base, dtype: str = "float32") -> PrefixRecord:
+    """What `adapter.json` states of any prefix of this shape for `base`; its digest is not known.
+
+    Raises AdapterError for layers of several shapes.
+    """
     shapes = {tuple(states.shape) for states in (*prefix.keys, *prefix.values)}
     if len(shapes) > 1:
         raise AdapterError(
@@ -81,14 +110,13 @@ def write_prefix(
             "was not tried on vLLM; use `ptkit serve`"
         )
     (shape,) = shapes
-    data = save(prefix_tensors(prefix, getattr(torch, dtype)))
-    record = PrefixRecord(
+    return PrefixRecord(
         virtual_tokens=prefix.virtual_tokens,
         layers=len(prefix.keys),
         kv_heads=shape[0],
         head_dim=shape[2],
         dtype=dtype,
-        sha256=hashlib.sha256(data).hexdigest(),
+        sha256="",
         base={
             "id": base.id,
             "fingerprint": base.identity.fingerprint,
@@ -96,15 +124,7 @@ def write_prefix(
             "precision": base.precision,
         },
         rope=_rope(base),
-        made_from={
-            "name": source.name,
-            "method": source.files.peft_type,
-            "template": source.template,
-        },
     )
-    folder.mkdir(parents=True)
-    atomic.write_bytes(folder / TENSORS, data)
-    atomic.write_json(folder / ABOUT, record.as_json())
 
 
 def write_connector(folder: Path) -> None:
@@ -143,6 +163,34 @@ def transfer_config(adapters: Path | str, **settings: Any) -> str:
             "kv_connector_extra_config": {"adapters": str(adapters), **settings},
         }
     )
+
+
+def _chat(source: EngineSource, base: Base) -> ChatRecord:
+    """How `source` is asked in conversations: as `ptkit serve` asks it."""
+    chat = source.files.info.chat
+    template = ChatTemplate.of_record(base.tokenizer, chat)
+    question = None if source.template is None else asked_as(source.template)
+    return ChatRecord(
+        template=None if chat is None else chat.template,
+        system=None if chat is None else chat.system,
+        question=question if chat is None else None,
+        ends=tuple(sorted(template.ends)),
+        lead=tuple(lead_ids(base.tokenizer)),
+    )
+
+
+def asked_as(template: str) -> str:
+    """Jinja's text that puts the one question of a conversation into `template`.
+
+    A template of several columns refuses it, with the reason.
+    """
+    try:
+        pieces = filled(template, _QUESTION).split(_QUESTION)
+    except DataError as error:
+        reason = f"{error}; here that is `template: false`"
+        return f"{{{{ raise_exception({reason!a}) }}}}"
+    literals = [f"{{{{ {piece!a} }}}}" for piece in pieces]
+    return "{{ messages[0]['content'] }}".join(literals)
 
 
 def _rope(base: Base) -> dict[str, Any] | None:
