@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from ptkit.errors import AdapterError, UserError
 from ptkit.families.matrix import model_under_test
 from ptkit.formats.adapter_files import write_adapter
 from ptkit.formats.adapter_info import ChatInfo
+from ptkit.hub import vllm_server
 from ptkit.hub.engines.vllm import ADAPTERS, CODE, asked_as, write
 from ptkit.hub.vllm_server import VLLMServer
 from ptkit.methods import Demonstrations, create_adapter
@@ -509,6 +511,17 @@ def test_the_server_is_started_with_what_was_compiled(base: Base, tmp_path: Path
     template = Path(command[command.index("--chat-template") + 1]).read_text()
     messages = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
     assert Template(template).render(messages=messages) == "a\nb"
+
+
+def test_vllm_asks_for_memory_that_is_free_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    monkeypatch.setattr(vllm_server.torch.cuda, "is_available", lambda: False)
+    memory = SimpleNamespace(available=10 * 2**30, total=20 * 2**30)
+    monkeypatch.setattr(vllm_server.psutil, "virtual_memory", lambda: memory)
+    assert vllm_server._memory([]) == ["--gpu-memory-utilization", "0.45"]
+    assert vllm_server._memory(["--gpu-memory-utilization=0.3"]) == []
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    assert vllm_server._memory([]) == []
 
 
 @pytest.mark.parametrize(

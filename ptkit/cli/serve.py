@@ -232,7 +232,7 @@ def serve(
         VLLMServer(
             base, adapters, engine_python or Path(sys.executable), host, port, dtype,
             model_name or named(base), max_batch, keys, read_only, options_of(engine_options or ()),
-        ).run()  # fmt: skip
+        ).run(lambda line: typer.secho(line, err=True))  # fmt: skip
         return
     app = build_app(
         base, adapters, model_name=model_name, budget=budget,

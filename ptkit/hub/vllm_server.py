@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+import torch
 from torch import nn
 
 from ptkit.errors import PtkitError, UserError
@@ -26,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 #: What vLLM's server is in every version tried; `vllm serve` needs the package's own metadata.
 _SERVER = ("-m", "vllm.entrypoints.openai.api_server")
+
+
+_SHARE = "--gpu-memory-utilization"
 
 
 @dataclass(frozen=True)
@@ -50,22 +55,29 @@ class VLLMServer:
     options: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def run(self) -> None:
+    def run(self, told: Callable[[str], None] = lambda _: None) -> None:
         """Compile the adapters, start vLLM with them, and wait until it ends.
 
-        Signals to end reach vLLM, which finishes as it does. Adapters that no engine's cache can
+        told: is told what is served. Signals to end reach vLLM, which finishes as it does. Adapters that no engine's cache can
         hold are left out, each with its reason. Raises UserError where `python` has no vLLM, and
         PtkitError where the server fails.
         """
         require_vllm(self.python)
         with tempfile.TemporaryDirectory(prefix="ptkit-vllm-") as scratch:
             folder = Path(scratch)
-            self.write(folder)
+            names = self.write(folder)
+            told(
+                f"vLLM starts with {self.model_name} and "
+                + (f"the adapters {', '.join(names)}" if names else "no adapter")
+                + f", at http://{self.host}:{self.port}; its own messages follow"
+            )
             command, environment = self.command(folder), self.environment(folder)
             nn.Module.to(self.base.model, "meta")  # vLLM has weights of its own
             process = subprocess.Popen(command, env=environment)
             if (code := _ended(process)) > 0:
-                raise PtkitError(f"vLLM ended with exit code {code}; its log says why")
+                raise PtkitError(
+                    f"vLLM ended with exit code {code}; the first line with `Error` above says why"
+                )
 
     def write(self, folder: Path) -> list[str]:
         """Write the connector, and the adapters it can hold, into `folder`; their names."""
@@ -97,7 +109,7 @@ class VLLMServer:
             template = folder / "chat.jinja"
             template.write_text(_lines(self.base), encoding="utf-8")
             command += ["--chat-template", str(template)]
-        return [*command, *self.options]
+        return [*command, *_memory(self.options), *self.options]
 
     def environment(self, folder: Path) -> dict[str, str]:
         """The variables that vLLM's processes get. Keys are no arguments, which others may read."""
@@ -109,6 +121,17 @@ class VLLMServer:
         if self.keys:
             found["VLLM_API_KEY"] = self.keys[0]
         return found
+
+
+def _memory(options: Sequence[str]) -> list[str]:
+    """The share of memory that vLLM may take on a CPU, where nothing says it. It asks for 0.92 of
+    all memory by default, and does not start where less is free."""
+    named = any(option.split("=")[0] == _SHARE for option in options)
+    if named or "VLLM_CPU_KVCACHE_SPACE" in os.environ or torch.cuda.is_available():
+        return []
+    memory = psutil.virtual_memory()
+    free = 0.9 * memory.available / memory.total
+    return [_SHARE, f"{min(free, 0.92):.2f}"]
 
 
 def require_vllm(python: Path) -> None:
