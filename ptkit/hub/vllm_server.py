@@ -58,7 +58,9 @@ class VLLMServer:
     def run(self, told: Callable[[str], None] = lambda _: None) -> None:
         """Compile the adapters, start vLLM with them, and wait until it ends.
 
-        told: is told what is served. Signals to end reach vLLM, which finishes as it does. Adapters that no engine's cache can
+        told: is told what is served
+
+        Signals to end reach vLLM, which finishes as it does. Adapters that no engine's cache can
         hold are left out, each with its reason. Raises UserError where `python` has no vLLM, and
         PtkitError where the server fails.
         """
