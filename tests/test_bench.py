@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from test_cli import ptkit
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -29,7 +30,7 @@ from ptkit.bench import (
     train,
     whole_run,
 )
-from ptkit.bench.bases import ParityError
+from ptkit.bench.bases import ParityError, in_memory
 from ptkit.bench.result import BenchResult, Figure
 from ptkit.bench.timing import Timing, interleaved, ratio
 from ptkit.errors import PtkitError, UserError
@@ -248,6 +249,17 @@ def test_training_on_chats_takes_the_steps_of_trls_sft_trainer(tmp_path, monkeyp
     # A conversation is read in one pass, and of its tokens the answers' alone are learnt.
     learnt, whole = (result.settings[name] for name in ("learnt_per_row", "tokens_per_row"))
     assert 0 < learnt < 0.6 * whole
+
+
+def test_weights_of_a_file_are_no_part_of_what_training_takes() -> None:
+    base = load_base(TINY_EN, device="cpu")
+    head, embedding = base.model.get_output_embeddings(), base.embedding
+    before, at = embedding.weight.clone(), embedding.weight.data_ptr()
+    tied = head.weight is embedding.weight
+    assert in_memory(base) is base
+    assert embedding.weight.data_ptr() != at
+    assert torch.equal(embedding.weight, before)
+    assert (head.weight is embedding.weight) == tied
 
 
 def test_pairs_of_answers_are_not_benched() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ptkit.bench.adapterhub import AdapterHub
-from ptkit.bench.bases import GPT2_SMALL, ParityError, bench_base, without_dropout
+from ptkit.bench.bases import GPT2_SMALL, ParityError, bench_base, in_memory, without_dropout
 from ptkit.bench.peers import METHODS, BenchMethod, Clock, Peer, Round, Trained
 from ptkit.bench.peft_trainer import PeftTrainer
 from ptkit.bench.result import BenchResult, Figure, times
@@ -81,7 +81,7 @@ def bench_train(
         peers = [
             environments.enter_context(PEERS[name](peer_python)) for name in dict.fromkeys(against)
         ]
-        base = without_dropout(bench_base(model))
+        base = in_memory(without_dropout(bench_base(model)))
         loaded = load_recipe(recipe)
         data = load_task(loaded.recipe.task, loaded.folder)
         count = max(steps * batch_size, 64)

@@ -21,7 +21,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
-from ptkit.bench.bases import ParityError, bench_base, without_dropout
+from ptkit.bench.bases import ParityError, bench_base, in_memory, without_dropout
 from ptkit.bench.peers import METHODS, Round
 from ptkit.bench.peft_trainer import PeftTrainer, arguments_of, model_of
 from ptkit.bench.result import BenchResult, Figure, times
@@ -78,7 +78,7 @@ def bench_run(
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         raise UserError(f"no method `{unknown[0]}` here; {did_you_mean(unknown[0], METHODS)}")
-    base = without_dropout(bench_base(model))
+    base = in_memory(without_dropout(bench_base(model)))
     loaded = load_recipe(recipe)
     data = load_task(loaded.recipe.task, loaded.folder)
     train, judged = (
