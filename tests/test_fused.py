@@ -31,6 +31,8 @@ from ptkit.runtime.fused import (
     has_plain_head,
     head_losses,
 )
+from ptkit.runtime.last_layer import last_block
+from ptkit.runtime.views import name_of
 
 
 def batch_of(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -184,3 +186,12 @@ def test_what_is_set_on_a_module_in_training_stays_set() -> None:
     with fused_activations(base.model):
         base.model.train()
     assert all(module.training for module in base.model.modules())
+
+
+def test_the_last_block_is_found_in_training_whenever_it_was_asked_for() -> None:
+    base = random_base("llama")
+    block = last_block(base.model)
+    assert block is not None
+    with fused_activations(base.model):
+        assert last_block(base.model) is block
+        assert name_of(base.model, block).endswith("mlp")

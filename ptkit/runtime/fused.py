@@ -33,24 +33,28 @@ def fused_activations(model: PreTrainedModel) -> Iterator[None]:
     layer; results differ by rounding. SwiGLU (Shazeer 2020, section 2; Llama, Mistral, Qwen) keeps
     two such tensors in place of three, to the same bits. Outside of the context nothing is changed.
     """
-    held: list[tuple[nn.Module, str, nn.Module]] = []
-    gelu = nn.GELU(approximate="tanh")
-    swiglu: dict[type[nn.Module], bool] = {}
-    for module in [*model.modules()]:
-        for name, child in [*module.named_children()]:
-            kind = type(child)
-            if kind is NewGELUActivation:
-                module._modules[name] = gelu
-            elif _may_be_swiglu(child) and swiglu.setdefault(kind, _is_swiglu(child)):
-                module._modules[name] = _with_swiglu(child)
-            else:
-                continue
-            held.append((module, name, child))
+    held = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if type(child) is NewGELUActivation
+    ]
+    fused = nn.GELU(approximate="tanh")
+    for module, name, _ in held:
+        module._modules[name] = fused
+    # These stay the objects they are, because others know them by identity.
+    gated = [(m, type(m)) for m in model.modules() if _may_be_swiglu(m)]
+    swiglu = {kind: _is_swiglu(module) for module, kind in reversed(gated)}
+    gated = [(module, kind) for module, kind in gated if swiglu[kind]]
+    for module, kind in gated:
+        module.__class__ = _with_swiglu(kind)
     try:
         yield
     finally:
         for module, name, child in held:
             module._modules[name] = child
+        for module, kind in gated:
+            module.__class__ = kind
 
 
 def _may_be_swiglu(module: nn.Module) -> bool:
@@ -71,15 +75,12 @@ def _is_swiglu(module: nn.Module) -> bool:
     if width is None or weight is None or not weight.is_floating_point() or weight.is_meta:
         return False
     hidden = torch.linspace(-1, 1, width, device=weight.device, dtype=weight.dtype)[None, None]
-    return torch.equal(module(hidden), _with_swiglu(module)(hidden))
+    return torch.equal(module(hidden), _swiglu_forward(module, hidden))
 
 
-def _with_swiglu(module: nn.Module) -> nn.Module:
-    """`module` with another forward. It shares all state, so what is set on one is set on both."""
-    kind = type(module)
-    made = object.__new__(type(kind.__name__, (kind,), {"forward": _swiglu_forward}))
-    object.__setattr__(made, "__dict__", module.__dict__)
-    return made
+def _with_swiglu(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class `kind` with another forward."""
+    return type(kind.__name__, (kind,), {"forward": _swiglu_forward})
 
 
 def _swiglu_forward(self: Any, hidden: Tensor) -> Tensor:
