@@ -117,14 +117,16 @@ class ModelRunner:
                 logits = self._output(call).logits[want.at]
                 return logits if want.targets is None else token_losses(logits, want.targets)
             kept = unpadded(model, call, tokens.mask) if kv is None else None
+            at = want.at
             if kept is not None:
-                want = replace(want, at=want.at.flatten().index_select(0, kept)[None])
+                at = at.flatten().index_select(0, kept)[None]
+                want = replace(want, at=at)
             if want.what == "losses":
                 return self._losses(call, prefixes, want)
             if want.what == "hidden":
                 return self._hidden(call, prefixes, want)
             self._leave_out(call, prefixes, want)
-            self._at_head(call, _Selecting(model.get_output_embeddings(), want.at))
+            self._at_head(call, _Selecting(model.get_output_embeddings(), at))
             return self._output(call).logits
 
     def attention_weights(self, tokens: Tokens, prefixes: PrefixBatch) -> list[Tensor]:
