@@ -153,6 +153,17 @@ class Placed:
             options["position_bias"] = nn.functional.pad(bias, (batch.longest, 0))
         return key, value, extended.to(key.device)
 
+    def of_rows(
+        self, module: nn.Module, tokens: int, options: dict[str, Any]
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The layer's prefixes, `[rows, kv_heads, virtual tokens, dim]` of keys and of values, and
+        the mask `[rows, 1, tokens, virtual tokens + tokens]` of rows that attend causally to them
+        and to their own tokens."""
+        assert self.repeats is not None
+        batch, layer = self.repeats.batch, self.layers[module]
+        mask = self._with_region(batch, None, (module, tokens, tokens), options)
+        return (batch.keys[layer], batch.values[layer]), mask
+
     def _with_region(
         self,
         batch: PrefixBatch,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ptkit.errors import ModelError, PtkitError
 from ptkit.runtime.architecture import is_encoder
@@ -63,15 +64,20 @@ def _in_one_line(model: PreTrainedModel, call: Call, mask: Tensor) -> Tensor:
         given[name] = given[name].flatten().index_select(0, kept)[None]
     # All of one text, as far as transformers knows: it then makes no mask.
     given["attention_mask"] = mask.new_ones(1, len(kept))
-    given[KEYWORD] = _Rows(given.get(KEYWORD), kept, mask.shape)
+    given[KEYWORD] = _Rows(given.get(KEYWORD), kept, mask)
     return kept
 
 
 class _Rows(RowAttention):
-    """The attention of a line of tokens: each row of the rectangle they came from by itself."""
+    """The attention of a line of tokens: each row of the rectangle they came from by itself.
 
-    def __init__(self, placed: Placed | None, kept: Tensor, shape: torch.Size) -> None:
-        self.placed, self.kept, self.shape = placed, kept, shape
+    On a CPU each row is a call of its own, so no padding is attended to either. Elsewhere that many
+    small kernels would wait for each other, and the rectangle is filled again.
+    """
+
+    def __init__(self, placed: Placed | None, kept: Tensor, mask: Tensor) -> None:
+        self.placed, self.kept, self.shape = placed, kept, mask.shape
+        self.lengths: list[int] = mask.sum(-1).tolist()
 
     def attended(
         self,
@@ -83,10 +89,38 @@ class _Rows(RowAttention):
     ) -> Tensor:
         if mask is not None:
             raise PtkitError(f"{type(module).__name__} was given a mask for rows without padding")
+        if tensors[0].device.type == "cpu" and _is_simple(self.placed, options):
+            return self._row_by_row(module, tensors, options)
         rows = (self._rectangle(tensor) for tensor in tensors)
         placed = {} if self.placed is None else {KEYWORD: self.placed}
         output, _ = attention(module, *rows, None, **options, **placed)
         return output.flatten(0, 1).index_select(0, self.kept.to(output.device))[None]
+
+    def _row_by_row(
+        self, module: Any, tensors: tuple[Tensor, Tensor, Tensor], options: dict[str, Any]
+    ) -> Tensor:
+        queries, *read = (tensor.split(self.lengths, dim=2) for tensor in tensors)
+        masks: list[Tensor | None] = [None] * len(self.lengths)
+        if self.placed is not None:
+            key, value = tensors[1:]
+            prefix, mask = self.placed.of_rows(module, self.shape[1], options)
+            front = mask.shape[-1] - self.shape[1]
+            masks = [
+                own[..., :length, : front + length]
+                for own, length in zip(mask.split(1), self.lengths, strict=True)
+            ]
+            read = [
+                [
+                    torch.cat(parts, dim=2)
+                    for parts in zip(before.to(t.dtype).split(1), own, strict=True)
+                ]
+                for before, own, t in zip(prefix, read, (key, value), strict=True)
+            ]
+        outputs = [
+            sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+            for query, key, value, mask in zip(queries, *read, masks, strict=True)
+        ]
+        return torch.cat(outputs, dim=1)
 
     def _rectangle(self, line: Tensor) -> Tensor:
         """`line` `[1, heads, real tokens, dim]` as `[rows, heads, tokens, dim]`."""
@@ -95,6 +129,11 @@ class _Rows(RowAttention):
         empty = line.new_zeros(rows * tokens, heads, dim)
         filled = empty.index_copy(0, self.kept.to(line.device), line[0].transpose(0, 1))
         return filled.view(rows, tokens, heads, dim).transpose(1, 2)
+
+
+def _is_simple(placed: Placed | None, options: dict[str, Any]) -> bool:
+    """Whether rows can attend by themselves: nothing of the whole batch is noted or added."""
+    return options.get("position_bias") is None and (placed is None or placed.noted is None)
 
 
 @torch.no_grad()
