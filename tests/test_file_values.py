@@ -94,13 +94,13 @@ def test_what_is_missing_in_a_target_is_refused_with_row_and_column(
     tmp_path: Path, text: str
 ) -> None:
     (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(DataError, match=r":2: `task.target` names `b`, which is missing"):
+    with pytest.raises(DataError, match=r"t.csv, row 2: `task.target` names `b`, which is missing"):
         load_task(task("t.csv"), tmp_path)
     labelled = ClassificationTask(
         kind="classification", data={"files": {"train": "t.csv", "validation": "t.csv"}},
         input="{a}", label="b", verbalizer={"x": " x", "y": " y"},
     )  # fmt: skip
-    with pytest.raises(DataError, match=r":2: the label in the column `b` is missing"):
+    with pytest.raises(DataError, match=r"t.csv, row 2: the label in the column `b` is missing"):
         load_task(labelled, tmp_path)
 
 
