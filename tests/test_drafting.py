@@ -57,13 +57,9 @@ def jsonl_file(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def test_labels_that_differ_in_case_or_spaces_are_refused(tmp_path: Path) -> None:
-    rows = [
-        ("text", "team"),
-        *TICKETS,
-        ("The lift is broken", "Billing"),
-        ("No light", " billing "),
-    ]
-    with pytest.raises(DataError, match=r"`billing` \(2 rows\), `Billing` \(1 row\), ` billing `"):
+    slips = [("It is broken", "Billing"), ("No light", " billing ")]
+    rows = [("text", "team"), *(TICKETS * 5), *slips]
+    with pytest.raises(DataError, match=r"`billing` \(10 rows\), `Billing` \(1 row\), ` billing `"):
         draft_recipe(csv_file(tmp_path / "t.csv", rows))
 
 
