@@ -26,6 +26,7 @@ from ptkit.errors import ModelError
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.attention_sites import layer_table, require_attention
 from ptkit.runtime.facts import known
+from ptkit.runtime.line_attention import GroupedAttention, RowAttention
 from ptkit.runtime.parted_attention import LEAST_TOKENS, hides_padding, is_plain, prefixed_causal
 
 #: The argument of a model's forward that holds a `Placed`.
@@ -228,46 +229,6 @@ def _with_columns(visible: Tensor, mask: Tensor, shape: tuple[int, int, int, int
         visible = mask.new_zeros(visible.shape).masked_fill(~visible, least)
     columns = visible.expand(shape)
     return torch.cat([columns, mask.expand(rows, heads, queries, mask.shape[-1])], dim=-1)
-
-
-class GroupedAttention:
-    """What a pass hands to its attention modules when its rows are single tokens of sequences.
-
-    It stands in place of a `Placed`: the tokens attend to what the pass finds for them.
-    """
-
-    def attended(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        options: dict[str, Any],
-        attention: Callable[..., tuple[Tensor, Any]],
-    ) -> Tensor:
-        """The output of `module` for `query` `[tokens, heads, 1, dim]`: `[tokens, 1, heads, dim]`.
-
-        attention: the model's own attention function, which takes `options`, too
-        """
-        raise NotImplementedError
-
-
-class RowAttention:
-    """What a pass hands to its attention modules when its tokens stand in one line, and are of
-    several rows: `[1, heads, tokens, dim]`. See `ptkit.runtime.unpadded`."""
-
-    def attended(
-        self,
-        module: nn.Module,
-        tensors: tuple[Tensor, Tensor, Tensor],
-        mask: Tensor | None,
-        options: dict[str, Any],
-        attention: Callable[..., tuple[Tensor, Any]],
-    ) -> Tensor:
-        """The output of `module`: `[1, tokens, heads, dim]`.
-
-        tensors: queries, keys and values
-        attention: the attention function of rows, which takes `options`, too
-        """
-        raise NotImplementedError
 
 
 def _prefix_sdpa(

@@ -22,7 +22,6 @@ from ptkit.errors import ModelError
 from ptkit.runtime.attention import (
     KEYWORD,
     Call,
-    GroupedAttention,
     WithTheCall,
     attention_of,
     layers_read,
@@ -33,6 +32,7 @@ from ptkit.runtime.backends import backend_of
 from ptkit.runtime.block_pool import BlockPool
 from ptkit.runtime.group_attention import attended_in_parts, can_share, decoded
 from ptkit.runtime.handed_cache import HandedCache
+from ptkit.runtime.line_attention import GroupedAttention
 from ptkit.runtime.paged_groups import (
     GROUPED_FOR,
     Chunk,

@@ -18,11 +18,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ptkit.errors import ModelError, PtkitError
 from ptkit.runtime.architecture import is_encoder
-from ptkit.runtime.attention import KEYWORD, Call, Placed, RowAttention, attention_of, take_prefixes
+from ptkit.runtime.attention import KEYWORD, Call, Placed, attention_of, take_prefixes
 from ptkit.runtime.backends import WithTheCall, backend_of
 from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.compile import reading
 from ptkit.runtime.facts import known
+from ptkit.runtime.line_attention import RowAttention
 from ptkit.runtime.row_adapters import row_adapters
 
 #: Where more of the rectangle than this is real, its padding costs less than moving tokens.
