@@ -14,7 +14,8 @@ from torch import Tensor
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations
 from ptkit.methods.lora.settings import LoraSection
 from ptkit.prefix_batch import PrefixBatch
-from ptkit.runtime import unpadded
+from ptkit.runtime import attention, unpadded
+from ptkit.runtime.attention import Placed
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import IGNORED, input_tokens, pad_rows, supervised_losses
 
@@ -93,6 +94,20 @@ def test_any_lengths(lengths: list[int], seed: int) -> None:
         wanted, _ = learnt(base, adapter, lengths)
         patch.setattr(unpadded, "MOST_FILLED", 0.999)
         losses, _ = learnt(base, adapter, lengths)
+    torch.testing.assert_close(losses, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_long_rows_make_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They attend in parts, as they do in a full rectangle."""
+    base = random_base("llama")
+    adapter = make_adapter(base, LEARNT["prefix"])
+    monkeypatch.setattr(unpadded, "MOST_FILLED", 0.0)
+    wanted, _ = learnt(base, adapter, [4, 12, 7])
+    monkeypatch.setattr(unpadded, "MOST_FILLED", 0.9)
+    monkeypatch.setattr(unpadded, "LEAST_TOKENS", 12)
+    monkeypatch.setattr(attention, "LEAST_TOKENS", 12)
+    monkeypatch.delattr(Placed, "_joined")
+    losses, _ = learnt(base, adapter, [4, 12, 7])
     torch.testing.assert_close(losses, wanted, atol=1e-5, rtol=1e-5)
 
 

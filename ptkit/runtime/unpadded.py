@@ -24,6 +24,7 @@ from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.compile import reading
 from ptkit.runtime.facts import known
 from ptkit.runtime.line_attention import RowAttention
+from ptkit.runtime.parted_attention import LEAST_TOKENS
 from ptkit.runtime.row_adapters import row_adapters
 
 #: Where more of the rectangle than this is real, its padding costs less than moving tokens.
@@ -72,8 +73,9 @@ def _in_one_line(model: PreTrainedModel, call: Call, mask: Tensor) -> Tensor:
 class _Rows(RowAttention):
     """The attention of a line of tokens: each row of the rectangle they came from by itself.
 
-    On a CPU each row is a call of its own, so no padding is attended to either. Elsewhere that many
-    small kernels would wait for each other, and the rectangle is filled again.
+    On a CPU each short row is a call of its own, so no padding is attended to either. On other
+    devices that many small kernels would wait for each other, and long rows attend without a mask
+    (see `parted_attention`). There the rectangle is filled again.
     """
 
     def __init__(self, placed: Placed | None, kept: Tensor, mask: Tensor) -> None:
@@ -90,7 +92,8 @@ class _Rows(RowAttention):
     ) -> Tensor:
         if mask is not None:
             raise PtkitError(f"{type(module).__name__} was given a mask for rows without padding")
-        if tensors[0].device.type == "cpu" and _is_simple(self.placed, options):
+        short = tensors[0].device.type == "cpu" and self.shape[1] < LEAST_TOKENS
+        if short and _is_simple(self.placed, options):
             return self._row_by_row(module, tensors, options)
         rows = (self._rectangle(tensor) for tensor in tensors)
         placed = {} if self.placed is None else {KEYWORD: self.placed}
