@@ -518,7 +518,7 @@ def test_vllm_asks_for_memory_that_is_free_unless_told(monkeypatch: pytest.Monke
     monkeypatch.setattr(vllm_server.torch.cuda, "is_available", lambda: False)
     memory = SimpleNamespace(available=10 * 2**30, total=20 * 2**30)
     monkeypatch.setattr(vllm_server.psutil, "virtual_memory", lambda: memory)
-    assert vllm_server._memory([]) == ["--gpu-memory-utilization", "0.45"]
+    assert vllm_server._memory([]) == ["--gpu-memory-utilization", "0.25"]
     assert vllm_server._memory(["--gpu-memory-utilization=0.3"]) == []
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     assert vllm_server._memory([]) == []
