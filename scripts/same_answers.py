@@ -25,6 +25,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ptkit.evaluation.evaluate import find_adapter
+
 Messages = list[dict[str, str]]
 
 #: Run without ptkit: reads messages and writes answers, behind PEFT's model or a file of keys.
@@ -82,7 +84,7 @@ def main() -> None:
         with TemporaryDirectory() as folder:
             scratch = Path(folder)
             (scratch / "served").mkdir()
-            (scratch / "served" / "asked").symlink_to(run.resolve())
+            (scratch / "served" / "asked").symlink_to(find_adapter(run).resolve())
             expected = generated(run, given, asked, scratch)
             ways = {
                 "ptkit chat": chatted(run, given, asked[0]),
@@ -147,6 +149,8 @@ def served(adapters: Path, given: Any, asked: list[Messages]) -> list[str]:
     try:
         url = f"http://127.0.0.1:{port}"
         for _ in range(300):
+            if server.poll() is not None:
+                raise Refused(f"ptkit serve ended with exit code {server.returncode}")
             try:
                 urllib.request.urlopen(url + "/health", timeout=5)
                 break
