@@ -35,7 +35,8 @@ OF_VLLM = {
 }  # fmt: skip
 #: The program, one of another environment, and one that reads files beside it.
 NOT_IMPORTED = {
-    "ptkit.__main__", "ptkit.bench.adapterhub_peer", "ptkit.hub.prompt_embeds_client", *OF_VLLM,
+    "ptkit.__main__", "ptkit.bench.adapterhub_peer", "ptkit.bench.trl_trainer_peer",
+    "ptkit.hub.prompt_embeds_client", *OF_VLLM,
 }  # fmt: skip
 #: What a subprocess begins with: the optional packages cannot be found, as if not installed.
 HIDDEN = f"""
