@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=24, help="tokens of an answer")
     given = parser.parse_args()
     asked = questions(given.questions)
+    # A system prompt and one question, which the terminal is asked.
+    single = next(n for n, messages in enumerate(asked) if len(messages) == 2)
     base = ptkit("models", "path", given.model).strip()
     same = True
     for run in given.runs:
@@ -87,7 +89,7 @@ def main() -> None:
             (scratch / "served" / "asked").symlink_to(find_adapter(run).resolve())
             expected = generated(run, given, asked, scratch)
             ways = {
-                "ptkit chat": chatted(run, given, asked[0]),
+                "ptkit chat": chatted(run, given, asked[single]),
                 "ptkit serve": served(scratch / "served", given, asked),
                 "plain PEFT": plain("peft", run, base, given, asked, scratch),
                 "plain transformers": plain("transformers", run, base, given, asked, scratch),
@@ -96,7 +98,8 @@ def main() -> None:
             if isinstance(answers, str):
                 print(f"{run.name}: {way}: not possible ({answers})")
                 continue
-            equal = sum(a == b for a, b in zip(answers, expected, strict=False))
+            wanted = [expected[single]] if way == "ptkit chat" else expected
+            equal = sum(a == b for a, b in zip(answers, wanted, strict=True))
             same = same and equal == len(answers)
             print(f"{run.name}: {way}: {equal} of {len(answers)} answers equal", flush=True)
     sys.exit(0 if same else 1)
@@ -130,7 +133,7 @@ def generated(run: Path, given: Any, asked: list[Messages], scratch: Path) -> li
 
 
 def chatted(run: Path, given: Any, first: Messages) -> list[str]:
-    """The answer to the first turn of a conversation that has a system prompt and one question."""
+    """The answer to a conversation that has a system prompt and one question."""
     system, question = first[0]["content"], first[1]["content"]
     said = ptkit(
         "chat", "--model", given.model, "-a", str(run), "--system", system,
