@@ -201,7 +201,7 @@ def test_damaged_and_foreign_adapters_are_refused(trained: Path, tmp_path: Path)
     )
     for name, expected in (
         ("truncated", "is damaged or not a safetensors file"),
-        ("foreign", "was made for the base model `other-model`, not for `tiny-en`"),
+        ("foreign", "not on this machine: `foreign` for `other-model`; --model NAME loads it"),
         ("pickle", "holds only pickled weights (adapter_model.bin)"),
         ("missing", "no such adapter or run"),
     ):

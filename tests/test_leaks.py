@@ -22,6 +22,7 @@ from ptkit.formats.figures import scored_rows
 from ptkit.metrics.registry import metric
 from ptkit.recipe import load_recipe
 from ptkit.training.experiment import prepare
+from ptkit.training.own_recipe import with_test_rows
 
 GOOD = "methods=[{kind: base}, {kind: prompt_tuning, num_virtual_tokens: 2}]"
 
@@ -47,6 +48,8 @@ def test_test_rows_of_other_splits_are_counted_by_their_content(data: Path) -> N
     copy_rows(folder / "test.jsonl", folder / "train.jsonl", 1)
     experiment = prepare(loaded, base)
     assert experiment.data.test_repeats == {"train": 1, "validation": 2}
+    other = prepare(with_test_rows(loaded, folder / "test.jsonl"), base)
+    assert other.data.test_repeats == {}, "rows to score alone are in no other split"
     warnings = [line for line in experiment.data_lines() if "rows too" in line]
     assert [line.split(":")[0] for line in warnings] == ["warning", "warning"]
 

@@ -62,8 +62,11 @@ def test_a_base_that_is_not_clear_is_asked_for(bases: list[str], told: str, tmp_
 def test_a_folder_of_runs_is_no_folder_of_adapters(command: list[str], tmp_path: Path) -> None:
     run = tmp_path / "runs" / "tickets" / "prefix_tuning-seed0"
     shutil.copytree(SHIPPED / "facts-prefix", run / "adapter")
+    (run / "cell.json").write_text("{}")
     said = refused(*command, "runs/tickets", cwd=tmp_path)
     assert "runs/tickets holds runs, not adapters; first: ptkit export runs/tickets/prefix_" in said
+    for above in ("runs", "runs/tickets/prefix_tuning-seed0"):
+        assert "holds runs, not adapters" in refused(*command, above, cwd=tmp_path)
     said = refused(*command, str(run / "adapter"), cwd=tmp_path)
     assert "is an adapter; give the folder that holds it" in said
 

@@ -180,6 +180,8 @@ def serve(
     """
     require("serve", "`ptkit serve`")
     _require_engine_takes(engine, _given(typer_context))
+    if adapters is not None and not adapters.is_dir():
+        raise UserError(f"--adapters {adapters}: no such folder")
 
     from ptkit.serve.run import is_loopback, read_keys, run_server
 
@@ -192,8 +194,6 @@ def serve(
             f"--host {host} lets other machines in: give --api-key-file FILE, or --insecure to "
             "serve without a key"
         )
-    if adapters is not None and not adapters.is_dir():
-        raise UserError(f"--adapters {adapters}: no such folder")
 
     import logging
 

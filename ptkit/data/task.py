@@ -36,6 +36,7 @@ class TaskData:
     origins: where the rows of each split are from
     test_chose: the test rows are the validation rows, which choose the checkpoint
     form: how rows write conversations or pairs, in words; "" for other tasks
+    test_only: the test rows stand for the other splits, because nothing is trained on them
     """
 
     train: Sequence[Example]
@@ -44,6 +45,7 @@ class TaskData:
     origins: dict[str, Origin] = field(default_factory=dict, compare=False)
     test_chose: bool = False
     form: str = ""
+    test_only: bool = False
 
     @property
     def test_split(self) -> str:
@@ -57,6 +59,8 @@ class TaskData:
 
         Rows that chose the checkpoint and are the test rows are told by `test_chose`.
         """
+        if self.test_only:
+            return {}
         others = {"train": self.train} | (
             {} if self.test_chose else {"validation": self.validation}
         )
@@ -156,7 +160,8 @@ def load_task(task: Task, folder: Path, given: Mapping[str, Table] | None = None
     unknown.require_none()
     train, validation, test = read
     told = "" if form is None else str(form)
-    return TaskData(train, validation, test, rows.origins, rows.test_chose, told)
+    test_only = given is not None and given.get("train") is given.get("test")
+    return TaskData(train, validation, test, rows.origins, rows.test_chose, told, test_only)
 
 
 def _plain(

@@ -75,7 +75,7 @@ def adapter_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise AdapterError(f"no such folder of adapters: {folder}")
     found = _below(folder)
-    if not found:
+    if not found or (folder / "cell.json").is_file():
         _require_no_other_place(folder)
     return found
 
@@ -86,9 +86,11 @@ def _below(folder: Path) -> list[Path]:
 
 
 def runs_below(path: Path) -> list[Path]:
-    """Finished runs directly below `path`, and `path` itself where it is one, by name."""
-    places = [path, *sorted(below for below in path.iterdir() if below.is_dir())]
-    return [place for place in places if (place / "adapter" / CONFIG).is_file()]
+    """Finished runs below `path`, at most two folders down, and `path` itself where it is one."""
+    found = {place.parent.parent for place in path.glob(f"adapter/{CONFIG}")}
+    for depth in ("*", "*/*"):  # a run, runs of a recipe, and of several
+        found |= {place.parent.parent for place in path.glob(f"{depth}/adapter/{CONFIG}")}
+    return sorted(found)
 
 
 def _require_no_other_place(folder: Path) -> None:

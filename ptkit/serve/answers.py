@@ -87,6 +87,11 @@ class CompletionStream:
         template = library.chat_template(request.model)
         prompts = _prompts(library, request, template)
         ends = template.ends if _is_chat(request, template) else frozenset[int]()
+        # A conversation's answer may take what is left. What was trained on single inputs may not
+        # know an end in a conversation: a classifier writes labels without end.
+        talks = template.trained or request.model == library.base_name
+        open_ended = isinstance(request, ChatRequest) and talks
+        usual = limits.max_tokens if open_ended else min(limits.max_tokens, USUAL_TOKENS)
         virtual = max(adapter.positions for adapter in adapters)
         deadline = time.monotonic() + limits.timeout
         self.answers: list[Answer] = []
@@ -96,7 +101,7 @@ class CompletionStream:
                 room = self._engine.longest - virtual - len(prompt)
             for number in range(request.n):
                 index = len(self.answers)
-                sampling = _sampling(request, number, limits.max_tokens, room)
+                sampling = _sampling(request, number, limits.max_tokens, usual, room)
                 self.answers.append(
                     Answer(
                         prompt,
@@ -268,11 +273,12 @@ class CompletionStream:
 
 
 def _sampling(
-    request: CompletionRequest | ChatRequest, number: int, most: int, room: int | None
+    request: CompletionRequest | ChatRequest, number: int, most: int, usual: int, room: int | None
 ) -> Sampling:
     """How answer `number` of a prompt is chosen.
 
-    most: the server's limit on answers; room: positions the prompt leaves
+    most: the server's limit on answers; usual: the limit where none is asked for; room: positions
+        the prompt leaves
     """
     if isinstance(request, ChatRequest):
         asked = request.max_completion_tokens or request.max_tokens
@@ -283,9 +289,8 @@ def _sampling(
         asked, logprobs = request.max_tokens, request.logprobs
     if asked is not None and asked > most:
         raise UserError(f"`max_tokens` is {asked}, this server writes at most {most}")
-    if asked is None:  # a conversation's answer may take what is left
-        wanted = most if isinstance(request, ChatRequest) else min(most, USUAL_TOKENS)
-        asked = wanted if room is None else max(1, min(wanted, room))
+    if asked is None:
+        asked = usual if room is None else max(1, min(usual, room))
     return Sampling(
         max_tokens=asked,
         temperature=request.used_temperature,
