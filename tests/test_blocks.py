@@ -97,7 +97,7 @@ def test_a_large_weight_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch, tmp_p
     ids = torch.randint(0, len(TOKENS), (2, 12))
     monkeypatch.setattr("ptkit.runtime.block_layers.PIECE", 5 * 64)
     with torch.no_grad():
-        # Pieces are summed in another order: rounding reached 1.3e-5 on logits of up to 0.5.
+        # Pieces are summed in another order; rounding reached 1.3e-5.
         torch.testing.assert_close(
             blocks.model(input_ids=ids).logits, floats.model(input_ids=ids).logits,
             atol=1e-4, rtol=1e-4,

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from ptkit.cli.options import DeviceMapOption, ModelOption, gguf_named
-from ptkit.errors import UserError
+from ptkit.errors import UserError, nearest
 from ptkit.extras import require
 from ptkit.formats.sizes import read_bytes
 
@@ -181,7 +181,10 @@ def serve(
     require("serve", "`ptkit serve`")
     _require_engine_takes(engine, _given(typer_context))
     if adapters is not None and not adapters.is_dir():
-        raise UserError(f"--adapters {adapters}: no such folder")
+        beside = adapters.parent.iterdir() if adapters.parent.is_dir() else []
+        close = nearest(adapters.name, [path.name for path in beside if path.is_dir()])
+        meant = f"; did you mean `{adapters.with_name(close)}`?" if close else ""
+        raise UserError(f"--adapters {adapters}: no such folder{meant}")
 
     from ptkit.serve.run import is_loopback, read_keys, run_server
 
