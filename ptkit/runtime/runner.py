@@ -116,7 +116,7 @@ class ModelRunner:
             if not looks_into_views(model):  # it is read whole
                 logits = self._output(call).logits[want.at]
                 return logits if want.targets is None else token_losses(logits, want.targets)
-            kept = unpadded(model, call, tokens.mask) if kv is None else None
+            kept = unpadded(model, call, tokens.mask, want.at) if kv is None else None
             at = want.at
             if kept is not None:
                 at = at.flatten().index_select(0, kept)[None]

@@ -32,13 +32,14 @@ MOST_FILLED = 0.9
 _READ = {"input_ids", "attention_mask", "position_ids", "use_cache", KEYWORD}
 
 
-def unpadded(model: PreTrainedModel, call: Call, mask: Tensor) -> Tensor | None:
+def unpadded(model: PreTrainedModel, call: Call, mask: Tensor, wanted: Tensor) -> Tensor | None:
     """Let `call`, a pass of `model` over right-padded rows, read their real tokens in one line.
 
-    mask: `[rows, tokens]`, 1 on real tokens
+    mask: `[rows, tokens]`, 1 on real tokens; wanted: the same of positions that are asked for, bool
 
-    Returns where these stood in the flattened rectangle, `[real tokens]`. None where the call stays
-    as it is: little of it is padding, or `model` looks at rows outside of its attention.
+    Returns where the real tokens stood in the flattened rectangle, `[real tokens]`. None where the
+    call stays as it is: little of it is padding, padding is asked for, or `model` looks at rows
+    outside of its attention.
     """
     given = {*call.arguments}
     if call.replaced or not given <= _READ or "position_ids" not in given:
@@ -47,6 +48,8 @@ def unpadded(model: PreTrainedModel, call: Call, mask: Tensor) -> Tensor | None:
         return None
     real = mask.bool()
     if real.sum() > MOST_FILLED * real.numel() or not _is_behind(real):
+        return None
+    if bool((wanted & ~real).any()):
         return None
     if not known(model, _reads_one_line):
         return None
