@@ -37,9 +37,9 @@ def unpadded(model: PreTrainedModel, call: Call, mask: Tensor, wanted: Tensor) -
 
     mask: `[rows, tokens]`, 1 on real tokens; wanted: the same of positions that are asked for, bool
 
-    Returns where the real tokens stood in the flattened rectangle, `[real tokens]`. None where the
-    call stays as it is: little of it is padding, padding is asked for, or `model` looks at rows
-    outside of its attention.
+    Returns where the real tokens stood in the flattened rectangle, `[real tokens]`, or None where
+    the call stays as it is. There little of it is padding, or padding is asked for, or `model`
+    looks at rows outside of its attention.
     """
     given = {*call.arguments}
     if call.replaced or not given <= _READ or "position_ids" not in given:
