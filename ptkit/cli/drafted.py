@@ -25,20 +25,20 @@ class DraftGoal(StrEnum):
     chat = "chat"
 
 
-def _there(path: Path | None) -> Path | None:
-    """`path`. Raises DataError where nothing is there, before anything slow is imported."""
-    if path is not None and not path.exists():
-        from ptkit.data.read_files import no_such_file
+def require_there(*paths: Path | None) -> None:
+    """Raise DataError where nothing is at one of `paths`, before anything slow is imported."""
+    for path in paths:
+        if path is not None and not path.exists():
+            from ptkit.data.read_files import no_such_file
 
-        raise DataError(no_such_file(path))
-    return path
+            raise DataError(no_such_file(path))
 
 
 PANEL = "Drafting a recipe from a data file"
 DataOption = Annotated[
     Optional[Path],  # noqa: UP045  (typer reads annotations at run time)
     typer.Option(
-        "--data", "-d", rich_help_panel=PANEL, callback=_there,
+        "--data", "-d", rich_help_panel=PANEL,
         help="File with the training rows: CSV, JSONL, JSON or Parquet; or its folder.",
     ),
 ]  # fmt: skip
@@ -75,14 +75,14 @@ TargetOption = Annotated[
 TestOption = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(
-        "--test", rich_help_panel=PANEL, callback=_there,
+        "--test", rich_help_panel=PANEL,
         help="File with test rows; default: one beside the data whose name has `test`.",
     ),
 ]  # fmt: skip
 ValidationOption = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(
-        "--validation", rich_help_panel=PANEL, callback=_there,
+        "--validation", rich_help_panel=PANEL,
         help="File with validation rows; default: one beside the data, or a tenth of them.",
     ),
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from ptkit.cli.drafted import (
     TestOption,
     TextOption,
     ValidationOption,
+    require_there,
     say_draft,
 )
 from ptkit.cli.options import JsonOutput, Quiet
@@ -58,6 +59,7 @@ def init(
         data = Path(
             typer.prompt("File with the training rows (CSV, JSONL, JSON, Parquet)", err=True)
         )
+    require_there(data, validation, test)
     if data is None:
         raise UserError("nothing to draft a recipe from: give --data FILE")
     if model is None:

@@ -20,6 +20,7 @@ from ptkit.cli.drafted import (
     TestOption,
     TextOption,
     ValidationOption,
+    require_there,
 )
 from ptkit.cli.options import DryRun, Fresh, JsonOutput, PricePerHour, Quiet, Set
 from ptkit.errors import UserError
@@ -79,6 +80,7 @@ def train(
         columns["goal"] = goal.value
     given = {name: value for name, value in columns.items() if value is not None}
     _require_one_source(recipe, given)
+    require_there(data, validation, test)
 
     from ptkit.recipe import load_recipe
     from ptkit.recipe.one_method import one_method
