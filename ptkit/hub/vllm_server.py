@@ -28,8 +28,7 @@ logger = logging.getLogger(__name__)
 
 #: What vLLM's server is in every version tried; `vllm serve` needs the package's own metadata.
 _SERVER = ("-m", "vllm.entrypoints.openai.api_server")
-
-
+#: vLLM's option for the share of memory it may take; on a CPU of the machine's, whatever its name.
 _SHARE = "--gpu-memory-utilization"
 
 
