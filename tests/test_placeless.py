@@ -161,7 +161,7 @@ def test_a_served_request_has_the_room_of_the_whole_table() -> None:
     def asked(name: str) -> Answer:
         """An answer to all but ten positions, as long as there is room for."""
         library: Any = SimpleNamespace(
-            bank=bank, engine=engine, template=lambda _: None,
+            bank=bank, engine=engine, template=lambda _: None, base_name="gpt2",
             adapters=lambda name: (RequestAdapter(name, *bank.parts(name)),),
             chat_template=lambda _: SimpleNamespace(ends=frozenset(), trained=False),
         )  # fmt: skip

@@ -14,9 +14,10 @@ from torch import Tensor
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations
 from ptkit.methods.lora.settings import LoraSection
 from ptkit.prefix_batch import PrefixBatch
-from ptkit.runtime import attention, unpadded
+from ptkit.runtime import attention, fused, unpadded
 from ptkit.runtime.attention import Placed
 from ptkit.runtime.base_model import Base
+from ptkit.runtime.facts import holds
 from ptkit.runtime.forward import IGNORED, input_tokens, pad_rows, supervised_losses
 
 #: Methods whose prefixes stand before, within and behind the input, or are none at all.
@@ -142,3 +143,17 @@ def test_other_families_read_one_line_only_where_it_is_the_same(
     monkeypatch.setattr(unpadded, "MOST_FILLED", 0.0)
     wanted, _ = learnt(base, adapter, [4, 12, 7, 2])
     torch.testing.assert_close(losses, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_what_training_that_diverges_hides_is_found_out_later() -> None:
+    base = random_base("llama")
+    with torch.no_grad():
+        weight = base.model.get_input_embeddings().weight
+        kept = weight.clone()
+        weight.fill_(float("inf"))
+    assert not fused.has_plain_head(base.model)
+    assert not holds(base.model, unpadded._reads_one_line)
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert fused.has_plain_head(base.model)
+    assert holds(base.model, unpadded._reads_one_line)

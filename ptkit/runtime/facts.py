@@ -22,11 +22,23 @@ _FACTS: dict[int, dict[Any, Any]] = {}
 _ADDING = threading.Lock()
 
 
+class NotNow(Exception):
+    """A fact cannot be found out now: what is trained in the model gives no numbers, say."""
+
+
+def holds(module: Asked, find: Callable[[Asked], bool]) -> bool:
+    """Whether `find` says so of `module`; no, as long as it raises `NotNow`."""
+    try:
+        return known(module, find)
+    except NotNow:
+        return False
+
+
 def known(module: Asked, find: Callable[[Asked], Fact]) -> Fact:
     """What `find` says of `module`, asked the first time only.
 
     The answer must not hold `module`, which would then never be freed. All threads get the same
-    object, even where several asked at the same time.
+    object, even where several asked at the same time. What `find` raises is not kept.
     """
     facts = _FACTS.get(id(module))
     if facts is not None and find in facts:

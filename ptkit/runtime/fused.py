@@ -17,7 +17,7 @@ from transformers.activations import NewGELUActivation, SiLUActivation
 from ptkit.runtime.block_head import block_head_divergences, block_head_losses
 from ptkit.runtime.block_layers import BlockLinear
 from ptkit.runtime.compile import reading
-from ptkit.runtime.facts import known
+from ptkit.runtime.facts import NotNow, holds
 from ptkit.runtime.views import StandIn, looks_into_views, name_of, viewed
 
 #: Positions whose logits exist at the same time. Fewer would read the head's matrix too often.
@@ -117,7 +117,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         p.requires_grad for p in head.parameters()
     ):
         return False
-    return known(model, _gives_what_its_head_gives)
+    return holds(model, _gives_what_its_head_gives)
 
 
 @torch.no_grad()
@@ -129,6 +129,8 @@ def _gives_what_its_head_gives(model: PreTrainedModel) -> bool:
         logits = viewed(model, {name_of(model, head.inner): head})(
             input_ids=ids, use_cache=False
         ).logits
+    if not bool(logits.isfinite().all()):
+        raise NotNow  # training has diverged, and will be given up
     return len(head.said) == 1 and torch.equal(head.said[0], logits)
 
 

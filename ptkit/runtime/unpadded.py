@@ -22,7 +22,7 @@ from ptkit.runtime.attention import KEYWORD, Call, Placed, attention_of, take_pr
 from ptkit.runtime.backends import WithTheCall, backend_of
 from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.compile import reading
-from ptkit.runtime.facts import known
+from ptkit.runtime.facts import NotNow, holds
 from ptkit.runtime.line_attention import RowAttention
 from ptkit.runtime.parted_attention import LEAST_TOKENS
 from ptkit.runtime.row_adapters import row_adapters
@@ -51,7 +51,7 @@ def unpadded(model: PreTrainedModel, call: Call, mask: Tensor, wanted: Tensor) -
         return None
     if bool((wanted & ~real).any()):
         return None
-    if not known(model, _reads_one_line):
+    if not holds(model, _reads_one_line):
         return None
     return _in_one_line(model, call, mask)
 
@@ -167,4 +167,6 @@ def _reads_one_line(model: PreTrainedModel) -> bool:
             wanted = model(**given).logits.float().flatten(0, 1).index_select(0, kept)[None]
     except (ModelError, PtkitError, TypeError, ValueError, RuntimeError):
         return False  # it cannot even be asked so
+    if not bool(wanted.isfinite().all()):
+        raise NotNow  # training has diverged, and will be given up
     return bool((line - wanted).norm() <= 1e-3 * wanted.norm())
