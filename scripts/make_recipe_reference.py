@@ -5,6 +5,7 @@ python scripts/make_recipe_reference.py
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,10 @@ def default(field: Any) -> str:
         return f"`{str(value).lower()}`"
     if isinstance(value, list):
         return f"`[{', '.join(map(str, value))}]`"
-    return f"`{value!r}`".replace("'", "")
+    if isinstance(value, str):
+        written = json.dumps(value)
+        return f"`{written[1:-1] or written}`"
+    return f"`{value!r}`"
 
 
 def table(section: type[BaseModel]) -> str:
