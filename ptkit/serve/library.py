@@ -15,7 +15,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from ptkit.bank import AdapterBank
 from ptkit.data.chat_template import ChatTemplate
-from ptkit.errors import AdapterError, UserError, did_you_mean
+from ptkit.errors import AdapterError, UserError, no_such_model
 from ptkit.formats import atomic
 from ptkit.formats.adapter_folder import (
     ADAPTER_FILES,
@@ -261,8 +261,7 @@ class Library:
             except AdapterError:
                 if name in self.bank:  # it was not taken out just now: its files are bad
                     raise
-        near = did_you_mean(name, [self.base_name, *self.bank.list()[:100]])
-        raise UnknownModelError(f"the model `{name[:130]}` does not exist; {near}")
+        raise UnknownModelError(no_such_model(name, [self.base_name, *self.names()]))
 
     def _changing(self, name: str, folder: Path | None) -> Any:
         """The context in which `name` may change: adapters with LoRA must not be in use."""
