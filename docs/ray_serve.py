@@ -1,6 +1,6 @@
 """ptkit behind Ray Serve: a base and its adapters in each of two replicas.
 
-    pip install 'ptkit[serve]' 'ray[serve]'
+    pip install -e '.[serve]' 'ray[serve]'
     cd docs && PTKIT_ADAPTERS=../adapters serve run ray_serve:deployment
 
 Requests go to any replica, so adapters are not loaded or unloaded by request here (`read_only`):

@@ -6,10 +6,13 @@ This is the one place that decides about them. `extra` stands around every impor
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from ptkit.errors import UserError
 
@@ -44,8 +47,25 @@ class MissingExtraError(UserError):
 
     def __init__(self, extra: str, package: str, wanted_by: str) -> None:
         super().__init__(
-            f'{wanted_by} needs {package}, which is not installed: pip install "ptkit[{extra}]"'
+            f"{wanted_by} needs {package}, which is not installed: {install_line(extra)}"
         )
+
+
+def install_line(extra: str) -> str:
+    """The command that installs `extra` in the way in which ptkit was installed: from a checkout, an
+    archive or a repository, or by its name."""
+    try:
+        origin = json.loads(distribution("ptkit").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:  # run in a checkout that was not installed
+        return f'pip install -e ".[{extra}]"'
+    url = origin.get("url")
+    if url is None:
+        return f'pip install "ptkit[{extra}]"'
+    if "dir_info" in origin:
+        edited = "-e " if origin["dir_info"].get("editable") else ""
+        return f'pip install {edited}"{url2pathname(urlsplit(url).path)}[{extra}]"'
+    scheme = f"{origin['vcs_info']['vcs']}+" if "vcs_info" in origin else ""
+    return f'pip install "ptkit[{extra}] @ {scheme}{url}"'
 
 
 def installed(package: str) -> str | None:

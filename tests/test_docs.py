@@ -54,6 +54,20 @@ def test_readme_commands_and_options_exist() -> None:
             assert option in help_of[name], f"{name} has no {option}"
 
 
+def test_no_page_installs_ptkit_by_a_name_that_no_index_may_have() -> None:
+    pages = [
+        *(ROOT / "docs").glob("*"),
+        *(ROOT / "recipes").glob("*.yaml"),
+        *(ROOT / "ptkit" / "cli").glob("*.py"),
+        *(ROOT / "ptkit" / "recipe").glob("*.py"),
+    ]
+    lines = [line for page in pages if page.is_file() and page.suffix in (".md", ".py", ".yaml")
+             for line in re.findall(r"pip install[^`\n]*\[\w+\][^`\n]*", page.read_text())]  # fmt: skip
+    assert len(lines) > 10
+    # As in the README: from a checkout. The example of a message names one by its path.
+    assert not [line for line in lines if not re.search(r"-e ['\"](\.|/home/me/ptkit)\[", line)]
+
+
 def test_recipe_reference_is_up_to_date() -> None:
     from make_recipe_reference import reference
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import tomllib
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from test_architecture import MODULES
@@ -17,7 +20,7 @@ from test_cli import ptkit
 
 from ptkit.comparison.search import require_sampler
 from ptkit.evaluation.statistics import seeds_interval
-from ptkit.extras import EXTRAS, MissingExtraError, require
+from ptkit.extras import EXTRAS, MissingExtraError, install_line, require
 from ptkit.metrics import metric_modules
 from ptkit.metrics.registry import metric
 from ptkit.recipe.schema import BudgetSection
@@ -136,7 +139,7 @@ for name in {sorted(MODULES.keys() - NOT_IMPORTED)}:
         import_module(name)
     except UserError as error:
         missing.append(name)
-        assert 'is not installed: pip install "ptkit[' in str(error), error
+        assert 'is not installed: pip install ' in str(error), error
 print(*missing)
 """
     missing = set(in_a_bare_installation(code, tmp_path).split())
@@ -175,7 +178,38 @@ def hidden(monkeypatch: pytest.MonkeyPatch, *roots: str) -> None:
 
 
 def sentence(wanted_by: str, package: str, extra: str) -> str:
-    return f'{wanted_by} needs {package}, which is not installed: pip install "ptkit[{extra}]"'
+    return f"{wanted_by} needs {package}, which is not installed: {install_line(extra)}"
+
+
+@pytest.mark.parametrize(
+    ("origin", "line"),
+    [
+        (None, 'pip install "ptkit[serve]"'),
+        ({"url": "file:///home/me/my%20tools", "dir_info": {"editable": True}},
+         'pip install -e "/home/me/my tools[serve]"'),
+        ({"url": "file:///src/ptkit", "dir_info": {}}, 'pip install "/src/ptkit[serve]"'),
+        ({"url": "file:///a/ptkit-1.whl", "archive_info": {}},
+         'pip install "ptkit[serve] @ file:///a/ptkit-1.whl"'),
+        ({"url": "https://example.org/p.git", "vcs_info": {"vcs": "git"}},
+         'pip install "ptkit[serve] @ git+https://example.org/p.git"'),
+    ],
+)  # fmt: skip
+def test_an_extra_is_installed_in_the_way_that_ptkit_was(
+    origin: dict[str, Any] | None, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = SimpleNamespace(read_text=lambda _: None if origin is None else json.dumps(origin))
+    monkeypatch.setattr("ptkit.extras.distribution", lambda _: record)
+    assert install_line("serve") == line
+
+
+def test_an_extra_of_a_checkout_that_is_not_installed_is_installed_from_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(_: str) -> None:
+        raise PackageNotFoundError
+
+    monkeypatch.setattr("ptkit.extras.distribution", missing)
+    assert install_line("report") == 'pip install -e ".[report]"'
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_help_groups_commands_and_keeps_square_brackets() -> None:
     assert places == sorted(places)
     assert first.index("│ init ") < first.index("│ train ") < first.index("│ transfer ")
     evaluated = shown(["evaluate", "--help"])
-    assert 'pip install "ptkit[harness]"' in evaluated
+    assert 'pip install -e ".[harness]"' in evaluated
     assert f"Example: {EXAMPLES['evaluate']}" in evaluated
 
 

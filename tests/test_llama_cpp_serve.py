@@ -29,7 +29,7 @@ from llama_cpp import (
     write_prefixes,
 )
 from serving import Serving, free_port
-from test_cli import refused
+from test_cli import ptkit, refused
 from test_gguf import write as write_gguf
 from test_peft_parity import LEARNT, make_adapter
 
@@ -39,13 +39,16 @@ from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.formats.adapter_info import ChatInfo
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.recipe.schema import method_section
+from ptkit.runtime import named_models
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.slot_file import NEIGHBOURS, CacheLayout, cache_layout, placeholders
+from ptkit.serve import run
 from ptkit.serve.engines.llama_cpp import host, launch
 from ptkit.serve.engines.llama_cpp.events import asked_of_server, read_event
 from ptkit.serve.engines.llama_cpp.executor import Slot, SlotExecutor
 from ptkit.serve.engines.llama_cpp.server import LlamaCppSettings, LlamaServer, found
 from ptkit.serve.engines.llama_cpp.trial import require_same_answers
+from ptkit.serve.library import Library
 from ptkit.serve.sampling import Sampling
 
 PROMPT = "abc 12"
@@ -466,6 +469,28 @@ def test_every_option_arrives(gguf: Path, tmp_path: Path, monkeypatch: pytest.Mo
              "--context", "77", "--llama-server", "there", "--slot-folder", tmp_path]  # fmt: skip
     assert "seen" in refused(*words, cwd=tmp_path)
     assert given == [(gguf, "int8", 3, 77, "there", tmp_path)]
+
+
+def test_the_base_is_called_as_it_was_asked_for_and_by_its_file_too(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Library] = []
+
+    def ended(app: Any, *_: Any, **__: Any) -> None:
+        seen.append(app.state.library)
+
+    monkeypatch.setattr(launch, "started", lambda *_: None)
+    monkeypatch.setattr(named_models, "gguf_of", lambda name: gguf)
+    monkeypatch.setattr(run, "run_server", ended)
+    for given, name in (("smollm2-135m", "smollm2-135m"), (gguf, gguf.name)):
+        ptkit("serve", "--engine", "llama-cpp", "--gguf", given, cwd=tmp_path)
+        library = seen.pop()
+        assert library.base_name == name
+        assert library.is_base(gguf.name)
+        assert not library.is_base("smollm2")
+    ptkit("serve", "--engine", "llama-cpp", "--gguf", "smollm2-135m", "--model-name", "mine",
+          cwd=tmp_path)  # fmt: skip
+    assert seen.pop().base_name == "mine"
 
 
 def test_a_slot_that_answers_is_never_taken_and_the_oldest_idle_one_is() -> None:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import typer
 
 from ptkit.cli.options import JsonOutput, Quiet
-from ptkit.extras import EXTRAS, installed
+from ptkit.extras import EXTRAS, install_line, installed
 
 #: Packages that every result depends on.
 _PACKAGES = ("ptkit", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
@@ -40,7 +40,7 @@ def env(json_output: JsonOutput = False, quiet: Quiet = False) -> None:
     for name in EXTRAS:
         if lacking := _missing(name):
             packages = ", ".join(sorted(lacking))
-            typer.echo(f'not here: {packages}: pip install "ptkit[{name}]"')
+            typer.echo(f"not here: {packages}: {install_line(name)}")
 
 
 def _missing(extra: str) -> set[str]:

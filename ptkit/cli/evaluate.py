@@ -102,7 +102,7 @@ def evaluate(
     Without RECIPE it is the recipe that the first adapter was trained by. With --data the rows of a
     file are scored instead.
 
-    With --harness, on standard tasks (needs `pip install "ptkit[harness]"`).
+    With --harness, on standard tasks (needs `pip install -e ".[harness]"`).
     """
     places: list[Path | None] = [*adapter] if adapter else [None]
     require_adapters(*places, whole=recipe is None and harness is None)

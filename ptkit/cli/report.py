@@ -30,6 +30,8 @@ def report(
     become one comparison in --out. Comparisons of different tasks become overview.html and
     overview.md with --overview TITLE. Unfinished ones are reported as far as they got.
     """
+    require("report", "`ptkit report`")
+
     from ptkit.formats.places import comparison_recipe
 
     for folder in folders:
@@ -42,7 +44,6 @@ def report(
     from ptkit.comparison.overview import write_overview
     from ptkit.comparison.table import summary_table
 
-    require("report", "`ptkit report`")
     if out is None and (len(folders) > 1 or overview is not None):
         raise UserError("several comparisons become one in a new folder: give --out")
     parts = [read_comparison(folder) for folder in folders]

@@ -139,7 +139,6 @@ def serve(
         typer.Option(
             help="With llama-cpp: the model's file, or `smollm2-135m`.",
             rich_help_panel=_LLAMA_CPP,
-            callback=gguf_named,
         ),
     ] = None,
     llama_server: Annotated[
@@ -188,6 +187,7 @@ def serve(
         raise UserError(f"--adapters {adapters}: no such folder{meant}")
 
     require_file("--api-key-file", api_key_file)
+    asked_for, gguf = gguf, gguf_named(gguf)
     require_file("--gguf", gguf)
     require_model(model)
     if log_level not in ("debug", "info", "warning", "error"):
@@ -242,8 +242,11 @@ def serve(
             model_name or named(base), max_batch, keys, read_only, options_of(engine_options or ()),
         ).run(lambda line: typer.secho(line, err=True))  # fmt: skip
         return
+    aliases = []
+    if gguf is not None and gguf != asked_for:  # one of ptkit's names: that is what it is called
+        model_name, aliases = model_name or str(asked_for), [gguf.name]
     app = build_app(
-        base, adapters, model_name=model_name, budget=budget,
+        base, adapters, model_name=model_name, model_aliases=aliases, budget=budget,
         kv_bytes=kv_budget, max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens,
         timeout=timeout, keys=keys, allow_hub=allow_hub, read_only=read_only,
         loopback_only=local, chosen=model is not None, executor=executor,

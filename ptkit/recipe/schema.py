@@ -52,7 +52,7 @@ class ModelSection(Section):
     quantize: Quantize | None = None
     """Keeps the frozen weights in fewer bits, from the moment they are read; adapters are trained
     through them in float32. `int8` (torchao) and `nf4` (bitsandbytes, four bits, QLoRA's) round the
-    linear layers of any checkpoint (`pip install "ptkit[quantize]"`): the base answers a little
+    linear layers of any checkpoint (`pip install -e ".[quantize]"`): the base answers a little
     differently. `blocks` keeps a GGUF file in its own blocks: nothing is rounded again. All need
     less memory and take longer, most of all to generate on a CPU."""
     device: str = "auto"
@@ -244,7 +244,7 @@ class BudgetSection(Section):
     """Settings tried for each method in `search`; the one with the lowest validation loss is run
     with all seeds. Test rows of their own play no part in it."""
     sampler: Literal["random", "optuna"] = "random"
-    """Random search (Bergstra & Bengio 2012), or Optuna's TPE (`pip install "ptkit[optuna]"`)."""
+    """Random search (Bergstra & Bengio 2012), or Optuna's TPE (`pip install -e ".[optuna]"`)."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the search, and of the trials' training."""
     search: dict[str, dict[str, Values]] = Field(min_length=1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptkit.errors import ModelError, did_you_mean
+from ptkit.extras import install_line
 from ptkit.formats import checkpoint
 from ptkit.formats.fingerprint import Identity, legacy_fingerprint, of_loaded, tokenizer_fingerprint
 from ptkit.launched import require_supported_launch
@@ -230,7 +231,7 @@ def load_base(
         if file is None:
             raise ModelError(
                 f"`model.quantize: blocks` keeps the blocks of a GGUF file, and `{id}` is "
-                'none; use nf4 or int8, which round any checkpoint (pip install "ptkit[quantize]")'
+                f"none; use nf4 or int8, which round any checkpoint ({install_line('quantize')})"
             )
         weights = str(in_blocks(file, Path(source)))
     values = getattr(torch, dtype)

@@ -89,7 +89,7 @@ class CompletionStream:
         ends = template.ends if _is_chat(request, template) else frozenset[int]()
         # A conversation's answer may take what is left. What was trained on single inputs may not
         # know an end in a conversation: a classifier writes labels without end.
-        talks = template.trained or request.model == library.base_name
+        talks = template.trained or library.is_base(request.model)
         open_ended = isinstance(request, ChatRequest) and talks
         usual = limits.max_tokens if open_ended else min(limits.max_tokens, USUAL_TOKENS)
         virtual = max(adapter.positions for adapter in adapters)

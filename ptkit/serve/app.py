@@ -139,14 +139,14 @@ def _answers(app: FastAPI, library: Library) -> None:
     @app.get("/v1/models/{model:path}", responses=_documented(401, 404))
     def model(model: str) -> ServedModel:
         """One of them."""
-        if model != library.base_name:
+        if not library.is_base(model):
             library.path(model)
         return _model(library, model, began)
 
 
 def _model(library: Library, name: str, began: int) -> ServedModel:
     """began: seconds since 1970 at which the server did"""
-    parent = None if name == library.base_name else library.base_name
+    parent = None if library.is_base(name) else library.base_name
     return ServedModel(id=name, created=began, parent=parent, max_model_len=library.engine.longest)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import psutil
@@ -35,6 +35,7 @@ def build_app(
     adapters: Path | None = None,
     *,
     model_name: str | None = None,
+    model_aliases: Collection[str] = (),
     budget: int | None = None,
     kv_bytes: int | None = None,
     max_batch: int = 64,
@@ -52,6 +53,7 @@ def build_app(
     `adapters`.
 
     model_name: what requests call the base; default: its id, of a folder or file its name
+    model_aliases: further names of it, which no list shows
     budget: bytes for prefixes on the device; None: no limit
     kv_bytes: bytes for keys and values of the running answers; an answer waits until all that it
         may come to need is free. None: half of what is free on the device now
@@ -79,8 +81,8 @@ def build_app(
     metrics.watch(engine)
     name = model_name or named(base)
     library = Library(
-        engine, adapters, base_name=name, allow_hub=allow_hub, allow_changes=not read_only,
-        chosen=chosen,
+        engine, adapters, base_name=name, base_aliases=model_aliases, allow_hub=allow_hub,
+        allow_changes=not read_only, chosen=chosen,
     )  # fmt: skip
     for fault in library.register_all():
         logger.warning("left out: %s", fault)

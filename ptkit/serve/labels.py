@@ -88,7 +88,7 @@ def labelled(library: Library, request: ClassifyRequest) -> Classification:
 
 def _task(library: Library, model: str) -> ClassificationTask:
     """What the adapter `model` was trained for. Raises UserError where that are no labels."""
-    if model == library.base_name or ENSEMBLE in model:
+    if library.is_base(model) or ENSEMBLE in model:
         raise UserError(f"`{model}` has no labels; name one adapter that was trained to classify")
     path = library.path(model)
     recorded = None if path is None else read_info(path).task

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,7 @@ class Card:
 class Library:
     """Names for requests, over a bank and its engine.
 
+    base_name, base_aliases: what requests call the base; it is listed by the first
     root: the folder adapters are read from and uploaded to; None: only the base is served
     allow_hub: adapters may also be loaded from the Hub
     allow_changes: adapters may be loaded, swapped, unloaded and uploaded while the server runs
@@ -97,6 +98,7 @@ class Library:
         root: Path | None,
         *,
         base_name: str,
+        base_aliases: Collection[str] = (),
         allow_hub: bool = False,
         allow_changes: bool = True,
         chosen: bool = False,
@@ -105,6 +107,7 @@ class Library:
         self.engine = engine
         self.bank: AdapterBank = engine.bank
         self.base_name = base_name
+        self._base_names = {base_name, *base_aliases}
         self.root = None if root is None else root.resolve()
         self.allow_hub = allow_hub
         self.allow_changes = allow_changes
@@ -121,7 +124,7 @@ class Library:
         faults = []
         for path in [] if self.root is None else adapter_folders(self.root):
             try:
-                _require_name(path.name, self.base_name)
+                self._require_name(path.name)
                 config = read_config(path)
                 if self._is_left_out(path, config):
                     continue
@@ -148,12 +151,16 @@ class Library:
 
     # For requests
 
+    def is_base(self, model: str) -> bool:
+        """Whether `model` is a name of the base."""
+        return model in self._base_names
+
     def adapters(self, model: str) -> tuple[RequestAdapter, ...]:
         """What answers as `model`: the base, an adapter, or several (`A,B,C`) together.
 
         Raises UnknownModelError, and AdapterError when files needed now are bad.
         """
-        if model == self.base_name:
+        if self.is_base(model):
             return (RequestAdapter(self.base_name, None),)
         names = [name.strip() for name in model.split(ENSEMBLE)]
         if len(set(names)) < len(names):
@@ -172,14 +179,14 @@ class Library:
         """The template of the inputs that `model`, or the first adapter of several, was trained
         on; None where none is known."""
         first = model.split(ENSEMBLE)[0].strip()
-        if first == self.base_name:
+        if self.is_base(first):
             return None
         path = self.path(first)
         return None if path is None else read_info(path).template
 
     def chat_template(self, model: str) -> ChatTemplate:
         """The template in which `model` is asked (see `AdapterBank.chat_template`)."""
-        if model == self.base_name:
+        if self.is_base(model):
             return self.bank.chat_template(None)
         names = [name.strip() for name in model.split(ENSEMBLE)]
         return self._known(names[0], lambda: self.bank.chat_template(names))
@@ -212,7 +219,7 @@ class Library:
         replace: `name` must be there and is replaced; otherwise it must not be
         """
         self._require_changes()
-        _require_name(name, self.base_name)
+        self._require_name(name)
         if replace:
             self._known(name, lambda: None)
         elif name in self.bank:
@@ -239,7 +246,7 @@ class Library:
         as it was, when they are not a sound adapter for this base.
         """
         self._require_changes()
-        _require_name(name, self.base_name)
+        self._require_name(name)
         if self.root is None:
             raise NotAllowedError("the server has no folder of adapters (--adapters)")
         unknown = sorted(files.keys() - set(ADAPTER_FILES))
@@ -335,12 +342,11 @@ class Library:
             raise UserError("`path` must be a folder below the adapters' folder, relative to it")
         return folder
 
-
-def _require_name(name: str, base_name: str) -> None:
-    if re.fullmatch(NAME, name) is None:
-        raise UserError(
-            f"`{name[:130]}` is no name for an adapter: letters, digits, `.`, `_` and `-`, at most "
-            "128, not beginning with `.` or `-`"
-        )
-    if name == base_name:
-        raise UserError(f"`{name}` is the name of the base model")
+    def _require_name(self, name: str) -> None:
+        if re.fullmatch(NAME, name) is None:
+            raise UserError(
+                f"`{name[:130]}` is no name for an adapter: letters, digits, `.`, `_` and `-`, at "
+                "most 128, not beginning with `.` or `-`"
+            )
+        if self.is_base(name):
+            raise UserError(f"`{name}` is the name of the base model")
