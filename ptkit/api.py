@@ -27,11 +27,11 @@ from ptkit.drafting.draft import draft_recipe
 from ptkit.drafting.files import Source
 from ptkit.drafting.goal import Goal
 from ptkit.errors import PtkitError, UserError, did_you_mean
-from ptkit.evaluation.evaluate import find_adapter
 from ptkit.extras import require
 from ptkit.formats.adapter_folder import CONFIG
 from ptkit.formats.cell_record import CellRecord
 from ptkit.formats.folder_lock import held, require_free
+from ptkit.formats.places import find_adapter
 from ptkit.launched import is_first, world_size
 from ptkit.methods.catalogue import method_sections
 from ptkit.recipe import LoadedRecipe, load_recipe

@@ -15,7 +15,7 @@ Every message is one or a few lines that name *what* is wrong, *where*, and *the
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class PtkitError(Exception):
@@ -64,3 +64,22 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = nearest(word, names)
     return f"did you mean `{close}`?" if close else f"known: {', '.join(names)}"
+
+
+#: Names among which a near one is searched, and that a message lists.
+_SEARCHED, _LISTED = 1000, 10
+#: Letters of a name that a message repeats.
+_LETTERS = 130
+
+
+def no_such_model(name: str, served: Sequence[str]) -> str:
+    """That a server has no model `name`: the nearest of what is `served`, else its first names and
+    where the whole list is."""
+    close = nearest(name[:_LETTERS], served[:_SEARCHED])
+    if close is not None:
+        told = f"did you mean `{close}`?"
+    else:
+        told = f"known: {', '.join(served[:_LISTED])}"
+        more = len(served) - _LISTED
+        told += f" and {more:,} more" if more > 0 else ""
+    return f"the model `{name[:_LETTERS]}` does not exist; {told} (GET /v1/models lists all)"

@@ -17,9 +17,9 @@ from ptkit.comparison.notebook import shown_in_notebook
 from ptkit.data.chat_template import ChatTemplate
 from ptkit.data.tokens import listed
 from ptkit.errors import AdapterError, ModelError, UserError
-from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats.adapter_files import read_adapter
 from ptkit.formats.adapter_info import AdapterInfo
+from ptkit.formats.places import find_adapter
 from ptkit.methods import base_of, compile_files, require_same_base
 from ptkit.methods.head import labels_of_files
 from ptkit.prefix import Compiled

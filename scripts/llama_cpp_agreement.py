@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, dequantize
 
-from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import read_adapter
+from ptkit.formats.places import find_adapter
 from ptkit.hub.engine_agreement import agreement, own_answers, prompts_of
 from ptkit.runtime.base_model import load_base
 from ptkit.runtime.slot_file import CACHES

@@ -25,7 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ptkit.evaluation.evaluate import find_adapter
+from ptkit.formats.places import find_adapter
 
 Messages = list[dict[str, str]]
 

@@ -93,6 +93,44 @@ def test_a_server_takes_the_named_base_for_its_own_folder_only(
             app.state.library.engine.close()
 
 
+@pytest.mark.parametrize("chosen", [False, True])
+def test_adapters_of_another_base_are_left_out_and_told_in_one_line(
+    chosen: bool, adapters: Path, base: Base, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(SHIPPED / "facts-prefix", adapters / "mine")
+    for number in range(7):
+        other = adapters / f"other{number}"
+        shutil.copytree(SHIPPED / "facts-prefix", other)
+        info = json.loads((other / "ptkit.json").read_text())
+        info["base"] |= {"id": "org/large" if number else TINY_EN, "fingerprint": "0" * 16}
+        (other / "ptkit.json").write_text(json.dumps(info))
+    (adapters / "other6" / WEIGHTS).write_bytes(b"not read")
+    with caplog.at_level(logging.WARNING):
+        app = build_app(base, adapters, chosen=chosen)
+    library = app.state.library
+    try:
+        # The name alone does not decide where whoever started the server named the base.
+        assert library.names() == (["mine", "one"] if chosen else ["mine"])
+        left_out = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+        told = (
+            f"other0 (made for `{TINY_EN}` with other weights); other1, other2, other3, other4, "
+            "other5 and 1 more (made for `org/large`)"
+        )
+        count = 7 if chosen else 8
+        one = "" if chosen else "one (made for `mirror/tiny-copy`); "
+        line = f"left out: {count} adapters of another base than `{TINY_EN}`: {one}{told}"
+        assert left_out == [line]
+        with pytest.raises(AdapterError, match="org/large"):
+            library.adapters("other3")
+        (adapters / "other3").rename(adapters / "gone")
+        library.upload("other3", {
+            file: (adapters / "mine" / file).read_bytes() for file in (CONFIG, WEIGHTS)
+        })  # fmt: skip
+        assert library.adapters("other3")
+    finally:
+        library.engine.close()
+
+
 def test_a_base_given_in_a_program_is_chosen(adapters: Path, base: Base) -> None:
     app = build_app(base, adapters)
     try:

@@ -63,6 +63,17 @@ def test_labels_that_differ_in_case_or_spaces_are_refused(tmp_path: Path) -> Non
         draft_recipe(csv_file(tmp_path / "t.csv", rows))
 
 
+def test_the_lines_of_a_rarer_spelling_are_named(tmp_path: Path) -> None:
+    rows = [("text", "team"), *(TICKETS * 2), *[("No light", "Billing")] * 5, *(TICKETS * 5)]
+    data = csv_file(tmp_path / "t.csv", rows)
+    csv_file(tmp_path / "t-test.csv", [("text", "team"), *TICKETS, ("It is dark", "BILLING")])
+    with pytest.raises(DataError) as refused:
+        draft_recipe(data)
+    told = str(refused.value)
+    assert f"`Billing`: {data}, row 13; {data}, row 14; {data}, row 15 and 2 more" in told
+    assert f"`BILLING`: {tmp_path / 't-test.csv'}, row 7" in told
+
+
 def test_rare_labels_and_empty_texts_are_told(tmp_path: Path) -> None:
     rows = [("text", "team"), *(TICKETS * 5), ("", "billing"), ("Is there a glossary?", "glossary")]
     reasons = draft_recipe(csv_file(tmp_path / "t.csv", rows)).reasons

@@ -39,11 +39,11 @@ from ptkit.bank.source import require_files
 from ptkit.cli.inspect import _as_dict, _show
 from ptkit.errors import AdapterError
 from ptkit.evaluation.anatomy import dissect
-from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter
 from ptkit.formats.adapter_folder import CONFIG, WEIGHTS, conversion
 from ptkit.formats.adapter_info import ADAPTER_INFO
 from ptkit.formats.hub import is_on_hub
+from ptkit.formats.places import find_adapter
 from ptkit.hub.verify import check_files, verify
 from ptkit.loaded_adapter import load_adapter
 from ptkit.methods import adapter_from_files, base_of, compile_files

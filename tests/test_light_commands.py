@@ -103,6 +103,100 @@ def test_a_shell_completes_names_and_loads_no_tensor_library(line: str, expected
     assert expected in done.stdout
 
 
+#: Lines that name what is not there; ADAPTER is one that is.
+_NOT_THERE = """
+generate hi -a nope
+generate hi -a runs/nope
+generate -a ADAPTER -i nope.txt
+generate -a ADAPTER -i nope.csv
+generate hi --model ./nope
+evaluate nope
+evaluate nope.yaml -a ADAPTER
+evaluate -a nope
+evaluate quickstart -a nope
+evaluate -a ADAPTER --data nope.csv
+export nope --out x
+export nope --out x --as vllm
+export nope --out x --as kv
+export ADAPTER --out x --as llama-cpp --gguf nope.gguf
+export ADAPTER --out there
+verify nope
+verify nope --engine vllm
+verify ADAPTER --score --recipe nope.yaml
+verify ADAPTER --engine nope
+verify ADAPTER --engine llama-cpp --gguf nope.gguf
+push nope me/x
+push ADAPTER nope
+inspect nope
+inspect runs/nope
+inspect nope.bin
+classify hi -a nope
+classify -a ADAPTER -i nope.csv
+chat -a nope
+chat --adapters nope
+convert nope --to prefix --out x
+import nope --out x
+train nope
+train --data nope.csv
+train quickstart --method prefix_tuning --from nope
+compare nope.yaml
+report nope
+transfer nope --out x
+distill nope --tokens 4 --out x
+distill text.txt --tokens 4 --out x --recipe nope
+multitask nope --out x
+search-prompt nope
+bank load nope
+bank verify nope
+adapters diff nope nope
+adapters info nope
+data inspect nope
+recipes validate nope
+init --data nope.csv
+serve --adapters nope
+serve --model ./nope
+serve --engine llama-cpp --gguf nope.gguf
+serve --api-key-file nope
+""".strip().splitlines()
+
+#: Runs each line; one that imports a tensor library fails there.
+_WITHOUT_TENSORS = """
+import contextlib, io, json, sys
+for name in {heavy!r}:
+    sys.modules[name] = None
+from ptkit.cli.main import run
+for line in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    sys.argv = ["ptkit", *line.split()]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        try:
+            run()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
+    if "halted" in said.getvalue() or not code:
+        print(line, code, said.getvalue())
+    elif "Usage:" in said.getvalue():
+        print(line, "is no command", said.getvalue())
+"""
+
+
+def test_a_wrong_path_or_name_is_told_before_a_tensor_library_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "text.txt").write_text("A text.")
+    assert len(_NOT_THERE) > 40
+    adapter = str(ROOT / "adapters" / "facts-prefix")
+    lines = [line.replace("ADAPTER", adapter) for line in _NOT_THERE]
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_TENSORS.replace("{heavy!r}", repr(HEAVY)),
+         json.dumps(lines)],
+        cwd=tmp_path, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout, done.stdout
+
+
 def test_completion_offers_what_is_in_the_folder(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("")
     for place in ("adapters/one", "runs/mine/prefix_tuning-seed0/adapter"):

@@ -10,7 +10,7 @@ import pytest
 from test_cli import refused
 
 from ptkit.errors import AdapterError
-from ptkit.evaluation.evaluate import find_adapter
+from ptkit.formats.places import find_adapter
 from ptkit.methods.own_base import own_base
 from ptkit.runtime.model_names import WHEELS
 

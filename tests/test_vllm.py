@@ -598,6 +598,9 @@ def test_bad_adapters_are_4xx_with_the_reason_and_the_engine_goes_on(
         assert engine.post("load_adapter", name="again", path=name).status_code == 422
         assert engine.post("unload_adapter", name=name).status_code == 200
     assert _refused(engine, "never") == (404, "does not exist")
+    with pytest.raises(APIStatusError, match="did you mean `long`") as unknown:
+        engine.ask("lonng", TEXTS[0])
+    assert unknown.value.status_code == 404
     assert engine.post("load_adapter", name="x", path="../..").status_code == 400
     assert engine.post("load_adapter", name="x").status_code == 400
     assert engine.post("load_adapter", name=TINY_EN, path="long").status_code == 400

@@ -46,6 +46,7 @@ from ptkit.vllm_connector.files import (
 )
 from ptkit.vllm_connector.library import FixedError, PrefixLibrary, UnknownAdapterError, spooled
 from ptkit.vllm_connector.memory import PrefixMemory
+from ptkit.vllm_connector.names import tell_known_names
 from ptkit.vllm_connector.running import RunningBase, require_runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -353,6 +354,31 @@ def test_adapters_are_loaded_swapped_and_unloaded(library: PrefixLibrary, root: 
         library.version("mine")
     assert library.card("facts-prompt")["virtual_tokens"] > 0
     assert (root / "facts-prompt" / ABOUT).is_file()
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("facts-prefx", "did you mean `facts-prefix`? (GET /v1/models lists all)"),
+        ("bsae", "did you mean `base`?"),
+        ("zzz", "known: base, facts-prefix, a00, a01, a02, a03, a04, a05, a06, a07 and 92 more "
+         "(GET /v1/models lists all)"),
+        ("q" * 9_000, f"the model `{'q' * 130}` does not exist; known: base, "),
+    ],
+)  # fmt: skip
+def test_an_unknown_name_is_told_with_near_ones_or_where_all_are(asked: str, told: str) -> None:
+    names = ["facts-prefix", *(f"a{number:02}" for number in range(100))]
+    models = SimpleNamespace(
+        base_model_paths=[SimpleNamespace(name="base")], lora_requests=dict.fromkeys(names),
+        is_base_model=lambda name: name == "base",
+    )  # fmt: skip
+    tell_known_names(models, LookupError)
+    assert models.is_base_model("base")
+    assert not models.is_base_model("a07")
+    with pytest.raises(LookupError, match="does not exist") as refused:
+        models.is_base_model(asked)
+    assert told in str(refused.value)
+    assert len(str(refused.value)) < 400
 
 
 @pytest.mark.parametrize("path", ["..", "/etc", "../adapters", ".", "facts-prefix/../.."])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ptkit.cli.options import AdapterArgument, JsonOutput, Quiet, table
+from ptkit.cli.places import require_adapters
 
 if TYPE_CHECKING:
     from ptkit.formats.listing import Listed
@@ -56,6 +57,8 @@ def _row(a: Listed) -> list[str]:
 @app.command()
 def info(adapter: AdapterArgument, json_output: JsonOutput = False, quiet: Quiet = False) -> None:
     """Show what an adapter's record says: method, base, scores, forgetting; loads no model."""
+    require_adapters(adapter, whole=True)
+
     from ptkit.hub.describe import describe
 
     facts = describe(adapter)
@@ -80,6 +83,8 @@ def diff(
     quiet: Quiet = False,
 ) -> None:
     """Compare two adapters: settings, scores and trained values that differ."""
+    require_adapters(first, second)
+
     from ptkit.hub.describe import differences
 
     found = differences(first, second)

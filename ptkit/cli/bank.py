@@ -12,6 +12,7 @@ import typer
 
 from ptkit.cli import adapters
 from ptkit.cli.options import JsonOutput, ModelOption, Quiet, table
+from ptkit.cli.places import require_model
 from ptkit.errors import UserError
 from ptkit.formats.sizes import in_bytes, read_bytes
 
@@ -42,11 +43,13 @@ def load(
 ) -> None:
     """Load every adapter into a bank: what it takes, how long, and where each one ends up."""
     limit = None if budget is None else read_bytes(budget)
+    paths = _adapters(folder)
+    require_model(model)
+
     from ptkit.bank import AdapterBank
     from ptkit.methods.own_base import own_base
     from ptkit.runtime.base_model import load_base
 
-    paths = _adapters(folder)
     base = load_base(model or own_base(paths))
     base.remember()  # its time is no adapter's
     bank = AdapterBank(base, budget=limit)
@@ -92,12 +95,14 @@ def verify(
 
     Checked: files complete and safe, values finite, shapes and fingerprint those of the base.
     """
+    paths = _adapters(folder)
+    require_model(model)
+
     from ptkit.bank import AdapterBank
     from ptkit.errors import AdapterError
     from ptkit.methods.own_base import own_base
     from ptkit.runtime.base_model import load_base
 
-    paths = _adapters(folder)
     bank = AdapterBank(load_base(model or own_base(paths)))
     refused = 0
     for path in paths:

@@ -13,6 +13,7 @@ import typer
 
 from ptkit.cli.completion import complete_adapters
 from ptkit.cli.options import DeviceMapOption, ModelOption
+from ptkit.cli.places import require_model
 from ptkit.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -57,10 +58,11 @@ def chat(
     What was said stays in memory as keys and values, so a turn reads its own tokens only. Lines
     on standard input are answered one by one, without prompts, and a wrong one ends the command.
     """
-    from ptkit.evaluation.evaluate import find_adapter
     from ptkit.formats.adapter_folder import adapter_folders
+    from ptkit.formats.places import find_adapter
     from ptkit.methods.own_base import own_base
 
+    require_model(model)
     known = [] if adapters is None else adapter_folders(adapters)
     if adapter is not None:  # it answers first, so the others have to fit
         known = [path for path in known if path.name == adapter] or [find_adapter(Path(adapter))]
@@ -177,7 +179,7 @@ class _Chat:
         """The bank's name for what the user calls `name`, loaded if need be; None: the base."""
         from ptkit.bank import name_of
         from ptkit.errors import AdapterError
-        from ptkit.evaluation.evaluate import find_adapter
+        from ptkit.formats.places import find_adapter
 
         if not name:
             raise UserError(f"which one? {self._names()}")

@@ -10,6 +10,8 @@ import typer
 
 from ptkit.cli.completion import complete_adapters
 from ptkit.cli.options import JsonOutput, OwnModelOption, Quiet, input_lines, is_data_file
+from ptkit.cli.places import require_adapters, require_model
+from ptkit.errors import UserError
 
 
 def classify(
@@ -47,15 +49,17 @@ def classify(
 
     An adapter that labels words splits its sentences at spaces.
     """
-    from ptkit.data.inputs import table_inputs, table_sentences
-    from ptkit.errors import UserError
-    from ptkit.evaluation.classify import classifier
-    from ptkit.recipe.tasks import TokenClassificationTask
-
+    require_adapters(adapter)
+    require_model(model)
     table = input_file if is_data_file(text, input_file) else None
     if table is not None and raw:
         raise UserError(f"--raw takes texts as they are, and {table} has rows and columns")
     texts = [] if table is not None else input_lines(text, input_file)
+
+    from ptkit.data.inputs import table_inputs, table_sentences
+    from ptkit.evaluation.classify import classifier
+    from ptkit.recipe.tasks import TokenClassificationTask
+
     with classifier(adapter, model) as loaded:
         if isinstance(loaded.task, TokenClassificationTask):
             sentences = [line.split() for line in texts]

@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from ptkit.cli.options import AdapterArgument, OwnModelOption
+from ptkit.cli.places import require_adapters, require_free, require_model
 
 
 class ConvertedKind(StrEnum):
@@ -37,6 +38,10 @@ def convert(
 
     Takes PEFT's prompt tuning, P-tuning, prefix tuning, CPT, cartridge and multi-task adapters.
     """
+    require_adapters(adapter)
+    require_free(out, force=force)
+    require_model(model)
+
     from ptkit.hub.convert import convert_adapter
 
     done = convert_adapter(

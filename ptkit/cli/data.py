@@ -11,6 +11,7 @@ import typer
 
 from ptkit.cli.completion import complete_models
 from ptkit.cli.options import JsonOutput, Quiet, show_table
+from ptkit.cli.places import require_model, require_there
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,6 +76,9 @@ def inspect(
     Several files are taken for splits, whose duplicates are counted. A file that training would
     refuse is refused here, with the same message. Columns `chosen` and `rejected` are pairs.
     """
+    require_there(*files)
+    require_model(model)
+
     from pydantic import ValidationError
 
     from ptkit.data.chat_report import inspect_chats

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from ptkit.cli.options import Fresh, JsonOutput, Quiet, Set
+from ptkit.cli.places import require_file, require_model
 
 if TYPE_CHECKING:
     from ptkit.training.distill import Distilled
@@ -56,24 +57,30 @@ def distill(
     same predictions for them. A text longer than the base's positions is read in chunks.
     A run that was stopped goes on when the same command is given again.
     """
+    from ptkit.errors import UserError
+    from ptkit.recipe import load_recipe
+
+    require_file("the text to distill:", text)
+    require_file("--inputs", inputs)
+    require_model(model)
+    if set_ and recipe is None:
+        raise UserError("--set changes a recipe; give it with --recipe")
+    loaded = None if recipe is None else load_recipe(recipe, set_ or [])
+
     from ptkit.cli.display import LiveDisplay
     from ptkit.cli.options import input_lines
     from ptkit.data.general_text import read_text
-    from ptkit.errors import UserError
-    from ptkit.recipe import load_recipe
     from ptkit.training.distill import distill as run
     from ptkit.training.distill import start_over
 
     document = read_text(text, "the text to distill")
-    if set_ and recipe is None:
-        raise UserError("--set changes a recipe; give it with --recipe")
     if fresh:
         start_over(out)
     with LiveDisplay(1, quiet=quiet or json_output) as display:
         done = run(
             document, tokens=tokens, out=out, model=model,
             inputs=None if inputs is None else input_lines(None, inputs),
-            recipe=None if recipe is None else load_recipe(recipe, set_ or []),
+            recipe=loaded,
             sink=sink, chunk_tokens=chunk_tokens, texts=texts, text_tokens=text_tokens,
             steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
             observer=display,

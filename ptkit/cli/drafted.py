@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from ptkit.cli.completion import complete_models
-from ptkit.errors import DataError
 
 if TYPE_CHECKING:
     from ptkit.drafting.draft import Draft
@@ -23,15 +22,6 @@ class DraftGoal(StrEnum):
     token_classification = "token_classification"
     generation = "generation"
     chat = "chat"
-
-
-def require_there(*paths: Path | None) -> None:
-    """Raise DataError where nothing is at one of `paths`, before anything slow is imported."""
-    for path in paths:
-        if path is not None and not path.exists():
-            from ptkit.data.read_files import no_such_file
-
-            raise DataError(no_such_file(path))
 
 
 PANEL = "Drafting a recipe from a data file"

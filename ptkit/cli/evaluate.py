@@ -11,6 +11,7 @@ import typer
 
 from ptkit.cli.completion import complete_adapters
 from ptkit.cli.options import JsonOutput, Quiet, Set
+from ptkit.cli.places import require_adapters, require_model, require_there
 from ptkit.errors import UserError
 from ptkit.extras import require
 
@@ -104,6 +105,8 @@ def evaluate(
     With --harness, on standard tasks (needs `pip install "ptkit[harness]"`).
     """
     places: list[Path | None] = [*adapter] if adapter else [None]
+    require_adapters(*places, whole=recipe is None and harness is None)
+    require_there(data)
     if harness is not None:
         if recipe is not None:
             raise UserError("--harness has tasks of its own; give either a recipe or --harness")
@@ -142,16 +145,19 @@ def _recipe_rows(
     precisions: list[str | None],
     asked: _Asked,
 ) -> None:
-    from ptkit.evaluation.evaluate import evaluate_saved, find_adapter
-    from ptkit.formats import atomic
     from ptkit.recipe import load_recipe
+
+    if recipe is not None:
+        loaded = load_recipe(recipe, overrides)
+
+    from ptkit.evaluation.evaluate import evaluate_saved
+    from ptkit.formats import atomic
+    from ptkit.formats.places import find_adapter
     from ptkit.recipe.tasks import HeadedTask
     from ptkit.training.experiment import prepare
     from ptkit.training.own_recipe import own_recipe, with_test_rows
 
-    if recipe is not None:
-        loaded = load_recipe(recipe, overrides)
-    else:
+    if recipe is None:
         assert places[0] is not None
         loaded = own_recipe(find_adapter(places[0], whole=True), overrides, data=asked.data)
     if asked.data is not None:
@@ -239,10 +245,12 @@ def _standard_tasks(
     chat: bool,
 ) -> None:
     require("harness", "`ptkit evaluate --harness`")
+    require_model(model)
     from ptkit.data.chat_template import ChatTemplate
-    from ptkit.evaluation.evaluate import adapter_at, find_adapter
+    from ptkit.evaluation.evaluate import adapter_at
     from ptkit.evaluation.harness import evaluate_tasks
     from ptkit.formats.adapter_files import read_info
+    from ptkit.formats.places import find_adapter
     from ptkit.runtime.base_model import Base
 
     base: Base | None = None

@@ -12,6 +12,7 @@ import typer
 
 from ptkit.cli.completion import complete_adapters
 from ptkit.cli.options import gguf_named
+from ptkit.cli.places import require_adapters, require_file, require_free
 from ptkit.errors import UserError
 from ptkit.formats.sizes import in_bytes
 from ptkit.hub.engines import engines, writer
@@ -98,6 +99,9 @@ def export(
 
     Reparameterisation is folded in. `PeftModel.from_pretrained(base, OUT)` loads the result.
     """
+    require_adapters(*runs)
+    require_free(out, force=force)
+    require_file("--gguf", gguf)
     engine_settings = {"dtype": dtype and dtype.value, "gguf": gguf,
                        "flash_attention": flash_attention}  # fmt: skip
     ours = {"recipe": recipe, "license": license, "language": language}

@@ -18,6 +18,7 @@ from ptkit.cli.options import (
     input_lines,
     is_data_file,
 )
+from ptkit.cli.places import require_model
 
 if TYPE_CHECKING:
     from ptkit.data.chat_questions import Question
@@ -74,14 +75,15 @@ def generate(
     One that was trained on conversations takes an input for a question.
     """
     from ptkit.errors import UserError
-    from ptkit.evaluation.evaluate import fill_template, find_adapter
     from ptkit.formats.adapter_folder import read_info
+    from ptkit.formats.places import find_adapter
 
+    require_model(model)
     table = input_file if is_data_file(prompt, input_file) else None
     if table is not None and raw:
         raise UserError(f"--raw takes inputs as they are, and {table} has rows and columns")
-    inputs = [] if table is not None else input_lines(prompt, input_file)
     places: list[Path | None] = [find_adapter(path) for path in adapter or []]
+    inputs = [] if table is not None else input_lines(prompt, input_file)
     if ensemble and (len(places) < 2 or with_base):
         raise UserError("--ensemble needs at least two --adapter, and no --base")
     for place in places if not quiet else []:
@@ -103,6 +105,7 @@ def generate(
     from ptkit.bank import AdapterBank, name_of
     from ptkit.data.chat_template import ChatTemplate
     from ptkit.evaluation.alone import answers_alone, changes_every_row
+    from ptkit.evaluation.evaluate import fill_template
     from ptkit.formats.adapter_folder import read_config
     from ptkit.methods import revision_named
     from ptkit.methods.own_base import own_base

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from ptkit.cli.completion import complete_models
+from ptkit.cli.places import require_free, require_model, require_something
 
 
 def import_(
@@ -36,6 +37,10 @@ def import_(
     what becomes of each. `ptkit inspect SOURCE` names what a folder is. Pickles are opened by a
     process that builds tensors and runs nothing.
     """
+    require_something(source)
+    require_free(out, force=force)
+    require_model(model)
+
     from ptkit.hub.imports import import_adapter
 
     done = import_adapter(source, out, model=model, subfolder=subfolder, replace=force)

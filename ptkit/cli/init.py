@@ -20,10 +20,10 @@ from ptkit.cli.drafted import (
     TestOption,
     TextOption,
     ValidationOption,
-    require_there,
     say_draft,
 )
 from ptkit.cli.options import JsonOutput, Quiet
+from ptkit.cli.places import require_model, require_there
 from ptkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def init(
         raise UserError("nothing to draft a recipe from: give --data FILE")
     if model is None:
         model = typer.prompt("Base model", default="tiny-en", err=True) if asks else "tiny-en"
+    require_model(model)
     from ptkit.drafting.draft import draft_recipe
     from ptkit.formats import atomic
 

@@ -11,6 +11,7 @@ import typer
 
 from ptkit.cli.completion import complete_adapters
 from ptkit.cli.options import JsonOutput, OwnModelOption, Quiet
+from ptkit.cli.places import require_model, require_something
 from ptkit.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -36,8 +37,15 @@ def inspect(
     Of another library's folder, file or repository it names what it is and what can be done with
     it. Nothing in it is run.
     """
+    require_model(model)
+    from ptkit.formats.places import find_adapter
+
+    try:
+        find_adapter(adapter)
+    except AdapterError:  # another library's, if anything is there
+        require_something(adapter)
+
     from ptkit.evaluation.anatomy import dissect
-    from ptkit.evaluation.evaluate import find_adapter
     from ptkit.formats.adapter_files import read_adapter
     from ptkit.hub.imports import describe_source
     from ptkit.methods import base_of

@@ -43,12 +43,14 @@ def multitask(
     task's prompt, and their mean. A task's prompt is used like any other, and the mean starts
     another task. A stopped run resumes when the same command is given again.
     """
-    from ptkit.cli.display import LiveDisplay
     from ptkit.recipe import load_recipe
+
+    loaded = [load_recipe(recipe, set_ or []) for recipe in recipes]
+
+    from ptkit.cli.display import LiveDisplay
     from ptkit.training.multitask import multitask as run
     from ptkit.training.multitask import start_over
 
-    loaded = [load_recipe(recipe, set_ or []) for recipe in recipes]
     if fresh:
         start_over(out)
     with LiveDisplay(1, quiet=quiet or json_output) as display:

@@ -140,18 +140,19 @@ def show_table(shown: Table, *, names: int = 0, markup: bool = True, least: int 
     console.print(shown)
 
 
-#: Endings of files of rows and columns, which recipes read.
-DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-
-
 def is_data_file(prompts: list[str] | None, file: Path | None) -> bool:
     """Whether the inputs are the rows of a file of columns. Raises UserError where inputs are given
     twice."""
+    from ptkit.cli.places import require_there
     from ptkit.errors import UserError
+    from ptkit.formats.places import ROW_FILES
 
     if prompts and file:
         raise UserError("give inputs either as arguments or with --input, not both")
-    return file is not None and file.suffix.lower() in DATA_FILES
+    if file is None or file.suffix.lower() not in ROW_FILES:
+        return False
+    require_there(file)
+    return True
 
 
 def input_lines(prompts: list[str] | None, file: Path | None) -> list[str]:
@@ -163,6 +164,7 @@ def input_lines(prompts: list[str] | None, file: Path | None) -> list[str]:
     import sys
 
     from ptkit.errors import UserError
+    from ptkit.formats.places import ROW_FILES
 
     if prompts and file:
         raise UserError("give inputs either as arguments or with --input, not both")
@@ -171,7 +173,7 @@ def input_lines(prompts: list[str] | None, file: Path | None) -> list[str]:
     if file is not None:
         if not file.is_file():
             raise UserError(f"no such input file: {file}")
-        if file.suffix.lower() in DATA_FILES:
+        if file.suffix.lower() in ROW_FILES:
             raise UserError(
                 f"{file} has rows and columns, and --input is a text file with one input per line; "
                 "write the inputs like that, or score the file with `ptkit evaluate RECIPE`"

@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from ptkit.cli.options import JsonOutput, Quiet
+from ptkit.cli.places import require_adapters
 
 
 def push(
@@ -44,6 +45,11 @@ def push(
     The adapter is checked first. Log in once with `hf auth login`; huggingface_hub's settings
     (HF_TOKEN, HF_ENDPOINT, HF_HOME) are honoured.
     """
+    from ptkit.formats.hub import HubId
+
+    HubId.read(repository)
+    require_adapters(adapter)
+
     from ptkit.hub.transfer import push as run
 
     done = run(

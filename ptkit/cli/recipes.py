@@ -104,7 +104,6 @@ def validate(
     """
     from ptkit.errors import RecipeError, UserError
     from ptkit.recipe import load_recipe
-    from ptkit.training.checked import checked
 
     faults = []
     for recipe in recipes:
@@ -113,6 +112,8 @@ def validate(
         except RecipeError as error:
             faults.append(str(error))
             continue
+        from ptkit.training.checked import checked  # slow to import: not for what is no recipe
+
         try:
             told = checked(loaded)
         except UserError as error:

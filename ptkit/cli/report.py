@@ -30,6 +30,11 @@ def report(
     become one comparison in --out. Comparisons of different tasks become overview.html and
     overview.md with --overview TITLE. Unfinished ones are reported as far as they got.
     """
+    from ptkit.formats.places import comparison_recipe
+
+    for folder in folders:
+        comparison_recipe(folder)
+
     from ptkit.cli.options import show_table
     from ptkit.comparison.grid import failures
     from ptkit.comparison.merge import merge, read_comparison

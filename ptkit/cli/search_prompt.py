@@ -30,12 +30,9 @@ def search_prompt(
     """
     from dataclasses import asdict
 
-    from ptkit.data.task import task_words
     from ptkit.errors import UserError
     from ptkit.recipe import load_recipe
     from ptkit.recipe.tasks import HeadedTask, PreferenceTask
-    from ptkit.training.experiment import prepare
-    from ptkit.training.search_prompt import search_prompt as run
 
     loaded = load_recipe(recipe, [*(set_ or []), "retention=null"])
     task = loaded.recipe.task
@@ -49,6 +46,11 @@ def search_prompt(
             f"a prompt is searched by the loss of targets; {recipe} has a task of `kind: "
             "preference`, whose loss is of pairs"
         )
+
+    from ptkit.data.task import task_words
+    from ptkit.training.experiment import prepare
+    from ptkit.training.search_prompt import search_prompt as run
+
     experiment = prepare(loaded)
 
     def report(found: str, loss: float) -> None:

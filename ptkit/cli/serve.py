@@ -10,6 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from ptkit.cli.options import DeviceMapOption, ModelOption, gguf_named
+from ptkit.cli.places import require_file, require_model
 from ptkit.errors import UserError, nearest
 from ptkit.extras import require
 from ptkit.formats.sizes import read_bytes
@@ -186,10 +187,14 @@ def serve(
         meant = f"; did you mean `{adapters.with_name(close)}`?" if close else ""
         raise UserError(f"--adapters {adapters}: no such folder{meant}")
 
-    from ptkit.serve.run import is_loopback, read_keys, run_server
-
+    require_file("--api-key-file", api_key_file)
+    require_file("--gguf", gguf)
+    require_model(model)
     if log_level not in ("debug", "info", "warning", "error"):
         raise UserError(f"--log-level `{log_level}`: expected debug, info, warning or error")
+
+    from ptkit.serve.run import is_loopback, read_keys, run_server
+
     keys = () if api_key_file is None else read_keys(api_key_file)
     local = is_loopback(host)
     if not local and not keys and not insecure:

@@ -20,9 +20,9 @@ from ptkit.cli.drafted import (
     TestOption,
     TextOption,
     ValidationOption,
-    require_there,
 )
 from ptkit.cli.options import DryRun, Fresh, JsonOutput, PricePerHour, Quiet, Set
+from ptkit.cli.places import require_adapters, require_model, require_there
 from ptkit.errors import UserError
 
 
@@ -81,6 +81,7 @@ def train(
     given = {name: value for name, value in columns.items() if value is not None}
     _require_one_source(recipe, given)
     require_there(data, validation, test)
+    require_model(model)
 
     from ptkit.recipe import load_recipe
     from ptkit.recipe.one_method import one_method
@@ -89,6 +90,7 @@ def train(
     loaded = None if recipe is None else load_recipe(recipe, set_ or [])
     if loaded is not None:
         one_method(loaded.recipe, method)
+    require_adapters(start_from)
 
     from ptkit.api import plan_training, run_folder, start_over
     from ptkit.api import train as run

@@ -42,13 +42,15 @@ def transfer(
     and from its own start, with its seeds. The files matrix.md, matrix.json and matrix.png show the
     differences and how alike the adapters are. Interrupted, the same command resumes.
     """
-    from ptkit.cli.display import LiveDisplay
-    from ptkit.comparison.transfer import as_markdown, plan, run_transfer, start_over
     from ptkit.recipe import load_recipe
 
     shared = set_ or []
     sources = [load_recipe(recipe, shared) for recipe in recipes]
     targets = [load_recipe(r, [*shared, *(target_set or [])]) for r in target or recipes]
+
+    from ptkit.cli.display import LiveDisplay
+    from ptkit.comparison.transfer import as_markdown, plan, run_transfer, start_over
+
     planned = plan(sources, targets, method)
     if fresh:
         start_over(out)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ptkit.cli.options import AdapterArgument, JsonOutput, OwnModelOption, Quiet, gguf_named
+from ptkit.cli.places import require_adapters, require_file, require_model
 from ptkit.errors import PtkitError, UserError
 
 _ENGINE = "With --engine"
@@ -91,6 +92,14 @@ def verify(
     Exit code 2 when a check fails. `?` marks what cannot be checked, and why. With --engine the
     engine's answers are compared instead.
     """
+    require_adapters(adapter, whole=True)
+    require_model(model)
+    require_file("--gguf", gguf)
+    if recipe is not None:
+        from ptkit.recipe.load import find_recipe
+
+        find_recipe(recipe)
+    require_file("--prompts", prompts)
     if engine is not None:
         settings = {
             "gguf": gguf, "dtype": dtype, "llama_server": llama_server,
@@ -141,19 +150,21 @@ def _compare(
     the share `at_least` are."""
     from inspect import signature
 
-    from ptkit.hub.engine_agreement import agreement, prompts_of
     from ptkit.hub.engine_runs import engines_that_run, greedy_of
 
     if engine not in engines_that_run():
         raise UserError(f"--engine {engine}: expected {', '.join(engines_that_run())}")
+
+    from ptkit.hub.engine_agreement import agreement, prompts_of
+
     taken = signature(greedy_of(engine)).parameters
     for name in settings.keys() - taken.keys():
         raise UserError(f"--engine {engine} does not take --{name.replace('_', '-')}")
     source = Path(adapter)
     texts = prompts_of(source, **asked)
 
-    from ptkit.evaluation.evaluate import find_adapter
     from ptkit.formats.adapter_files import read_adapter
+    from ptkit.formats.places import find_adapter
     from ptkit.methods import base_of
     from ptkit.runtime.base_model import load_base
 

@@ -12,6 +12,7 @@ from ptkit.comparison.same_rows import require_same_rows
 from ptkit.errors import UserError
 from ptkit.formats import atomic
 from ptkit.formats.cell_record import CellRecord
+from ptkit.formats.places import comparison_recipe
 from ptkit.recipe import LoadedRecipe, load_recipe
 from ptkit.recipe.schema import TrainSection
 
@@ -34,10 +35,7 @@ class MergedComparison:
 
 def read_comparison(folder: Path) -> MergedComparison:
     """Read what `ptkit compare` left in `folder`. Raises UserError when it holds no cell."""
-    recipe = folder / "recipe.yaml"
-    if not recipe.is_file():
-        raise UserError(f"{folder} is not a comparison (it has no recipe.yaml)")
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(comparison_recipe(folder))
     cells = [cell for group in plan(loaded.recipe, folder) for cell in group.cells]
     records = tuple(CellRecord.read(cell.done) for cell in cells if cell.done.is_file())
     if not records:

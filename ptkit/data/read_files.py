@@ -24,7 +24,8 @@ from datasets import Dataset
 
 from ptkit.data.stored_rows import mapped_table, stored
 from ptkit.data.table import Spots, Table
-from ptkit.errors import DataError, nearest
+from ptkit.errors import DataError
+from ptkit.formats.places import no_such_file
 
 #: Larger files are kept as rows on disk, and read row by row.
 IN_MEMORY_BYTES = 16_000_000
@@ -38,14 +39,6 @@ class Digits(str):
 
 #: Half of a character as JSON may write it: `\\ud83d`. No encoding has a text with one half.
 _HALF = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
-
-
-def no_such_file(path: Path) -> str:
-    """That `path` is not there, with the file beside it that is likely meant."""
-    beside = path.parent.iterdir() if path.parent.is_dir() else []
-    close = nearest(path.name, [other.name for other in beside if other.suffix in READERS])
-    told = f"did you mean `{path.with_name(close)}`?" if close else f"expected {', '.join(READERS)}"
-    return f"no such data file: {path}; {told}"
 
 
 def read_files(paths: Sequence[Path]) -> Table:

@@ -163,7 +163,8 @@ def _classification(
     tables = rows.tables.values()
     counts = Counter(str(row[label]) for table in tables if label in table.columns
                      for row in table.only([label]) if row[label] not in (None, ""))  # fmt: skip
-    require_apart_as_written(counts)
+    called = {rows.called(split): table for split, table in rows.tables.items()}
+    require_apart_as_written(counts, label, called)
     labels = sorted(counts)
     metrics, why = label_metrics([*counts.values()])
     headed = base.kind == "encoder"

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ptkit.data.in_memory import Rows, table_of
-from ptkit.data.read_files import READERS, no_such_file, read_files
+from ptkit.data.read_files import READERS, read_files
 from ptkit.data.table import Table
 from ptkit.errors import DataError
+from ptkit.formats.places import no_such_file
 
 #: What a draft can be made from: a file or its folder, or rows that a program hands over.
 Source: TypeAlias = str | Path | Rows

@@ -16,9 +16,9 @@ from ptkit.data.examples import Example
 from ptkit.data.templates import filled
 from ptkit.data.tokens import listed
 from ptkit.errors import AdapterError, UserError
-from ptkit.evaluation.evaluate import find_adapter
 from ptkit.evaluation.predict import label_scores, require_room, word_labels
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter
+from ptkit.formats.places import find_adapter
 from ptkit.methods import Adapter, adapter_from_files, base_of, require_same_base
 from ptkit.methods.head import labels_of_files
 from ptkit.recipe.tasks import (

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from ptkit.data.chat_template import ChatTemplate
 from ptkit.data.templates import filled
-from ptkit.errors import AdapterError, UserError
+from ptkit.errors import UserError
 from ptkit.evaluation.predict import Prediction, predict
 from ptkit.evaluation.retention import Retention, measure_retention
 from ptkit.evaluation.score import score_intervals
 from ptkit.formats.adapter_files import read_adapter
-from ptkit.formats.adapter_folder import CONFIG, adapters_below, read_info, runs_below
+from ptkit.formats.adapter_folder import read_info
 from ptkit.formats.adapter_info import ChatInfo
 from ptkit.formats.figures import scored_rows
-from ptkit.formats.hub import fetch_adapter, is_on_hub, missing_here
+from ptkit.formats.places import find_adapter
 from ptkit.methods import (
     ADAPTERS,
     Adapter,
@@ -38,32 +38,6 @@ if TYPE_CHECKING:
     from ptkit.data.examples import Example
     from ptkit.evaluation.statistics import Interval
     from ptkit.training.experiment import Experiment
-
-
-def find_adapter(path: Path, *, whole: bool = False) -> Path:
-    """The adapter folder that `path` means. It is `path` itself or the `adapter` folder of a run.
-    Where no folder is called that here, it is the adapter with this hub id
-    (`user/repo[@revision]`).
-
-    whole: fetch the recipe and the card too
-    """
-    for candidate in (path, path / "adapter"):
-        if (candidate / CONFIG).is_file():
-            return candidate
-    if is_on_hub(str(path)):
-        return fetch_adapter(str(path), whole=whole)
-    if not path.exists():
-        raise AdapterError(missing_here(str(path)))
-    if (path / "model" / "config.json").is_file():
-        raise AdapterError(
-            f"{path} is a full fine-tuning run: it has no adapter, its whole model is in "
-            f"{path / 'model'}; give that as the model"
-        )
-    for kind, below in (("adapters", adapters_below(path)), ("runs", runs_below(path))):
-        if below:
-            names = ", ".join(f"`{path / folder}`" for folder in below)
-            raise AdapterError(f"{path} holds {kind}, name one: {names}")
-    raise AdapterError(f"{path} is neither an adapter ({CONFIG} is missing) nor a finished run")
 
 
 def fill_template(

@@ -12,7 +12,7 @@ import json
 import shlex
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,7 @@ def read_texts(path: Path) -> dict[str, str]:
         raise AdapterError(f"{path}: the recipe or the card is not UTF-8 text") from error
 
 
-def base_id(config: dict[str, Any], info: AdapterInfo) -> str | None:
+def base_id(config: Mapping[str, Any], info: AdapterInfo) -> str | None:
     """Id of the base model an adapter names: in ptkit's record, else in PEFT's settings."""
     named = info.base.id or config.get("base_model_name_or_path")
     return named if isinstance(named, str) else None

@@ -77,6 +77,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def require_free(path: Path, *, replace: bool) -> None:
+    """Raise UserError when `path` exists and `replace` is False."""
+    settle(path)
+    if path.exists() and not replace:
+        raise UserError(f"{path} exists; choose another place or pass --force to replace it")
+
+
 @contextmanager
 def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty folder to fill; it becomes `path` when the block ends without an error.
@@ -84,9 +91,7 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises UserError when `path` exists and `replace` is False. When replacing, the old folder
     stays until the new one is complete.
     """
-    settle(path)
-    if path.exists() and not replace:
-        raise UserError(f"{path} exists; choose another place or pass --force to replace it")
+    require_free(path, replace=replace)
     with scratch(path) as written:
         yield written
         publish(written, path)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ptkit.errors import AdapterError
-from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter, write_adapter
 from ptkit.formats.adapter_folder import CARD, RECIPE, read_texts
 from ptkit.formats.adapter_info import AdapterInfo, MethodInfo
+from ptkit.formats.places import find_adapter
 from ptkit.hub.card import card_text
 from ptkit.methods import ADAPTERS, Adapter, adapter_from_files, base_of, require_same_base
 from ptkit.methods.gate_files import with_gate

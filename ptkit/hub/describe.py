@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter
 from ptkit.formats.adapter_folder import weights_path
+from ptkit.formats.places import find_adapter
 
 
 def describe(source: str | Path) -> dict[str, Any]:

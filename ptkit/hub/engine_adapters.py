@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ptkit.bank.source import name_of
 from ptkit.errors import AdapterError, UserError
-from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter
+from ptkit.formats.places import find_adapter
 from ptkit.methods import Adapter, adapter_from_files, base_of, require_same_base
 from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base

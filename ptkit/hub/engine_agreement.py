@@ -13,7 +13,8 @@ from ptkit.data.inputs import table_inputs
 from ptkit.data.task import load_task
 from ptkit.data.templates import filled
 from ptkit.errors import DataError, UserError
-from ptkit.evaluation.evaluate import find_adapter, input_template
+from ptkit.evaluation.evaluate import input_template
+from ptkit.formats.places import find_adapter
 from ptkit.hub.engine_adapters import engine_adapters, engine_prefix
 from ptkit.hub.engine_runs import greedy_of
 from ptkit.hub.verify import recipe_of

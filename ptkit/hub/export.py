@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 
 from ptkit.errors import AdapterError, PtkitError
-from ptkit.evaluation.evaluate import Evaluation, evaluate, find_adapter
+from ptkit.evaluation.evaluate import Evaluation, evaluate
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter, write_adapter
 from ptkit.formats.adapter_folder import CARD, RECIPE, read_texts, weights_path
 from ptkit.formats.adapter_info import AdapterInfo, CardInfo
 from ptkit.formats.int8 import dequantised, quantised
+from ptkit.formats.places import find_adapter
 from ptkit.hub.card import card_text
 from ptkit.hub.convert import as_prefix, require_convertible
 from ptkit.methods import adapter_from_files, base_of, require_same_base
@@ -64,6 +65,12 @@ def export_run(
     path = find_adapter(run)
     trained = read_adapter(path)
     texts = read_texts(path)
+    recipe = recipe or path / RECIPE
+    if dtype == "int8" and not recipe.is_file():
+        raise AdapterError(
+            f"int8 loses accuracy, which is measured on the recipe's test rows, but {recipe} is "
+            "missing; give the recipe with --recipe FILE, or choose another --dtype"
+        )
     if base is None:
         base = base_of(trained, None, str(run))
     require_same_base(trained, base, str(run))
@@ -72,7 +79,7 @@ def export_run(
         trained = as_prefix(trained, base)
     if dtype == "int8":
         stored = replace(trained, tensors=dequantised(quantised(trained.tensors)))
-        info, lost = _scored(trained, stored, base, recipe or path / RECIPE)
+        info, lost = _scored(trained, stored, base, recipe)
     else:
         stored, lost = trained.to(getattr(torch, dtype)), None
         info = trained.info
@@ -110,11 +117,6 @@ def _scored(
     original: AdapterFiles, stored: AdapterFiles, base: Base, recipe: Path
 ) -> tuple[AdapterInfo, dict[str, float]]:
     """The record with the scores of `stored`, and what each metric lost against `original`."""
-    if not recipe.is_file():
-        raise AdapterError(
-            f"int8 loses accuracy, which is measured on the recipe's test rows, but {recipe} is "
-            "missing; give the recipe with --recipe FILE, or choose another --dtype"
-        )
     experiment = prepare(load_recipe(recipe), base)
 
     def measured(files: AdapterFiles) -> Evaluation:

@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 
 from ptkit.errors import AdapterError
-from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter, write_adapter
 from ptkit.formats.adapter_folder import CARD
 from ptkit.formats.adapter_info import AdapterInfo
+from ptkit.formats.places import find_adapter
 from ptkit.methods import adapter_from_files, base_of, parts_of, require_same_base
 from ptkit.runtime.base_model import Base
 

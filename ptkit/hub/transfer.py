@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ptkit.errors import AdapterError, UserError
-from ptkit.evaluation.evaluate import find_adapter
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import read_adapter
 from ptkit.formats.adapter_folder import ADAPTER_FILES, CARD, INT8_WEIGHTS, read_texts, weights_path
 from ptkit.formats.hub import HubId, fetch_adapter, hub_errors
+from ptkit.formats.places import find_adapter
 from ptkit.hub.card import card_text, named
 from ptkit.hub.published import public_base, say_places, with_public_base
 from ptkit.hub.verify import Check, check_files

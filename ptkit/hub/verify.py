@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptkit.errors import AdapterError, DataError, PtkitError, UserError
-from ptkit.evaluation.evaluate import evaluate_saved, find_adapter
+from ptkit.evaluation.evaluate import evaluate_saved
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter
 from ptkit.formats.adapter_folder import (
@@ -26,6 +26,7 @@ from ptkit.formats.adapter_folder import (
 )
 from ptkit.formats.figures import RecordedScore
 from ptkit.formats.hub import HubId, hub_files, is_on_hub
+from ptkit.formats.places import find_adapter
 from ptkit.methods import (
     adapter_from_files,
     base_of,

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ptkit.methods.adapter import Adapter, Demonstrations
-    from ptkit.methods.of_base import base_of, load_adapter, require_same_base, revision_named
+    from ptkit.methods.of_base import (
+        base_of,
+        load_adapter,
+        refused_base,
+        require_same_base,
+        revision_named,
+    )
     from ptkit.methods.registry import (
         ADAPTERS,
         adapter_from_files,
@@ -36,6 +42,7 @@ __all__ = [
     "load_adapter",
     "mixes_in_batch",
     "parts_of",
+    "refused_base",
     "require_method_fits",
     "require_same_base",
     "restored",
@@ -56,6 +63,7 @@ _HOMES = {
     "restored": "ptkit.methods.registry",
     "base_of": "ptkit.methods.of_base",
     "load_adapter": "ptkit.methods.of_base",
+    "refused_base": "ptkit.methods.of_base",
     "require_same_base": "ptkit.methods.of_base",
     "revision_named": "ptkit.methods.of_base",
 }

@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptkit.errors import AdapterError
-from ptkit.runtime.base_model import Base
 from ptkit.runtime.model_names import PACKAGED, TINY_EN, WHEELS
+
+if TYPE_CHECKING:
+    from ptkit.runtime.base_model import Base
 
 #: A page of the Hub, or of a mirror of it: `https://HOST/org/name`.
 _PAGE = re.compile(r"https?://[^/]+/(?P<id>[^/]+/[^/]+?)(?:/tree/[^/]+)?/?")

@@ -32,13 +32,11 @@ def require_same_base(files: AdapterFiles, base: Base, where: str, *, chosen: bo
     the base. Its last part is compared: `gpt2` is `openai-community/gpt2`. The same model in
     another precision is warned of, once.
     """
+    refusal = refused_base(files.config, files.info, base, where, chosen=chosen)
+    if refusal is not None:
+        raise AdapterError(refusal)
     made_for, name = files.info.base, files.base_id
     if made_for.fingerprint:
-        if not _is_made_for(made_for, base):
-            raise AdapterError(
-                f"{where} was made for the base model `{name}`, not for `{base.id}` "
-                f"({_differences(made_for, base)}); load it on `{name}`"
-            )
         trained_in = made_for.precision or base.precision
         if trained_in != base.precision:
             warnings.warn(
@@ -49,16 +47,32 @@ def require_same_base(files: AdapterFiles, base: Base, where: str, *, chosen: bo
         return
     if not name or same_name(name, base):
         return
-    if not chosen:
-        raise AdapterError(
-            f"{where} was made for the base model `{name}`, not for `{base.id}`; load it on "
-            f"`{hub_name(name)}`, or choose the base for it with --model where that is the same "
-            "model by another name"
-        )
     logger.warning(
         "%s names the base model `%s`; it is used on `%s`, as chosen: it has no fingerprint to "
         "tell whether they are the same", where, name, base.id
     )  # fmt: skip
+
+
+def refused_base(
+    config: Mapping[str, Any], info: AdapterInfo, base: Base, where: str, *, chosen: bool = False
+) -> str | None:
+    """Why an adapter with these settings and this record is not for `base`; None where it is, and
+    where they name no base. No tensor is read. See `require_same_base`."""
+    made_for, name = info.base, base_id(config, info)
+    if made_for.fingerprint:
+        if _is_made_for(made_for, base):
+            return None
+        return (
+            f"{where} was made for the base model `{name}`, not for `{base.id}` "
+            f"({_differences(made_for, base)}); load it on `{name}`"
+        )
+    if chosen or not name or same_name(name, base):
+        return None
+    return (
+        f"{where} was made for the base model `{name}`, not for `{base.id}`; load it on "
+        f"`{hub_name(name)}`, or choose the base for it with --model where that is the same "
+        "model by another name"
+    )
 
 
 def _differences(made_for: BaseInfo, base: Base) -> str:

@@ -15,19 +15,20 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from ptkit.bank import AdapterBank
 from ptkit.data.chat_template import ChatTemplate
-from ptkit.errors import AdapterError, UserError, did_you_mean
+from ptkit.errors import AdapterError, UserError, no_such_model
 from ptkit.formats import atomic
 from ptkit.formats.adapter_folder import (
     ADAPTER_FILES,
     adapter_folders,
+    base_id,
     read_config,
     read_info,
     weights_path,
 )
 from ptkit.formats.adapter_info import AdapterInfo
 from ptkit.formats.hub import HubId, fetch_adapter
-from ptkit.methods import changes_weights
-from ptkit.methods.base_names import is_local_path
+from ptkit.methods import changes_weights, refused_base
+from ptkit.methods.base_names import is_local_path, same_name
 from ptkit.serve.answer import RequestAdapter
 from ptkit.serve.engine import Engine
 
@@ -36,6 +37,8 @@ NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 SENT_FILES = ("adapter_config.json", "adapter_model.safetensors", "ptkit.json")
 #: Between the names of adapters that answer together.
 ENSEMBLE = ","
+#: Names, and bases, that a line about adapters of other bases holds.
+_TOLD = 5
 
 Result = TypeVar("Result")
 
@@ -105,21 +108,30 @@ class Library:
         self.root = None if root is None else root.resolve()
         self.allow_hub = allow_hub
         self.allow_changes = allow_changes
+        #: Adapters in the root that are of another base: name -> the reason, and that base.
+        self._left_out: dict[str, tuple[str, str]] = {}
 
     def register_all(self) -> list[str]:
         """Know every adapter folder directly below the root. Prefixes are read when first used;
-        those with LoRA, which becomes a part of the model, now. Returns faults, one line each."""
+        those with LoRA, which becomes a part of the model, now. Returns faults, one line each.
+
+        Adapters that say that they are of another base are left out, and told in one line. Who asks
+        for one gets the reason.
+        """
         faults = []
         for path in [] if self.root is None else adapter_folders(self.root):
             try:
                 _require_name(path.name, self.base_name)
-                if changes_weights(read_config(path)["peft_type"]):
+                config = read_config(path)
+                if self._is_left_out(path, config):
+                    continue
+                if changes_weights(config["peft_type"]):
                     self.bank.load(path, path.name, chosen=self.chosen)
                 else:
                     self.bank.register(path, path.name, chosen=self.chosen)
             except UserError as error:
                 faults.append(f"{path.name}: {error}")
-        return faults
+        return [*faults, *self._told_left_out()]
 
     def public(self, message: str) -> str:
         """`message` for a client: places on this machine's disk are called by the names of what
@@ -210,6 +222,7 @@ class Library:
         folder = self._from_hub(hub) if hub is not None else self._below_root(str(path))
         with self._changing(name, folder):
             self.bank.load(folder, name, chosen=self.chosen and hub is None)
+        self._left_out.pop(name, None)
 
     def unload(self, name: str) -> None:
         """Serve `name` no longer; running rows finish. Its files stay."""
@@ -247,7 +260,38 @@ class Library:
             # The folder is replaced last: when all is checked, and no answer uses the old one.
             with self._changing(name, scratch):
                 self.bank.load(scratch, name, publish=publish)
+        self._left_out.pop(name, None)
         return new
+
+    def _is_left_out(self, path: Path, config: Mapping[str, Any]) -> bool:
+        """Whether the adapter in `path` says that it is of another base; that is then known."""
+        try:
+            info = read_info(path)
+        except AdapterError:  # damaged: told where it is asked for, by when it may be mended
+            return False
+        why = refused_base(config, info, self.bank.base, str(path), chosen=self.chosen)
+        if why is not None:
+            named = base_id(config, info) or "unknown"
+            other = " with other weights" if same_name(named, self.bank.base) else ""
+            self._left_out[path.name] = (why, f"`{named}`{other}")
+        return why is not None
+
+    def _told_left_out(self) -> list[str]:
+        """A line about the adapters of other bases; none without any."""
+        if not self._left_out:
+            return []
+        of_base: dict[str, list[str]] = {}
+        for name, (_, base) in self._left_out.items():
+            of_base.setdefault(base, []).append(name)
+        told = "; ".join(
+            f"{', '.join(names[:_TOLD])}"
+            + (f" and {len(names) - _TOLD:,} more" if len(names) > _TOLD else "")
+            + f" (made for {base})"
+            for base, names in [*of_base.items()][:_TOLD]
+        )
+        count = len(self._left_out)
+        what = "1 adapter" if count == 1 else f"{count:,} adapters"
+        return [f"{what} of another base than `{self.base_name}`: {told}"]
 
     def _adapter(self, name: str) -> RequestAdapter:
         prefix, lora = self._known(name, lambda: self.bank.parts(name))
@@ -261,8 +305,9 @@ class Library:
             except AdapterError:
                 if name in self.bank:  # it was not taken out just now: its files are bad
                     raise
-        near = did_you_mean(name, [self.base_name, *self.bank.list()[:100]])
-        raise UnknownModelError(f"the model `{name[:130]}` does not exist; {near}")
+        if name in self._left_out:
+            raise AdapterError(self._left_out[name][0])
+        raise UnknownModelError(no_such_model(name, [self.base_name, *self.names()]))
 
     def _changing(self, name: str, folder: Path | None) -> Any:
         """The context in which `name` may change: adapters with LoRA must not be in use."""

@@ -18,6 +18,7 @@ from fastapi import FastAPI, HTTPException, Query, Request, UploadFile
 from fastapi.responses import HTMLResponse
 from prometheus_client import REGISTRY
 from vllm import __version__ as vllm_version
+from vllm.exceptions import VLLMNotFoundError
 from vllm.logger import init_logger
 
 from ptkit.errors import PtkitError, UserError
@@ -32,6 +33,7 @@ from ptkit.vllm_connector.library import (
     spool_of,
 )
 from ptkit.vllm_connector.loads import LibraryMetrics
+from ptkit.vllm_connector.names import tell_known_names
 from ptkit.vllm_connector.requests import PrefixRequest, PrefixRequests, as_vllm_error
 from ptkit.vllm_connector.running import RunningBase, require_runs
 
@@ -170,6 +172,7 @@ class ServedAdapters:
         self._listed, self._taken = models.lora_requests, taken
         self._requests = PrefixRequests(engine_client, library, models.lora_requests)
         ChatPrompts(renderer, self._requests)
+        tell_known_names(models, VLLMNotFoundError)
 
     def cards(self, search: str, offset: int, limit: int) -> dict[str, Any]:
         """Adapters, as `GET /v1/adapters` tells them."""

@@ -16,10 +16,12 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ptkit.declared import declared
-from ptkit.runtime.base_model import Base
+
+if TYPE_CHECKING:
+    from ptkit.runtime.base_model import Base
 
 
 class Greedy(Protocol):
