@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -34,7 +35,8 @@ from test_peft_parity import make_adapter
 from ptkit.bank import AdapterBank
 from ptkit.formats.adapter_files import write_adapter
 from ptkit.formats.adapter_info import ChatInfo, TaskInfo
-from ptkit.hub.engines.vllm import ADAPTERS
+from ptkit.hub.engine_adapters import engine_adapters, engine_prefix
+from ptkit.hub.engines.vllm import ADAPTERS, write_prefix
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits
 from ptkit.runtime.model_names import TINY_EN
@@ -462,6 +464,34 @@ def test_skewed_requests_are_answered_and_what_they_cost_is_counted(
     timings = first_tokens(engine.url, TINY_EN, asked[0], 2, 8, 8000)
     assert all(seconds > 0 for timing in timings for seconds in timing.seconds)
     for name in names:
+        assert engine.post("unload_adapter", name=name).status_code == 200
+
+
+def test_under_load_every_answer_is_ptkits_while_adapters_change(
+    engine: Engine, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`scripts/vllm_load.py`, on the server of these tests."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from vllm_load import Server, changing, ids_of, load, make_adapters, make_half, work_of
+
+    names = make_adapters(base, tmp_path, 8)
+    bank = AdapterBank(base)
+    for name in names:
+        bank.load(tmp_path / name)
+        (read,) = engine_adapters([tmp_path / name], base)
+        write_prefix(read[0], engine_prefix(*read), base, engine.root / name)
+        assert engine.post("load_adapter", name=name, path=name).status_code == 200
+    make_half(engine.root, names[0])
+    work = work_of(base, bank, names, 6, 2)
+    assert engine.post("load_adapter", name="moving", path=names[0]).status_code == 200
+    changes: Counter[str] = Counter()
+    with changing(engine.url, changes):
+        seen, _ = load(Server(engine.url, ids_of(base, work)), work, 4, 6.0, 6)
+    assert seen.answers > 16
+    assert not seen.failed
+    assert not seen.wrong
+    assert {*changes} == {"swap_adapter", "load_adapter", "unload_adapter"}
+    for name in (*names, "moving"):
         assert engine.post("unload_adapter", name=name).status_code == 200
 
 

@@ -27,7 +27,7 @@ class NotNow(Exception):
 
 
 def holds(module: Asked, find: Callable[[Asked], bool]) -> bool:
-    """Whether `find` says so of `module`; no, as long as it raises `NotNow`."""
+    """Whether `find` is true of `module`; false as long as it raises `NotNow`."""
     try:
         return known(module, find)
     except NotNow:
