@@ -52,8 +52,8 @@ class MissingExtraError(UserError):
 
 
 def install_line(extra: str) -> str:
-    """The command that installs `extra` in the way in which ptkit was installed: from a checkout, an
-    archive or a repository, or by its name."""
+    """The command that installs `extra` as ptkit itself was installed: from a checkout, an archive
+    or a repository, or by its name."""
     try:
         origin = json.loads(distribution("ptkit").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:  # run in a checkout that was not installed

@@ -55,14 +55,10 @@ def test_readme_commands_and_options_exist() -> None:
 
 
 def test_no_page_installs_ptkit_by_a_name_that_no_index_may_have() -> None:
-    pages = [
-        *(ROOT / "docs").glob("*"),
-        *(ROOT / "recipes").glob("*.yaml"),
-        *(ROOT / "ptkit" / "cli").glob("*.py"),
-        *(ROOT / "ptkit" / "recipe").glob("*.py"),
-    ]
-    lines = [line for page in pages if page.is_file() and page.suffix in (".md", ".py", ".yaml")
-             for line in re.findall(r"pip install[^`\n]*\[\w+\][^`\n]*", page.read_text())]  # fmt: skip
+    folders = ("docs", "recipes", "ptkit/cli", "ptkit/recipe")
+    pages = [page for folder in folders for page in (ROOT / folder).glob("*.*")]
+    texts = [page.read_text() for page in pages if page.suffix in (".md", ".py", ".yaml")]
+    lines = [m for t in texts for m in re.findall(r"pip install[^`\n]*\[\w+\][^`\n]*", t)]
     assert len(lines) > 10
     # As in the README: from a checkout. The example of a message names one by its path.
     assert not [line for line in lines if not re.search(r"-e ['\"](\.|/home/me/ptkit)\[", line)]

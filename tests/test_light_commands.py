@@ -222,6 +222,24 @@ def test_every_command_has_one_example_and_it_parses() -> None:
         assert context.command.name == name.split()[-1]
 
 
+def test_every_option_says_what_it_means() -> None:
+    seen, silent = 0, []
+
+    def look(command: Any, path: str) -> None:
+        nonlocal seen
+        for param in command.params:
+            if param.param_type_name == "option" and not getattr(param, "hidden", False):
+                seen += 1
+                if not param.help:
+                    silent.append(f"{path} {param.opts[0]}")
+        for name, inner in getattr(command, "commands", {}).items():
+            look(inner, f"{path} {name}")
+
+    look(typer.main.get_command(app), "ptkit")
+    assert seen > 200
+    assert not silent
+
+
 def shown(arguments: list[str], columns: int = 100) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "ptkit", *arguments], capture_output=True, text=True, check=False,

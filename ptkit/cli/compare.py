@@ -48,9 +48,9 @@ def compare(
 ) -> None:
     """Compare the methods of a recipe: report.html, tables, plots, results.jsonl and results.csv.
 
-    Interrupted comparisons resume when the same command is given again; finished cells are kept. A
-    cell that fails is a row with the reason. The exit code is then 1, and the same command tries it
-    again.
+    Every method runs with every seed of the recipe; each such run is a cell. Give the same command
+    again to go on after a stop: finished cells are kept. A cell that fails is a row with the
+    reason. The exit code is then 1, and the same command tries it again.
     """
     from ptkit.recipe import load_recipe
 

@@ -43,12 +43,15 @@ MethodOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         "--method", "-m",
-        help="Which of the recipe's methods (its label or kind); of a draft, the kind to train.",
+        help="Method to train: its kind (`prefix_tuning`) or its label in the recipe. Default: the "
+        "only one that the recipe trains; with --data, the one that fits.",
     ),
 ]  # fmt: skip
 GoalOption = Annotated[
     DraftGoal,
-    typer.Option("--goal", rich_help_panel=PANEL, help="What is learnt; auto: by the columns."),
+    typer.Option(
+        "--goal", rich_help_panel=PANEL, help="What the model learns; auto: by the columns."
+    ),
 ]
 LabelOption = Annotated[
     Optional[str],  # noqa: UP045
@@ -56,11 +59,11 @@ LabelOption = Annotated[
 ]
 TextOption = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Option("--text", rich_help_panel=PANEL, help="Column to read; repeatable."),
+    typer.Option("--text", rich_help_panel=PANEL, help="Column that the model reads; repeatable."),
 ]
 TargetOption = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--target", rich_help_panel=PANEL, help="Column with the text to write."),
+    typer.Option("--target", rich_help_panel=PANEL, help="Column that the model learns to write."),
 ]
 TestOption = Annotated[
     Optional[Path],  # noqa: UP045

@@ -44,15 +44,17 @@ def init(
         Optional[Path],  # noqa: UP045  (typer reads annotations at run time)
         typer.Option("--out", "-o", help="Recipe to write; default: NAME.yaml here."),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Ask no questions; use what fits.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     quiet: Quiet = False,
     json_output: JsonOutput = False,
 ) -> None:
-    """Write a commented recipe that fits a data file, and tell why it is so and what to run next.
+    """Write a commented recipe for a data file, with the reasons and the command to run next.
 
-    What is not given is asked for in a terminal. The file's columns, labels and lengths are looked
-    at; of the model only its settings and tokenizer are read.
+    In a terminal, it asks for what the options leave out. It reads the file's columns, labels and
+    lengths, and only the settings and the tokenizer of the model.
     """
     asks = not yes and not quiet and not json_output and sys.stdin.isatty()
     if data is None and asks:

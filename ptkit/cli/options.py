@@ -30,18 +30,22 @@ AdapterOption = Annotated[
 ]  # fmt: skip
 Set = Annotated[
     Optional[list[str]],  # noqa: UP045  (typer reads annotations at run time)
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a recipe key for this run; repeatable."
+    ),
 ]
 Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Delete what is in the folder and start over.")
+    bool, typer.Option("--fresh", help="Delete earlier results in the output folder first.")
 ]
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", "-q", help="No progress and no notes; of lists, the bare names."),
+    typer.Option("--quiet", "-q", help="Results only: no progress, no notes; of lists, the names."),
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Say what it will take, measured on a few steps, and stop."),
+    typer.Option(
+        "--dry-run", help="Report the time and memory it needs, from a few steps, and stop."
+    ),
 ]
 
 
@@ -77,9 +81,9 @@ ModelOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         "--model",
-        help="Base model: hub id, folder; default: the adapter's where it is on this machine, or "
-        "`tiny-en`. Named here, it is taken for the base of adapters that know theirs by another "
-        "name only.",
+        help="Base model: hub id, folder, GGUF file or name. Default: the one that the adapters "
+        "name, if it is on this machine; `tiny-en` without adapters. Give it, too, where adapters "
+        "have another name for the same model.",
         autocompletion=complete_models,
     ),
 ]

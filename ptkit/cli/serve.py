@@ -72,17 +72,19 @@ def serve(
         typer.Option(help="Folder of adapters; each is served under its folder's name."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65_535)] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on.")] = 8000,
     max_batch: Annotated[int, typer.Option(min=1, help="Answers written at the same time.")] = 64,
     max_queue: Annotated[
-        int, typer.Option(min=1, help="Answers that may wait; more get 429.")
+        int, typer.Option(min=1, help="Answers that may wait; further requests get status 429.")
     ] = 256,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds an answer may take.")] = 600.0,
     budget: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
-            parser=size, metavar="SIZE", help="Memory for prefixes, `2GB`; default: no limit."
+            parser=size,
+            metavar="SIZE",
+            help="Memory for adapters' prefixes: `2GB`, say. Default: no limit.",
         ),
     ] = None,
     kv_budget: Annotated[
@@ -90,17 +92,19 @@ def serve(
         typer.Option(
             parser=size,
             metavar="SIZE",
-            help="Memory for keys and values of answers under way; default: half of what is free.",
+            help="Memory for keys and values of running answers; default: half of what is free.",
         ),
     ] = None,
     dtype: Annotated[
         str,
         typer.Option(
-            help="float32, bfloat16 or float16. With llama-cpp: of its cache, float32, float16 or "
-            "int8."
+            help="Data type of the model: float32, bfloat16 or float16. With llama-cpp, of its "
+            "cache: float32, float16 or int8."
         ),
     ] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")
+    ] = "auto",
     device_map: DeviceMapOption = None,
     model_name: Annotated[
         Optional[str],  # noqa: UP045
@@ -112,7 +116,7 @@ def serve(
     ] = None,
     insecure: Annotated[
         bool,
-        typer.Option("--insecure", help="Let everybody in who reaches an address beyond loopback."),
+        typer.Option("--insecure", help="Serve other machines (--host) without a key."),
     ] = False,
     allow_hub: Annotated[
         bool, typer.Option("--allow-hub", help="Let requests load adapters from the Hub.")
@@ -121,7 +125,7 @@ def serve(
         bool, typer.Option("--read-only", help="No loading, swapping, unloading or uploading.")
     ] = False,
     drain_seconds: Annotated[
-        float, typer.Option(min=0, help="At SIGTERM: seconds for answers under way.")
+        float, typer.Option(min=0, help="Seconds that running answers have to finish at SIGTERM.")
     ] = 120.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     engine: Annotated[
@@ -173,10 +177,10 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve a base and its adapters at /v1, and a playground at /.
+    """Serve a base model and its adapters: OpenAI's API at /v1, a playground at /.
 
-    Each request's `model` picks its adapter; different ones share one running batch. Any OpenAI
-    client works: base URL http://HOST:PORT/v1.
+    The `model` of a request names its adapter, or the base. Requests for different adapters share
+    one running batch. Any OpenAI client works: base URL http://HOST:PORT/v1.
     """
     require("serve", "`ptkit serve`")
     _require_engine_takes(engine, _given(typer_context))

@@ -47,7 +47,9 @@ def train(
     start_from: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
-            "--from", help="Train further from this adapter.", autocompletion=complete_adapters
+            "--from",
+            help="Adapter or run folder to go on training from.",
+            autocompletion=complete_adapters,
         ),
     ] = None,
     set_: Set = None,
@@ -67,7 +69,7 @@ def train(
 ) -> None:
     """Train one method of a recipe and measure it.
 
-    With --data FILE in place of a recipe, one is drafted as by `ptkit init`, and printed.
+    Without a recipe, --data FILE drafts one for that file, as `ptkit init` does, and prints it.
 
     A stopped run (Ctrl-C, kill, power) resumes where it last saved when the same command is given
     again. It ends with the same weights.
