@@ -52,8 +52,8 @@ _BASE = "base"
 _MOVING, _VERSIONS = "moving", ("adapter-00", "adapter-07")
 #: An adapter of which not all was written.
 _HALF = "half-written"
-#: Every so many requests is for the moving adapter.
-_EVERY = 16
+#: Every so many requests is for the moving adapter; it has no factor in common with `--adapters`.
+_EVERY = 17
 #: The least share of the plain base's tokens per second.
 _LEAST = 0.95
 #: Two logits nearer than this are a tie, which rounding decides.

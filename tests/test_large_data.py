@@ -21,19 +21,22 @@ from test_chat_task import RECIPE_TEXT, WORDS, turns
 from test_preference import implicit, messages, texts
 
 from ptkit.api import train
-from ptkit.data import chat_report, examples, read_files, stored_rows, token_cache
+from ptkit.data import chat_report, examples, pair_report, read_files, stored_rows, token_cache
+from ptkit.data.chat_template import with_template_read
 from ptkit.data.encoded import EncodedExample
 from ptkit.data.encoded_rows import EncodedPairs, EncodedRows, Lengths
 from ptkit.data.examples import StoredExamples
 from ptkit.data.in_memory import with_rows
 from ptkit.data.lazy import Lazy, Mapped, Picked
+from ptkit.data.pair_rows import PairEncoder
 from ptkit.data.stored_rows import StoredRows
 from ptkit.errors import DataError, UserError
 from ptkit.formats.adapter_files import weights_path
 from ptkit.recipe import LoadedRecipe, load_recipe
+from ptkit.recipe.tasks import PreferenceTask
 from ptkit.runtime.base_model import Base
 from ptkit.training import adapter_trainer, run
-from ptkit.training.experiment import prepare
+from ptkit.training.experiment import Experiment, prepare
 from ptkit.training.task_rows import TaskRows
 
 
@@ -50,7 +53,8 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (examples, token_cache):
         monkeypatch.setattr(module, "FEWEST_ROWS", 2)
     monkeypatch.setattr(token_cache, "_BATCH", 3)
-    monkeypatch.setattr(chat_report, "_AT_A_TIME", 3)
+    for report in (chat_report, pair_report):
+        monkeypatch.setattr(report, "AT_A_TIME", 3)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +165,18 @@ def talk(folder: Path, template: str = WORDS, **task: Any) -> LoadedRecipe:
     return load_recipe(recipe, [*changes, "train.steps=12", "train.save_every=5"])
 
 
+def assert_same_rows(many: Experiment, few: Experiment) -> None:
+    """`many`, read from disk, are the rows of `few`, in memory."""
+    assert isinstance(many.data.train, StoredExamples)
+    assert many.rows.encoded == few.rows.encoded
+    assert many.rows.examples == few.rows.examples
+    assert many.validation == few.validation
+    assert many.data == few.data
+    assert many.data_lines() == few.data_lines()
+    assert many.data_fingerprint(0) == few.data_fingerprint(0)
+    assert many.test_fingerprint() == few.test_fingerprint()
+
+
 @pytest.mark.parametrize(
     ("template", "task"),
     [
@@ -182,14 +198,7 @@ def test_many_conversations_become_the_rows_of_few(
     for _ in range(2):  # written, then read
         many = prepare(loaded, base)
         assert isinstance(many.rows.encoded, EncodedRows)
-        assert isinstance(many.data.train, StoredExamples)
-        assert many.rows.encoded == few.rows.encoded
-        assert many.rows.examples == few.rows.examples
-        assert many.validation == few.validation
-        assert many.data == few.data
-        assert many.data_lines() == few.data_lines()
-        assert many.data_fingerprint(0) == few.data_fingerprint(0)
-        assert many.test_fingerprint() == few.test_fingerprint()
+        assert_same_rows(many, few)
 
 
 def test_another_template_or_another_day_is_tokenised_anew(
@@ -284,16 +293,38 @@ def test_many_pairs_become_the_rows_of_few(
     for _ in range(2):  # written, then read
         many = prepare(loaded, base)
         assert isinstance(many.rows.encoded, EncodedPairs)
-        assert isinstance(many.data.train, StoredExamples)
-        assert many.rows.encoded == few.rows.encoded
-        assert many.rows.examples == few.rows.examples
-        assert many.validation == few.validation
-        assert many.data == few.data
-        assert many.data_lines() == few.data_lines()
-        assert many.data_fingerprint(0) == few.data_fingerprint(0)
-        assert many.test_fingerprint() == few.test_fingerprint()
+        assert_same_rows(many, few)
         for name, lengths in vars(Lengths.of(few.rows.encoded)).items():
             assert getattr(Lengths.of(many.rows.encoded), name).tolist() == lengths.tolist()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pairs_are_inspected_a_part_at_a_time(
+    tmp_path: Path, base: Base, form: str, request: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = choices(tmp_path / "pairs", form, "task.max_tokens=14")
+    task = with_template_read(loaded.recipe.task, loaded.folder)
+    assert isinstance(task, PreferenceTask)
+    files = [loaded.folder / "rows.jsonl", loaded.folder / "more.jsonl"]
+    files[1].write_text("\n".join(files[0].read_text().splitlines()[3:8]))
+
+    def report() -> pair_report.PairReport:
+        return pair_report.inspect_pairs(files, base.tokenizer, task, 5)
+
+    whole = report()
+    assert [split.rows for split in whole.splits] == [13, 5]
+    assert whole.splits[1].duplicates == {"rows.jsonl": 5}
+    request.getfixturevalue("large")
+    sizes: list[int] = []
+    rows = PairEncoder.rows
+
+    def counted(encoder: PairEncoder, some: Any) -> Any:
+        sizes.append(len(some))
+        return rows(encoder, some)
+
+    monkeypatch.setattr(PairEncoder, "rows", counted)
+    assert report() == whole
+    assert sizes == [3, 3, 3, 3, 1, 3, 2]
 
 
 def test_pairs_that_differ_in_a_rejected_answer_are_tokenised_anew(

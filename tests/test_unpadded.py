@@ -157,3 +157,16 @@ def test_what_training_that_diverges_hides_is_found_out_later() -> None:
         weight.copy_(kept)
     assert fused.has_plain_head(base.model)
     assert holds(base.model, unpadded._reads_one_line)
+
+
+def test_memory_that_runs_out_is_no_answer_about_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = random_base("llama")
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base.model, "forward", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            holds(base.model, unpadded._reads_one_line)
+    assert holds(base.model, unpadded._reads_one_line)

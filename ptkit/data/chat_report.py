@@ -27,8 +27,8 @@ from ptkit.recipe.tasks import ChatTask
 
 K = TypeVar("K")
 
-#: Conversations that are encoded at a time.
-_AT_A_TIME = 1_000
+#: Conversations, or pairs, that are encoded at a time.
+AT_A_TIME = 1_000
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _Split:
         self.first: list[EncodedExample] = []
         system = encoder.task.system
         left = (own.with_system(system) for _, own in form.dialogues(table, name))
-        while some := [*islice(left, _AT_A_TIME)]:
+        while some := [*islice(left, AT_A_TIME)]:
             self._add(some, encoder)
 
     def _add(self, dialogues: Sequence[Dialogue], encoder: ChatEncoder) -> None:
@@ -141,9 +141,13 @@ class _Split:
 
 
 def _content(dialogue: Dialogue) -> bytes:
-    """A digest of what is said: texts of many rows are not kept."""
-    said = json.dumps([*map(dict, dialogue.messages)], sort_keys=True)
-    return hashlib.blake2b(said.encode(), digest_size=16).digest()
+    return digest_of([*map(dict, dialogue.messages)])
+
+
+def digest_of(said: Any) -> bytes:
+    """A digest of what a row says, as JSON: texts of many rows are not kept."""
+    text = json.dumps(said, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def duplicates_of(name: str, keys: Mapping[str, Counter[K]]) -> dict[str, int]:

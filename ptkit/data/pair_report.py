@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import statistics
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ptkit.data.chat_report import duplicates_of
+from ptkit.data.chat_report import AT_A_TIME, digest_of, duplicates_of
+from ptkit.data.chat_rows import ChatNotes
 from ptkit.data.encoded import EncodedExample, PairExample
+from ptkit.data.examples import Example
 from ptkit.data.pair_formats import ANSWERS, pair_format
 from ptkit.data.pair_rows import PairEncoder
 from ptkit.data.read_files import read_files
@@ -75,30 +79,53 @@ def inspect_pairs(
     """
     tables = {path.name: read_files([path]) for path in files}
     form = pair_format(task, next(iter(tables.values())))
-    examples = {name: pair_examples(task, form, table, name) for name, table in tables.items()}
-    keys = {
-        name: Counter((e.input, e.target, e.rejected and e.rejected.target) for e in own)
-        for name, own in examples.items()
-    }
     encoder = PairEncoder(tokenizer, task)
+    found = {
+        name: _Split(pair_examples(task, form, table, name), encoder, show)
+        for name, table in tables.items()
+    }
+    keys = {name: split.keys for name, split in found.items()}
     splits: list[PairSplitReport] = []
     shown: list[tuple[str, str, str]] = []
-    for name, own in examples.items():
-        rows = encoder.rows(own)
-        pairs = [row for row in rows.encoded if isinstance(row, PairExample)]
+    for name, split in found.items():
         splits.append(
             PairSplitReport(
-                name=name, rows=len(own),
-                prompt=_tokens([len(pair.input_ids) for pair in pairs]),
-                chosen=_tokens([len(pair.target_ids) for pair in pairs]),
-                rejected=_tokens([len(pair.rejected.target_ids) for pair in pairs]),
-                shortened=rows.notes.shortened,
-                duplicates=duplicates_of(name, keys),
-                notes=chat_lines(task, name, rows.notes),
+                name=name, rows=len(split.prompt), prompt=_tokens(split.prompt),
+                chosen=_tokens(split.chosen), rejected=_tokens(split.rejected),
+                shortened=split.notes.shortened, duplicates=duplicates_of(name, keys),
+                notes=chat_lines(task, name, split.notes),
             )
         )  # fmt: skip
-        shown += [_texts(pair, tokenizer) for pair in pairs[: show - len(shown)]]
+        shown += [_texts(pair, tokenizer) for pair in split.first[: show - len(shown)]]
     return PairReport(str(form), splits, shown)
+
+
+class _Split:
+    """What one pass over the pairs of a file tells.
+
+    keys: how often each occurs, by a digest of it
+    prompt, chosen, rejected: tokens of that part, of each pair; first: the first `show` pairs
+    """
+
+    def __init__(self, examples: Iterable[Example], encoder: PairEncoder, show: int) -> None:
+        self.notes, self.keys = ChatNotes(), Counter[bytes]()
+        self.prompt, self.chosen, self.rejected = array("q"), array("q"), array("q")
+        self.first: list[PairExample] = []
+        left = iter(examples)
+        while some := [*islice(left, AT_A_TIME)]:
+            self.keys.update(map(_content, some))
+            rows = encoder.rows(some)
+            self.notes.add(rows.notes)
+            pairs = [row for row in rows.encoded if isinstance(row, PairExample)]
+            self.prompt.extend(len(pair.input_ids) for pair in pairs)
+            self.chosen.extend(len(pair.target_ids) for pair in pairs)
+            self.rejected.extend(len(pair.rejected.target_ids) for pair in pairs)
+            self.first += pairs[: show - len(self.first)]
+
+
+def _content(pair: Example) -> bytes:
+    assert pair.rejected is not None
+    return digest_of([pair.input, pair.target, pair.rejected.target])
 
 
 def _tokens(lengths: Sequence[int]) -> tuple[float, int]:

@@ -165,6 +165,8 @@ def _reads_one_line(model: PreTrainedModel) -> bool:
             kept = _in_one_line(model, call, mask)
             line = model(**call.arguments).logits.float()
             wanted = model(**given).logits.float().flatten(0, 1).index_select(0, kept)[None]
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the family
     except (ModelError, PtkitError, TypeError, ValueError, RuntimeError):
         return False  # it cannot even be asked so
     if not bool(wanted.isfinite().all()):
