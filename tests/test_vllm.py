@@ -42,7 +42,7 @@ from ptkit.runtime.forward import all_logits
 from ptkit.runtime.model_names import TINY_EN
 from ptkit.serve.answers import CompletionStream, RequestLimits
 from ptkit.serve.build import build_app
-from ptkit.serve.protocol import ChatRequest
+from ptkit.serve.protocol import ChatRequest, CompletionRequest
 from ptkit.vllm_connector.files import ABOUT, TENSORS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +83,9 @@ class Engine:
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
 
     def ask(self, model: str, prompt: Any, **options: Any) -> Any:
+        """Of `prompt` as it is, in no template."""
         given = {"max_tokens": TOKENS, "temperature": 0, **options}
+        given["extra_body"] = {"template": False, **options.get("extra_body", {})}
         return self.openai.completions.create(model=model, prompt=prompt, **given)
 
     def post(self, route: str, **body: str) -> httpx2.Response:
@@ -190,7 +192,8 @@ def expected(bank: AdapterBank, name: str, text: str, tokens: int = TOKENS) -> l
 async def together(engine: Engine, asked: list[tuple[str, Any]], **options: Any) -> list[Any]:
     """The answers to requests that are sent at the same time."""
     client = AsyncOpenAI(base_url=f"{engine.url}/v1", api_key="none", max_retries=0, timeout=600)
-    given = {"max_tokens": TOKENS, "temperature": 0, "extra_body": {"return_token_ids": True}}
+    as_it_is = {"return_token_ids": True, "template": False}
+    given = {"max_tokens": TOKENS, "temperature": 0, "extra_body": as_it_is}
     return await asyncio.gather(
         *(client.completions.create(model=m, prompt=p, **given | options) for m, p in asked)
     )
@@ -327,6 +330,45 @@ def test_the_same_chat_is_read_and_answered_as_by_ptkit_serve(
         f"{engine.url}/tokenize", json={"model": name, "messages": CONVERSATIONS["turns"]}
     )
     assert tuple(tokenized.json()["tokens"]) in prompts
+
+
+@pytest.mark.parametrize("name", [TINY_EN, "chatty", "facts-prompt", "routing-prefix", "long"])
+def test_the_same_text_is_read_and_answered_as_by_ptkit_serve(
+    name: str, engine: Engine, own: Any
+) -> None:
+    """A bare completion, the first request that anyone sends."""
+    seen = set()
+    for prompt in (TEXTS[0].strip(), [TEXTS[2], TEXTS[1]], [7, 8, 9]):
+        for more in ({}, {"template": False}):
+            body = {"model": name, "prompt": prompt, "max_tokens": 12, "temperature": 0, **more}
+            made = CompletionStream(
+                own.state.library, RequestLimits(), CompletionRequest(**body),
+                asyncio.new_event_loop(),
+            )  # fmt: skip
+            theirs = TestClient(own).post("/v1/completions", json=body).json()
+            answer = engine.openai.completions.create(
+                model=name, prompt=prompt, max_tokens=12, temperature=0,
+                extra_body={"return_token_ids": True, **more},
+            )  # fmt: skip
+            read = [choice.prompt_token_ids for choice in answer.choices]
+            assert read == [asked.prompt for asked in made.answers]
+            for choice, their in zip(answer.choices, theirs["choices"], strict=True):
+                assert (choice.text, choice.finish_reason) == (
+                    their["text"],
+                    their["finish_reason"],
+                )
+            assert answer.usage.completion_tokens == theirs["usage"]["completion_tokens"]
+            seen.add(str(read))
+    assert len(seen) == (3 if name in (TINY_EN, "long") else 5)
+    body = {"model": name, "prompt": TEXTS[0].strip()}
+    tokenized = httpx2.post(f"{engine.url}/tokenize", json=body).json()["tokens"]
+    assert str([tokenized]) in seen
+
+
+def test_a_text_for_an_adapter_of_several_columns_is_a_400(engine: Engine) -> None:
+    with pytest.raises(APIStatusError, match="template: false") as raised:
+        engine.openai.completions.create(model="columns", prompt="A text", max_tokens=5)
+    assert raised.value.status_code == 400
 
 
 def test_a_chat_ends_at_the_adapters_own_mark(engine: Engine, base: Base) -> None:

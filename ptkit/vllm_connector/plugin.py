@@ -23,7 +23,7 @@ from vllm.logger import init_logger
 
 from ptkit.errors import PtkitError, UserError
 from ptkit.playground import HEADERS, page
-from ptkit.vllm_connector.chats import ChatPrompts
+from ptkit.vllm_connector.chats import AdapterPrompts
 from ptkit.vllm_connector.files import ABOUT, TENSORS
 from ptkit.vllm_connector.library import (
     SPOOL,
@@ -171,7 +171,7 @@ class ServedAdapters:
         self.library = library
         self._listed, self._taken = models.lora_requests, taken
         self._requests = PrefixRequests(engine_client, library, models.lora_requests)
-        ChatPrompts(renderer, self._requests)
+        AdapterPrompts(renderer, self._requests)
         tell_known_names(models, VLLMNotFoundError)
 
     def cards(self, search: str, offset: int, limit: int) -> dict[str, Any]:

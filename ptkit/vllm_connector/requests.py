@@ -34,8 +34,8 @@ from ptkit.vllm_connector.library import PrefixLibrary, PrefixVersion, UnknownAd
 
 #: In a request's `kv_transfer_params`: what the connector loads.
 KEY = "ptkit"
-#: In a prompt made of messages: the version of the adapter whose template they were put into.
-VERSION = "ptkit_version"
+#: In a prompt that was put into an adapter's template: its version, and where an answer ends, too.
+VERSION, ENDS = "ptkit_version", "ptkit_ends"
 #: Far from the numbers that vLLM counts LoRA adapters with.
 _FIRST_ID = 1_000_000_000
 
@@ -97,11 +97,10 @@ class PrefixRequests:
             return self._generate(
                 prompt, sampling_params, request_id, lora_request=lora_request, **others
             )
-        chat = prompt.get(VERSION) if isinstance(prompt, dict) else None
-        version = chat or self.version(lora_request.lora_name)
+        carried = prompt if isinstance(prompt, dict) else {}
+        version = carried.get(VERSION) or self.version(lora_request.lora_name)
         _require_plain(prompt, sampling_params, version.name)
-        if chat is not None:
-            sampling_params = _ending(sampling_params, version.chat.ends)
+        sampling_params = _ending(sampling_params, carried.get(ENDS, ()))
         prompt, sampling_params = self._with_prefix(prompt, sampling_params, version)
         return self._answers(version, prompt, sampling_params, request_id, others)
 
@@ -172,7 +171,7 @@ class PrefixRequests:
         salt = hmac.new(self._secret, salted.encode(), hashlib.sha256)
         # The penalty for repetition looks at the prompt too: there, a token that it holds anyway.
         placeholder = ids[0] if params.repetition_penalty != 1.0 else 0
-        without = ("prompt_token_offsets", VERSION)
+        without = ("prompt_token_offsets", VERSION, ENDS)
         told = {key: value for key, value in prompt.items() if key not in without}
         told |= {
             "prompt_token_ids": [placeholder] * virtual + list(ids),
