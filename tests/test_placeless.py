@@ -41,6 +41,7 @@ from ptkit.runtime.scoring import continuation_scores
 from ptkit.serve.answer import Answer, RequestAdapter, Update
 from ptkit.serve.answers import CompletionStream, RequestLimits
 from ptkit.serve.engine import Engine
+from ptkit.serve.library import Library
 from ptkit.serve.protocol import CompletionRequest
 from ptkit.serve.sampling import Sampling
 from ptkit.training.provenance import base_info
@@ -160,11 +161,7 @@ def test_a_served_request_has_the_room_of_the_whole_table() -> None:
 
     def asked(name: str) -> Answer:
         """An answer to all but ten positions, as long as there is room for."""
-        library: Any = SimpleNamespace(
-            bank=bank, engine=engine, template=lambda _: None, base_name="gpt2",
-            adapters=lambda name: (RequestAdapter(name, *bank.parts(name)),),
-            chat_template=lambda _: SimpleNamespace(ends=frozenset(), trained=False),
-        )  # fmt: skip
+        library = Library(engine, None, base_name="gpt2")
         request = CompletionRequest(model=name, prompt=" ".join(["w5"] * (most - 10)))
         limits = RequestLimits(max_tokens=2 * most)
         return CompletionStream(library, limits, request, loop).answers[0]

@@ -17,6 +17,11 @@ from ptkit.vllm_connector.files import ChatRecord
 from ptkit.vllm_connector.library import PrefixVersion
 from ptkit.vllm_connector.requests import ENDS, VERSION, PrefixRequests
 
+#: What makes a request one that samples: parameters with values that do not.
+_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "n": (None, 1), "seed": (None,), "top_p": (None, 1), "top_k": (None, 0, -1), "min_p": (None, 0),
+    "use_beam_search": (None, False),
+}  # fmt: skip
 #: Roles of a message that stands for the system prompt.
 _SYSTEM = ("system", "developer")
 
@@ -37,6 +42,7 @@ class AdapterPrompts:
         if not self._requests.serves(getattr(request, "model", None)):
             found: tuple[Any, list[Any]] = await self._chat(request, messages, *args, **settings)
             return found
+        _greedily(request)
         version = self._requests.version(request.model)
         chat = version.chat
         if chat.question is not None and not _as_it_is(request) and _is_question(messages):
@@ -60,7 +66,10 @@ class AdapterPrompts:
         texts = [prompt_input] if isinstance(prompt_input, str) else prompt_input
         plain = prompt_embeds is not None or getattr(request, "suffix", None) is not None
         plain = plain or not texts or not all(isinstance(text, str) for text in texts)
-        if plain or _as_it_is(request) or not self._requests.serves(request.model):
+        if not self._requests.serves(request.model):
+            return await self._as_vllm(request, prompt_input, prompt_embeds, settings)
+        _greedily(request)
+        if plain or _as_it_is(request):
             return await self._as_vllm(request, prompt_input, prompt_embeds, settings)
         version = self._requests.version(request.model)
         chat = version.chat
@@ -101,6 +110,13 @@ class AdapterPrompts:
                 self._renderer.validate_token_ids(ids, parameter="model")
                 one["prompt_token_ids"] = ids
                 one[VERSION], one[ENDS] = version, ends
+
+
+def _greedily(request: Any) -> None:
+    """Let a request that says nothing of sampling be answered greedily, as `ptkit serve` does."""
+    samples = any(getattr(request, name, None) not in usual for name, usual in _SAMPLING.items())
+    if not samples and getattr(request, "temperature", 0) is None:
+        request.temperature = 0.0
 
 
 def _as_it_is(request: Any) -> bool:
