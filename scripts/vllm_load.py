@@ -11,7 +11,6 @@ own greedy one. It prints a JSON object; `failures` lists what did not hold.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -30,18 +29,17 @@ from typing import Any
 import httpx2
 import numpy as np
 import torch
+from vllm_traffic import parser_of, run
 
 from ptkit.bank import AdapterBank
 from ptkit.bench.bases import random_prompts
-from ptkit.formats import atomic
 from ptkit.formats.adapter_files import write_adapter
+from ptkit.hub.engine_agreement import first_difference
 from ptkit.hub.engine_runs.vllm import running
 from ptkit.hub.engines.vllm import ADAPTERS as COMPILED
 from ptkit.hub.vllm_server import VLLMServer, require_vllm
 from ptkit.methods import ADAPTERS, Demonstrations
-from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.base_model import Base, load_base
-from ptkit.runtime.forward import all_logits
 from ptkit.runtime.generation import end_ids
 from ptkit.serve.engines import free_port
 from ptkit.vllm_connector.files import TENSORS
@@ -370,45 +368,26 @@ def report(
 def gap(base: Base, bank: AdapterBank, work: Work, number: int, told: list[int] | str) -> float:
     """Between ptkit's two likeliest logits where the answer `told` first differs; of the nearest
     version of the adapter. Of a text it is the smallest in the answer."""
-    name = work.names[number]
-    gaps = []
+    name, prompt = work.names[number], work.prompts[number]
     versions = _VERSIONS if name == _MOVING else (name,)
-    for version, right in zip(versions, work.right[number], strict=True):
-        same = [_shared(right, told)] if isinstance(told, list) else [*range(len(right))]
-        for length in same:
-            ids = torch.tensor([work.prompts[number] + right[:length]])
-            batch = PrefixBatch.shared(bank.prefix(version), 1)
-            best = all_logits(base.model, ids, torch.ones_like(ids), batch)[0, -1].topk(2).values
-            gaps.append(float(best[0] - best[1]))
-    return min(gaps)
-
-
-def _shared(first: list[int], second: list[int]) -> int:
-    """The length of the beginning that both have."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+    return min(
+        first_difference(base, bank.prefix(version), number, prompt, right, other).gap
+        for version, right in zip(versions, work.right[number], strict=True)
+        for other in (
+            [told] if isinstance(told, list) else [right[:n] for n in range(len(right))]
+        )
+    )  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engine-python", type=Path, default=Path(sys.executable))
-    parser.add_argument("--model", default="tiny-en")
-    parser.add_argument("--adapters", type=int, default=32)
+    parser = parser_of(str(__doc__), adapters=32, rounds=6)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32, help="sequences at a time, of each server")
     parser.add_argument("--seconds", type=float, default=180, help="of load on each server")
-    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--prompts", type=int, default=16, help="for each adapter")
     parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--out", type=Path, help="a file for the result")
-    parser.add_argument("options", nargs="*", help="vLLM's own, after --")
     return parser
 
 
 if __name__ == "__main__":
-    arguments = _parser().parse_args()
-    result = measure(arguments)
-    print(json.dumps(result, indent=1))
-    if arguments.out is not None:
-        atomic.write_json(arguments.out, result)
-    sys.exit(1 if result["failures"] else 0)
+    sys.exit(run(measure, _parser().parse_args()))

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -223,28 +223,38 @@ def report(
     }  # fmt: skip
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parser_of(about: str, adapters: int, rounds: int) -> argparse.ArgumentParser:
+    """The options of a measurement on vLLM's server, with these defaults."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--engine-python", type=Path, default=Path(sys.executable))
     parser.add_argument("--model", default="tiny-en")
-    parser.add_argument("--adapters", type=int, default=10_000)
-    parser.add_argument("--budget", type=int, default=500, help="adapters that memory holds")
-    parser.add_argument("--virtual-tokens", type=int, default=10)
-    parser.add_argument("--requests", type=int, default=6000)
-    parser.add_argument("--at-once", type=int, default=16)
-    parser.add_argument("--zipf", type=float, default=1.0, help="exponent of the frequencies")
-    parser.add_argument("--rounds", type=int, default=100, help="of times to first tokens")
-    parser.add_argument("--prompt-tokens", type=int, default=64, help="of those requests")
-    parser.add_argument("--folder", type=Path, help="where adapters and spool lie for the time")
+    parser.add_argument("--adapters", type=int, default=adapters)
+    parser.add_argument("--rounds", type=int, default=rounds, help="of what is timed in turn")
     parser.add_argument("--out", type=Path, help="a file for the result")
     parser.add_argument("options", nargs="*", help="vLLM's own, after --")
     return parser
 
 
-if __name__ == "__main__":
-    arguments = _parser().parse_args()
-    result = measure(arguments)
+def run(measured: Callable[[argparse.Namespace], dict[str, Any]], given: argparse.Namespace) -> int:
+    """Print what `measured` finds, and write it to `--out`; the exit code, 1 with `failures`."""
+    result = measured(given)
     print(json.dumps(result, indent=1))
-    if arguments.out is not None:
-        atomic.write_json(arguments.out, result)
-    sys.exit(1 if result["failures"] else 0)
+    if given.out is not None:
+        atomic.write_json(given.out, result)
+    return 1 if result["failures"] else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = parser_of(str(__doc__), adapters=10_000, rounds=100)
+    parser.add_argument("--budget", type=int, default=500, help="adapters that memory holds")
+    parser.add_argument("--virtual-tokens", type=int, default=10)
+    parser.add_argument("--requests", type=int, default=6000)
+    parser.add_argument("--at-once", type=int, default=16)
+    parser.add_argument("--zipf", type=float, default=1.0, help="exponent of the frequencies")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="of those requests")
+    parser.add_argument("--folder", type=Path, help="where adapters and spool lie for the time")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run(measure, _parser().parse_args()))

@@ -21,6 +21,7 @@ from ptkit.data.splits import drawn
 from ptkit.data.summary import data_lines
 from ptkit.data.templates import Template, filled
 from ptkit.errors import DataError, UserError
+from ptkit.formats.places import ROW_FILES
 from ptkit.recipe.tasks import ClassificationTask, GenerationTask
 from ptkit.recipe.yaml_source import parse_yaml
 
@@ -470,3 +471,7 @@ def test_an_input_file_of_another_encoding_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(UserError, match="is not UTF-8 text"):
         input_lines(None, tmp_path / "in.txt")
+
+
+def test_the_endings_that_messages_name_are_those_that_are_read() -> None:
+    assert (*READERS,) == ROW_FILES

@@ -84,7 +84,7 @@ def agreement(
     if ours is None:
         ours = own_answers(source, base, texts, max_new_tokens)
     differences = [
-        _difference(base, prefix, number, prompts[number], *answers)
+        first_difference(base, prefix, number, prompts[number], *answers)
         for number, answers in enumerate(zip(ours, theirs, strict=True))
         if answers[0] != answers[1]
     ]
@@ -145,9 +145,13 @@ def _generated(
     )  # fmt: skip
 
 
-def _difference(
+def first_difference(
     base: Base, prefix: KVPrefix, number: int, prompt: list[int], ours: list[int], theirs: list[int]
 ) -> FirstDifference:
+    """Where two answers, token ids, to the prompt of this number part; one of them may end there.
+
+    prefix: of the adapter that answered; ours: the answer of transformers, or ptkit
+    """
     pairs = zip(ours, theirs, strict=False)
     shorter = min(len(ours), len(theirs))
     place = next((i for i, (one, other) in enumerate(pairs) if one != other), shorter)
