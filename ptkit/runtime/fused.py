@@ -18,6 +18,7 @@ from ptkit.runtime.block_head import block_head_divergences, block_head_losses
 from ptkit.runtime.block_layers import BlockLinear
 from ptkit.runtime.compile import reading
 from ptkit.runtime.facts import NotNow, holds
+from ptkit.runtime.made_again import can_be_made_again
 from ptkit.runtime.views import StandIn, looks_into_views, name_of, viewed
 
 #: Positions whose logits exist at the same time. Fewer would read the head's matrix too often.
@@ -84,7 +85,14 @@ def _with_swiglu(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _swiglu_forward(self: Any, hidden: Tensor) -> Tensor:
-    return self.down_proj(_SwiGLU.apply(self.gate_proj(hidden), self.up_proj(hidden)))
+    gate, up = self.gate_proj(hidden), self.up_proj(hidden)
+    product = _SwiGLU.apply(gate, up)
+    can_be_made_again(product, _swiglu, gate, up)
+    return self.down_proj(product)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return nn.functional.silu(gate).mul_(up)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -93,7 +101,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return nn.functional.silu(gate).mul_(up)
+        return _swiglu(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ They share the cost of running a small batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,12 @@ from torch import Tensor
 from ptkit.data.encoded import EncodedExample, PairExample, StudiedText, TaskExample, passes_of
 from ptkit.data.encoded_rows import Lengths
 from ptkit.errors import UserError
+from ptkit.methods.lora.fused import fused_low_rank
 from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.checkpointing import recomputing
 from ptkit.runtime.forward import collate
 from ptkit.runtime.fused import fused_activations
+from ptkit.runtime.made_again import making_again
 from ptkit.runtime.placement import is_whole
 from ptkit.runtime.precision import fastest_attention, mixed_precision, weights_cast_once
 from ptkit.training.adapter_trainer import AdapterTrainer, Job
@@ -166,9 +168,8 @@ class _Loop:
         memory = PeakMemory(self.accelerator.device)
         if self.settings.gradient_checkpointing:
             give_back_what_is_freed()
-        less = recomputing(self.model) if self.settings.gradient_checkpointing else nullcontext()
         try:
-            with less, self._attention(), fused_activations(self.model), self._weights():
+            with self._less_kept(), self._attention(), self._fused(), self._weights():
                 with self.accelerator.autocast():
                     for trainer in self.trainers:
                         trainer.study()
@@ -187,6 +188,14 @@ class _Loop:
             seed = np.random.SeedSequence((self.trainers[0].job.seed, self.parallel.rank))
             torch.manual_seed(int(seed.generate_state(1)[0]))
 
+    def _less_kept(self) -> AbstractContextManager[None]:
+        """What gives up activations for memory: all that the recipe says, or what costs next to
+        nothing where layers learn. Others keep no inputs, which is the most of it."""
+        if self.settings.gradient_checkpointing:
+            return recomputing(self.model)
+        learning = any(t.adapter.changes_weights for t in self.trainers)
+        return making_again(self.model) if learning and is_whole(self.base.model) else nullcontext()
+
     def _attention(self) -> AbstractContextManager[None]:
         """The attention that trains fastest, where the recipe leaves the choice."""
         if not self.base.free_attention:
@@ -194,6 +203,11 @@ class _Loop:
         parts = (rows for t in self.trainers for rows in (t.job.train, t.job.validation))
         longest = max(int(Lengths.of(rows).passes.max()) for rows in parts)
         return fastest_attention(self.model, self.accelerator.mixed_precision, longest)
+
+    @contextmanager
+    def _fused(self) -> Iterator[None]:
+        with fused_activations(self.model), fused_low_rank(self.model):
+            yield
 
     def _weights(self) -> AbstractContextManager[None]:
         """The base's weights in autocast's precision. Where activations are given up for memory,
