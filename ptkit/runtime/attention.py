@@ -26,6 +26,7 @@ from ptkit.errors import ModelError
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.attention_sites import layer_table, require_attention
 from ptkit.runtime.facts import known
+from ptkit.runtime.grouped_queries import grouped, reads_grouped
 from ptkit.runtime.line_attention import GroupedAttention, RowAttention
 from ptkit.runtime.parted_attention import LEAST_TOKENS, hides_padding, is_plain, prefixed_causal
 
@@ -253,6 +254,8 @@ def _prefix_sdpa(
         key, value, attention_mask = placed.before(
             module, query.shape[2], key, value, attention_mask, kw
         )
+    if attention_mask is not None and reads_grouped(query, key, value, kw):
+        return grouped(query, key, value, attention_mask, kw.get("scaling")), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kw)
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 #: What `scaled_dot_product_attention` runs on a CPU; it returns the sums that are merged, too.
+#: Several heads may read the same keys and values (torch 2.9 on).
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 #: Rows with fewer tokens are read with a mask, which is as fast there and small.
 LEAST_TOKENS = 512
 #: Arguments of an attention function that change what it computes, beside its scale.
@@ -56,11 +57,7 @@ def prefixed_causal(
 
     keys, values: `[rows, kv_heads, tokens, dim]`; prefix: the same of the virtual tokens
     """
-    times = query.shape[1] // keys.shape[1]
-    read = [keys, values, *prefix]
-    if times > 1:
-        read = [tensor.repeat_interleave(times, dim=1) for tensor in read]
-    output: Tensor = _PrefixedCausal.apply(query, *read, scale)
+    output: Tensor = _PrefixedCausal.apply(query, keys, values, *prefix, scale)
     return output.transpose(1, 2)
 
 
@@ -82,7 +79,7 @@ class _PrefixedCausal(torch.autograd.Function):
         query, keys, values, prefix_keys, prefix_values, output, sums = ctx.saved_tensors
         gradients: list[Tensor] = []
         for k, v, causal in ((keys, values, True), (prefix_keys, prefix_values, False)):
-            gradients += _flash_backward(
+            gradients += flash_backward(
                 grad, query, k, v, output, sums, 0.0, causal, scale=ctx.scale
             )
         of_query, of_keys, of_values, again, of_prefix_keys, of_prefix_values = gradients

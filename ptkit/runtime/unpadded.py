@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ptkit.errors import ModelError, PtkitError
 from ptkit.runtime.architecture import is_encoder
@@ -24,8 +23,9 @@ from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.compile import reading
 from ptkit.runtime.facts import NotNow, holds
 from ptkit.runtime.line_attention import RowAttention
-from ptkit.runtime.parted_attention import LEAST_TOKENS
+from ptkit.runtime.parted_attention import LEAST_TOKENS, is_plain
 from ptkit.runtime.row_adapters import row_adapters
+from ptkit.runtime.row_attention import attended_by_row
 
 #: Where more of the rectangle than this is real, its padding costs less than moving tokens.
 MOST_FILLED = 0.9
@@ -84,6 +84,7 @@ class _Rows(RowAttention):
     def __init__(self, placed: Placed | None, kept: Tensor, mask: Tensor) -> None:
         self.placed, self.kept, self.shape = placed, kept, mask.shape
         self.lengths: list[int] = mask.sum(-1).tolist()
+        self._last: tuple[Tensor, list[Tensor]] | None = None
 
     def attended(
         self,
@@ -96,7 +97,7 @@ class _Rows(RowAttention):
         if mask is not None:
             raise PtkitError(f"{type(module).__name__} was given a mask for rows without padding")
         short = tensors[0].device.type == "cpu" and self.shape[1] < LEAST_TOKENS
-        if short and _is_simple(self.placed, options):
+        if short and self._is_simple(module, tensors, options):
             return self._row_by_row(module, tensors, options)
         rows = (self._rectangle(tensor) for tensor in tensors)
         placed = {} if self.placed is None else {KEYWORD: self.placed}
@@ -106,28 +107,39 @@ class _Rows(RowAttention):
     def _row_by_row(
         self, module: Any, tensors: tuple[Tensor, Tensor, Tensor], options: dict[str, Any]
     ) -> Tensor:
-        queries, *read = (tensor.split(self.lengths, dim=2) for tensor in tensors)
-        masks: list[Tensor | None] = [None] * len(self.lengths)
+        query, key, value = tensors
+        fronts, masks = None, None
         if self.placed is not None:
-            key, value = tensors[1:]
-            prefix, mask = self.placed.of_rows(module, self.shape[1], options)
+            before, mask = self.placed.of_rows(module, self.shape[1], options)
+            fronts = before[0].to(key.dtype), before[1].to(value.dtype)
+            masks = self._masks_of(mask, query.dtype)
+        scale = options.get("scaling")
+        return attended_by_row(query, key, value, self.lengths, fronts, masks, scale)
+
+    def _masks_of(self, mask: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Each row's own part of `mask`, `[rows, 1, tokens, virtual tokens + tokens]`, as it is
+        added to its scores. Layers share a mask, so the last one is remembered."""
+        if self._last is None or self._last[0] is not mask:
             front = mask.shape[-1] - self.shape[1]
-            masks = [
+            rows = [
                 own[..., :length, : front + length]
                 for own, length in zip(mask.split(1), self.lengths, strict=True)
             ]
-            read = [
-                [
-                    torch.cat(parts, dim=2)
-                    for parts in zip(before.to(t.dtype).split(1), own, strict=True)
-                ]
-                for before, own, t in zip(prefix, read, (key, value), strict=True)
-            ]
-        outputs = [
-            sdpa_attention_forward(module, query, key, value, mask, **options)[0]
-            for query, key, value, mask in zip(queries, *read, masks, strict=True)
-        ]
-        return torch.cat(outputs, dim=1)
+            self._last = mask, [_added(row, dtype) for row in rows]
+        return self._last[1]
+
+    def _is_simple(
+        self, module: Any, tensors: tuple[Tensor, Tensor, Tensor], options: dict[str, Any]
+    ) -> bool:
+        """Whether rows can attend by themselves: plainly, and nothing of the whole batch is
+        noted."""
+        causal = options.get("is_causal")
+        return (
+            is_plain(options)
+            and (getattr(module, "is_causal", True) if causal is None else causal)
+            and tensors[1].shape[-1] == tensors[2].shape[-1]
+            and (self.placed is None or self.placed.noted is None)
+        )
 
     def _rectangle(self, line: Tensor) -> Tensor:
         """`line` `[1, heads, real tokens, dim]` as `[rows, heads, tokens, dim]`."""
@@ -138,9 +150,11 @@ class _Rows(RowAttention):
         return filled.view(rows, tokens, heads, dim).transpose(1, 2)
 
 
-def _is_simple(placed: Placed | None, options: dict[str, Any]) -> bool:
-    """Whether rows can attend by themselves: nothing of the whole batch is noted or added."""
-    return options.get("position_bias") is None and (placed is None or placed.noted is None)
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """`mask` as it is added to scores of `dtype`."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype).contiguous()
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
 @torch.no_grad()
