@@ -195,3 +195,28 @@ def test_the_last_block_is_found_in_training_whenever_it_was_asked_for() -> None
     with fused_activations(base.model):
         assert last_block(base.model) is block
         assert name_of(base.model, block).endswith("mlp")
+
+
+def test_of_long_rows_nothing_as_wide_as_the_layer_is_kept() -> None:
+    base = random_base("llama")
+    wide = base.model.config.intermediate_size
+    assert wide != base.model.config.vocab_size
+    ids = torch.tensor(rows_of([9]))
+    found = []
+    for long_rows in (False, True):
+        widths: list[int] = []
+
+        def note(kept: torch.Tensor, widths: list[int] = widths) -> torch.Tensor:
+            if not isinstance(kept, nn.Parameter):  # weights are there anyway
+                widths.append(kept.shape[-1] if kept.ndim else 0)
+            return kept.detach()
+
+        embedded = base.model.get_input_embeddings()(ids).requires_grad_()
+        with fused_activations(base.model, long_rows=long_rows):
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
+                logits = base.model(inputs_embeds=embedded, use_cache=False).logits
+            logits.square().sum().backward()
+        assert (wide in widths) != long_rows
+        found.append((logits.detach(), embedded.grad))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

@@ -23,7 +23,8 @@ from ptkit.methods import (
 )
 from ptkit.methods.catalogue import method_section
 from ptkit.recipe.schema import TrainSection
-from ptkit.training import adapter_trainer
+from ptkit.runtime.fused import fused_activations
+from ptkit.training import adapter_trainer, loop
 from ptkit.training.adapter_trainer import Job, StepReport, _groups
 from ptkit.training.checkpoint import (
     Progress,
@@ -265,6 +266,25 @@ def test_gradient_checkpointing_trains_to_the_same_weights(
         assert found == pytest.approx(wanted, rel=1e-5)
     for key, value in plain.trainable().items():
         torch.testing.assert_close(value, checkpointed.trainable()[key], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["prefix_tuning", "lora", "full"])
+def test_long_rows_train_to_the_same_weights(name: str, tmp_path: Path, monkeypatch) -> None:
+    plain, expected = train(name, tmp_path / "plain")
+    monkeypatch.setattr(loop, "LONG_ROWS", 8)
+    asked: list[bool] = []
+
+    def noted(model, *, long_rows: bool):
+        asked.append(long_rows)
+        return fused_activations(model, long_rows=long_rows)
+
+    monkeypatch.setattr(loop, "fused_activations", noted)
+    monkeypatch.setattr(loop, "give_back_what_is_freed", lambda: asked.append(True))
+    long, progress = train(name, tmp_path / "long")
+    assert asked == [True, True]
+    assert progress.curve == expected.curve
+    for key, value in plain.trainable().items():
+        assert torch.equal(value, long.trainable()[key])
 
 
 @pytest.mark.filterwarnings("ignore:.*without bfloat16 instructions")

@@ -5,12 +5,13 @@ What is saved is memory traffic: the products of matrices stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation, SiLUActivation
 
@@ -26,13 +27,16 @@ CHUNK = 128
 
 
 @contextmanager
-def fused_activations(model: PreTrainedModel) -> Iterator[None]:
+def fused_activations(model: PreTrainedModel, *, long_rows: bool = False) -> Iterator[None]:
     """Within this context activations keep their inputs for the backward pass and nothing else.
 
     The tanh form of GELU (Hendrycks & Gimpel 2016, section 2) is one operation. transformers'
     `NewGELUActivation` (GPT-2, GPT-J, Phi) takes eight, and keeps five tensors as wide as the
     layer; results differ by rounding. SwiGLU (Shazeer 2020, section 2; Llama, Mistral, Qwen) keeps
     two such tensors in place of three, to the same bits. Outside of the context nothing is changed.
+
+    long_rows: keep none of the two, and compute them again in the backward pass. They are half of
+        what a frozen layer keeps, and behind the attention of long rows their products take little.
     """
     held = [
         (module, name, child)
@@ -48,7 +52,7 @@ def fused_activations(model: PreTrainedModel) -> Iterator[None]:
     swiglu = {kind: _is_swiglu(module) for module, kind in reversed(gated)}
     gated = [(module, kind) for module, kind in gated if swiglu[kind]]
     for module, kind in gated:
-        module.__class__ = _with_swiglu(kind)
+        module.__class__ = _with_forward(kind, _swiglu_again if long_rows else _swiglu_forward)
     try:
         yield
     finally:
@@ -79,9 +83,9 @@ def _is_swiglu(module: nn.Module) -> bool:
     return torch.equal(module(hidden), _swiglu_forward(module, hidden))
 
 
-def _with_swiglu(kind: type[nn.Module]) -> type[nn.Module]:
+def _with_forward(kind: type[nn.Module], forward: Callable[..., Tensor]) -> type[nn.Module]:
     """The class `kind` with another forward."""
-    return type(kind.__name__, (kind,), {"forward": _swiglu_forward})
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 def _swiglu_forward(self: Any, hidden: Tensor) -> Tensor:
@@ -89,6 +93,13 @@ def _swiglu_forward(self: Any, hidden: Tensor) -> Tensor:
     product = _SwiGLU.apply(gate, up)
     can_be_made_again(product, _swiglu, gate, up)
     return self.down_proj(product)
+
+
+def _swiglu_again(self: Any, hidden: Tensor) -> Tensor:
+    if not hidden.requires_grad or not torch.is_grad_enabled():
+        return _swiglu_forward(self, hidden)
+    again: Tensor = checkpoint(_swiglu_forward, self, hidden, use_reentrant=False)
+    return again
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:

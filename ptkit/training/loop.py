@@ -47,6 +47,9 @@ from ptkit.training.processes import PATIENCE, DataParallel, current, require_ow
 #: Settings that belong to the step, so that jobs of one loop must agree on them.
 SHARED_SETTINGS = ("autocast", "gradient_checkpointing", "gradient_accumulation", "report_to")
 
+#: Tokens of a row from which on memory is the limit: what is wide is computed again.
+LONG_ROWS = 2048
+
 
 def fit(jobs: Sequence[Job]) -> list[Progress]:
     """Train the jobs' adapters, all on one base, and leave each with its best parameters by
@@ -166,7 +169,7 @@ class _Loop:
         for trainer in self.trainers:
             trainer.resume()
         memory = PeakMemory(self.accelerator.device)
-        if self.settings.gradient_checkpointing:
+        if self.settings.gradient_checkpointing or self._long_rows():
             give_back_what_is_freed()
         try:
             with self._less_kept(), self._attention(), self._fused(), self._weights():
@@ -200,14 +203,22 @@ class _Loop:
         """The attention that trains fastest, where the recipe leaves the choice."""
         if not self.base.free_attention:
             return nullcontext()
+        return fastest_attention(self.model, self.accelerator.mixed_precision, self._longest())
+
+    def _longest(self) -> int:
+        """Tokens of the longest row that is read."""
         parts = (rows for t in self.trainers for rows in (t.job.train, t.job.validation))
-        longest = max(int(Lengths.of(rows).passes.max()) for rows in parts)
-        return fastest_attention(self.model, self.accelerator.mixed_precision, longest)
+        return max(int(Lengths.of(rows).passes.max()) for rows in parts)
 
     @contextmanager
     def _fused(self) -> Iterator[None]:
-        with fused_activations(self.model), fused_low_rank(self.model):
+        long_rows = self._long_rows()
+        with fused_activations(self.model, long_rows=long_rows), fused_low_rank(self.model):
             yield
+
+    def _long_rows(self) -> bool:
+        """Whether memory is the limit, and the recipe does not yet give up all activations."""
+        return self._longest() >= LONG_ROWS and not self.settings.gradient_checkpointing
 
     def _weights(self) -> AbstractContextManager[None]:
         """The base's weights in autocast's precision. Where activations are given up for memory,
