@@ -380,7 +380,8 @@ def gap(base: Base, bank: AdapterBank, work: Work, number: int, told: list[int] 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of(str(__doc__), adapters=32, rounds=6)
+    parser = parser_of(str(__doc__), rounds=6)
+    parser.add_argument("--adapters", type=int, default=32)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32, help="sequences at a time, of each server")
     parser.add_argument("--seconds", type=float, default=180, help="of load on each server")

@@ -223,12 +223,13 @@ def report(
     }  # fmt: skip
 
 
-def parser_of(about: str, adapters: int, rounds: int) -> argparse.ArgumentParser:
-    """The options of a measurement on vLLM's server, with these defaults."""
-    parser = argparse.ArgumentParser(description=about)
+def parser_of(about: str, rounds: int) -> argparse.ArgumentParser:
+    """The options of a measurement on vLLM's server; rounds: the default."""
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--engine-python", type=Path, default=Path(sys.executable))
     parser.add_argument("--model", default="tiny-en")
-    parser.add_argument("--adapters", type=int, default=adapters)
     parser.add_argument("--rounds", type=int, default=rounds, help="of what is timed in turn")
     parser.add_argument("--out", type=Path, help="a file for the result")
     parser.add_argument("options", nargs="*", help="vLLM's own, after --")
@@ -245,7 +246,8 @@ def run(measured: Callable[[argparse.Namespace], dict[str, Any]], given: argpars
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of(str(__doc__), adapters=10_000, rounds=100)
+    parser = parser_of(str(__doc__), rounds=100)
+    parser.add_argument("--adapters", type=int, default=10_000)
     parser.add_argument("--budget", type=int, default=500, help="adapters that memory holds")
     parser.add_argument("--virtual-tokens", type=int, default=10)
     parser.add_argument("--requests", type=int, default=6000)
