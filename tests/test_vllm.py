@@ -30,6 +30,8 @@ import torch
 from openai import APIStatusError, AsyncOpenAI, OpenAI
 from safetensors.torch import load_file, save
 from starlette.testclient import TestClient
+from test_convert import saved_by_peft
+from test_multitask import NAMES, loaded
 from test_peft_parity import make_adapter
 
 from ptkit.bank import AdapterBank
@@ -43,11 +45,19 @@ from ptkit.runtime.model_names import TINY_EN
 from ptkit.serve.answers import CompletionStream, RequestLimits
 from ptkit.serve.build import build_app
 from ptkit.serve.protocol import ChatRequest, CompletionRequest
+from ptkit.training.distill import distill
+from ptkit.training.multitask import multitask
 from ptkit.vllm_connector.files import ABOUT, TENSORS
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = Path(os.environ.get("PTKIT_VLLM", ROOT / ".venv" / "vllm" / "bin" / "python"))
 SHIPPED = ["facts-prefix", "routing-prefix", "facts-prompt", "routing-ptuning"]
+#: Adapters that commands other than `ptkit train`, and PEFT itself, make.
+MADE = ["distilled", "task", "cpt", "cartridge"]
+DOCUMENT = (
+    "Ashmere is a town by the sea. Its only bridge is green, and the baker Orwick lives beside it. "
+    "The boat to the island leaves at nine, but not on Sundays."
+)
 #: A prefix of more than one block.
 LONG = 45
 TEXTS = [
@@ -114,7 +124,21 @@ def sources(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     }
     for name, info in told.items():
         write_adapter(folder / name, replace(files, info=files.info.model_copy(update=info)))
-    return [*(ROOT / "adapters" / name for name in SHIPPED), *(folder / name for name in told)]
+    make_other_kinds(base, folder)
+    shipped = [ROOT / "adapters" / name for name in SHIPPED]
+    return [*shipped, *(folder / name for name in (*told, *MADE))]
+
+
+def make_other_kinds(base: Base, folder: Path) -> None:
+    """Write `MADE` into `folder`: by `ptkit distill`, `ptkit multitask`, and by PEFT."""
+    given = {"tokens": 9, "texts": 16, "text_tokens": 12, "steps": 8, "batch_size": 4}
+    distilled = distill(DOCUMENT, out=folder / "runs" / "distill", base=base, **given).adapter
+    tasks = multitask(loaded(), folder / "runs" / "multitask", base=base)
+    shutil.copytree(distilled, folder / "distilled")
+    shutil.copytree(tasks.adapter(NAMES[1]), folder / "task")
+    for name in ("cpt", "cartridge"):
+        # A model of its own: PEFT wraps what it is given.
+        saved_by_peft(name, load_base(TINY_EN, device="cpu").model, folder / name, std=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +252,18 @@ def test_adapters_and_the_base_in_one_batch_answer_as_ptkit_does(
             assert answer.model == name
         after = metric(engine, "vllm:num_preemptions_total")
     assert after > before  # 24 requests do not fit into 32 blocks
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_other_commands_and_peft_made_answers_as_in_ptkit(
+    name: str, engine: Engine, bank: AdapterBank
+) -> None:
+    asked = [(name, bank.base.encode([text])[0]) for text in TEXTS]
+    answers = asyncio.run(together(engine, asked))
+    wanted = [expected(bank, name, text) for text in TEXTS]
+    found = [answer.choices[0].token_ids for answer in answers]
+    assert [ids[: len(own)] for ids, own in zip(found, wanted, strict=True)] == wanted
+    assert wanted != [expected(bank, TINY_EN, text) for text in TEXTS]
 
 
 def test_the_api_lists_adapters_beside_the_base(engine: Engine) -> None:
