@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -452,7 +453,7 @@ def test_a_worker_keeps_the_prefixes_that_were_used_last(
 ) -> None:
     """As many as its budget holds, and one in any case; each is what its file holds."""
     one = 2 * 3 * 4 * 5 * 4
-    memory = PrefixMemory(versions, torch.float32, room * one)
+    memory = PrefixMemory(versions, torch.float32, room * one, [0])
     for turn, number in enumerate(asked):
         keys, values = memory[str(number)][0]
         assert torch.equal(keys, torch.full((4, 3, 5), float(number)))
@@ -461,6 +462,23 @@ def test_a_worker_keeps_the_prefixes_that_were_used_last(
         kept = last[: max(1, room)]
         assert [n for n in range(6) if str(n) in memory] == sorted(kept)
         assert memory.nbytes == one * len(kept)
+
+
+def test_a_worker_keeps_the_layers_that_it_has(exported: Path) -> None:
+    """Of a stage of a pipeline, those and no others, under their own numbers."""
+    folder = exported / ADAPTERS / "facts-prefix"
+    record, whole = read_record(folder), load_file(folder / TENSORS)
+    shutil.copyfile(folder / TENSORS, spooled(folder.parent, record.sha256))
+    stages = [[0, 1], [2, 3, 4, 5]]
+    kept = [PrefixMemory(folder.parent, torch.float32, 2**30, layers) for layers in stages]
+    assert record.layers == 6
+    for memory, layers in zip(kept, stages, strict=True):
+        prefix = memory[record.sha256]
+        assert [*prefix] == layers
+        for layer, states in prefix.items():
+            for part, found in zip(("keys", "values"), states, strict=True):
+                assert torch.equal(found, whole[f"{part}.{layer}"].transpose(0, 1))
+    assert sum(memory.nbytes for memory in kept) == record.nbytes
 
 
 @pytest.fixture(scope="module")
