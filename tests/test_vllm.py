@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+from hub_server import HubServer
 from openai import APIStatusError, AsyncOpenAI, OpenAI
 from safetensors.torch import load_file, save
 from starlette.testclient import TestClient
@@ -150,8 +151,16 @@ def bank(base: Base, sources: list[Path]) -> AdapterBank:
 
 
 @pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "models").mkdir()
+    with HubServer(folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def engine(
-    base: Base, sources: list[Path], tmp_path_factory: pytest.TempPathFactory
+    base: Base, sources: list[Path], hub: HubServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
     """`ptkit serve --engine vllm`, with an adapter that no cache can hold among the others."""
     folder = tmp_path_factory.mktemp("vllm")
@@ -162,27 +171,42 @@ def engine(
     started = start(
         folder, "--block-size", "32", "--max-num-batched-tokens", "32", "--num-gpu-blocks-override",
         "32", "--max-model-len", "256", "--enable-prompt-tokens-details", "--enforce-eager",
+        hub=hub.url,
     )  # fmt: skip
-    try:
+    with ended(started):
         yield started
+    assert not [*folder.glob("ptkit-vllm-*")]  # neither what was compiled nor the spool
+
+
+@contextmanager
+def ended(started: Engine) -> Iterator[None]:
+    """At the end of the context, the server ends as it should."""
+    try:
+        yield
     finally:
         started.process.send_signal(signal.SIGTERM)
         try:
             assert started.process.wait(120) == 0
         finally:
             started.process.kill()
-    assert not [*folder.glob("ptkit-vllm-*")]  # neither what was compiled nor the spool
 
 
-def start(folder: Path, *options: str) -> Engine:
-    """The server of `folder / "adapters"`; temporary folders lie in `folder`."""
+def start(folder: Path, *options: str, workers: int = 1, hub: str | None = None) -> Engine:
+    """The server of `folder / "adapters"`; temporary folders lie in `folder`.
+
+    workers: processes of it, each on a CPU of its own; hub: the Hub that it may load from
+    """
+    cpus = sorted(os.sched_getaffinity(0))[:workers]
+    ours = [] if hub is None else ["--allow-hub"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {
-        **os.environ, "TMPDIR": str(folder), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+        **os.environ, "TMPDIR": str(folder), "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "0" if hub else "1", "HF_ENDPOINT": hub or "http://127.0.0.1:1",
+        "HF_HOME": str(folder / "hub-cache"),
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0))),
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cpus)),
     }  # fmt: skip
     log = folder / "log"
     with log.open("wb") as written:
@@ -190,7 +214,7 @@ def start(folder: Path, *options: str) -> Engine:
             [
                 sys.executable, "-m", "ptkit", "serve", "--engine", "vllm",
                 "--adapters", folder / "adapters", "--engine-python", PYTHON,
-                "--port", str(port), "--max-batch", "16", "--", *options,
+                "--port", str(port), "--max-batch", "16", *ours, "--", *options,
             ],
             env=environment, stdout=written, stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -761,6 +785,55 @@ def test_a_version_that_the_workers_lose_fails_one_request_only(
     text = bank.base.tokenizer.decode(expected(bank, "long", TEXTS[0]))
     assert engine.ask("long", TEXTS[0]).choices[0].text == text
     assert engine.alive
+
+
+def test_an_exported_adapter_is_loaded_from_the_hub(
+    engine: Engine, bank: AdapterBank, hub: HubServer
+) -> None:
+    files = {file: (engine.root / "long" / file).read_bytes() for file in (ABOUT, TENSORS)}
+    hub.hub.commit("team/long", "main", files)
+    shutil.copytree(ROOT / "adapters" / "facts-prefix", hub.hub.root / "models/team/peft/main")
+    loaded = engine.post("load_adapter", name="far", hub="team/long")
+    assert loaded.json() == {"name": "far", "change": "loaded"}
+    text = bank.base.tokenizer.decode(expected(bank, "long", TEXTS[1]))
+    assert engine.ask("far", TEXTS[1]).choices[0].text == text
+    for repository, status, why in (
+        ("team/peft", 422, "`ptkit export --as vllm`"),
+        ("team/none", 422, "no such adapter"),
+        ("/etc", 400, "not a repository"),
+    ):
+        refused = engine.post("swap_adapter", name="far", hub=repository)
+        assert refused.status_code == status
+        assert why in refused.json()["error"]["message"]
+    both = engine.post("swap_adapter", name="far", hub="team/long", path="long")
+    assert both.status_code == 400
+    assert engine.ask("far", TEXTS[1]).choices[0].text == text
+    assert engine.post("unload_adapter", name="far").status_code == 200
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_two_pipeline_stages_answer_as_ptkit_does_each_with_its_own_layers(
+    bank: AdapterBank, sources: list[Path], tmp_path: Path
+) -> None:
+    """In the compilation that takes the shortest: in none, vLLM's own base answers nothing so."""
+    for source in sources:
+        shutil.copytree(source, tmp_path / "adapters" / source.name)
+    engine = start(
+        tmp_path, "--pipeline-parallel-size", "2", "--max-model-len", "256",
+        "--block-size", "32", "--compilation-config", '{"mode": 1, "backend": "eager"}', workers=2,
+    )  # fmt: skip
+    with ended(engine):
+        names = [*SHIPPED, *MADE, "long", TINY_EN]
+        asked = [(name, bank.base.encode([text])[0]) for text in TEXTS for name in names]
+        wanted = [expected(bank, name, text) for text in TEXTS for name in names]
+        for _ in range(2):
+            answers = asyncio.run(together(engine, asked))
+            found = [answer.choices[0].token_ids for answer in answers]
+            assert [ids[: len(own)] for ids, own in zip(found, wanted, strict=True)] == wanted
+        cards = httpx2.get(f"{engine.url}/v1/adapters", timeout=300).json()["data"]
+        read = sum(card["bytes"] for card in cards if card["name"] in names)
+        # Of both stages together: each prefix once.
+        assert metric(engine, "ptkit:prefix_kept_bytes") == read
 
 
 def test_verify_counts_the_answers_of_vllm_that_are_ptkits(tmp_path: Path) -> None:
