@@ -512,14 +512,17 @@ def _engine(**changed: Any) -> _Config:
         "kv_load_failure_policy": "fail",
         "kv_connector_extra_config": {"adapters": "x"},
     }  # fmt: skip
-    parallel: dict[str, Any] = {"data_parallel_size": 1}
+    parallel: dict[str, Any] = {"data_parallel_size": 1, "pipeline_parallel_size": 1}
     model = {"use_mla": False, "is_encoder_decoder": False, "is_multimodal_model": False}
     speculative = changed.pop("speculative_config", None)
-    for group in (transfer, parallel, model):
+    cache, compilation, device = {"cache_dtype": "auto"}, {"mode": 0}, {"device_type": "cpu"}
+    for group in (transfer, parallel, model, cache, compilation, device):
         group.update({k: v for k, v in changed.items() if k in group})
     return _Config(
         kv_transfer_config=_Config(**transfer), parallel_config=_Config(**parallel),
         model_config=_Config(**model), speculative_config=speculative,
+        cache_config=_Config(**cache), compilation_config=_Config(**compilation),
+        device_config=_Config(**device),
     )  # fmt: skip
 
 
@@ -532,12 +535,16 @@ def _engine(**changed: Any) -> _Config:
         ({"kv_connector_extra_config": {}}, "must name a folder"),
         ({"speculative_config": object()}, "speculative decoding"),
         ({"data_parallel_size": 2}, "data-parallel"),
+        ({"cache_dtype": "fp8"}, "a cache of `fp8` was not tried"),
+        ({"pipeline_parallel_size": 2}, "--enforce-eager"),
         ({"use_mla": True}, "latent vectors"),
         ({"is_multimodal_model": True}, "images"),
     ],
 )
 def test_engines_that_would_answer_wrongly_do_not_start(changed: dict[str, Any], why: str) -> None:
     require_runs(_engine())
+    require_runs(_engine(pipeline_parallel_size=2, mode=2))
+    require_runs(_engine(pipeline_parallel_size=2, device_type="cuda"))
     with pytest.raises(UserError, match=why):
         require_runs(_engine(**changed))
 
