@@ -14,12 +14,19 @@ import re
 import shutil
 import tempfile
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
 from ruamel.yaml import YAML
 
 
@@ -432,3 +439,23 @@ class HubServer:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+@contextmanager
+def own_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub in `folder`, and this process's client pointed at it with a token that may write."""
+    root = folder / "hub"
+    (root / "models").mkdir(parents=True)
+    with HubServer(root) as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                            server.url + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        # The client waits longer and longer between its attempts.
+        impatient = SimpleNamespace(**{**vars(time), "sleep": lambda _: None})
+        monkeypatch.setattr("huggingface_hub.utils._http.time", impatient)
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        yield server

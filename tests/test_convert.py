@@ -38,13 +38,16 @@ PEFT_CONFIGS = {
 }  # fmt: skip
 
 
-def saved_by_peft(name: str, family: str, path: Path) -> torch.nn.Module:
+def saved_by_peft(
+    name: str, model: torch.nn.Module, path: Path, std: float = 0.6
+) -> torch.nn.Module:
+    """An adapter of random values, made and saved by PEFT around `model`."""
     torch.manual_seed(5)
-    model = get_peft_model(random_model(family), copy.deepcopy(PEFT_CONFIGS[name])).eval()
+    model = get_peft_model(model, copy.deepcopy(PEFT_CONFIGS[name])).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.normal_(std=0.6)
+                parameter.normal_(std=std)
     if name == "cpt":
         model(input_ids=IDS, attention_mask=torch.ones_like(IDS))  # projects what was learnt
     model.save_pretrained(str(path))
@@ -55,7 +58,7 @@ def saved_by_peft(name: str, family: str, path: Path) -> torch.nn.Module:
 def test_cpt_and_cartridge_adapters_of_peft_are_read(
     name: str, family: str, tmp_path: Path
 ) -> None:
-    saved_by_peft(name, family, tmp_path)
+    saved_by_peft(name, random_model(family), tmp_path)
     theirs = PeftModel.from_pretrained(random_model(family), str(tmp_path)).eval()
     with torch.no_grad():
         expected = theirs(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
@@ -66,7 +69,7 @@ def test_cpt_and_cartridge_adapters_of_peft_are_read(
 
 
 def test_one_task_of_a_multitask_prompt(family: str, tmp_path: Path) -> None:
-    saved_by_peft("multitask", family, tmp_path / "all")
+    saved_by_peft("multitask", random_model(family), tmp_path / "all")
     base = random_base(family)
     with pytest.raises(AdapterError, match=r"3 tasks; .*ptkit convert"):
         AdapterBank(base).load(tmp_path / "all")

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 import torch
 from conftest import random_base
-from hub_server import CUT, READER, WRITER, Fault, HubServer, commit_of
-from huggingface_hub import ModelCard, constants
+from hub_server import CUT, READER, WRITER, Fault, HubServer, commit_of, own_hub
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_cli import ptkit as command
 from test_cli import refused as refused_command
@@ -25,7 +22,7 @@ from test_peft_parity import LEARNT, make_adapter
 from ptkit.errors import AdapterError, HubError, UserError
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.formats.adapter_folder import ADAPTER_FILES, CARD, CONFIG, INFO, RECIPE, WEIGHTS
-from ptkit.formats.hub import HubId, is_hub_id
+from ptkit.formats.hub_repository import HubId, is_hub_id
 from ptkit.hub.card import card_text
 from ptkit.hub.search import search
 from ptkit.hub.transfer import pull, push
@@ -41,21 +38,8 @@ SHIPPED = Path(__file__).resolve().parents[1] / "adapters"
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub, and this process's client pointed at it with a token that may write."""
-    root = tmp_path / "hub"
-    (root / "models").mkdir(parents=True)
-    with HubServer(root) as server:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-                            server.url + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
-        # The client waits longer and longer between its attempts.
-        impatient = SimpleNamespace(**{**vars(time), "sleep": lambda _: None})
-        monkeypatch.setattr("huggingface_hub.utils._http.time", impatient)
-        monkeypatch.setenv("HF_TOKEN", WRITER)
+    """A Hub for this process, which works in the test's folder."""
+    with own_hub(tmp_path, monkeypatch) as server:
         monkeypatch.chdir(tmp_path)
         yield server
 

@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,12 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+from hub_server import HubServer
 from openai import APIStatusError, AsyncOpenAI, OpenAI
 from safetensors.torch import load_file, save
 from starlette.testclient import TestClient
+from test_convert import saved_by_peft
+from test_multitask import NAMES, loaded
 from test_peft_parity import make_adapter
 
 from ptkit.bank import AdapterBank
@@ -43,11 +46,19 @@ from ptkit.runtime.model_names import TINY_EN
 from ptkit.serve.answers import CompletionStream, RequestLimits
 from ptkit.serve.build import build_app
 from ptkit.serve.protocol import ChatRequest, CompletionRequest
+from ptkit.training.distill import distill
+from ptkit.training.multitask import multitask
 from ptkit.vllm_connector.files import ABOUT, TENSORS
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = Path(os.environ.get("PTKIT_VLLM", ROOT / ".venv" / "vllm" / "bin" / "python"))
 SHIPPED = ["facts-prefix", "routing-prefix", "facts-prompt", "routing-ptuning"]
+#: Adapters that commands other than `ptkit train`, and PEFT itself, make.
+MADE = ["distilled", "task", "cpt", "cartridge"]
+DOCUMENT = (
+    "Ashmere is a town by the sea. Its only bridge is green, and the baker Orwick lives beside it. "
+    "The boat to the island leaves at nine, but not on Sundays."
+)
 #: A prefix of more than one block.
 LONG = 45
 TEXTS = [
@@ -114,7 +125,21 @@ def sources(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     }
     for name, info in told.items():
         write_adapter(folder / name, replace(files, info=files.info.model_copy(update=info)))
-    return [*(ROOT / "adapters" / name for name in SHIPPED), *(folder / name for name in told)]
+    make_other_kinds(base, folder)
+    shipped = [ROOT / "adapters" / name for name in SHIPPED]
+    return [*shipped, *(folder / name for name in (*told, *MADE))]
+
+
+def make_other_kinds(base: Base, folder: Path) -> None:
+    """Write `MADE` into `folder`: by `ptkit distill`, `ptkit multitask`, and by PEFT."""
+    given = {"tokens": 9, "texts": 16, "text_tokens": 12, "steps": 8, "batch_size": 4}
+    distilled = distill(DOCUMENT, out=folder / "runs" / "distill", base=base, **given).adapter
+    tasks = multitask(loaded(), folder / "runs" / "multitask", base=base)
+    shutil.copytree(distilled, folder / "distilled")
+    shutil.copytree(tasks.adapter(NAMES[1]), folder / "task")
+    for name in ("cpt", "cartridge"):
+        # A model of its own: PEFT wraps what it is given.
+        saved_by_peft(name, load_base(TINY_EN, device="cpu").model, folder / name, std=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +151,16 @@ def bank(base: Base, sources: list[Path]) -> AdapterBank:
 
 
 @pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "models").mkdir()
+    with HubServer(folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def engine(
-    base: Base, sources: list[Path], tmp_path_factory: pytest.TempPathFactory
+    base: Base, sources: list[Path], hub: HubServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
     """`ptkit serve --engine vllm`, with an adapter that no cache can hold among the others."""
     folder = tmp_path_factory.mktemp("vllm")
@@ -138,27 +171,42 @@ def engine(
     started = start(
         folder, "--block-size", "32", "--max-num-batched-tokens", "32", "--num-gpu-blocks-override",
         "32", "--max-model-len", "256", "--enable-prompt-tokens-details", "--enforce-eager",
+        hub=hub.url,
     )  # fmt: skip
-    try:
+    with ended(started):
         yield started
+    assert not [*folder.glob("ptkit-vllm-*")]  # neither what was compiled nor the spool
+
+
+@contextmanager
+def ended(started: Engine) -> Iterator[None]:
+    """At the end of the context, the server ends as it should."""
+    try:
+        yield
     finally:
         started.process.send_signal(signal.SIGTERM)
         try:
             assert started.process.wait(120) == 0
         finally:
             started.process.kill()
-    assert not [*folder.glob("ptkit-vllm-*")]  # neither what was compiled nor the spool
 
 
-def start(folder: Path, *options: str) -> Engine:
-    """The server of `folder / "adapters"`; temporary folders lie in `folder`."""
+def start(folder: Path, *options: str, workers: int = 1, hub: str | None = None) -> Engine:
+    """The server of `folder / "adapters"`; temporary folders lie in `folder`.
+
+    workers: processes of it, each on a CPU of its own; hub: the Hub that it may load from
+    """
+    cpus = sorted(os.sched_getaffinity(0))[:workers]
+    ours = [] if hub is None else ["--allow-hub"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {
-        **os.environ, "TMPDIR": str(folder), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+        **os.environ, "TMPDIR": str(folder), "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "0" if hub else "1", "HF_ENDPOINT": hub or "http://127.0.0.1:1",
+        "HF_HOME": str(folder / "hub-cache"),
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0))),
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cpus)),
     }  # fmt: skip
     log = folder / "log"
     with log.open("wb") as written:
@@ -166,7 +214,7 @@ def start(folder: Path, *options: str) -> Engine:
             [
                 sys.executable, "-m", "ptkit", "serve", "--engine", "vllm",
                 "--adapters", folder / "adapters", "--engine-python", PYTHON,
-                "--port", str(port), "--max-batch", "16", "--", *options,
+                "--port", str(port), "--max-batch", "16", *ours, "--", *options,
             ],
             env=environment, stdout=written, stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -228,6 +276,18 @@ def test_adapters_and_the_base_in_one_batch_answer_as_ptkit_does(
             assert answer.model == name
         after = metric(engine, "vllm:num_preemptions_total")
     assert after > before  # 24 requests do not fit into 32 blocks
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_other_commands_and_peft_made_answers_as_in_ptkit(
+    name: str, engine: Engine, bank: AdapterBank
+) -> None:
+    asked = [(name, bank.base.encode([text])[0]) for text in TEXTS]
+    answers = asyncio.run(together(engine, asked))
+    wanted = [expected(bank, name, text) for text in TEXTS]
+    found = [answer.choices[0].token_ids for answer in answers]
+    assert [ids[: len(own)] for ids, own in zip(found, wanted, strict=True)] == wanted
+    assert wanted != [expected(bank, TINY_EN, text) for text in TEXTS]
 
 
 def test_the_api_lists_adapters_beside_the_base(engine: Engine) -> None:
@@ -725,6 +785,55 @@ def test_a_version_that_the_workers_lose_fails_one_request_only(
     text = bank.base.tokenizer.decode(expected(bank, "long", TEXTS[0]))
     assert engine.ask("long", TEXTS[0]).choices[0].text == text
     assert engine.alive
+
+
+def test_an_exported_adapter_is_loaded_from_the_hub(
+    engine: Engine, bank: AdapterBank, hub: HubServer
+) -> None:
+    files = {file: (engine.root / "long" / file).read_bytes() for file in (ABOUT, TENSORS)}
+    hub.hub.commit("team/long", "main", files)
+    shutil.copytree(ROOT / "adapters" / "facts-prefix", hub.hub.root / "models/team/peft/main")
+    loaded = engine.post("load_adapter", name="far", hub="team/long")
+    assert loaded.json() == {"name": "far", "change": "loaded"}
+    text = bank.base.tokenizer.decode(expected(bank, "long", TEXTS[1]))
+    assert engine.ask("far", TEXTS[1]).choices[0].text == text
+    for repository, status, why in (
+        ("team/peft", 422, "`ptkit export --as vllm`"),
+        ("team/none", 422, "no such adapter"),
+        ("/etc", 400, "not a repository"),
+    ):
+        refused = engine.post("swap_adapter", name="far", hub=repository)
+        assert refused.status_code == status
+        assert why in refused.json()["error"]["message"]
+    both = engine.post("swap_adapter", name="far", hub="team/long", path="long")
+    assert both.status_code == 400
+    assert engine.ask("far", TEXTS[1]).choices[0].text == text
+    assert engine.post("unload_adapter", name="far").status_code == 200
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_two_pipeline_stages_answer_as_ptkit_does_each_with_its_own_layers(
+    bank: AdapterBank, sources: list[Path], tmp_path: Path
+) -> None:
+    """In the compilation that takes the shortest: in none, vLLM's own base answers nothing so."""
+    for source in sources:
+        shutil.copytree(source, tmp_path / "adapters" / source.name)
+    engine = start(
+        tmp_path, "--pipeline-parallel-size", "2", "--max-model-len", "256",
+        "--block-size", "32", "--compilation-config", '{"mode": 1, "backend": "eager"}', workers=2,
+    )  # fmt: skip
+    with ended(engine):
+        names = [*SHIPPED, *MADE, "long", TINY_EN]
+        asked = [(name, bank.base.encode([text])[0]) for text in TEXTS for name in names]
+        wanted = [expected(bank, name, text) for text in TEXTS for name in names]
+        for _ in range(2):
+            answers = asyncio.run(together(engine, asked))
+            found = [answer.choices[0].token_ids for answer in answers]
+            assert [ids[: len(own)] for ids, own in zip(found, wanted, strict=True)] == wanted
+        cards = httpx2.get(f"{engine.url}/v1/adapters", timeout=300).json()["data"]
+        read = sum(card["bytes"] for card in cards if card["name"] in names)
+        # Of both stages together: each prefix once.
+        assert metric(engine, "ptkit:prefix_kept_bytes") == read
 
 
 def test_verify_counts_the_answers_of_vllm_that_are_ptkits(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_base
+from hub_server import Fault, Hub, own_hub
 from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
@@ -30,6 +33,7 @@ from ptkit.formats.adapter_files import write_adapter
 from ptkit.formats.adapter_info import ChatInfo
 from ptkit.hub import vllm_server
 from ptkit.hub.engines.vllm import ADAPTERS, CODE, asked_as, write
+from ptkit.hub.transfer import push
 from ptkit.hub.vllm_server import VLLMServer
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section
@@ -44,7 +48,12 @@ from ptkit.vllm_connector.files import (
     read_record,
     tensors_of,
 )
-from ptkit.vllm_connector.library import FixedError, PrefixLibrary, UnknownAdapterError, spooled
+from ptkit.vllm_connector.library import (
+    NotAllowedError,
+    PrefixLibrary,
+    UnknownAdapterError,
+    spooled,
+)
 from ptkit.vllm_connector.memory import PrefixMemory
 from ptkit.vllm_connector.names import tell_known_names
 from ptkit.vllm_connector.running import RunningBase, require_runs
@@ -415,7 +424,7 @@ def test_a_server_whose_adapters_are_fixed_changes_none(
         lambda: fixed.unload("facts-prefix"),
         lambda: fixed.upload("mine", {}),
     ):
-        with pytest.raises(FixedError, match="are fixed"):
+        with pytest.raises(NotAllowedError, match="are fixed"):
             change()
 
 
@@ -452,7 +461,7 @@ def test_a_worker_keeps_the_prefixes_that_were_used_last(
 ) -> None:
     """As many as its budget holds, and one in any case; each is what its file holds."""
     one = 2 * 3 * 4 * 5 * 4
-    memory = PrefixMemory(versions, torch.float32, room * one)
+    memory = PrefixMemory(versions, torch.float32, room * one, [0])
     for turn, number in enumerate(asked):
         keys, values = memory[str(number)][0]
         assert torch.equal(keys, torch.full((4, 3, 5), float(number)))
@@ -461,6 +470,23 @@ def test_a_worker_keeps_the_prefixes_that_were_used_last(
         kept = last[: max(1, room)]
         assert [n for n in range(6) if str(n) in memory] == sorted(kept)
         assert memory.nbytes == one * len(kept)
+
+
+def test_a_worker_keeps_the_layers_that_it_has(exported: Path) -> None:
+    """Of a stage of a pipeline, those and no others, under their own numbers."""
+    folder = exported / ADAPTERS / "facts-prefix"
+    record, whole = read_record(folder), load_file(folder / TENSORS)
+    shutil.copyfile(folder / TENSORS, spooled(folder.parent, record.sha256))
+    stages = [[0, 1], [2, 3, 4, 5]]
+    kept = [PrefixMemory(folder.parent, torch.float32, 2**30, layers) for layers in stages]
+    assert record.layers == 6
+    for memory, layers in zip(kept, stages, strict=True):
+        prefix = memory[record.sha256]
+        assert [*prefix] == layers
+        for layer, states in prefix.items():
+            for part, found in zip(("keys", "values"), states, strict=True):
+                assert torch.equal(found, whole[f"{part}.{layer}"].transpose(0, 1))
+    assert sum(memory.nbytes for memory in kept) == record.nbytes
 
 
 @pytest.fixture(scope="module")
@@ -486,14 +512,17 @@ def _engine(**changed: Any) -> _Config:
         "kv_load_failure_policy": "fail",
         "kv_connector_extra_config": {"adapters": "x"},
     }  # fmt: skip
-    parallel: dict[str, Any] = {"data_parallel_size": 1}
+    parallel: dict[str, Any] = {"data_parallel_size": 1, "pipeline_parallel_size": 1}
     model = {"use_mla": False, "is_encoder_decoder": False, "is_multimodal_model": False}
     speculative = changed.pop("speculative_config", None)
-    for group in (transfer, parallel, model):
+    cache, compilation, device = {"cache_dtype": "auto"}, {"mode": 0}, {"device_type": "cpu"}
+    for group in (transfer, parallel, model, cache, compilation, device):
         group.update({k: v for k, v in changed.items() if k in group})
     return _Config(
         kv_transfer_config=_Config(**transfer), parallel_config=_Config(**parallel),
         model_config=_Config(**model), speculative_config=speculative,
+        cache_config=_Config(**cache), compilation_config=_Config(**compilation),
+        device_config=_Config(**device),
     )  # fmt: skip
 
 
@@ -506,12 +535,16 @@ def _engine(**changed: Any) -> _Config:
         ({"kv_connector_extra_config": {}}, "must name a folder"),
         ({"speculative_config": object()}, "speculative decoding"),
         ({"data_parallel_size": 2}, "data-parallel"),
+        ({"cache_dtype": "fp8"}, "a cache of `fp8` was not tried"),
+        ({"pipeline_parallel_size": 2}, "--enforce-eager"),
         ({"use_mla": True}, "latent vectors"),
         ({"is_multimodal_model": True}, "images"),
     ],
 )
 def test_engines_that_would_answer_wrongly_do_not_start(changed: dict[str, Any], why: str) -> None:
     require_runs(_engine())
+    require_runs(_engine(pipeline_parallel_size=2, mode=2))
+    require_runs(_engine(pipeline_parallel_size=2, device_type="cuda"))
     with pytest.raises(UserError, match=why):
         require_runs(_engine(**changed))
 
@@ -565,3 +598,98 @@ def test_options_that_do_not_fit_the_engine_are_refused(
     options: list[str], why: str, tmp_path: Path
 ) -> None:
     assert why in refused("serve", *options, cwd=tmp_path)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub for this process."""
+    with own_hub(tmp_path, monkeypatch) as server:
+        yield server.hub
+
+
+@pytest.fixture
+def open_library(library: PrefixLibrary) -> PrefixLibrary:
+    """One that may load from the Hub."""
+    library.allow_hub = True
+    return library
+
+
+def test_an_exported_adapter_is_pushed_and_loaded_from_the_hub(
+    hub: Hub, open_library: PrefixLibrary, exported: Path
+) -> None:
+    library, folder = open_library, exported / ADAPTERS
+    planned = push(folder / "facts-prefix", "team/facts", dry_run=True)
+    assert (hub.requests, planned.url) == ([], None)
+    done = push(folder / "facts-prefix", "team/facts")
+    assert done.files == planned.files
+    assert done.files.keys() == {ABOUT, TENSORS, "README.md"}
+    push(folder / "facts-prompt", "team/facts", revision="other")
+    card = (hub.root / "models" / "team" / "facts" / "main" / "README.md").read_text()
+    assert '{"name": "facts", "hub": "team/facts"}' in card
+    library.load("mine", hub="team/facts", replace=False)
+    assert library.version("mine").digest == library.version("facts-prefix").digest
+    assert not [request for request in hub.requests if request.endswith("README.md")]
+    library.load("mine", hub="team/facts@other", replace=True)
+    assert library.version("mine").digest == library.version("facts-prompt").digest
+    asked = len(hub.requests)
+    assert library.card("mine")["fault"] is None
+    assert len(hub.requests) == asked
+    with pytest.raises(UserError, match="one of `path`"):
+        library.load("mine", "facts-prefix", "team/facts", replace=True)
+
+
+def test_what_the_hub_holds_instead_is_told(
+    hub: Hub, open_library: PrefixLibrary, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, models = open_library, hub.root / "models" / "team"
+    shutil.copytree(ROOT / "adapters" / "facts-prefix", models / "peft" / "main")
+    hub.commit("team/else", "main", {"config.json": b"{}"})
+    push(exported / ADAPTERS / "facts-prefix", "team/facts")
+    shutil.copytree(models / "facts", models / "damaged")
+    _flip(models / "damaged" / "main" / TENSORS)
+    hub.gated.add("team/secret")
+    hub.commit("team/secret", "main", {ABOUT: b"{}"})
+    for repository, why in (
+        ("team/peft", "in PEFT's layout, .*`ptkit export --as vllm`"),
+        ("team/else", "holds no adapter for vLLM"),
+        ("team/damaged", "is damaged"),
+        ("team/nothing", "no such adapter"),
+        ("team/facts@v9", "no revision `v9`"),
+        ("team/secret", "is gated"),
+    ):
+        with pytest.raises(AdapterError, match=why):
+            library.load("mine", hub=repository, replace=False)
+    with pytest.raises(UserError, match="not a repository"):
+        library.load("mine", hub="../etc", replace=False)
+    monkeypatch.setenv("PTKIT_MAX_DOWNLOAD_MB", "0.01")
+    with pytest.raises(AdapterError, match="more than the limit"):
+        library.load("mine", hub="team/facts", replace=False)
+    monkeypatch.delenv("PTKIT_MAX_DOWNLOAD_MB")
+    hub.faults.append(Fault("GET .*resolve.*", 403, times=9))
+    with pytest.raises(UserError, match="token in use"):
+        library.load("mine", hub="team/facts", replace=False)
+    hub.faults.clear()
+    library.allow_hub, asked = False, len(hub.requests)
+    with pytest.raises(NotAllowedError, match="--allow-hub"):
+        library.load("mine", hub="team/facts", replace=False)
+    assert len(hub.requests) == asked
+    assert "mine" not in library.names()
+
+
+def test_only_what_others_can_use_is_pushed(hub: Hub, exported: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(exported / ADAPTERS / "facts-prefix", folder)
+    _about(folder, base={**json.loads((folder / ABOUT).read_text())["base"], "id": str(tmp_path)})
+    with pytest.raises(UserError, match="--base-model USER/NAME"):
+        push(folder, "team/mine")
+    push(folder, "team/mine", base_model="team/base")
+    sent = hub.root / "models" / "team" / "mine" / "main"
+    assert json.loads((sent / ABOUT).read_text())["base"]["id"] == "team/base"
+    assert "base_model: team/base" in (sent / "README.md").read_text()
+    assert str(tmp_path) not in "".join(p.read_text() for p in (sent / ABOUT, sent / "README.md"))
+    read_checked(sent, read_record(sent))
+    _flip(folder / TENSORS)
+    asked = len(hub.requests)
+    with pytest.raises(AdapterError, match="is damaged"):
+        push(folder, "team/mine", base_model="team/base")
+    assert len(hub.requests) == asked

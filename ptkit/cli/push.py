@@ -13,7 +13,7 @@ from ptkit.cli.places import require_adapters
 
 
 def push(
-    adapter: Annotated[Path, typer.Argument(help="Adapter or run folder, adapters/NAME.")],
+    adapter: Annotated[Path, typer.Argument(help="Adapter or run folder, or an export for vLLM.")],
     repository: Annotated[str, typer.Argument(metavar="USER/REPO", help="Made if not there.")],
     private: Annotated[
         Optional[bool],  # noqa: UP045  (typer reads annotations at run time)
@@ -45,10 +45,11 @@ def push(
     The adapter is checked first. Log in once with `hf auth login`; huggingface_hub's settings
     (HF_TOKEN, HF_ENDPOINT, HF_HOME) are honoured.
     """
-    from ptkit.formats.hub import HubId
+    from ptkit.formats.hub_repository import HubId
 
     HubId.read(repository)
-    require_adapters(adapter)
+    if not (adapter / "prefix.safetensors").is_file():  # of an export for vLLM
+        require_adapters(adapter)
 
     from ptkit.hub.transfer import push as run
 

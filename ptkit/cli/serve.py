@@ -31,7 +31,7 @@ _WITHOUT = {
     ServingEngine.ptkit: (*_OF_VLLM, *_OF_LLAMA_CPP),
     ServingEngine.vllm: (
         "max_queue", "max_tokens", "timeout", "budget", "kv_budget", "device", "device_map",
-        "allow_hub", "drain_seconds", *_OF_LLAMA_CPP,
+        "drain_seconds", *_OF_LLAMA_CPP,
     ),
     ServingEngine.llama_cpp: ("model", "max_batch", "kv_budget", "device_map", *_OF_VLLM),
 }  # fmt: skip
@@ -244,6 +244,7 @@ def serve(
         VLLMServer(
             base, adapters, engine_python or Path(sys.executable), host, port, dtype,
             model_name or named(base), max_batch, keys, read_only, options_of(engine_options or ()),
+            {"hub": True} if allow_hub else {},
         ).run(lambda line: typer.secho(line, err=True))  # fmt: skip
         return
     aliases = []

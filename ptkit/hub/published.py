@@ -16,7 +16,7 @@ from ptkit.errors import UserError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.formats.adapter_folder import CARD, CONFIG, INFO, RECIPE
 from ptkit.formats.adapter_info import ADAPTER_INFO, AdapterInfo
-from ptkit.formats.hub import HubId
+from ptkit.formats.hub_repository import HubId
 from ptkit.hub.card import with_base
 from ptkit.methods.base_names import hub_name, is_here
 

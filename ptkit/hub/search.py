@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ptkit.formats.hub import HubId, hub_errors
+from ptkit.formats.hub_repository import HubId, hub_errors
 from ptkit.methods.catalogue import method_sections
 
 

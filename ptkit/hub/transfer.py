@@ -14,10 +14,12 @@ from ptkit.errors import AdapterError, UserError
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import read_adapter
 from ptkit.formats.adapter_folder import ADAPTER_FILES, CARD, INT8_WEIGHTS, read_texts, weights_path
-from ptkit.formats.hub import HubId, fetch_adapter, hub_errors
+from ptkit.formats.hub import fetch_adapter
+from ptkit.formats.hub_repository import HubId, hub_errors
 from ptkit.formats.places import find_adapter
 from ptkit.hub.card import card_text, named
 from ptkit.hub.published import public_base, say_places, with_public_base
+from ptkit.hub.push_exported import exported_contents, is_exported
 from ptkit.hub.verify import Check, check_files
 
 
@@ -52,6 +54,7 @@ def push(
 ) -> Pushed:
     """Upload the adapter in `path` to the Hub repository `user/repo`, made if it is not there.
 
+    path: an adapter or run, or what `ptkit export --as vllm` wrote below `adapters/NAME`
     private: of a repository that is made; default: the account's own
     revision: branch to commit to, made if it is not there; create_pr: propose the commit instead
     dry_run: check everything here, ask the Hub nothing
@@ -65,6 +68,9 @@ def push(
     target = HubId.read(repository)
     if target.revision is not None:
         raise UserError(f"`{repository}`: give the revision with --revision")
+    if is_exported(Path(path)):
+        contents = exported_contents(Path(path), target, base_model)
+        return _pushed(contents, target, private, revision, create_pr, message, dry_run=dry_run)
     folder = find_adapter(Path(path))
     faults = [c.detail for c in check_files(folder, str(path)) if c.passed is False]
     if faults:
@@ -89,28 +95,31 @@ def push(
     changed = {CARD: card}
     if base is not None and base != files.base_id:
         changed = with_public_base(files, {**texts, CARD: card}, base)
-    sizes = {p.name: p.stat().st_size for p in present}
-    sizes |= {name: len(text.encode()) for name, text in changed.items()}
-    if dry_run:
-        return Pushed(target.repository, revision, sizes, None)
-    if changed.keys() == {CARD} and card != texts.get(CARD):
-        atomic.write_text(folder / CARD, card)
-    contents: dict[str, Path | bytes] = {name: folder / name for name in sizes}
+    contents = {path.name: path for path in present}
     contents |= {name: text.encode() for name, text in changed.items()}
-    url = _upload(contents, target, private, revision, create_pr, message)
-    return Pushed(target.repository, revision, sizes, url)
+    if not dry_run and changed.keys() == {CARD} and card != texts.get(CARD):
+        atomic.write_text(folder / CARD, card)
+    return _pushed(contents, target, private, revision, create_pr, message, dry_run=dry_run)
 
 
-def _upload(
+def _pushed(
     contents: Mapping[str, Path | bytes],
     target: HubId,
     private: bool | None,
     revision: str | None,
     create_pr: bool,
     message: str | None,
-) -> str:
+    *,
+    dry_run: bool,
+) -> Pushed:
     from huggingface_hub import CommitOperationAdd, HfApi
 
+    sizes = {
+        name: len(content) if isinstance(content, bytes) else content.stat().st_size
+        for name, content in contents.items()
+    }
+    if dry_run:
+        return Pushed(target.repository, revision, sizes, None)
     api = HfApi()
     with hub_errors(target, writing=True):
         api.create_repo(target.repository, private=private, exist_ok=True)
@@ -123,7 +132,8 @@ def _upload(
             revision=revision,
             create_pr=create_pr,
         )
-    return commit.pr_url or commit.commit_url
+    url = commit.pr_url or commit.commit_url
+    return Pushed(target.repository, revision, sizes, url)
 
 
 def pull(source: str, out: str | Path | None = None, *, force: bool = False) -> Pulled:

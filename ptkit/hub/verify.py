@@ -25,7 +25,8 @@ from ptkit.formats.adapter_folder import (
     weights_path,
 )
 from ptkit.formats.figures import RecordedScore
-from ptkit.formats.hub import HubId, hub_files, is_on_hub
+from ptkit.formats.hub import is_on_hub
+from ptkit.formats.hub_repository import HubId, hub_files
 from ptkit.formats.places import find_adapter
 from ptkit.methods import (
     adapter_from_files,

@@ -26,7 +26,8 @@ from ptkit.formats.adapter_folder import (
     weights_path,
 )
 from ptkit.formats.adapter_info import AdapterInfo
-from ptkit.formats.hub import HubId, fetch_adapter
+from ptkit.formats.hub import fetch_adapter
+from ptkit.formats.hub_repository import HubId
 from ptkit.methods import changes_weights, refused_base
 from ptkit.methods.base_names import is_local_path, same_name
 from ptkit.serve.answer import RequestAdapter

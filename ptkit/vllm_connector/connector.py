@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,12 +72,13 @@ class PtkitConnector(KVConnectorBase_V1):
         self._failed: set[int] = set()
         self._stats = PrefixLoadStats()
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+        self._layers: dict[int, Any] = {}  # of this worker
         self._prefixes = PrefixMemory(
             spool_of(vllm_config.kv_transfer_config),
             vllm_config.model_config.dtype,
             int(extra.get("worker_bytes", _BUDGET)),
+            self._layers.keys(),
         )
-        self._layers: dict[int, Any] = {}
         if role is KVConnectorRole.WORKER:
             # Rows of positions that were loaded, not computed, are left as the memory was found;
             # vLLM then looks up whatever token ids these are.
@@ -186,7 +187,7 @@ class PtkitConnector(KVConnectorBase_V1):
                 slots,
             )
 
-    def _fetched(self, digest: str) -> Sequence[tuple[Tensor, Tensor]]:
+    def _fetched(self, digest: str) -> Mapping[int, tuple[Tensor, Tensor]]:
         """The prefix `digest` from memory, or from the spool, which is counted."""
         counts, memory = self._stats.data, self._prefixes
         counts["loads"] += 1

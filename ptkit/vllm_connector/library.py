@@ -17,6 +17,7 @@ from ptkit.errors import AdapterError, PtkitError, UserError, did_you_mean
 from ptkit.formats import atomic
 from ptkit.formats.fingerprint import file_stamp
 from ptkit.vllm_connector.files import ABOUT, TENSORS, ChatRecord, read_checked, read_record
+from ptkit.vllm_connector.hub import fetch_exported
 from ptkit.vllm_connector.running import RunningBase
 
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
@@ -43,8 +44,8 @@ class UnknownAdapterError(UserError):
     """There is no adapter of this name."""
 
 
-class FixedError(UserError):
-    """This server's adapters do not change."""
+class NotAllowedError(UserError):
+    """The server was started without this."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class PrefixLibrary:
         workers read it there, so files that change or vanish below `root` reach no running request
     budget: bytes that the spool may take, beyond what running requests use
     read_only: no loading, swapping, unloading or uploading
+    allow_hub: exported adapters may also be loaded from the Hub
 
     `reads` counts how often an adapter's files were read, whatever was found.
     """
@@ -91,10 +93,11 @@ class PrefixLibrary:
         *,
         budget: int = SPOOL,
         read_only: bool = False,
+        allow_hub: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.root, self.spool, self.running = root.resolve(), spool, running
-        self.read_only = read_only
+        self.read_only, self.allow_hub = read_only, allow_hub
         self._budget, self._clock = budget, clock
         self.reads = 0
         self._known: dict[str, _Known] = {}
@@ -182,17 +185,21 @@ class PrefixLibrary:
 
     # Changes while the server runs
 
-    def load(self, name: str, path: str, *, replace: bool) -> PrefixVersion:
-        """Serve the folder `path` below the root as `name`, which must be there (`replace`) or not.
+    def load(
+        self, name: str, path: str | None = None, hub: str | None = None, *, replace: bool
+    ) -> PrefixVersion:
+        """Serve an adapter as `name`, which must be there (`replace`) or not.
+
+        path: of a folder below the root; hub: `user/repo[@revision]`, where allowed
 
         Nothing changes where its files are bad.
         """
         self._require_changes()
         self._require_name(name)
-        folder = (self.root / path).resolve()
-        if not folder.is_relative_to(self.root) or folder == self.root:
-            raise UserError("`path` must be a folder below the adapters' folder, relative to it")
+        if (path is None) == (hub is None):
+            raise UserError("expected one of `path` (below the adapters' folder) and `hub`")
         self._require_free(name, replace)
+        folder = self._from_hub(hub) if hub is not None else self._below_root(str(path))
         version, stamp = self._check(name, folder)  # others are answered meanwhile
         with self._lock:
             self._require_free(name, replace)
@@ -228,6 +235,20 @@ class PrefixLibrary:
         return version
 
     # Within
+
+    def _from_hub(self, hub: str) -> Path:
+        if not self.allow_hub:
+            raise NotAllowedError(
+                "this server loads nothing from the Hub (`ptkit serve --allow-hub`, or `hub` of "
+                "the connector's settings, lets it)"
+            )
+        return fetch_exported(hub)
+
+    def _below_root(self, path: str) -> Path:
+        folder = (self.root / path).resolve()
+        if not folder.is_relative_to(self.root) or folder == self.root:
+            raise UserError("`path` must be a folder below the adapters' folder, relative to it")
+        return folder
 
     def _require_free(self, name: str, replace: bool) -> None:
         """Raise UserError where `name` is served, or (`replace`) where it is not."""
@@ -307,7 +328,7 @@ class PrefixLibrary:
 
     def _require_changes(self) -> None:
         if self.read_only:
-            raise FixedError("this server's adapters are fixed (`read_only`)")
+            raise NotAllowedError("this server's adapters are fixed (`read_only`)")
 
     def _require_name(self, name: str) -> None:
         if re.fullmatch(NAME, name) is None:

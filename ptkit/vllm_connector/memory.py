@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from ptkit.vllm_connector.library import spooled
@@ -17,24 +17,32 @@ class PrefixMemory:
     """Prefixes as a worker writes them: layer -> keys and values `[virtual_tokens, kv_heads,
     head_dim]` of all heads, in `dtype`. The least recently used are given up beyond `budget` bytes.
 
+    layers: that the worker has; a stage of a pipeline reads and keeps no others
+
     `nbytes` is what they take. One prefix is kept, however large it is.
     """
 
-    def __init__(self, spool: Path, dtype: torch.dtype, budget: int) -> None:
+    def __init__(
+        self, spool: Path, dtype: torch.dtype, budget: int, layers: Collection[int]
+    ) -> None:
         self._spool, self._dtype, self._budget = spool, dtype, budget
-        self._kept: OrderedDict[str, list[tuple[Tensor, Tensor]]] = OrderedDict()
+        self._layers = layers
+        self._kept: OrderedDict[str, dict[int, tuple[Tensor, Tensor]]] = OrderedDict()
         self.nbytes = 0
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._kept
 
-    def __getitem__(self, digest: str) -> Sequence[tuple[Tensor, Tensor]]:
+    def __getitem__(self, digest: str) -> Mapping[int, tuple[Tensor, Tensor]]:
         if digest not in self._kept:
-            tensors = load_file(spooled(self._spool, digest))
-            self._kept[digest] = [
-                (self._as_rows(tensors[f"keys.{i}"]), self._as_rows(tensors[f"values.{i}"]))
-                for i in range(len(tensors) // 2)
-            ]
+            with safe_open(spooled(self._spool, digest), "pt") as file:
+                self._kept[digest] = {
+                    layer: (
+                        self._as_rows(file.get_tensor(f"keys.{layer}")),
+                        self._as_rows(file.get_tensor(f"values.{layer}")),
+                    )
+                    for layer in self._layers
+                }
             self.nbytes += _nbytes(self._kept[digest])
             while self.nbytes > self._budget and len(self._kept) > 1:
                 self.nbytes -= _nbytes(self._kept.popitem(last=False)[1])
@@ -45,5 +53,5 @@ class PrefixMemory:
         return states.transpose(0, 1).to(self._dtype).contiguous()
 
 
-def _nbytes(prefix: Sequence[tuple[Tensor, Tensor]]) -> int:
-    return sum(keys.nbytes + values.nbytes for keys, values in prefix)
+def _nbytes(prefix: Mapping[int, tuple[Tensor, Tensor]]) -> int:
+    return sum(keys.nbytes + values.nbytes for keys, values in prefix.values())

@@ -27,7 +27,7 @@ from ptkit.vllm_connector.chats import AdapterPrompts
 from ptkit.vllm_connector.files import ABOUT, TENSORS
 from ptkit.vllm_connector.library import (
     SPOOL,
-    FixedError,
+    NotAllowedError,
     PrefixLibrary,
     UnknownAdapterError,
     spool_of,
@@ -93,6 +93,7 @@ class PtkitAdapters:
             running,
             budget=int(extra.get("spool_bytes", SPOOL)),
             read_only=bool(extra.get("read_only")),
+            allow_hub=bool(extra.get("hub")),
         )
         faults = await asyncio.to_thread(library.register_all)
         models = state.openai_serving_models
@@ -125,21 +126,23 @@ class PtkitAdapters:
         return await asyncio.to_thread(self.served.cards, search, offset, limit)
 
     async def _load(self, request: Request) -> dict[str, str]:
-        """Serve one more adapter: `{"name": ..., "path": FOLDER}`."""
-        name, path = await _names(request, "name", "path")
-        await self.served.change("load", name, path)
+        """Serve one more adapter: `{"name": ..., "path": FOLDER}`, or `"hub": "user/repo"`."""
+        told = await _texts(request, ("name", "path"), ("name", "hub"))
+        await self.served.load(**told, replace=False)
+        name = told["name"]
         return {"name": name, "change": "loaded"}
 
     async def _swap(self, request: Request) -> dict[str, str]:
         """Replace an adapter by another under the same name; running answers keep the old."""
-        name, path = await _names(request, "name", "path")
-        await self.served.change("swap", name, path)
+        told = await _texts(request, ("name", "path"), ("name", "hub"))
+        await self.served.load(**told, replace=True)
+        name = told["name"]
         return {"name": name, "change": "swapped"}
 
     async def _unload(self, request: Request) -> dict[str, str]:
         """Serve an adapter no longer: `{"name": ...}`; running answers are finished."""
-        (name,) = await _names(request, "name")
-        await self.served.change("unload", name, "")
+        name = (await _texts(request, ("name",)))["name"]
+        await self.served.unload(name)
         return {"name": name, "change": "unloaded"}
 
     async def _upload(self, name: str, files: list[UploadFile], request: Request) -> dict[str, str]:
@@ -188,15 +191,18 @@ class ServedAdapters:
             "data": data,
         }
 
-    async def change(self, kind: str, name: str, path: str) -> None:
-        """Load, swap or unload `name`."""
-        if kind == "unload":
-            await self._told(lambda: self.library.unload(name))
-            self._requests.strike(name)
-            return
+    async def load(
+        self, name: str, path: str | None = None, hub: str | None = None, *, replace: bool
+    ) -> None:
+        """See `PrefixLibrary.load`."""
         self._require_free(name)
-        await self._told(lambda: self.library.load(name, path, replace=kind == "swap"))
+        await self._told(lambda: self.library.load(name, path, hub, replace=replace))
         self._requests.enter(name)
+
+    async def unload(self, name: str) -> None:
+        """Serve `name` no longer."""
+        await self._told(lambda: self.library.unload(name))
+        self._requests.strike(name)
 
     async def upload(self, name: str, files: dict[str, bytes]) -> bool:
         """Keep and serve `files` as `name`; whether the name is new."""
@@ -214,14 +220,15 @@ class ServedAdapters:
     async def _told(self, work: Any) -> Any:
         try:
             return await asyncio.to_thread(work)
-        except FixedError as error:
+        except NotAllowedError as error:
             raise HTTPException(403, str(error)) from error
         except PtkitError as error:
             raise as_vllm_error(error) from error
 
 
-async def _names(request: Request, *wanted: str) -> list[str]:
-    """The texts of a JSON body that has exactly these keys, or vLLM's with `lora_` before them."""
+async def _texts(request: Request, *forms: tuple[str, ...]) -> dict[str, str]:
+    """The texts of a JSON body that has exactly the keys of one of `forms`, or vLLM's with `lora_`
+    before them."""
     _require_size(request, MAX_BODY)
     body = await request.body()
     try:
@@ -229,10 +236,11 @@ async def _names(request: Request, *wanted: str) -> list[str]:
     except (ValueError, RecursionError) as error:
         raise as_vllm_error(UserError(f"the body is not JSON: {error}")) from None
     told = {k.removeprefix("lora_"): v for k, v in found.items()} if isinstance(found, dict) else {}
-    if set(told) != set(wanted) or not all(isinstance(v, str) and v for v in told.values()):
-        keys = " and ".join(f"`{key}`" for key in wanted)
+    fits = any(told.keys() == {*form} for form in forms)
+    if not fits or not all(isinstance(v, str) and v for v in told.values()):
+        keys = ", or with ".join(" and ".join(f"`{key}`" for key in form) for form in forms)
         raise as_vllm_error(UserError(f"expected an object with {keys}, each a text"))
-    return [told[key] for key in wanted]
+    return told
 
 
 def _require_size(request: Request, most: int) -> None:

@@ -10,6 +10,8 @@ from ptkit.formats.checkpoint import of_files
 from ptkit.formats.fingerprint import Identity, is_same_model
 from ptkit.vllm_connector.files import PrefixRecord
 
+#: vLLM's `CompilationMode.NONE`; these modules are tested without vLLM.
+_NO_COMPILATION = 0
 #: What an engine whose settings are not given must have; the fix for each is in the message.
 CONNECTOR, MODULE = "PtkitConnector", "ptkit.vllm_connector.connector"
 
@@ -104,11 +106,19 @@ def require_runs(vllm_config: Any) -> None:
             '"kv_role": "kv_consumer", "kv_connector_extra_config": {"adapters": "FOLDER"}}\''
         )
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    cache = vllm_config.cache_config.cache_dtype
+    eager = vllm_config.compilation_config.mode == _NO_COMPILATION
     refused = {
         "`kv_role` must be kv_consumer": transfer.kv_role != "kv_consumer",
         "`kv_load_failure_policy` must be fail": transfer.kv_load_failure_policy != "fail",
         "`kv_connector_extra_config` must name a folder, `adapters`": not isinstance(
             transfer.kv_connector_extra_config.get("adapters"), str
+        ),
+        f"a cache of `{cache}` was not tried; no --kv-cache-dtype, or `auto`": cache != "auto",
+        "stages of a pipeline on CPUs end vLLM at the first request with --enforce-eager": (
+            parallel.pipeline_parallel_size > 1
+            and vllm_config.device_config.device_type == "cpu"
+            and eager
         ),
         "speculative decoding was not tried": vllm_config.speculative_config is not None,
         "a context that is split over devices was not tried": max(

@@ -38,8 +38,8 @@ ADAPTERS, CODE = "adapters", "connector"
 #: What `CODE` holds of ptkit: all that the connector imports.
 _MODULES = [
     "__init__.py", "errors.py", "formats/__init__.py", "formats/atomic.py",
-    "formats/checkpoint.py", "formats/exchange.py", "formats/fingerprint.py", "playground",
-    "vllm_connector",
+    "formats/checkpoint.py", "formats/exchange.py", "formats/fingerprint.py",
+    "formats/hub_repository.py", "formats/sizes.py", "playground", "vllm_connector",
 ]  # fmt: skip
 _DTYPES = ("float32", "bfloat16", "float16")
 #: Stands for the question where a template is taken apart; no template holds it.
