@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -35,6 +36,14 @@ FETCHED = Path(os.environ.setdefault("PTKIT_TEST_FETCHED", str(cache_home() / "m
 # Nothing a test encodes is left in, or taken from, the user's own cache.
 os.environ["PTKIT_CACHE"] = tempfile.mkdtemp(prefix="ptkit-cache-")
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
+
+
+def _written(file: Any) -> None:
+    """`os.fsync` without the wait for the disk: no test cuts the power."""
+    os.fstat(file if isinstance(file, int) else file.fileno())
+
+
+os.fsync = _written
 
 VOCABULARY = 97
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -112,6 +121,12 @@ def beginning_tokenizer() -> PreTrainedTokenizerFast:
 def beginning_base(family: str, seed: int = 0) -> Base:
     """`random_base` whose tokenizer puts a begin-of-text token before every text."""
     return frozen_base(random_model(family, seed), beginning_tokenizer(), f"begins-{family}-{seed}")
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries hold for ever is not searched for garbage at each training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=sorted(FAMILIES))

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -164,7 +165,7 @@ def test_of_two_commands_the_second_answers(tmp_path: Path) -> None:
 
     def ptkit(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "ptkit", *words]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return forked.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     refused = ptkit("generate", "w1 w2", "--adapter", "old", "--model", str(base))
     assert refused.returncode == 2
