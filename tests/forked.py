@@ -26,10 +26,13 @@ _PLACES = "PTKIT_TEST_ZYGOTES"
 WITHOUT_PTKIT = "PTKIT_TEST_WITHOUT_PTKIT"
 _READ_AT_LOADING = ("HF_", "TRANSFORMERS_", WITHOUT_PTKIT)
 _SIZE = 4
+_Process = subprocess.Popen
 
 
 def _key(env: Mapping[str, str]) -> str:
-    return json.dumps(sorted((k, v) for k, v in env.items() if k.startswith(_READ_AT_LOADING)))
+    return json.dumps(
+        sorted((k, v) for k, v in env.items() if v and k.startswith(_READ_AT_LOADING))
+    )
 
 
 def _place(env: Mapping[str, str]) -> str:
@@ -39,7 +42,7 @@ def _place(env: Mapping[str, str]) -> str:
     if key not in places:
         folder = tempfile.mkdtemp(prefix="zygote-")
         places[key] = os.path.join(folder, "socket")
-        process = subprocess.Popen(
+        process = _Process(
             [sys.executable, str(Path(__file__).with_name("zygote.py")), places[key]],
             stdin=subprocess.PIPE, cwd=folder,
             env={**env, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -70,7 +73,7 @@ def _forkable(args: Any, executable: Any, options: Mapping[str, Any]) -> bool:
     return args[0] == sys.executable and executable in (None, args[0]) and plain and not options
 
 
-class Popen(subprocess.Popen):
+class Popen(_Process):
     """`subprocess.Popen`; one of this Python is forked from a zygote."""
 
     _told: socket.socket | None = None
