@@ -54,10 +54,10 @@ def logits_of(adapter) -> torch.Tensor:
         return all_logits(adapter.model, IDS, torch.ones_like(IDS), batch)
 
 
-def lora_adapter(base: Base):
+def lora_adapter(base: Base, target_modules: str | list[str] = "all-linear"):
     cls = ADAPTERS["lora"]
     adapter = cls.create(
-        cls.section_class(kind="lora", rank=2, target_modules="all-linear"),
+        cls.section_class(kind="lora", rank=2, target_modules=target_modules),
         base,
         Demonstrations((), 0),
     )
