@@ -37,6 +37,7 @@ FETCHED = Path(os.environ.setdefault("PTKIT_TEST_FETCHED", str(cache_home() / "m
 # Nothing a test encodes is left in, or taken from, the user's own cache.
 os.environ["PTKIT_CACHE"] = tempfile.mkdtemp(prefix="ptkit-cache-")
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in processes that tests start, too
 
 
 def _written(file: Any) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import struct
 import time
 from collections.abc import Callable
@@ -121,10 +120,18 @@ quick = settings(
 def case(sound: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
     """A copy of a sound adapter to damage, in place of the last one."""
 
+    contents: dict[str, dict[str, bytes]] = {}
+
     def copied(kind: str) -> Path:
         path = tmp_path / "case"
-        shutil.rmtree(path, ignore_errors=True)
-        shutil.copytree(sound(kind), path)
+        if kind not in contents:
+            contents[kind] = {file.name: file.read_bytes() for file in sound(kind).iterdir()}
+        path.mkdir(exist_ok=True)
+        for file in path.iterdir():
+            if file.name not in contents[kind]:
+                file.unlink()
+        for name, content in contents[kind].items():
+            (path / name).write_bytes(content)
         return path
 
     return copied
