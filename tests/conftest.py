@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer.main
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -49,6 +51,9 @@ os.fsync = _written
 
 # Half of what a short training takes is measuring its latency, which no test reads closely.
 latency.NEW_TOKENS, latency.SECONDS = 2, 0.0
+
+# Typer makes all commands anew whenever one is run, which takes longer than most of them.
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 VOCABULARY = 97
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
