@@ -73,7 +73,7 @@ def become(asked: dict[str, Any], streams: list[int], own_path: list[str]) -> No
     if asked["words"][0] == "-u":
         del asked["words"][0]
     paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    sys.path[:] = [*paths, *own_path]
+    sys.path[:] = [*map(os.path.abspath, paths), *own_path]
     importlib.invalidate_caches()
     random.seed()
     import numpy
@@ -200,6 +200,8 @@ def serve(path: str) -> None:
     for pid in running:
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
+    os.unlink(path)
+    os.rmdir(os.path.dirname(path))
 
 
 if __name__ == "__main__":
