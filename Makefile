@@ -10,7 +10,8 @@ demo: setup  ## compare all methods on the embedded base model, export two, swap
 
 test: setup-dev  ## lint, types and tests
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest -n 2
+	# A file stays with one worker: what its tests share is made once.
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-engines: setup-dev setup-engines  ## adapters on vLLM, llama.cpp's server (needs SmolLM2), MLX
 	$(BIN)/python -m pytest -n 0 tests/test_vllm.py tests/test_llama_cpp.py tests/test_llama_cpp_serve.py \

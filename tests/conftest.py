@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import shutil
 import tempfile
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer.main
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -24,6 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from ptkit.evaluation import latency
 from ptkit.formats.cache_home import cache_home
 from ptkit.hub.foreign.unpickle import tensors_of
 from ptkit.runtime.base_model import Base, frozen_base
@@ -35,6 +39,21 @@ FETCHED = Path(os.environ.setdefault("PTKIT_TEST_FETCHED", str(cache_home() / "m
 # Nothing a test encodes is left in, or taken from, the user's own cache.
 os.environ["PTKIT_CACHE"] = tempfile.mkdtemp(prefix="ptkit-cache-")
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in processes that tests start, too
+
+
+def _written(file: Any) -> None:
+    """`os.fsync` without the wait for the disk: no test cuts the power."""
+    os.fstat(file if isinstance(file, int) else file.fileno())
+
+
+os.fsync = _written
+
+# Half of what a short training takes is measuring its latency, which no test reads closely.
+latency.NEW_TOKENS, latency.SECONDS = 2, 0.0
+
+# Typer makes all commands anew whenever one is run, which takes longer than most of them.
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 VOCABULARY = 97
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -112,6 +131,12 @@ def beginning_tokenizer() -> PreTrainedTokenizerFast:
 def beginning_base(family: str, seed: int = 0) -> Base:
     """`random_base` whose tokenizer puts a begin-of-text token before every text."""
     return frozen_base(random_model(family, seed), beginning_tokenizer(), f"begins-{family}-{seed}")
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries hold for ever is not searched for garbage at each training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=sorted(FAMILIES))

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+import forked
 import httpx2
 
 
@@ -31,7 +32,7 @@ class Serving:
         self.log = log
         adapters = [] if folder is None else ["--adapters", str(folder)]
         with log.open("w") as output:
-            self.process = subprocess.Popen(
+            self.process = forked.Popen(
                 [sys.executable, "-m", "ptkit", "serve", "--port", str(self.port), *adapters,
                  *options],
                 stdout=output, stderr=subprocess.STDOUT,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import random_base, random_model
@@ -53,10 +54,10 @@ def logits_of(adapter) -> torch.Tensor:
         return all_logits(adapter.model, IDS, torch.ones_like(IDS), batch)
 
 
-def lora_adapter(base: Base):
+def lora_adapter(base: Base, target_modules: str | list[str] = "all-linear"):
     cls = ADAPTERS["lora"]
     adapter = cls.create(
-        cls.section_class(kind="lora", rank=2, target_modules="all-linear"),
+        cls.section_class(kind="lora", rank=2, target_modules=target_modules),
         base,
         Demonstrations((), 0),
     )
@@ -91,12 +92,12 @@ def test_plain_peft_in_another_process_gives_the_same_logits(tmp_path: Path) -> 
         base.model.save_pretrained(tmp_path / "base")
         adapter = lora_adapter(base) if name == "lora" else make_adapter(base, LEARNT[name])
         write_adapter(tmp_path / name, adapter.files())
-        subprocess.run(
+        forked.run(
             [
                 sys.executable, "-c", WITHOUT_PTKIT, str(tmp_path / "base"), str(tmp_path / name),
                 str(tmp_path / "ids.safetensors"), str(tmp_path / "out.safetensors"),
             ],
-            check=True,
+            check=True, env={**os.environ, forked.WITHOUT_PTKIT: "1"},
         )  # fmt: skip
         theirs = load_file(tmp_path / "out.safetensors")["logits"]
         torch.testing.assert_close(theirs, logits_of(adapter), atol=1e-5, rtol=1e-5)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import forked
 import pytest
 
 import ptkit
@@ -48,6 +50,12 @@ MODULES = {
 }
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def rank(module: str) -> int:
     """The layer of a module, the uppermost being 0."""
     parts = module.split(".")[1:]
@@ -61,13 +69,14 @@ def rank(module: str) -> int:
     return max(fitting)[1]
 
 
+@functools.cache
 def imported(tree: ast.Module) -> set[str]:
     """Names that a file imports when it runs, within functions and by `import_module` too; those
     under `if TYPE_CHECKING` do not count."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             return
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             found.update(f"{node.module}.{alias.name}" for alias in node.names)
@@ -85,9 +94,10 @@ def imported(tree: ast.Module) -> set[str]:
     return {name for name in found if name.split(".")[0] == "ptkit"}
 
 
+@functools.cache
 def homes(module: str) -> dict[str, str]:
     """What a package's `__init__` loads when it is asked for: name -> module."""
-    for node in ast.parse(MODULES[module].read_text()).body:
+    for node in parsed(MODULES[module]).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOMES":
             return dict(ast.literal_eval(node.value))
     return {}
@@ -102,6 +112,7 @@ def module_of(name: str) -> str:
     return homes(module).get(own, module)
 
 
+@functools.cache
 def uses(module: str, tree: ast.Module) -> set[str]:
     """The modules that `module` needs loaded, with the packages that those lie in."""
     needed = {module_of(name) for name in imported(tree)}
@@ -117,7 +128,7 @@ def test_imports_point_downwards() -> None:
     for module, path in MODULES.items():
         if module in DOORS:
             continue
-        for name in imported(ast.parse(path.read_text())):
+        for name in imported(parsed(path)):
             needed = module_of(name)
             if needed in DOORS:
                 continue
@@ -129,7 +140,7 @@ def test_imports_point_downwards() -> None:
 
 
 def test_no_module_needs_itself_by_way_of_others() -> None:
-    needs = {m: uses(m, ast.parse(path.read_text())) - DOORS for m, path in MODULES.items()}
+    needs = {m: uses(m, parsed(path)) - DOORS for m, path in MODULES.items()}
     sorter = TopologicalSorter(needs)
     try:
         sorter.prepare()
@@ -148,7 +159,7 @@ def test_what_measures_the_package_is_needed_by_none_of_it() -> None:
         if module.startswith(MEASURING) or module in COMMANDS_THAT_MEASURE:
             continue
         checked += 1
-        needed = uses(module, ast.parse(path.read_text()))
+        needed = uses(module, parsed(path))
         assert not [name for name in needed if name.startswith(MEASURING)], module
     assert checked > 200
 
@@ -160,7 +171,8 @@ def test_the_package_and_its_commands_load_nothing_that_measures_it() -> None:
         f"measuring = [m for m in sys.modules if m.startswith({MEASURING})]\n"
         "sys.exit(f'loaded {measuring}' if measuring else 0)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    without = {**os.environ, forked.WITHOUT_PTKIT: "1"}
+    forked.run([sys.executable, "-c", code], env=without, check=True)
 
 
 #: Lines of a module beyond which its docstring says why it is one.
@@ -171,7 +183,7 @@ def test_long_modules_say_why() -> None:
     assert MODULES
     for module, path in MODULES.items():
         lines = len(path.read_text().splitlines())
-        told = ast.get_docstring(ast.parse(path.read_text())) or ""
+        told = ast.get_docstring(parsed(path)) or ""
         assert lines <= LONGEST or "lines, because" in told, f"{module} has {lines} lines"
 
 

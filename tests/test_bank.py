@@ -51,7 +51,7 @@ NAMES = [
 ]  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=9),
     lengths=st.lists(st.integers(1, 9), min_size=9, max_size=9),

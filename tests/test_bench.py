@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import venv
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import forked
 import pytest
 import torch
 from test_cli import ptkit
@@ -36,6 +39,12 @@ from ptkit.bench.timing import Timing, interleaved, ratio
 from ptkit.errors import PtkitError, UserError
 from ptkit.runtime.base_model import load_base
 from ptkit.runtime.model_names import TINY_EN
+
+
+@pytest.fixture(autouse=True)
+def _small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the machine can reach is measured anew for every method."""
+    monkeypatch.setattr(train, "PEAK_SIZE", 128)
 
 
 def figure(result: BenchResult, start: str) -> Figure:
@@ -350,9 +359,10 @@ def test_a_base_that_adapters_has_no_prefix_for(adapters_python) -> None:
     assert "nothing was compared" in result.parity
 
 
-def test_a_loaded_server_beside_peft_behind_fastapi() -> None:
+def test_a_loaded_server_beside_peft_behind_fastapi(monkeypatch) -> None:
+    monkeypatch.setattr(serve.subprocess, "Popen", forked.Popen)
     result = serve.bench_serve(
-        "tiny-en", adapters=3, clients=6, seconds=4, new_tokens=6, virtual_tokens=3, rounds=2,
+        "tiny-en", adapters=3, clients=6, seconds=2, new_tokens=6, virtual_tokens=3, rounds=2,
         against=["peft"],
     )  # fmt: skip
     found = {figure.what: figure.value for figure in result.figures}
@@ -379,7 +389,15 @@ def test_infix_step_is_faster_than_a_prefix_step() -> None:
     assert figure(result, "kept for each row").value > 0
 
 
-def test_startup_beside_peft() -> None:
+def test_startup_beside_peft(monkeypatch) -> None:
+    def process(words: list[str], **options: Any) -> Any:
+        """The answers, whose times are not judged here, begin with the libraries loaded."""
+        answers = "generate" in words or "generate(" in words[2]
+        plain = {**os.environ, forked.WITHOUT_PTKIT: "" if "ptkit" in words else "1"}
+        return forked.run(words, env=plain, **options) if answers else run(words, **options)
+
+    run = subprocess.run
+    monkeypatch.setattr(startup.subprocess, "run", process)
     result = startup.bench_startup(rounds=1)
     assert figure(result, "import ptkit").value < figure(result, "import peft").value
     assert "same first answer" in result.parity

@@ -9,11 +9,11 @@ import pty
 import select
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from test_cli import ptkit, refused
 
@@ -70,7 +70,7 @@ def test_wrong_lines_end_a_script_with_the_fix(tmp_path: Path, monkeypatch) -> N
 @pytest.mark.skipif(not hasattr(pty, "openpty"), reason="needs a terminal")
 def test_on_a_terminal_mistakes_and_ctrl_c_do_not_end_it(tmp_path: Path) -> None:
     master, slave = pty.openpty()
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-m", "ptkit", "chat", "--adapters", str(SHIPPED),
          "--max-new-tokens", "1500"],
         stdin=slave, stdout=slave, stderr=slave, cwd=tmp_path, start_new_session=True,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import forked
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -115,7 +116,7 @@ def test_input_file_and_standard_input_give_the_same_answers(trained: Path) -> N
     (trained / "in.txt").write_text("kind[robot], name[Ada]\nkind[boat], name[Bo]\n")
     options = ("-a", "adapters/mine", "--max-new-tokens", "6")
     from_file = ptkit("generate", *options, "--input", "in.txt", cwd=trained).stdout
-    piped = subprocess.run(
+    piped = forked.run(
         [sys.executable, "-m", "ptkit", "generate", *options], cwd=trained, text=True,
         input=(trained / "in.txt").read_text(), capture_output=True, check=True,
     ).stdout  # fmt: skip
@@ -235,7 +236,7 @@ def test_full_disk_ends_with_one_line_and_nothing_half_written(trained: Path, tm
         "run()"
     )
     run = trained / "runs/quickstart/prefix_tuning-seed0"
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", code, "export", str(run), "--out", "new"],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
@@ -247,7 +248,7 @@ def test_full_disk_ends_with_one_line_and_nothing_half_written(trained: Path, tm
 
 def test_ctrl_c_ends_cleanly_and_the_run_goes_on_afterwards(tmp_path: Path) -> None:
     arguments = [*QUICK, "--set", "train.steps=4000", "--set", "train.save_every=2"]
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-m", "ptkit", "train", "quickstart", *arguments],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -265,7 +266,7 @@ def test_ctrl_c_ends_cleanly_and_the_run_goes_on_afterwards(tmp_path: Path) -> N
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "ptkit", "train", "nowhere.yaml", "--debug"],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from conftest import random_base, random_model, word_tokenizer
@@ -325,7 +325,7 @@ def test_processes_started_for_another_parallelism_are_refused_before_anything_i
 
 
 def test_the_command_line_refuses_fsdp_with_exit_code_2(recipe_file: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "ptkit", "train", str(recipe_file), "--method", "prefix_tuning"],
         cwd=tmp_path, capture_output=True, text=True, timeout=120,
         env={**os.environ, "ACCELERATE_USE_FSDP": "true", "PYTHONPATH": os.pathsep.join(sys.path)},

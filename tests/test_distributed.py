@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
@@ -69,13 +70,13 @@ def test_two_processes_train_like_one(recipe_with_base: list[str], tmp_path: Pat
     """Two processes with a batch each take the steps of one that accumulates two batches."""
     recipe, *base = recipe_with_base
     train = ["train", recipe, "--method", "prefix_tuning", "--json", *settings(*base)]
-    done = subprocess.run(
+    done = forked.run(
         [*TWO_PROCESSES, "ptkit", *train, "--out", "two"],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     two = json.loads(done.stdout)  # printed once
-    alone = subprocess.run(
+    alone = forked.run(
         command(*train, *settings("train.gradient_accumulation=2"), "--out", "one"),
         cwd=tmp_path, check=True, capture_output=True, text=True,
     )  # fmt: skip
@@ -118,7 +119,7 @@ def test_two_processes_learn_pairs_from_disk_like_one(
         ("two", [*TWO_PROCESSES, "ptkit"], []),
         ("one", command(), settings("train.gradient_accumulation=2")),
     ):
-        done = subprocess.run(
+        done = forked.run(
             [*launch, *train, *more, "--out", out], cwd=tmp_path, capture_output=True, text=True,
             timeout=300, env={**os.environ, "PTKIT_CACHE": str(cache)},
         )  # fmt: skip
@@ -186,7 +187,7 @@ def test_processes_share_validation_and_evaluation_and_wait_for_each_other(
     """From Python, too: each process reads its part of the rows, all get the same result."""
     recipe, *base = recipe_with_base
     (tmp_path / "program.py").write_text(PROGRAM)
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "program.py",
          recipe, "out", *base],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
@@ -283,7 +284,7 @@ def test_each_process_goes_on_with_its_own_random_numbers(
     """Dropout of rows of different lengths: after a step no two generators are alike."""
     recipe, *base = recipe_with_base
     (tmp_path / "program.py").write_text(STOPPED)
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "program.py",
          recipe, *base],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
@@ -395,7 +396,7 @@ def test_two_processes_compare_and_one_of_them_writes_and_speaks(
 ) -> None:
     recipe, *base = recipe_with_base
     compare = ["compare", recipe, *settings(*base, SMALL, "seeds=[0]"), "--out", "out", "--fresh"]
-    done = subprocess.run(
+    done = forked.run(
         [*TWO_PROCESSES, "ptkit", *compare],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -424,7 +425,7 @@ def test_killed_at_any_moment_a_comparison_ends_as_if_nothing_had_happened(
     compare = command("compare", recipe, *settings(*base, SMALL), "--out", "out", "--quiet")
     kills = 0
     for _ in range(30):
-        process = subprocess.Popen(
+        process = forked.Popen(
             compare, cwd=tmp_path, stdout=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},  # as here: sums depend on it
         )  # fmt: skip

@@ -7,12 +7,12 @@ import inspect
 import io
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import peft
 import pytest
+from test_cli import ptkit as ptkit_here
 
 import ptkit
 from ptkit.prefix import KVPrefix, PrefixBatch
@@ -46,10 +46,7 @@ def test_readme_commands_and_options_exist() -> None:
             continue
         name = tuple(words[:2]) if words[0] in GROUPS else (words[0],)
         if name not in help_of:
-            help_of[name] = subprocess.run(
-                [sys.executable, "-m", "ptkit", *name, "--help"],
-                check=True, capture_output=True, text=True,
-            ).stdout  # fmt: skip
+            help_of[name] = ptkit_here(*name, "--help", cwd=ROOT).stdout
         for option in (w for w in words if w.startswith("--")):
             assert option in help_of[name], f"{name} has no {option}"
 

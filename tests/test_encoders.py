@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import random_base
@@ -587,7 +587,7 @@ def test_a_killed_run_of_a_classifier_resumes(home: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     options = ("texts.yaml", "--method", "prefix_tuning", "--quiet")
     ptkit("train", *options, "--out", "whole", cwd=home)
-    stopped = subprocess.run(
+    stopped = forked.run(
         [sys.executable, "-c", KILLED_AT_STEP_25, "train", *options, "--out", "half"],
         cwd=home, capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from gguf import GGMLQuantizationType
@@ -102,7 +102,7 @@ def test_the_script_goes_on_where_it_stopped(
     (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
     out = tmp_path / "engines.json"
     for caches in (["float32"], ["float32", "float16"]):
-        done = subprocess.run(
+        done = forked.run(
             [
                 sys.executable, scripts / "llama_cpp_agreement.py", gguf, adapter, "--rows", "3",
                 "--tokens", str(TOKENS), "--prompts", tmp_path / "prompts.txt", "--caches", *caches,

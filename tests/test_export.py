@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import random_base
@@ -86,10 +87,10 @@ def test_plain_peft_in_bfloat16_in_another_process(method: str, tmp_path: Path) 
     write_adapter(tmp_path / "a", make_adapter(base, LEARNT[method]).files())
     export_run(tmp_path / "a", tmp_path / "b", dtype="bfloat16", base=base)
     save_file({"ids": IDS}, tmp_path / "ids.safetensors")
-    subprocess.run(
+    forked.run(
         [sys.executable, "-c", IN_BFLOAT16, *(str(tmp_path / name) for name in
          ("base", "b", "ids.safetensors", "out.safetensors"))],
-        check=True,
+        check=True, env={**os.environ, forked.WITHOUT_PTKIT: "1"},
     )  # fmt: skip
     half = frozen_base(base.model.to(torch.bfloat16), base.tokenizer, base.id)
     adapter = adapter_from_files(read_adapter(tmp_path / "b"), half)

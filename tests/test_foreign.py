@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from conftest import VOCABULARY, random_base, word_tokenizer
@@ -193,7 +193,7 @@ def test_command_in_the_refusal_of_pickled_weights_converts_them(tmp_path: Path)
     assert line == conversion(folder)
     command, *words = shlex.split(line)
     assert command == "ptkit"
-    subprocess.run([sys.executable, "-m", "ptkit", *words], check=True, cwd=tmp_path)
+    forked.run([sys.executable, "-m", "ptkit", *words], check=True, cwd=tmp_path)
     found = read_adapter(tmp_path / "it's mine-safetensors").tensors
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[n], t) for n, t in expected.items())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import struct
 import time
 from collections.abc import Callable
@@ -18,19 +17,30 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_base
+from conftest import gpt2, word_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_adapter_files import lora_adapter
 from test_peft_parity import LEARNT, make_adapter
+from transformers import GPT2LMHeadModel
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter, write_adapter
 from ptkit.formats.adapter_folder import CONFIG, INFO, INT8_WEIGHTS, WEIGHTS
 from ptkit.formats.adapter_info import AdapterInfo, BaseInfo, MethodInfo, TaskInfo
 from ptkit.methods import adapter_from_files, compile_files, require_same_base
+from ptkit.runtime.base_model import Base, frozen_base
 
-BASE = random_base("gpt2")
+
+def small_base() -> Base:
+    """Two layers: every case of a LoRA changes the modules of all layers, three times."""
+    config = gpt2().config
+    config.n_layer = 2
+    torch.manual_seed(0)
+    return frozen_base(GPT2LMHeadModel(config).eval(), word_tokenizer(), "two-layers")
+
+
+BASE = small_base()
 #: Of each of the eight tests below.
 CASES = 1250
 SECONDS, MEMORY = 5.0, 400_000_000
@@ -39,7 +49,7 @@ SECONDS, MEMORY = 5.0, 400_000_000
 def good_files(kind: str) -> AdapterFiles:
     """What a sound adapter of this kind holds."""
     if kind == "lora":
-        files = lora_adapter(BASE).files()
+        files = lora_adapter(BASE, ["c_attn", "c_fc"]).files()
         BASE.model.requires_grad_(False)
         return files
     if kind == "multitask":
@@ -110,10 +120,18 @@ quick = settings(
 def case(sound: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
     """A copy of a sound adapter to damage, in place of the last one."""
 
+    contents: dict[str, dict[str, bytes]] = {}
+
     def copied(kind: str) -> Path:
         path = tmp_path / "case"
-        shutil.rmtree(path, ignore_errors=True)
-        shutil.copytree(sound(kind), path)
+        if kind not in contents:
+            contents[kind] = {file.name: file.read_bytes() for file in sound(kind).iterdir()}
+        path.mkdir(exist_ok=True)
+        for file in path.iterdir():
+            if file.name not in contents[kind]:
+                file.unlink()
+        for name, content in contents[kind].items():
+            (path / name).write_bytes(content)
         return path
 
     return copied

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import pandas as pd
 import pytest
 import torch
@@ -81,7 +82,7 @@ class Client:
             "HF_ENDPOINT": self.url, "HF_HOME": str(self.cache),
             "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_TELEMETRY": "1",
         }  # fmt: skip
-        return subprocess.run(
+        return forked.run(
             [sys.executable, *words], cwd=self.cwd, env=env, capture_output=True, text=True,
             timeout=300,
         )  # fmt: skip

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -164,7 +165,7 @@ def test_of_two_commands_the_second_answers(tmp_path: Path) -> None:
 
     def ptkit(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "ptkit", *words]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return forked.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     refused = ptkit("generate", "w1 w2", "--adapter", "old", "--model", str(base))
     assert refused.returncode == 2
@@ -327,7 +328,7 @@ def test_a_decoders_adapter_with_a_head_of_its_own_is_refused(tmp_path: Path) ->
 @pytest.mark.usefixtures("opened_here")
 def test_a_numpy_prompt_of_t5_is_read_by_its_encoder(tmp_path: Path) -> None:
     """The same embeddings as OpenDelta's soft prompt, whose logits are kept."""
-    soft = unpickled(FOLDER / "opendelta-t5-soft" / "pytorch_model.bin")
+    soft = torch.load(FOLDER / "opendelta-t5-soft" / "pytorch_model.bin", weights_only=True)
     (embeddings,) = soft.values()
     np.save(tmp_path / "prompt.npy", embeddings.numpy())
     import_adapter(tmp_path / "prompt.npy", tmp_path / "out", base=base_for("t5"))
@@ -368,9 +369,10 @@ def test_nothing_known_is_refused_with_what_is(tmp_path: Path) -> None:
         import_adapter(tmp_path / "absent", tmp_path / "out")
 
 
+@pytest.mark.usefixtures("opened_here")
 def test_copies_of_a_prefix_that_differ_are_refused(tmp_path: Path) -> None:
     source = FOLDER / "adapterhub-llama-flat"
-    tensors = unpickled(source / "pytorch_adapter.bin")
+    tensors = torch.load(source / "pytorch_adapter.bin", weights_only=True)
     name = next(n for n in tensors if "layers.1" in n)
     tensors[name] = tensors[name] + 1
     torch.save(tensors, tmp_path / "pytorch_adapter.bin")
@@ -394,7 +396,7 @@ def test_a_prefix_that_is_exported_for_adapterhub_is_the_one_that_was_imported(
     import_adapter(FOLDER / name, tmp_path / "in", base=base)
     assert verify(tmp_path / "in", base=base).passed
     writer("adapterhub")([tmp_path / "in"], tmp_path / "out", base=base)
-    theirs = unpickled(FOLDER / name / "pytorch_adapter.bin")
+    theirs = torch.load(FOLDER / name / "pytorch_adapter.bin", weights_only=True)
     written = load_file(tmp_path / "out" / "adapter.safetensors")
     flat = json.loads((FOLDER / name / CONFIG).read_text())["config"]["flat"]
     if flat:  # under their names, one copy for each place they have

@@ -24,7 +24,9 @@ HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "pandas", "n
 
 #: Runs several lines of arguments, one after the other, in one process.
 _PROGRAM = """
-import contextlib, io, json, os, sys
+import contextlib, functools, io, json, os, sys
+import typer.main
+typer.main.get_command = functools.cache(typer.main.get_command)
 from ptkit.cli.main import app
 from typer.main import get_command
 for arguments in json.loads(sys.argv[1]):

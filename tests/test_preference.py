@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from conftest import random_base
@@ -343,9 +343,10 @@ def test_token_ids_losses_and_gradients_are_those_of_trls_dpo_trainer(
     asked = {"rows": rows, "beta": 0.3, "max_length": 1024, "losses": losses}
     (tmp_path / "asked.json").write_text(json.dumps(asked))
     script = Path(__file__).parent / "trl_dpo.py"
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(TRL), "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "PYTHONPATH": str(TRL), "CUDA_VISIBLE_DEVICES": "",
+             forked.WITHOUT_PTKIT: "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -8,7 +8,6 @@ import random
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import httpx2
 import openai
 import pytest
@@ -555,7 +555,7 @@ def test_wrong_options_are_refused_before_a_model_loads(tmp_path: Path) -> None:
 
 
 def test_a_port_that_is_taken_is_named(server: Serving, tmp_path: Path) -> None:
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "ptkit", "serve", "--port", str(server.port)],
         cwd=tmp_path, capture_output=True, text=True, timeout=120,
     )  # fmt: skip

@@ -55,7 +55,7 @@ CHECKS = [
 
 POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
 _SETTINGS = settings(
-    max_examples=40, deadline=None, database=None, suppress_health_check=[*HealthCheck]
+    max_examples=20, deadline=None, database=None, suppress_health_check=[*HealthCheck]
 )
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from conftest import random_model, word_tokenizer
@@ -137,7 +138,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def in_two_processes(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     (cwd / "program.py").write_text(program)
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "program.py",
          *arguments],
         cwd=cwd, capture_output=True, text=True, timeout=600,
