@@ -39,7 +39,7 @@ from ptkit.bank import AdapterBank
 from ptkit.formats.adapter_files import write_adapter
 from ptkit.formats.adapter_info import ChatInfo, TaskInfo
 from ptkit.hub.engine_adapters import engine_adapters, engine_prefix
-from ptkit.hub.engines.vllm import ADAPTERS, write_prefix
+from ptkit.hub.engines.vllm import ADAPTERS, write_connector, write_prefix
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits
 from ptkit.runtime.model_names import TINY_EN
@@ -559,6 +559,46 @@ COUNTED = (
     "ptkit:prefix_loads_total", "ptkit:prefix_fetches_total", "ptkit:prefix_kept_bytes",
     "ptkit:adapters", "ptkit:spool_bytes", "ptkit:adapter_reads_total",
 )  # fmt: skip
+
+
+#: Counts as Ray's classes keep them: its gauges can be set, and nothing else.
+_RAYS_METRICS = """
+import json
+from types import SimpleNamespace
+from prometheus_client import Counter, Gauge, Histogram
+from ptkit.vllm_connector.loads import PrefixLoadMetrics
+
+told = {}
+
+class Metric:
+    def __init__(self, name, documentation, labelnames): self.name = name
+    def labels(self, *values): return self
+
+class RaysGauge(Metric):
+    def set(self, value): told[self.name] = value
+
+class RaysCounter(Metric):
+    def inc(self, value): told[self.name] = told.get(self.name, 0) + value
+
+types = {Gauge: RaysGauge, Counter: RaysCounter, Histogram: Metric}
+metrics = PrefixLoadMetrics(SimpleNamespace(kv_transfer_config=None), types, ["engine"], {0: ["0"]})
+for kept in (10, 20, -5):
+    metrics.observe({"loads": 2, "kept_bytes": kept})
+print(json.dumps(told))
+"""
+
+
+def test_metrics_are_counted_on_ray_too(tmp_path: Path) -> None:
+    """An exception there ends vLLM's engine."""
+    write_connector(tmp_path / "connector")
+    done = subprocess.run(
+        [str(PYTHON), "-c", _RAYS_METRICS], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "connector")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["ptkit:prefix_kept_bytes"] == 25
+    assert told["ptkit:prefix_loads"] == 6
 
 
 def test_skewed_requests_are_answered_and_what_they_cost_is_counted(

@@ -74,6 +74,7 @@ class PrefixLoadMetrics(KVConnectorPromMetrics):
         made[_KEPT] = metric_types[Gauge](
             name=f"ptkit:prefix_{_KEPT}", documentation=kept, labelnames=labelnames
         )
+        self._kept = dict.fromkeys(per_engine_labelvalues, 0)
         self._metrics = {
             engine: {name: metric.labels(*values) for name, metric in made.items()}
             for engine, values in per_engine_labelvalues.items()
@@ -81,8 +82,11 @@ class PrefixLoadMetrics(KVConnectorPromMetrics):
 
     def observe(self, transfer_stats_data: Mapping[str, Any], engine_idx: int = 0) -> None:
         """See vLLM's."""
-        for name, metric in self._metrics[engine_idx].items():
-            metric.inc(transfer_stats_data.get(name, 0))
+        metrics = self._metrics[engine_idx]
+        for name in _COUNTS:
+            metrics[name].inc(transfer_stats_data.get(name, 0))
+        self._kept[engine_idx] += transfer_stats_data.get(_KEPT, 0)
+        metrics[_KEPT].set(self._kept[engine_idx])  # Ray's gauges know nothing else
 
 
 class LibraryMetrics(Collector):
