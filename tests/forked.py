@@ -63,7 +63,10 @@ def _place(env: Mapping[str, str]) -> str:
 
 
 def _forkable(args: Any, executable: Any, options: Mapping[str, Any]) -> bool:
-    """Whether it is this Python without options of its own."""
+    """Whether it is this Python without options of its own, on a system where a process that has
+    loaded the libraries can be forked."""
+    if sys.platform != "linux":
+        return False
     if not isinstance(args, Sequence) or isinstance(args, str | bytes) or len(args) < 2:
         return False
     first = os.fspath(args[1])
