@@ -9,10 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from ptkit.errors import UserError
 
@@ -54,6 +51,11 @@ class MissingExtraError(UserError):
 def install_line(extra: str) -> str:
     """The command that installs `extra` as ptkit itself was installed: from a checkout, an archive
     or a repository, or by its name."""
+    # Only an error asks for it, and every command would load it.
+    from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
     try:
         origin = json.loads(distribution("ptkit").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:  # run in a checkout that was not installed
@@ -70,6 +72,8 @@ def install_line(extra: str) -> str:
 
 def installed(package: str) -> str | None:
     """The version of `package`; None where it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:

@@ -31,8 +31,10 @@ class Serving:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         adapters = [] if folder is None else ["--adapters", str(folder)]
+        # Tests of other engines look for them among its children.
+        started = subprocess.Popen if "--engine" in options else forked.Popen
         with log.open("w") as output:
-            self.process = forked.Popen(
+            self.process = started(
                 [sys.executable, "-m", "ptkit", "serve", "--port", str(self.port), *adapters,
                  *options],
                 stdout=output, stderr=subprocess.STDOUT,

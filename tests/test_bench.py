@@ -359,10 +359,17 @@ def test_a_base_that_adapters_has_no_prefix_for(adapters_python) -> None:
     assert "nothing was compared" in result.parity
 
 
+def test_a_server_without_time_for_an_answer_is_named() -> None:
+    answered, without = serve.Load(tokens=6, seconds=1.0), serve.Load(seconds=1.0)
+    serve._require_answers({"mixed": [answered]})
+    with pytest.raises(UserError, match=r"`base` had no answer .*--seconds"):
+        serve._require_answers({"mixed": [answered], "base": [answered, without]})
+
+
 def test_a_loaded_server_beside_peft_behind_fastapi(monkeypatch) -> None:
     monkeypatch.setattr(serve.subprocess, "Popen", forked.Popen)
     result = serve.bench_serve(
-        "tiny-en", adapters=3, clients=6, seconds=2, new_tokens=6, virtual_tokens=3, rounds=2,
+        "tiny-en", adapters=3, clients=6, seconds=4, new_tokens=6, virtual_tokens=3, rounds=2,
         against=["peft"],
     )  # fmt: skip
     found = {figure.what: figure.value for figure in result.figures}

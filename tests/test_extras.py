@@ -198,7 +198,7 @@ def test_an_extra_is_installed_in_the_way_that_ptkit_was(
     origin: dict[str, Any] | None, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = SimpleNamespace(read_text=lambda _: None if origin is None else json.dumps(origin))
-    monkeypatch.setattr("ptkit.extras.distribution", lambda _: record)
+    monkeypatch.setattr("importlib.metadata.distribution", lambda _: record)
     assert install_line("serve") == line
 
 
@@ -208,7 +208,7 @@ def test_an_extra_of_a_checkout_that_is_not_installed_is_installed_from_it(
     def missing(_: str) -> None:
         raise PackageNotFoundError
 
-    monkeypatch.setattr("ptkit.extras.distribution", missing)
+    monkeypatch.setattr("importlib.metadata.distribution", missing)
     assert install_line("report") == 'pip install -e ".[report]"'
 
 
@@ -315,7 +315,7 @@ def test_a_run_records_the_versions_of_what_is_installed(monkeypatch: pytest.Mon
             raise PackageNotFoundError(package)
         return "1.0"
 
-    monkeypatch.setattr("ptkit.extras.version", without)
+    monkeypatch.setattr("importlib.metadata.version", without)
     told = versions()
     assert "sacrebleu" not in told
     assert told["torch"] == "1.0"

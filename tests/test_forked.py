@@ -22,6 +22,7 @@ PROGRAMS = {
                "threading.Thread(target=lambda: (time.sleep(0.1), print('first'))).start()",
     "killed": "import os; print('here', flush=True); os.kill(os.getpid(), 9); print('gone')",
     "interrupted": "import os, signal, sys; sys.stderr = open(os.devnull, 'w')\n"
+                   "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
                    "os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(5)",
     "grandchild": "import subprocess, sys\n"
                   "sys.exit(subprocess.run([sys.executable, '-c', 'import sys; sys.exit(5)'])"

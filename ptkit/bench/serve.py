@@ -133,6 +133,7 @@ def bench_serve(
     wrong = [f for loads in found.values() for load in loads for f in load.failures]
     if failed:
         raise ParityError(f"{len(failed)} answers failed or differ; the first: {failed[0]}")
+    _require_answers(found)
     return BenchResult(
         "serve",
         {"model": model, "adapters": adapters, "clients": clients, "seconds": seconds,
@@ -141,6 +142,16 @@ def bench_serve(
         f"others, equal their solo greedy runs ({len(wrong)} of the peers' differ)",
         _figures(found, clients),
     )  # fmt: skip
+
+
+def _require_answers(found: dict[str, list[Load]]) -> None:
+    """Raise UserError where a server was not given the time for one answer."""
+    for name, loads in found.items():
+        if not all(load.tokens for load in loads):
+            raise UserError(
+                f"`{name}` had no answer in one of its rounds; give more time (--seconds) or fewer "
+                "clients (--clients)"
+            )
 
 
 def _figures(found: dict[str, list[Load]], clients: int) -> list[Figure]:
