@@ -261,18 +261,19 @@ def test_command_line_help_loads_nothing_heavy() -> None:
 
 
 def test_help_answers_in_under_half_a_second() -> None:
-    def seconds() -> float:
+    """On a machine that loads Typer itself in a fifth of one; a slower one is given more."""
+
+    def seconds(*words: str) -> float:
         """Of the processor: other tests share the machine, and what they take is not ours."""
         before = os.times()
-        subprocess.run(
-            [sys.executable, "-m", "ptkit", "--help"], check=True, stdout=subprocess.DEVNULL
-        )
+        subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
         after = os.times()
         return (after.children_user + after.children_system) - (
             before.children_user + before.children_system
         )
 
-    assert min(seconds() for _ in range(3)) < 0.5
+    bare = min(seconds("-c", "import typer.main, typer.rich_utils") for _ in range(3))
+    assert min(seconds("-m", "ptkit", "--help") for _ in range(3)) < max(0.5, 2.5 * bare)
 
 
 def test_public_names_are_real_and_importing_the_package_is_free() -> None:
