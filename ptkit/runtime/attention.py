@@ -28,7 +28,13 @@ from ptkit.runtime.attention_sites import layer_table, require_attention
 from ptkit.runtime.facts import known
 from ptkit.runtime.grouped_queries import grouped, reads_grouped
 from ptkit.runtime.line_attention import GroupedAttention, RowAttention
-from ptkit.runtime.parted_attention import LEAST_TOKENS, hides_padding, is_plain, prefixed_causal
+from ptkit.runtime.parted_attention import (
+    LEAST_TOKENS,
+    hides_padding,
+    is_causal,
+    is_plain,
+    prefixed_causal,
+)
 
 #: The argument of a model's forward that holds a `Placed`.
 KEYWORD = "ptkit_prefix"
@@ -101,13 +107,12 @@ class Placed:
         """The attention of `query`, plainly causal among its own tokens, in two parts that need no
         mask: `[rows, tokens, heads, dim]`. None where it is not so, or a mask is as fast."""
         tokens, batch = query.shape[2], None if self.repeats is None else self.repeats.batch
-        causal = options.get("is_causal")
         if (
             batch is None
             or not LEAST_TOKENS <= tokens == key.shape[2]
             or query.device.type != "cpu"
             or key.shape[-1] != value.shape[-1]
-            or not (getattr(module, "is_causal", True) if causal is None else causal)
+            or not is_causal(module, options)
             or torch.compiler.is_compiling()
             or not is_plain(options)
             or batch.seen_from is not None
@@ -179,8 +184,7 @@ class Placed:
         asked: the module, and the numbers of its queries and of its keys
         """
         module, queries, keys = asked
-        causal = options.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
+        causal = is_causal(module, options)
         window = options.get("sliding_window")
         if torch.compiler.is_compiling():  # the compiler shares equal work by itself
             own = _written_out(queries, keys, causal, batch) if mask is None else mask

@@ -118,7 +118,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         of_silu = upstream[0] * up
-        of_up = nn.functional.silu(gate).mul_(upstream[0])
+        of_up = _swiglu(gate, upstream[0])
         return torch.ops.aten.silu_backward(of_silu, gate), of_up
 
 

@@ -29,6 +29,12 @@ def is_plain(options: dict[str, Any]) -> bool:
     return not any(isinstance(value, Tensor) or value for value in given)
 
 
+def is_causal(module: Any, options: dict[str, Any]) -> bool:
+    """Whether `module` attends causally where it is given no mask: the call's word, or its own."""
+    said = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if said is None else said)
+
+
 def merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
     """The attention of the same queries to two parts, `[..., dim]`, from what `flash` returns for
     each: the output `[..., dim]` and the sums `[...]`."""

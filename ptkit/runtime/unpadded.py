@@ -23,7 +23,7 @@ from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.compile import reading
 from ptkit.runtime.facts import NotNow, holds
 from ptkit.runtime.line_attention import RowAttention
-from ptkit.runtime.parted_attention import LEAST_TOKENS, is_plain
+from ptkit.runtime.parted_attention import LEAST_TOKENS, is_causal, is_plain
 from ptkit.runtime.row_adapters import row_adapters
 from ptkit.runtime.row_attention import attended_by_row
 
@@ -133,10 +133,9 @@ class _Rows(RowAttention):
     ) -> bool:
         """Whether rows can attend by themselves: plainly, and nothing of the whole batch is
         noted."""
-        causal = options.get("is_causal")
         return (
             is_plain(options)
-            and (getattr(module, "is_causal", True) if causal is None else causal)
+            and is_causal(module, options)
             and tensors[1].shape[-1] == tensors[2].shape[-1]
             and (self.placed is None or self.placed.noted is None)
         )

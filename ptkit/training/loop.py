@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -203,8 +204,9 @@ class _Loop:
         """The attention that trains fastest, where the recipe leaves the choice."""
         if not self.base.free_attention:
             return nullcontext()
-        return fastest_attention(self.model, self.accelerator.mixed_precision, self._longest())
+        return fastest_attention(self.model, self.accelerator.mixed_precision, self._longest)
 
+    @cached_property
     def _longest(self) -> int:
         """Tokens of the longest row that is read."""
         parts = (rows for t in self.trainers for rows in (t.job.train, t.job.validation))
@@ -218,7 +220,7 @@ class _Loop:
 
     def _long_rows(self) -> bool:
         """Whether memory is the limit, and the recipe does not yet give up all activations."""
-        return self._longest() >= LONG_ROWS and not self.settings.gradient_checkpointing
+        return self._longest >= LONG_ROWS and not self.settings.gradient_checkpointing
 
     def _weights(self) -> AbstractContextManager[None]:
         """The base's weights in autocast's precision. Where activations are given up for memory,
