@@ -157,7 +157,9 @@ def test_logits_are_those_of_an_attention_written_out(family: str, attention: st
     from transformers.masking_utils import eager_mask
 
     AttentionMaskInterface.register("written_out", eager_mask)
-    model.set_attn_implementation("written_out")
+    for part in model.modules():  # before transformers 5.20, T5's stacks keep theirs
+        if isinstance(part, PreTrainedModel):
+            part.set_attn_implementation("written_out")
     with torch.no_grad():
         theirs, _ = supervised_logits(model, **tensors, batch=None)
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
@@ -353,7 +355,8 @@ def test_soft_prompts_train_checkpointed_and_are_saved(
     plain = gradients(False)
     assert any(g.abs().max() > 0 for g in plain)
     for a, b in zip(gradients(True), plain, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+        # Before transformers 5.20, T5 attends by another kernel where a mask has a gradient.
+        torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-3)
 
 
 def test_methods_that_do_not_fit_say_so() -> None:

@@ -90,13 +90,33 @@ def test_every_option_gives_the_tokens_of_transformers_loop(
     with monkeypatch.context() as patch:
         in_cache(patch)
         count = len(passes)
-        expected = seeded(base, prefixes, prompts, **TAKEN[case])
+        options = dict(TAKEN[case])
+        if not generation.CHUNKS_COUNT_THE_CACHE:  # refused: see the next test
+            options.pop("prefill_chunk_size", None)
+        expected = seeded(base, prefixes, prompts, **options)
         assert len(passes) == count
     assert found == expected
     lengths = {len(row) for row in found}
     if "ends" in case:
         assert len(lengths) > 1
         assert passes[-1] < len(found), "rows that are done leave the batch"
+
+
+def test_beams_behind_a_prefix_read_in_chunks_or_say_why_not() -> None:
+    base = random_base("llama")
+    prefix = random_prefix(base, 3, 1)
+
+    def beams(prefixes: list[KVPrefix | None], **options: Any) -> list[list[int]]:
+        return seeded(base, prefixes, rows_of(LENGTHS), num_beams=2, **options)
+
+    plain: list[KVPrefix | None] = [None] * len(LENGTHS)
+    assert beams(plain, prefill_chunk_size=3) == beams(plain)
+    behind: list[KVPrefix | None] = [prefix] * len(LENGTHS)
+    if generation.CHUNKS_COUNT_THE_CACHE:
+        assert beams(behind, prefill_chunk_size=3) == beams(behind)
+    else:
+        with pytest.raises(ModelError, match="leave out `prefill_chunk_size`"):
+            beams(behind, prefill_chunk_size=3)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", *OTHERS])

@@ -307,9 +307,18 @@ def take_prefixes(model: PreTrainedModel) -> None:
     Done once; without a prefix they stay what they were. Models with an attention of their own,
     and those that use another implementation than sdpa and eager, are left alone.
     """
+    if not _takes_ours(model):
+        return
+    for part in [model, *model.modules()]:
+        # Stacks of an encoder-decoder have copies of its config. Before transformers 5.20, those
+        # of T5 are set by themselves only.
+        if isinstance(part, PreTrainedModel) and _takes_ours(part):
+            part.set_attn_implementation(f"{_OURS}{part.config._attn_implementation}")
+
+
+def _takes_ours(model: PreTrainedModel) -> bool:
     own = model.config._attn_implementation
-    if own in ("sdpa", "eager") and model._can_set_attn_implementation():
-        model.set_attn_implementation(f"{_OURS}{own}")
+    return own in ("sdpa", "eager") and model._can_set_attn_implementation()
 
 
 class Backend(Protocol):
