@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ptkit.comparison.drawing import Draw, as_file, say, short
 from ptkit.comparison.summary import MethodSummary, best_of
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats import atomic
+from ptkit.formats.cell_record import ScoredPoint
 from ptkit.metrics import metric_names
 from ptkit.training.titles import written
 
@@ -51,7 +53,9 @@ class Line:
 
 def charts_of(summaries: Sequence[MethodSummary]) -> list[Chart]:
     """Every chart there is data for: swept keys, score against size and forgetting, curves."""
-    return [*_swept(summaries), *_scatters(summaries), *_curves(summaries)]
+    return [
+        *_swept(summaries), *_scatters(summaries), *_curves(summaries), *_scored_curves(summaries)
+    ]  # fmt: skip
 
 
 def write_charts(charts: Sequence[Chart], folder: Path) -> None:
@@ -240,6 +244,40 @@ def _curves(summaries: Sequence[MethodSummary]) -> Iterator[Chart]:
         + (" Of a sweep, the best of each method." if any(s.sweep for s in summaries) else ""),
         partial(_plot, lines=lines, names=("optimiser step", f"validation loss (nats per {unit})")),
     )
+
+
+def _scored_curves(summaries: Sequence[MethodSummary]) -> Iterator[Chart]:
+    """The score on validation rows over what it took; one line per trained method."""
+    trained = [s for s in best_of_families(summaries) if s.trains]
+    if not trained or not all(record.scored for s in trained for record in s.records):
+        return
+    name, shade = trained[0].score, colours(summaries)
+    note = (
+        "On the validation rows of `evaluate.curve_rows`, mean over seeds; each mark is a "
+        "validation of one run, whose learning rate falls until its end."
+    )
+    for cost, axis in (
+        ("seconds", "seconds of training (log)"),
+        ("supervised_tokens", "target tokens read (log)"),
+    ):
+        lines = [Line(s.family, shade[s.title], tuple(_scored_over(s, cost))) for s in trained]
+        yield Chart(
+            f"{name} over {cost.replace('_', ' ')}",
+            note,
+            partial(_plot, lines=lines, names=(axis, f"{name} (validation)"), logarithmic=True),
+        )
+
+
+def _scored_over(summary: MethodSummary, cost: str) -> Iterator[tuple[float, Interval]]:
+    """Mean `cost` and score of the seeds at every step that was scored."""
+    by_step: dict[int, list[ScoredPoint]] = {}
+    for record in summary.records:
+        for point in record.scored:
+            by_step.setdefault(point.step, []).append(point)
+    for _, points in sorted(by_step.items()):
+        scores = [point.score for point in points]
+        mean = Interval(fmean(scores), None, None, None, len(scores))
+        yield fmean(getattr(point, cost) for point in points), mean
 
 
 def _plot(

@@ -48,6 +48,7 @@ def _csv(records: Sequence[CellRecord], failed: Sequence[Failure]) -> str:
         nested = {
             "settings",
             "curve",
+            "scored",
             "versions",
             "metrics",
             "retention",

@@ -16,6 +16,12 @@ def require_metrics(metrics: Sequence[str], references: Sequence[Sequence[str]])
         metric(name).require(references)
 
 
+def corpus_score(predictions: Sequence[Prediction], name: str) -> float:
+    """Corpus value of the metric `name`."""
+    measure = metric(name)
+    return measure.score(statistics_of(measure, predictions))
+
+
 def score_intervals(
     predictions: Sequence[Prediction], metrics: Sequence[str], resamples: int
 ) -> dict[str, Interval]:

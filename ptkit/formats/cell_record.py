@@ -32,6 +32,19 @@ class CurvePoint(Stated):
     """With `train.retain`: what the divergence counts in the loss."""
 
 
+class ScoredPoint(Stated):
+    """The score at a validation, and what it took to get there."""
+
+    step: int
+    """Optimiser steps taken."""
+    seconds: float
+    """Wall clock of training and validation so far, without the scoring itself."""
+    supervised_tokens: int
+    """Target tokens read so far; with pairs of answers, pairs."""
+    score: float
+    """The task's leading metric, on the first `evaluate.curve_rows` validation rows."""
+
+
 class RecordedSearch(Stated):
     """What a search chose (the recipe's `budget`)."""
 
@@ -156,6 +169,8 @@ class CellRecord(FileSection):
     """Wall clock of the predictions."""
     curve: list[CurvePoint]
     """The validations."""
+    scored: list[ScoredPoint] = Field(default_factory=list)
+    """The score over seconds and supervised tokens; empty without `evaluate.curve_rows`."""
     retention: RecordedRetention | None
     """Forgetting; null where it was not measured."""
     decode_ms: float | None

@@ -220,10 +220,24 @@ class EvaluateSection(Section):
     """Rows per evaluation batch."""
     bootstrap: Annotated[int, Field(ge=100)] = 1000
     """Resamples of the test rows behind every 95 % interval; no p value is below one in so many."""
+    curve_rows: Annotated[int, Field(gt=0)] | None = None
+    """Validation rows whose predictions are scored at every validation, so that the score is drawn
+    over seconds and over supervised tokens. Scoring is not part of the seconds. null: the curve has
+    losses alone."""
     baseline: str | None = None
     """Method (label or name) that the others are compared with on the same rows, over seeds and
     rows, corrected for their number (Holm). Default: `full` where the recipe has it, else the
     first."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_curves_had_scores(
+        self, handler: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
+        """Without `curve_rows` where it is null, so that comparisons of earlier versions go on."""
+        found: dict[str, Any] = handler(self)
+        if found.get("curve_rows", 0) is None:
+            del found["curve_rows"]
+        return found
 
 
 class RetentionSection(Section):

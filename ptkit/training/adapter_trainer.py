@@ -66,6 +66,7 @@ class Job:
     teacher: of rows that are `StudiedText`s: losses are then divergences from it, not
         cross-entropies; None where labels are learnt
     preference: of rows that are `PairExample`s: the loss of a pair; None elsewhere
+    score: what is scored at every validation, beside the loss; None: nothing
     """
 
     adapter: Adapter
@@ -80,6 +81,7 @@ class Job:
     beta2: float = 0.999
     teacher: Teacher | None = None
     preference: Preference | None = None
+    score: Callable[[Adapter], float] | None = None
 
     def __post_init__(self) -> None:
         if not self.train or not self.validation:
@@ -232,11 +234,11 @@ class AdapterTrainer:
         """The rows of the next batch."""
         return [self.train[i] for i in next(self._order)]
 
-    def step(self, loss: float, tokens: int) -> None:
+    def step(self, loss: float, tokens: int, supervised: int) -> None:
         """Take the optimiser step that the parameters' gradients ask for.
 
-        loss: of this step, see `StepReport`; tokens: read for it. Raises PtkitError when
-        the loss is not finite.
+        loss: of this step, see `StepReport`; tokens: read for it; supervised: those among them
+        that the loss is over. Raises PtkitError when the loss is not finite.
         """
         if not math.isfinite(loss):
             raise PtkitError(
@@ -249,6 +251,7 @@ class AdapterTrainer:
         self.optimizer.zero_grad()
         self.progress.step += 1
         self.progress.tokens += tokens
+        self.progress.supervised += supervised
         self.progress.loss_since_validation.append(loss)
         self._averaged()
 
@@ -320,6 +323,22 @@ class AdapterTrainer:
         else:
             progress.stale_validations += 1
         return entry
+
+    def score(self) -> None:
+        """Score what was just validated, where the job asks for it."""
+        if self.job.score is None:
+            return
+        progress = self.progress
+        with self.judged():
+            score = self.job.score(self.adapter)
+        progress.scored.append(
+            {
+                "step": progress.step,
+                "seconds": progress.seconds,
+                "supervised_tokens": progress.supervised,
+                "score": score,
+            }
+        )
 
     @property
     def save_due(self) -> bool:

@@ -31,6 +31,8 @@ class Progress:
         `retain`, `divergence` and `retain_weight` of the step too.
     best_loss: validation loss of the best checkpoint; best_score: what made it the best, the same
         but with `retain`
+    supervised: target tokens read, or pairs; scored: `{step, seconds, supervised_tokens, score}`
+        of every validation, where the job scores
     retain_weight: of the next step; None before the first, and without `retain`
     """
 
@@ -41,9 +43,11 @@ class Progress:
     stale_validations: int = 0
     seconds: float = 0.0
     tokens: int = 0
+    supervised: int = 0
     peak_memory_bytes: int | None = 0
     loss_since_validation: list[float] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
+    scored: list[dict[str, float]] = field(default_factory=list)
     schedule: dict[str, Any] = field(default_factory=dict)
     retain_weight: float | None = None
 

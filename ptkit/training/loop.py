@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -131,6 +132,19 @@ def _require_shareable(jobs: Sequence[Job]) -> None:
         raise UserError("adapters are trained together without fp16 and `report_to` only")
 
 
+@dataclass(frozen=True)
+class _Gradients:
+    """What an adapter's gradients of one step are of.
+
+    loss: mean over the terms (see `EncodedExample.terms`); tokens: read by this process;
+    supervised: the terms of all processes
+    """
+
+    loss: float
+    tokens: int
+    supervised: int
+
+
 class _Loop:
     def __init__(self, jobs: Sequence[Job], accelerator: Accelerator) -> None:
         self.accelerator, self.settings = accelerator, jobs[0].settings
@@ -234,21 +248,22 @@ class _Loop:
     def _step(self, active: list[int], memory: PeakMemory) -> None:
         """One optimiser step of every active adapter, then what is due after it."""
         clock = time.perf_counter()
-        losses, tokens = self._gradients(active)
-        for i, loss, read in zip(active, losses, tokens, strict=True):
-            self.trainers[i].step(loss, read)
+        for i, taken in zip(active, gradients := self._gradients(active), strict=True):
+            self.trainers[i].step(taken.loss, taken.tokens, taken.supervised)
         # An equal share of the common step each: together the shares are the time it took.
         share = (time.perf_counter() - clock) / len(active)
-        for i, loss in zip(active, losses, strict=True):
+        for i, taken in zip(active, gradients, strict=True):
             trainer = self.trainers[i]
             clock = time.perf_counter()
-            if trainer.validation_due:
+            if due := trainer.validation_due:
                 with trainer.judged():
                     validation_loss = self.validation_loss(i)
                 entry = trainer.validated(validation_loss)
                 if self.settings.report_to:
                     self.accelerator.log(entry, step=trainer.progress.step)
             trainer.progress.seconds += share + time.perf_counter() - clock
+            if due:
+                trainer.score()
             if trainer.save_due:
                 peaks = (trainer.progress.peak_memory_bytes, memory.known())
                 # What was before is no peak of it all where one part was not measured.
@@ -258,13 +273,10 @@ class _Loop:
                 random = gather_object([random_states()])  # each process has its own
                 if self.accelerator.is_main_process:
                     trainer.save(random)
-            trainer.report(loss)
+            trainer.report(taken.loss)
 
-    def _gradients(self, active: list[int]) -> tuple[list[float], list[int]]:
-        """Gradients of each active adapter's own loss, summed over accumulated batches.
-
-        Returns, for each, the mean loss (see `EncodedExample.terms`) and the tokens read.
-        """
+    def _gradients(self, active: list[int]) -> list[_Gradients]:
+        """Gradients of each active adapter's own loss, summed over accumulated batches."""
         accelerator = self.accelerator
         self.model.train()
         # [active][accumulated] -> rows
@@ -291,7 +303,7 @@ class _Loop:
         accelerator.unscale_gradients()
         values = self._summed(total)
         read = [sum(len(row) for rows in own for row in rows) for own in batches]
-        return values.tolist(), read
+        return [*map(_Gradients, values.tolist(), read, map(int, everywhere.tolist()))]
 
     def _summed(self, values: Tensor) -> Tensor:
         """The sum of `values` over the processes that read different rows."""

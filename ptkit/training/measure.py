@@ -16,12 +16,12 @@ from ptkit.data.examples import Example
 from ptkit.evaluation.latency import Latency, measure_latency
 from ptkit.evaluation.predict import Prediction, predict
 from ptkit.evaluation.retention import off_probe
-from ptkit.evaluation.score import score_intervals
+from ptkit.evaluation.score import corpus_score, score_intervals
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import AdapterFiles, write_adapter
 from ptkit.formats.adapter_folder import RECIPE, WEIGHTS
-from ptkit.formats.cell_record import CellRecord, CurvePoint
+from ptkit.formats.cell_record import CellRecord, CurvePoint, ScoredPoint
 from ptkit.formats.figures import RecordedRetention
 from ptkit.methods import Adapter
 from ptkit.runtime.progress import no_weights_bar
@@ -61,6 +61,18 @@ def scores_of(experiment: Experiment, predictions: Sequence[Prediction]) -> dict
     """The task's metrics of the predictions of all test rows."""
     recipe = experiment.recipe
     return score_intervals(predictions, recipe.task.metrics, recipe.evaluate.bootstrap)
+
+
+def validation_score(experiment: Experiment, adapter: Adapter) -> float:
+    """The task's leading metric on the validation rows that a curve is of; the same in every
+    process."""
+    recipe = experiment.recipe
+    rows = experiment.data.validation[: recipe.evaluate.curve_rows]
+
+    def work(own: Sequence[Example]) -> list[Prediction]:
+        return predict(adapter, own, recipe.task, recipe.evaluate.batch_size)
+
+    return corpus_score(experiment.parallel.map(rows, work), recipe.task.metrics[0])
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,7 @@ def measured(
         peak_memory_bytes=progress.peak_memory_bytes if method.trains else None,
         eval_seconds=results.seconds,
         curve=[CurvePoint.model_validate(point) for point in progress.curve],
+        scored=[ScoredPoint.model_validate(point) for point in progress.scored],
         retention=results.retention,
         gate=_openings(experiment, adapter),
         decode_ms=latency.adapter,

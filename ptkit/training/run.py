@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,14 @@ from ptkit.training.failure import FAILED
 from ptkit.training.gate import fit_gate, require_gate_fits
 from ptkit.training.learnt import signs_of_nothing
 from ptkit.training.loop import fit
-from ptkit.training.measure import Results, measured, predicted, scores_of, written
+from ptkit.training.measure import (
+    Results,
+    measured,
+    predicted,
+    scores_of,
+    validation_score,
+    written,
+)
 from ptkit.training.observer import RunObserver
 from ptkit.training.preference import preference_of
 
@@ -134,7 +142,7 @@ def _train_and_measure(
             adapters.append(new_adapter(experiment, cell, choice.section))
         progresses = [Progress() for _ in cells]
         if trains:
-            progresses = _fit(experiment, cells, adapters, observer)
+            progresses = _fit(experiment, cells, adapters, observer, scored=True)
         parallel = experiment.parallel
         for i, (cell, adapter) in enumerate(zip(cells, adapters, strict=True)):
             if trains:
@@ -243,10 +251,14 @@ def _fit(
     cells: Sequence[Cell],
     adapters: Sequence[Adapter],
     observer: RunObserver,
+    *,
+    scored: bool = False,
 ) -> list[Progress]:
     if len(cells) > 1:
         require_no_dropout(experiment.base)
     jobs = [new_job(experiment, cell, own) for cell, own in zip(cells, adapters, strict=True)]
+    if experiment.recipe.evaluate.curve_rows is not None and scored:
+        jobs = [replace(job, score=partial(validation_score, experiment)) for job in jobs]
     # One bar for all of them: they take their steps together.
     return fit([replace(jobs[0], report=observer.stepped), *jobs[1:]])
 
