@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ptkit.hub.verify import verify
     from ptkit.loaded_adapter import LoadedAdapter, load_adapter
     from ptkit.prefix import KVPrefix
-    from ptkit.recipe import load_recipe
+    from ptkit.recipe.load import load_recipe
     from ptkit.runtime.base_model import load_base
     from ptkit.training.distill import distill
     from ptkit.training.multitask import multitask

@@ -34,7 +34,7 @@ from ptkit.formats.folder_lock import held, require_free
 from ptkit.formats.places import find_adapter
 from ptkit.launched import is_first, world_size
 from ptkit.methods.catalogue import method_sections
-from ptkit.recipe import LoadedRecipe, load_recipe
+from ptkit.recipe.load import LoadedRecipe, load_recipe
 from ptkit.recipe.one_method import one_method
 from ptkit.recipe.schema import Recipe, TrainSection
 from ptkit.runtime.base_model import Base

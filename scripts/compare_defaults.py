@@ -20,7 +20,7 @@ from ptkit.comparison.merge import read_comparison
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import MethodSummary, basis, shown_together, summarise
 from ptkit.formats.cell_record import CellRecord
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.recipe.schema import EvaluateSection, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ptkit.data import load_task
 from ptkit.data.encoded import PairExample
 from ptkit.data.pair_rows import PairEncoder
+from ptkit.data.task import load_task
 from ptkit.formats.adapter_files import write_adapter
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.recipe.tasks import PreferenceTask
 from ptkit.runtime.base_model import Base, load_base

@@ -72,7 +72,7 @@ class StoppedError(Exception):
 def run(folder: Path, rows: int, what: str) -> None:
     """Prepare and train in this process, and write down what it took."""
     os.environ["PTKIT_CACHE"] = str(folder / "cache")
-    from ptkit.recipe import load_recipe
+    from ptkit.recipe.load import load_recipe
     from ptkit.runtime.base_model import load_base
     from ptkit.training.adapter_trainer import StepReport
     from ptkit.training.cell import Cell

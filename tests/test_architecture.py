@@ -215,7 +215,7 @@ TENSOR_LIBRARIES = {
 @pytest.mark.parametrize(
     "code",
     [
-        "from ptkit.recipe import load_recipe, shipped_recipes\n"
+        "from ptkit.recipe.load import load_recipe, shipped_recipes\n"
         "for path in shipped_recipes().values(): load_recipe(path)",
         "from ptkit.recipe.json_schema import recipe_json_schema\nrecipe_json_schema()",
         "run('recipes', 'list')",

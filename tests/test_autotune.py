@@ -23,7 +23,7 @@ from ptkit.formats.cell_record import ChosenSettings
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section
 from ptkit.prefix_batch import PrefixBatch
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.recipe.tasks import ClassificationTask, SequenceClassificationTask
 from ptkit.runtime.base_model import Base

@@ -507,7 +507,7 @@ def test_a_token_without_a_row_is_refused_only_where_it_is_used(tmp_path: Path) 
 
 
 def test_a_run_is_refused_before_it_trains_on_a_token_without_a_row(tmp_path: Path) -> None:
-    from ptkit.recipe import load_recipe
+    from ptkit.recipe.load import load_recipe
     from ptkit.training.experiment import prepare
 
     rows = [{"x": f"w{i}", "y": "w3"} for i in range(1, 60)]

@@ -30,7 +30,7 @@ from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods import load_adapter as load_at
 from ptkit.methods.catalogue import method_section
 from ptkit.metrics.registry import metric
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.recipe.tasks import ChatTask
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import collate, supervised_losses

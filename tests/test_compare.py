@@ -24,7 +24,7 @@ from ptkit.evaluation.retention import measure_retention, probe_base
 from ptkit.formats.adapter_files import read_adapter
 from ptkit.hub.export import export_run
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.training.adapter_trainer import StepReport
 from ptkit.training.cell import Cell
 from ptkit.training.experiment import prepare

@@ -12,9 +12,10 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptkit.data import general_texts, load_task
 from ptkit.data.encode import encode_examples
+from ptkit.data.general_text import general_texts
 from ptkit.data.sources import builtin_sets
+from ptkit.data.task import load_task
 from ptkit.data.templates import Template
 from ptkit.errors import DataError
 from ptkit.recipe.tasks import ClassificationTask, DataSection, GenerationTask

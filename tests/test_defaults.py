@@ -13,7 +13,7 @@ from ptkit.comparison.grid import run_grid
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import summarise
 from ptkit.methods.catalogue import method_section
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 

@@ -23,7 +23,7 @@ from ptkit.launched import require_supported_launch
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.prefix import KVPrefix
 from ptkit.prefix_batch import PrefixBatch
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.recipe.schema import method_section
 from ptkit.runtime.base_model import Base, frozen_base, load_base
 from ptkit.runtime.cache import prefilled_cache

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptkit.data.chat_rows import ChatEncoder
-from ptkit.data.read_files import json_of, json_value, typed
 from ptkit.data.task import TaskData, load_task
+from ptkit.data.values import json_of, json_value, typed
 from ptkit.errors import DataError
 from ptkit.recipe.tasks import ChatTask
 

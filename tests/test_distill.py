@@ -19,7 +19,7 @@ from ptkit.errors import DataError, ModelError, UserError
 from ptkit.evaluation.divergence import measure_divergence
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.prefix_batch import PrefixBatch
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.compile import compile_tokens

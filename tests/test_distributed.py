@@ -31,7 +31,7 @@ from ptkit.evaluation.retention import measure_retention, probe_base
 from ptkit.formats.adapter_folder import WEIGHTS
 from ptkit.formats.cell_record import CellRecord
 from ptkit.methods import Demonstrations, create_adapter
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.recipe.schema import method_section
 from ptkit.training.observer import RunObserver
 from ptkit.training.processes import current, require_own

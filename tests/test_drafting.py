@@ -30,7 +30,7 @@ from ptkit.evaluation.predict import Prediction
 from ptkit.formats.adapter_files import read_adapter
 from ptkit.hub.card import card_text
 from ptkit.methods.base_names import peft_name
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.recipe.tasks import ClassificationTask, GenerationTask
 from ptkit.recipe.yaml_source import parse_yaml
 from ptkit.runtime.tokenization import load_tokenizer

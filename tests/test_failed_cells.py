@@ -24,7 +24,7 @@ from ptkit.comparison.overview import write_overview
 from ptkit.comparison.table import summary_table
 from ptkit.errors import AdapterError, FolderError, PtkitError, UserError
 from ptkit.formats.cell_record import CellRecord
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.training.cell import Cell
 from ptkit.training.failure import FAILED, attempted
 from ptkit.training.observer import RunObserver

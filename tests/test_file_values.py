@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from ptkit.api import train
 from ptkit.cli.options import input_lines
 from ptkit.comparison.same_rows import read_predictions
-from ptkit.data import load_task
 from ptkit.data.read_files import READERS, read_files
 from ptkit.data.splits import drawn
 from ptkit.data.summary import data_lines
+from ptkit.data.task import load_task
 from ptkit.data.templates import Template, filled
 from ptkit.errors import DataError, UserError
 from ptkit.formats.places import ROW_FILES
@@ -190,7 +190,7 @@ def test_a_text_for_a_template_of_two_columns_is_refused() -> None:
 
 @pytest.mark.parametrize("key", ["01", "True", "true", "3.10", "NA", "0x1F", "1_000", "null"])
 def test_a_label_in_a_recipe_is_its_text(tmp_path: Path, key: str) -> None:
-    from ptkit.recipe import load_recipe
+    from ptkit.recipe.load import load_recipe
 
     lines(tmp_path / "t.jsonl", *({"a": "q", "label": v} for v in (key, "other", key)))
     (tmp_path / "r.yaml").write_text(
@@ -277,7 +277,7 @@ def test_rows_that_chose_are_known_as_such(
 
 def test_a_baseline_alone_is_the_method_of_a_run() -> None:
     from ptkit.api import one_method
-    from ptkit.recipe import load_recipe
+    from ptkit.recipe.load import load_recipe
 
     recipe = load_recipe("quickstart", ["methods=[{kind: base}]"]).recipe
     assert one_method(recipe, None).kind == "base"
@@ -297,7 +297,7 @@ def test_scores_say_which_rows_they_are_on(tmp_path: Path, own_test: bool) -> No
     from ptkit.api import compare
     from ptkit.formats.adapter_files import read_adapter
     from ptkit.hub.card import card_text
-    from ptkit.recipe import load_recipe
+    from ptkit.recipe.load import load_recipe
 
     files = {"train": "t.jsonl", "validation": "v.jsonl", "dev": "d.jsonl"}
     for number, name in enumerate(files.values()):

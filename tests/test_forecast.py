@@ -20,7 +20,7 @@ from ptkit.cli.serve import size
 from ptkit.comparison import figures
 from ptkit.errors import UserError
 from ptkit.formats.sizes import in_bytes, in_money, read_bytes
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.training.adapter_trainer import StepReport
 from ptkit.training.cell import Cell
 from ptkit.training.experiment import prepare

@@ -24,7 +24,7 @@ from test_cli import QUICK
 
 from ptkit.data.read_files import read_files
 from ptkit.data.sources import BUILTIN
-from ptkit.recipe import load_recipe, shipped_recipes
+from ptkit.recipe.load import load_recipe, shipped_recipes
 from ptkit.runtime.model_names import TINY_EN_FOLDER, WHEELS
 
 SHIPPED = Path(__file__).resolve().parents[1] / "adapters"
@@ -344,8 +344,8 @@ def test_hub_recipes_read_their_data_sets(client: Client, server: HubServer) -> 
         (home / "README.md").write_text(f"---\n{json.dumps({'configs': described})}\n---\n")
     code = (
         "import json, sys\n"
-        "from ptkit.data import load_task\n"
-        "from ptkit.recipe import load_recipe\n"
+        "from ptkit.data.task import load_task\n"
+        "from ptkit.recipe.load import load_recipe\n"
         "for name in sys.argv[1:]:\n"
         "    loaded = load_recipe(name)\n"
         "    data = load_task(loaded.recipe.task, loaded.folder)\n"

@@ -35,7 +35,7 @@ from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files,
 from ptkit.methods.catalogue import method_section
 from ptkit.methods.prefix_lora.adapter import PREFIX_LORA
 from ptkit.prefix_batch import PrefixBatch
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits, collate, supervised_losses

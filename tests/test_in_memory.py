@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from test_compare import recipe_file as recipe_file
 
 import ptkit
-from ptkit.data import load_task
 from ptkit.data.in_memory import with_rows
+from ptkit.data.task import load_task
 from ptkit.errors import DataError, UserError
 from ptkit.formats.adapter_folder import WEIGHTS
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 
 SHORT = ["train.steps=2", "train.eval_every=2", "retention=null"]
 

@@ -16,7 +16,7 @@ from transformers import pipeline
 from ptkit.data.encoded import EncodedExample
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods.linear_probe.settings import LinearProbeSection
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import collate, head_logits
 from ptkit.runtime.heads import Labels

@@ -32,7 +32,7 @@ from ptkit.data.pair_rows import PairEncoder
 from ptkit.data.stored_rows import StoredRows
 from ptkit.errors import DataError, UserError
 from ptkit.formats.adapter_files import weights_path
-from ptkit.recipe import LoadedRecipe, load_recipe
+from ptkit.recipe.load import LoadedRecipe, load_recipe
 from ptkit.recipe.tasks import PreferenceTask
 from ptkit.runtime.base_model import Base
 from ptkit.training import adapter_trainer, run

@@ -20,7 +20,7 @@ from ptkit.errors import DataError
 from ptkit.formats.cell_record import CELL_RECORD
 from ptkit.formats.figures import scored_rows
 from ptkit.metrics.registry import metric
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.training.experiment import prepare
 from ptkit.training.own_recipe import with_test_rows
 

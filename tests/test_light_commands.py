@@ -17,7 +17,7 @@ import typer
 from ptkit.cli.completion import complete_adapters, complete_models, complete_recipes
 from ptkit.cli.help import EXAMPLES, command_names
 from ptkit.cli.main import app
-from ptkit.recipe import load_recipe, shipped_recipes
+from ptkit.recipe.load import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "pandas", "numpy", "sklearn")

@@ -46,7 +46,7 @@ from ptkit.methods import (
 from ptkit.methods.catalogue import method_section
 from ptkit.methods.prefix_mixture.adapter import PREFIX_MIXTURE
 from ptkit.prefix import KVPrefix
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.recipe.tasks import ClassificationTask, GenerationTask
 from ptkit.runtime.base_model import Base

@@ -22,7 +22,7 @@ from ptkit.methods.multitask_prompt.adapter import MultitaskPrompt
 from ptkit.methods.multitask_prompt.settings import MultitaskSection
 from ptkit.methods.prompt_tuning.settings import PromptTuningSection
 from ptkit.methods.start import start_embeddings
-from ptkit.recipe import LoadedRecipe, load_recipe
+from ptkit.recipe.load import LoadedRecipe, load_recipe
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits, collate, supervised_losses
 from ptkit.training.adapter_trainer import StepReport

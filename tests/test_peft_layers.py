@@ -33,7 +33,7 @@ from ptkit.methods import (
 )
 from ptkit.methods.catalogue import method_section
 from ptkit.methods.peft.settings import NAMES, REFUSED
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.generation import generate
 from ptkit.runtime.model_names import TINY_EN_FOLDER

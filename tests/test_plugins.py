@@ -99,7 +99,7 @@ def test_a_method_and_a_metric_of_another_package_are_used_as_ptkits_own(install
     code = """
 import sys
 from pathlib import Path
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 loaded = load_recipe("own.yaml")
 assert "torch" not in sys.modules and "nudged.nudge.adapter" not in sys.modules
 from conftest import random_base

@@ -17,7 +17,7 @@ from ptkit.data.encoded import EncodedExample
 from ptkit.methods import ADAPTERS, Adapter, Demonstrations, create_adapter
 from ptkit.prefix import KVPrefix
 from ptkit.prefix_batch import PrefixBatch
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.attention import attention_of
 from ptkit.runtime.base_model import Base, frozen_base

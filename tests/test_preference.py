@@ -24,20 +24,20 @@ from test_cli import ptkit
 from test_encoder_decoder import random_pair
 
 from ptkit.api import plan_training, train
-from ptkit.data import load_task
 from ptkit.data.encoded import PairExample
 from ptkit.data.examples import Example
 from ptkit.data.in_memory import with_rows
 from ptkit.data.pair_formats import pair_format
 from ptkit.data.pair_rows import PairEncoder
 from ptkit.data.table import Table
+from ptkit.data.task import load_task
 from ptkit.errors import DataError, ModelError, UserError
 from ptkit.evaluation.evaluate import evaluate_saved
 from ptkit.formats.adapter_files import read_info, write_adapter
 from ptkit.methods import Adapter, Demonstrations, create_adapter
 from ptkit.methods.catalogue import method_section
 from ptkit.metrics.registry import metric
-from ptkit.recipe import LoadedRecipe, load_recipe
+from ptkit.recipe.load import LoadedRecipe, load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.recipe.tasks import PreferenceTask
 from ptkit.runtime.base_model import Base

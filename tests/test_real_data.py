@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ptkit.comparison.grid import run_grid
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 
 RECIPE = Path(__file__).parent / "recipes" / "e2e.yaml"
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ptkit.errors import RecipeError
 from ptkit.methods.catalogue import method_sections
-from ptkit.recipe import load_recipe, shipped_recipes
 from ptkit.recipe.json_schema import recipe_json_schema
+from ptkit.recipe.load import load_recipe, shipped_recipes
 from ptkit.recipe.schema import Recipe
 from ptkit.recipe.yaml_source import parse_yaml
 

@@ -24,7 +24,7 @@ from ptkit.comparison.summary import MethodSummary, best_of
 from ptkit.comparison.table import markdown_table, summary_table
 from ptkit.formats.cell_record import CellRecord
 from ptkit.metrics.registry import metric
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.training.cell import folder_name
 
 #: title, kind, trained parameters, how many of ten words it gets right, forgetting

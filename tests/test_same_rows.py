@@ -16,7 +16,7 @@ from ptkit.comparison.merge import merge, read_comparison
 from ptkit.comparison.outputs import write_outputs
 from ptkit.errors import FolderError, UserError
 from ptkit.evaluation.retention import LanguageModelling, Retention
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.training.experiment import prepare
 from ptkit.training.observer import RunObserver
 from ptkit.training.run_folder import open_run_folder

@@ -27,7 +27,7 @@ from ptkit.hub.card import card_text
 from ptkit.hub.search import search
 from ptkit.hub.transfer import pull, push
 from ptkit.hub.verify import check_files, verify
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.runtime.model_names import TINY_EN_FOLDER
 
 ptkit = partial(command, cwd=Path())

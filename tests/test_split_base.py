@@ -20,7 +20,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from ptkit.comparison.grid import run_grid
 from ptkit.formats.adapter_folder import WEIGHTS
 from ptkit.formats.cell_record import CellRecord
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.runtime.base_model import load_base
 
 METHODS = {

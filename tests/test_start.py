@@ -17,7 +17,7 @@ from ptkit.methods.catalogue import method_section
 from ptkit.methods.p_tuning.adapter import PTuning
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.prefix import KVPrefix
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.compile import compile_embeddings, compile_tokens
 from ptkit.training.cell import Cell, open_cell_folder

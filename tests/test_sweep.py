@@ -15,8 +15,8 @@ from ptkit.comparison.merge import merge, read_comparison
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.search import _optuna, _random
 from ptkit.errors import RecipeError, UserError
-from ptkit.recipe import load_recipe
 from ptkit.recipe.expansion import expand, values_of
+from ptkit.recipe.load import load_recipe
 from ptkit.recipe.values import Range
 from ptkit.training.observer import RunObserver
 

@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM, OPTConfig, OPTForCau
 from ptkit.comparison.grid import run_grid
 from ptkit.errors import UserError
 from ptkit.methods import Adapter
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.dropout import dropout_of

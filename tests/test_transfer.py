@@ -16,7 +16,7 @@ from ptkit.errors import UserError
 from ptkit.formats.adapter_files import read_adapter
 from ptkit.methods import compile_files
 from ptkit.prefix import KVPrefix
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.runtime.base_model import load_base
 from ptkit.runtime.compile import compile_tokens
 from ptkit.training.observer import RunObserver

@@ -1,7 +1,8 @@
 """LoRA adapters beside prefixes: a row of a batch may run with one of each.
 
 PEFT's LoRA layers can already serve a different adapter per row when their forward is told the
-rows' names. Here they are told by `ptkit.runtime.row_adapters`.
+rows' names. Here they are told by `ptkit.runtime.row_adapters`. PEFT is loaded with the first LoRA:
+to serve prefixes alone takes none of it.
 """
 
 from __future__ import annotations
@@ -12,19 +13,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
 from ptkit.formats.adapter_info import ChatInfo
-from ptkit.methods.lora.files import lora_config
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.locks import lock_of, running
 from ptkit.runtime.row_adapters import row_adapters, rows_run_with
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
 #: PEFT's word for a row without any adapter.
 _PLAIN = "__base__"
@@ -94,6 +96,8 @@ class LoraRows:
         Raises AdapterError for kinds of LoRA that PEFT cannot mix within a batch, and when the
         tensors do not fit the base. Whatever is raised, by `along` too, the base is as it was.
         """
+        from ptkit.methods.lora.files import lora_config
+
         config = lora_config(files, self.base)
         config.inference_mode = True
         if (
@@ -123,6 +127,8 @@ class LoraRows:
                 self._remove(replaced.internal)
 
     def _inject(self, name: str, files: AdapterFiles, config: LoraConfig, internal: str) -> None:
+        from peft import inject_adapter_in_model, set_peft_model_state_dict
+
         model: Any = self.base.model
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # PEFT on there being others, and Conv1D
@@ -179,6 +185,8 @@ class LoraRows:
             yield
 
     def _layers(self) -> list[tuple[str, LoraLayer]]:
+        from peft.tuners.lora import LoraLayer
+
         return [(n, m) for n, m in self.base.model.named_modules() if isinstance(m, LoraLayer)]
 
     def _hook_layers(self) -> None:

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from ptkit.bench.result import BenchResult, Figure
-from ptkit.data import load_task
 from ptkit.data.encode import encode_examples
+from ptkit.data.task import load_task
 from ptkit.errors import PtkitError, UserError
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.recipe.schema import ModelSection, TrainSection
 from ptkit.runtime.base_model import load_base
 from ptkit.training.adapter_trainer import Job

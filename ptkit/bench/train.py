@@ -20,13 +20,13 @@ from ptkit.bench.peft_trainer import PeftTrainer
 from ptkit.bench.result import BenchResult, Figure, times
 from ptkit.bench.timing import Timing, ratio, timed
 from ptkit.bench.trl_trainer import TrlTrainer
-from ptkit.data import load_task
 from ptkit.data.chat_rows import ChatEncoder
 from ptkit.data.encode import encode_examples
 from ptkit.data.encoded import EncodedExample
 from ptkit.data.examples import Example
+from ptkit.data.task import load_task
 from ptkit.errors import UserError, did_you_mean
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.recipe.tasks import ChatTask, PreferenceTask, Task
 from ptkit.runtime.base_model import Base

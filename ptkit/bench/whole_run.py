@@ -26,11 +26,11 @@ from ptkit.bench.peers import METHODS, Round
 from ptkit.bench.peft_trainer import PeftTrainer, arguments_of, model_of
 from ptkit.bench.result import BenchResult, Figure, times
 from ptkit.bench.timing import Timing, ratio
-from ptkit.data import load_task
 from ptkit.data.encode import encode_examples, length_grouped_batches
 from ptkit.data.encoded import EncodedExample
+from ptkit.data.task import load_task
 from ptkit.errors import UserError, did_you_mean
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.forward import collate
 from ptkit.runtime.progress import no_weights_bar

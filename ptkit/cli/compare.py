@@ -52,7 +52,7 @@ def compare(
     again to go on after a stop: finished cells are kept. A cell that fails is a row with the
     reason. The exit code is then 1, and the same command tries it again.
     """
-    from ptkit.recipe import load_recipe
+    from ptkit.recipe.load import load_recipe
 
     # Before torch is imported, which takes seconds: a slip of the pen is told at once.
     loaded = load_recipe(recipe, set_ or [])

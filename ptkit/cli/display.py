@@ -89,7 +89,8 @@ class LiveDisplay(RunObserver):
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def planned(self, measured: Callable[[], Forecast]) -> None:
-        if self.console.quiet:
+        # Of a single run its own first steps tell as much, without being measured beforehand.
+        if self.console.quiet or (self.cells == 1 and self.price_per_hour is None):
             return
         for line in measured().lines(self.price_per_hour):
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -58,7 +58,7 @@ def distill(
     A run that was stopped goes on when the same command is given again.
     """
     from ptkit.errors import UserError
-    from ptkit.recipe import load_recipe
+    from ptkit.recipe.load import load_recipe
 
     require_file("the text to distill:", text)
     require_file("--inputs", inputs)

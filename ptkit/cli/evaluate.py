@@ -17,7 +17,7 @@ from ptkit.extras import require
 
 if TYPE_CHECKING:
     from ptkit.evaluation.evaluate import Evaluation
-    from ptkit.recipe import LoadedRecipe
+    from ptkit.recipe.load import LoadedRecipe
 
 
 def evaluate(
@@ -145,7 +145,7 @@ def _recipe_rows(
     precisions: list[str | None],
     asked: _Asked,
 ) -> None:
-    from ptkit.recipe import load_recipe
+    from ptkit.recipe.load import load_recipe
 
     if recipe is not None:
         loaded = load_recipe(recipe, overrides)

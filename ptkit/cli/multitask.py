@@ -43,7 +43,7 @@ def multitask(
     task's prompt, and their mean. A task's prompt is used like any other, and the mean starts
     another task. A stopped run resumes when the same command is given again.
     """
-    from ptkit.recipe import load_recipe
+    from ptkit.recipe.load import load_recipe
 
     loaded = [load_recipe(recipe, set_ or []) for recipe in recipes]
 

@@ -42,7 +42,7 @@ def list_(json_output: JsonOutput = False, quiet: Quiet = False) -> None:
 @app.command()
 def show(recipe: RecipeArgument) -> None:
     """Print a recipe as it is written."""
-    from ptkit.recipe import load_recipe
+    from ptkit.recipe.load import load_recipe
 
     typer.echo(load_recipe(recipe).text, nl=False)
 
@@ -67,7 +67,7 @@ def copy(
     """Copy a shipped recipe to start your own from. The copy has a name of its own."""
     from ptkit.errors import UserError
     from ptkit.formats import atomic
-    from ptkit.recipe import load_recipe
+    from ptkit.recipe.load import load_recipe
     from ptkit.recipe.shipped import renamed
 
     if recipe is None:
@@ -103,7 +103,7 @@ def validate(
     lengths, adapters to start from. Data of the Hub are not fetched.
     """
     from ptkit.errors import RecipeError, UserError
-    from ptkit.recipe import load_recipe
+    from ptkit.recipe.load import load_recipe
 
     faults = []
     for recipe in recipes:

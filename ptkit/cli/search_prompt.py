@@ -31,7 +31,7 @@ def search_prompt(
     from dataclasses import asdict
 
     from ptkit.errors import UserError
-    from ptkit.recipe import load_recipe
+    from ptkit.recipe.load import load_recipe
     from ptkit.recipe.tasks import HeadedTask, PreferenceTask
 
     loaded = load_recipe(recipe, [*(set_ or []), "retention=null"])

@@ -85,7 +85,7 @@ def train(
     require_there(data, validation, test)
     require_model(model)
 
-    from ptkit.recipe import load_recipe
+    from ptkit.recipe.load import load_recipe
     from ptkit.recipe.one_method import one_method
 
     # Before torch is imported, which takes seconds: a slip of the pen is told at once.

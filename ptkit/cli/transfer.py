@@ -42,7 +42,7 @@ def transfer(
     and from its own start, with its seeds. The files matrix.md, matrix.json and matrix.png show the
     differences and how alike the adapters are. Interrupted, the same command resumes.
     """
-    from ptkit.recipe import load_recipe
+    from ptkit.recipe.load import load_recipe
 
     shared = set_ or []
     sources = [load_recipe(recipe, shared) for recipe in recipes]

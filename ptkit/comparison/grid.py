@@ -10,8 +10,8 @@ from ptkit.comparison.search import Searches, require_sampler
 from ptkit.errors import FolderError, UserError
 from ptkit.formats import atomic
 from ptkit.formats.cell_record import CellRecord
-from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.expansion import Entry, Variant, expand
+from ptkit.recipe.load import LoadedRecipe
 from ptkit.recipe.schema import ModelSection, Recipe
 from ptkit.runtime.base_model import Base
 from ptkit.section import MethodSection

@@ -13,7 +13,7 @@ from ptkit.errors import UserError
 from ptkit.formats import atomic
 from ptkit.formats.cell_record import CellRecord
 from ptkit.formats.places import comparison_recipe
-from ptkit.recipe import LoadedRecipe, load_recipe
+from ptkit.recipe.load import LoadedRecipe, load_recipe
 from ptkit.recipe.schema import TrainSection
 
 #: What parts of one comparison, made on different machines, may differ in.

@@ -15,7 +15,7 @@ from ptkit.errors import PtkitError, UserError
 from ptkit.extras import extra
 from ptkit.formats import atomic
 from ptkit.formats.cell_record import CellRecord
-from ptkit.recipe import LoadedRecipe, load_recipe
+from ptkit.recipe.load import LoadedRecipe, load_recipe
 from ptkit.training.cell import Cell
 from ptkit.training.failure import FAILED, Failure
 from ptkit.training.observer import RunObserver

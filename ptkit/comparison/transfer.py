@@ -37,8 +37,8 @@ from ptkit.methods.gate_files import without_gate
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.methods.prompt_settings import PromptMethodSection
 from ptkit.prefix import KVPrefix
-from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.expansion import changed
+from ptkit.recipe.load import LoadedRecipe
 from ptkit.recipe.schema import Recipe
 from ptkit.recipe.tasks import HeadedTask
 from ptkit.runtime.base_model import Base, load_base

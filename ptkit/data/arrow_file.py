@@ -62,5 +62,5 @@ def write_arrow(
     with atomic.file(path) as file, pa.ipc.new_file(file, schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
-        empty = pa.RecordBatch.from_pylist([], schema=schema)
+        empty = pa.RecordBatch.from_arrays([pa.nulls(0, f.type) for f in schema], schema=schema)
         writer.write_batch(empty, custom_metadata={"notes": json.dumps(notes)})

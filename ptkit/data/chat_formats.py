@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptkit.data.dialogue import Dialogue, dialogue_of
-from ptkit.data.read_files import Digits
-from ptkit.data.table import Row, Table, kind_of
+from ptkit.data.table import Row, Table
+from ptkit.data.values import Digits, kind_of
 from ptkit.errors import DataError, did_you_mean
 from ptkit.recipe.tasks import ChatTask
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ptkit.data.read_files import Digits, typed
-from ptkit.data.table import kind_of
+from ptkit.data.values import Digits, kind_of, typed
 from ptkit.errors import DataError, did_you_mean
 
 #: Roles of a chat template; OpenAI's `developer` is its `system`.

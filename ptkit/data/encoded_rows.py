@@ -86,7 +86,15 @@ _Lists = list[tuple[np.ndarray, np.ndarray]]
 def _lists(batch: pa.RecordBatch) -> _Lists:
     names = [name for name in PAIR_SCHEMA.names if name in batch.schema.names]
     columns: list[Any] = [batch.column(name) for name in names]
-    return [(column.offsets.to_numpy(), column.values.to_numpy()) for column in columns]
+    return [(_numbers(column.offsets), _numbers(column.values)) for column in columns]
+
+
+def _numbers(array: pa.Array) -> np.ndarray:
+    """The values of `array`, none missing, as they lie; without pandas, as `_column`."""
+    dtype, data = np.dtype(str(array.type)), array.buffers()[1]
+    if data is None:  # nothing was written
+        return np.zeros(0, dtype)
+    return np.frombuffer(data, dtype, count=len(array), offset=array.offset * dtype.itemsize)
 
 
 def _row(columns: _Lists, row: int) -> EncodedExample:
@@ -109,7 +117,7 @@ def _example(columns: _Lists, row: int) -> EncodedExample:
 
 def batch_of(rows: Sequence[EncodedExample], more: dict[str, Any] | None = None) -> pa.RecordBatch:
     """`rows` for a file; `more` are further columns of one number per row."""
-    further = {name: pa.array(values, pa.int32()) for name, values in (more or {}).items()}
+    further = {name: _column(np.asarray(own, np.int32)) for name, own in (more or {}).items()}
     return pa.RecordBatch.from_pydict(_arrays(rows, "") | further)
 
 
@@ -119,13 +127,19 @@ def pair_batch_of(pairs: Sequence[PairExample]) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict(_arrays(pairs, "") | rejected)
 
 
+def _column(values: np.ndarray) -> pa.Array:
+    """`values`, `[rows]`, as they lie. `pa.array` would load pandas for it: most of a second."""
+    kind = pa.from_numpy_dtype(values.dtype)
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
 def _arrays(rows: Sequence[EncodedExample], prefix: str) -> dict[str, pa.Array]:
     """The columns of `rows`, their names with `prefix`."""
 
     def lists(parts: list[Sequence[int]], kind: Any) -> pa.Array:
         offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
         values = np.fromiter(chain.from_iterable(parts), kind, count=int(offsets[-1]))
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+        return pa.ListArray.from_arrays(_column(offsets), _column(values))
 
     return {
         f"{prefix}input_ids": lists([row.input_ids for row in rows], np.int32),

@@ -7,10 +7,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from ptkit.data.dialogue import Dialogue
 from ptkit.data.lazy import Lazy
-from ptkit.data.table import Row, Table
+
+if TYPE_CHECKING:  # it loads libraries of tables
+    from ptkit.data.table import Row, Table
 
 #: Of fewer rows, examples and token ids stay in memory.
 FEWEST_ROWS = 1_000

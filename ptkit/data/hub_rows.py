@@ -23,9 +23,10 @@ from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.csv.csv import Csv, CsvConfig
 from datasets.packaged_modules.json.json import Json, JsonConfig
 
-from ptkit.data.read_files import json_of, json_rows, json_value
+from ptkit.data.read_files import json_rows
 from ptkit.data.streamed_rows import streamed
 from ptkit.data.table import Row, Table
+from ptkit.data.values import json_of, json_value
 from ptkit.errors import DataError
 from ptkit.formats.cache_home import cache_home
 from ptkit.recipe.tasks import DataSection

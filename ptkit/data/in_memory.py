@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import pandas as pd
 import pyarrow as pa
-from datasets import Dataset, IterableDataset
 
-from ptkit.data.table import Table
+from ptkit.data.table import Table, is_of
 from ptkit.errors import DataError
-from ptkit.recipe import LoadedRecipe
+from ptkit.recipe.load import LoadedRecipe
 from ptkit.recipe.tasks import DataSection, Splits
 
+if TYPE_CHECKING:  # whoever hands over rows of these has loaded them
+    import pandas as pd
+    from datasets import Dataset
+
 #: What may be handed over: one split, or several by name.
-Rows: TypeAlias = Dataset | pd.DataFrame | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+Rows: TypeAlias = "Dataset | pd.DataFrame | Sequence[Mapping[str, Any]] | Mapping[str, Any]"
 
 
 def tables_of(dataset: Rows) -> dict[str, Table]:
@@ -33,11 +35,11 @@ def tables_of(dataset: Rows) -> dict[str, Table]:
 
 def table_of(split: str, rows: Any) -> Table:
     """The rows of one split, which messages call by its name. Raises DataError as `tables_of`."""
-    if isinstance(rows, pd.DataFrame):
+    if is_of(rows, "pandas.DataFrame"):
         rows = _of_frame(split, rows)
-    if isinstance(rows, Dataset):
+    if is_of(rows, "datasets.Dataset"):
         return Table.of(rows)
-    if isinstance(rows, IterableDataset):
+    if is_of(rows, "datasets.IterableDataset"):
         raise DataError(
             f"the split `{split}` is streamed, and training reads its rows several times and in "
             "random order; hand over `Dataset.from_list([*rows])`, or name the set in the recipe"
@@ -56,6 +58,8 @@ def table_of(split: str, rows: Any) -> Table:
 
 def _of_frame(split: str, frame: pd.DataFrame) -> Dataset:
     """The rows of a data frame, without its index. Raises DataError where a column has no type."""
+    from datasets import Dataset
+
     try:
         return Dataset.from_pandas(frame, preserve_index=False)
     except (pa.ArrowException, ValueError, TypeError) as error:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptkit.data.dialogue import Dialogue, answer_text, dialogue_of
-from ptkit.data.table import Row, Table, kind_of
+from ptkit.data.table import Row, Table
 from ptkit.data.templates import Template
+from ptkit.data.values import kind_of
 from ptkit.errors import DataError
 from ptkit.recipe.tasks import PreferenceTask
 

@@ -11,34 +11,22 @@ import contextlib
 import hashlib
 import io
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset
 
 from ptkit.data.stored_rows import mapped_table, stored
 from ptkit.data.table import Spots, Table
+from ptkit.data.values import json_of, json_value
 from ptkit.errors import DataError
 from ptkit.formats.places import no_such_file
 
 #: Larger files are kept as rows on disk, and read row by row.
 IN_MEMORY_BYTES = 16_000_000
-
-
-class Digits(str):
-    """A JSON number as it is written: a text, like every value, that knows it was no text."""
-
-    __slots__ = ()
-
-
-#: Half of a character as JSON may write it: `\\ud83d`. No encoding has a text with one half.
-_HALF = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 def read_files(paths: Sequence[Path]) -> Table:
@@ -92,6 +80,8 @@ def _texts(suffix: str, path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]
 
 
 def _csv(path: Path, separator: str = ",") -> _Rows:
+    import pandas as pd
+
     header: list[str] = []
     number = 0
     try:
@@ -181,29 +171,9 @@ def _json_lines(file: TextIO, name: str) -> Iterator[tuple[int, dict[str, Any]]]
         yield number, value
 
 
-def json_value(text: str) -> Any:
-    """The value of a JSON text, its numbers as `Digits`. Raises JSONDecodeError."""
-    # Numbers stay as written: 1 and 2.5 of one column, 3.10, identifiers of twenty digits.
-    try:
-        value = json.loads(
-            text,
-            parse_int=Digits,
-            parse_float=Digits,
-            parse_constant=lambda name: None if name == "NaN" else name,
-        )
-    except RecursionError as error:
-        raise json.JSONDecodeError("lists or objects nested too deeply", text, 0) from error
-    half = _HALF.search(text)
-    if half is not None:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            told = f"`{half[0]}` is half of a character, and its other half is not there"
-            raise json.JSONDecodeError(told, text, half.start()) from error
-    return value
-
-
 def _parquet(paths: Sequence[Path]) -> Table:
+    from datasets import Dataset
+
     tables = []
     for path in paths:
         try:
@@ -224,27 +194,6 @@ def _parquet(paths: Sequence[Path]) -> Table:
     # Otherwise `datasets` would hash all values for it.
     told = repr([(str(path), path.stat().st_mtime_ns) for path in paths])
     return Table.of(Dataset(whole, fingerprint=hashlib.sha256(told.encode()).hexdigest()[:16]))
-
-
-def json_of(value: Any) -> str:
-    """The JSON text of what `json_value` reads, with its numbers as they were written."""
-    if isinstance(value, Digits):
-        return str(value)
-    if isinstance(value, dict):
-        inner = (f"{json.dumps(k, ensure_ascii=False)}: {json_of(v)}" for k, v in value.items())
-        return "{" + ", ".join(inner) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(json_of, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
-
-
-def typed(value: Any) -> Any:
-    """`value` with its `Digits` as Python's numbers, for whoever needs JSON's types."""
-    if isinstance(value, Digits):
-        return json.loads(value)
-    if isinstance(value, dict):
-        return {key: typed(inner) for key, inner in value.items()}
-    return [typed(inner) for inner in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Path], _Rows]] = {

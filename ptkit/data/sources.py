@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ptkit.data.hub_rows import hub_rows
 from ptkit.data.read_files import read_files
 from ptkit.data.splits import SplitRows, divide
 from ptkit.data.table import Table
@@ -55,6 +54,8 @@ def _found(
 ) -> dict[str, Table]:
     """The splits that the recipe names and the source has, by the source's names."""
     if section.hub:
+        from ptkit.data.hub_rows import hub_rows  # it loads `datasets`
+
         loaded = hub_rows(section)
     elif section.builtin:
         loaded = _built_in(section.builtin)

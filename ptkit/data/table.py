@@ -10,15 +10,18 @@ from __future__ import annotations
 import datetime
 import decimal
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset
 
 from ptkit.data.lazy import picked
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 #: Types whose values Python holds with more digits than they have.
 _SHORT = ("float16", "float32")
@@ -102,17 +105,26 @@ class Table:
     def only(self, columns: Sequence[str]) -> Table:
         """The same rows with these of the columns: others, images say, are not even decoded."""
         kept = [column for column in self.columns if column in columns]
-        rows = self.rows
-        if isinstance(rows, Dataset) and kept:
+        rows: Any = self.rows
+        if kept and is_of(rows, "datasets.Dataset"):
             rows = rows.select_columns(kept)
         return Table(kept, rows, self.features, self.places, self.spots)
 
     def select(self, numbers: Sequence[int] | np.ndarray) -> Table:
         """The rows with these numbers, in this order."""
-        rows, kept = self.rows, np.asarray(numbers, dtype=np.int64)
-        chosen = rows.select(kept) if isinstance(rows, Dataset) else picked(rows, kept)
+        rows: Any = self.rows
+        kept = np.asarray(numbers, dtype=np.int64)
+        chosen = rows.select(kept) if is_of(rows, "datasets.Dataset") else picked(rows, kept)
         places = kept + 1 if self.places is None else np.asarray(self.places)[kept]
         return Table(self.columns, chosen, self.features, places, self.spots)
+
+
+def is_of(value: Any, name: str) -> bool:
+    """Whether `value` is of the class `name`, as `pandas.DataFrame`. The library is not loaded for
+    it, which takes a second: before it is, nothing can be of its classes."""
+    library, _, own = name.partition(".")
+    loaded = sys.modules.get(library)
+    return loaded is not None and isinstance(value, getattr(loaded, own))
 
 
 def plain(value: Any, feature: Any = None) -> Any:
@@ -121,7 +133,7 @@ def plain(value: Any, feature: Any = None) -> Any:
     included."""
     if value is None or isinstance(value, str):
         return value
-    if isinstance(feature, ClassLabel) and isinstance(value, int):
+    if isinstance(value, int) and is_of(feature, "datasets.ClassLabel"):
         return str(feature.int2str(value)) if value >= 0 else None
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -146,25 +158,3 @@ def plain(value: Any, feature: Any = None) -> Any:
         fields = feature if isinstance(feature, Mapping) else {}
         return {str(name): plain(entry, fields.get(name)) for name, entry in value.items()}
     return value
-
-
-def kind_of(value: Any) -> str:
-    """What a value is, for an error message: `a list of mappings (role, content)`."""
-    if isinstance(value, Mapping):
-        return f"a mapping ({', '.join(map(str, value)) or 'empty'})"
-    if isinstance(value, list | tuple):
-        first = next((entry for entry in value if entry is not None), None)
-        if isinstance(first, Mapping):
-            return f"a list of mappings ({', '.join(map(str, first))})"
-        if first is None or isinstance(first, str):
-            return "a list"
-        return (
-            "a list of lists" if isinstance(first, list | tuple) else f"a list with {_type(first)}"
-        )
-    return "a text" if isinstance(value, str) else _type(value)
-
-
-def _type(value: Any) -> str:
-    if isinstance(value, datetime.datetime):
-        return "a timestamp, which has no one text"
-    return f"a value of type `{type(value).__name__}`"

@@ -14,8 +14,9 @@ from ptkit.data.examples import Example, examples_of
 from ptkit.data.pair_formats import PairFormat, pair_format
 from ptkit.data.sources import load_rows
 from ptkit.data.splits import Origin
-from ptkit.data.table import Row, Table, kind_of
+from ptkit.data.table import Row, Table
 from ptkit.data.templates import Template
+from ptkit.data.values import kind_of
 from ptkit.errors import DataError, did_you_mean
 from ptkit.recipe.tasks import (
     ChatTask,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from string import Formatter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ptkit.data.table import Table, kind_of
+from ptkit.data.values import kind_of
 from ptkit.errors import DataError, did_you_mean
+
+if TYPE_CHECKING:  # it loads libraries of tables
+    from ptkit.data.table import Table
 
 #: `column`, then `.field` and `[number]` in any order.
 _PATH = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[-?\d+\])*")

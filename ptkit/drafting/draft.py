@@ -25,8 +25,8 @@ from ptkit.drafting.metrics_for import label_metrics, text_metrics, word_metrics
 from ptkit.drafting.plan import Plan, planned
 from ptkit.drafting.written import commented, yaml_with_comments
 from ptkit.errors import DataError, RecipeError, UserError
-from ptkit.recipe import LoadedRecipe
 from ptkit.recipe.faults import recipe_faults
+from ptkit.recipe.load import LoadedRecipe
 from ptkit.recipe.tasks import ChatTask
 from ptkit.recipe.yaml_source import parse_yaml
 from ptkit.runtime.base_model import Base

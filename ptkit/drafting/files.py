@@ -16,7 +16,7 @@ from ptkit.errors import DataError
 from ptkit.formats.places import no_such_file
 
 #: What a draft can be made from: a file or its folder, or rows that a program hands over.
-Source: TypeAlias = str | Path | Rows
+Source: TypeAlias = "str | Path | Rows"
 #: Names of the other splits, as they stand in names of files.
 _NAMES = {"validation": ("validation", "valid", "val", "dev"), "test": ("test", "eval")}
 _TRAIN = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)

@@ -19,7 +19,7 @@ from ptkit.hub.card import card_text
 from ptkit.hub.convert import as_prefix, require_convertible
 from ptkit.methods import adapter_from_files, base_of, require_same_base
 from ptkit.methods.base_names import peft_name
-from ptkit.recipe import load_recipe
+from ptkit.recipe.load import load_recipe
 from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import prepare
 

@@ -37,7 +37,7 @@ from ptkit.methods import (
 )
 from ptkit.methods.base_names import same_name
 from ptkit.methods.head import TrainedHead, with_saved_head
-from ptkit.recipe import LoadedRecipe, load_recipe
+from ptkit.recipe.load import LoadedRecipe, load_recipe
 from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import prepare
 

@@ -9,10 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,6 +25,9 @@ from ptkit.runtime.base_model import Base
 from ptkit.runtime.gate import Gate, Gated
 from ptkit.runtime.placement import gradients_summed
 from ptkit.section import MethodSection
+
+if TYPE_CHECKING:  # PEFT is loaded by what is trained, and by what changes weights
+    from peft import PeftConfig
 
 
 @dataclass(frozen=True)

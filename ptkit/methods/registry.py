@@ -27,10 +27,14 @@ def _classes() -> dict[str, type[Adapter]]:
 
 
 class _Adapters(Mapping[str, type[Adapter]]):
-    """kind -> adapter class; the classes are imported when they are first asked for."""
+    """kind -> adapter class. One is imported when it is first asked for, without the others: much
+    of PEFT is loaded by those that change weights."""
 
     def __getitem__(self, kind: str) -> type[Adapter]:
-        return _classes()[kind]
+        package = method_sections()[kind].__module__.rpartition(".")[0]
+        if package in method_packages():
+            import_part(package, "adapter")
+        return REGISTERED[kind] if kind in REGISTERED else _classes()[kind]
 
     def __iter__(self) -> Iterator[str]:
         return iter(_classes())

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig
 from torch import Tensor
 
 from ptkit.errors import AdapterError
@@ -30,6 +29,9 @@ from ptkit.prefix import KVPrefix
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.compile import compile_embeddings, require_no_ids
 from ptkit.runtime.soft_prompts import has_positions
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 def prompt_learning_shape(base: Base) -> dict[str, Any]:

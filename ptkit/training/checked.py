@@ -8,12 +8,12 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
-from ptkit.data import TaskData
 from ptkit.data.encoded import EncodedExample
 from ptkit.data.summary import chat_lines, data_lines
+from ptkit.data.task import TaskData
 from ptkit.data.token_cache import encode_cached, encode_conversations
 from ptkit.errors import ModelError
-from ptkit.recipe import LoadedRecipe
+from ptkit.recipe.load import LoadedRecipe
 from ptkit.recipe.tasks import ConversationTask, Task
 from ptkit.runtime.named_models import source_of
 from ptkit.runtime.tokenization import load_tokenizer

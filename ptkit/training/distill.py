@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from pydantic import Field, ValidationError
 
-from ptkit.data import load_task
 from ptkit.data.chat_template import with_template_read
 from ptkit.data.encode import encode_examples
+from ptkit.data.task import load_task
 from ptkit.errors import FolderError, ModelError, UserError
 from ptkit.evaluation.divergence import Divergence, measure_divergence
 from ptkit.formats import atomic
@@ -45,7 +45,7 @@ from ptkit.formats.typed_file import FileKind, FileSection, unchanged
 from ptkit.methods.prefix_tuning.adapter import PrefixTuning
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.prefix import KVPrefix
-from ptkit.recipe import LoadedRecipe
+from ptkit.recipe.load import LoadedRecipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.recipe.tasks import ConversationTask, HeadedTask, Task
 from ptkit.runtime.base_model import Base, load_base

@@ -12,20 +12,21 @@ from pathlib import Path
 
 import torch
 
-from ptkit.data import Example, TaskData, general_texts, load_task
 from ptkit.data.chat_template import ChatTemplate, with_template_read
 from ptkit.data.encoded import EncodedExample
-from ptkit.data.general_text import GENERAL_EN
+from ptkit.data.examples import Example
+from ptkit.data.general_text import GENERAL_EN, general_texts
 from ptkit.data.lazy import picked
 from ptkit.data.leaks import require_unlearnt, texts_of
 from ptkit.data.summary import chat_lines, data_lines
+from ptkit.data.task import TaskData, load_task
 from ptkit.data.token_cache import encode_cached, encode_conversations
 from ptkit.errors import ModelError, UserError
 from ptkit.evaluation.retention import GeneralProbe, off_probe, probe_base
 from ptkit.evaluation.score import require_metrics
 from ptkit.launched import require_supported_launch
 from ptkit.metrics.registry import metric
-from ptkit.recipe import LoadedRecipe
+from ptkit.recipe.load import LoadedRecipe
 from ptkit.recipe.schema import Recipe
 from ptkit.recipe.tasks import ConversationTask, HeadedTask, Task, TokenClassificationTask
 from ptkit.runtime.architecture import HeadKind

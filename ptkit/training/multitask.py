@@ -38,7 +38,7 @@ from ptkit.methods.multitask_prompt.adapter import MultitaskPrompt
 from ptkit.methods.multitask_prompt.settings import MultitaskSection
 from ptkit.methods.prompt_tuning.settings import PromptTuningSection
 from ptkit.methods.start import start_embeddings, start_tokens
-from ptkit.recipe import LoadedRecipe
+from ptkit.recipe.load import LoadedRecipe
 from ptkit.recipe.tasks import HeadedTask, PreferenceTask
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.training.adapter_trainer import Job

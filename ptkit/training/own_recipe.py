@@ -9,7 +9,7 @@ from pathlib import Path
 from ptkit.data.read_files import read_files
 from ptkit.errors import AdapterError, DataError, UserError
 from ptkit.formats.adapter_folder import RECIPE
-from ptkit.recipe import LoadedRecipe, load_recipe
+from ptkit.recipe.load import LoadedRecipe, load_recipe
 from ptkit.recipe.tasks import DataSection, SplitLimits
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ptkit.data import general_texts
-from ptkit.data.general_text import GENERAL_EN
+from ptkit.data.general_text import GENERAL_EN, general_texts
 from ptkit.errors import UserError
 from ptkit.evaluation.retention import text_windows
 from ptkit.methods import Adapter

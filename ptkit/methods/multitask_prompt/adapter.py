@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import MultitaskPromptTuningConfig
 from torch import Tensor, nn
 
 from ptkit.errors import AdapterError
@@ -96,6 +95,8 @@ class MultitaskPrompt(Adapter):
         return [OwnRate([self.columns, self.rows], rate, section.beta2)]
 
     def own_files(self) -> AdapterFiles:
+        from peft import MultitaskPromptTuningConfig
+
         config = MultitaskPromptTuningConfig(
             task_type="CAUSAL_LM",
             num_virtual_tokens=self.virtual_tokens,

@@ -8,7 +8,6 @@ Tuning", https://arxiv.org/abs/2305.03937).
 from __future__ import annotations
 
 import torch
-from peft import PromptEncoder, PromptEncoderConfig
 from torch import Tensor, nn
 
 from ptkit.errors import AdapterError
@@ -43,6 +42,8 @@ class PTuning(SoftPrompt):
     unit: Tensor
 
     def __init__(self, section: PTuningSection, base: Base, start: Tensor | None) -> None:
+        from peft import PromptEncoder, PromptEncoderConfig
+
         super().__init__(section, base)
         shape = prompt_learning_shape(base)
         self.config = PromptEncoderConfig(

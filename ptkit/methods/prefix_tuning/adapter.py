@@ -11,10 +11,9 @@ base can read a soft prompt, the embeddings that it makes the start of learn too
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PrefixTuningConfig
-from peft.tuners.prefix_tuning import PrefixEncoder
 from torch import Tensor, nn
 
 from ptkit.errors import AdapterError, ModelError
@@ -51,6 +50,9 @@ from ptkit.runtime.infix import require_infix
 
 #: How much slower than values beside it an MLP learns: the two rates that suit each alone.
 MLP_RATE = 0.03
+
+if TYPE_CHECKING:
+    from peft import PrefixTuningConfig
 
 
 @register
@@ -106,6 +108,8 @@ class PrefixTuning(Adapter):
         row, column = self.first
         rows = section.num_virtual_tokens - row
         self.trained_layers = trained
+        from peft.tuners.prefix_tuning import PrefixEncoder
+
         self.encoder = PrefixEncoder(self._config(trained, rows)).to(device)
         if start is None:
             start = torch.zeros(rows, 2 * side * trained)
@@ -137,6 +141,8 @@ class PrefixTuning(Adapter):
 
     def _config(self, layers: int, virtual_tokens: int) -> PrefixTuningConfig:
         """PEFT's settings of a prefix for `layers` layers."""
+        from peft import PrefixTuningConfig
+
         section, shape = self.section, self.base.layout.widest
         return PrefixTuningConfig(
             task_type="CAUSAL_LM",

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import torch
-from peft import PromptTuningConfig
-from peft.tuners.prompt_tuning import PromptEmbedding
 from torch import nn
 
 from ptkit.formats.adapter_files import AdapterFiles
@@ -34,6 +32,9 @@ class PromptTuning(SoftPrompt):
         What is learnt is a change of the start in units of its RMS. Embeddings are 0.02 in one
         family and 10 in another, and a step of AdamW has one size for all.
         """
+        from peft import PromptTuningConfig
+        from peft.tuners.prompt_tuning import PromptEmbedding
+
         super().__init__(section, base)
         self.config = PromptTuningConfig(
             task_type="CAUSAL_LM",
