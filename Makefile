@@ -18,8 +18,8 @@ test-engines: setup-dev setup-engines  ## adapters on vLLM, llama.cpp's server (
 		tests/test_engine_agreement.py tests/test_mlx.py
 
 # What depends on transformers' own interfaces: attention, caches, loading, checkpointing.
-FLOOR_TESTS := blocks cache composition encoder_decoder gguf hub hybrid infix last_layer paged_generation quantize \
-  ship threads train
+FLOOR_TESTS := anatomy blocks cache composition encoder_decoder encoders families gguf group_attention hub hybrid \
+  infix last_layer paged_generation precision quantize ship threads train unpadded
 
 test-floor: setup-dev $(VENV)/floor  ## the oldest transformers that ptkit works with
 	PYTHONPATH=$(CURDIR)/$(VENV)/floor $(BIN)/python -m pytest -n 2 $(FLOOR_TESTS:%=tests/test_%.py)

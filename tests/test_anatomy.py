@@ -8,7 +8,7 @@ from conftest import random_base
 from test_peft_parity import LEARNT, make_adapter
 
 from ptkit.evaluation.anatomy import attention_shares
-from ptkit.runtime.attention import attention_of
+from ptkit.runtime.attention import attention_of, set_attention
 from ptkit.runtime.compile import compile_tokens
 
 TEXT = "w1 w2 w3 w4 w5"
@@ -19,7 +19,7 @@ def test_shares_of_real_tokens_are_those_of_the_base_reading_them(family: str) -
     base = random_base(family)
     first = [7, 8, 9]
     shares = attention_shares(compile_tokens(base.model, torch.tensor(first)), base, TEXT)
-    base.model.set_attn_implementation("eager")
+    set_attention(base.model, "eager")
     with torch.no_grad():
         weights = base.model(
             torch.tensor([[*first, 1, 2, 3, 4, 5]]), output_attentions=True

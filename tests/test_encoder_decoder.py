@@ -34,6 +34,7 @@ from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, adapter_from_files, create_adapter
 from ptkit.prefix import KVPrefix
 from ptkit.prefix_batch import PrefixBatch
+from ptkit.runtime.attention import set_attention
 from ptkit.runtime.attention_sites import attention_modules
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.forward import collate, supervised_logits, token_losses
@@ -68,7 +69,7 @@ def random_pair(family: str, attention: str = "eager") -> Base:
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(3 if family == "t5" else 8)
-    model.set_attn_implementation(attention)
+    set_attention(model, attention)
     tokenizer = word_tokenizer()
     tokenizer.pad_token = "w95"
     return frozen_base(model.eval(), tokenizer, f"random-{family}")
@@ -157,9 +158,7 @@ def test_logits_are_those_of_an_attention_written_out(family: str, attention: st
     from transformers.masking_utils import eager_mask
 
     AttentionMaskInterface.register("written_out", eager_mask)
-    for part in model.modules():  # before transformers 5.20, T5's stacks keep theirs
-        if isinstance(part, PreTrainedModel):
-            part.set_attn_implementation("written_out")
+    set_attention(model, "written_out")
     with torch.no_grad():
         theirs, _ = supervised_logits(model, **tensors, batch=None)
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)

@@ -29,7 +29,7 @@ from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files,
 from ptkit.metrics.registry import metric
 from ptkit.prefix import KVPrefix
 from ptkit.prefix_batch import PrefixBatch
-from ptkit.runtime.attention import Call, Repeats
+from ptkit.runtime.attention import Call, Repeats, set_attention
 from ptkit.runtime.attention_sites import attention_modules
 from ptkit.runtime.backends import backend_of
 from ptkit.runtime.base_model import Base, frozen_base
@@ -150,7 +150,7 @@ def test_prefix_is_that_of_an_attention_written_out(
 
     AttentionInterface.register("written_out", written_out)
     AttentionMaskInterface.register("written_out", eager_mask)
-    base.model.set_attn_implementation("written_out")
+    set_attention(base.model, "written_out")
     tensors = collate(rows, base)
     with torch.no_grad():
         theirs = adapter.model(

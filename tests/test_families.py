@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
@@ -49,7 +51,7 @@ from ptkit.methods.catalogue import all_sections
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe.schema import TrainSection
-from ptkit.runtime.attention import attention_of
+from ptkit.runtime.attention import attention_of, take_prefixes
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits, collate, supervised_losses
 from ptkit.runtime.paged_support import longest_sequence
@@ -554,6 +556,13 @@ def test_attention_is_the_models_choice_unless_asked_for(tmp_path: Path) -> None
     assert attention_of(loaded.model) == "eager"
     with pytest.raises(ModelError, match=r"has no `sdpa` attention; set `model.attention: auto`"):
         load_base(str(tmp_path), attention="sdpa")
+    given = type(base.model)(copy.deepcopy(base.model.config))
+    if transformers.__version__ < "5.21":  # its own choice is `sdpa`, which caps nothing
+        with pytest.raises(ModelError, match="caps the logits of its attention"):
+            take_prefixes(given)
+    else:
+        take_prefixes(given)
+        assert attention_of(given) == "eager"
 
 
 def test_every_kind_has_families() -> None:

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ptkit.prefix import LayerShape
 from ptkit.runtime import paged_attention, paged_groups
-from ptkit.runtime.attention import attention_of
+from ptkit.runtime.attention import attention_of, set_attention
 from ptkit.runtime.block_pool import BlockPool, BlockTable
 from ptkit.runtime.group_attention import attended_in_parts, can_share, decoded
 from ptkit.runtime.paged_attention import ApartPass
@@ -207,12 +207,12 @@ def test_attention_of_another_kind_is_left_to_the_model(monkeypatch: pytest.Monk
         patch.setattr(paged_attention, "is_plain", lambda _: False)
         torch.testing.assert_close(logits(), plain, atol=1e-4, rtol=1e-4)
     own = base.model.config._attn_implementation
-    base.model.set_attn_implementation("eager")
+    set_attention(base.model, "eager")
     try:
         assert attention_of(base.model) == "eager"
         torch.testing.assert_close(logits(), plain, atol=1e-4, rtol=1e-4)
     finally:
-        base.model.set_attn_implementation(own)
+        set_attention(base.model, own)
 
 
 def test_decoded_rows_stay_in_their_groups(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from ptkit.families.kinds import ModelKind
 from ptkit.families.shapes import FIRST_WORD, VOCABULARY
-from ptkit.runtime.attention import attention_of
+from ptkit.runtime.attention import attention_of, set_attention, takes_sdpa
 from ptkit.runtime.base_model import Base, frozen_base, headed_base
 
 #: Of the classification heads of small models.
@@ -82,7 +82,7 @@ class ModelUnderTest:
     def attending(self, implementation: str) -> ModelUnderTest:
         """The same with another attention. Raises NotApplicable where transformers has none."""
         own = self.base().model
-        has = {"eager": True, "sdpa": own._supports_sdpa}[implementation]
+        has = {"eager": True, "sdpa": own._supports_sdpa and takes_sdpa(own.config)}[implementation]
         if attention_of(own) == implementation or not has:
             raise NotApplicable(f"{type(own).__name__} has no {implementation} attention to change")
         return replace(self, attention=implementation)
@@ -146,7 +146,7 @@ def real_model(base: Base, kind: ModelKind) -> ModelUnderTest:
     def copied(tested: ModelUnderTest) -> PreTrainedModel:
         model = copy.deepcopy(base.model)
         if tested.attention is not None:
-            model.set_attn_implementation(tested.attention)
+            set_attention(model, tested.attention)
         return model
 
     labels = LABELS if base.head is None else base.head.labels
@@ -159,7 +159,8 @@ def _random_model(tested: ModelUnderTest) -> PreTrainedModel:
     assert config is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = tested.kind.loader.from_config(config, attn_implementation=tested.attention)
+        own = tested.attention or (None if takes_sdpa(config) else "eager")
+        model = tested.kind.loader.from_config(config, attn_implementation=own)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:

@@ -18,6 +18,7 @@ from transformers.masking_utils import eager_mask
 
 from ptkit.families.model_under_test import TokenRow
 from ptkit.families.oracle import Oracle, own_positions
+from ptkit.runtime.attention import set_attention
 
 
 class Attended(Oracle):
@@ -52,7 +53,7 @@ class Attended(Oracle):
         # Registered again: another oracle may have taken the name.
         AttentionInterface.register("written_out", self._attention)
         own = self.model.config._attn_implementation
-        self.model.set_attn_implementation("written_out")
+        set_attention(self.model, "written_out")
         try:
             if self.model.config.is_encoder_decoder:
                 return self._plain(row)
@@ -62,7 +63,7 @@ class Attended(Oracle):
             positions = own_positions(self.model.base_model, ids) + self.tokens
             return self._read(row, input_ids=ids, position_ids=positions)
         finally:
-            self.model.set_attn_implementation(own)
+            set_attention(self.model, own)
 
     def _attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
@@ -180,7 +181,7 @@ def attentions(model: PreTrainedModel) -> list[nn.Module]:
     AttentionMaskInterface.register("noted", _whole_mask)
     reader: Any = model
     own = model.config._attn_implementation
-    reader.set_attn_implementation("noted")
+    set_attention(reader, "noted")
     word = torch.full((1, 3), 3, device=model.device)
     try:
         with torch.no_grad():
@@ -189,7 +190,7 @@ def attentions(model: PreTrainedModel) -> list[nn.Module]:
             else:
                 reader.base_model(input_ids=word)
     finally:
-        reader.set_attn_implementation(own)
+        set_attention(reader, own)
     # The encoder reads three words, the decoder two: lengths tell the sites apart.
     sites = {(3, 3): 0, (2, 2): 1, (2, 3): 2}
     return [module for module, queries, keys in

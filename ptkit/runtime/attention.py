@@ -17,8 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -307,18 +313,33 @@ def take_prefixes(model: PreTrainedModel) -> None:
     Done once; without a prefix they stay what they were. Models with an attention of their own,
     and those that use another implementation than sdpa and eager, are left alone.
     """
-    if not _takes_ours(model):
-        return
-    for part in [model, *model.modules()]:
-        # Stacks of an encoder-decoder have copies of its config. Before transformers 5.20, those
-        # of T5 are set by themselves only.
-        if isinstance(part, PreTrainedModel) and _takes_ours(part):
-            part.set_attn_implementation(f"{_OURS}{part.config._attn_implementation}")
-
-
-def _takes_ours(model: PreTrainedModel) -> bool:
     own = model.config._attn_implementation
-    return own in ("sdpa", "eager") and model._can_set_attn_implementation()
+    if own not in ("sdpa", "eager") or not model._can_set_attn_implementation():
+        return
+    if own == "sdpa" and not takes_sdpa(model.config):
+        raise ModelError(
+            f"{type(model).__name__} caps the logits of its attention, which the `sdpa` of "
+            f"transformers {transformers.__version__} leaves out; load it with "
+            'attn_implementation="eager", or install transformers>=5.21'
+        )
+    set_attention(model, f"{_OURS}{own}")
+
+
+def takes_sdpa(config: PretrainedConfig) -> bool:
+    """Whether torch's attention computes what a model of `config` asks for. It caps no logits, as
+    Gemma 2 does (report of 2024, section 2). transformers says so of it from 5.21 on."""
+    return getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is None
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Let all parts of `model` compute attention in the way that transformers knows as `name`.
+
+    Stacks of an encoder-decoder have copies of its config. Before transformers 5.20, those of T5
+    keep theirs when the whole is told.
+    """
+    for part in [model, *model.modules()]:
+        if isinstance(part, PreTrainedModel) and part.config._attn_implementation != name:
+            part.set_attn_implementation(name)
 
 
 class Backend(Protocol):

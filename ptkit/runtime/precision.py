@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ptkit.errors import ModelError
-from ptkit.runtime.attention import attention_of
+from ptkit.runtime.attention import attention_of, set_attention
 from ptkit.runtime.locks import lock_of
 
 
@@ -73,12 +73,12 @@ def fastest_attention(model: PreTrainedModel, precision: str, longest: int) -> I
         return
     held = model.config._attn_implementation
     with lock_of(model):  # not in the middle of a pass of another thread
-        model.set_attn_implementation("eager")
+        set_attention(model, "eager")
     try:
         yield
     finally:
         with lock_of(model):
-            model.set_attn_implementation(held)
+            set_attention(model, held)
 
 
 @contextmanager

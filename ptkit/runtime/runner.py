@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 from ptkit.errors import ModelError
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.architecture import is_encoder
-from ptkit.runtime.attention import Call, Repeats, prefixed_positions, take_prefixes
+from ptkit.runtime.attention import Call, Repeats, prefixed_positions, set_attention, take_prefixes
 from ptkit.runtime.attention_sites import takes_positions
 from ptkit.runtime.backends import backend_of
 from ptkit.runtime.fused import has_plain_head, head_losses
@@ -137,13 +137,13 @@ class ModelRunner:
         model = self.model
         with lock_of(model):
             own = model.config._attn_implementation
-            model.set_attn_implementation("eager")  # the others do not return their weights
+            set_attention(model, "eager")  # the others do not return their weights
             try:
                 call = self._call(tokens, prefixes, None)
                 backbone = viewed(model, call.replaced).base_model
                 output: Any = backbone(**call.arguments, output_attentions=True)
             finally:
-                model.set_attn_implementation(own)
+                set_attention(model, own)
         return list(output.attentions)
 
     @torch.no_grad()
