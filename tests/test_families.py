@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import sys
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from test_cli import ptkit, refused
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ptkit import AdapterBank, load_base
 from ptkit.bank.conversation import Conversation
@@ -556,7 +555,7 @@ def test_attention_is_the_models_choice_unless_asked_for(tmp_path: Path) -> None
     assert attention_of(loaded.model) == "eager"
     with pytest.raises(ModelError, match=r"has no `sdpa` attention; set `model.attention: auto`"):
         load_base(str(tmp_path), attention="sdpa")
-    given = type(base.model)(copy.deepcopy(base.model.config))
+    given = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     if transformers.__version__ < "5.21":  # its own choice is `sdpa`, which caps nothing
         with pytest.raises(ModelError, match="caps the logits of its attention"):
             take_prefixes(given)
