@@ -253,8 +253,9 @@ def _scored_curves(summaries: Sequence[MethodSummary]) -> Iterator[Chart]:
         return
     name, shade = trained[0].score, colours(summaries)
     note = (
-        "On the validation rows of `evaluate.curve_rows`, mean over seeds; each mark is a "
-        "validation of one run, whose learning rate falls until its end."
+        "On the first `evaluate.curve_rows` validation rows, mean over seeds. Seconds are those of "
+        "training and validation losses. A run of fewer steps ends otherwise than a longer one is "
+        "at its time, for the learning rate falls until the end."
     )
     for cost, axis in (
         ("seconds", "seconds of training (log)"),
