@@ -321,7 +321,7 @@ def test_many_clients_each_get_their_own_answer(server: Serving, bank: AdapterBa
     """64 at once over 32 adapters, some streaming, all equal to the solo run."""
     draw = random.Random(1)
     asked = [
-        (f"adapter-{draw.randrange(ADAPTERS):05d}", draw.choice(PROMPTS), draw.randint(1, 20))
+        (f"adapter-{draw.randrange(ADAPTERS):05d}", draw.choice(PROMPTS), draw.randint(1, 8))
         for _ in range(128)
     ]
 
