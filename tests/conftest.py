@@ -141,6 +141,16 @@ def beginning_base(family: str, seed: int = 0) -> Base:
     return frozen_base(random_model(family, seed), beginning_tokenizer(), f"begins-{family}-{seed}")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Of what a file of tests loads nothing is garbage: it is not searched for any meanwhile."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
     """What the libraries hold for ever is not searched for garbage at each training."""
     gc.collect()
