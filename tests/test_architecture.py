@@ -7,6 +7,7 @@ import functools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -53,6 +54,12 @@ MODULES = {
 @functools.cache
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements right within `node`, and what holds some: none is within an expression."""
+    for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+        yield from (inner for inner in getattr(node, name, ()) if isinstance(inner, ast.AST))
 
 
 @functools.cache

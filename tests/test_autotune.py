@@ -284,7 +284,9 @@ def test_with_a_head_the_start_is_its_own_and_no_rate_is_found(tmp_path: Path) -
 
 
 def test_killed_while_choosing_the_same_is_chosen(tmp_path: Path, monkeypatch) -> None:
-    settings = {"start": "auto", "learning_rate": "auto"}
+    settings = {
+        "start": "auto", "learning_rate": "auto", "steps": STEPS.model_copy(update={"steps": 200}),
+    }  # fmt: skip
     whole, _ = run(random_base("llama"), tmp_path / "whole", **settings)
 
     def killed(*_: object) -> None:
@@ -338,9 +340,12 @@ def test_what_was_found_is_told_with_how_many_runs_it_holds_for(
 def test_a_comparison_records_what_each_cell_chose_and_resumes_with_it(
     recipe_file: Path, tmp_path: Path, monkeypatch
 ) -> None:
+    # What it finds in so short a run is no good, and kept like any other.
+    monkeypatch.setattr(choosing, "FEWEST_STEPS", 4)
+    monkeypatch.setattr(choosing, "FEWEST_ROWS", 4)
     loaded = load_recipe(recipe_file, [
         "methods=[{kind: prefix_tuning, num_virtual_tokens: 3, start: auto, learning_rate: auto}]",
-        "seeds=[0, 1]", "train={steps: 130, batch_size: 8, warmup_steps: 5, together: 2}",
+        "seeds=[0, 1]", "train={steps: 60, batch_size: 8, warmup_steps: 5, together: 2}",
     ])  # fmt: skip
     whole = run_grid(loaded, tmp_path / "whole", base=random_base("llama"))
     assert [record.settings["learning_rate"] for record in whole] == ["auto", "auto"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_architecture import MODULES
+from test_architecture import MODULES, parsed, statements
 from test_cli import ptkit
 
 from ptkit.comparison.search import require_sampler
@@ -65,6 +66,7 @@ def in_a_bare_installation(code: str, cwd: Path) -> str:
     return done.stdout
 
 
+@functools.cache
 def imports_of(path: Path) -> list[tuple[str, str | None, bool]]:
     """Every import in a file: root of the module, the extra it stands under, whether at the top."""
     found = []
@@ -81,10 +83,10 @@ def imports_of(path: Path) -> list[tuple[str, str | None, bool]]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found.append((node.module.partition(".")[0], extra, top))
         inner = top and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        for child in ast.iter_child_nodes(node):
+        for child in statements(node):
             visit(child, extra, inner)
 
-    visit(ast.parse(path.read_text()), None, True)
+    visit(parsed(path), None, True)
     return found
 
 

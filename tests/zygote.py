@@ -146,10 +146,11 @@ def serve(path: str) -> None:
 
     subprocess.Popen = Popen  # type: ignore[misc]
     own = () if os.environ.get(WITHOUT_PTKIT) else OWN
+    gc.disable()  # of what is loaded nothing is garbage
     for name in (*LIBRARIES, *own):
         importlib.import_module(name)
-    gc.collect()
     gc.freeze()
+    gc.enable()
     given = set(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
     own_path = [p for p in sys.path[1:] if p not in given]
     running: dict[int, socket.socket] = {}
