@@ -22,7 +22,7 @@ from ptkit import AdapterBank
 from ptkit.errors import ModelError
 from ptkit.prefix import KVPrefix, prefixes_of
 from ptkit.prefix_batch import PrefixBatch
-from ptkit.runtime import generation
+from ptkit.runtime import generation, processors
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.block_pool import BLOCK_SIZE, BlockPool, position_bytes
 from ptkit.runtime.generation import generate
@@ -91,7 +91,7 @@ def test_every_option_gives_the_tokens_of_transformers_loop(
         in_cache(patch)
         count = len(passes)
         options = dict(TAKEN[case])
-        if not generation.CHUNKS_COUNT_THE_CACHE:  # refused: see the next test
+        if not processors.CHUNKS_COUNT_THE_CACHE:  # refused: see the next test
             options.pop("prefill_chunk_size", None)
         expected = seeded(base, prefixes, prompts, **options)
         assert len(passes) == count
@@ -112,7 +112,7 @@ def test_beams_behind_a_prefix_read_in_chunks_or_say_why_not() -> None:
     plain: list[KVPrefix | None] = [None] * len(LENGTHS)
     assert beams(plain, prefill_chunk_size=3) == beams(plain)
     behind: list[KVPrefix | None] = [prefix] * len(LENGTHS)
-    if generation.CHUNKS_COUNT_THE_CACHE:
+    if processors.CHUNKS_COUNT_THE_CACHE:
         assert beams(behind, prefill_chunk_size=3) == beams(behind)
     else:
         with pytest.raises(ModelError, match="leave out `prefill_chunk_size`"):

@@ -459,7 +459,7 @@ def test_full_queue_keys_read_only_and_a_slow_body(folder: Path, tmp_path: Path)
     keys.write_text("# for tests\nfirst-key-123\nsecond-key-456\n")
     options = ["--api-key-file", str(keys), "--max-batch", "1", "--max-queue", "2", "--read-only"]
     with Serving(folder, tmp_path / "log", *options) as server:
-        ask = {"model": TINY_EN, "prompt": "x", "max_tokens": 100, "ignore_eos": True}
+        ask = {"model": TINY_EN, "prompt": "x", "max_tokens": 200, "ignore_eos": True}
         right = {"authorization": "Bearer second-key-456"}
         for wrong in ("", "Bearer wrong", "Basic first-key-123", "Bearer first-key-12"):
             answer = server.post("/v1/completions", ask, headers={"authorization": wrong})

@@ -21,7 +21,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -46,7 +45,7 @@ from ptkit.runtime.paged_attention import reads_blocks
 from ptkit.runtime.paged_generation import BlockDecoding
 from ptkit.runtime.paged_support import smallest_window, why_not_paged
 from ptkit.runtime.placement import own_part
-from ptkit.runtime.processors import DRAFTED, processors_read_text, setting
+from ptkit.runtime.processors import DRAFTED, processors_read_text, require_chunks_behind, setting
 from ptkit.runtime.row_adapters import row_adapters
 from ptkit.runtime.runner import ModelRunner
 from ptkit.runtime.soft_prompts import with_embeddings
@@ -54,8 +53,6 @@ from ptkit.runtime.views import twin
 
 logger = logging.getLogger(__name__)
 
-#: Whether transformers' chunked prefill goes on from what a cache holds.
-CHUNKS_COUNT_THE_CACHE = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 21)
 #: What is given to `generate` for its rows: one prefix each, or a batch of them.
 Prefixes = PrefixBatch | Sequence[KVPrefix | None] | None
 
@@ -351,7 +348,7 @@ def _written(
     skipped: columns of the output before the first new token
     forced: token that begins an answer and is not a part of it
     """
-    _require_chunks_behind(asked, cache)
+    require_chunks_behind(asked.model, asked.options, cache)
     view: Any = _generating(asked.model, batch)
     width = inputs["attention_mask"].shape[1]
     call = processors_read_text(view, asked.prompts, width, asked.options)
@@ -363,18 +360,6 @@ def _written(
     if forced is not None:
         rows = [row[1:] if row[:1] == [forced] else row for row in rows]
     return [_until_end(row, ends) for row in rows]
-
-
-def _require_chunks_behind(asked: _Asked, cache: Any) -> None:
-    """Raise ModelError where transformers would read the input in chunks as if nothing were in
-    `cache`: releases before 5.21 count its positions from zero."""
-    if CHUNKS_COUNT_THE_CACHE or not setting(asked.model, asked.options, "prefill_chunk_size"):
-        return
-    if cache is not None and cache.get_seq_length():
-        raise ModelError(
-            f"transformers {transformers.__version__} cannot read an input in chunks behind a "
-            "prefix; leave out `prefill_chunk_size`, or install transformers>=5.21"
-        )
 
 
 def _generating(model: PreTrainedModel, batch: PrefixBatch | None) -> PreTrainedModel:

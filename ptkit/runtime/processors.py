@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
@@ -29,6 +30,8 @@ from ptkit.errors import ModelError
 
 #: Options of `generate` under which transformers reads the tokens before the cache's end again.
 DRAFTED = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
+#: Whether transformers' chunked prefill goes on from what a cache holds.
+CHUNKS_COUNT_THE_CACHE = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 21)
 #: Settings by which the encoder's input is read, too.
 _OF_INPUTS = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
 
@@ -43,6 +46,18 @@ def setting(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
         if value is not None:
             return value
     return None
+
+
+def require_chunks_behind(model: PreTrainedModel, options: dict[str, Any], cache: Any) -> None:
+    """Raise ModelError where transformers would read the input in chunks as if nothing were in
+    `cache`: releases before 5.21 count its positions from zero."""
+    if CHUNKS_COUNT_THE_CACHE or not setting(model, options, "prefill_chunk_size"):
+        return
+    if cache is not None and cache.get_seq_length():
+        raise ModelError(
+            f"transformers {transformers.__version__} cannot read an input in chunks behind a "
+            "prefix; leave out `prefill_chunk_size`, or install transformers>=5.21"
+        )
 
 
 @dataclass(frozen=True)
