@@ -327,7 +327,7 @@ def take_prefixes(model: PreTrainedModel) -> None:
 
 def takes_sdpa(config: PretrainedConfig) -> bool:
     """Whether torch's attention computes what a model of `config` asks for. It caps no logits, as
-    Gemma 2 does (report of 2024, section 2). transformers says so of it from 5.21 on."""
+    Gemma 2 does (report of 2024, section 2). From 5.21 on, transformers refuses `sdpa` for it."""
     return getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is None
 
 
