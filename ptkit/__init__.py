@@ -69,7 +69,7 @@ _HOMES = {
     "Conversation": "ptkit.bank",
     "KVPrefix": "ptkit.prefix",
     "load_base": "ptkit.runtime.base_model",
-    "load_recipe": "ptkit.recipe",
+    "load_recipe": "ptkit.recipe.load",
 }
 
 

@@ -8,7 +8,7 @@ from conftest import random_base
 from test_peft_parity import LEARNT, make_adapter
 
 from ptkit.evaluation.anatomy import attention_shares
-from ptkit.runtime.attention import attention_of, set_attention
+from ptkit.runtime.attention_choice import attention_of, set_attention
 from ptkit.runtime.compile import compile_tokens
 
 TEXT = "w1 w2 w3 w4 w5"

@@ -34,7 +34,7 @@ from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, adapter_from_files, create_adapter
 from ptkit.prefix import KVPrefix
 from ptkit.prefix_batch import PrefixBatch
-from ptkit.runtime.attention import set_attention
+from ptkit.runtime.attention_choice import set_attention
 from ptkit.runtime.attention_sites import attention_modules
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.forward import collate, supervised_logits, token_losses

@@ -29,7 +29,8 @@ from ptkit.methods import ADAPTERS, Adapter, Demonstrations, adapter_from_files,
 from ptkit.metrics.registry import metric
 from ptkit.prefix import KVPrefix
 from ptkit.prefix_batch import PrefixBatch
-from ptkit.runtime.attention import Call, Repeats, set_attention
+from ptkit.runtime.attention import Call, Repeats
+from ptkit.runtime.attention_choice import set_attention
 from ptkit.runtime.attention_sites import attention_modules
 from ptkit.runtime.backends import backend_of
 from ptkit.runtime.base_model import Base, frozen_base

@@ -50,7 +50,7 @@ from ptkit.methods.catalogue import all_sections
 from ptkit.methods.prefix_tuning.settings import PrefixTuningSection
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe.schema import TrainSection
-from ptkit.runtime.attention import attention_of, take_prefixes
+from ptkit.runtime.attention_choice import attention_of, take_prefixes
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits, collate, supervised_losses
 from ptkit.runtime.paged_support import longest_sequence

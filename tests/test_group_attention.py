@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ptkit.prefix import LayerShape
 from ptkit.runtime import paged_attention, paged_groups
-from ptkit.runtime.attention import attention_of, set_attention
+from ptkit.runtime.attention_choice import attention_of, set_attention
 from ptkit.runtime.block_pool import BlockPool, BlockTable
 from ptkit.runtime.group_attention import attended_in_parts, can_share, decoded
 from ptkit.runtime.paged_attention import ApartPass

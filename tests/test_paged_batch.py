@@ -31,6 +31,7 @@ from transformers import (
 
 from ptkit.errors import ModelError
 from ptkit.prefix import KVPrefix
+from ptkit.runtime.attention_choice import asked_attention
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.block_pool import BlockPool, NoBlocksError, position_bytes
 from ptkit.runtime.generation import generate
@@ -67,7 +68,10 @@ def base_of_family(family: str) -> Base:
     if family in FAMILIES:
         return random_base(family)
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(OTHERS[family]())
+    config = OTHERS[family]()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, attn_implementation=asked_attention(config, "auto", family)
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -19,7 +19,7 @@ from ptkit.prefix import KVPrefix
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe.load import load_recipe
 from ptkit.recipe.schema import TrainSection
-from ptkit.runtime.attention import attention_of
+from ptkit.runtime.attention_choice import attention_of
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.precision import fastest_attention, weights_cast_once
 from ptkit.runtime.runner import ModelRunner, Tokens

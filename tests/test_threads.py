@@ -21,8 +21,8 @@ from test_paged_batch import random_prefix
 from test_peft_parity import LEARNT, make_adapter, rows_of
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
-    Gemma2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -51,7 +51,9 @@ SHAPE = {
 }  # fmt: skip
 WINDOWED: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8)),
+    "gemma2": lambda: AutoModelForCausalLM.from_config(
+        Gemma2Config(**SHAPE, head_dim=8), attn_implementation="eager"
+    ),
 }
 
 

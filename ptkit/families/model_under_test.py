@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from ptkit.families.kinds import ModelKind
 from ptkit.families.shapes import FIRST_WORD, VOCABULARY
-from ptkit.runtime.attention import attention_of, set_attention, takes_sdpa
+from ptkit.runtime.attention_choice import attention_of, set_attention, takes_sdpa
 from ptkit.runtime.base_model import Base, frozen_base, headed_base
 
 #: Of the classification heads of small models.

@@ -18,7 +18,7 @@ from transformers.masking_utils import eager_mask
 
 from ptkit.families.model_under_test import TokenRow
 from ptkit.families.oracle import Oracle, own_positions
-from ptkit.runtime.attention import set_attention
+from ptkit.runtime.attention_choice import set_attention
 
 
 class Attended(Oracle):

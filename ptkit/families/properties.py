@@ -34,7 +34,7 @@ from ptkit.families.property_case import (
     require_words,
     trained,
 )
-from ptkit.runtime.attention import attention_of
+from ptkit.runtime.attention_choice import attention_of
 
 #: The longest row an attention is written out for, in words.
 _LONG = 1024

@@ -17,19 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ptkit.errors import ModelError
 from ptkit.prefix_batch import PrefixBatch
+from ptkit.runtime.attention_choice import OURS, attention_of, take_prefixes
 from ptkit.runtime.attention_sites import layer_table, require_attention
 from ptkit.runtime.facts import known
 from ptkit.runtime.grouped_queries import grouped, reads_grouped
@@ -44,7 +39,6 @@ from ptkit.runtime.parted_attention import (
 
 #: The argument of a model's forward that holds a `Placed`.
 KEYWORD = "ptkit_prefix"
-_OURS = "ptkit_"
 #: Layer -> the keys and values it computed.
 Noted = dict[int, tuple[Tensor, Tensor]] | None
 
@@ -296,50 +290,10 @@ def _prefix_eager(
     return eager(module, query, key, value, attention_mask, **kw)
 
 
-AttentionInterface.register(f"{_OURS}sdpa", _prefix_sdpa)
-AttentionMaskInterface.register(f"{_OURS}sdpa", sdpa_mask)
-AttentionInterface.register(f"{_OURS}eager", _prefix_eager)
-AttentionMaskInterface.register(f"{_OURS}eager", eager_mask)
-
-
-def attention_of(model: PreTrainedModel) -> str:
-    """The attention that `model` computes with, as transformers calls it: `sdpa`, `eager`, ..."""
-    return str(model.config._attn_implementation).removeprefix(_OURS)
-
-
-def take_prefixes(model: PreTrainedModel) -> None:
-    """Let the attention functions of `model` look for prefixes among their arguments.
-
-    Done once; without a prefix they stay what they were. Models with an attention of their own,
-    and those that use another implementation than sdpa and eager, are left alone.
-    """
-    own = model.config._attn_implementation
-    if own not in ("sdpa", "eager") or not model._can_set_attn_implementation():
-        return
-    if own == "sdpa" and not takes_sdpa(model.config):
-        raise ModelError(
-            f"{type(model).__name__} caps the logits of its attention, which the `sdpa` of "
-            f"transformers {transformers.__version__} leaves out; load it with "
-            'attn_implementation="eager", or install transformers>=5.21'
-        )
-    set_attention(model, f"{_OURS}{own}")
-
-
-def takes_sdpa(config: PretrainedConfig) -> bool:
-    """Whether torch's attention computes what a model of `config` asks for. It caps no logits, as
-    Gemma 2 does (report of 2024, section 2). From 5.21 on, transformers refuses `sdpa` for it."""
-    return getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is None
-
-
-def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Let all parts of `model` compute attention in the way that transformers knows as `name`.
-
-    Stacks of an encoder-decoder have copies of its config. Before transformers 5.20, those of T5
-    keep theirs when the whole is told.
-    """
-    for part in [model, *model.modules()]:
-        if isinstance(part, PreTrainedModel) and part.config._attn_implementation != name:
-            part.set_attn_implementation(name)
+AttentionInterface.register(f"{OURS}sdpa", _prefix_sdpa)
+AttentionMaskInterface.register(f"{OURS}sdpa", sdpa_mask)
+AttentionInterface.register(f"{OURS}eager", _prefix_eager)
+AttentionMaskInterface.register(f"{OURS}eager", eager_mask)
 
 
 class Backend(Protocol):

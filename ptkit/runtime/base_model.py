@@ -21,7 +21,7 @@ from ptkit.launched import require_supported_launch
 from ptkit.options import Attention, Dtype, Quantize
 from ptkit.prefix import KVLayout
 from ptkit.runtime.architecture import first_position, head_kind, is_encoder
-from ptkit.runtime.attention import takes_sdpa
+from ptkit.runtime.attention_choice import asked_attention
 from ptkit.runtime.block_layers import BlockEmbedding, unpacked
 from ptkit.runtime.compile import kv_layout
 from ptkit.runtime.devices import resolve_device
@@ -246,9 +246,7 @@ def load_base(
             f"cannot load the base model `{id}`: {_first_line(error)} "
             "(a hub id needs network and, for gated models, `hf auth login`)"
         ) from error
-    if attention == "sdpa" and not takes_sdpa(config):
-        raise ModelError(f"`{id}` has no `sdpa` attention; set `model.attention: auto`")
-    own = None if takes_sdpa(config) else "eager"
+    own = asked_attention(config, attention, id)
     try:
         with no_weights_bar():
             kind, extra = class_for(config, labels)
@@ -260,7 +258,7 @@ def load_base(
             model, found = kind.from_pretrained(
                 weights,
                 dtype=values,
-                attn_implementation=own if attention == "auto" else attention,
+                attn_implementation=own,
                 use_safetensors=True,
                 output_loading_info=True,
                 **extra,

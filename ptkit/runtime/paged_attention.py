@@ -19,14 +19,8 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from ptkit.errors import ModelError
-from ptkit.runtime.attention import (
-    KEYWORD,
-    Call,
-    WithTheCall,
-    attention_of,
-    layers_read,
-    take_prefixes,
-)
+from ptkit.runtime.attention import KEYWORD, Call, WithTheCall, layers_read
+from ptkit.runtime.attention_choice import attention_of, take_prefixes
 from ptkit.runtime.attention_sites import takes_positions
 from ptkit.runtime.backends import backend_of
 from ptkit.runtime.block_pool import BlockPool

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptkit.runtime.attention import attention_of
+from ptkit.runtime.attention_choice import attention_of
 from ptkit.runtime.block_pool import BlockPool, BlockTable
 
 #: Sequences are read together while the shorter one has so much of the longer one's length, or

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ptkit.errors import ModelError
-from ptkit.runtime.attention import attention_of, set_attention
+from ptkit.runtime.attention_choice import attention_of, set_attention
 from ptkit.runtime.locks import lock_of
 
 

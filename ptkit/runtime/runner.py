@@ -17,7 +17,8 @@ from transformers import Cache, PreTrainedModel
 from ptkit.errors import ModelError
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.architecture import is_encoder
-from ptkit.runtime.attention import Call, Repeats, prefixed_positions, set_attention, take_prefixes
+from ptkit.runtime.attention import Call, Repeats, prefixed_positions
+from ptkit.runtime.attention_choice import set_attention, take_prefixes
 from ptkit.runtime.attention_sites import takes_positions
 from ptkit.runtime.backends import backend_of
 from ptkit.runtime.fused import has_plain_head, head_losses

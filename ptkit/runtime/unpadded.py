@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from ptkit.errors import ModelError, PtkitError
 from ptkit.runtime.architecture import is_encoder
-from ptkit.runtime.attention import KEYWORD, Call, Placed, attention_of, take_prefixes
+from ptkit.runtime.attention import KEYWORD, Call, Placed
+from ptkit.runtime.attention_choice import attention_of, take_prefixes
 from ptkit.runtime.backends import WithTheCall, backend_of
 from ptkit.runtime.cache import sees_everything
 from ptkit.runtime.compile import reading
