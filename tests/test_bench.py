@@ -398,16 +398,18 @@ def test_infix_step_is_faster_than_a_prefix_step() -> None:
 
 def test_startup_beside_peft(monkeypatch) -> None:
     def process(words: list[str], **options: Any) -> Any:
-        """The answers, whose times are not judged here, begin with the libraries loaded."""
-        answers = "generate" in words or "generate(" in words[2]
-        plain = {**os.environ, forked.WITHOUT_PTKIT: "" if "ptkit" in words else "1"}
-        return forked.run(words, env=plain, **options) if answers else run(words, **options)
+        """Answers and steps, whose times are not judged here, begin with the libraries loaded."""
+        works = "generate" in words or any(w in words[2] for w in ("generate(", ".step", "stepped"))
+        plain = {**os.environ, forked.WITHOUT_PTKIT: "" if "ptkit" in "".join(words[1:3]) else "1"}
+        return forked.run(words, env=plain, **options) if works else run(words, **options)
 
     run = subprocess.run
     monkeypatch.setattr(startup.subprocess, "run", process)
     result = startup.bench_startup(rounds=1)
     assert figure(result, "import ptkit").value < figure(result, "import peft").value
     assert "same first answer" in result.parity
+    assert figure(result, "first step, a loop").value > 0
+    assert figure(result, "ptkit / a loop, first step").at_most == 1.2
 
 
 def test_cost_as_work_grows_is_measured_and_drawn(tmp_path, monkeypatch) -> None:

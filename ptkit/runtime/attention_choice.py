@@ -58,5 +58,9 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
     keep theirs when the whole is told.
     """
     for part in [model, *model.modules()]:
-        if isinstance(part, PreTrainedModel) and part.config._attn_implementation != name:
+        if (
+            isinstance(part, PreTrainedModel)
+            and part.config._attn_implementation != name
+            and part._can_set_attn_implementation()
+        ):
             part.set_attn_implementation(name)
