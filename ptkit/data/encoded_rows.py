@@ -117,7 +117,7 @@ def _example(columns: _Lists, row: int) -> EncodedExample:
 
 def batch_of(rows: Sequence[EncodedExample], more: dict[str, Any] | None = None) -> pa.RecordBatch:
     """`rows` for a file; `more` are further columns of one number per row."""
-    further = {name: _column(np.asarray(own, np.int32)) for name, own in (more or {}).items()}
+    further = {n: _column(np.ascontiguousarray(own, np.int32)) for n, own in (more or {}).items()}
     return pa.RecordBatch.from_pydict(_arrays(rows, "") | further)
 
 
