@@ -141,9 +141,22 @@ class RetainSection(Section):
         return {key: value for key, value in handler(self).items() if key not in moot}
 
 
-class TrainSection(Section):
+class _Grown(Section):
+    """A section that comparisons of earlier versions have without some of its keys."""
+
+    #: Keys that are left out where they are null, so that such comparisons go on.
+    LATER: ClassVar[set[str]]
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = handler(self)
+        return {k: value for k, value in found.items() if k not in self.LATER or value is not None}
+
+
+class TrainSection(_Grown):
     """How each cell is trained."""
 
+    LATER: ClassVar[set[str]] = {"average"}
     #: Settings that a result does not depend on, only what it takes and where it is logged.
     NOT_OF_RESULT: ClassVar[set[str]] = {"context_cache_mb", "report_to", "together"}
 
@@ -202,19 +215,11 @@ class TrainSection(Section):
             raise ValueError("`together` needs another `autocast` than `fp16`, and no `report_to`")
         return self
 
-    @model_serializer(mode="wrap")
-    def _as_before_there_was_an_average(
-        self, handler: SerializerFunctionWrapHandler
-    ) -> dict[str, Any]:
-        """Without `average` where it is null, so that comparisons of earlier versions go on."""
-        found: dict[str, Any] = handler(self)
-        if found.get("average", 0) is None:
-            del found["average"]
-        return found
 
-
-class EvaluateSection(Section):
+class EvaluateSection(_Grown):
     """How results are measured."""
+
+    LATER: ClassVar[set[str]] = {"curve_rows"}
 
     batch_size: Annotated[int, Field(gt=0)] = 64
     """Rows per evaluation batch."""
@@ -228,16 +233,6 @@ class EvaluateSection(Section):
     """Method (label or name) that the others are compared with on the same rows, over seeds and
     rows, corrected for their number (Holm). Default: `full` where the recipe has it, else the
     first."""
-
-    @model_serializer(mode="wrap")
-    def _as_before_curves_had_scores(
-        self, handler: SerializerFunctionWrapHandler
-    ) -> dict[str, Any]:
-        """Without `curve_rows` where it is null, so that comparisons of earlier versions go on."""
-        found: dict[str, Any] = handler(self)
-        if found.get("curve_rows", 0) is None:
-            del found["curve_rows"]
-        return found
 
 
 class RetentionSection(Section):
