@@ -7,11 +7,13 @@ is escaped just before it is shown, so that sources and completion have it plain
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command_from_info
+from typer.models import CommandInfo
 
 #: Command -> a line that works, shown below its help. Tests parse each.
 EXAMPLES = {
@@ -71,11 +73,33 @@ EXAMPLES = {
 
 
 class PlainCommand(TyperCommand):
-    """A command whose help is shown as it is written."""
+    """A command whose help is shown as it is written, and whose options are read when asked for.
+
+    Typer reads the options of all commands to run one of them or to list them.
+    """
+
+    def __init__(self, *args: Any, callback: Any, **settings: Any) -> None:
+        super().__init__(*args, callback=callback, **settings)
+        self._function: Callable[..., None] = callback.reads_as
+        # Those of a function without parameters; `__getattr__` is asked for the right ones.
+        del self.params, self.callback
+
+    def __getattr__(self, name: str) -> Any:
+        """`params` and `callback` of the command's function."""
+        if name not in ("params", "callback"):
+            raise AttributeError(name)
+        read = get_command_from_info(
+            CommandInfo(callback=self._function),
+            pretty_exceptions_short=False,
+            rich_markup_mode=self.rich_markup_mode,
+        )
+        self.params, self.callback = read.params, read.callback
+        return getattr(self, name)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""
         _escape(self)
+        _escape_options(self)
         super().format_help(ctx, formatter)
 
 
@@ -85,6 +109,7 @@ class PlainGroup(TyperGroup):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""
         _escape(self)
+        _escape_options(self)
         for command in self.commands.values():
             _escape(command)
         super().format_help(ctx, formatter)
@@ -98,6 +123,12 @@ def _escape(command: Any) -> None:
         text = getattr(command, attribute)
         if text:
             setattr(command, attribute, escape(_paragraphs(text)))
+
+
+def _escape_options(command: Any) -> None:
+    """The same for the texts of its options."""
+    from rich.markup import escape
+
     for param in command.params:
         if getattr(param, "help", None):
             param.help = escape(param.help)
@@ -115,10 +146,22 @@ def with_examples(app: typer.Typer, path: str = "") -> None:
         command.cls = PlainCommand
         example = EXAMPLES.get(own)
         command.epilog = None if example is None else f"Example: {example}"
+        assert command.callback is not None
+        command.callback = _read_later(command.callback)
     for group in app.registered_groups:
         group.cls = PlainGroup
         assert group.typer_instance is not None
         with_examples(group.typer_instance, f"{path} {group.name}".strip())
+
+
+def _read_later(function: Callable[..., None]) -> Callable[..., None]:
+    """What stands for `function` until its options are read: see `PlainCommand`."""
+
+    def standing() -> None: ...
+
+    standing.__name__, standing.__doc__ = function.__name__, function.__doc__
+    standing.reads_as = function  # type: ignore[attr-defined]
+    return standing
 
 
 def command_names(app: typer.Typer, path: str = "") -> Iterator[str]:
