@@ -15,8 +15,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ptkit.comparison.cells import failures
 from ptkit.comparison.figures import parameters, seconds, size
-from ptkit.comparison.grid import failures, forecast_grid, run_grid
+from ptkit.comparison.grid import forecast_grid, run_grid
 from ptkit.comparison.notebook import shown_in_notebook
 from ptkit.comparison.on_ray import run_on_ray
 from ptkit.comparison.outputs import write_outputs

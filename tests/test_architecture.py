@@ -246,6 +246,16 @@ def test_recipes_are_read_without_a_tensor_library(code: str, tmp_path: Path) ->
     subprocess.run([sys.executable, "-c", harness], check=True)
 
 
+def test_a_report_is_made_without_what_models_need() -> None:
+    code = (
+        "import sys\n"
+        "from ptkit.comparison import merge, outputs, overview\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'accelerate'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_settings_of_a_method_are_read_without_its_adapter() -> None:
     code = (
         "import sys\n"

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from test_report import METHODS, compared
 
 from ptkit.comparison.charts import Chart, Line, _plot, _scatter, charts_of, pareto
-from ptkit.comparison.drawing import as_file, on_page, short
+from ptkit.comparison.drawing import as_files, on_page, short
 from ptkit.comparison.summary import MethodSummary
 from ptkit.evaluation.statistics import Interval
 
@@ -35,7 +35,7 @@ def charts(summaries: list[MethodSummary]) -> list[Chart]:
 def test_the_same_figures_are_drawn_with_the_same_bytes(charts: list[Chart]) -> None:
     for chart in charts:
         assert on_page(chart.draw, chart.title) == on_page(chart.draw, chart.title)
-        assert as_file(chart.draw, "svg") == as_file(chart.draw, "svg")
+        assert as_files(chart.draw) == as_files(chart.draw)
 
 
 def test_every_colour_on_the_page_is_one_of_its_variables(charts: list[Chart]) -> None:

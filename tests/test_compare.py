@@ -15,7 +15,8 @@ from conftest import random_base
 from rich.console import Console
 
 from ptkit.bank import AdapterBank
-from ptkit.comparison.grid import cells, run_grid
+from ptkit.comparison.cells import cells
+from ptkit.comparison.grid import run_grid
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.table import markdown_table, summary_table
 from ptkit.errors import AdapterError, ModelError, UserError

@@ -26,7 +26,7 @@ from ptkit.drafting.label_words import label_words
 from ptkit.drafting.metrics_for import label_metrics, text_metrics
 from ptkit.drafting.written import yaml_with_comments
 from ptkit.errors import DataError, RecipeError, UserError
-from ptkit.evaluation.predict import Prediction
+from ptkit.evaluation.prediction import Prediction
 from ptkit.formats.adapter_files import read_adapter
 from ptkit.hub.card import card_text
 from ptkit.methods.base_names import peft_name

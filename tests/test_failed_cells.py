@@ -17,7 +17,8 @@ from test_compare import recipe_file as recipe_file
 from test_distributed import recipe_with_base as recipe_with_base
 
 from ptkit.comparison import on_ray
-from ptkit.comparison.grid import failures, plan, run_grid
+from ptkit.comparison.cells import failures, plan
+from ptkit.comparison.grid import run_grid
 from ptkit.comparison.merge import merge, read_comparison
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.overview import write_overview

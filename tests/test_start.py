@@ -20,7 +20,8 @@ from ptkit.prefix import KVPrefix
 from ptkit.recipe.load import load_recipe
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.compile import compile_embeddings, compile_tokens
-from ptkit.training.cell import Cell, open_cell_folder
+from ptkit.training.cell import Cell
+from ptkit.training.cell_folder import open_cell_folder
 from ptkit.training.experiment import prepare
 
 PROMPTS = ("prefix_tuning", "prompt_tuning", "p_tuning")

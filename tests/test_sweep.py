@@ -10,7 +10,8 @@ from conftest import random_base
 from test_cli import ptkit
 from test_compare import recipe_file as recipe_file
 
-from ptkit.comparison.grid import cells, plan, run_grid
+from ptkit.comparison.cells import cells, plan
+from ptkit.comparison.grid import run_grid
 from ptkit.comparison.merge import merge, read_comparison
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.search import _optuna, _random

@@ -60,7 +60,7 @@ def compare(
     from ptkit.api import compare as run
     from ptkit.api import plan_comparison
     from ptkit.cli.display import LiveDisplay, price, say_plan, say_price
-    from ptkit.comparison.grid import cells
+    from ptkit.comparison.cells import cells
     from ptkit.comparison.table import summary_table
     from ptkit.launched import is_first
 

@@ -38,7 +38,7 @@ def report(
         comparison_recipe(folder)
 
     from ptkit.cli.options import show_table
-    from ptkit.comparison.grid import failures
+    from ptkit.comparison.cells import failures
     from ptkit.comparison.merge import merge, read_comparison
     from ptkit.comparison.outputs import write_outputs
     from ptkit.comparison.overview import write_overview

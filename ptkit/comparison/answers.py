@@ -8,7 +8,7 @@ from typing import Any
 
 from ptkit.comparison.charts import best_of_families
 from ptkit.comparison.summary import MethodSummary
-from ptkit.evaluation.predict import Prediction
+from ptkit.evaluation.prediction import Prediction
 from ptkit.metrics.registry import metric
 
 #: Rows, and characters of a text, that a page has.

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ptkit.comparison.drawing import Draw, as_file, say, short
+from ptkit.comparison.drawing import Draw, as_files, say, short
 from ptkit.comparison.summary import MethodSummary, best_of
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats import atomic
@@ -62,8 +62,8 @@ def write_charts(charts: Sequence[Chart], folder: Path) -> None:
     """Write every chart to `folder` as `NAME.png` and `NAME.svg`."""
     for chart in charts:
         name = re.sub(r"[^a-z0-9]+", "-", chart.title.lower()).strip("-")
-        atomic.write_bytes(folder / f"{name}.png", as_file(chart.draw, "png"))
-        atomic.write_bytes(folder / f"{name}.svg", as_file(chart.draw, "svg"))
+        for form, written_out in as_files(chart.draw).items():
+            atomic.write_bytes(folder / f"{name}.{form}", written_out)
 
 
 def colours(summaries: Sequence[MethodSummary]) -> dict[str, int]:

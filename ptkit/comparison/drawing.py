@@ -71,10 +71,13 @@ _SAID = "said: "
 Draw = Callable[["Axes"], None]
 
 
-def as_file(draw: Draw, form: Literal["png", "svg"]) -> bytes:
-    """What `draw` puts into a pair of axes, as the bytes of a PNG (200 dots per inch) or SVG."""
+def as_files(draw: Draw) -> dict[Literal["png", "svg"], bytes]:
+    """What `draw` puts into a pair of axes, as the bytes of files (see `written`)."""
     with paper():
-        return written(_figure(draw), form)
+        figure = _figure(draw)
+        png = written(figure, "png")
+        figure.set_layout_engine("none")  # half of the work; everything keeps its place
+        return {"png": png, "svg": written(figure, "svg")}
 
 
 @contextmanager

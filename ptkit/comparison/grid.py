@@ -1,76 +1,25 @@
-"""The grid of a comparison: every method with every seed, and every value of a sweep."""
+"""Running a comparison: its cells one after the other, those that are not finished yet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from ptkit.comparison.cells import Group, open_output_folder, plan, require_same_recipe
 from ptkit.comparison.search import Searches, require_sampler
-from ptkit.errors import FolderError, UserError
-from ptkit.formats import atomic
+from ptkit.errors import UserError
 from ptkit.formats.cell_record import CellRecord
-from ptkit.recipe.expansion import Entry, Variant, expand
+from ptkit.recipe.expansion import Variant
 from ptkit.recipe.load import LoadedRecipe
-from ptkit.recipe.schema import ModelSection, Recipe
+from ptkit.recipe.schema import ModelSection
 from ptkit.runtime.base_model import Base
-from ptkit.section import MethodSection
-from ptkit.training.cell import Cell, cell_name, folder_name
 from ptkit.training.experiment import Experiment, prepare
 from ptkit.training.failure import FAILED, Failure, attempted
 from ptkit.training.forecast import Forecast, forecast, is_long
 from ptkit.training.observer import RunObserver
 from ptkit.training.ready import require_ready, require_supported
 from ptkit.training.run import run_cells
-
-
-@dataclass(frozen=True)
-class Group:
-    """Cells of one variant that share a training batch (mostly one cell)."""
-
-    variant: Variant
-    cells: tuple[Cell, ...]
-
-
-def plan(recipe: Recipe, out: Path) -> list[Group]:
-    """All cells of `recipe` in the order they run, below the comparison's folder `out`.
-
-    Variant by variant, and seed by seed within (`train.together` of them at a time), so that an
-    unfinished grid still compares methods. Methods that train nothing run with the first seed.
-    """
-    return [
-        Group(variant, tuple(cells))
-        for variant in expand(recipe)
-        for cells in _cells(variant, out / "cells")
-    ]
-
-
-def cells(recipe: Recipe) -> list[tuple[MethodSection, int]]:
-    """Every cell of `recipe`, in the order they run."""
-    return [(c.method, c.seed) for group in plan(recipe, Path()) for c in group.cells]
-
-
-def _cells(variant: Variant, folder: Path) -> Iterator[list[Cell]]:
-    recipe = variant.recipe
-    name = folder_name(" ".join(f"{k}={v}" for k, v in variant.settings.items()))
-    home = folder / name if name else folder
-
-    def cell(entry: Entry, seed: int) -> Cell:
-        return Cell(
-            entry.section, seed, home / cell_name(entry.section, seed), variant=name,
-            family=entry.family, sweep={**variant.settings, **entry.settings},
-        )  # fmt: skip
-
-    together = recipe.train.together
-    for first in range(0, len(recipe.seeds), together):
-        seeds = recipe.seeds[first : first + together]
-        for entry in variant.entries:
-            method = entry.section
-            own = [s for s in seeds if method.trains or s == recipe.seeds[0]]
-            if method.shares_batch:
-                yield [cell(entry, seed) for seed in own]
-            else:
-                yield from ([cell(entry, seed)] for seed in own)
 
 
 def run_grid(
@@ -84,12 +33,13 @@ def run_grid(
 
     out: the comparison's folder; killed at any moment, the next call goes on from there.
 
-    A cell that fails leaves the others alone: `failures` tells which did and why, and the next call
-    tries them again. Raises UserError for what is found to be wrong before the first cell is
-    trained, FolderError when `out` holds another recipe's comparison.
+    A cell that fails leaves the others alone, and the next call tries it again.
+    `ptkit.comparison.cells.failures` tells which did and why. Raises UserError for what is found to
+    be wrong before the first cell is trained, FolderError when `out` holds another recipe's
+    comparison.
     """
     require_supported(loaded.recipe, loaded.recipe.methods)
-    _require_same_recipe(loaded, out)
+    require_same_recipe(loaded, out)
     require_sampler(loaded.recipe.budget)
     observer = observer or RunObserver()
     experiments = Experiments(loaded, base)
@@ -128,44 +78,17 @@ def run_group(
     return [r for each in alone for r in run_group(each, experiments, searches, observer)]
 
 
-def failures(recipe: Recipe, out: Path) -> list[Failure]:
-    """Why cells of the comparison in `out` have no record, of those that were tried."""
-    return [
-        Failure.read(cell.folder)
-        for group in plan(recipe, out)
-        for cell in group.cells
-        if not cell.done.exists() and (cell.folder / FAILED).exists()
-    ]
-
-
 def forecast_grid(loaded: LoadedRecipe, out: Path) -> tuple[list[str], Forecast]:
     """What was decided about the data, in lines, and what the unfinished cells will take.
 
     Where a recipe sweeps what a step costs (a model, a batch size), the first value stands for all.
     Nothing is written to `out`.
     """
-    _require_same_recipe(loaded, out)
+    require_same_recipe(loaded, out)
     groups = plan(loaded.recipe, out)
     experiment = Experiments(loaded).first(groups)
     cells = [cell for group in groups for cell in group.cells]
     return experiment.data_lines(), forecast(experiment, cells)
-
-
-def open_output_folder(loaded: LoadedRecipe, out: Path) -> None:
-    """Keep the recipe in `out`. Raises FolderError when another one's comparison is there."""
-    _require_same_recipe(loaded, out)
-    if not (out / "recipe.yaml").exists():
-        atomic.write_text(out / "recipe.yaml", loaded.resolved())
-
-
-def _require_same_recipe(loaded: LoadedRecipe, out: Path) -> None:
-    """Raise FolderError when `out` holds another recipe's comparison."""
-    kept = out / "recipe.yaml"
-    if kept.exists() and kept.read_text(encoding="utf-8") != loaded.resolved():
-        raise FolderError(
-            f"{out} holds the comparison of another recipe (or of this one before it was "
-            "changed); choose another --out, or pass --fresh to start over"
-        )
 
 
 class Experiments:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ptkit.comparison.grid import failures, open_output_folder, plan
+from ptkit.comparison.cells import failures, open_output_folder, plan
 from ptkit.comparison.same_rows import require_same_rows
 from ptkit.errors import UserError
 from ptkit.formats import atomic

@@ -9,7 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ptkit.comparison.grid import Experiments, Group, open_output_folder, plan, run_group
+from ptkit.comparison.cells import Group, open_output_folder, plan
+from ptkit.comparison.grid import Experiments, run_group
 from ptkit.comparison.search import Searches, require_sampler, trials_folder
 from ptkit.errors import PtkitError, UserError
 from ptkit.extras import extra

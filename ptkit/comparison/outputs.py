@@ -8,8 +8,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ptkit.comparison.cells import failures
 from ptkit.comparison.charts import charts_of, write_charts
-from ptkit.comparison.grid import failures
 from ptkit.comparison.report import render_report
 from ptkit.comparison.summary import MethodSummary, summarise
 from ptkit.comparison.table import latex_table, markdown_table

@@ -9,7 +9,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from ptkit.comparison import figures
-from ptkit.comparison.grid import failures
+from ptkit.comparison.cells import failures
 from ptkit.comparison.merge import MergedComparison
 from ptkit.comparison.report import page_values, templates
 from ptkit.comparison.summary import (

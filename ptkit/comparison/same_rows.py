@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ptkit.errors import FolderError, UserError
-from ptkit.evaluation.predict import Prediction
+from ptkit.evaluation.prediction import Prediction
 from ptkit.formats.cell_record import CellRecord
 
 logger = logging.getLogger(__name__)

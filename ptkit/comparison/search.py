@@ -18,7 +18,8 @@ from ptkit.recipe.expansion import Settings, changed, values_of
 from ptkit.recipe.schema import BudgetSection
 from ptkit.recipe.values import Range, Values
 from ptkit.section import MethodSection
-from ptkit.training.cell import Cell, folder_name, open_cell_folder
+from ptkit.training.cell import Cell, folder_name
+from ptkit.training.cell_folder import open_cell_folder
 from ptkit.training.experiment import Experiment
 from ptkit.training.failure import FAILED, Failure, attempted
 from ptkit.training.observer import RunObserver

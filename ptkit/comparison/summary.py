@@ -12,7 +12,7 @@ import numpy as np
 
 from ptkit.comparison.same_rows import read_predictions, require_same_rows, say_unknown
 from ptkit.comparison.statistics import Difference, in_family, paired_difference, share_of_way
-from ptkit.evaluation.predict import Prediction, statistics_of
+from ptkit.evaluation.prediction import Prediction, statistics_of
 from ptkit.evaluation.statistics import (
     Interval,
     Resampled,

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from ptkit.comparison import figures
+from ptkit.comparison.cells import cells, failures
 from ptkit.comparison.drawing import paper, written
-from ptkit.comparison.grid import cells, failures, run_grid
+from ptkit.comparison.grid import run_grid
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.summary import MethodSummary, basis, shown_together
 from ptkit.errors import AdapterError, PtkitError, UserError

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ptkit.data.chat_template import ChatTemplate
 from ptkit.data.templates import filled
 from ptkit.errors import UserError
-from ptkit.evaluation.predict import Prediction, predict
+from ptkit.evaluation.predict import predict
+from ptkit.evaluation.prediction import Prediction
 from ptkit.evaluation.retention import Retention, measure_retention
 from ptkit.evaluation.score import score_intervals
 from ptkit.formats.adapter_files import read_adapter

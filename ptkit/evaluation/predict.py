@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from ptkit.data.encoded import EncodedExample
 from ptkit.data.encoded_rows import Lengths
 from ptkit.data.examples import Example
 from ptkit.evaluation.dialogues import DialogueAnswers
+from ptkit.evaluation.prediction import Prediction
 from ptkit.evaluation.preferences import pair_details, preferred
 from ptkit.methods import Adapter
-from ptkit.metrics.metric import Metric, Statistics
 from ptkit.metrics.registry import metric
 from ptkit.metrics.scope import UNREAD
 from ptkit.prefix import Compiled
@@ -39,32 +38,6 @@ from ptkit.runtime.forward import (
 )
 from ptkit.runtime.generation import generate
 from ptkit.runtime.scoring import continuation_scores
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One test row and what the model made of it.
-
-    prediction, references: generated text and the acceptable texts; for classification, labels;
-        for token classification the labels of all words, with spaces between. For pairs they are
-        the answer that the adapter prefers, and the chosen one
-    details: what metrics ask for beside the text (`Metric.needs`)
-    """
-
-    input: str
-    prediction: str
-    references: tuple[str, ...]
-    label: str | None = None
-    details: dict[str, Any] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The row as written to `predictions.jsonl`."""
-        return asdict(self)
-
-    @classmethod
-    def of_row(cls, row: dict[str, Any]) -> Prediction:
-        """The row as read from `predictions.jsonl`."""
-        return cls(**{**row, "references": tuple(row["references"])})
 
 
 def predict(
@@ -126,13 +99,6 @@ def predict(
         Prediction(example.input, answers[i][0], example.references, example.label, answers[i][1])
         for i, example in enumerate(examples)
     ]
-
-
-def statistics_of(measure: Metric, rows: Sequence[Prediction]) -> Statistics:
-    """What `measure` makes of predictions, one row per example (see `Metric.statistics`)."""
-    return measure.statistics(
-        [r.prediction for r in rows], [r.references for r in rows], [r.details for r in rows]
-    )
 
 
 def require_room(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ptkit.evaluation.predict import Prediction, statistics_of
+from ptkit.evaluation.prediction import Prediction, statistics_of
 from ptkit.evaluation.statistics import Interval, bootstrap_interval
 from ptkit.metrics.registry import metric
 

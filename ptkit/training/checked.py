@@ -17,7 +17,7 @@ from ptkit.recipe.load import LoadedRecipe
 from ptkit.recipe.tasks import ConversationTask, Task
 from ptkit.runtime.named_models import source_of
 from ptkit.runtime.tokenization import load_tokenizer
-from ptkit.training.cell import named_adapters
+from ptkit.training.cell_folder import named_adapters
 from ptkit.training.experiment import read_data
 from ptkit.training.ready import require_supported
 

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from accelerate.utils.memory import clear_device_cache
 from pydantic import Field
 
 from ptkit.errors import FolderError, PtkitError
@@ -106,6 +105,9 @@ def attempted(cell: Cell, work: Callable[[], Result]) -> Result | Failure:
         if isinstance(error, FolderError) or (isinstance(error, OSError) and error.errno in _FULL):
             raise
         failure = Failure.of(cell, error)
+    # Here, because a report reads failures and needs no tensors.
+    from accelerate.utils.memory import clear_device_cache
+
     clear_device_cache(garbage_collection=True)  # what was out of memory leaves room for the next
     failure.write(cell.folder)
     return failure

@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from ptkit.evaluation.predict import Prediction
+from ptkit.evaluation.prediction import Prediction
 from ptkit.recipe.tasks import ClassificationTask, SequenceClassificationTask, Task
 from ptkit.training.adapter_trainer import StepReport
 

@@ -14,7 +14,8 @@ import torch
 
 from ptkit.data.examples import Example
 from ptkit.evaluation.latency import Latency, measure_latency
-from ptkit.evaluation.predict import Prediction, predict
+from ptkit.evaluation.predict import predict
+from ptkit.evaluation.prediction import Prediction
 from ptkit.evaluation.retention import off_probe
 from ptkit.evaluation.score import corpus_score, score_intervals
 from ptkit.evaluation.statistics import Interval

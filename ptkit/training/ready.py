@@ -12,7 +12,8 @@ from ptkit.methods.registry import not_on_split_base
 from ptkit.recipe.schema import Recipe
 from ptkit.runtime.dropout import require_no_dropout
 from ptkit.section import MethodSection
-from ptkit.training.cell import Cell, named_adapters
+from ptkit.training.cell import Cell
+from ptkit.training.cell_folder import named_adapters
 from ptkit.training.experiment import Experiment
 
 

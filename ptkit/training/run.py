@@ -47,7 +47,8 @@ from ptkit.runtime.gate import Gate
 from ptkit.section import MethodSection
 from ptkit.training.adapter_trainer import Job
 from ptkit.training.autotune import Autotuned, autotune
-from ptkit.training.cell import Cell, open_cell_folder
+from ptkit.training.cell import Cell
+from ptkit.training.cell_folder import open_cell_folder
 from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.experiment import Experiment
 from ptkit.training.failure import FAILED
