@@ -112,7 +112,7 @@ def test_training_together_reports_speed_and_memory() -> None:
 
 
 def test_soak_finds_no_wrong_token() -> None:
-    result = soak.bench_soak("tiny-en", minutes=0.08, threads=8)
+    result = soak.bench_soak("tiny-en", minutes=0.04, threads=8)
     assert figure(result, "batches").value > 5
     assert figure(result, "failed").value == figure(result, "with a wrong token").value == 0
     assert figure(result, "bad files refused").value == figure(result, "swaps").value > 10
@@ -369,7 +369,7 @@ def test_a_server_without_time_for_an_answer_is_named() -> None:
 def test_a_loaded_server_beside_peft_behind_fastapi(monkeypatch) -> None:
     monkeypatch.setattr(serve.subprocess, "Popen", forked.Popen)
     result = serve.bench_serve(
-        "tiny-en", adapters=3, clients=6, seconds=4, new_tokens=6, virtual_tokens=3, rounds=2,
+        "tiny-en", adapters=3, clients=6, seconds=2, new_tokens=6, virtual_tokens=3, rounds=1,
         against=["peft"],
     )  # fmt: skip
     found = {figure.what: figure.value for figure in result.figures}

@@ -271,6 +271,8 @@ def test_one_adapter_in_several_precisions_is_one_table(tmp_path: Path) -> None:
         adapter,
         "--set",
         "task.data.limits.test=6",
+        "--set",
+        "retention=null",
         "--no-base",
     ]
     kinds = ["float32", "bfloat16", "float16"]

@@ -191,7 +191,7 @@ def test_the_harness_asks_in_the_adapters_own_template(run: Run, base: Base) -> 
     assert model.chat_template(True) == WORDS
     plain = ChatTemplate.of_record(base.tokenizer, None)
     with pytest.raises(UserError, match="has no chat template"):
-        harness.evaluate_tasks(adapter, ["arc_easy"], chat=plain)
+        harness.evaluate_tasks(adapter, harness.KnownTasks((), None), chat=plain)
     adapter.close()
 
 

@@ -152,13 +152,20 @@ def test_prefix_of_a_soft_prompt_is_fitted_back(family: str) -> None:
     adapter = make_adapter(base, LEARNT["prompt"]).files()
     noisy = words + 0.05 * words.std() * torch.randn_like(words)
     soft = type(adapter)({**adapter.config, "num_virtual_tokens": 3}, {"prompt_embeddings": noisy})
-    fitted = as_prompt(as_prefix(soft, base), base)
+    fitted = as_prompt(as_prefix(soft, base), base, steps=150)
     assert 0 < fitted.error < 0.01
     expected, found = (adapter_from_files(f, base) for f in (soft, fitted.files))
     change = (logits_of(found) - logits_of(expected)).norm() / logits_of(expected).norm()
     assert change < 0.05
 
 
+@pytest.fixture
+def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit of a soft prompt takes a tenth of its steps, where how well it ends is not judged."""
+    monkeypatch.setitem(as_prompt.__kwdefaults__, "steps", 60)
+
+
+@pytest.mark.usefixtures("short_fits")
 def test_prefix_no_soft_prompt_makes_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(2)
     base = random_base("gpt2")
@@ -172,6 +179,7 @@ def test_prefix_no_soft_prompt_makes_is_refused(tmp_path: Path) -> None:
     assert 0.05 < done.error <= 1
 
 
+@pytest.mark.usefixtures("short_fits")
 def test_conversion_keeps_the_record_and_drops_scores_it_cannot_vouch_for(tmp_path: Path) -> None:
     base = random_base("gpt2")
     files = make_adapter(base, LEARNT["prompt"]).files()

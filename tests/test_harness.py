@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from ptkit.errors import DataError
-from ptkit.evaluation.harness import AdapterLM, evaluate_tasks
+from ptkit.evaluation.harness import AdapterLM, evaluate_tasks, known_tasks
 from ptkit.formats.adapter_files import write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations, create_adapter, load_adapter
 from ptkit.methods.catalogue import method_section
@@ -80,6 +81,15 @@ def base() -> Base:
     return load_base("tiny-en")
 
 
+@pytest.fixture
+def only_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the harness's own thousands of tasks takes a quarter of a minute."""
+    own = partial(TaskManager, include_defaults=False)
+    monkeypatch.setattr("ptkit.evaluation.harness.TaskManager", own)
+    monkeypatch.setattr(f"{__name__}.TaskManager", own)
+
+
+@pytest.mark.usefixtures("only_own_tasks")
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_figures_are_those_of_the_harness_own_model(
     base: Base, tasks: Path, with_adapter: bool
@@ -100,7 +110,7 @@ def test_figures_are_those_of_the_harness_own_model(
         peer, tasks=list(TASKS), task_manager=TaskManager(include_path=str(tasks)),
         bootstrap_iters=0, verbosity="ERROR",
     )["results"]  # fmt: skip
-    ours = evaluate_tasks(adapter, list(TASKS), batch_size=3, include=tasks)
+    ours = evaluate_tasks(adapter, known_tasks(list(TASKS), tasks), batch_size=3)
     for task in TASKS:
         names = [n for n, v in theirs[task].items() if isinstance(v, float) and "stderr" not in n]
         assert names
@@ -210,6 +220,7 @@ def test_a_few_shot_prompt_is_one_text_with_what_the_harness_asks() -> None:
         assert value == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.usefixtures("only_own_tasks")
 def test_command(tasks: Path, tmp_path: Path) -> None:
     done = ptkit("evaluate", "--harness", "pick,read", "--include", tasks, "-a",
                  SHIPPED / "facts-prefix", "-a", SHIPPED / "facts-prompt", "--limit", "4", "--json",
@@ -224,6 +235,7 @@ def test_command(tasks: Path, tmp_path: Path) -> None:
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.usefixtures("only_own_tasks")
 def test_what_cannot_be_evaluated_is_told(tmp_path: Path) -> None:
     assert "knows no task `nothing`" in refused(
         "evaluate", "--harness", "nothing", "--model", "tiny-en", cwd=tmp_path

@@ -110,8 +110,8 @@ def evaluate(
     if harness is not None:
         if recipe is not None:
             raise UserError("--harness has tasks of its own; give either a recipe or --harness")
-        options = {"limit": limit, "shots": shots, "include": include, "batch_size": batch_size}
-        _standard_tasks(harness, places, model, json_output, options, chat=chat)
+        options = {"limit": limit, "shots": shots, "batch_size": batch_size}
+        _standard_tasks(harness, include, places, model, json_output, options, chat=chat)
         return
     if chat:
         raise UserError("--chat is for --harness: a recipe's task says how its rows are asked")
@@ -236,7 +236,8 @@ def _show_table(results: list[tuple[str, Evaluation]]) -> None:
 
 
 def _standard_tasks(
-    tasks: str,
+    names: str,
+    include: Path | None,
     places: list[Path | None],
     model: str | None,
     json_output: bool,
@@ -248,19 +249,19 @@ def _standard_tasks(
     require_model(model)
     from ptkit.data.chat_template import ChatTemplate
     from ptkit.evaluation.evaluate import adapter_at
-    from ptkit.evaluation.harness import evaluate_tasks
+    from ptkit.evaluation.harness import evaluate_tasks, known_tasks
     from ptkit.formats.adapter_files import read_info
     from ptkit.formats.places import find_adapter
     from ptkit.runtime.base_model import Base
 
+    tasks = known_tasks([name.strip() for name in names.split(",") if name.strip()], include)
     base: Base | None = None
     for place in places:
         with adapter_at(place, model, base) as loaded:
             base = loaded.base
-            names = [name.strip() for name in tasks.split(",") if name.strip()]
             info = None if place is None else read_info(find_adapter(place))
             own = ChatTemplate.of_record(base.tokenizer, info.chat if info else None)
-            found = evaluate_tasks(loaded, names, **options, chat=own if chat else None)
+            found = evaluate_tasks(loaded, tasks, **options, chat=own if chat else None)
         title = str(place) if place else "base"
         if json_output:
             typer.echo(json.dumps({"adapter": title, "tasks": found}))

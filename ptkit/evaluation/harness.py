@@ -7,6 +7,7 @@ given continuations, and generated text.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -199,32 +200,45 @@ class AdapterLM(TemplateLM):
         return [postprocess_generated_text(text, stop, None) for text in texts]
 
 
-def evaluate_tasks(
-    adapter: Adapter,
-    tasks: Sequence[str],
-    *,
-    batch_size: int = 16,
-    limit: int | None = None,
-    shots: int | None = None,
-    include: Path | None = None,
-    chat: ChatTemplate | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Task -> metric -> value and standard error, as the harness reports them, with `n`.
+@dataclass(frozen=True)
+class KnownTasks:
+    """Tasks that the harness knows, and what it knows of them. Reading that takes seconds."""
 
-    limit: only so many examples of each task; shots: demonstrations in the prompt, default the
-    task's own; include: a folder with tasks of your own
-    chat: the template that prompts are put into as conversations; None: they stay texts
+    names: tuple[str, ...]
+    manager: TaskManager
 
-    Raises UserError for a task the harness does not know, and for a base without a template where
-    one is asked for.
+
+def known_tasks(names: Sequence[str], include: Path | None = None) -> KnownTasks:
+    """The tasks called `names`. include: a folder with tasks of your own.
+
+    Raises UserError for one that the harness does not know.
     """
     manager = TaskManager(include_path=str(include) if include else None)
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise UserError(
             f"the harness knows no task {', '.join(f'`{t}`' for t in unknown)}; `lm-eval ls tasks` "
             "lists them, --include names a folder with your own"
         )
+    return KnownTasks(tuple(names), manager)
+
+
+def evaluate_tasks(
+    adapter: Adapter,
+    tasks: KnownTasks,
+    *,
+    batch_size: int = 16,
+    limit: int | None = None,
+    shots: int | None = None,
+    chat: ChatTemplate | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Task -> metric -> value and standard error, as the harness reports them, with `n`.
+
+    limit: only so many examples of each task; shots: demonstrations in the prompt, default the
+    task's own; chat: the template that prompts are put into as conversations; None: they stay texts
+
+    Raises UserError for a base without a template where one is asked for.
+    """
     if chat is not None and not chat.exists:
         raise UserError(
             f"{adapter.base.id} has no chat template, and the adapter was not trained with one; "
@@ -232,7 +246,7 @@ def evaluate_tasks(
         )
     found: Any = simple_evaluate(
         AdapterLM(adapter, batch_size, chat), apply_chat_template=chat is not None,
-        tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager,
+        tasks=list(tasks.names), num_fewshot=shots, limit=limit, task_manager=tasks.manager,
         log_samples=False, bootstrap_iters=1000, verbosity="ERROR",
     )  # fmt: skip
     results = {}
