@@ -11,11 +11,10 @@ from conftest import random_base, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from test_cli import ptkit
+from test_cli import ptkit, refused
 from test_encoder_decoder import random_pair
 from test_engine import Asked
 from test_peft_parity import LEARNT, make_adapter
-from test_train import fresh
 
 from ptkit import AdapterBank, load_adapter
 from ptkit.bank.conversation import Conversation
@@ -25,6 +24,7 @@ from ptkit.evaluation.retention import measure_retention, probe_base
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.hub.convert import as_prefix, as_prompt
 from ptkit.methods import Adapter, adapter_from_files, compile_files
+from ptkit.methods.catalogue import method_section
 from ptkit.methods.gate_files import without_gate
 from ptkit.recipe.schema import RetainSection
 from ptkit.runtime.base_model import Base, load_base
@@ -281,12 +281,9 @@ def test_forgetting_is_none_where_it_is_shut() -> None:
 
 
 def test_methods_that_change_weights_and_settings_that_do_nothing_are_refused() -> None:
-    base = random_base("llama")
-    for name in ("lora", "full"):
-        adapter = fresh(name, base)
+    for kind in ("lora", "full", "prefix_lora", "linear_probe"):
         with pytest.raises(UserError, match="by: gate"):
-            require_gate_fits(adapter)
-        adapter.close()
+            require_gate_fits(method_section({"kind": kind}))
     with pytest.raises(ValueError, match="`target` is of `by: divergence`"):
         RetainSection(by="gate", target=0.1)
     with pytest.raises(ValueError, match="`weight` is of `by: divergence`"):
@@ -321,7 +318,8 @@ def test_a_run_fits_one_and_goes_on_without_it(tmp_path: Path) -> None:
 
 def test_a_comparison_is_of_gated_cells_and_is_reported_again(tmp_path: Path) -> None:
     one = ("--set", "methods=[{kind: base}, {kind: prefix_tuning}]", "--set", "seeds=[0]")
-    gate = ("--set", "train.retain={by: gate}")
+    (tmp_path / "own.txt").write_text(Path("README.md").read_text())
+    gate = ("--set", f"train.retain={{by: gate, text: {tmp_path / 'own.txt'}}}")
     ptkit("compare", "message-routing", *SHORT, *one, *gate, "--out", "all", cwd=tmp_path)
     ptkit("report", "all", cwd=tmp_path)
     lines = (tmp_path / "all" / "results.jsonl").read_text().splitlines()
@@ -330,7 +328,19 @@ def test_a_comparison_is_of_gated_cells_and_is_reported_again(tmp_path: Path) ->
     assert gates["prefix_tuning"]["general-en"] == 0.0
 
 
-def test_a_run_of_a_method_without_prefix_is_refused(tmp_path: Path) -> None:
-    chosen = ("train", "message-routing", "--method", "lora", *SHORT, "--out", "run")
-    told = ptkit(*chosen, "--set", "train.retain={by: gate}", cwd=tmp_path, code=2).stderr
-    assert "by: gate" in told
+@pytest.mark.parametrize(
+    ("command", "setting"),
+    [
+        ("train", "train.retain={by: gate}"),
+        ("compare", "train.retain={by: gate}"),
+        ("compare", "sweep={train.retain: [null, {by: gate}]}"),
+    ],
+)
+def test_a_method_without_prefix_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, setting: str
+) -> None:
+    monkeypatch.setattr("ptkit.training.experiment.load_base", None)
+    own = ("--method", "lora") if command == "train" else ()
+    chosen = (command, "message-routing", *own, *SHORT, "--out", "run", "--set", setting)
+    assert "by: gate" in refused(*chosen, cwd=tmp_path)
+    assert not (tmp_path / "run").exists()

@@ -12,13 +12,20 @@ from test_cli import ptkit, refused
 from test_train import TRAINED, Killed, fresh, rows
 
 from ptkit.errors import UserError
+from ptkit.methods.catalogue import method_section
 from ptkit.recipe.schema import RetainSection, RetentionSection, TrainSection
 from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.forward import all_logits
 from ptkit.runtime.model_names import TINY_EN
 from ptkit.training.adapter_trainer import Job
 from ptkit.training.loop import fit
-from ptkit.training.retain import WINDOW, Retainer, general_windows, written_by_base
+from ptkit.training.retain import (
+    WINDOW,
+    Retainer,
+    general_windows,
+    require_retainable,
+    written_by_base,
+)
 
 KEEPING = [name for name in TRAINED if name != "full"]
 
@@ -156,7 +163,7 @@ def test_text_that_forgetting_is_measured_on_is_refused(tmp_path: Path) -> None:
     pieces = general_windows(RetainSection(text="own.txt"), RetentionSection(), base, tmp_path)
     assert pieces.shape[1] == WINDOW
     with pytest.raises(UserError, match="`full` changes the base's weights for good"):
-        Retainer(fresh("full", base), RetainSection(), text(base), 0)
+        require_retainable(RetainSection(), method_section({"kind": "full"}))
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:

@@ -38,12 +38,13 @@ def run_grid(
     be wrong before the first cell is trained, FolderError when `out` holds another recipe's
     comparison.
     """
-    require_supported(loaded.recipe, loaded.recipe.methods)
     require_same_recipe(loaded, out)
     require_sampler(loaded.recipe.budget)
     observer = observer or RunObserver()
     experiments = Experiments(loaded, base)
     groups = plan(loaded.recipe, out)
+    for group in groups:
+        require_supported(group.variant.recipe, [cell.method for cell in group.cells])
     first = experiments.first(groups)  # what cannot be carried out leaves nothing behind
     observer.prepared(first.data_lines())
     cells_of_all = [cell for group in groups for cell in group.cells]

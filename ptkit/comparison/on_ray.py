@@ -20,6 +20,7 @@ from ptkit.recipe.load import LoadedRecipe, load_recipe
 from ptkit.training.cell import Cell
 from ptkit.training.failure import FAILED, Failure
 from ptkit.training.observer import RunObserver
+from ptkit.training.ready import require_supported
 
 #: How often a task is given to another node after its own was lost.
 RETRIES = 10
@@ -49,8 +50,10 @@ def run_on_ray(
         import ray
     observer = observer or RunObserver()
     require_sampler(loaded.recipe.budget)
-    open_output_folder(loaded, out)
     groups = plan(loaded.recipe, out)
+    for group in groups:
+        require_supported(group.variant.recipe, [cell.method for cell in group.cells])
+    open_output_folder(loaded, out)
     started = not ray.is_initialized()
     if started:
         try:

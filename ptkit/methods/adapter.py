@@ -78,6 +78,8 @@ class Adapter(nn.Module):
     encoder_decoder: ClassVar[bool] = False
     #: Whether the base's weights are others while it is on: its prefix, if any, is not all of it.
     changes_weights: ClassVar[bool] = False
+    #: Whether the base stays reachable, bit for bit, beside the adapter.
+    has_off: ClassVar[bool] = True
     #: Whether PEFT's layers can give each row of a batch an adapter of its own, or none.
     mixes_in_batch: ClassVar[bool] = False
     #: Whether a row's prefix depends on the row's input, so that there is no one `prefix`.
@@ -220,11 +222,6 @@ class Adapter(nn.Module):
     def answer_end(self) -> str | None:
         """Text at which a generated answer is over, for methods that never learnt to stop."""
         return None
-
-    @property
-    def has_off(self) -> bool:
-        """Whether the base stays reachable, bit for bit, beside the adapter."""
-        return True
 
     def off(self) -> AbstractContextManager[None]:
         """Within this context the base acts as if the adapter had never been made."""

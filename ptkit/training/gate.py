@@ -12,9 +12,10 @@ from torch import Tensor
 from ptkit.data.encoded import EncodedExample
 from ptkit.errors import UserError
 from ptkit.extras import extra, require
-from ptkit.methods import Adapter
+from ptkit.methods import ADAPTERS
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.gate import Gate, gate_features
+from ptkit.section import MethodSection
 
 #: Training rows read at most, and pieces of general text: embeddings alone tell them apart.
 ROWS, PIECES = 2000, 2000
@@ -24,15 +25,15 @@ _READ_AT_ONCE = 256
 _WANTED_BY = "`train.retain: {by: gate}`"
 
 
-def require_gate_fits(adapter: Adapter) -> None:
-    """Raise UserError for an adapter that acts by changing weights: no row can be spared it; and
+def require_gate_fits(method: MethodSection) -> None:
+    """Raise UserError for a method that acts by changing weights: no row can be spared it; and
     where what fits a gate is not installed."""
     require("gate", _WANTED_BY)
-    if adapter.changes_weights or not adapter.virtual_tokens:
+    if ADAPTERS[method.kind].changes_weights or not hasattr(method, "num_virtual_tokens"):
         raise UserError(
             f"`train.retain: {{by: gate}}` leaves a row its adapter or takes it away, and "
-            f"`{adapter.section.title}` changes the base's weights for all rows; use prefix "
-            "tuning, prompt tuning or P-tuning"
+            f"`{method.title}` changes what the base computes for all rows; use prefix tuning, "
+            "prompt tuning or P-tuning"
         )
 
 

@@ -15,6 +15,7 @@ from ptkit.section import MethodSection
 from ptkit.training.cell import Cell
 from ptkit.training.cell_folder import named_adapters
 from ptkit.training.experiment import Experiment
+from ptkit.training.retain import require_retainable
 
 
 def require_ready(experiment: Experiment, cells: Sequence[Cell]) -> None:
@@ -36,9 +37,13 @@ def require_ready(experiment: Experiment, cells: Sequence[Cell]) -> None:
 
 
 def require_supported(recipe: Recipe, methods: Sequence[MethodSection]) -> None:
-    """Raise UserError, before anything is loaded, for ways of spreading a base over processes that
-    ptkit, or one of `methods`, does not work with."""
+    """Raise UserError, before anything is loaded, for what ptkit, or one of `methods`, does not work
+    with: ways of training, and of spreading a base over processes."""
     require_supported_launch()
+    if recipe.train.retain is not None:
+        for method in methods:
+            if method.trains:
+                require_retainable(recipe.train.retain, method)
     if recipe.model.tp_plan is None:
         return
     for method in methods:

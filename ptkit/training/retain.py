@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from ptkit.data.general_text import GENERAL_EN, general_texts
 from ptkit.errors import UserError
 from ptkit.evaluation.retention import text_windows
-from ptkit.methods import Adapter
+from ptkit.methods import ADAPTERS, Adapter
 from ptkit.recipe.schema import RetainSection, RetentionSection
 from ptkit.runtime.architecture import evaluating
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.forward import all_logits
 from ptkit.runtime.generation import generate
+from ptkit.section import MethodSection
+from ptkit.training.gate import require_gate_fits
 
 #: Tokens of a general text's piece; short, so that a step reads several different ones.
 WINDOW = 64
@@ -86,6 +88,17 @@ def written_by_base(base: Base, count: int = WRITTEN, seed: int = 0) -> Tensor:
     return _behind(lead, torch.tensor(texts))
 
 
+def require_retainable(section: RetainSection, method: MethodSection) -> None:
+    """Raise UserError where `method` cannot be trained as `section` says."""
+    if section.by == "gate":
+        require_gate_fits(method)
+    if not ADAPTERS[method.kind].has_off:
+        raise UserError(
+            f"`train.retain` needs the base beside the adapter; `{method.title}` changes the "
+            "base's weights for good"
+        )
+
+
 class Retainer:
     """The divergence of one adapter in training, a few pieces of text a step.
 
@@ -97,11 +110,6 @@ class Retainer:
     def __init__(
         self, adapter: Adapter, section: RetainSection, windows: Tensor, seed: int
     ) -> None:
-        if not adapter.has_off:
-            raise UserError(
-                f"`train.retain` needs the base beside the adapter; `{adapter.section.title}` "
-                "changes the base's weights for good"
-            )
         self._adapter = adapter
         self._section = section
         self._rows = max(1, section.tokens // WINDOW)

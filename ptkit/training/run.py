@@ -52,7 +52,7 @@ from ptkit.training.cell_folder import open_cell_folder
 from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.experiment import Experiment
 from ptkit.training.failure import FAILED
-from ptkit.training.gate import fit_gate, require_gate_fits
+from ptkit.training.gate import fit_gate
 from ptkit.training.learnt import signs_of_nothing
 from ptkit.training.loop import fit
 from ptkit.training.measure import (
@@ -267,8 +267,6 @@ def _fit(
 def new_job(experiment: Experiment, cell: Cell, adapter: Adapter) -> Job:
     """What trains `adapter` as the recipe says, in the cell's folder."""
     recipe, training = experiment.recipe, experiment.training(cell.seed).encoded
-    if recipe.train.retain is not None and recipe.train.retain.by == "gate":
-        require_gate_fits(adapter)
     for rows in (training, experiment.validation):
         require_room(adapter, rows, recipe.task)
         _require_one_input(adapter, rows)

@@ -20,6 +20,7 @@ class Full(Adapter):
     section_class = FullSection
     encoder_decoder = True
     changes_weights = True
+    has_off = False
 
     def __init__(self, section: FullSection, base: Base) -> None:
         super().__init__(section, base)
@@ -39,10 +40,6 @@ class Full(Adapter):
     @property
     def model(self) -> PreTrainedModel:
         return self.copy
-
-    @property
-    def has_off(self) -> bool:
-        return False
 
     def own_files(self) -> AdapterFiles:
         raise AdapterError(
