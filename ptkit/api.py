@@ -49,7 +49,7 @@ from ptkit.training.failure import Failure, failed_cells
 from ptkit.training.forecast import Forecast, forecast, is_long
 from ptkit.training.observer import RunObserver
 from ptkit.training.processes import processes
-from ptkit.training.ready import require_supported
+from ptkit.training.ready import require_ready, require_supported
 from ptkit.training.run import run_cells
 
 
@@ -182,6 +182,7 @@ def train(
         start_over(folder)
     cell = _cell(section, used_seed, folder, start_from)
     experiment = prepare(loaded, base)
+    require_ready(experiment, [cell])  # what cannot be carried out leaves nothing behind
     if observer is not None:
         observer.prepared(experiment.data_lines())
         if is_long(experiment, [cell]):
@@ -278,6 +279,7 @@ def plan_training(
     require_supported(loaded.recipe, [section])
     cell = _cell(section, used_seed, folder, start_from)
     experiment = prepare(loaded)
+    require_ready(experiment, [cell])
     return experiment.data_lines(), forecast(experiment, [cell])
 
 

@@ -166,6 +166,15 @@ def test_text_that_forgetting_is_measured_on_is_refused(tmp_path: Path) -> None:
         require_retainable(RetainSection(), method_section({"kind": "full"}))
 
 
+def test_the_base_writes_no_text_for_what_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ptkit.training.retain.written_by_base", None)
+    said = refused("train", "quickstart", "--set", "train.retain={target: 0.02}",
+                   "--set", "methods.0.num_virtual_tokens=500", cwd=tmp_path)  # fmt: skip
+    assert "too few positions" in said
+
+
 def test_from_the_command_line(tmp_path: Path) -> None:
     settings = [
         "--set", "train.steps=12", "--set", "train.eval_every=6", "--set", "train.batch_size=4",

@@ -234,8 +234,9 @@ def evaluate_tasks(
 ) -> dict[str, dict[str, Any]]:
     """Task -> metric -> value and standard error, as the harness reports them, with `n`.
 
-    limit: only so many examples of each task; shots: demonstrations in the prompt, default the
-    task's own; chat: the template that prompts are put into as conversations; None: they stay texts
+    limit: only so many examples of each task
+    shots: demonstrations in the prompt, default the task's own
+    chat: the template that prompts are put into as conversations; None: they stay texts
 
     Raises UserError for a base without a template where one is asked for.
     """

@@ -53,7 +53,6 @@ class Experiment:
     rows: of the training split; the cells of a seed take `training(seed)` of them
     general: the base's own results on general text; None when retention is not measured
     probe: the base's logits on `probe_ids` `[1, tokens]`, before anything was attached to it
-    retain_windows: general text for `train.retain`, `[pieces, tokens]`
     chat_told: what was decided about conversations, in lines
     folder: where the recipe's relative paths start
     """
@@ -66,7 +65,6 @@ class Experiment:
     general: GeneralProbe | None
     probe_ids: torch.Tensor
     probe: torch.Tensor
-    retain_windows: torch.Tensor | None = None
     folder: Path = Path()
     chat_told: tuple[str, ...] = ()
 
@@ -74,6 +72,17 @@ class Experiment:
     def parallel(self) -> DataParallel:
         """Which rows this process reads, where the run has several."""
         return DataParallel.of(self.base)
+
+    @cached_property
+    def retain_windows(self) -> torch.Tensor | None:
+        """General text for `train.retain`, `[pieces, tokens]`; the base may have to write it.
+
+        Raises UserError for text that cannot be had.
+        """
+        retain = self.recipe.train.retain
+        if retain is None:
+            return None
+        return general_windows(retain, self.recipe.retention, self.base, self.folder)
 
     @property
     def chat_template(self) -> ChatTemplate | None:
@@ -238,9 +247,6 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
         general,
         probe_ids,
         off_probe(base.model, probe_ids),
-        None
-        if recipe.train.retain is None
-        else general_windows(recipe.train.retain, retention, base, loaded.folder),
         loaded.folder,
         tuple(told),
     )

@@ -34,10 +34,11 @@ def require_ready(experiment: Experiment, cells: Sequence[Cell]) -> None:
             require_positions(
                 experiment.base, virtual, f"`{method.title}`", rows, experiment.recipe.task
             )
+    _ = experiment.retain_windows  # last: the base may have to write it
 
 
 def require_supported(recipe: Recipe, methods: Sequence[MethodSection]) -> None:
-    """Raise UserError, before anything is loaded, for what ptkit, or one of `methods`, does not work
+    """Raise UserError, before anything is loaded, for what ptkit or one of `methods` does not work
     with: ways of training, and of spreading a base over processes."""
     require_supported_launch()
     if recipe.train.retain is not None:
