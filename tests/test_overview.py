@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from test_cli import ptkit, refused
 from test_report import METHODS, compared
 
 from ptkit.comparison import figures
-from ptkit.comparison.merge import read_comparison
+from ptkit.comparison.merge import MergedComparison, read_comparison
 from ptkit.comparison.overview import write_overview
 from ptkit.comparison.statistics import in_family
+from ptkit.comparison.summary import MethodSummary
 from ptkit.errors import UserError
 
 
@@ -25,10 +27,28 @@ def several(folder: Path, hostile: str = "") -> Path:
     return folder
 
 
-def test_figures_are_those_of_the_comparisons(tmp_path: Path) -> None:
-    _, texts = compared(tmp_path / "texts", name="texts")
-    _, labels = compared(tmp_path / "labels", name="labels", task="classification")
-    parts = [read_comparison(tmp_path / name) for name in ("texts", "labels")]
+@dataclass(frozen=True)
+class Two:
+    """Two invented comparisons, in `folder`."""
+
+    folder: Path
+    texts: list[MethodSummary]
+    labels: list[MethodSummary]
+
+    def parts(self) -> list[MergedComparison]:
+        return [read_comparison(self.folder / name) for name in ("texts", "labels")]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
+    folder = tmp_path_factory.mktemp("two")
+    _, texts = compared(folder / "texts", name="texts")
+    _, labels = compared(folder / "labels", name="labels", task="classification")
+    return Two(folder, texts, labels)
+
+
+def test_figures_are_those_of_the_comparisons(two: Two, tmp_path: Path) -> None:
+    texts, labels, parts = two.texts, two.labels, two.parts()
     tables = {table.title: table for table in write_overview(parts, tmp_path, "Two tasks")}
     scores = tables["Score"]
     assert scores.columns == ["texts: bleu", "labels: accuracy"]
@@ -48,12 +68,9 @@ def test_figures_are_those_of_the_comparisons(tmp_path: Path) -> None:
     assert f"{texts[1].leading.mean:.1f} [" in text
 
 
-def test_p_values_are_corrected_for_all_differences_of_the_page(tmp_path: Path) -> None:
-    _, texts = compared(tmp_path / "texts", name="texts")
-    _, labels = compared(tmp_path / "labels", name="labels", task="classification")
-    own = [s.against for s in (*texts, *labels) if s.against is not None]
-    parts = [read_comparison(tmp_path / name) for name in ("texts", "labels")]
-    tables = {table.title: table for table in write_overview(parts, tmp_path, "Two tasks")}
+def test_p_values_are_corrected_for_all_differences_of_the_page(two: Two, tmp_path: Path) -> None:
+    own = [s.against for s in (*two.texts, *two.labels) if s.against is not None]
+    tables = {table.title: table for table in write_overview(two.parts(), tmp_path, "Two tasks")}
     shown = {cell.shown for row in tables["Difference"].rows for cell in row.cells}
     together = [figures.difference(difference) for difference in in_family(own)]
     assert {*together} <= shown
@@ -74,12 +91,11 @@ def test_page_is_one_file_that_escapes_what_it_shows(tmp_path: Path) -> None:
     assert len(page) < 1_500_000
 
 
-def test_command_and_its_refusals(tmp_path: Path) -> None:
-    compared(tmp_path / "texts", name="texts")
-    compared(tmp_path / "labels", name="labels", task="classification")
-    assert "give --out" in refused("report", "texts", "labels", "--overview", "T", cwd=tmp_path)
-    done = ptkit("report", "texts", "labels", "--overview", "T", "--out", "both", cwd=tmp_path)
-    assert done.stdout.strip() == "both/overview.html"
-    parts = [read_comparison(tmp_path / "texts")] * 2
+def test_command_and_its_refusals(two: Two, tmp_path: Path) -> None:
+    asked = ("report", "texts", "labels", "--overview", "T")
+    assert "give --out" in refused(*asked, cwd=two.folder)
+    done = ptkit(*asked, "--out", tmp_path / "both", cwd=two.folder)
+    assert done.stdout.strip() == f"{tmp_path}/both/overview.html"
+    parts = [two.parts()[0]] * 2
     with pytest.raises(UserError, match="two of these comparisons are called texts"):
         write_overview(parts, tmp_path, "T")
