@@ -179,7 +179,8 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     settings = [
         "--set", "train.steps=12", "--set", "train.eval_every=6", "--set", "train.batch_size=4",
         "--set", "task.data.limits.train=40", "--set", "task.data.limits.validation=8",
-        "--set", "task.data.limits.test=4", "--set", "train.retain={target: 0.02}",
+        "--set", "task.data.limits.test=4", "--set", "retention.max_tokens=600",
+        "--set", "task.max_target_tokens=16", "--set", "train.retain={target: 0.02}",
     ]  # fmt: skip
     done = ptkit("train", "quickstart", *settings, "--json", cwd=tmp_path)
     record = json.loads(done.stdout.splitlines()[-1])
