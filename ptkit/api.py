@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptkit.comparison.cells import failures
 from ptkit.comparison.figures import parameters, seconds, size
-from ptkit.comparison.grid import forecast_grid, run_grid
+from ptkit.comparison.grid import Experiments, forecast_grid, require_grid, run_grid
 from ptkit.comparison.notebook import shown_in_notebook
 from ptkit.comparison.on_ray import run_on_ray
 from ptkit.comparison.outputs import write_outputs
@@ -44,6 +44,7 @@ from ptkit.runtime.given_base import given_base
 from ptkit.runtime.model_names import TINY_EN
 from ptkit.section import MethodSection
 from ptkit.training.cell import Cell, cell_name
+from ptkit.training.checked import checked
 from ptkit.training.experiment import prepare
 from ptkit.training.failure import Failure, failed_cells
 from ptkit.training.forecast import Forecast, forecast, is_long
@@ -179,10 +180,12 @@ def train(
     section, used_seed, folder = _chosen(loaded, method, seed, out)
     require_supported(loaded.recipe, [section])
     if fresh:
-        start_over(folder)
+        _require_own(folder)
     cell = _cell(section, used_seed, folder, start_from)
     experiment = prepare(loaded, base)
     require_ready(experiment, [cell])  # what cannot be carried out leaves nothing behind
+    if fresh:  # nor does it delete anything
+        _start_over(folder, loaded)
     if observer is not None:
         observer.prepared(experiment.data_lines())
         if is_long(experiment, [cell]):
@@ -270,6 +273,7 @@ def plan_training(
     start_from: str | Path | None = None,
     overrides: Sequence[str] = (),
     dataset: Rows | None = None,
+    fresh: bool = False,
 ) -> tuple[list[str], Forecast]:
     """What `train` with these arguments would do. It tells what was decided about the data, in
     lines, and what the run would take, measured on a few steps. Nothing is written to its
@@ -277,10 +281,12 @@ def plan_training(
     loaded = _loaded(recipe, overrides, dataset)
     section, used_seed, folder = _chosen(loaded, method, seed, out)
     require_supported(loaded.recipe, [section])
+    if fresh:
+        _require_own(folder)
     cell = _cell(section, used_seed, folder, start_from)
     experiment = prepare(loaded)
     require_ready(experiment, [cell])
-    return experiment.data_lines(), forecast(experiment, [cell])
+    return experiment.data_lines(), forecast(experiment, [cell], fresh=fresh)
 
 
 def plan_comparison(
@@ -289,11 +295,14 @@ def plan_comparison(
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
     dataset: Rows | None = None,
+    fresh: bool = False,
 ) -> tuple[list[str], Forecast]:
     """What `compare` with these arguments would do; see `plan_training`."""
     loaded = _loaded(recipe, overrides, dataset)
     folder = Path("comparisons") / loaded.recipe.name if out is None else Path(out)
-    return forecast_grid(loaded, folder)
+    if fresh:
+        _require_own(folder)
+    return forecast_grid(loaded, folder, fresh=fresh)
 
 
 def compare(
@@ -324,10 +333,14 @@ def compare(
         raise UserError("cells of a cluster read their data themselves; name it in `task.data`")
     folder = Path("comparisons") / loaded.recipe.name if out is None else Path(out)
     require("report", "`ptkit compare`")
-    if fresh and is_first():
-        start_over(folder)
-    if world_size() > 1:  # none looks for finished cells before the old ones are deleted
-        processes(resolve_device(loaded.recipe.model.device)).wait_for_everyone()
+    experiments = Experiments(loaded)
+    if fresh:
+        _require_own(folder)
+        if ray:  # whose nodes load the base
+            checked(loaded)
+        else:
+            require_grid(loaded, folder, experiments)
+        _start_over(folder, loaded)
     with held(folder):
         if ray:
             address = ray if isinstance(ray, str) else None
@@ -335,7 +348,7 @@ def compare(
                 loaded, folder, address, cpus=cell_cpus, gpus=cell_gpus, observer=observer
             )
         else:
-            records = run_grid(loaded, folder, observer=observer)
+            records = run_grid(loaded, folder, observer=observer, experiments=experiments)
         failed = failures(loaded.recipe, folder)
         if not records:
             raise PtkitError(failed_cells(failed))
@@ -348,12 +361,19 @@ def run_folder(recipe: Recipe, method: MethodSection, seed: int, out: str | Path
     return Path("runs") / recipe.name / cell_name(method, seed) if out is None else Path(out)
 
 
-def start_over(folder: Path) -> None:
-    """Delete `folder` if it is a run or comparison of ptkit's. Raises UserError when it is not."""
+def _require_own(folder: Path) -> None:
+    """Raise UserError when `folder` is there, and no run or comparison of ptkit's, or in use."""
     if not folder.exists():
         return
     comparison = (folder / "recipe.yaml").exists() and not (folder / CONFIG).exists()
     if not comparison and not (folder / "cell.json").exists():
         raise UserError(f"{folder} is not a run of ptkit's; --fresh does not delete it")
     require_free(folder)
-    shutil.rmtree(folder)
+
+
+def _start_over(folder: Path, loaded: LoadedRecipe) -> None:
+    """Delete `folder`, a run or comparison, once for all processes."""
+    if is_first() and folder.exists():
+        shutil.rmtree(folder)
+    if world_size() > 1:  # none looks for finished cells before the old ones are deleted
+        processes(resolve_device(loaded.recipe.model.device)).wait_for_everyone()

@@ -66,7 +66,7 @@ def compare(
 
     ray = on is not None and (_ray_address(on) or True)
     if dry_run:
-        told, measured = plan_comparison(loaded, out=out)
+        told, measured = plan_comparison(loaded, out=out, fresh=fresh)
         say_plan(told, measured, as_json=json_output, price_per_hour=price_per_hour)
         return
     # Under `accelerate launch` every process trains; the first one speaks and writes.

@@ -71,11 +71,8 @@ def distill(
     from ptkit.cli.options import input_lines
     from ptkit.data.general_text import read_text
     from ptkit.training.distill import distill as run
-    from ptkit.training.distill import start_over
 
     document = read_text(text, "the text to distill")
-    if fresh:
-        start_over(out)
     with LiveDisplay(1, quiet=quiet or json_output) as display:
         done = run(
             document, tokens=tokens, out=out, model=model,
@@ -83,7 +80,7 @@ def distill(
             recipe=loaded,
             sink=sink, chunk_tokens=chunk_tokens, texts=texts, text_tokens=text_tokens,
             steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
-            observer=display,
+            fresh=fresh, observer=display,
         )  # fmt: skip
     if json_output:
         typer.echo(json.dumps({"folder": str(done.folder), **done.as_dict()}))

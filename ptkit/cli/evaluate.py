@@ -11,7 +11,7 @@ import typer
 
 from ptkit.cli.completion import complete_adapters
 from ptkit.cli.options import JsonOutput, Quiet, Set
-from ptkit.cli.places import require_adapters, require_model, require_there
+from ptkit.cli.places import require_adapters, require_model, require_there, require_writable
 from ptkit.errors import UserError
 from ptkit.extras import require
 
@@ -107,6 +107,7 @@ def evaluate(
     places: list[Path | None] = [*adapter] if adapter else [None]
     require_adapters(*places, whole=recipe is None and harness is None)
     require_there(data)
+    require_writable("--predictions", predictions)
     if harness is not None:
         if recipe is not None:
             raise UserError("--harness has tasks of its own; give either a recipe or --harness")

@@ -49,12 +49,16 @@ def multitask(
 
     from ptkit.cli.display import LiveDisplay
     from ptkit.training.multitask import multitask as run
-    from ptkit.training.multitask import start_over
 
-    if fresh:
-        start_over(out)
     with LiveDisplay(1, quiet=quiet or json_output) as display:
-        done = run(loaded, out, rank=rank, task_learning_rate=task_learning_rate, observer=display)
+        done = run(
+            loaded,
+            out,
+            rank=rank,
+            task_learning_rate=task_learning_rate,
+            fresh=fresh,
+            observer=display,
+        )
     if json_output:
         typer.echo(json.dumps({"folder": str(done.folder), **done.as_dict()}))
         return

@@ -16,6 +16,19 @@ def require_there(*paths: Path | None) -> None:
             raise DataError(no_such_file(path))
 
 
+def require_writable(option: str, path: Path | None) -> None:
+    """Raise UserError where `path`, the value of `option`, can be no file that is written."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{option} {path}: this is a folder; name a file")
+    for parent in path.absolute().parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise UserError(f"{option} {path}: {parent} is a file; name a folder")
+            return
+
+
 def require_file(option: str, path: Path | None) -> None:
     """Raise UserError where `path`, the value of `option`, is no file."""
     if path is not None and not path.is_file():

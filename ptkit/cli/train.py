@@ -94,13 +94,12 @@ def train(
         one_method(loaded.recipe, method)
     require_adapters(start_from)
 
-    from ptkit.api import plan_training, run_folder, start_over
+    from ptkit.api import plan_training, run_folder
     from ptkit.api import train as run
     from ptkit.cli.display import LiveDisplay, price, say_plan, say_price
     from ptkit.comparison.autotuned import autotuned
     from ptkit.runtime.devices import resolve_device
     from ptkit.training.processes import processes
-    from ptkit.training.ready import require_supported
 
     if loaded is None:
         from ptkit.drafting.draft import draft_recipe
@@ -116,21 +115,18 @@ def train(
     folder = run_folder(loaded.recipe, section, used_seed, out)
     if dry_run:
         told, measured = plan_training(
-            loaded, method=section.title, seed=used_seed, out=folder, start_from=start_from
-        )
+            loaded, method=section.title, seed=used_seed, out=folder, start_from=start_from,
+            fresh=fresh,
+        )  # fmt: skip
         say_plan(told, measured, as_json=json_output, price_per_hour=price_per_hour)
         return
-    require_supported(loaded.recipe, [section])  # before anything is deleted
     # Under `accelerate launch` every process trains; the first one speaks and writes.
     state = processes(resolve_device(loaded.recipe.model.device))
-    if fresh and state.is_main_process:
-        start_over(folder)
-    state.wait_for_everyone()
     silent = quiet or json_output or not state.is_main_process
     with LiveDisplay(1, quiet=silent, price_per_hour=price_per_hour) as display:
         record = run(
             loaded, method=section.title, seed=used_seed, out=folder, start_from=start_from,
-            observer=display,
+            fresh=fresh, observer=display,
         ).record  # fmt: skip
     if not state.is_main_process:
         return

@@ -50,9 +50,12 @@ def transfer(
 
     from ptkit.cli.display import LiveDisplay
     from ptkit.comparison.transfer import as_markdown, plan, run_transfer, start_over
+    from ptkit.training.checked import checked
 
     planned = plan(sources, targets, method)
     if fresh:
+        for loaded in (*planned.sources, *planned.targets):
+            checked(loaded)  # before anything is deleted
         start_over(out)
     with LiveDisplay(planned.cells, quiet=quiet or json_output) as display:
         done = run_transfer(planned, out, observer=display)

@@ -28,10 +28,13 @@ def run_grid(
     *,
     observer: RunObserver | None = None,
     base: Base | None = None,
+    experiments: Experiments | None = None,
 ) -> list[CellRecord]:
     """Run the cells that are not finished yet and return the records of all that are now.
 
-    out: the comparison's folder; killed at any moment, the next call goes on from there.
+    out: the comparison's folder; killed at any moment, the next call goes on from there
+    base: a loaded one, instead of loading the recipe's
+    experiments: of the recipe, where one has been made ready already
 
     A cell that fails leaves the others alone, and the next call tries it again.
     `ptkit.comparison.cells.failures` tells which did and why. Raises UserError for what is found to
@@ -39,13 +42,10 @@ def run_grid(
     comparison.
     """
     require_same_recipe(loaded, out)
-    require_sampler(loaded.recipe.budget)
     observer = observer or RunObserver()
-    experiments = Experiments(loaded, base)
-    groups = plan(loaded.recipe, out)
-    for group in groups:
-        require_supported(group.variant.recipe, [cell.method for cell in group.cells])
-    first = experiments.first(groups)  # what cannot be carried out leaves nothing behind
+    experiments = experiments or Experiments(loaded, base)
+    # What cannot be carried out leaves nothing behind.
+    groups, first = require_grid(loaded, out, experiments)
     observer.prepared(first.data_lines())
     cells_of_all = [cell for group in groups for cell in group.cells]
     if is_long(first, cells_of_all):
@@ -55,6 +55,20 @@ def run_grid(
     return [
         record for group in groups for record in run_group(group, experiments, searches, observer)
     ]
+
+
+def require_grid(
+    loaded: LoadedRecipe, out: Path, experiments: Experiments
+) -> tuple[list[Group], Experiment]:
+    """The groups of a comparison and the experiment of the first of them, made ready to run.
+
+    Raises UserError for what is found to be wrong before the first cell is trained.
+    """
+    require_sampler(loaded.recipe.budget)
+    groups = plan(loaded.recipe, out)
+    for group in groups:
+        require_supported(group.variant.recipe, [cell.method for cell in group.cells])
+    return groups, experiments.first(groups)
 
 
 def run_group(
@@ -79,17 +93,19 @@ def run_group(
     return [r for each in alone for r in run_group(each, experiments, searches, observer)]
 
 
-def forecast_grid(loaded: LoadedRecipe, out: Path) -> tuple[list[str], Forecast]:
+def forecast_grid(
+    loaded: LoadedRecipe, out: Path, *, fresh: bool = False
+) -> tuple[list[str], Forecast]:
     """What was decided about the data, in lines, and what the unfinished cells will take.
 
     Where a recipe sweeps what a step costs (a model, a batch size), the first value stands for all.
-    Nothing is written to `out`.
+    Nothing is written to `out`. fresh: what is there will be deleted
     """
-    require_same_recipe(loaded, out)
-    groups = plan(loaded.recipe, out)
-    experiment = Experiments(loaded).first(groups)
+    if not fresh:
+        require_same_recipe(loaded, out)
+    groups, experiment = require_grid(loaded, out, Experiments(loaded))
     cells = [cell for group in groups for cell in group.cells]
-    return experiment.data_lines(), forecast(experiment, cells)
+    return experiment.data_lines(), forecast(experiment, cells, fresh=fresh)
 
 
 class Experiments:

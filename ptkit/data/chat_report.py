@@ -83,7 +83,7 @@ def inspect_chats(
 
     Raises DataError as training would: for broken rows, a template that refuses one, and so on.
     """
-    tables = {path.name: read_files([path]) for path in files}
+    tables = {name: read_files([path]) for name, path in by_name(files).items()}
     form = recognised(task, next(iter(tables.values())))
     encoder = ChatEncoder(tokenizer, task)
     found = {name: _Split(form, table, name, encoder, show) for name, table in tables.items()}
@@ -148,6 +148,12 @@ def digest_of(said: Any) -> bytes:
     """A digest of what a row says, as JSON: texts of many rows are not kept."""
     text = json.dumps(said, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def by_name(files: Sequence[Path]) -> dict[str, Path]:
+    """The files by what a report calls them: their names, with the folders where two share one."""
+    names = Counter(path.name for path in files)
+    return {path.name if names[path.name] == 1 else str(path): path for path in files}
 
 
 def duplicates_of(name: str, keys: Mapping[str, Counter[K]]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ptkit.data.chat_report import AT_A_TIME, digest_of, duplicates_of
+from ptkit.data.chat_report import AT_A_TIME, by_name, digest_of, duplicates_of
 from ptkit.data.chat_rows import ChatNotes
 from ptkit.data.encoded import EncodedExample, PairExample
 from ptkit.data.examples import Example
@@ -77,7 +77,7 @@ def inspect_pairs(
 
     Raises DataError as training would: for broken rows, a template that refuses one, and so on.
     """
-    tables = {path.name: read_files([path]) for path in files}
+    tables = {name: read_files([path]) for name, path in by_name(files).items()}
     form = pair_format(task, next(iter(tables.values())))
     encoder = PairEncoder(tokenizer, task)
     found = {

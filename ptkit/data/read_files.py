@@ -191,9 +191,20 @@ def _parquet(paths: Sequence[Path]) -> Table:
         raise DataError(
             f"{', '.join(map(str, paths))} have columns of different types: {error}"
         ) from error
+    whole = _without_maps(whole)
     # Otherwise `datasets` would hash all values for it.
     told = repr([(str(path), path.stat().st_mtime_ns) for path in paths])
     return Table.of(Dataset(whole, fingerprint=hashlib.sha256(told.encode()).hexdigest()[:16]))
+
+
+def _without_maps(table: pa.Table) -> pa.Table:
+    """`table` with each map as the list of its pairs, which is how Arrow lays it out: `datasets`
+    has no type for maps."""
+    for place, part in enumerate(table.schema):
+        if pa.types.is_map(part.type):
+            pair = pa.struct([("key", part.type.key_type), ("value", part.type.item_type)])
+            table = table.set_column(place, part.name, table.column(place).cast(pa.list_(pair)))
+    return table
 
 
 READERS: dict[str, Callable[[Path], _Rows]] = {

@@ -85,11 +85,12 @@ class _Unknown:
 
     known: Collection[str]
     where: str
-    found: dict[str, list[str]] = field(default_factory=dict)
+    found: dict[str, dict[str, None]] = field(default_factory=dict)
 
     def add(self, label: str, row: str) -> None:
         if label not in self.known:
-            self.found.setdefault(label, []).append(row)
+            rows = self.found.setdefault(label, {})
+            rows[row] = None  # once, where one file is several splits
 
     def require_none(self) -> None:
         if not self.found:
@@ -99,7 +100,9 @@ class _Unknown:
         for label, rows in listed:
             more = f" (and in {len(rows) - 1:,} more)" if len(rows) > 1 else ""
             hint = did_you_mean(label, self.known)
-            lines.append(f"{rows[0]}{more}: the label `{label}` is not in `{self.where}`; {hint}")
+            lines.append(
+                f"{next(iter(rows))}{more}: the label `{label}` is not in `{self.where}`; {hint}"
+            )
         if len(self.found) > len(listed):
             lines.append(
                 f"... and {len(self.found) - len(listed):,} more labels: is it the right column?"

@@ -112,10 +112,19 @@ def require_room(
 
 
 def require_positions(
-    base: Base, virtual_tokens: int, title: str, encoded: Sequence[EncodedExample], task: Task
+    base: Base,
+    virtual_tokens: int,
+    title: str,
+    encoded: Sequence[EncodedExample],
+    task: Task,
+    *,
+    asked: bool = False,
 ) -> None:
     """Raise ModelError, which names `title`, unless every example fits into the positions that as
-    many virtual tokens leave on `base`."""
+    many virtual tokens leave on `base`.
+
+    asked: the rows of conversations are answered, not read alone
+    """
     lengths = Lengths.of(encoded)
     inputs, targets = int(lengths.inputs.max()), int(lengths.targets.max())
     if isinstance(task, GenerationTask):
@@ -127,6 +136,8 @@ def require_positions(
         base.require_positions(virtual_tokens, inputs, title)
         return
     longest = inputs + targets if isinstance(task, GenerationTask) else int(lengths.whole.max())
+    if asked and isinstance(task, ChatTask):
+        longest = max(longest, inputs + task.max_target_tokens)
     base.require_positions(virtual_tokens, longest, title)
 
 

@@ -17,9 +17,10 @@ from ptkit.formats.int8 import dequantised, quantised
 from ptkit.formats.places import find_adapter
 from ptkit.hub.card import card_text
 from ptkit.hub.convert import as_prefix, require_convertible
+from ptkit.hub.verify import recipe_of
 from ptkit.methods import adapter_from_files, base_of, require_same_base
 from ptkit.methods.base_names import peft_name
-from ptkit.recipe.load import load_recipe
+from ptkit.recipe.load import LoadedRecipe
 from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import prepare
 
@@ -65,21 +66,24 @@ def export_run(
     path = find_adapter(run)
     trained = read_adapter(path)
     texts = read_texts(path)
-    recipe = recipe or path / RECIPE
-    if dtype == "int8" and not recipe.is_file():
-        raise AdapterError(
-            f"int8 loses accuracy, which is measured on the recipe's test rows, but {recipe} is "
-            "missing; give the recipe with --recipe FILE, or choose another --dtype"
-        )
+    tested: LoadedRecipe | None = None
+    if dtype == "int8":
+        if recipe is None and not (path / RECIPE).is_file():
+            raise AdapterError(
+                "int8 loses accuracy, which is measured on the recipe's test rows, but "
+                f"{path / RECIPE} is missing; give the recipe with --recipe FILE, or choose "
+                "another --dtype"
+            )
+        tested = recipe_of(path, recipe)
     if base is None:
         base = base_of(trained, None, str(run))
     require_same_base(trained, base, str(run))
     if format == "kv":
         require_convertible(base, str(run))
         trained = as_prefix(trained, base)
-    if dtype == "int8":
+    if tested is not None:
         stored = replace(trained, tensors=dequantised(quantised(trained.tensors)))
-        info, lost = _scored(trained, stored, base, recipe)
+        info, lost = _scored(trained, stored, base, tested)
     else:
         stored, lost = trained.to(getattr(torch, dtype)), None
         info = trained.info
@@ -114,15 +118,15 @@ def export_run(
 
 
 def _scored(
-    original: AdapterFiles, stored: AdapterFiles, base: Base, recipe: Path
+    original: AdapterFiles, stored: AdapterFiles, base: Base, recipe: LoadedRecipe
 ) -> tuple[AdapterInfo, dict[str, float]]:
     """The record with the scores of `stored`, and what each metric lost against `original`."""
-    experiment = prepare(load_recipe(recipe), base)
+    experiment = prepare(recipe, base)
 
     def measured(files: AdapterFiles) -> Evaluation:
         adapter = adapter_from_files(files, base)
         try:
-            return evaluate(experiment, adapter, str(recipe))
+            return evaluate(experiment, adapter, str(recipe.path))
         finally:
             adapter.close()
 

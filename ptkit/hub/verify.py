@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptkit.errors import AdapterError, DataError, PtkitError, UserError
+from ptkit.errors import AdapterError, DataError, PtkitError
 from ptkit.evaluation.evaluate import evaluate_saved
 from ptkit.evaluation.statistics import Interval
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter
@@ -40,6 +40,7 @@ from ptkit.methods.head import TrainedHead, with_saved_head
 from ptkit.recipe.load import LoadedRecipe, load_recipe
 from ptkit.runtime.base_model import Base
 from ptkit.training.experiment import prepare
+from ptkit.training.own_recipe import own_recipe
 
 #: Of a score's interval: how far a second reading of the same rows may be from the first. The
 #: interval is about other rows; these are the same, decoded greedily, so only rounding differs.
@@ -271,17 +272,10 @@ def _reproduced(name: str, claimed: RecordedScore, found: Interval) -> Check:
 
 
 def recipe_of(path: Path, given: str | Path | None) -> LoadedRecipe:
-    """The recipe whose test is run. Raises UserError for one that would run a stranger's choice
-    of code, AdapterError when there is none."""
+    """The recipe whose test is run: `given`, or that in `path`. Raises UserError for one there that
+    would run a stranger's choice of code, AdapterError without one, DataError without its data."""
     if given is not None:
         return load_recipe(given)
     if not (path / RECIPE).is_file():
         raise AdapterError(f"{path} has no {RECIPE}; give the recipe with --recipe FILE")
-    loaded = load_recipe(path / RECIPE)
-    own = [name for name in loaded.recipe.task.metrics if ":" in name]
-    if own:
-        raise UserError(
-            f"the recipe in {path} scores with code of its own ({', '.join(own)}); read it, and "
-            "give it with --recipe if you trust it"
-        )
-    return loaded
+    return own_recipe(path, otherwise="give a recipe with --recipe FILE")

@@ -139,6 +139,7 @@ def distill(
     batch_size: int = 8,
     learning_rate: float = 0.1,
     seed: int = 0,
+    fresh: bool = False,
     observer: RunObserver | None = None,
 ) -> Distilled:
     """Train a prefix of `tokens` virtual tokens to stand for `document`, as `ptkit distill` does.
@@ -156,6 +157,7 @@ def distill(
     texts: to learn from (half as many more are written to choose the best step and to judge);
         text_tokens: of each, at most
     learning_rate: AdamW's, in units of the start's size, as `prefix_tuning`'s
+    fresh: delete what is in the folder and start over
 
     It starts from the keys and values of the document's first tokens. Raises UserError, DataError
     or ModelError, before anything is trained, for what cannot be carried out.
@@ -180,6 +182,8 @@ def distill(
     _require_shorter(read, tokens, room, base)
     settings = _settings(steps, batch_size)
     begun = read.begun(base)
+    if fresh:  # not before all that may be refused
+        start_over(folder)
     with held(folder):
         open_run_folder(folder / IDENTITY, {
             **({"lead": begun} if begun else {}),

@@ -74,6 +74,14 @@ class Experiment:
         return DataParallel.of(self.base)
 
     @cached_property
+    def encoded_test(self) -> Sequence[EncodedExample]:
+        """The test rows as token ids."""
+        return encode_cached(
+            self.data.test, tokenizer=self.base.tokenizer, task=self.recipe.task,
+            pairs=self.base.encoder_decoder,
+        )  # fmt: skip
+
+    @cached_property
     def retain_windows(self) -> torch.Tensor | None:
         """General text for `train.retain`, `[pieces, tokens]`; the base may have to write it.
 

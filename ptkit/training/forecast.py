@@ -82,12 +82,14 @@ class Forecast:
         return lines
 
 
-def forecast(experiment: Experiment, cells: Sequence[Cell]) -> Forecast:
+def forecast(experiment: Experiment, cells: Sequence[Cell], *, fresh: bool = False) -> Forecast:
     """Measure what those of `cells` that have no record yet will take, method by method.
+
+    fresh: their records will be deleted
 
     Raises what a run raises at its beginning: UserError and ModelError for what does not fit.
     """
-    todo = [cell for cell in cells if not cell.done.exists()]
+    todo = [cell for cell in cells if fresh or not cell.done.exists()]
     costs: dict[str, Costs] = {}
     for cell in todo:
         if cell.method.title not in costs:

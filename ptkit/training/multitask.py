@@ -136,6 +136,7 @@ def multitask(
     *,
     rank: int = 1,
     task_learning_rate: float = 0.1,
+    fresh: bool = False,
     observer: RunObserver | None = None,
     base: Base | None = None,
 ) -> Multitask:
@@ -143,6 +144,7 @@ def multitask(
     test rows. It has the settings of their prompt tuning and their first seed.
 
     rank: of each task's matrix; task_learning_rate: of the matrices
+    fresh: delete what is in the folder and start over
     base: a loaded one, instead of loading the recipes'
 
     A killed run goes on when it is called again. Raises UserError for recipes that do not belong
@@ -158,6 +160,8 @@ def multitask(
             "models"
         )
     experiments = {r.recipe.name: prepare(_without_retention(r), base) for r in recipes}
+    if fresh:  # not before all that may be refused
+        start_over(out)
     with held(out):
         _open_folder(out, section, seed, experiments)
         if (out / "record.json").exists():

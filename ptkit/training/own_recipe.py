@@ -14,11 +14,16 @@ from ptkit.recipe.tasks import DataSection, SplitLimits
 
 
 def own_recipe(
-    adapter: Path, overrides: Sequence[str] = (), *, data: Path | None = None
+    adapter: Path,
+    overrides: Sequence[str] = (),
+    *,
+    data: Path | None = None,
+    otherwise: str = "give --data FILE",
 ) -> LoadedRecipe:
     """The recipe in the folder of an adapter, with its data found from where the command runs.
 
     data: rows that are read in place of its own, which then need not be here
+    otherwise: what else can be done where its files are not here
 
     Raises AdapterError without one, and DataError where its files are not here. Raises UserError
     where it would run code of its own.
@@ -43,7 +48,7 @@ def own_recipe(
             return replace(loaded, path=folder / RECIPE)
     raise DataError(
         f"the adapter was trained on {', '.join(f'`{name}`' for name in files)}, not found from "
-        f"here; run this where the recipe's paths start, or give --data FILE"
+        f"here; run this where the recipe's paths start, or {otherwise}"
     )
 
 

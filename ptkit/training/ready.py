@@ -26,14 +26,16 @@ def require_ready(experiment: Experiment, cells: Sequence[Cell]) -> None:
     together = [cell for cell in cells if cell.method.shares_batch]
     if experiment.recipe.train.together > 1 and len({cell.seed for cell in together}) > 1:
         require_no_dropout(experiment.base)
+    test = experiment.encoded_test
     for method in {cell.method.title: cell.method for cell in cells}.values():
         require_method_fits(method, experiment.base)
         named_adapters(method, experiment.folder)
         virtual = int(getattr(method, "num_virtual_tokens", 0))
-        for rows in (experiment.rows.encoded, experiment.validation):
+        for rows in (experiment.rows.encoded, experiment.validation, test):
             require_positions(
-                experiment.base, virtual, f"`{method.title}`", rows, experiment.recipe.task
-            )
+                experiment.base, virtual, f"`{method.title}`", rows, experiment.recipe.task,
+                asked=rows is test,
+            )  # fmt: skip
     _ = experiment.retain_windows  # last: the base may have to write it
 
 
