@@ -113,7 +113,9 @@ def test_all_unknown_labels_are_told_at_once_with_lines_to_paste(tmp_path: Path)
     )  # fmt: skip
     with pytest.raises(DataError) as told:
         load_task(labelled, tmp_path)
-    assert ":1 (and in 2 more): the label `01`" in str(told.value)
+    # Rows of one file are counted once, though it is several splits.
+    assert ":1: the label `01`" in str(told.value)
+    assert ":2 (and in 1 more): the label `NA`" in str(told.value)
     assert '    "01": " 01"\n    "NA": " NA"' in str(told.value)
 
 
