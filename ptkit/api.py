@@ -180,7 +180,7 @@ def train(
     section, used_seed, folder = _chosen(loaded, method, seed, out)
     require_supported(loaded.recipe, [section])
     if fresh:
-        _require_own(folder)
+        require_own(folder)
     cell = _cell(section, used_seed, folder, start_from)
     experiment = prepare(loaded, base)
     require_ready(experiment, [cell])  # what cannot be carried out leaves nothing behind
@@ -282,7 +282,7 @@ def plan_training(
     section, used_seed, folder = _chosen(loaded, method, seed, out)
     require_supported(loaded.recipe, [section])
     if fresh:
-        _require_own(folder)
+        require_own(folder)
     cell = _cell(section, used_seed, folder, start_from)
     experiment = prepare(loaded)
     require_ready(experiment, [cell])
@@ -301,7 +301,7 @@ def plan_comparison(
     loaded = _loaded(recipe, overrides, dataset)
     folder = Path("comparisons") / loaded.recipe.name if out is None else Path(out)
     if fresh:
-        _require_own(folder)
+        require_own(folder)
     return forecast_grid(loaded, folder, fresh=fresh)
 
 
@@ -335,7 +335,7 @@ def compare(
     require("report", "`ptkit compare`")
     experiments = Experiments(loaded)
     if fresh:
-        _require_own(folder)
+        require_own(folder)
         if ray:  # whose nodes load the base
             checked(loaded)
         else:
@@ -361,7 +361,7 @@ def run_folder(recipe: Recipe, method: MethodSection, seed: int, out: str | Path
     return Path("runs") / recipe.name / cell_name(method, seed) if out is None else Path(out)
 
 
-def _require_own(folder: Path) -> None:
+def require_own(folder: Path) -> None:
     """Raise UserError when `folder` is there, and no run or comparison of ptkit's, or in use."""
     if not folder.exists():
         return
@@ -374,6 +374,7 @@ def _require_own(folder: Path) -> None:
 def _start_over(folder: Path, loaded: LoadedRecipe) -> None:
     """Delete `folder`, a run or comparison, once for all processes."""
     if is_first() and folder.exists():
+        require_own(folder)  # again: somebody may work in it by now
         shutil.rmtree(folder)
     if world_size() > 1:  # none looks for finished cells before the old ones are deleted
         processes(resolve_device(loaded.recipe.model.device)).wait_for_everyone()

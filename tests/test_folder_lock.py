@@ -53,7 +53,7 @@ def test_the_second_is_told_who_is_there_and_a_killed_ones_folder_is_free(tmp_pa
             pass
         (folder / "recipe.yaml").write_text("")
         (folder / "cell.json").write_text("{}")
-        for delete in (api.start_over, lambda f: delete_run_folder(f / "cell.json", "run")):
+        for delete in (api.require_own, lambda f: delete_run_folder(f / "cell.json", "run")):
             with pytest.raises(UserError, match="in use by process"):
                 delete(folder)
         assert (folder / "cell.json").exists()
