@@ -234,26 +234,24 @@ TENSOR_LIBRARIES = {
 )
 def test_recipes_are_read_without_a_tensor_library(code: str, tmp_path: Path) -> None:
     harness = (
-        "import sys\n"
         "def run(*words):\n"
         "    from typer.testing import CliRunner\n"
         "    from ptkit.cli.main import app\n"
         "    assert CliRunner().invoke(app, words).exit_code == 0, words\n"
-        f"{code.format(tmp=tmp_path)}\n"
-        f"heavy = {TENSOR_LIBRARIES} & set(sys.modules)\n"
-        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+        f"{code.format(tmp=tmp_path)}"
     )
-    subprocess.run([sys.executable, "-c", harness], check=True)
+    require_light(harness, TENSOR_LIBRARIES)
+
+
+def require_light(code: str, heavy: set[str]) -> None:
+    """Run `code` in a process of its own, in which nothing of `heavy` may be loaded then."""
+    told = f"found = {heavy} & set(sys.modules)\nsys.exit(f'loaded {{found}}' if found else 0)"
+    subprocess.run([sys.executable, "-c", f"import sys\n{code}\n{told}"], check=True)
 
 
 def test_a_report_is_made_without_what_models_need() -> None:
-    code = (
-        "import sys\n"
-        "from ptkit.comparison import merge, outputs, overview\n"
-        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'accelerate'} & set(sys.modules)\n"
-        "sys.exit(f'loaded {heavy}' if heavy else 0)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    heavy = {"torch", "transformers", "peft", "datasets", "accelerate"}
+    require_light("from ptkit.comparison import merge, outputs, overview", heavy)
 
 
 def test_settings_of_a_method_are_read_without_its_adapter() -> None:
@@ -268,13 +266,8 @@ def test_settings_of_a_method_are_read_without_its_adapter() -> None:
 
 
 def test_command_line_help_loads_nothing_heavy() -> None:
-    code = (
-        "import sys, ptkit.cli.main\n"
-        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'pydantic', 'numpy'}\n"
-        "heavy &= set(sys.modules)\n"
-        "sys.exit(f'loaded {heavy}' if heavy else 0)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    heavy = {"torch", "transformers", "peft", "datasets", "pydantic", "numpy"}
+    require_light("import ptkit.cli.main", heavy)
 
 
 def test_help_answers_in_under_half_a_second() -> None:

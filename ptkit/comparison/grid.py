@@ -64,11 +64,18 @@ def require_grid(
 
     Raises UserError for what is found to be wrong before the first cell is trained.
     """
+    groups = supported_groups(loaded, out)
+    return groups, experiments.first(groups)
+
+
+def supported_groups(loaded: LoadedRecipe, out: Path) -> list[Group]:
+    """The groups of a comparison (see `plan`). Raises UserError for what can be known to be wrong
+    with them before anything is loaded."""
     require_sampler(loaded.recipe.budget)
     groups = plan(loaded.recipe, out)
     for group in groups:
         require_supported(group.variant.recipe, [cell.method for cell in group.cells])
-    return groups, experiments.first(groups)
+    return groups
 
 
 def run_group(

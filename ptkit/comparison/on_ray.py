@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ptkit.comparison.cells import Group, open_output_folder, plan
-from ptkit.comparison.grid import Experiments, run_group
-from ptkit.comparison.search import Searches, require_sampler, trials_folder
+from ptkit.comparison.grid import Experiments, run_group, supported_groups
+from ptkit.comparison.search import Searches, trials_folder
 from ptkit.errors import PtkitError, UserError
 from ptkit.extras import extra
 from ptkit.formats import atomic
@@ -20,7 +20,6 @@ from ptkit.recipe.load import LoadedRecipe, load_recipe
 from ptkit.training.cell import Cell
 from ptkit.training.failure import FAILED, Failure
 from ptkit.training.observer import RunObserver
-from ptkit.training.ready import require_supported
 
 #: How often a task is given to another node after its own was lost.
 RETRIES = 10
@@ -49,10 +48,7 @@ def run_on_ray(
     with extra("ray", "`ptkit compare --on ray`"):
         import ray
     observer = observer or RunObserver()
-    require_sampler(loaded.recipe.budget)
-    groups = plan(loaded.recipe, out)
-    for group in groups:
-        require_supported(group.variant.recipe, [cell.method for cell in group.cells])
+    groups = supported_groups(loaded, out)
     open_output_folder(loaded, out)
     started = not ray.is_initialized()
     if started:

@@ -51,6 +51,7 @@ class Experiment:
     """A recipe made ready to run.
 
     rows: of the training split; the cells of a seed take `training(seed)` of them
+    test: the test rows as token ids
     general: the base's own results on general text; None when retention is not measured
     probe: the base's logits on `probe_ids` `[1, tokens]`, before anything was attached to it
     chat_told: what was decided about conversations, in lines
@@ -62,6 +63,7 @@ class Experiment:
     data: TaskData
     rows: TrainingRows
     validation: Sequence[EncodedExample]
+    test: Sequence[EncodedExample]
     general: GeneralProbe | None
     probe_ids: torch.Tensor
     probe: torch.Tensor
@@ -72,14 +74,6 @@ class Experiment:
     def parallel(self) -> DataParallel:
         """Which rows this process reads, where the run has several."""
         return DataParallel.of(self.base)
-
-    @cached_property
-    def encoded_test(self) -> Sequence[EncodedExample]:
-        """The test rows as token ids."""
-        return encode_cached(
-            self.data.test, tokenizer=self.base.tokenizer, task=self.recipe.task,
-            pairs=self.base.encoder_decoder,
-        )  # fmt: skip
 
     @cached_property
     def retain_windows(self) -> torch.Tensor | None:
@@ -242,16 +236,17 @@ def prepare(loaded: LoadedRecipe, base: Base | None = None) -> Experiment:
     else:
         training = TrainingRows(data.train, encode(data.train))
         validation = encode(data.validation)
-    rows = chain(training.encoded, validation, encode(data.test))
+    test = encode(data.test)
+    rows = chain(training.encoded, validation, test)
     require_embedded(base, rows, recipe.task)
-    first = encode(data.test[:1])[0].input_ids
-    probe_ids = torch.tensor([first]) if general is None else general.drift_windows[:1]
+    probe_ids = torch.tensor([test[0].input_ids]) if general is None else general.drift_windows[:1]
     return Experiment(
         recipe,
         base,
         data,
         training,
         validation,
+        test,
         general,
         probe_ids,
         off_probe(base.model, probe_ids),

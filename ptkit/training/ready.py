@@ -26,7 +26,7 @@ def require_ready(experiment: Experiment, cells: Sequence[Cell]) -> None:
     together = [cell for cell in cells if cell.method.shares_batch]
     if experiment.recipe.train.together > 1 and len({cell.seed for cell in together}) > 1:
         require_no_dropout(experiment.base)
-    test = experiment.encoded_test
+    test = experiment.test
     for method in {cell.method.title: cell.method for cell in cells}.values():
         require_method_fits(method, experiment.base)
         named_adapters(method, experiment.folder)
