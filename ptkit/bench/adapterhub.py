@@ -7,22 +7,17 @@ What it does is in `adapterhub_peer.py`.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar, TextIO
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
 
-from ptkit.bench.peer_process import NotReadyError, PeerProcess
-from ptkit.bench.peers import BenchMethod, Clock, Round, Trained, trainer_settings
+from ptkit.bench.peer_process import SeparatePeer
+from ptkit.bench.peers import BenchMethod, Round, Trained
 from ptkit.errors import UserError
 from ptkit.runtime.base_model import Base
-from ptkit.runtime.progress import no_weights_bar
 from ptkit.training import memory
 
 #: What is run over there; no module of ptkit's can be imported there.
@@ -38,14 +33,15 @@ NOT_COMPARED = {
 }
 
 
-class AdapterHub:
-    """`adapters` and its AdapterTrainer, run by `python`. A context: the process ends with it.
+class AdapterHub(SeparatePeer):
+    """`adapters` and its AdapterTrainer, run by `python`.
 
     python: the Python of an environment that has `adapters`. Raises UserError where it is missing,
     cannot be run or cannot import what it needs.
     """
 
     title: ClassVar[str] = "adapters + AdapterTrainer"
+    library = "`adapters`"
 
     def __init__(self, python: str | None) -> None:
         if python is None:
@@ -54,34 +50,14 @@ class AdapterHub:
                 f"environment of its own; make one and name its Python:\n{_recipe()}"
             )
         self.python = str(Path(python).expanduser())
-        self._base: Base | None = None
         self._refused: str | None = None
-        with ExitStack() as opened:  # closed again if it cannot be started
-            self._folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
-            log = opened.enter_context((self._folder / "log.txt").open("w+", encoding="utf-8"))
-            for path in (SCRIPT, ANSWERS, Path(memory.__file__)):
-                shutil.copy(path, self._folder)
-            self._process = self._started(log)
-            opened.callback(self._process.end)
-            self.versions = self._ready()
-            self._opened = opened.pop_all()
-
-    def __enter__(self) -> AdapterHub:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._opened.close()
+        super().__init__()
 
     def lacks(self, base: Base, method: BenchMethod) -> str | None:
         if method.kind in NOT_COMPARED:
             return NOT_COMPARED[method.kind]
         if base is not self._base:
-            self._refused, self._base = self._given(base), base
+            self._refused = self._hand_over(base).get("lacks")
         return self._refused or self._process.asked("offer", **self._prefix(base, method, 0)).get(
             "lacks"
         )
@@ -92,30 +68,13 @@ class AdapterHub:
         return None, None
 
     def train(self, turn: Round) -> Trained:
-        (self._folder / "rows.json").write_text(json.dumps(turn.labelled()), encoding="utf-8")
-        done = self._process.asked(
-            "train",
-            **self._prefix(turn.base, turn.method, turn.seed),
-            rows=str(self._folder / "rows.json"),
-            pad=turn.base.pad_token_id,
-            settings=trainer_settings(turn),
-        )["done"]
-        clock = Clock(done["ends"], done["losses"])
-        return Trained(clock.losses, clock.per_step, done["memory"])
+        start = self._prefix(turn.base, turn.method, turn.seed)
+        return self._train(turn, pad=turn.base.pad_token_id, **start)
 
-    def _given(self, base: Base) -> str | None:
-        """Hand over the base; returns why it is of no use there, if it is not."""
-        folder = self._folder / "base"
-        with no_weights_bar():
-            base.model.save_pretrained(folder)
+    def _save(self, base: Base, folder: Path) -> None:
+        super()._save(base, folder)
         path = folder / "config.json"
         path.write_text(json.dumps(_of_transformers_4(json.loads(path.read_text()))))
-        answer = self._process.asked(
-            "base", folder=str(folder), device=str(base.model.device),
-            dtype=str(base.model.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
-        )  # fmt: skip
-        shutil.rmtree(folder)
-        return answer.get("lacks")
 
     def _prefix(self, base: Base, method: BenchMethod, seed: int) -> dict[str, Any]:
         """The prefix of a method: its settings as `adapters` names them, and the file of the
@@ -131,28 +90,17 @@ class AdapterHub:
         }  # fmt: skip
         return {"prefix": prefix, "start": str(start)}
 
-    def _started(self, log: TextIO) -> PeerProcess:
-        # Its own environment is not to see this one's modules (-E, -s), nor the network; what it
-        # leaves behind when it is ended goes with the folder.
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(self._folder)}
-        command = [self.python, "-E", "-s", str(self._folder / SCRIPT.name)]
-        try:
-            return PeerProcess("`adapters`", command, log, environment)
-        except OSError as error:
-            raise UserError(
-                f"--peer-python {self.python}: cannot be run ({error.strerror}); give the `python` "
-                f"in the `bin` of an environment that has `adapters`:\n{_recipe()}"
-            ) from error
+    def _command(self) -> list[str]:
+        for path in (SCRIPT, ANSWERS, Path(memory.__file__)):
+            shutil.copy(path, self._folder)
+        # Its own environment is not to see this one's modules (-E, -s).
+        return [self.python, "-E", "-s", str(self._folder / SCRIPT.name)]
 
-    def _ready(self) -> str:
-        """Wait until it has imported everything; returns its versions."""
-        try:
-            return self._process.wait_until_ready()
-        except NotReadyError as error:
-            raise UserError(
-                f"--peer-python {self.python}: this environment cannot run `adapters` "
-                f"({error}); make one that can:\n{_recipe()}"
-            ) from error
+    def _unusable(self, reason: str) -> str:
+        return (
+            f"--peer-python {self.python}: this environment cannot run `adapters` ({reason}); give "
+            f"the `python` in the `bin` of one that can:\n{_recipe()}"
+        )
 
 
 def _recipe() -> str:

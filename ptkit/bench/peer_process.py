@@ -7,11 +7,22 @@ in `peer_answers.py`.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self, TextIO
 
-from ptkit.errors import PtkitError
+import torch
+
+from ptkit.bench.peers import Clock, Round, Trained, trainer_settings
+from ptkit.errors import PtkitError, UserError
+from ptkit.runtime.base_model import Base
+from ptkit.runtime.progress import no_weights_bar
 
 
 class NotReadyError(PtkitError):
@@ -74,3 +85,78 @@ class PeerProcess:
         self._log.seek(0)
         lines = self._log.read().strip().splitlines()
         return lines[-1].strip() if lines else f"exit code {code}"
+
+
+class SeparatePeer:
+    """A peer of `ptkit bench train` whose library runs in a process of its own. A context: the
+    process, and the folder that both read, end with it.
+
+    versions: of what it runs. Raises UserError where it cannot be run or misses a library.
+    """
+
+    #: What it runs, for messages.
+    library: ClassVar[str]
+
+    def __init__(self) -> None:
+        self._base: Base | None = None
+        with ExitStack() as opened:  # closed again if it cannot be started
+            self._folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
+            log = opened.enter_context((self._folder / "log.txt").open("w+", encoding="utf-8"))
+            # What it leaves behind when it is ended goes with the folder.
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(self._folder)}
+            try:
+                self._process = PeerProcess(self.library, self._command(), log, environment)
+                opened.callback(self._process.end)
+                self.versions = self._process.wait_until_ready()
+            except OSError as error:
+                raise UserError(self._unusable(f"cannot be run ({error.strerror})")) from error
+            except NotReadyError as error:
+                raise UserError(self._unusable(str(error))) from error
+            self._opened = opened.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._opened.close()
+
+    def _command(self) -> list[str]:
+        """What is run; the folder is there already."""
+        raise NotImplementedError
+
+    def _unusable(self, reason: str) -> str:
+        """The message where it cannot be run, with what to do."""
+        raise NotImplementedError
+
+    def _save(self, base: Base, folder: Path) -> None:
+        """Write what the process reads of the base."""
+        base.model.save_pretrained(folder)
+
+    def _hand_over(self, base: Base) -> dict[str, Any]:
+        """Have the process load the base; returns its answer."""
+        folder = self._folder / "base"
+        with no_weights_bar():
+            self._save(base, folder)
+        answer = self._process.asked(
+            "base", folder=str(folder), device=str(base.model.device),
+            dtype=str(base.model.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
+        )  # fmt: skip
+        shutil.rmtree(folder)
+        self._base = base
+        return answer
+
+    def _train(self, turn: Round, **start: Any) -> Trained:
+        """Have it train on the batches of `turn`; `start` says from what."""
+        rows = self._folder / "rows.json"
+        rows.write_text(json.dumps(turn.labelled()), encoding="utf-8")
+        asked = self._process.asked(
+            "train", rows=str(rows), settings=trainer_settings(turn), **start
+        )
+        done = asked["done"]
+        clock = Clock(done["ends"], done["losses"])
+        return Trained(clock.losses, clock.per_step, done["memory"])
