@@ -28,11 +28,14 @@ class FileType:
     unreadable: why PEFT cannot read such a file; None where it can
     name: what the adapter in it is called, where that is not the method's `display_name`
     in_layers: whether PEFT keeps the tensors in layers of the base, below a second wrapper
+    one_precision: whether a part of it is computed from the base's weights whenever it is loaded,
+        and comes out otherwise where they are rounded otherwise
     """
 
     unreadable: str | None = None
     name: str | None = None
     in_layers: bool = False
+    one_precision: bool = False
 
 
 class MethodSection(Section):

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_base, random_model
-from peft import LoraConfig, PeftModel, PromptLearningConfig, get_peft_model
+from conftest import random_base, random_model, word_tokenizer
+from peft import LilyConfig, LoraConfig, PeftModel, PromptLearningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import ValidationError
 from test_compare import recipe_file  # noqa: F401  (a fixture)
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ptkit.bank import AdapterBank
 from ptkit.comparison.grid import run_grid
@@ -22,7 +22,7 @@ from ptkit.comparison.outputs import write_outputs
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_files import AdapterFiles, read_adapter, write_adapter
 from ptkit.formats.adapter_folder import CONFIG
-from ptkit.formats.adapter_info import AdapterInfo, MethodInfo
+from ptkit.formats.adapter_info import AdapterInfo, BaseInfo, MethodInfo
 from ptkit.hub.export import export_run
 from ptkit.methods import (
     Adapter,
@@ -30,15 +30,17 @@ from ptkit.methods import (
     adapter_from_files,
     compile_files,
     create_adapter,
+    load_adapter,
 )
 from ptkit.methods.catalogue import method_section
-from ptkit.methods.peft.settings import NAMES, REFUSED
+from ptkit.methods.peft.settings import NAMES, REFUSED, PeftSection
 from ptkit.recipe.load import load_recipe
-from ptkit.runtime.base_model import Base, load_base
+from ptkit.runtime.base_model import Base, frozen_base, load_base
 from ptkit.runtime.generation import generate
 from ptkit.runtime.model_names import TINY_EN_FOLDER
 
 IDS = torch.arange(1, 13).view(2, 6)
+TYPES = PeftSection.file_types
 
 #: A family that PEFT has the method for, and the method's settings.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -277,11 +279,80 @@ def test_every_type_works_comes_off_and_is_read_by_peft(peft_type: str, tmp_path
     assert theirs.get_nb_trainable_parameters()[0] == count
 
 
+def in_precision(dtype: torch.dtype) -> Base:
+    """A base of one checkpoint, whose matrices are wide enough to be told apart when rounded."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=256, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, bos_token_id=0, eos_token_id=0, max_position_embeddings=64,
+    )  # fmt: skip
+    return frozen_base(LlamaForCausalLM(config).to(dtype), word_tokenizer(), "wide")
+
+
+@pytest.mark.parametrize("peft_type", [name for name, kind in TYPES.items() if kind.one_precision])
+def test_what_peft_computes_from_the_bases_weights_is_for_one_precision(
+    peft_type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, rounded = in_precision(torch.float32), in_precision(torch.bfloat16)
+    plain = logits(base.model)
+
+    def moved(peft_type: str) -> tuple[torch.Tensor, torch.Tensor | None, AdapterFiles]:
+        """How an adapter moves the logits in both precisions; None where it does not fit."""
+        config: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
+        if peft_type == "PSOFT":
+            config["r"] = 128  # of 256: the singular values there are close to each other
+        section = method_section({"kind": "peft", "type": peft_type, "config": config})
+        adapter = create_adapter(section, base, Demonstrations([], 0))
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for name, parameter in adapter.trainable().items():
+                if "vector" not in name:  # PSOFT's scales are the same in any precision
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        here, files = logits(adapter.model) - plain, recorded(adapter)
+        adapter.close()
+        try:
+            other = adapter_from_files(files, rounded)
+        except AdapterError:
+            return here, None, files
+        there = logits(other.model).float() - plain
+        other.close()
+        return here, there, files
+
+    here, there, _ = moved("LORA")
+    assert there is not None
+    assert (there - here).norm() < 0.1 * here.norm()
+    here, there, files = moved(peft_type)
+    assert there is None or (there - here).norm() > 0.3 * here.norm()
+
+    identity = {"fingerprint": base.fingerprint, "sketch": base.identity.sketch}
+    made_for = BaseInfo(id="wide", precision="float32", **identity)
+    write_adapter(tmp_path / "a", replace(files, info=files.info.updated(base=made_for)))
+    load_adapter(tmp_path / "a", base).close()
+    with pytest.raises(AdapterError, match=f"trained in float32, .* {NAMES[peft_type]} .*load the"):
+        load_adapter(tmp_path / "a", rounded)
+    assert not caplog.records
+    write_adapter(tmp_path / "b", replace(files, info=AdapterInfo()))
+    load_adapter(tmp_path / "b", base, chosen=True).close()
+    assert "does not say in which precision it was trained" in caplog.text
+
+
+def test_the_rows_beside_a_row_change_what_lily_adds_to_it() -> None:
+    """Why `LILY` is not taken: once this fails, it can be."""
+    model = get_peft_model(random_model("llama"), LilyConfig(target_modules=["v_proj"])).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lily" in name:
+                parameter.normal_(0, 0.3)
+    assert (logits(model)[:1] - model(IDS[:1]).logits).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
         ({"type": "VEAR"}, "PEFT has no `VEAR` for layers; did you mean `VERA`"),
         ({"type": "xlora"}, "`xlora` is not taken: it mixes adapters"),
+        ({"type": "Lily"}, "`Lily` is not taken: .* depends on the rows beside it"),
+        ({"type": "frod"}, "`frod` is not taken: .* another number of threads"),
         ({"type": "LORA", "config": {"init_lora_weights": "pissa"}}, "'pissa' changes the base"),
     ],
 )

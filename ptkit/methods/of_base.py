@@ -15,6 +15,7 @@ from ptkit.formats.adapter_info import AdapterInfo, BaseInfo
 from ptkit.formats.fingerprint import is_same_model
 from ptkit.methods.adapter import Adapter
 from ptkit.methods.base_names import hub_name, same_name
+from ptkit.methods.catalogue import file_type
 from ptkit.methods.head import labels_of_files
 from ptkit.methods.registry import adapter_from_files
 from ptkit.runtime.base_model import Base, load_base
@@ -30,7 +31,8 @@ def require_same_base(files: AdapterFiles, base: Base, where: str, *, chosen: bo
 
     ptkit's own files have a fingerprint of the weights. Files of plain PEFT have only the name of
     the base. Its last part is compared: `gpt2` is `openai-community/gpt2`. The same model in
-    another precision is warned of, once.
+    another precision is warned of, once. It is refused for types that one precision alone can
+    read (`FileType.one_precision`).
     """
     refusal = refused_base(files.config, files.info, base, where, chosen=chosen)
     if refusal is not None:
@@ -45,6 +47,12 @@ def require_same_base(files: AdapterFiles, base: Base, where: str, *, chosen: bo
                 stacklevel=2,
             )
         return
+    kind = file_type(files.peft_type)
+    if kind is not None and kind.one_precision:
+        logger.warning(
+            "%s does not say in which precision it was trained; PEFT computes a part of %s from "
+            "the base's weights, which comes out otherwise in another", where, kind.name
+        )  # fmt: skip
     if not name or same_name(name, base):
         return
     logger.warning(
@@ -61,7 +69,7 @@ def refused_base(
     made_for, name = info.base, base_id(config, info)
     if made_for.fingerprint:
         if _is_made_for(made_for, base):
-            return None
+            return _refused_precision(config, made_for, base, where)
         return (
             f"{where} was made for the base model `{name}`, not for `{base.id}` "
             f"({_differences(made_for, base)}); load it on `{name}`"
@@ -72,6 +80,20 @@ def refused_base(
         f"{where} was made for the base model `{name}`, not for `{base.id}`; load it on "
         f"`{hub_name(name)}`, or choose the base for it with --model where that is the same "
         "model by another name"
+    )
+
+
+def _refused_precision(
+    config: Mapping[str, Any], made_for: BaseInfo, base: Base, where: str
+) -> str | None:
+    """Why an adapter of this base is not for the precision it is loaded in, if it is not."""
+    kind = file_type(str(config.get("peft_type")))
+    if kind is None or not kind.one_precision or made_for.precision in (None, base.precision):
+        return None
+    return (
+        f"{where} was trained in {made_for.precision}, and `{base.id}` is loaded in "
+        f"{base.precision}: PEFT computes a part of {kind.name} from the base's weights, which "
+        f"comes out otherwise there; load the base in {made_for.precision}"
     )
 
 

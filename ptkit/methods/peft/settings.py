@@ -13,22 +13,26 @@ from ptkit.section import FileType, MethodSection, register_method
 #: PEFT's types -> what they are called. A test compares them with those that PEFT has.
 NAMES = {
     "ADAMSS": "AdaMSS", "BEFT": "BEFT", "BOFT": "BOFT", "C3A": "C3A", "DEFT": "DEFT",
-    "DELORA": "DeLoRA", "FOURIERFT": "FourierFT", "FROD": "FRoD", "GLORA": "GLoRA",
-    "GRALORA": "GraLoRA", "HIRA": "HiRA", "HRA": "HRA", "LILY": "Lily",
-    "LN_TUNING": "LayerNorm tuning", "LOHA": "LoHa", "LOKR": "LoKr", "LORA": "LoRA",
-    "MISS": "MiSS", "OFT": "OFT", "OSF": "OSF", "PEANUT": "PEANuT", "PSOFT": "PSOFT",
-    "PVERA": "PVeRA", "RANDLORA": "RandLoRA", "ROAD": "RoAd", "SHIRA": "SHiRA",
-    "SUPERTUNING": "SuperTuning", "TINYLORA": "TinyLoRA", "UNILORA": "UniLoRA",
+    "DELORA": "DeLoRA", "FOURIERFT": "FourierFT", "GLORA": "GLoRA", "GRALORA": "GraLoRA",
+    "HIRA": "HiRA", "HRA": "HRA", "LN_TUNING": "LayerNorm tuning", "LOHA": "LoHa",
+    "LOKR": "LoKr", "LORA": "LoRA", "MISS": "MiSS", "OFT": "OFT", "OSF": "OSF",
+    "PEANUT": "PEANuT", "PSOFT": "PSOFT", "PVERA": "PVeRA", "RANDLORA": "RandLoRA",
+    "ROAD": "RoAd", "SHIRA": "SHiRA", "SUPERTUNING": "SuperTuning", "TINYLORA": "TinyLoRA",
+    "UNILORA": "UniLoRA",
     "VBLORA": "VB-LoRA", "VERA": "VeRA", "WAVEFT": "WaveFT",
 }  # fmt: skip
 #: PEFT's other types -> why they are not taken.
 REFUSED = {
     "ADALORA": "its ranks are given out between training steps, by calls that ptkit does not make",
+    "FROD": "a saved one is another adapter with another number of threads",
+    "LILY": "what it adds to a row depends on the rows beside it, on padding and on later tokens",
     "POLY": "every row needs the number of its task",
     "SHADOW": "a second model runs beside the base, and the base alone is what ptkit runs",
     "TRAINABLE_TOKENS": "it replaces the table of embeddings, which everything else reads",
     "XLORA": "it mixes adapters that are loaded from elsewhere",
 }
+#: Those of which PEFT computes a part from the base's weights: a decomposition, groups of rows.
+_OF_WEIGHTS = {"ADAMSS", "PSOFT"}
 #: Starts of LoRA's that leave the base's weights alone; the others (PiSSA, OLoRA) change them.
 _STARTS = (True, False, "gaussian")
 
@@ -39,7 +43,8 @@ class PeftSection(MethodSection):
 
     display_name: ClassVar[str] = "an adapter of PEFT's"
     file_types: ClassVar[Mapping[str, FileType]] = {
-        peft_type: FileType(name=name, in_layers=True) for peft_type, name in NAMES.items()
+        peft_type: FileType(name=name, in_layers=True, one_precision=peft_type in _OF_WEIGHTS)
+        for peft_type, name in NAMES.items()
     }
     not_asked: ClassVar[str | None] = "PEFT's own layers, tried on PEFT's own families"
     kind: Literal["peft"]
