@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +23,9 @@ from ptkit.data.chat_rows import ChatEncoder
 from ptkit.data.chat_template import ChatTemplate
 from ptkit.data.task import load_task
 from ptkit.errors import DataError, ModelError, UserError
-from ptkit.evaluation.evaluate import evaluate_saved, fill_template
+from ptkit.evaluation.evaluate import asked_alike, evaluate_saved, fill_template
 from ptkit.evaluation.predict import predict
-from ptkit.formats.adapter_folder import RECIPE, read_info
+from ptkit.formats.adapter_folder import INFO, RECIPE, read_info
 from ptkit.loaded_adapter import load_adapter
 from ptkit.methods import Demonstrations, create_adapter
 from ptkit.methods import load_adapter as load_at
@@ -205,9 +206,29 @@ def test_evaluation_asks_in_the_adapters_own_template(run: Run, base: Base) -> N
     again = evaluate_saved(prepare(plain, base), run.folder)
     assert [p.prediction for p in again.predictions] == [p.prediction for p in found.predictions]
     assert again.metrics["perplexity"].mean == pytest.approx(found.metrics["perplexity"].mean)
+    assert again.test_repeats == found.test_repeats == {"train": len(ROWS)}
+    # The base beside it is asked as it is.
+    chat = asked_alike([run.folder])
+    beside = evaluate_saved(prepare(plain, base), None, chat=chat)
+    own = evaluate_saved(experiment, None)
+    assert [p.prediction for p in beside.predictions] == [p.prediction for p in own.predictions]
+    assert beside.metrics["perplexity"].mean == pytest.approx(own.metrics["perplexity"].mean)
+    assert beside.test_repeats == found.test_repeats
     other = replace(loaded, recipe=load_recipe(loaded.path, ["task.system=w1"]).recipe)
     with pytest.raises(UserError, match=r"trained with the system prompt 'w80 w81'"):
         evaluate_saved(prepare(other, base), run.folder)
+
+
+def test_no_base_stands_beside_adapters_that_are_asked_in_different_ways(
+    run: Run, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(run.adapter, tmp_path / "other"))
+    info = json.loads((other / INFO).read_text())
+    info["chat"]["system"] = "w1"
+    (other / INFO).write_text(json.dumps(info))
+    assert asked_alike([run.adapter, run.adapter]) == read_info(run.adapter).chat
+    with pytest.raises(UserError, match=r"other were trained in different .*--no-base"):
+        asked_alike([run.adapter, other])
 
 
 def test_losses_of_one_pass_are_those_of_every_answer_alone(base: Base, tmp_path: Path) -> None:

@@ -183,6 +183,22 @@ def test_interval_widens_with_disagreement_between_seeds() -> None:
     assert width(apart) > 2 * width(same)
 
 
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("perplexity", [[52.0, 10.0], [48.0, 10.0], [61.0, 12.0]]),
+        ("ter", [[9.0, 3.0], [5.0, 3.0], [12.0, 4.0]]),
+        ("reward_margin", [[-0.6], [-0.2], [-0.9]]),
+    ],
+)
+def test_an_interval_holds_a_figure_outside_0_to_100(name: str, rows: list[list[float]]) -> None:
+    measure = metric(name)
+    found = bootstrap_interval(measure, [np.array(rows)], resamples=200, seed=0)
+    assert not 0 <= found.mean <= 100
+    assert found.within(*measure.limits) == found
+    assert found.low < found.mean < found.high
+
+
 def test_one_seed_gives_no_interval_over_seeds() -> None:
     assert seeds_interval([1.5]).low is None
     interval = seeds_interval([1.0, 2.0, 3.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -55,6 +56,58 @@ def test_fresh_deletes_nothing_where_the_command_is_refused(
     (tmp_path / "out" / "hours.txt").write_text("of work")
     refused(*command, "--out", "out", "--fresh", cwd=tmp_path)
     assert (tmp_path / "out" / "hours.txt").read_text() == "of work"
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("{kind: prompt_tuning, num_virtual_tokens: 3, start: labels}", "`start: labels`"),
+        ("{kind: lora, target_modules: [nowhere]}", "nowhere"),
+        ("{kind: prefix_tuning, num_virtual_tokens: 3, trained_layers: 99}", "trained_layers"),
+        ("{kind: prompt_tuning, num_virtual_tokens: 3, start: adapter, start_adapter: [%s]}",
+         "num_virtual_tokens: 20"),
+    ],
+)  # fmt: skip
+def test_a_method_that_is_refused_leaves_its_folder_to_the_next(
+    tmp_path: Path, method: str, told: str
+) -> None:
+    method = method.replace("%s", str(Path("adapters/facts-prompt").resolve()))
+    asked = ("train", "quickstart", *QUICK, "--out", "out")
+    assert told in refused(*asked, "--set", f"methods=[{method}]", cwd=tmp_path)
+    right = "methods=[{kind: prompt_tuning, num_virtual_tokens: 3, start: task}]"
+    ptkit(*asked, "--set", right, cwd=tmp_path)
+
+
+def test_a_recipe_beside_results_finds_its_rows_where_the_command_runs(tickets: Path) -> None:
+    ptkit("compare", "cls.yaml", "--out", "results", cwd=tickets)
+    shutil.rmtree(tickets / "results" / "cells")
+    (tickets / "results" / "cells").mkdir()
+    ptkit("compare", "results/recipe.yaml", "--out", "results", cwd=tickets)
+    (tickets / "elsewhere").mkdir()
+    told = refused("compare", "../results/recipe.yaml", "--out", "x", cwd=tickets / "elsewhere")
+    assert "`t.csv`, not found from here; run this where" in told
+
+
+def test_a_merged_comparison_knows_what_its_cells_are(tickets: Path) -> None:
+    for seed in (0, 1):
+        ptkit("compare", "cls.yaml", "--set", f"seeds=[{seed}]", "--out", f"s{seed}", cwd=tickets)
+    ptkit("report", "s0", "s1", "--out", "both", cwd=tickets)
+    asked = ("compare", "cls.yaml", "--set", "seeds=[0, 1]", "--out", "both")
+    ptkit(*asked, cwd=tickets)
+    (tickets / "t.csv").write_text((tickets / "t.csv").read_text().replace("ticket", "letter"))
+    assert "differs in `data_fingerprint`" in refused(*asked, cwd=tickets)
+
+
+def test_a_run_that_started_from_an_adapter_knows_its_weights(tickets: Path) -> None:
+    for seed in (0, 1):
+        ptkit("train", "cls.yaml", "--seed", str(seed), "--out", f"from{seed}", cwd=tickets)
+    asked = ("train", "cls.yaml", "--from", "start", "--out", "further")
+    shutil.copytree(tickets / "from0" / "adapter", tickets / "start")
+    ptkit(*asked, cwd=tickets)
+    ptkit(*asked, cwd=tickets)
+    shutil.rmtree(tickets / "start")
+    shutil.copytree(tickets / "from1" / "adapter", tickets / "start")
+    assert "differs in `start_weights`" in refused(*asked, cwd=tickets)
 
 
 def test_fresh_starts_over_and_a_dry_run_knows(tickets: Path) -> None:

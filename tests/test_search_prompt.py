@@ -100,6 +100,9 @@ def test_the_command_prints_a_method_for_a_recipe(tmp_path: Path) -> None:
     assert found["loss"] <= found["losses"][0]
     shown = ptkit(*options, cwd=tmp_path)
     assert f"instruction: {json.dumps(found['text'])}" in shown.stdout
+    assert "on 4 training rows" in shown.stdout
+    few = ptkit(*options, "--rows", "100", "--json", cwd=tmp_path)
+    assert json.loads(few.stdout)["rows"] == 20
     assert "prompts scored; loss per target token" in shown.stdout
     headed = refused("search-prompt", "message-routing-minilm", cwd=tmp_path)
     assert "models that answer in words" in headed

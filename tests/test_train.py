@@ -429,7 +429,7 @@ def test_restored_state_is_no_view_of_the_file(tmp_path: Path) -> None:
     optimizer.step()
     save_checkpoint(tmp_path, Progress(step=1), adapter, {}, optimizer, [random_states()])
     again = torch.optim.AdamW(adapter.trainable().values(), fused=True)
-    load_checkpoint(tmp_path, adapter, again)
+    load_checkpoint(tmp_path, 1, adapter, again)
     values = [v for state in again.state.values() for v in state.values()]
     assert len(values) == 3 * len(adapter.trainable())
     assert all(v.untyped_storage().nbytes() == v.nbytes for v in values)
@@ -448,10 +448,10 @@ def test_checkpoint_of_other_processes_is_refused_and_each_has_its_own_state(
         drawn.append(torch.rand(3))
     save_checkpoint(tmp_path, Progress(step=1), adapter, {}, optimizer, states)
     for process, expected in enumerate(drawn):
-        load_checkpoint(tmp_path, adapter, optimizer, process, 2)
+        load_checkpoint(tmp_path, 1, adapter, optimizer, process, 2)
         assert torch.equal(torch.rand(3), expected)
     with pytest.raises(UserError, match=r"written by 2 processes, and this run has one process"):
-        load_checkpoint(tmp_path, adapter, optimizer)
+        load_checkpoint(tmp_path, 1, adapter, optimizer)
     save_checkpoint(tmp_path, Progress(step=1), adapter, {}, optimizer, states[:1])
     with pytest.raises(UserError, match=r"written by one process, and this run has 3 processes"):
-        load_checkpoint(tmp_path, adapter, optimizer, 2, 3)
+        load_checkpoint(tmp_path, 1, adapter, optimizer, 2, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from ptkit.recipe.load import load_recipe
 from ptkit.recipe.schema import TrainSection
 from ptkit.runtime.base_model import Base, frozen_base
 from ptkit.runtime.dropout import dropout_of
-from ptkit.training.adapter_trainer import Job, StepReport
+from ptkit.training.adapter_trainer import AdapterTrainer, Job, StepReport
 from ptkit.training.cell import Cell
 from ptkit.training.experiment import prepare
 from ptkit.training.loop import fit
@@ -93,6 +94,46 @@ def test_killed_together_resume_together_bit_for_bit(tmp_path: Path) -> None:
     for ended, expected in zip(run("cut", None), whole, strict=True):
         for name, value in ended.items():
             assert torch.equal(value, expected[name]), name
+
+
+def test_killed_between_their_saves_they_go_on_from_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that share a batch are rounded together, so all have to be at one step."""
+    saves = 0
+    saved = AdapterTrainer.save
+
+    def run(folder: str, kill_at: int | None) -> list[dict[str, torch.Tensor]]:
+        nonlocal saves
+        saves = 0
+
+        def save(self: AdapterTrainer, random: Any) -> None:
+            nonlocal saves
+            saves += 1
+            if saves == kill_at:
+                raise Killed
+            saved(self, random)
+
+        monkeypatch.setattr(AdapterTrainer, "save", save)
+        base = random_base("llama")
+        jobs = [job(base, i, tmp_path / folder, steps=20 + 10 * (i > 0)) for i in range(3)]
+        fit(jobs)
+        return [parameters(j.adapter) for j in jobs]
+
+    def steps(folder: str) -> list[list[int]]:
+        places = [tmp_path / folder / str(i) for i in range(3)]
+        return [sorted(int(p.name[-7:]) for p in own.glob("checkpoint-*")) for own in places]
+
+    whole = run("whole", None)
+    assert steps("whole") == [[20], [30], [30]]  # one checkpoint is left of each
+    for kill_at, there in ((3, [[15], [15], []]), (5, [[15, 20], [15], [15]])):
+        with pytest.raises(Killed):
+            run("cut", kill_at)
+        assert steps("cut") == there
+    for ended, expected in zip(run("cut", None), whole, strict=True):
+        for name, value in ended.items():
+            assert torch.equal(value, expected[name]), name
+    assert steps("cut") == steps("whole")
 
 
 def test_shares_of_the_time_add_up_to_it(tmp_path: Path) -> None:

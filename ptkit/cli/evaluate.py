@@ -151,7 +151,7 @@ def _recipe_rows(
     if recipe is not None:
         loaded = load_recipe(recipe, overrides)
 
-    from ptkit.evaluation.evaluate import evaluate_saved
+    from ptkit.evaluation.evaluate import asked_alike, evaluate_saved
     from ptkit.formats import atomic
     from ptkit.formats.places import find_adapter
     from ptkit.recipe.tasks import HeadedTask
@@ -168,6 +168,7 @@ def _recipe_rows(
     shown = [*places]
     if None not in shown and (beside if asked.with_base is None else asked.with_base):
         shown.insert(0, None)
+    alike = asked_alike([place for place in shown if place is not None]) if None in shown else None
     recipes = [_in_precision(loaded, name) for name in precisions]  # all checked before any runs
     table: list[tuple[str, Evaluation]] = []
     for name, chosen in zip(precisions, recipes, strict=True):
@@ -179,7 +180,7 @@ def _recipe_rows(
         ):  # an adapter has a head of its own
             typer.echo(head.told, err=True)
         for place in shown:
-            result = evaluate_saved(experiment, place)
+            result = evaluate_saved(experiment, place, chat=alike)
             if not speaks:  # the first one speaks and writes
                 continue
             if asked.predictions is not None and (place is not None or len(shown) == 1):

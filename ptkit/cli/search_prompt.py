@@ -67,7 +67,7 @@ def search_prompt(
         return
     typer.echo(
         f"{found.scored} prompts scored; loss per target token {found.losses[0]:.4f} -> "
-        f"{found.loss:.4f} on {rows} training rows, {found.validation_loss:.4f} on validation"
+        f"{found.loss:.4f} on {found.rows} training rows, {found.validation_loss:.4f} on validation"
     )
     instruction = json.dumps(found.text, ensure_ascii=False)
     typer.echo(f'- kind: text_prompt\n  instruction: {instruction}\n  separator: ""\n  examples: 0')

@@ -15,6 +15,7 @@ from ptkit.formats.cell_record import CellRecord
 from ptkit.formats.places import comparison_recipe
 from ptkit.recipe.load import LoadedRecipe, load_recipe
 from ptkit.recipe.schema import TrainSection
+from ptkit.training.cell_folder import IDENTITY
 
 #: What parts of one comparison, made on different machines, may differ in.
 OWN: dict[str, Any] = {
@@ -46,8 +47,8 @@ def read_comparison(folder: Path) -> MergedComparison:
 def merge(parts: Sequence[MergedComparison], out: Path) -> MergedComparison:
     """One comparison in `out` with the methods, seeds and cells of all `parts`.
 
-    Only records, predictions and the reasons of failed cells are copied. Raises UserError in these
-    cases:
+    Only what cells are, their records, predictions and reasons of failure are copied. Raises
+    UserError in these cases:
 
     - The parts' recipes differ in more than name, seeds, methods and what a result does not depend
       on.
@@ -90,6 +91,9 @@ def merge(parts: Sequence[MergedComparison], out: Path) -> MergedComparison:
 
 
 def _copy(source: Path, target: Path) -> None:
+    """Copy a cell: what it is, too, so that the next run in `target` knows another one."""
+    if (source / IDENTITY).is_file() and not (target / IDENTITY).exists():
+        atomic.write_bytes(target / IDENTITY, (source / IDENTITY).read_bytes())
     for name in ("predictions.jsonl", "record.json"):  # the record last: it says "finished"
         content, there = (source / name).read_bytes(), target / name
         if there.is_file() and there.read_bytes() != content:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptkit.data.chat_template import ChatTemplate
+from ptkit.data.lazy import Mapped
 from ptkit.data.templates import filled
 from ptkit.errors import UserError
 from ptkit.evaluation.predict import predict
@@ -128,11 +129,32 @@ def _on_base(path: Path | None, base: Base, *, chosen: bool = False) -> Adapter:
     return create_adapter(section, base, Demonstrations((), 0))
 
 
-def evaluate_saved(experiment: Experiment, path: Path | None) -> Evaluation:
-    """Predict and score the experiment's test rows with the adapter in `path` (None: the base)."""
+def asked_alike(adapters: Sequence[Path]) -> ChatInfo | None:
+    """How all of `adapters` are asked in conversations; None where none of them says.
+
+    Raises UserError where they are asked in different ways: nothing stands beside all of them.
+    """
+    chats = [read_info(find_adapter(path)).chat for path in adapters]
+    for path, chat in zip(adapters, chats, strict=True):
+        if chat != chats[0]:
+            raise UserError(
+                f"{adapters[0]} and {path} were trained in different chat templates or with "
+                "different system prompts, so no one answer of the base stands beside both; score "
+                "them one at a time, or without the base (--no-base)"
+            )
+    return chats[0] if chats else None
+
+
+def evaluate_saved(
+    experiment: Experiment, path: Path | None, *, chat: ChatInfo | None = None
+) -> Evaluation:
+    """Predict and score the experiment's test rows with the adapter in `path` (None: the base).
+
+    chat: how the base is asked in conversations; an adapter is asked as in its training
+    """
     folder = None if path is None else find_adapter(path)
-    chat = None if folder is None else read_info(folder).chat
-    experiment = _in_own_template(experiment, chat, str(path))
+    chat = chat if folder is None else read_info(folder).chat
+    experiment = _in_own_template(experiment, chat, "base" if path is None else str(path))
     adapter = _on_base(folder, experiment.base)
     try:
         return evaluate(experiment, adapter, str(path) if path else "base")
@@ -152,10 +174,20 @@ def _in_own_template(experiment: Experiment, chat: ChatInfo | None, name: str) -
             f"{name} was trained with the system prompt {chat.system!r}, the recipe has "
             f"{task.system!r}: leave `task.system` out (--set task.system=null)"
         )
-    asked = task.model_copy(update={"chat_template": chat.template, "system": chat.system})
-    test = [row.with_system(chat.system) for row in data.test]
-    recipe = recipe.model_copy(update={"task": asked})
-    return replace(experiment, recipe=recipe, data=replace(data, test=test))
+    system = chat.system
+    asked = task.model_copy(update={"chat_template": chat.template, "system": system})
+
+    def with_system(rows: Sequence[Example]) -> Sequence[Example]:
+        return Mapped(lambda row: row.with_system(system), rows)
+
+    # All splits, because it is told how many rows of one stand in another.
+    data = replace(
+        data,
+        train=with_system(data.train),
+        validation=with_system(data.validation),
+        test=with_system(data.test),
+    )
+    return replace(experiment, recipe=recipe.model_copy(update={"task": asked}), data=data)
 
 
 def evaluate(experiment: Experiment, adapter: Adapter, name: str) -> Evaluation:

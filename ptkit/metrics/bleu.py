@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -57,6 +58,7 @@ class TranslationEditRate(SacreBleu):
     """TER by sacrebleu: edits per 100 words of the reference, so less is better."""
 
     higher_is_better: ClassVar[bool] = False
+    limits: ClassVar[tuple[float, float]] = (0.0, math.inf)
 
     def score(self, rows: Statistics) -> float:
         # Reference lengths are means over several references, hence not whole.

@@ -21,7 +21,7 @@ class Metric(ABC):
 
     #: Whether more is better.
     higher_is_better: ClassVar[bool] = True
-    #: The lowest and the highest value there is.
+    #: The lowest and the highest value there is; what an interval holds beyond them is not shown.
     limits: ClassVar[tuple[float, float]] = (0.0, 100.0)
     #: The detail of a prediction it needs: `label_scores` (label -> log-probability) or `nats`
     #: (of the target, with `tokens`); None for those that read texts alone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ class Perplexity(Metric):
     """exp of the cross-entropy per token of the target after the input; less is better."""
 
     higher_is_better: ClassVar[bool] = False
+    limits: ClassVar[tuple[float, float]] = (1.0, math.inf)
     needs: ClassVar[str | None] = "nats"
 
     def _detailed_rows(

@@ -6,6 +6,7 @@ al. 2023, "Direct Preference Optimization", section 4, https://arxiv.org/abs/230
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -44,6 +45,7 @@ class RewardMargin(PairMetric):
     0 for the base."""
 
     needs: ClassVar[str | None] = "reward_margin"
+    limits: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
     what = "rewards: beta times the log-probability that the adapter adds to an answer"
 
 

@@ -186,16 +186,13 @@ class AdapterTrainer:
         order = length_grouped_batches(lengths, self.settings.batch_size, self.job.seed)
         return itertools.islice(order, self._parallel.rank, None, self._parallel.size)
 
-    def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one."""
+    def resume(self, step: int) -> None:
+        """Go on from the checkpoint after `step`."""
         state = self._parallel.state
-        loaded = load_checkpoint(
-            self.job.run, self.adapter, self.plain_optimizer, state.process_index,
+        self.progress, self.best, self.average = load_checkpoint(
+            self.job.run, step, self.adapter, self.plain_optimizer, state.process_index,
             state.num_processes,
         )  # fmt: skip
-        if loaded is None:
-            return
-        self.progress, self.best, self.average = loaded
         self.scheduler.load_state_dict(self.progress.schedule)
         # The scheduler restores its count only; the rate of the next step is the group's.
         for group, rate in zip(
@@ -223,12 +220,15 @@ class AdapterTrainer:
     @property
     def finished(self) -> bool:
         """Whether all steps are done, or validation has not improved for too long."""
-        return self.progress.step >= self.settings.steps or self._stale
+        return self.finished_by(self.progress)
 
-    @property
-    def _stale(self) -> bool:
+    def finished_by(self, progress: Progress) -> bool:
+        """Whether a run that has come so far is finished."""
+        return progress.step >= self.settings.steps or self._stale(progress)
+
+    def _stale(self, progress: Progress) -> bool:
         patience = self.settings.patience
-        return patience is not None and self.progress.stale_validations >= patience
+        return patience is not None and progress.stale_validations >= patience
 
     def next_batch(self) -> list[EncodedExample]:
         """The rows of the next batch."""

@@ -11,8 +11,10 @@ from ptkit.training.cell import Cell
 from ptkit.training.experiment import Experiment
 from ptkit.training.run_folder import open_run_folder
 
+#: The file that says what a cell is.
+IDENTITY = "cell.json"
 #: What `cell.json` says of a cell since later versions.
-ADDED = ("test_rows", "retention_text", "retain_text", "metrics")
+ADDED = ("test_rows", "retention_text", "retain_text", "metrics", "start_weights")
 
 
 def open_cell_folder(experiment: Experiment, cell: Cell) -> None:
@@ -33,8 +35,17 @@ def open_cell_folder(experiment: Experiment, cell: Cell) -> None:
         "adapters": named_adapters(cell.method, experiment.folder),
         "seed": cell.seed,
         "start_from": str(cell.start_from) if cell.start_from else None,
+        "start_weights": sha256(weights_path(cell.start_from)) if cell.start_from else None,
     }
-    open_run_folder(cell.folder / "cell.json", identity, "run", added=ADDED)
+    open_run_folder(cell.folder / IDENTITY, identity, "run", added=ADDED)
+
+
+def leave_unstarted(cell: Cell) -> None:
+    """Forget what `cell` was to be, where nothing else of it was written: it was refused, and the
+    next one in its folder may be another."""
+    there = {p.name for p in cell.folder.iterdir() if not p.name.startswith(".")}
+    if there == {IDENTITY}:
+        (cell.folder / IDENTITY).unlink(missing_ok=True)
 
 
 def named_adapters(method: MethodSection, folder: Path) -> dict[str, str]:

@@ -61,14 +61,15 @@ def save_checkpoint(
     random: Sequence[Mapping[str, Tensor]],
     average: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
-    """Write `run/checkpoint-STEP`, and remove the ones before it and those that were cut off.
+    """Write `run/checkpoint-STEP`, and remove those that were cut off. The ones before it stay, for
+    runs that go on together (see `keep_only`).
 
     random: the `random_states` of every process, in their order
     average: running means of the trained values; none without `train.average`
     """
     # A run that is often killed would fill the disk with parts of checkpoints.
     atomic.remove_leftovers(run)
-    path = run / f"checkpoint-{progress.step:07d}"
+    path = _folder(run, progress.step)
     with atomic.folder(path, replace=True) as scratch:
         save_file(_on_cpu(dict(adapter.trainable())), scratch / "trainable.safetensors")
         save_file(_on_cpu(best), scratch / "best.safetensors")
@@ -78,29 +79,37 @@ def save_checkpoint(
         states = {_key(i, name): t for i, own in enumerate(random) for name, t in own.items()}
         save_file(states, scratch / "random.safetensors")
         atomic.write_json(scratch / "progress.json", asdict(progress))
-    for other in _checkpoints(run):
-        if other != path:
-            shutil.rmtree(other)
+
+
+def keep_only(run: Path, step: int) -> None:
+    """Delete all checkpoints of `run` but the one after `step`."""
+    for path in _checkpoints(run):
+        if path != _folder(run, step):
+            shutil.rmtree(path)
+
+
+def saved_progress(run: Path) -> list[Progress]:
+    """How far each checkpoint of `run` had come, oldest first. There are several only where a save
+    was cut off. Raises UserError when one is damaged."""
+    return [_progress(path) for path in _checkpoints(run)]
 
 
 def load_checkpoint(
     run: Path,
+    step: int,
     adapter: Adapter,
     optimizer: torch.optim.Optimizer,
     process: int = 0,
     processes: int = 1,
-) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]] | None:
-    """Restore the newest checkpoint of `run` into `adapter`, `optimizer` and the generators of this
-    process.
+) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
+    """Restore the checkpoint of `run` after `step` into `adapter`, `optimizer` and this process's
+    generators.
 
     Returns the progress, the best parameters so far and the running means (none without
-    `train.average`), or None when there is no checkpoint. Raises UserError when it was written by
-    another number of processes: each has a part of every batch; and when its progress is damaged.
+    `train.average`). Raises UserError when it was written by another number of processes: each has
+    a part of every batch; and when its progress is damaged.
     """
-    found = _checkpoints(run)
-    if not found:
-        return None
-    path = found[-1]
+    path = _folder(run, step)
     random = load_file(path / "random.safetensors")
     wrote = len({name.rpartition("/")[0] for name in random})
     if wrote != processes:
@@ -113,13 +122,6 @@ def load_checkpoint(
     _restore_random(
         {n: random[_key(process, n)] for n in _GENERATORS if _key(process, n) in random}
     )
-    try:
-        progress = Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{path / 'progress.json'} is damaged, or another version's ({error}); delete {path} "
-            "to begin anew"
-        ) from error
     device = adapter.base.model.device
 
     def read(file: Path) -> dict[str, Tensor]:
@@ -127,13 +129,27 @@ def load_checkpoint(
 
     averages = path / "average.safetensors"
     average = read(averages) if averages.exists() else {}
-    return progress, read(path / "best.safetensors"), average
+    return _progress(path), read(path / "best.safetensors"), average
 
 
 def remove_checkpoints(run: Path) -> None:
     """Delete what a finished run no longer needs."""
     for path in _checkpoints(run):
         shutil.rmtree(path)
+
+
+def _progress(path: Path) -> Progress:
+    try:
+        return Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{path / 'progress.json'} is damaged, or another version's ({error}); delete {path} "
+            "to begin anew"
+        ) from error
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / f"checkpoint-{step:07d}"
 
 
 def _checkpoints(run: Path) -> list[Path]:

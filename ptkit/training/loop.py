@@ -39,7 +39,7 @@ from ptkit.runtime.made_again import making_again
 from ptkit.runtime.placement import is_whole
 from ptkit.runtime.precision import fastest_attention, mixed_precision, weights_cast_once
 from ptkit.training.adapter_trainer import AdapterTrainer, Job
-from ptkit.training.checkpoint import Progress, random_states
+from ptkit.training.checkpoint import Progress, keep_only, random_states, saved_progress
 from ptkit.training.context_cache import ContextCache
 from ptkit.training.memory import PeakMemory, give_back_what_is_freed
 from ptkit.training.objective import Objective
@@ -181,8 +181,7 @@ class _Loop:
     def run(self) -> list[Progress]:
         """Train until every adapter has finished."""
         self._own_random_numbers()
-        for trainer in self.trainers:
-            trainer.resume()
+        self._resume()
         memory = PeakMemory(self.accelerator.device)
         if self.settings.gradient_checkpointing or self._long_rows():
             give_back_what_is_freed()
@@ -198,6 +197,36 @@ class _Loop:
         for trainer in self.trainers:
             trainer.adapter.load_trainable(trainer.best)
         return [t.progress for t in self.trainers]
+
+    def _resume(self) -> None:
+        """Go on from the newest checkpoints. All that are not finished go on from one step, because
+        rows that share a batch are rounded together: where a save was cut off, from the one before.
+        """
+        saved = [saved_progress(trainer.job.run) for trainer in self.trainers]
+        newest = [own[-1] if own else Progress() for own in saved]
+        steps = [p.step for t, p in zip(self.trainers, newest, strict=True) if not t.finished_by(p)]
+        common = min(steps, default=self.settings.steps)
+        for trainer, own in zip(self.trainers, saved, strict=True):
+            if before := [p.step for p in own if p.step <= common]:
+                trainer.resume(before[-1])
+
+    def _save(self, trainers: Sequence[AdapterTrainer], memory: PeakMemory) -> None:
+        """Save all of `trainers` where one of them is due. Their earlier checkpoints go last: a run
+        that is killed in between still finds all of them at one step."""
+        if not any(trainer.save_due for trainer in trainers):
+            return
+        random = gather_object([random_states()])  # each process has its own
+        for trainer in trainers:
+            peaks = (trainer.progress.peak_memory_bytes, memory.known())
+            # What was before is no peak of it all where one part was not measured.
+            trainer.progress.peak_memory_bytes = (
+                None if None in peaks else max(p for p in peaks if p is not None)
+            )
+            if self.accelerator.is_main_process:
+                trainer.save(random)
+        if self.accelerator.is_main_process:
+            for trainer in trainers:
+                keep_only(trainer.job.run, trainer.progress.step)
 
     def _own_random_numbers(self) -> None:
         """Let the dropout of this process be its own. All began with one seed, so that the adapter
@@ -252,7 +281,7 @@ class _Loop:
             self.trainers[i].step(taken.loss, taken.tokens, taken.supervised)
         # An equal share of the common step each: together the shares are the time it took.
         share = (time.perf_counter() - clock) / len(active)
-        for i, taken in zip(active, gradients, strict=True):
+        for i in active:
             trainer = self.trainers[i]
             clock = time.perf_counter()
             if due := trainer.validation_due:
@@ -264,16 +293,9 @@ class _Loop:
             trainer.progress.seconds += share + time.perf_counter() - clock
             if due:
                 trainer.score()
-            if trainer.save_due:
-                peaks = (trainer.progress.peak_memory_bytes, memory.known())
-                # What was before is no peak of it all where one part was not measured.
-                trainer.progress.peak_memory_bytes = (
-                    None if None in peaks else max(p for p in peaks if p is not None)
-                )
-                random = gather_object([random_states()])  # each process has its own
-                if self.accelerator.is_main_process:
-                    trainer.save(random)
-            trainer.report(taken.loss)
+        self._save([self.trainers[i] for i in active], memory)
+        for i, taken in zip(active, gradients, strict=True):
+            self.trainers[i].report(taken.loss)
 
     def _gradients(self, active: list[int]) -> list[_Gradients]:
         """Gradients of each active adapter's own loss, summed over accumulated batches."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ptkit.data.read_files import read_files
 from ptkit.errors import AdapterError, DataError, UserError
-from ptkit.formats.adapter_folder import RECIPE
+from ptkit.formats.adapter_folder import CONFIG, RECIPE
 from ptkit.recipe.load import LoadedRecipe, load_recipe
 from ptkit.recipe.tasks import DataSection, SplitLimits
 
@@ -41,15 +41,52 @@ def own_recipe(
     section = loaded.recipe.task.data
     if data is not None or section.files is None:
         return loaded
-    files = [name for names in section.files.values()
-             for name in ([names] if isinstance(names, str) else names)]  # fmt: skip
-    for folder in (loaded.folder, Path.cwd()):
-        if all((folder / Path(name).expanduser()).is_file() for name in files):
-            return replace(loaded, path=folder / RECIPE)
+    files = _named_files(section)
+    found = _from_here(loaded, files)
+    if found is not None:
+        return found
     raise DataError(
         f"the adapter was trained on {', '.join(f'`{name}`' for name in files)}, not found from "
         f"here; run this where the recipe's paths start, or {otherwise}"
     )
+
+
+def found_from_here(loaded: LoadedRecipe) -> LoadedRecipe:
+    """`loaded` with its data found from where the command runs, if ptkit wrote it beside results:
+    its paths then start where the recipe was that those were made by.
+
+    Raises DataError where its files are in neither place.
+    """
+    written = (loaded.folder / "cells").is_dir() or (loaded.folder / CONFIG).is_file()
+    section = loaded.recipe.task.data
+    if not written or section.files is None:
+        return loaded
+    files = _named_files(section)
+    found = _from_here(loaded, files)
+    if found is None:
+        raise DataError(
+            f"{loaded.path} names {', '.join(f'`{name}`' for name in files)}, not found from here; "
+            "run this where the paths of the recipe start that it was made by"
+        )
+    return found
+
+
+def _named_files(section: DataSection) -> list[str]:
+    """The files that `section` names, of all splits."""
+    return [
+        name
+        for names in (section.files or {}).values()
+        for name in ([names] if isinstance(names, str) else names)
+    ]
+
+
+def _from_here(loaded: LoadedRecipe, files: Sequence[str]) -> LoadedRecipe | None:
+    """`loaded` with its paths starting at its own folder or the current one, whichever has all of
+    `files`; None where neither has."""
+    for folder in (loaded.folder, Path.cwd()):
+        if all((folder / Path(name).expanduser()).is_file() for name in files):
+            return replace(loaded, path=folder / RECIPE)
+    return None
 
 
 def with_test_rows(loaded: LoadedRecipe, file: Path) -> LoadedRecipe:

@@ -12,8 +12,8 @@ Folder of a cell:
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -48,7 +48,7 @@ from ptkit.section import MethodSection
 from ptkit.training.adapter_trainer import Job
 from ptkit.training.autotune import Autotuned, autotune
 from ptkit.training.cell import Cell
-from ptkit.training.cell_folder import open_cell_folder
+from ptkit.training.cell_folder import leave_unstarted, open_cell_folder
 from ptkit.training.checkpoint import Progress, remove_checkpoints
 from ptkit.training.experiment import Experiment
 from ptkit.training.failure import FAILED
@@ -113,9 +113,10 @@ def _run_trial(experiment: Experiment, cell: Cell, observer: RunObserver | None)
     if not done.exists():
         observer = observer or RunObserver()
         observer.cell_started(cell.name, experiment.recipe.train.steps)
-        method = _chosen(experiment, cell).section
-        set_seed(cell.seed)
-        adapter = new_adapter(experiment, cell, method)
+        with _refused_at_once([cell]):
+            method = _chosen(experiment, cell).section
+            set_seed(cell.seed)
+            adapter = new_adapter(experiment, cell, method)
         try:
             (progress,) = _fit(experiment, [cell], [adapter], observer)
         finally:
@@ -137,10 +138,11 @@ def _train_and_measure(
     adapters: list[Adapter] = []
     records = []
     try:
-        choices = [_chosen(experiment, cell) for cell in cells]
-        for cell, choice in zip(cells, choices, strict=True):
-            set_seed(cell.seed)
-            adapters.append(new_adapter(experiment, cell, choice.section))
+        with _refused_at_once(cells):
+            choices = [_chosen(experiment, cell) for cell in cells]
+            for cell, choice in zip(cells, choices, strict=True):
+                set_seed(cell.seed)
+                adapters.append(new_adapter(experiment, cell, choice.section))
         progresses = [Progress() for _ in cells]
         if trains:
             progresses = _fit(experiment, cells, adapters, observer, scored=True)
@@ -179,6 +181,17 @@ def _train_and_measure(
         for adapter in adapters:
             adapter.close()
     return records
+
+
+@contextmanager
+def _refused_at_once(cells: Sequence[Cell]) -> Iterator[None]:
+    """Where the user's mistake shows while adapters are made, it leaves nothing behind."""
+    try:
+        yield
+    except UserError:
+        for cell in cells:
+            leave_unstarted(cell)
+        raise
 
 
 def _tidy(folder: Path) -> None:

@@ -43,6 +43,7 @@ class SearchedPrompt:
     validation_loss: float
     losses: tuple[float, ...]
     scored: int
+    rows: int
 
 
 def search_prompt(
@@ -70,7 +71,7 @@ def search_prompt(
         raise ModelError(f"{base.id} is an encoder-decoder; text prompts are for causal models")
     ids = base.encode_part(text)
     if not ids:
-        raise UserError("the search needs a text to begin with")
+        raise UserError("the search needs a text to begin with; give one (--text)")
     generator = random.Random(seed)
     drawn = _behind(base, generator.sample(list(train), min(rows, len(train))))
     validation = _behind(base, validation)
@@ -92,7 +93,7 @@ def search_prompt(
             break
     (judged,) = _losses(base, [_compiled(base, ids)], validation)
     return SearchedPrompt(
-        str(base.tokenizer.decode(ids)), tuple(ids), best, judged, tuple(losses), scored
+        str(base.tokenizer.decode(ids)), tuple(ids), best, judged, tuple(losses), scored, len(drawn)
     )
 
 
