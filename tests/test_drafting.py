@@ -143,12 +143,19 @@ def test_files_of_other_splits_beside_it_are_found(tickets: Path) -> None:
     assert read_splits(tickets.parent).paths["train"].name == "train.csv"
 
 
+#: Two texts and one of two labels in each row.
+OF_KINDS = "".join(f"row {i} of many,the text of {i},{'xy'[i % 2]}\n" for i in range(60))
+
+
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
         ("a,b\nx y,z w\nx v,z u\n", "generation"),
         ("question,answer\nWho is it,Al is it\nWhat is it,A boat\n", "generation"),
         ("text,label\n" + "a b c,x\nd e f,y\n" * 3, "classification"),
+        ("input,target,category\n" + OF_KINDS, "generation"),
+        ("question,answer,label\n" + OF_KINDS, "classification"),
+        ("text,title,topic\n" + OF_KINDS, "classification"),
         ("prompt,completion\nWho is it,Al is it\nWhat is it,A boat\n", "chat"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ptkit.data.chat_formats import recognised
@@ -24,6 +24,14 @@ _LABEL = re.compile(
 _TARGET = re.compile(
     r"(target|output|answer|response|completion|summary|highlights|translation|reply|reference|"
     r"rewrite|expected|result|target_text|\w+_target|sql|code|title|headline)s?$", re.IGNORECASE,
+)  # fmt: skip
+#: Names of labels that mostly say what kind of row it is, and of texts that are mostly learnt.
+_KIND_OF_ROW = re.compile(
+    r"(category|topic|tag|type|queue|department|priority|language|rating|stars)$", re.IGNORECASE
+)
+_ANSWER = re.compile(
+    r"(target|output|answer|response|completion|summary|highlights|translation|reply|rewrite|"
+    r"target_text|\w+_target)$", re.IGNORECASE,
 )  # fmt: skip
 #: Columns that hold conversations, whatever else a file has.
 _CHAT = ({"messages"}, {"conversations"}, {"instruction", "output"}, {"prompt", "completion"})
@@ -97,7 +105,14 @@ def _found(table: Table, columns: dict[str, Column], given: Sequence[Column]) ->
     """The goal by the names and the contents of the columns."""
     rest = [column for column in columns.values() if column not in given]
     texts = [column for column in columns.values() if column.kind == "text"]
-    if any(c.kind == "label" and _LABEL.match(c.name) for c in rest) and (
+    labels = [c for c in rest if c.kind == "label" and _LABEL.match(c.name)]
+    answers = [c for c in texts if _ANSWER.match(c.name) and c not in given]
+    aside = labels and all(_KIND_OF_ROW.match(c.name) for c in labels)
+    if aside and answers and len({*texts, *given}) > 1:
+        found = _generation(table, columns, None, given)
+        other = f"`--label {labels[-1].name}` learns the labels of `{labels[-1].name}` instead"
+        return replace(found, reasons=(*found.reasons, other))
+    if labels and (
         given or any(c.kind in ("text", "label") and not _LABEL.match(c.name) for c in rest)
     ):
         return _classification(columns, None, given)
