@@ -41,7 +41,7 @@ def open_cell_folder(experiment: Experiment, cell: Cell) -> None:
 
 
 def leave_unstarted(cell: Cell) -> None:
-    """Forget what `cell` was to be, where nothing else of it was written: it was refused, and the
+    """Forget what `cell` was to be, where nothing else of it was written. It was refused, and the
     next one in its folder may be another."""
     there = {p.name for p in cell.folder.iterdir() if not p.name.startswith(".")}
     if there == {IDENTITY}:

@@ -52,8 +52,8 @@ def own_recipe(
 
 
 def found_from_here(loaded: LoadedRecipe) -> LoadedRecipe:
-    """`loaded` with its data found from where the command runs, if ptkit wrote it beside results:
-    its paths then start where the recipe was that those were made by.
+    """`loaded` with its data found from where the command runs, if ptkit wrote it beside results.
+    Its paths then start where the recipe was that those were made by.
 
     Raises DataError where its files are in neither place.
     """
