@@ -43,7 +43,7 @@ from ptkit.runtime.devices import resolve_device
 from ptkit.runtime.given_base import given_base
 from ptkit.runtime.model_names import TINY_EN
 from ptkit.section import MethodSection
-from ptkit.training.cell import Cell, cell_name
+from ptkit.training.cell import IDENTITY, Cell, cell_name
 from ptkit.training.checked import checked
 from ptkit.training.experiment import prepare
 from ptkit.training.failure import Failure, failed_cells
@@ -367,7 +367,7 @@ def require_own(folder: Path) -> None:
     if not folder.exists():
         return
     comparison = (folder / "recipe.yaml").exists() and not (folder / CONFIG).exists()
-    if not comparison and not (folder / "cell.json").exists():
+    if not comparison and not (folder / IDENTITY).exists():
         raise UserError(f"{folder} is not a run of ptkit's; --fresh does not delete it")
     require_free(folder)
 

@@ -15,7 +15,7 @@ from ptkit.formats.cell_record import CellRecord
 from ptkit.formats.places import comparison_recipe
 from ptkit.recipe.load import LoadedRecipe, load_recipe
 from ptkit.recipe.schema import TrainSection
-from ptkit.training.cell_folder import IDENTITY
+from ptkit.training.cell import IDENTITY
 
 #: What parts of one comparison, made on different machines, may differ in.
 OWN: dict[str, Any] = {

@@ -17,7 +17,7 @@ from ptkit.extras import extra
 from ptkit.formats import atomic
 from ptkit.formats.cell_record import CellRecord
 from ptkit.recipe.load import LoadedRecipe, load_recipe
-from ptkit.training.cell import Cell
+from ptkit.training.cell import IDENTITY, Cell
 from ptkit.training.failure import FAILED, Failure
 from ptkit.training.observer import RunObserver
 
@@ -89,7 +89,7 @@ def _known(groups: Sequence[Group], unit: Sequence[int], out: Path) -> dict[str,
     found: set[Path] = set()
     for cell in (cell for number in unit for cell in groups[number].cells):
         if cell.done.exists():
-            found |= {cell.folder / "cell.json", cell.done}
+            found |= {cell.folder / IDENTITY, cell.done}
         for trial in trials_folder(out, cell).glob("trial*"):
             if (trial / "trial.json").exists() or (trial / FAILED).exists():
                 found |= {*trial.glob("*.json")}

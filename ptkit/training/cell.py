@@ -10,6 +10,9 @@ from typing import Any
 from ptkit.formats.cell_record import RecordedSearch
 from ptkit.section import MethodSection
 
+#: The file in a cell's folder that says what the cell is.
+IDENTITY = "cell.json"
+
 
 def cell_name(method: MethodSection, seed: int) -> str:
     """Name of a cell's folder."""

@@ -7,12 +7,10 @@ from pathlib import Path
 from ptkit.formats.adapter_folder import read_config, sha256, weights_path
 from ptkit.methods.start import named_adapter
 from ptkit.section import MethodSection
-from ptkit.training.cell import Cell
+from ptkit.training.cell import IDENTITY, Cell
 from ptkit.training.experiment import Experiment
 from ptkit.training.run_folder import open_run_folder
 
-#: The file that says what a cell is.
-IDENTITY = "cell.json"
 #: What `cell.json` says of a cell since later versions.
 ADDED = ("test_rows", "retention_text", "retain_text", "metrics", "start_weights")
 

@@ -39,15 +39,13 @@ from ptkit.runtime.made_again import making_again
 from ptkit.runtime.placement import is_whole
 from ptkit.runtime.precision import fastest_attention, mixed_precision, weights_cast_once
 from ptkit.training.adapter_trainer import AdapterTrainer, Job
-from ptkit.training.checkpoint import Progress, keep_only, random_states, saved_progress
+from ptkit.training.checkpoint import Progress, keep_only, random_states
 from ptkit.training.context_cache import ContextCache
 from ptkit.training.memory import PeakMemory, give_back_what_is_freed
 from ptkit.training.objective import Objective
 from ptkit.training.preference import references
 from ptkit.training.processes import PATIENCE, DataParallel, current, require_own
-
-#: Settings that belong to the step, so that jobs of one loop must agree on them.
-SHARED_SETTINGS = ("autocast", "gradient_checkpointing", "gradient_accumulation", "report_to")
+from ptkit.training.together import require_shareable, resume_together
 
 #: Tokens of a row from which on memory is the limit: what is wide is computed again.
 LONG_ROWS = 2048
@@ -62,7 +60,7 @@ def fit(jobs: Sequence[Job]) -> list[Progress]:
     share a loop.
     """
     if len(jobs) > 1:
-        _require_shareable(jobs)
+        require_shareable(jobs)
     # Accelerate keeps the precision of a process's first run; a later run may use another.
     AcceleratorState._reset_state()
     device = jobs[0].adapter.base.model.device
@@ -103,33 +101,6 @@ def _fit(jobs: Sequence[Job], device: torch.device) -> list[Progress]:
     finally:
         if settings.report_to:
             accelerator.end_training()
-
-
-def _require_shareable(jobs: Sequence[Job]) -> None:
-    first = jobs[0]
-    for job in jobs[1:]:
-        for key in SHARED_SETTINGS:
-            if getattr(job.settings, key) != getattr(first.settings, key):
-                raise UserError(f"adapters trained together must have the same `{key}`")
-    if any(job.adapter.base is not first.adapter.base for job in jobs):
-        raise UserError("adapters trained together must be of one base model")
-    if first.adapter.base.head is not None:
-        raise UserError(
-            "adapters of a classifier cannot share a batch in training: each has its own head"
-        )
-    if len({job.teacher is None for job in jobs}) > 1:
-        raise UserError("adapters trained together learn either all from a teacher, or none")
-    if len({job.preference for job in jobs}) > 1:
-        raise UserError("adapters trained together must have the same loss of pairs")
-    for job in jobs:
-        section = job.adapter.section
-        if not section.shares_batch:
-            raise UserError(
-                f"`{section.title}` cannot share a batch with other adapters in training: "
-                f"{section.alone}"
-            )
-    if first.settings.autocast == "fp16" or first.settings.report_to:
-        raise UserError("adapters are trained together without fp16 and `report_to` only")
 
 
 @dataclass(frozen=True)
@@ -181,7 +152,7 @@ class _Loop:
     def run(self) -> list[Progress]:
         """Train until every adapter has finished."""
         self._own_random_numbers()
-        self._resume()
+        resume_together(self.trainers)
         memory = PeakMemory(self.accelerator.device)
         if self.settings.gradient_checkpointing or self._long_rows():
             give_back_what_is_freed()
@@ -197,18 +168,6 @@ class _Loop:
         for trainer in self.trainers:
             trainer.adapter.load_trainable(trainer.best)
         return [t.progress for t in self.trainers]
-
-    def _resume(self) -> None:
-        """Go on from the newest checkpoints. All that are not finished go on from one step, because
-        rows that share a batch are rounded together: where a save was cut off, from the one before.
-        """
-        saved = [saved_progress(trainer.job.run) for trainer in self.trainers]
-        newest = [own[-1] if own else Progress() for own in saved]
-        steps = [p.step for t, p in zip(self.trainers, newest, strict=True) if not t.finished_by(p)]
-        common = min(steps, default=self.settings.steps)
-        for trainer, own in zip(self.trainers, saved, strict=True):
-            if before := [p.step for p in own if p.step <= common]:
-                trainer.resume(before[-1])
 
     def _save(self, trainers: Sequence[AdapterTrainer], memory: PeakMemory) -> None:
         """Save all of `trainers` where one of them is due. Their earlier checkpoints go last: a run
