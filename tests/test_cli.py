@@ -108,6 +108,12 @@ def test_ensemble_of_one_adapter_twice_is_that_adapter(trained: Path) -> None:
             "generate", *options, "-a", "adapters/mine", "--ensemble", by, cwd=trained
         ).stdout.splitlines()
         assert json.loads(line)["output"] == json.loads(alone)["output"]
+    for searched in (("--beams", "2"), ("--sample",)):
+        message = refused(
+            "generate", *options, "-a", "adapters/mine", "--ensemble", "average", *searched,
+            cwd=trained,
+        )  # fmt: skip
+        assert "writes one greedy answer" in message
     message = refused("generate", *options, "--ensemble", "vote", cwd=trained)
     assert "at least two --adapter" in message
 

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_base, random_model
+from conftest import beginning_base, random_base, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_peft_parity import LEARNT, make_adapter, rows_of
+from transformers import GenerationConfig
 
 from ptkit.bank import AdapterBank
 from ptkit.bank.ensemble import label_votes, vote
-from ptkit.errors import AdapterError
+from ptkit.errors import AdapterError, UserError
 from ptkit.formats.adapter_files import AdapterFiles, write_adapter
+from ptkit.methods import ADAPTERS, Demonstrations
 from ptkit.runtime.forward import all_logits
 from ptkit.runtime.scoring import continuation_scores
 
@@ -157,6 +159,65 @@ def test_averaged_ensemble_is_greedy_over_the_mean_log_probabilities(family: str
         [text, "w2 w3"], names, by="average", max_new_tokens=6, do_sample=False, eos_token_id=None
     )
     assert answers[0] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def banned(token: int):
+    """A processor of the caller's own: `token` is never written."""
+
+    def without(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.index_fill(1, torch.tensor([token]), float("-inf"))
+
+    return without
+
+
+def test_an_ensemble_of_an_adapter_with_itself_is_that_adapter(family: str) -> None:
+    """Whatever else processes its scores: the caller's own processors, and settings."""
+    bank, _ = prefix_bank(family, {"a": 3})
+    texts = ["w4 w8 w15", "w2"]
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    plain = bank.generate(texts, ["a", "a"], **greedy)
+    first = bank.base.tokenizer(plain[0])["input_ids"][0]
+    without = greedy | {"logits_processor": [banned(first)], "repetition_penalty": 1.5}
+    alone = bank.generate(texts, ["a", "a"], **without)
+    assert alone != plain
+    assert bank.ensemble(texts, ["a", "a"], by="average", **greedy) == plain
+    assert bank.ensemble(texts, ["a", "a"], by="average", **without) == alone
+    several = greedy | {"num_beams": 3, "num_return_sequences": 2}
+    best = bank.generate(texts, ["a", "a"], **several)
+    assert bank.ensemble(texts, ["a", "a"], **several) == best[::2]
+
+
+def test_an_averaged_ensemble_groups_rows_whose_texts_are_read_at_different_lengths() -> None:
+    """A text prompt begins with the begin-of-text token already, a prefix does not."""
+    base = beginning_base("llama")
+    bank = AdapterBank(base)
+    bank.add("soft", make_adapter(base, {**LEARNT["prefix"], "num_virtual_tokens": 3}))
+    text = ADAPTERS["text_prompt"]
+    section = text.section_class(kind="text_prompt", instruction="w5 w6", separator=" ")
+    bank.add("shots", text.create(section, base, Demonstrations((), 0)))
+    greedy = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    texts = ["w4 w8 w15", "w2", "w7 w8"]
+    names = ["soft", "shots"]
+    prompts = bank._encoded(texts[:1] * 2, names)
+    assert len(prompts[0]) != len(prompts[1])
+    alone = [bank.ensemble(text, names, by="average", **greedy)[0] for text in texts]
+    assert bank.ensemble(texts, names, by="average", **greedy) == alone
+    assert alone[0] != bank.generate(texts[0], "shots", **greedy)[0]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"num_beams": 2},
+        {"do_sample": True},
+        {"num_return_sequences": 2},
+        {"generation_config": GenerationConfig(num_beams=2)},
+    ],
+)
+def test_an_averaged_ensemble_of_anything_but_greedy_rows_is_refused(option: dict) -> None:
+    bank, _ = prefix_bank("llama", {"a": 3})
+    with pytest.raises(UserError, match=r"`average` writes one greedy answer.*use `vote`"):
+        bank.ensemble("w4", ["a", "a"], by="average", max_new_tokens=2, **option)
 
 
 def test_votes_are_those_of_the_solo_runs(family: str) -> None:

@@ -7,7 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ptkit.bank.ensemble import AveragedLogProbabilities, EnsembleBy, label_votes, vote
+from ptkit.bank.ensemble import (
+    AveragedLogProbabilities,
+    EnsembleBy,
+    label_votes,
+    require_greedy,
+    vote,
+)
 from ptkit.bank.resident import ResidentAdapters, RowNames, parts_of_row
 from ptkit.bank.slots import SlotTable
 from ptkit.data.chat_template import ChatTemplate
@@ -103,15 +109,23 @@ class AdapterBank(ResidentAdapters):
         section 6: prompt ensembling).
 
         by: `vote` takes the most frequent of the adapters' answers (the earliest adapter's on a
-            tie). `average` generates from the mean of their log-probabilities at every token
-        options: anything transformers' `generate` takes
+            tie). `average` generates from the mean of their log-probabilities at every token,
+            greedily
+        options: anything transformers' `generate` takes. With `num_return_sequences` all answers
+            to a text vote
+
+        Raises UserError for `average` with beams, sampling or several answers.
         """
         texts, names = listed(texts), listed(names)
-        count = len(names)
         repeated = [text for text in texts for _ in names]
         if by == "average":
-            options["logits_processor"] = [AveragedLogProbabilities(count)]
+            require_greedy(self.base.model, options)
+            own = options.get("logits_processor") or []
+            options["logits_processor"] = [*own, AveragedLogProbabilities(len(names))]
         answers = self.generate(repeated, [*names] * len(texts), **options)
+        if not answers:
+            return []
+        count = len(answers) // len(texts)  # with `num_return_sequences` several of each adapter
         groups = [answers[i : i + count] for i in range(0, len(answers), count)]
         return [group[0] if by == "average" else vote(group) for group in groups]
 

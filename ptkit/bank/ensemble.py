@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import PreTrainedModel
+
+from ptkit.errors import UserError
+from ptkit.runtime.processors import DRAFTED, AcrossRows, setting
 
 EnsembleBy = Literal["vote", "average"]
 
@@ -40,10 +43,28 @@ def label_votes(scores: Tensor, by: EnsembleBy) -> Tensor:
     return mean.masked_fill(~tied, float("-inf")).argmax(-1)
 
 
-class AveragedLogProbabilities(LogitsProcessor):
+def require_greedy(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Raise UserError where `generate` with `options` would not write one greedy answer per row.
+
+    The rows of a group stay alike only as long as all of them take the likeliest token, at once.
+    """
+    counts = ("num_beams", "num_return_sequences")
+    wrong = [name for name in counts if (setting(model, options, name) or 1) > 1]
+    others = ("do_sample", "prefill_chunk_size", *DRAFTED)
+    wrong += [name for name in others if setting(model, options, name)]
+    if wrong:
+        raise UserError(
+            f"an ensemble by `average` writes one greedy answer, and {', '.join(wrong)} is set in "
+            "the call or in the model's generation config: set it back (`do_sample=False`, "
+            "`num_beams=1`), or use `vote`"
+        )
+
+
+class AveragedLogProbabilities(AcrossRows):
     """Gives the `count` rows of each group the mean of their log-probabilities.
 
-    All rows of a group then continue with the same token.
+    All rows of a group then continue with the same token. It comes after every other processor, so
+    each row is processed as it would be alone.
     """
 
     def __init__(self, count: int) -> None:

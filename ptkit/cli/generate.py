@@ -86,6 +86,11 @@ def generate(
     inputs = [] if table is not None else input_lines(prompt, input_file)
     if ensemble and (len(places) < 2 or with_base):
         raise UserError("--ensemble needs at least two --adapter, and no --base")
+    if ensemble is Ensemble.average and (beams > 1 or sample):
+        raise UserError(
+            "--ensemble average writes one greedy answer: leave out --beams and --sample, or use "
+            "--ensemble vote"
+        )
     for place in places if not quiet else []:
         task = None if place is None else read_info(place).task
         if task is not None and "classification" in task.kind:

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
+    LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
     MaxTimeCriteria,
@@ -110,6 +111,27 @@ class _Processors(LogitsProcessorList):
         return processed
 
 
+class AcrossRows(LogitsProcessor):
+    """A processor that reads all rows of a batch together, after all those that read single rows.
+
+    Its rows may have prompts of any lengths. It gets no ids that say what was read.
+    """
+
+
+class _ThenAcross(LogitsProcessorList):
+    """The processors `own` of single rows, then those that read all rows together."""
+
+    def __init__(self, own: LogitsProcessorList, across: Sequence[AcrossRows]) -> None:
+        super().__init__([*own, *across])
+        self._own, self._across = own, across
+
+    def __call__(self, input_ids: Any, scores: Any, **kw: Any) -> Any:
+        scores = self._own(input_ids, scores, **kw)
+        for processor in self._across:
+            scores = processor(input_ids, scores)
+        return scores
+
+
 class _Criterion(StoppingCriteria):
     """`criterion`, asked about the text of the rows."""
 
@@ -200,6 +222,14 @@ def processors_read_text(
     columns = width
 
     def processors(**kw: Any) -> LogitsProcessorList:
+        given = kw.get("logits_processor") or []
+        across = [each for each in given if isinstance(each, AcrossRows)]
+        if not across:
+            return of_rows(**kw)
+        alone = LogitsProcessorList(each for each in given if each not in across)
+        return _ThenAcross(of_rows(**{**kw, "logits_processor": alone}), across)
+
+    def of_rows(**kw: Any) -> LogitsProcessorList:
         nonlocal columns
         columns = kw["input_ids_seq_length"]
         if not counted or (whole and (inputs or columns == width)):
