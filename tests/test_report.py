@@ -20,6 +20,7 @@ from rich.console import Console
 
 from ptkit.comparison.advice import advice
 from ptkit.comparison.outputs import write_outputs
+from ptkit.comparison.report import render_report
 from ptkit.comparison.summary import MethodSummary, best_of
 from ptkit.comparison.table import markdown_table, summary_table
 from ptkit.formats.cell_record import CellRecord
@@ -338,6 +339,32 @@ def test_terminal_table_keeps_every_figure_at_100_columns(tmp_path: Path) -> Non
     for summary in summaries:
         assert f"[{summary.leading.low:.1f}, {summary.leading.high:.1f}]" in text
     assert "3 seeds, n = 30" in text
+
+
+def test_unlike_numbers_of_rows_in_a_sweep_are_told_as_a_range(tmp_path: Path) -> None:
+    _, summaries = compared(tmp_path / "out")
+    recipe = load_recipe(tmp_path / "out" / "recipe.yaml").recipe
+
+    def variant(summary: MethodSummary, rows: int, leaked: int, better: float) -> MethodSummary:
+        said = {"n_test": rows, "test_repeats": {"train": leaked}}
+        leading = replace(summary.leading, mean=summary.leading.mean + better)
+        return replace(
+            summary,
+            sweep={"limits.test": rows},
+            records=tuple(record.model_copy(update=said) for record in summary.records),
+            samples=summary.samples[:rows],
+            metrics={**summary.metrics, summary.score: leading},
+        )
+
+    # Of one method the best has 8 rows, of the others 3: they cannot stand side by side.
+    swept = [variant(s, 3, 1, i and 9.0) for i, s in enumerate(summaries)]
+    swept += [variant(s, 8, 2, 0.1) for s in summaries]
+    said = "n = 3 to 8 test rows, of which up to 2 are training rows too;"
+    page = Page(render_report(recipe, swept, "")).text
+    assert said in markdown_table(swept)
+    assert said in page
+    assert "3 of 3 test rows, of which 1 are training rows too, spread evenly" in page
+    assert "n = 8 test rows, of which 2 are training rows too;" in markdown_table(swept[6:])
 
 
 def test_plots_and_latex_are_written(usual, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ptkit.comparison.charts import best_of_families
 from ptkit.comparison.summary import MethodSummary
 from ptkit.evaluation.prediction import Prediction
 from ptkit.metrics.registry import metric
@@ -18,12 +17,13 @@ ROWS, CHARACTERS = 300, 600
 def browsable(summaries: Sequence[MethodSummary], *, generation: bool) -> dict[str, Any]:
     """The rows of the first seed, as JSON for the page's own script.
 
+    summaries: one of each method, on the same rows
+
     methods: their titles
     rows: `input`, `references`, and `answers` in the order of `methods`: the text, and its score
         in 0..1. A label is right or wrong; a text has the leading metric's value of the row alone
     of: how many rows there are; the page has the first of them
     """
-    summaries = best_of_families(summaries)
     first = summaries[0].samples[:ROWS]
     scores = [_scores(s.samples[:ROWS], s.score, generation=generation) for s in summaries]
     rows = [

@@ -12,6 +12,7 @@ from ptkit.comparison import figures
 from ptkit.comparison.cells import failures
 from ptkit.comparison.merge import MergedComparison
 from ptkit.comparison.report import page_values, templates
+from ptkit.comparison.scored import count_scored, kind_scored
 from ptkit.comparison.summary import (
     MethodSummary,
     anchor_of,
@@ -204,8 +205,7 @@ def _compared(tasks: Sequence[Task]) -> int:
 
 
 def _rows(task: Task) -> str:
-    record = task.summaries[0].records[0]
-    return f"{record.n_test} {record.rows_scored}"
+    return f"{count_scored(task.summaries)} {kind_scored(task.summaries)}"
 
 
 def _based(task: Task, tasks: Sequence[Task]) -> str:

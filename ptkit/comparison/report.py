@@ -11,8 +11,9 @@ from ptkit.comparison import figures
 from ptkit.comparison.advice import advice
 from ptkit.comparison.answers import browsable
 from ptkit.comparison.autotuned import autotuned, starts_tried
-from ptkit.comparison.charts import best_of_families, charts_of, colours
+from ptkit.comparison.charts import charts_of, colours
 from ptkit.comparison.drawing import on_page
+from ptkit.comparison.scored import count_scored, kind_scored, on_the_same_rows, span
 from ptkit.comparison.summary import MethodSummary, baseline_of, basis, best_of
 from ptkit.evaluation.statistics import Interval
 from ptkit.metrics.registry import metric
@@ -68,6 +69,8 @@ def page_values(
     generation = isinstance(recipe.task, GenerationTask | ConversationTask)
     shade = colours(summaries)
     machines = {r.hardware: None for s in summaries for r in s.records}
+    retained = [r.retention for s in summaries for r in s.records if r.retention is not None]
+    beside = on_the_same_rows(summaries)
     return {
         "anchor": anchor,
         "recipe": recipe,
@@ -85,8 +88,13 @@ def page_values(
             (chart.title, chart.note, on_page(chart.draw, chart.title))
             for chart in charts_of(summaries)
         ],
-        "samples": _samples(summaries, generation=generation),
-        "browsable": browsable(summaries, generation=generation),
+        "n": count_scored(summaries),
+        "rows_scored": kind_scored(summaries),
+        "samples": _samples(beside, generation=generation),
+        "browsable": browsable(beside, generation=generation),
+        "shown": beside[0].records[0],
+        "tokens": span(r.tokens for r in retained) if retained else "",
+        "drift_tokens": span(r.drift_tokens for r in retained) if retained else "",
         "n_seeds": max(len(s.records) for s in summaries),
         "signatures": _signatures(summaries),
         "searches": _searches(summaries),
@@ -252,7 +260,6 @@ def _samples(summaries: Sequence[MethodSummary], *, generation: bool) -> list[di
 
     correct: whether a predicted label is the gold one; None for texts, which are not so simple.
     """
-    summaries = best_of_families(summaries)
     first = summaries[0].samples
     chosen = range(0, len(first), max(1, len(first) // SAMPLES))[:SAMPLES]
     samples = []

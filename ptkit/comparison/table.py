@@ -11,6 +11,7 @@ from rich.text import Text
 
 from ptkit.comparison import figures
 from ptkit.comparison.notebook import shown_in_notebook
+from ptkit.comparison.scored import count_scored, kind_scored, span
 from ptkit.comparison.summary import MethodSummary, basis, best_of
 from ptkit.evaluation.statistics import Interval
 from ptkit.training.failure import Failure
@@ -89,10 +90,9 @@ def caption(
 ) -> str:
     """What the figures are, and their n; why cells failed. spread: forgetting is shown with its
     interval."""
-    record = summaries[0].records[0]
     text = (
-        f"n = {record.n_test} {record.rows_scored}; interval: 95 %, {basis(summaries)}; "
-        "peak memory beyond what was in use before"
+        f"n = {count_scored(summaries)} {kind_scored(summaries)}; interval: 95 %, "
+        f"{basis(summaries)}; peak memory beyond what was in use before"
     )
     together = [s for s in summaries if s.trained_together > 1]
     if together:
@@ -101,10 +101,11 @@ def caption(
             f"; seeds of {names} were trained {max(s.trained_together for s in together)} in a "
             "batch: time is a seed's share of it, memory that of the whole batch"
         )
-    if record.retention is not None:
+    retained = [r.retention for s in summaries for r in s.records if r.retention is not None]
+    if retained:
         over_seeds = ", ± over seeds" if spread else ""
         text += (
-            f"; forgetting: nats per token on {record.retention.tokens:,} tokens of "
+            f"; forgetting: nats per token on {span(r.tokens for r in retained)} tokens of "
             f"general text with the adapter on{over_seeds}; retention: next-token accuracy "
             "there, after / before; off: base logits with the adapter switched off"
         )

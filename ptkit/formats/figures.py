@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from pydantic import Field
 
 from ptkit.formats.typed_file import FileSection
 
 
-def scored_rows(split: str, chose: bool, repeats: Mapping[str, int]) -> str:
+def scored_rows(
+    split: str, chose: bool, repeats: Mapping[str, int], unlike: Collection[str] = ()
+) -> str:
     """What scored rows are, in words that follow a number.
 
     split: the source's name of the split; chose: its rows also chose the checkpoint
     repeats: another split -> how many of the rows stand in it, too
+    unlike: those of them whose number is the most of several
     """
     if chose:
         told = "validation rows, which also chose the checkpoint"
     else:
         told = "test rows" if split == "test" else f"test rows (the source's split `{split}`)"
     named = {"train": "training rows", "validation": "validation rows"}
-    seen = [f"{count:,} are {named[other]} too" for other, count in repeats.items() if count]
+    seen = [
+        f"{'up to ' * (other in unlike)}{count:,} are {named[other]} too"
+        for other, count in repeats.items()
+        if count
+    ]
     return f"{told}, of which {' and '.join(seen)}" if seen else told
 
 
