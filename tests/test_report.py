@@ -20,7 +20,7 @@ from rich.console import Console
 
 from ptkit.comparison.advice import advice
 from ptkit.comparison.outputs import write_outputs
-from ptkit.comparison.report import render_report
+from ptkit.comparison.report import page_values, render_report
 from ptkit.comparison.summary import MethodSummary, best_of
 from ptkit.comparison.table import markdown_table, summary_table
 from ptkit.formats.cell_record import CellRecord
@@ -415,6 +415,27 @@ def test_advice_says_what_the_choice_rests_on(usual) -> None:
     assert advice([*summaries, lower]).title != "small"
     bare = replace(best.leading, low=None, high=None)
     assert advice([replace(best, metrics={best.score: bare})]) is None
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_of_two_of_one_size_the_better_is_taken(usual, tmp_path: Path, higher: bool) -> None:
+    """Whichever way is better."""
+    compared(tmp_path / "out")
+    recipe = load_recipe(tmp_path / "out" / "recipe.yaml").recipe
+    best = best_of(usual[1])
+
+    def scored(family: str, mean: float) -> MethodSummary:
+        leading = replace(best.leading, mean=mean, low=40.0, high=60.0)
+        metrics = {**best.metrics, best.score: leading}
+        return replace(best, family=family, metrics=metrics, higher_is_better=higher)
+
+    both = [scored("more", 52.0), scored("less", 48.0)]
+    for own in (both, both[::-1]):
+        better = "more" if higher else "less"
+        assert advice(own).title == best_of(own).title == better
+        tiles = page_values(recipe, own, "")["highlights"]
+        (tile,) = (tile for tile in tiles if "smallest" in tile["name"])
+        assert tile["title"] == better
 
 
 def test_every_answer_is_on_the_page_with_the_score_of_its_row(usual, tmp_path: Path) -> None:

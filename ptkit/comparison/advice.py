@@ -29,7 +29,7 @@ def advice(summaries: Sequence[MethodSummary]) -> Advice | None:
     if best.leading.low is None:
         return None
     level = [s for s in summaries if s is best or _level(s.leading, best.leading)]
-    taken = min(level, key=lambda s: (s.bytes_on_disk, s.trainable_parameters, -s.leading.mean))
+    taken = min(level, key=lambda s: (s.bytes_on_disk, s.trainable_parameters, -s.goodness))
     most = "highest" if best.higher_is_better else "lowest"
     score = f"its {taken.score} of {figures.score(taken.leading)}"
     if taken is best:

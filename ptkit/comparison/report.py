@@ -142,7 +142,7 @@ def _highlights(summaries: Sequence[MethodSummary]) -> list[dict[str, Any]]:
         note = f"nats per token, at {least.score} {figures.score(least.leading)}"
         tiles.append(_measured_tile("least forgetting of those trained", least, shown, note))
     if trained:
-        small = min(trained, key=lambda s: (s.bytes_on_disk, -s.leading.mean))
+        small = min(trained, key=lambda s: (s.bytes_on_disk, -s.goodness))
         note = f"on disk, at {small.score} {figures.score(small.leading)}"
         shown = figures.size(small.bytes_on_disk)
         tiles.append(_tile("smallest of those trained", small, shown, note))

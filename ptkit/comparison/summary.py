@@ -79,6 +79,11 @@ class MethodSummary:
         """The interval of the metric that is *the score*."""
         return self.metrics[self.score]
 
+    @property
+    def goodness(self) -> float:
+        """The mean score, with its sign changed where less is better: more of it is better."""
+        return self.leading.mean if self.higher_is_better else -self.leading.mean
+
 
 def baseline_of(recipe: Recipe) -> str:
     """The method the others are compared with."""
@@ -97,8 +102,7 @@ def anchor_of(recipe: Recipe, end: Literal["base", "full"]) -> str | None:
 
 def best_of(summaries: Sequence[MethodSummary]) -> MethodSummary:
     """The summary with the best mean score: the highest, or lowest where less is better."""
-    sign = 1 if summaries[0].higher_is_better else -1
-    return max(summaries, key=lambda s: sign * s.leading.mean)
+    return max(summaries, key=lambda s: s.goodness)
 
 
 def basis(summaries: Sequence[MethodSummary]) -> str:
