@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -19,11 +20,15 @@ from markupsafe import escape
 from rich.console import Console
 
 from ptkit.comparison.advice import advice
+from ptkit.comparison.answers import browsable
 from ptkit.comparison.outputs import write_outputs
 from ptkit.comparison.report import page_values, render_report
 from ptkit.comparison.summary import MethodSummary, best_of
 from ptkit.comparison.table import markdown_table, summary_table
+from ptkit.evaluation.prediction import Prediction
+from ptkit.evaluation.statistics import Interval
 from ptkit.formats.cell_record import CellRecord
+from ptkit.metrics.own import OwnMetric
 from ptkit.metrics.registry import metric
 from ptkit.recipe.load import load_recipe
 from ptkit.training.cell import folder_name
@@ -449,8 +454,48 @@ def test_every_answer_is_on_the_page_with_the_score_of_its_row(usual, tmp_path: 
             prediction = summary.samples[i]
             assert text == prediction.prediction
             alone = metric("bleu")([prediction.prediction], [prediction.references])
-            assert score == pytest.approx(alone / 100, abs=1e-3)
+            assert score == pytest.approx(alone, abs=1e-3)
     labels, _ = compared(tmp_path / "out", task="classification")
     held = re.search(r'<script type="application/json">(.*?)</script>', labels, re.DOTALL)
     answers = [a for row in json.loads(held[1])["rows"] for a in row["answers"]]
     assert {score for _, score in answers} == {0.0, 1.0}
+
+
+def words_apart(prediction: str, references: list[str]) -> float:
+    """A metric of one's own, below zero and above one."""
+    return len(prediction.split()) - len(references[0].split()) / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "better", "found"),
+    [
+        (f"{__name__}:words_apart", 1, [0.5, -0.5, None]),
+        ("ter", -1, [33.333, 66.667, 100.0]),
+        ("perplexity", -1, [20.086, 403.429, 1.0]),
+    ],
+)
+def test_scores_of_rows_are_in_the_metrics_own_unit(
+    usual, monkeypatch: pytest.MonkeyPatch, name: str, better: int, found: list[float | None]
+) -> None:
+    monkeypatch.setattr(OwnMetric, "value", one_row_has_no_value(OwnMetric.value))
+    rows = [
+        Prediction("in", said, ("one two three",), details={"nats": nats, "tokens": 1})
+        for said, nats in (("one two", 3.0), ("one", 6.0), ("", 0.0))
+    ]
+    summary = replace(usual[1][0], score=name, samples=tuple(rows))
+    data = browsable([summary], generation=True)
+    assert [row["answers"][0][1] for row in data["rows"]] == found
+    assert (data["better"], data["digits"]) == (better, 2)
+
+
+def one_row_has_no_value(value: Any) -> Any:
+    return lambda self, said, references: value(self, said, references) if said else math.nan
+
+
+@pytest.mark.parametrize("name", ["perplexity", "ter", "reward_margin"])
+def test_an_interval_of_what_is_not_in_0_to_100_is_not_cut(name: str) -> None:
+    limits = metric(name).limits
+    assert Interval(250.0, 150.0, 350.0, None, 1, 9).within(*limits).high == 350.0
+    assert (Interval(-2.0, -3.0, -1.0, None, 1, 9).within(*limits).low == -3.0) == (
+        name == "reward_margin"
+    )

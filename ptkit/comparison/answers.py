@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ptkit.comparison.summary import MethodSummary
-from ptkit.evaluation.prediction import Prediction
+from ptkit.evaluation.prediction import Prediction, statistics_of
+from ptkit.metrics.metric import Metric
 from ptkit.metrics.registry import metric
 
 #: Rows, and characters of a text, that a page has.
@@ -20,12 +21,15 @@ def browsable(summaries: Sequence[MethodSummary], *, generation: bool) -> dict[s
     summaries: one of each method, on the same rows
 
     methods: their titles
-    rows: `input`, `references`, and `answers` in the order of `methods`: the text, and its score
-        in 0..1. A label is right or wrong; a text has the leading metric's value of the row alone
+    rows: `input`, `references`, and `answers` in the order of `methods`: the text, and its score.
+        A label is right (1) or wrong (0). A text has the leading metric's value of the row alone,
+        as the metric gives it; null where there is none
     of: how many rows there are; the page has the first of them
+    better: 1 where more is better, else -1; digits: those shown behind the point of a score
     """
     first = summaries[0].samples[:ROWS]
-    scores = [_scores(s.samples[:ROWS], s.score, generation=generation) for s in summaries]
+    used = metric(summaries[0].score) if generation else None
+    scores = [_scores(s.samples[:ROWS], used) for s in summaries]
     rows = [
         {
             "input": _cut(row.input),
@@ -42,19 +46,18 @@ def browsable(summaries: Sequence[MethodSummary], *, generation: bool) -> dict[s
         "rows": rows,
         "of": len(summaries[0].samples),
         "labels": not generation,
+        "better": -1 if used is not None and not used.higher_is_better else 1,
+        "digits": 0 if used is None or used.limits == Metric.limits else 2,
     }
 
 
-def _scores(rows: Sequence[Prediction], name: str, *, generation: bool) -> list[float]:
-    """Of each row by itself, in 0..1."""
-    if not generation:
+def _scores(rows: Sequence[Prediction], used: Metric | None) -> list[float | None]:
+    """Of each row by itself. used: the metric of texts; None for labels"""
+    if used is None:
         return [float(row.prediction == row.references[0]) for row in rows]
-    used = metric(name)
-    if used.needs is not None or not used.higher_is_better:
-        return [float(row.prediction in row.references) for row in rows]
-    statistics = used.statistics([r.prediction for r in rows], [r.references for r in rows])
-    values = [used.score(statistics[i : i + 1]) / 100 for i in range(len(rows))]
-    return [round(value, 3) if math.isfinite(value) else 0.0 for value in values]
+    statistics = statistics_of(used, rows)
+    values = [used.score(statistics[i : i + 1]) for i in range(len(rows))]
+    return [round(value, 3) if math.isfinite(value) else None for value in values]
 
 
 def _cut(text: str) -> str:
