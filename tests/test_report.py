@@ -90,8 +90,9 @@ def compared(
     retention: bool = True,
     hostile: str = "",
     name: str = "invented",
+    count: int = 30,
 ) -> tuple[str, list[MethodSummary]]:
-    """The page and summaries of an invented comparison of 30 test rows."""
+    """The page and summaries of an invented comparison of `count` test rows."""
     generation = task == "generation"
     recipe: dict[str, Any] = {
         "name": name,
@@ -113,7 +114,7 @@ def compared(
         for seed in seeds if parameters else seeds[:1]:
             cell = f"{folder_name(title + hostile)}-seed{seed}"
             rows = []
-            for i in range(30):
+            for i in range(count):
                 gold = " ".join(WORDS[i % 4 :]) if generation else "ab"[i % 2]
                 words = [w if (i + j + seed) % 10 < right else "no" for j, w in enumerate(WORDS)]
                 said = " ".join(words[i % 4 :]) if generation else "ab"[(i * 7 + right) % 10 > 5]
@@ -152,7 +153,7 @@ def compared(
                     seed=seed,
                     settings={},
                     n_train=500 if parameters else 0,
-                    n_test=30,
+                    n_test=count,
                     metrics=metrics,
                     score=next(iter(metrics)),
                     trainable_parameters=parameters,
@@ -370,6 +371,22 @@ def test_unlike_numbers_of_rows_in_a_sweep_are_told_as_a_range(tmp_path: Path) -
     assert said in page
     assert "3 of 3 test rows, of which 1 are training rows too, spread evenly" in page
     assert "n = 8 test rows, of which 2 are training rows too;" in markdown_table(swept[6:])
+
+
+def test_with_one_row_figures_stand_without_intervals(tmp_path: Path) -> None:
+    page, summaries = compared(tmp_path / "out", count=1)
+    console = Console(width=200, file=io.StringIO())
+    console.print(summary_table(summaries))
+    table, markdown = console.file.getvalue(), markdown_table(summaries)
+    said = "n = 1 test rows; interval: 95 %, not known, because one row does not show"
+    assert said in markdown
+    assert said in " ".join(table.split())
+    columns = [line for line in markdown.splitlines() if line.startswith("| ")][1:]
+    assert len(columns) == len(METHODS)
+    assert not [line for line in columns if "[" in line]
+    assert not re.search(r"\d \[[-+\d]", Page(page).text)
+    assert "p &lt; 0.001" not in page
+    assert advice(summaries) is None
 
 
 def test_plots_and_latex_are_written(usual, tmp_path: Path) -> None:

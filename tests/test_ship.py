@@ -20,13 +20,15 @@ from test_cli import refused as refused_command
 from test_peft_parity import LEARNT, make_adapter
 
 from ptkit.errors import AdapterError, HubError, UserError
+from ptkit.evaluation.statistics import Interval
 from ptkit.formats.adapter_files import read_adapter, write_adapter
 from ptkit.formats.adapter_folder import ADAPTER_FILES, CARD, CONFIG, INFO, RECIPE, WEIGHTS
+from ptkit.formats.figures import RecordedScore
 from ptkit.formats.hub_repository import HubId, is_hub_id
 from ptkit.hub.card import card_text
 from ptkit.hub.search import search
 from ptkit.hub.transfer import pull, push
-from ptkit.hub.verify import check_files, verify
+from ptkit.hub.verify import _reproduced, check_files, verify
 from ptkit.recipe.load import load_recipe
 from ptkit.runtime.model_names import TINY_EN_FOLDER
 
@@ -428,6 +430,16 @@ def test_records_that_contradict_themselves_fail(adapter: Path) -> None:
     assert failed(altered(adapter, metrics={}, weights={"file": WEIGHTS, "sha256": "0"})) == {
         "weights"
     }
+
+
+def test_a_score_without_an_interval_is_right_for_one_row_only(adapter: Path) -> None:
+    rows = json.loads((adapter / INFO).read_text())["n_test"]
+    bare = {"metrics__bleu__low": None, "metrics__bleu__high": None}
+    assert failed(altered(adapter, n_test=1, **bare)) == set()
+    assert failed(altered(adapter, n_test=rows, **bare)) == {"claims"}
+    claimed = RecordedScore(value=12.5, low=None, high=None)
+    for mean, same in ((12.5, True), (12.6, False)):
+        assert _reproduced("bleu", claimed, Interval(mean, None, None, None, 1, 1)).passed == same
 
 
 def test_verify_refuses_another_base_and_wrong_shapes(adapter: Path) -> None:

@@ -126,6 +126,22 @@ def test_corpus_metrics_that_are_no_means_can_be_compared(name: str) -> None:
     assert difference.interval.low <= difference.interval.mean <= difference.interval.high
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_one_row_says_nothing_of_other_rows(seeds: int) -> None:
+    start, middle, end = (
+        scored(*[column([value + seed / 9]) for seed in range(seeds)], resamples=50)
+        for value in (0.0, 0.25, 1.0)
+    )
+    difference = paired_difference(end, start)
+    for found in (mean_interval(end), difference.interval):
+        assert (found.low, found.high) == (None, None)
+    assert figures.score(mean_interval(middle)) == f"{middle.mean:.1f}"
+    assert difference.p_value == 1.0
+    assert figures.difference(difference) == "+100.0"
+    assert figures.way(share_of_way(middle, start, end)) == "25%"
+    assert mean_interval(scored(column([1.0, 0.0]), resamples=50)).low is not None
+
+
 def test_sides_with_other_examples_are_refused() -> None:
     with pytest.raises(ValueError, match=r"same examples.*\[2, 3\]"):
         paired_difference(

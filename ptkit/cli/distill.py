@@ -104,14 +104,15 @@ def _show(done: Distilled) -> None:
         kl, same = found.kl, found.agreement
         rows.append((
             name if name != NOTHING else "nothing (the base)",
-            f"{kl.mean:.4f} [{kl.low:.4f}, {kl.high:.4f}]",
-            f"{same.mean:.1%} [{same.low:.1%}, {same.high:.1%}]",
+            kl.written(".4f"),
+            same.written(".1%"),
         ))  # fmt: skip
     table(("before the texts", "KL per token [95 %]", "same next token [95 %]"), rows)
     judged = next(iter(done.figures.values()))
+    over = ", interval: bootstrap over texts" if done.texts["test"] > 1 else ""
     typer.echo(
         f"against the base with the text in view, nats; n = {done.texts['test']} held-out texts "
-        f"({judged.tokens:,} tokens), interval: bootstrap over texts; best at step "
+        f"({judged.tokens:,} tokens){over}; best at step "
         f"{done.best_step} of {done.steps}"
     )
     typer.echo(f"{done.adapter}")

@@ -207,9 +207,12 @@ def _in_precision(loaded: LoadedRecipe, name: str | None) -> LoadedRecipe:
 
 
 def _show(result: Evaluation) -> None:
+    from ptkit.formats.figures import bracketed
+
     typer.echo(f"{result.name}  (n={len(result.predictions)} {result.rows_scored})")
     for name, interval in result.metrics.items():
-        typer.echo(f"  {name:12} {interval.mean:6.2f}  [{interval.low:.2f}, {interval.high:.2f}]")
+        spread = bracketed(interval.low, interval.high, ".2f")
+        typer.echo(f"  {name:12} {interval.mean:6.2f} {spread}".rstrip())
     if result.retention is not None:
         overall = result.retention.overall
         kept = overall.retention
@@ -227,12 +230,13 @@ def _show_table(results: list[tuple[str, Evaluation]]) -> None:
     from ptkit.cli.options import show_table
 
     first = results[0][1]
+    over = ", 95 % intervals over rows alone" if len(first.predictions) > 1 else ""
     table = Table(
         "precision", "adapter", *first.metrics,
-        caption=f"n={len(first.predictions)} {first.rows_scored}, 95 % intervals over rows alone",
+        caption=f"n={len(first.predictions)} {first.rows_scored}{over}",
     )  # fmt: skip
     for precision, result in results:
-        scores = [f"{i.mean:.2f} [{i.low:.2f}, {i.high:.2f}]" for i in result.metrics.values()]
+        scores = [interval.written(".2f") for interval in result.metrics.values()]
         table.add_row(precision, result.name, *scores)
     show_table(table, names=1)
 

@@ -152,7 +152,7 @@ def _scatter(
         named.add(summary.family)
         say(
             container.get_children(),
-            f"{summary.title}: {score.mean:.1f} [{score.low:.1f}, {score.high:.1f}]",
+            f"{summary.title}: {score.written('.1f')}",
         )
 
 

@@ -45,8 +45,8 @@ def seconds(value: float, trains: bool) -> str:
 
 
 def score(interval: Interval) -> str:
-    """A score with its 95 % interval."""
-    return f"{interval.mean:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
+    """A score with its 95 % interval, where there is one."""
+    return interval.written(".1f")
 
 
 def forgetting(interval: Interval | None) -> str:
@@ -81,10 +81,12 @@ def difference(found: Difference | None) -> str:
     """A score minus the baseline's, its 95 % interval and corrected p value."""
     if found is None:
         return NONE
-    i = found.interval
+    shown = found.interval.written("+.1f")
+    if found.interval.low is None:
+        return shown
     small = found.corrected < 0.001
     chance = "p < 0.001" if small else f"p = {found.corrected:.3f}"
-    return f"{i.mean:+.1f} [{i.low:+.1f}, {i.high:+.1f}], {chance}"
+    return f"{shown}, {chance}"
 
 
 def way(interval: Interval | None) -> str:

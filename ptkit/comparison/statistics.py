@@ -15,7 +15,7 @@ class Difference:
 
     interval: 95 %, of this difference alone; its `n_seeds` is the smaller of the two sides, its
         `std` None
-    p_value: two-sided, of this difference alone
+    p_value: two-sided, of this difference alone; 1 with one row, which has no interval either
     corrected: the same, corrected for all differences that are shown together (see `in_family`)
     """
 
@@ -36,7 +36,8 @@ def paired_difference(method: Resampled, baseline: Resampled) -> Difference:
         raise ValueError(f"expected the same examples on both sides, found {sizes} rows")
     contrast = Contrast((1.0, method), (-1.0, baseline))
     seeds = min(method.seeds, baseline.seeds)
-    interval = Interval(contrast.estimate, *contrast.bounds(), None, seeds, method.n_examples)
+    low, high = contrast.bounds()
+    interval = Interval(contrast.estimate, low, high, None, seeds, method.n_examples)
     p_value = contrast.p_value()
     return Difference(interval, p_value, p_value)
 
@@ -53,7 +54,7 @@ def share_of_way(method: Resampled, start: Resampled, end: Resampled) -> Interva
     scores, 1 being all the way. None where start and end are one.
 
     The interval holds every share that the scores do not rule out (Fieller 1954). It is unbounded
-    where the two ends do not differ by more than chance.
+    where the two ends do not differ by more than chance. With one row there is none.
     """
     way = Contrast((1.0, end), (-1.0, start))
     if not way.estimate:
@@ -63,10 +64,12 @@ def share_of_way(method: Resampled, start: Resampled, end: Resampled) -> Interva
         return Contrast((1.0, method), (share - 1, start), (-share, end)).holds_zero()
 
     observed = (method.mean - start.mean) / way.estimate
+    seeds = min(own.seeds for own in (method, start, end))
+    if method.n_examples < 2:
+        return Interval(observed, None, None, None, seeds, method.n_examples)
     low, high = -math.inf, math.inf
     if not way.holds_zero():
         low, high = _edge(possible, observed, -1.0), _edge(possible, observed, 1.0)
-    seeds = min(own.seeds for own in (method, start, end))
     return Interval(observed, low, high, None, seeds, method.n_examples)
 
 

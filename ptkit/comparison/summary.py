@@ -107,6 +107,8 @@ def best_of(summaries: Sequence[MethodSummary]) -> MethodSummary:
 
 def basis(summaries: Sequence[MethodSummary]) -> str:
     """What the intervals of `summaries` are over, in words."""
+    if all(s.leading.low is None for s in summaries):
+        return "not known, because one row does not show how far rows differ"
     alone = [s.title for s in summaries if len(s.records) == 1]
     if len(alone) == len(summaries):
         return "a bootstrap over rows alone, because one seed does not show how far seeds differ"

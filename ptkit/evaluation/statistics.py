@@ -7,6 +7,7 @@ Tibshirani 1993, ch. 8, 13). The two are put together as margins of independent 
 
 The same rows are tested with every seed. So the spread between seeds already holds what is due to
 single rows under single seeds. That part is taken out of the spread over rows: it counts once.
+One row says nothing of other rows: with one there is no interval, and no p value below 1.
 `scripts/simulate_intervals.py` measures how often these intervals hold the truth.
 """
 
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptkit.extras import extra
-from ptkit.formats.figures import RecordedScore
+from ptkit.formats.figures import RecordedScore, bracketed
 from ptkit.metrics.metric import Statistics
 
 Values = npt.NDArray[np.float64]
@@ -42,7 +43,8 @@ class Scores(Protocol):
 class Interval:
     """A mean over seeds with its 95 % interval.
 
-    low, high: None where nothing can be said (a single value); std: over seeds, None for one.
+    low, high: None where nothing can be said (one row, a single value); std: over seeds, None for
+        one
     """
 
     mean: float
@@ -56,6 +58,10 @@ class Interval:
     def recorded(self) -> RecordedScore:
         """The figure as an adapter's record states it."""
         return RecordedScore(value=self.mean, low=self.low, high=self.high)
+
+    def written(self, form: str) -> str:
+        """The mean, and the interval where there is one."""
+        return f"{self.mean:{form}}{bracketed(self.low, self.high, form)}"
 
     def within(self, low: float, high: float) -> Interval:
         """This interval without what lies outside the values that a figure can have."""
@@ -137,6 +143,7 @@ class Contrast:
     def __init__(self, *parts: tuple[float, Resampled]) -> None:
         self.estimate = float(sum(weight * own.mean for weight, own in parts))
         self._rows: Values = np.sum([w * own.replicates.mean(axis=1) for w, own in parts], axis=0)
+        self._one_row = any(own.n_examples < 2 for _, own in parts)
         several = [(w, own) for w, own in parts if own.seeds > 1]
         self._spread = [
             (w**2 * float(own.observed.var(ddof=1)) / own.seeds, own.seeds - 1)
@@ -146,8 +153,10 @@ class Contrast:
         variance = float(self._rows.var())
         self._left = np.sqrt(max(0.0, 1 - twice / variance)) if variance > 0 else 0.0
 
-    def bounds(self) -> tuple[float, float]:
-        """The 95 % interval. With one seed it is the percentiles over rows."""
+    def bounds(self) -> tuple[float, float] | tuple[None, None]:
+        """The 95 % interval, None for one row. With one seed it is the percentiles over rows."""
+        if self._one_row:
+            return None, None
         low, high = np.percentile(self._rows, [100 * MISSES / 2, 100 * (1 - MISSES / 2)])
         seeds = self._margin_of_seeds(np.array([MISSES]))[0]
         # A percentile interval of a skewed score can miss its own estimate by a hair.
@@ -162,8 +171,10 @@ class Contrast:
 
         b counts the resamples whose distance from their mean reaches the estimate. Each distance is
         put together with what Student's t says of seeds at the same level. So it is never below
-        what the resamples can tell.
+        what the resamples can tell. One row rules nothing out: 1.
         """
+        if self._one_row:
+            return 1.0
         count = len(self._rows)
         apart = self._left * np.sort(np.abs(self._rows - self._rows.mean()))[::-1]
         levels = np.arange(1, count + 1) / (count + 1)
@@ -172,9 +183,9 @@ class Contrast:
         return (int((reach >= abs(self.estimate) - 1e-9).sum()) + 1) / (count + 1)
 
     def holds_zero(self) -> bool:
-        """Whether zero is within the interval."""
+        """Whether zero is within the interval; for one row it may be."""
         low, high = self.bounds()
-        return low <= 0 <= high
+        return low is None or high is None or low <= 0 <= high
 
     def _margin_of_seeds(self, levels: Values) -> Values:
         """How far the seeds at hand may be from all seeds, at most, but for a share of `levels`.

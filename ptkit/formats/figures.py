@@ -31,6 +31,11 @@ def scored_rows(
     return f"{told}, of which {' and '.join(seen)}" if seen else told
 
 
+def bracketed(low: float | None, high: float | None, form: str) -> str:
+    """An interval as it stands behind its figure: nothing where it is not known."""
+    return "" if low is None or high is None else f" [{low:{form}}, {high:{form}}]"
+
+
 class RecordedScore(FileSection):
     """A figure with its 95 % interval."""
 
@@ -44,9 +49,11 @@ class RecordedScore(FileSection):
     @property
     def shown(self) -> str:
         """The figure, and its interval where it has one."""
-        if self.low is None or self.high is None:
-            return f"{self.value:.2f}"
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return self.written(".2f")
+
+    def written(self, form: str) -> str:
+        """`shown`, with the numbers in the format `form`."""
+        return f"{self.value:{form}}{bracketed(self.low, self.high, form)}"
 
 
 class TextFigures(FileSection):
