@@ -235,7 +235,7 @@ def test_starts_are_scored_on_rows_they_are_not_made_of(tmp_path: Path, monkeypa
 
     def starts(task: ClassificationTask, examples: list[Example], seed: int) -> list[dict]:
         made_of.extend(examples)
-        return real(task, examples, seed)
+        return [*real(task, examples, seed), {"start": "text", "start_text": " "}]
 
     def collated(part: list[EncodedExample], base: Base) -> dict[str, torch.Tensor]:
         sizes.append(len(part))
@@ -248,6 +248,7 @@ def test_starts_are_scored_on_rows_they_are_not_made_of(tmp_path: Path, monkeypa
     choice, made = run(random_base("gpt2"), tmp_path)
     assert choice.record is not None
     tried, rows = choice.record.starts, choice.record.start_rows
+    assert " " not in [start.start_text for start in tried]  # no token to start from
     assert len(scored) == len(tried) * rows
     assert max(sizes) == 2 * STEPS.batch_size
     of = {EXAMPLES.index(example) for example in made_of}

@@ -73,6 +73,23 @@ def test_labels_need_a_task_with_labels() -> None:
         create_adapter(section, random_base("gpt2"), Demonstrations(["w1"], 0))
 
 
+@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.parametrize(("settings", "labels", "what"), [
+    ({"start": "text", "start_text": ""}, (), r"`start_text` \(''\)"),
+    ({"start": "text", "start_text": " \n"}, (), r"`start_text` \(' \\n'\)"),
+    ({"start": "labels"}, ("", " "), "the labels' words"),
+    ({"start": "examples"}, (), "the training rows"),
+    ({"start": "task"}, (), "the training rows"),
+])  # fmt: skip
+def test_a_start_without_tokens_is_refused(
+    kind: str, settings: dict, labels: tuple[str, ...], what: str
+) -> None:
+    """Random tokens in its place would be another start than the one that is named."""
+    section = method_section({"kind": kind, **settings})
+    with pytest.raises(UserError, match=f"finds no token in {what}.*; give a text"):
+        create_adapter(section, random_base("gpt2"), Demonstrations(["", " "], 0, labels))
+
+
 def test_a_run_goes_on_only_with_the_adapters_it_began_with(tmp_path: Path) -> None:
     base = load_base()
     for folder in ("first", "second"):

@@ -27,7 +27,8 @@ def start_tokens(
 ) -> Tensor | None:
     """Token ids `[num_virtual_tokens]` to start from; None for `random`.
 
-    `auto` is `task` here: what is better is found by a run, which then names it.
+    `auto` is `task` here: what is better is found by a run, which then names it. `task` without
+    any rows starts from random tokens. Raises UserError where a start that is named has no tokens.
     """
     count = section.num_virtual_tokens
     if section.start == "random":
@@ -52,8 +53,18 @@ def start_tokens(
             ids += token_ids(base, text)
             if len(ids) >= count:
                 break
-    if not ids:
+    if not ids and section.start in ("task", "auto") and not demonstrations.texts:
         return torch.randint(vocabulary, (count,))
+    if not ids:
+        what = {
+            "text": f"`start_text` ({section.start_text!r})",
+            "labels": f"the labels' words ({', '.join(map(repr, demonstrations.labels))})",
+        }.get(section.start, "the training rows")
+        raise UserError(
+            f"`{section.title}`: `start: {section.start}` has nothing to start from, because the "
+            f"base's tokenizer finds no token in {what}; give a text with words, or "
+            "`start: vocabulary` for random tokens"
+        )
     repeats = -(-count // len(ids))
     return torch.tensor((ids * repeats)[:count])
 

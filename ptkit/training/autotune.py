@@ -25,6 +25,7 @@ from ptkit.data.task import task_words
 from ptkit.errors import PtkitError, UserError
 from ptkit.formats.cell_record import CHOSEN_SETTINGS, ChosenSettings, TriedRate, TriedStart
 from ptkit.methods import Adapter
+from ptkit.methods.start import token_ids
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe.schema import TrainSection
 from ptkit.recipe.tasks import ClassificationTask, HeadedTask, Task
@@ -142,7 +143,11 @@ def _start(
     # A text may be a training row, and would be no help but its own: those are not scored.
     half = len(job.train) // 2
     order = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(job.seed))
-    candidates = starts(task, picked(examples, order[half:].numpy()), job.seed)
+    candidates = [
+        start
+        for start in starts(task, picked(examples, order[half:].numpy()), job.seed)
+        if "start_text" not in start or token_ids(job.adapter.base, start["start_text"])
+    ]
     budget = 2 * _rows_read(job.settings, START_SHARE) // len(candidates)
     rows = min(budget, 2 * job.settings.batch_size, half)
     if rows < FEWEST_ROWS:
