@@ -44,7 +44,6 @@ class RewardMargin(PairMetric):
     """Mean reward of the chosen answers minus that of the rejected ones; TRL's `rewards/margins`.
     0 for the base."""
 
-    limits: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
     needs: ClassVar[str | None] = "reward_margin"
     limits: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
     what = "rewards: beta times the log-probability that the adapter adds to an answer"
