@@ -118,6 +118,15 @@ def test_ensemble_of_one_adapter_twice_is_that_adapter(trained: Path) -> None:
     assert "at least two --adapter" in message
 
 
+def test_an_option_with_one_value_is_refused_when_it_is_given_twice(tmp_path: Path) -> None:
+    for arguments in (
+        ("classify", "hi", "-a", "one", "--adapter", "two"),
+        ("chat", "-a", "one", "-a", "two"),
+    ):
+        message = " ".join(refused(*arguments, cwd=tmp_path).split())
+        assert "--adapter is given 2 times, and takes one value" in message
+
+
 def test_input_file_and_standard_input_give_the_same_answers(trained: Path) -> None:
     (trained / "in.txt").write_text("kind[robot], name[Ada]\nkind[boat], name[Bo]\n")
     options = ("-a", "adapters/mine", "--max-new-tokens", "6")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from ptkit.cli.completion import complete_adapters, complete_models, complete_recipes
 from ptkit.cli.help import EXAMPLES, command_names
@@ -75,6 +76,25 @@ def test_reading_and_copying_recipes_and_listing_adapters_load_no_tensor_library
         ],
         tmp_path,
     )  # fmt: skip
+
+
+def test_no_command_drops_a_value_that_was_given() -> None:
+    """An option takes several values, or is refused when it is given twice."""
+    seen = 0
+    for name in command_names(app):
+        command: Any = typer.main.get_command(app)
+        for word in name.split():
+            command = command.commands[word]
+        for param in command.params:
+            if param.param_type_name != "option" or param.is_flag or param.multiple:
+                continue
+            seen += 1
+            line = [*name.split(), param.opts[0], "1", param.opts[-1], "2"]
+            done = CliRunner().invoke(app, line, env={"COLUMNS": "200"})
+            assert done.exit_code == 2, line
+            said = f"{param.opts[0]} is given 2 times, and takes one value: leave out all but one"
+            assert said in " ".join(done.output.split()), line
+    assert seen > 100
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""How help is shown: panels of commands, an example of each, and text as it is written.
+"""What all commands have in common: how help is shown, and how options are read.
+
+Help has panels of commands, an example of each, and text as it is written.
 
 Typer reads help as Rich's markup, which takes `[extra]` for a style and drops it. Here every text
 is escaped just before it is shown, so that sources and completion have it plain.
@@ -7,6 +9,7 @@ is escaped just before it is shown, so that sources and completion have it plain
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,11 +99,31 @@ class PlainCommand(TyperCommand):
         self.params, self.callback = read.params, read.callback
         return getattr(self, name)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options. One that takes a single value is refused when it is given twice: the
+        last would silently replace the others."""
+        if not ctx.resilient_parsing:
+            _, _, given = self.make_parser(ctx).parse_args(args=[*args])
+            for param, times in Counter(given).items():
+                if times > 1 and _is_single(param):
+                    ctx.fail(
+                        f"{param.opts[0]} is given {times} times, and takes one value: leave out "
+                        "all but one"
+                    )
+        return super().parse_args(ctx, args)
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""
         _escape(self)
         _escape_options(self)
         super().format_help(ctx, formatter)
+
+
+def _is_single(param: Any) -> bool:
+    """Whether `param` is an option with one value; a flag given twice says the same twice."""
+    if param.param_type_name != "option":
+        return False
+    return not (param.multiple or param.is_flag or param.count)
 
 
 class PlainGroup(TyperGroup):
