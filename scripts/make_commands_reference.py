@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ptkit.cli.help import EXAMPLES
+from ptkit.cli.commands import EXAMPLES
 from ptkit.cli.main import app
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "first-hour.md"

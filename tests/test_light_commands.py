@@ -15,8 +15,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from ptkit.cli.commands import EXAMPLES, command_names
 from ptkit.cli.completion import complete_adapters, complete_models, complete_recipes
-from ptkit.cli.help import EXAMPLES, command_names
 from ptkit.cli.main import app
 from ptkit.recipe.load import load_recipe, shipped_recipes
 

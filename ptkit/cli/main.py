@@ -43,7 +43,7 @@ from ptkit.cli import (
     transfer,
     verify,
 )
-from ptkit.cli.help import PlainGroup, with_examples
+from ptkit.cli.commands import PlainGroup, with_examples
 from ptkit.errors import PtkitError
 
 app = typer.Typer(
