@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+import threading
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch._dynamo.utils import counters
 
 from ptkit.bank import AdapterBank
 from ptkit.errors import AdapterError, ModelError
+from ptkit.runtime.facts import known
 from ptkit.runtime.forward import all_logits
 from ptkit.runtime.generation import generate
 
@@ -81,6 +84,41 @@ def test_what_is_compiled_knows_of_no_other_model(bank: AdapterBank, family: str
         gc.collect()
         torch.testing.assert_close(compiled(table.index), first)
     assert graphs() == 1
+
+
+def test_models_come_and_go_while_another_is_compiled() -> None:
+    """torch.compile reads what is known of models while the collector forgets others."""
+    model = torch.nn.Linear(2, 2)
+    others = [torch.nn.Linear(1, 1) for _ in range(2000)]
+    for each in (model, *others):
+        known(each, _is_wide)
+
+    def asked(values: torch.Tensor) -> torch.Tensor:
+        return values + float(known(model, _is_wide))
+
+    done = threading.Event()
+
+    def come_and_go() -> None:
+        while not done.is_set():
+            known(torch.nn.Linear(1, 1), _is_wide)
+
+    thread = threading.Thread(target=come_and_go)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread.start()
+    try:
+        for _ in range(5):
+            torch.compiler.reset()
+            compiled = torch.compile(asked, backend="eager", fullgraph=True)
+            assert compiled(torch.zeros(1)).item() == 0
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+
+
+def _is_wide(module: torch.nn.Linear) -> bool:
+    return module.in_features > 4
 
 
 def test_a_hundred_swaps_of_static_generation_recompile_nothing(

@@ -54,9 +54,9 @@ def require_greedy(model: PreTrainedModel, options: dict[str, Any]) -> None:
     wrong += [name for name in others if setting(model, options, name)]
     if wrong:
         raise UserError(
-            f"an ensemble by `average` writes one greedy answer, and {', '.join(wrong)} is set in "
-            "the call or in the model's generation config: set it back (`do_sample=False`, "
-            "`num_beams=1`), or use `vote`"
+            f"an ensemble by `average` writes one greedy answer, but {', '.join(wrong)} is set, in "
+            "the call or in the model's generation config; set it back in the call "
+            "(`do_sample=False`, `num_beams=1`), or use `vote`"
         )
 
 

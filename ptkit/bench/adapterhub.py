@@ -98,8 +98,8 @@ class AdapterHub(SeparatePeer):
 
     def _unusable(self, reason: str) -> str:
         return (
-            f"--peer-python {self.python}: this environment cannot run `adapters` ({reason}); give "
-            f"the `python` in the `bin` of one that can:\n{_recipe()}"
+            f"--peer-python {self.python}: {reason}; give the `python` in the `bin` of an "
+            f"environment that has `adapters`:\n{_recipe()}"
         )
 
 

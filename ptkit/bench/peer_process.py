@@ -111,7 +111,9 @@ class SeparatePeer:
             except OSError as error:
                 raise UserError(self._unusable(f"cannot be run ({error.strerror})")) from error
             except NotReadyError as error:
-                raise UserError(self._unusable(str(error))) from error
+                raise UserError(
+                    self._unusable(f"{self.library} cannot be imported ({error})")
+                ) from error
             self._opened = opened.pop_all()
 
     def __enter__(self) -> Self:
@@ -130,7 +132,8 @@ class SeparatePeer:
         raise NotImplementedError
 
     def _unusable(self, reason: str) -> str:
-        """The message where it cannot be run, with what to do."""
+        """The message where the process cannot be used, with what to do. reason: as it goes
+        on after the name of what was given"""
         raise NotImplementedError
 
     def _save(self, base: Base, folder: Path) -> None:

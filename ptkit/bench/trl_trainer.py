@@ -62,8 +62,8 @@ class TrlTrainer(SeparatePeer):
 
     def _unusable(self, reason: str) -> str:
         return (
-            f"--against trl: TRL cannot be imported here ({reason}); install it into this "
-            "environment, or apart, which changes no other package:\n"
+            f"--against trl: {reason}; install it into this environment, or apart, which changes "
+            "no other package:\n"
             "    pip install --no-deps --target trl-apart trl==1.16.0\n"
             "    PYTHONPATH=trl-apart ptkit bench train --against trl"
         )

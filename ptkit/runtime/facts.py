@@ -16,9 +16,13 @@ from torch import nn
 Fact = TypeVar("Fact")
 Asked = TypeVar("Asked", bound=nn.Module)
 
-#: By the module's id. Weak references as keys would make whatever torch.compile traces depend on
-#: every other model that is alive, for it guards all keys that are no plain values.
-_FACTS: dict[int, dict[Any, Any]] = {}
+
+class _Facts:
+    """An attribute for each module, of its id. torch.compile reads a dictionary whole, while the
+    garbage collector may take an entry out of it, and would depend on every other model's."""
+
+
+_FACTS = _Facts()
 _ADDING = threading.Lock()
 
 
@@ -40,12 +44,15 @@ def known(module: Asked, find: Callable[[Asked], Fact]) -> Fact:
     The answer must not hold `module`, which would then never be freed. All threads get the same
     object, even where several asked at the same time. What `find` raises is not kept.
     """
-    facts = _FACTS.get(id(module))
+    name = f"of_{id(module)}"
+    facts: dict[Any, Any] | None = getattr(_FACTS, name, None)
     if facts is not None and find in facts:
-        return facts[find]
+        kept: Fact = facts[find]
+        return kept
     found = find(module)
     with _ADDING:
-        if id(module) not in _FACTS:
-            _FACTS[id(module)] = {}
-            finalize(module, _FACTS.pop, id(module), None)
-        return _FACTS[id(module)].setdefault(find, found)
+        if not hasattr(_FACTS, name):
+            setattr(_FACTS, name, {})
+            finalize(module, delattr, _FACTS, name)
+        kept = getattr(_FACTS, name).setdefault(find, found)
+        return kept
