@@ -49,7 +49,6 @@ from ptkit.training.experiment import prepare
 from ptkit.training.failure import Failure, failed_cells
 from ptkit.training.forecast import Forecast, forecast, is_long
 from ptkit.training.observer import RunObserver
-from ptkit.training.own_recipe import found_from_here
 from ptkit.training.processes import processes
 from ptkit.training.ready import require_ready, require_supported
 from ptkit.training.run import run_cells
@@ -239,7 +238,7 @@ def _loaded(
 ) -> LoadedRecipe:
     """The recipe that the arguments of `train` and `compare` ask for."""
     loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
-    return found_from_here(loaded) if dataset is None else with_rows(loaded, dataset)
+    return loaded if dataset is None else with_rows(loaded, dataset)
 
 
 def _chosen(

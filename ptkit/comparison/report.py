@@ -13,7 +13,13 @@ from ptkit.comparison.answers import browsable
 from ptkit.comparison.autotuned import autotuned, starts_tried
 from ptkit.comparison.charts import charts_of, colours
 from ptkit.comparison.drawing import on_page
-from ptkit.comparison.scored import count_scored, kind_scored, on_the_same_rows, span
+from ptkit.comparison.scored import (
+    count_scored,
+    kind_scored,
+    on_the_same_rows,
+    retained,
+    span,
+)
 from ptkit.comparison.summary import MethodSummary, baseline_of, basis, best_of
 from ptkit.evaluation.statistics import Interval
 from ptkit.metrics.registry import metric
@@ -69,7 +75,7 @@ def page_values(
     generation = isinstance(recipe.task, GenerationTask | ConversationTask)
     shade = colours(summaries)
     machines = {r.hardware: None for s in summaries for r in s.records}
-    retained = [r.retention for s in summaries for r in s.records if r.retention is not None]
+    measured = retained(summaries)
     beside = on_the_same_rows(summaries)
     return {
         "anchor": anchor,
@@ -93,8 +99,8 @@ def page_values(
         "samples": _samples(beside, generation=generation),
         "browsable": browsable(beside, generation=generation),
         "shown": beside[0].records[0],
-        "tokens": span(r.tokens for r in retained) if retained else "",
-        "drift_tokens": span(r.drift_tokens for r in retained) if retained else "",
+        "tokens": span(r.tokens for r in measured) if measured else "",
+        "drift_tokens": span(r.drift_tokens for r in measured) if measured else "",
         "n_seeds": max(len(s.records) for s in summaries),
         "signatures": _signatures(summaries),
         "searches": _searches(summaries),

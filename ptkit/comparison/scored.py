@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from ptkit.comparison.charts import best_of_families
 from ptkit.comparison.summary import MethodSummary, best_of
 from ptkit.evaluation.prediction import Prediction
-from ptkit.formats.figures import scored_rows
+from ptkit.formats.figures import RecordedRetention, scored_rows
 
 
 def span(counts: Iterable[int], form: str = ",") -> str:
@@ -32,6 +32,12 @@ def kind_scored(summaries: Sequence[MethodSummary]) -> str:
     unlike = {other for other, counts in leaks.items() if len(counts) > 1}
     kinds = dict.fromkeys((record.test_split, record.test_chose) for record in records)
     return " or ".join(scored_rows(*kind, most, unlike) for kind in kinds)
+
+
+def retained(summaries: Sequence[MethodSummary]) -> list[RecordedRetention]:
+    """What is left of the base under each cell, of those where it was measured."""
+    records = (record for s in summaries for record in s.records)
+    return [record.retention for record in records if record.retention is not None]
 
 
 def on_the_same_rows(summaries: Sequence[MethodSummary]) -> list[MethodSummary]:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ptkit.comparison import figures
 from ptkit.comparison.notebook import shown_in_notebook
-from ptkit.comparison.scored import count_scored, kind_scored, span
+from ptkit.comparison.scored import count_scored, kind_scored, retained, span
 from ptkit.comparison.summary import MethodSummary, basis, best_of
 from ptkit.evaluation.statistics import Interval
 from ptkit.training.failure import Failure
@@ -101,11 +101,10 @@ def caption(
             f"; seeds of {names} were trained {max(s.trained_together for s in together)} in a "
             "batch: time is a seed's share of it, memory that of the whole batch"
         )
-    retained = [r.retention for s in summaries for r in s.records if r.retention is not None]
-    if retained:
+    if measured := retained(summaries):
         over_seeds = ", ± over seeds" if spread else ""
         text += (
-            f"; forgetting: nats per token on {span(r.tokens for r in retained)} tokens of "
+            f"; forgetting: nats per token on {span(r.tokens for r in measured)} tokens of "
             f"general text with the adapter on{over_seeds}; retention: next-token accuracy "
             "there, after / before; off: base logits with the adapter switched off"
         )

@@ -17,22 +17,22 @@ from ptkit.recipe.tasks import ChatTask
 #: What a task can be drafted for; `auto` finds it from the columns.
 Goal = Literal["auto", "classification", "token_classification", "generation", "chat"]
 
+#: Names of labels that mostly say what kind of row it is.
+_KINDS = "category|topic|tag|type|queue|department|priority|language|rating|stars"
+_KIND_OF_ROW = re.compile(rf"({_KINDS})$", re.IGNORECASE)
 _LABEL = re.compile(
-    r"(label|labels|class|category|intent|sentiment|topic|tag|type|queue|department|priority|"
-    r"language|rating|stars|is_\w+|has_\w+|\w+_label|label_\w+|gold|y)$", re.IGNORECASE,
-)  # fmt: skip
-_TARGET = re.compile(
-    r"(target|output|answer|response|completion|summary|highlights|translation|reply|reference|"
-    r"rewrite|expected|result|target_text|\w+_target|sql|code|title|headline)s?$", re.IGNORECASE,
-)  # fmt: skip
-#: Names of labels that mostly say what kind of row it is, and of texts that are mostly learnt.
-_KIND_OF_ROW = re.compile(
-    r"(category|topic|tag|type|queue|department|priority|language|rating|stars)$", re.IGNORECASE
+    rf"(label|labels|class|intent|sentiment|{_KINDS}|is_\w+|has_\w+|\w+_label|label_\w+|gold|y)$",
+    re.IGNORECASE,
 )
-_ANSWER = re.compile(
-    r"(target|output|answer|response|completion|summary|highlights|translation|reply|rewrite|"
-    r"target_text|\w+_target)$", re.IGNORECASE,
-)  # fmt: skip
+#: Names of texts that are mostly learnt, whatever stands beside them.
+_ANSWERS = (
+    "target|output|answer|response|completion|summary|highlights|translation|reply|rewrite|"
+    r"target_text|\w+_target"
+)
+_ANSWER = re.compile(rf"({_ANSWERS})$", re.IGNORECASE)
+_TARGET = re.compile(
+    rf"({_ANSWERS}|reference|expected|result|sql|code|title|headline)s?$", re.IGNORECASE
+)
 #: Columns that hold conversations, whatever else a file has.
 _CHAT = ({"messages"}, {"conversations"}, {"instruction", "output"}, {"prompt", "completion"})
 

@@ -34,6 +34,7 @@ from ptkit.runtime.base_model import Base, load_base
 from ptkit.runtime.devices import resolve_device
 from ptkit.runtime.forward import require_embedded
 from ptkit.runtime.heads import Labels
+from ptkit.training.own_recipe import found_from_here
 from ptkit.training.processes import DataParallel, processes
 from ptkit.training.retain import general_windows
 
@@ -192,7 +193,7 @@ def _labels(task: Task) -> Labels | None:
 def read_data(loaded: LoadedRecipe) -> tuple[LoadedRecipe, TaskData, dict[str, str] | None]:
     """All that a run reads before its base: the recipe with its chat template read, the rows, and
     the general text, if any. Raises UserError for what a run would refuse of these."""
-    loaded = _with_chat_template(loaded)
+    loaded = _with_chat_template(found_from_here(loaded))
     recipe, retention = loaded.recipe, loaded.recipe.retention
     require_supported_launch()
     for tracker in recipe.train.report_to:  # accelerate would go on without it
