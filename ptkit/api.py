@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -29,6 +28,7 @@ from ptkit.drafting.files import Source
 from ptkit.drafting.goal import Goal
 from ptkit.errors import PtkitError, UserError, did_you_mean
 from ptkit.extras import require
+from ptkit.formats import atomic
 from ptkit.formats.adapter_folder import CONFIG
 from ptkit.formats.cell_record import CellRecord
 from ptkit.formats.folder_lock import held, require_free
@@ -375,6 +375,6 @@ def _start_over(folder: Path, loaded: LoadedRecipe) -> None:
     """Delete `folder`, a run or comparison, once for all processes."""
     if is_first() and folder.exists():
         require_own(folder)  # again: somebody may work in it by now
-        shutil.rmtree(folder)
+        atomic.remove(folder)
     if world_size() > 1:  # none looks for finished cells before the old ones are deleted
         processes(resolve_device(loaded.recipe.model.device)).wait_for_everyone()

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ptkit.errors import UserError
 from ptkit.formats import atomic
 
 #: Everything by which `ptkit.formats.atomic` changes a disk.
@@ -110,6 +111,34 @@ def test_killed_anywhere_the_folder_is_the_old_or_the_new_one(
                 shutil.rmtree(state)
         call += 1
     assert call > 8, "nothing was tried"
+
+
+def test_killed_while_it_is_deleted_a_folder_is_whole_or_gone() -> None:
+    files = {"a": b"1", "sub/b": b"2", "sub/deep/c": b"3"}
+    call, finished = 1, False
+    while not finished:
+        with home() as folder:
+            write(folder / "x", files)
+            with ends_at(call, Killed, for_good=True, exchanges=True) as made:
+                try:
+                    atomic.remove(folder / "x")
+                    finished = True
+                except Killed:
+                    pass
+            assert read(folder / "x") in (files, None), made
+            atomic.remove_leftovers(folder)
+            assert read(folder / "x") in (files, None), made
+            assert {p.name for p in folder.iterdir()} <= {"x"}
+        call += 1
+    assert call > 6, "nothing was tried"
+
+
+def test_a_link_to_a_folder_is_not_deleted(tmp_path: Path) -> None:
+    write(tmp_path / "there", {"a": b"1"})
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with pytest.raises(UserError, match="is a link to a folder"):
+        atomic.remove(tmp_path / "link")
+    assert read(tmp_path / "link") == {"a": b"1"}
 
 
 @pytest.mark.parametrize("exchanges", [True, False])

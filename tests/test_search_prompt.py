@@ -93,12 +93,13 @@ def test_what_cannot_be_searched_is_refused() -> None:
 
 def test_the_command_prints_a_method_for_a_recipe(tmp_path: Path) -> None:
     options = (
-        "search-prompt", "message-routing", "--rounds", "1", "--candidates", "2", "--rows", "4",
-        "--text", "about", "--set", "task.data.limits={train: 20, validation: 4, test: 2}",
+        "search-prompt", "message-routing", "--rounds", "1", "--candidates", "2", "--text", "about",
+        "--set", "task.data.limits={train: 20, validation: 4, test: 2}",
     )  # fmt: skip
-    found = json.loads(ptkit(*options, "--json", cwd=tmp_path).stdout)
+    four = (*options, "--rows", "4")
+    found = json.loads(ptkit(*four, "--json", cwd=tmp_path).stdout)
     assert found["loss"] <= found["losses"][0]
-    shown = ptkit(*options, cwd=tmp_path)
+    shown = ptkit(*four, cwd=tmp_path)
     assert f"instruction: {json.dumps(found['text'])}" in shown.stdout
     assert "on 4 training rows" in shown.stdout
     few = ptkit(*options, "--rows", "100", "--json", cwd=tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -110,6 +109,7 @@ def rm(
 ) -> None:
     """Delete adapter folders. Nothing else is deleted, and runs are not adapters."""
     from ptkit.errors import UserError
+    from ptkit.formats import atomic
     from ptkit.formats.adapter_folder import CONFIG
 
     for folder in folders:
@@ -122,7 +122,7 @@ def rm(
         if not typer.confirm(f"Delete {names}?", err=True):
             raise UserError("nothing was deleted")
     for folder in folders:
-        shutil.rmtree(folder)
+        atomic.remove(folder)
         if json_output:
             typer.echo(json.dumps({"deleted": str(folder)}))
         elif quiet:

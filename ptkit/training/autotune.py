@@ -100,7 +100,7 @@ def autotune(
             settled = section.model_copy(update=chosen.settings)
             chosen = chosen.updated(**_rate(settled, make, folder / "rates"))
         CHOSEN_SETTINGS.write(done, chosen)
-        shutil.rmtree(folder / "rates", ignore_errors=True)
+    shutil.rmtree(folder / "rates", ignore_errors=True)
     chosen = CHOSEN_SETTINGS.read_file(done)
     return Autotuned(section.model_copy(update=chosen.settings), chosen)
 

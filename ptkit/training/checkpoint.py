@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -85,7 +84,7 @@ def keep_only(run: Path, step: int) -> None:
     """Delete all checkpoints of `run` but the one after `step`."""
     for path in _checkpoints(run):
         if path != _folder(run, step):
-            shutil.rmtree(path)
+            atomic.remove(path)
 
 
 def saved_progress(run: Path) -> list[Progress]:
@@ -135,7 +134,7 @@ def load_checkpoint(
 def remove_checkpoints(run: Path) -> None:
     """Delete what a finished run no longer needs."""
     for path in _checkpoints(run):
-        shutil.rmtree(path)
+        atomic.remove(path)
 
 
 def _progress(path: Path) -> Progress:

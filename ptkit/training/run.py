@@ -123,8 +123,8 @@ def _run_trial(experiment: Experiment, cell: Cell, observer: RunObserver | None)
             adapter.close()
         loss, seconds = progress.best_loss, progress.seconds
         TRIAL_RECORD.write(done, TrialRecord(validation_loss=loss, seconds=seconds))
-        remove_checkpoints(cell.folder)
         observer.trial_finished(cell.name, progress.best_loss)
+    _tidy(cell.folder)
     return TRIAL_RECORD.read_file(done).validation_loss
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -74,4 +73,4 @@ def delete_run_folder(path: Path, what: str) -> None:
     if not path.exists():
         raise UserError(f"{folder} is not a {what}; --fresh does not delete it")
     require_free(folder)
-    shutil.rmtree(folder)
+    atomic.remove(folder)
