@@ -250,6 +250,9 @@ def test_what_would_be_computed_wrongly_is_refused() -> None:
         model()
     with pytest.raises(ModelError, match="return_dict_in_generate"):
         model.generate(ids, return_dict_in_generate=True)
+    for batching in ("generate_batch", "init_continuous_batching"):
+        with pytest.raises(ModelError, match="continuous batching reads no prefix"):
+            getattr(model, batching)([[5, 6, 7]])
     with pytest.raises(UserError, match="tokenizer"):
         trainable_model(random_model("llama"))
     with pytest.raises(UserError, match="trainable_model"):

@@ -110,6 +110,16 @@ class AdaptedModel:
         read = ids.repeat_interleave(len(written) // len(prompts), 0)
         return torch.cat([read, answers], dim=1)
 
+    def generate_batch(self, *_: Any, **__: Any) -> Any:
+        """Raises ModelError: transformers' continuous batching has no place for a prefix."""
+        raise ModelError(
+            "transformers' continuous batching reads no prefix; `generate` takes many rows, and "
+            "`ptkit serve` batches continuously"
+        )
+
+    init_continuous_batching = generate_batch
+    continuous_batching_context_manager = generate_batch
+
     @property
     def base_model(self) -> nn.Module:
         """The backbone, whose hidden states are those of rows that read the adapter's prefix."""
