@@ -237,7 +237,12 @@ def _loaded(
     dataset: Rows | None,
 ) -> LoadedRecipe:
     """The recipe that the arguments of `train` and `compare` ask for."""
-    loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
+    if isinstance(recipe, LoadedRecipe):
+        if overrides:
+            raise UserError("the recipe is loaded already; give `overrides` to `load_recipe`")
+        loaded = recipe
+    else:
+        loaded = load_recipe(recipe, overrides)
     return loaded if dataset is None else with_rows(loaded, dataset)
 
 
@@ -373,8 +378,8 @@ def require_own(folder: Path) -> None:
 
 def _start_over(folder: Path, loaded: LoadedRecipe) -> None:
     """Delete `folder`, a run or comparison, once for all processes."""
-    if is_first() and folder.exists():
+    if is_first():
         require_own(folder)  # again: somebody may work in it by now
-        atomic.remove(folder)
+        atomic.remove(folder)  # what a killed call left of it, too
     if world_size() > 1:  # none looks for finished cells before the old ones are deleted
         processes(resolve_device(loaded.recipe.model.device)).wait_for_everyone()

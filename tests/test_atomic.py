@@ -133,6 +133,16 @@ def test_killed_while_it_is_deleted_a_folder_is_whole_or_gone() -> None:
     assert call > 6, "nothing was tried"
 
 
+def test_what_a_kill_left_of_a_folder_is_deleted_with_the_next(tmp_path: Path) -> None:
+    for name in (".x.0a1b.gone", ".x.2c3d.gone", ".y.4e5f.gone", ".x.6071.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_bytes(b"1")
+    atomic.remove(tmp_path / "x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".x.6071.tmp", ".y.4e5f.gone"]
+    atomic.remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_link_to_a_folder_is_not_deleted(tmp_path: Path) -> None:
     write(tmp_path / "there", {"a": b"1"})
     (tmp_path / "link").symlink_to(tmp_path / "there")

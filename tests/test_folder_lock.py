@@ -77,6 +77,14 @@ def test_what_was_made_for_the_lock_is_gone_unless_something_is_in_it(tmp_path: 
     assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["x"]
 
 
+def test_what_a_killed_one_wrote_of_its_name_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "..lock.json.abcd.tmp").write_text("{")
+    (tmp_path / "kept").write_text("")
+    with held(tmp_path):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]
+
+
 def test_of_many_threads_one_works_in_a_folder(tmp_path: Path) -> None:
     inside, most, refused = [], [], []
 

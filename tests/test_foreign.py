@@ -426,6 +426,35 @@ def test_biases_that_an_adapter_trained_are_given_back(tmp_path: Path) -> None:
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize("way", ["alone", "bank"])
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"alora_invocation_tokens": [3, 4]}, "does not compute .`alora_invocation_tokens`"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "does not compute .`layer_replication`"),
+        ({"use_qalora": True}, "does not compute .`use_qalora`"),
+        ({"r": 8}, "have rank 2, and the settings say 8"),
+        ({"rank_pattern": {"q_proj": 4}}, "have rank 2, and the settings say 4"),
+        ({"init_lora_weights": "olora"}, "`init_lora_weights: olora`"),
+        ({"init_lora_weights": "pissa_niter_4"}, "`init_lora_weights: pissa_niter_4`"),
+    ],
+)
+def test_lora_of_a_variant_that_is_not_computed_is_refused(
+    settings: dict[str, object], told: str, way: str, tmp_path: Path
+) -> None:
+    """Left out, each of them gives other logits than PEFT does, or fits no weights."""
+    base = base_named("org/base")
+    with pytest.raises(AdapterError, match=told):
+        into(base, edited(lora_folder(tmp_path), settings), way)
+    assert not any("lora" in name for name, _ in base.model.named_modules())
+
+
+def test_settings_of_lora_that_change_no_logits_are_read_past(tmp_path: Path) -> None:
+    settings = {"init_lora_weights": "gaussian", "layers_to_transform": [1], "exclude_modules": "x"}
+    folder = lora_folder(tmp_path, rank_pattern={"layers.1.self_attn.q_proj": 3}, **settings)
+    into(base_named("org/base"), folder, "bank")
+
+
 @given(st.one_of(st.text(min_size=1), st.lists(st.integers(), min_size=1), st.just({"a": 1})))
 def test_saved_modules_that_are_no_names_are_refused(value: object) -> None:
     with pytest.raises(AdapterError, match="should be a list of modules' names"):

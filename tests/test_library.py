@@ -20,7 +20,7 @@ from test_engine import Asked
 from test_peft_parity import LEARNT, make_adapter
 
 from ptkit.bank import AdapterBank
-from ptkit.errors import AdapterError
+from ptkit.errors import AdapterError, UserError
 from ptkit.formats import atomic
 from ptkit.formats.adapter_files import write_adapter
 from ptkit.formats.adapter_folder import CONFIG, INFO, WEIGHTS
@@ -150,6 +150,67 @@ def test_an_upload_is_served_from_its_own_folder_and_read_again_when_that_change
     assert not library.upload("mine", prefix_files(library, tmp_path / "two", 2))
     assert library.bank.status("mine").version == 2
     assert not torch.equal(library.bank.prefix("mine").flat(), first.flat())
+
+
+@pytest.mark.parametrize("beside", ["checkpoint-5/x.json", "mine.txt"])
+@pytest.mark.parametrize("served", [True, False])
+def test_an_upload_replaces_no_folder_that_holds_other_things(
+    served: bool, beside: str, library: Library, tmp_path: Path
+) -> None:
+    files = prefix_files(library, tmp_path / "one", 1)
+    if served:
+        library.upload("mine", files)
+    kept = library.root / "mine" / beside
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text("precious")
+    with pytest.raises(
+        UserError, match=rf"holds `{kept.relative_to(library.root / 'mine').parts[0]}`"
+    ):
+        library.upload("mine", files)
+    assert kept.read_text() == "precious"
+    (library.root / "file").write_text("precious")
+    with pytest.raises(UserError, match="is a file"):
+        library.upload("file", files)
+
+
+@pytest.mark.parametrize("change", ["gone", "damaged", "record gone"])
+def test_an_adapter_in_use_is_asked_as_its_own_files_said_whatever_becomes_of_them(
+    change: str, library: Library, tmp_path: Path
+) -> None:
+    library.upload("mine", prefix_files(library, tmp_path / "one", 1))
+    folder = library.root / "mine"
+    task = {"kind": "classification", "input": "Q: {text}", "verbalizer": {"a": "w1", "b": "w2"}}
+    (folder / INFO).write_text(json.dumps({"task": task}))
+    before = library.bank.prefix("mine")
+    assert library.template("mine") == "Q: {text}"
+    if change == "gone":
+        folder.rename(tmp_path / "elsewhere")
+    elif change == "damaged":
+        (folder / INFO).write_text("{")
+    else:  # half of a copy: what is there is a sound adapter of PEFT's
+        (folder / INFO).unlink()
+        (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1])
+    assert library.bank.prefix("mine") is before
+    assert library.template("mine") == "Q: {text}"
+    found = library.task("mine")
+    assert found is not None
+    assert found.verbalizer == task["verbalizer"]
+
+
+def test_changed_files_of_a_lora_are_told_and_loaded_by_a_swap(
+    library: Library, tmp_path: Path
+) -> None:
+    for number in range(2):
+        save_lora("gpt2", tmp_path / f"l{number}", seed=number)
+    library.upload("mine", files_of(tmp_path / "l0"))
+    folder = library.root / "mine"
+    assert library.card("mine").fault is None
+    for name, content in files_of(tmp_path / "l1").items():
+        (folder / name).write_bytes(content)
+    assert "`swap` loads them" in str(library.card("mine").fault)
+    library.load("mine", path="mine", hub=None, replace=True)
+    assert library.card("mine").fault is None
+    assert library.bank.status("mine").version == 2
 
 
 def spoilt(files: dict[str, bytes]) -> dict[str, dict[str, bytes]]:

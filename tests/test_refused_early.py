@@ -15,6 +15,7 @@ from ptkit.data.read_files import read_files
 from ptkit.data.task import _Unknown
 from ptkit.errors import DataError
 
+ADAPTERS = Path(__file__).parent.parent / "adapters"
 LABELS = ("a/b", "bill ing", "delivery")
 
 
@@ -213,3 +214,31 @@ def test_a_label_of_one_row_is_counted_once_where_a_file_is_several_splits() -> 
         unknown.add("spam", "t.csv, row 2")
     with pytest.raises(DataError, match=r"^t.csv, row 2: the label `spam`"):
         unknown.require_none()
+
+
+@pytest.mark.parametrize(
+    ("out", "told"),
+    [("all", "is in all, and would be deleted"), (".", "the current folder"), ("..", "one above")],
+)
+@pytest.mark.parametrize(
+    "command",
+    [["export", "all/mine"], ["export", "all/mine", "--as", "mlx"], ["convert", "all/mine"],
+     ["import", "all/mine"]],
+)  # fmt: skip
+def test_force_replaces_no_folder_that_holds_what_is_read_or_works(
+    command: list[str], out: str, told: str, tmp_path: Path
+) -> None:
+    for name in ("mine", "other"):
+        shutil.copytree(ADAPTERS / "facts-prompt", tmp_path / "all" / name)
+    more = ["--to", "prefix"] if command[0] == "convert" else []
+    assert told in refused(*command, *more, "--out", out, "--force", cwd=tmp_path)
+    assert {p.name for p in (tmp_path / "all").iterdir()} == {"mine", "other"}
+
+
+def test_what_a_killed_writer_left_is_no_adapter_and_no_run(tmp_path: Path) -> None:
+    for place in ("all/mine", "all/.other.0a1b2c3d.tmp", "runs/.gone.0a1b2c3d.gone/adapter"):
+        shutil.copytree(ADAPTERS / "facts-prompt", tmp_path / place)
+    listed = ptkit("adapters", "ls", "all", "--json", cwd=tmp_path).stdout
+    assert "mine" in listed
+    assert "other" not in listed
+    assert "0 adapters" in ptkit("adapters", "ls", "runs", cwd=tmp_path).stdout

@@ -412,6 +412,11 @@ def test_an_upload_is_kept_whole_or_not_at_all(library: PrefixLibrary, root: Pat
         library.upload("sent", {**sent, "adapter_model.bin": b""})
     assert library.version("sent").digest == library.version("facts-prefix").digest
     assert sorted(p.name for p in root.iterdir()) == ["facts-prefix", "facts-prompt", "sent"]
+    (root / "mine").mkdir()
+    (root / "mine" / "notes.txt").write_text("precious")
+    with pytest.raises(UserError, match=r"holds `notes\.txt`"):
+        library.upload("mine", sent)
+    assert (root / "mine" / "notes.txt").read_text() == "precious"
 
 
 def test_a_server_whose_adapters_are_fixed_changes_none(

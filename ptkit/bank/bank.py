@@ -20,6 +20,7 @@ from ptkit.data.chat_template import ChatTemplate
 from ptkit.data.encode import require_apart
 from ptkit.data.tokens import listed, without_lead
 from ptkit.errors import DataError
+from ptkit.formats.adapter_info import Asked
 from ptkit.runtime.generation import generate
 from ptkit.runtime.scoring import continuation_scores
 
@@ -50,11 +51,16 @@ class AdapterBank(ResidentAdapters):
         begun = any(map(self._store.begins_text, parts_of_row(row)))
         return without_lead(ids, self.base.lead) if begun else list(ids)
 
+    def asked(self, name: str) -> Asked:
+        """How the adapter `name` is asked, as the files say that are in use. Raises AdapterError
+        where it is unknown, or its files, needed now, are bad."""
+        return self._lora[name].asked if name in self._lora else self._store.asked(name)
+
     def chat_template(self, row: RowNames) -> ChatTemplate:
         """The template in which `row` is asked: the one that its adapter was trained with, of
         several the first that has one. Otherwise it is the base's own."""
         for name in parts_of_row(row):
-            chat = self._lora[name].chat if name in self._lora else self._store.chat(name)
+            chat = self.asked(name).chat
             if chat is not None:
                 return ChatTemplate.of_record(self.base.tokenizer, chat)
         return ChatTemplate(self.base.tokenizer)

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ptkit.bank.source import CheckedAdapter, Stamp
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
-from ptkit.formats.adapter_info import ChatInfo
+from ptkit.formats.adapter_info import Asked
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.locks import lock_of, running
 from ptkit.runtime.row_adapters import row_adapters, rows_run_with
@@ -46,13 +47,14 @@ class LoadedLora:
     """A LoRA adapter in the base.
 
     internal: its name inside PEFT's layers; version: one more with every replacement
-    chat: how it is asked in conversations, as its files record it
+    asked: how it is asked, as its files record it; stamp: of those files
     """
 
     internal: str
     path: Path
     version: int
-    chat: ChatInfo | None = None
+    asked: Asked
+    stamp: Stamp
 
 
 class LoraRows:
@@ -84,14 +86,14 @@ class LoraRows:
         name: str,
         files: AdapterFiles,
         path: Path,
+        read: CheckedAdapter,
         along: Callable[[], Path] | None = None,
-        chat: ChatInfo | None = None,
     ) -> None:
         """Put the LoRA adapter `files` into the base under `name`; nothing runs with it yet.
 
+        read: what `files` are, or are a part of
         along: called in the same moment, when all else has succeeded, while no batch runs. It
             returns where the files are from now on, instead of `path`
-        chat: how it is asked in conversations
 
         Raises AdapterError for kinds of LoRA that PEFT cannot mix within a batch, and when the
         tensors do not fit the base. Whatever is raised, by `along` too, the base is as it was.
@@ -122,7 +124,9 @@ class LoraRows:
                 raise
             replaced = self._loaded.get(name)
             version = 1 if replaced is None else replaced.version + 1
-            self._loaded[name] = LoadedLora(internal, path, version, chat)
+            self._loaded[name] = LoadedLora(
+                internal, path, version, read.files.info.asked, read.stamp
+            )
             if replaced is not None:
                 self._remove(replaced.internal)
 

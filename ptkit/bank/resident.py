@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ptkit.bank.lora_rows import LoraRows
-from ptkit.bank.source import locate, name_of, read_checked, require_files
+from ptkit.bank.source import locate, name_of, read_checked, require_files, stamp
 from ptkit.bank.store import AdapterStatus, BankCounts, PrefixStore
 from ptkit.errors import AdapterError, ModelError
 from ptkit.formats.adapter_folder import adapter_folders
@@ -141,7 +141,7 @@ class ResidentAdapters:
                 self._store.put(name, prefix, method, None, None)
             return place
 
-        self._lora.load(name, lora, path, along, read.files.info.chat)
+        self._lora.load(name, lora, path, read, along)
         return name
 
     def swap(self, name: str, source: str | Path) -> None:
@@ -277,14 +277,18 @@ class ResidentAdapters:
         if name not in self._lora:
             return self._store.status(name)
         lora, size = self._lora[name], self._lora.nbytes(name)
+        # Unlike a prefix, it cannot be exchanged under the rows that run with it.
+        changed = stamp(lora.path) != lora.stamp
+        fault = f"the files of `{name}` have changed; `swap` loads them" if changed else None
         if name not in self._store:
             return AdapterStatus(
-                name, lora.path, "lora", "resident", lora.version, 0, size, pinned=True
+                name, lora.path, "lora", "resident", lora.version, 0, size, True, fault
             )
         prefix = self._store.status(name)
         return replace(
-            prefix, path=lora.path, version=lora.version, nbytes=size + (prefix.nbytes or 0)
-        )
+            prefix, path=lora.path, version=lora.version, nbytes=size + (prefix.nbytes or 0),
+            fault=fault,
+        )  # fmt: skip
 
     @property
     def counts(self) -> BankCounts:

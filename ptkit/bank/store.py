@@ -14,7 +14,7 @@ import torch
 from ptkit.bank.cache import PrefixCache
 from ptkit.bank.source import CheckedAdapter, Stamp, read_checked, stamp
 from ptkit.errors import AdapterError, did_you_mean
-from ptkit.formats.adapter_info import ChatInfo
+from ptkit.formats.adapter_info import Asked
 from ptkit.methods import compile_files
 from ptkit.prefix import Compiled, KVPrefix
 from ptkit.runtime.base_model import Base
@@ -77,7 +77,7 @@ class _Entry:
     stamp: of the files the prefix in memory was read from; refused: of files found bad
     chosen: the user named the bank's base for it (see `require_same_base`)
     begins_text: see `KVPrefix.begins_text`
-    chat: how it is asked in conversations, as its files record it
+    asked: how it is asked, as the files that are in use record it
     """
 
     name: str
@@ -92,7 +92,7 @@ class _Entry:
     virtual_tokens: int | None = None
     nbytes: int | None = None
     begins_text: bool = False
-    chat: ChatInfo | None = None
+    asked: Asked = field(default_factory=Asked)
     reading: threading.Lock = field(default_factory=threading.Lock)
 
     def on_disk(self) -> bool:
@@ -155,13 +155,12 @@ class PrefixStore:
                 raise AdapterError(f"`{name}` is in the bank already; `swap` replaces it")
             self._entries[name] = _Entry(name, path, chosen=chosen)
 
-    def chat(self, name: str) -> ChatInfo | None:
-        """How `name` is asked in conversations; None where nothing is recorded. Its files are read
-        where they were not."""
+    def asked(self, name: str) -> Asked:
+        """How `name` is asked. Its files are read where they were not."""
         entry = self._entry(name)
         if not entry.version:
             self.get(name)
-        return entry.chat
+        return entry.asked
 
     def require_room(self, name: str, prefix: Compiled) -> None:
         """Raise AdapterError when `prefix` is larger than all that may be on the device."""
@@ -186,7 +185,7 @@ class PrefixStore:
         entry.stamp = None if read is None else read.stamp
         entry.chosen = read is not None and read.chosen
         entry.begins_text = isinstance(prefix, KVPrefix) and prefix.begins_text
-        entry.chat = None if read is None else read.files.info.chat
+        entry.asked = Asked() if read is None else read.files.info.asked
         with self._lock:
             before = self._entries.get(name)
             entry.version = 1 if before is None else before.version + 1
@@ -287,7 +286,7 @@ class PrefixStore:
             entry.version += read.stamp != entry.stamp
             entry.stamp, entry.fault, entry.refused = read.stamp, None, None
             entry.method = read.files.peft_type.lower()
-            entry.chat = read.files.info.chat
+            entry.asked = read.files.info.asked
         return self._published(entry, self.on_device(prefix))
 
     def _published(self, entry: _Entry, prefix: Compiled) -> Compiled:

@@ -39,7 +39,7 @@ def convert(
     Takes PEFT's prompt tuning, P-tuning, prefix tuning, CPT, cartridge and multi-task adapters.
     """
     require_adapters(adapter)
-    require_free(out, force=force)
+    require_free(out, adapter, force=force)
     require_model(model)
 
     from ptkit.hub.convert import convert_adapter

@@ -100,7 +100,7 @@ def export(
     Reparameterisation is folded in. `PeftModel.from_pretrained(base, OUT)` loads the result.
     """
     require_adapters(*runs)
-    require_free(out, force=force)
+    require_free(out, *runs, force=force)
     require_file("--gguf", gguf)
     engine_settings = {"dtype": dtype and dtype.value, "gguf": gguf,
                        "flash_attention": flash_attention}  # fmt: skip

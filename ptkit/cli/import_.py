@@ -38,7 +38,7 @@ def import_(
     process that builds tensors and runs nothing.
     """
     require_something(source)
-    require_free(out, force=force)
+    require_free(out, source, force=force)
     require_model(model)
 
     from ptkit.hub.imports import import_adapter

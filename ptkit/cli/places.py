@@ -67,8 +67,15 @@ def require_model(model: str | None) -> None:
         raise ModelError(f"cannot load the base model `{model}`: no such folder")
 
 
-def require_free(out: Path, *, force: bool) -> None:
-    """Raise UserError where `out` exists and is not to be replaced."""
+def require_free(out: Path, *sources: str | Path, force: bool) -> None:
+    """Raise UserError where `out` exists and is not to be replaced, or may not be: what is read
+    from `sources` would be deleted with it."""
     from ptkit.formats.atomic import require_free
 
     require_free(out, replace=force)
+    for source in sources:
+        if out.is_dir() and out.resolve() in Path(source).resolve().parents:
+            raise UserError(
+                f"{source} is in {out}, and would be deleted with all else there; give --out a "
+                "folder of its own"
+            )

@@ -82,13 +82,19 @@ def adapter_folders(folder: Path) -> list[Path]:
 
 def _below(folder: Path) -> list[Path]:
     atomic.settle_all(folder)
-    return sorted(path for path in folder.iterdir() if (path / CONFIG).is_file())
+    return sorted(p for p in folder.iterdir() if not is_hidden(p) and (p / CONFIG).is_file())
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether readers pass `path` by: it is what a writer has not finished (see `atomic`), or the
+    system's own."""
+    return path.name.startswith(".")
 
 
 def runs_below(path: Path) -> list[Path]:
     """Finished runs below `path`, at most two folders down, and `path` itself where it is one."""
     found = {place.parent.parent for place in path.glob(f"adapter/{CONFIG}")}
-    for depth in ("*", "*/*"):  # a run, runs of a recipe, and of several
+    for depth in ("[!.]*", "[!.]*/[!.]*"):  # a run, runs of a recipe, and of several; none hidden
         found |= {place.parent.parent for place in path.glob(f"{depth}/adapter/{CONFIG}")}
     return sorted(found)
 

@@ -6,6 +6,7 @@ not know are kept, and written back by whatever writes the adapter again.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
@@ -66,6 +67,18 @@ class ChatInfo(Open):
     """The chat template, as Jinja's text."""
     system: str | None = None
     """The system prompt of conversations that bring none."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How an adapter is asked, as its files say: what a request needs of its record.
+
+    template: of the inputs it was trained with; task: for the labels of one that classifies
+    """
+
+    chat: ChatInfo | None = None
+    template: str | None = None
+    task: TaskInfo | None = None
 
 
 class DataInfo(Open):
@@ -235,6 +248,11 @@ class AdapterInfo(Open):
     def method_kind(self) -> str | None:
         """The method's `kind`; None where no method is recorded."""
         return None if self.method is None else self.method.kind
+
+    @property
+    def asked(self) -> Asked:
+        """How it is asked."""
+        return Asked(self.chat, self.template, self.task)
 
     @property
     def template(self) -> str | None:

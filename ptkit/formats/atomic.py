@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +24,8 @@ from ptkit.formats.exchange import exchange
 #: Names beside `NAME`: `.NAME.RANDOM.tmp` is being written, `.NAME.RANDOM.old` is being replaced
 #: by the `.tmp` of the same RANDOM, which is then complete.
 _WRITTEN, _RETIRED = ".tmp", ".old"
+#: `.NAME.RANDOM.gone` is being deleted; nobody needs it, so that anybody may go on deleting it.
+_GONE = ".gone"
 
 
 def _sync(path: Path) -> None:
@@ -79,10 +81,34 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def require_free(path: Path, *, replace: bool) -> None:
-    """Raise UserError when `path` exists and `replace` is False."""
+    """Raise UserError when `path` exists and `replace` is False, or it is the folder that the
+    process works in, or one above."""
     settle(path)
     if path.exists() and not replace:
         raise UserError(f"{path} exists; choose another place or pass --force to replace it")
+    here = Path.cwd()
+    if path.is_dir() and path.resolve() in (here, *here.parents):
+        raise UserError(
+            f"{path} is the current folder, or one above it, and is not replaced as a whole; "
+            "choose another place"
+        )
+
+
+def require_only(path: Path, names: Collection[str], what: str) -> None:
+    """Raise UserError where there is a `path` that is no folder of files called `names` and of
+    nothing else: for callers who replace only what is theirs.
+
+    what: such a folder in a word or two, with its article
+    """
+    if not path.exists():
+        return
+    others = sorted(p.name for p in path.iterdir() if p.name not in names) if path.is_dir() else []
+    if others or not path.is_dir():
+        found = f"holds `{others[0]}`" if others else "is a file"
+        raise UserError(
+            f"{path.name} is there, and {found}, which is no part of {what}; nothing is replaced: "
+            "take another name, or move it away"
+        )
 
 
 @contextmanager
@@ -148,14 +174,16 @@ def remove(path: Path) -> None:
     """Delete the folder `path`, which is there as a whole or not at all.
 
     Deleting file by file takes a while, and a kill would leave a part that looks like the folder.
-    Killed, this leaves what `remove_leftovers` deletes. Raises UserError for a link.
+    What a kill leaves, the next call for this path deletes, and `remove_leftovers`. Does nothing
+    more where there is no `path`. Raises UserError for a link.
     """
     if path.is_symlink():
         raise UserError(f"{path} is a link to a folder; delete both yourself, or use another place")
-    going = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_WRITTEN}")
-    os.replace(path, going)
-    _sync(path.parent)
-    shutil.rmtree(going)
+    if path.exists():
+        os.replace(path, path.with_name(f".{path.name}.{secrets.token_hex(4)}{_GONE}"))
+        _sync(path.parent)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_GONE}"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def settle(path: Path) -> None:
@@ -188,7 +216,7 @@ def remove_leftovers(path: Path) -> None:
     What is the only copy of a folder becomes that folder. Only where no other process is writing.
     """
     settle_all(path)
-    for left in [*path.glob(f".*{_WRITTEN}"), *path.glob(f".*{_RETIRED}")]:
+    for left in [p for end in (_WRITTEN, _RETIRED, _GONE) for p in path.glob(f".*{end}")]:
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:

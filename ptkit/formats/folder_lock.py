@@ -40,6 +40,8 @@ def held(folder: Path) -> Iterator[None]:
     made = [p for p in (folder, *folder.parents) if not p.exists()]
     lock = _acquired(folder)
     try:
+        for left in folder.glob(f".{_HOLDER}.*"):  # of one that was killed while it wrote that
+            left.unlink(missing_ok=True)
         atomic.write_json(folder / _HOLDER, {
             "pid": os.getpid(), "host": socket.gethostname(), "command": shlex.join(sys.argv),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -13,7 +13,6 @@ from ptkit.data.encode import encode_examples, label_token_ids
 from ptkit.data.examples import Example
 from ptkit.data.templates import filled
 from ptkit.errors import AdapterError, UserError
-from ptkit.formats.adapter_folder import read_info
 from ptkit.recipe.tasks import ClassificationTask
 from ptkit.serve.library import ENSEMBLE, Library
 from ptkit.serve.protocol import MAX_PROMPTS, ModelName, Text, Usage
@@ -90,8 +89,7 @@ def _task(library: Library, model: str) -> ClassificationTask:
     """What the adapter `model` was trained for. Raises UserError where that are no labels."""
     if library.is_base(model) or ENSEMBLE in model:
         raise UserError(f"`{model}` has no labels; name one adapter that was trained to classify")
-    path = library.path(model)
-    recorded = None if path is None else read_info(path).task
+    recorded = library.task(model)
     if recorded is None or recorded.kind != "classification":
         raise UserError(
             f"`{model}` was not trained to classify in words; ask it at /v1/completions"

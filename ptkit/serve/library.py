@@ -25,7 +25,7 @@ from ptkit.formats.adapter_folder import (
     read_info,
     weights_path,
 )
-from ptkit.formats.adapter_info import AdapterInfo
+from ptkit.formats.adapter_info import AdapterInfo, TaskInfo
 from ptkit.formats.hub import fetch_adapter
 from ptkit.formats.hub_repository import HubId
 from ptkit.methods import changes_weights, refused_base
@@ -182,8 +182,11 @@ class Library:
         first = model.split(ENSEMBLE)[0].strip()
         if self.is_base(first):
             return None
-        path = self.path(first)
-        return None if path is None else read_info(path).template
+        return self._known(first, lambda: self.bank.asked(first).template)
+
+    def task(self, name: str) -> TaskInfo | None:
+        """What the adapter `name` was trained for; None where that is not known."""
+        return self._known(name, lambda: self.bank.asked(name).task)
 
     def chat_template(self, model: str) -> ChatTemplate:
         """The template in which `model` is asked (see `AdapterBank.chat_template`)."""
@@ -244,7 +247,8 @@ class Library:
         what had the name. Returns whether the name is new.
 
         files: by name, of those an adapter consists of. Raises AdapterError, leaving everything
-        as it was, when they are not a sound adapter for this base.
+        as it was, when they are not a sound adapter for this base, and UserError where the folder
+        holds something else than an adapter's files: it is somebody's own.
         """
         self._require_changes()
         self._require_name(name)
@@ -257,6 +261,7 @@ class Library:
             )
         new = name not in self.bank
         folder = self.root / name
+        atomic.require_only(folder, ADAPTER_FILES, "an adapter")
         with atomic.scratch(folder) as scratch:
             for file, content in files.items():
                 (scratch / file).write_bytes(content)

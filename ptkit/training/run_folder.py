@@ -68,9 +68,8 @@ def _shown(value: Any) -> str:
 def delete_run_folder(path: Path, what: str) -> None:
     """Delete the folder of the run whose file `path` is. Raises UserError when it is not there."""
     folder = path.parent
-    if not folder.exists():
-        return
-    if not path.exists():
-        raise UserError(f"{folder} is not a {what}; --fresh does not delete it")
-    require_free(folder)
-    atomic.remove(folder)
+    if folder.exists():
+        if not path.exists():
+            raise UserError(f"{folder} is not a {what}; --fresh does not delete it")
+        require_free(folder)
+    atomic.remove(folder)  # what a killed call left of it, too

@@ -225,6 +225,7 @@ class PrefixLibrary:
                 f"writes below adapters/NAME; found {found}"
             )
         folder = self.root / name
+        atomic.require_only(folder, (ABOUT, TENSORS), "an adapter")
         with atomic.scratch(folder) as scratch:
             for file, data in files.items():
                 (scratch / file).write_bytes(data)

@@ -6,16 +6,18 @@ fault, the base has been changed.
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ptkit.errors import AdapterError
 from ptkit.formats.adapter_files import AdapterFiles
-from ptkit.methods.peft_layers import task_type
+from ptkit.methods.peft_layers import OF_FILE, task_type
 from ptkit.methods.saved_modules import require_no_others, require_saved_modules
 from ptkit.runtime.base_model import Base
 
@@ -30,7 +32,7 @@ _Rank = Annotated[int, Field(ge=1, strict=True)]
 
 
 class _Settings(BaseModel):
-    """The settings that say how the matrices act; all others are about training."""
+    """The settings that say how the matrices act."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -38,6 +40,7 @@ class _Settings(BaseModel):
     lora_alpha: float = Field(default=8, allow_inf_nan=False)
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     alpha_pattern: dict[_Pattern, float] | None = None
+    rank_pattern: dict[_Pattern, _Rank] | None = None
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
@@ -51,7 +54,17 @@ class _FusedSettings(_Settings):
 
     target_parameters: list[_Name]
     target_modules: list[_Name] = []
-    rank_pattern: dict[_Pattern, _Rank] = {}
+
+
+#: Settings that say where matrices are, which the file's own names tell, and how training began.
+_NOT_READ = OF_FILE | {
+    "target_modules", "exclude_modules", "target_parameters", "layers_to_transform",
+    "layers_pattern", "init_lora_weights", "megatron_config", "megatron_core", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
+}  # fmt: skip
+#: Beginnings of `init_lora_weights` that take something away from the base's weights, which PEFT
+#: does again when it loads the adapter.
+_OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def lora_config(files: AdapterFiles, base: Base) -> LoraConfig:
@@ -59,6 +72,7 @@ def lora_config(files: AdapterFiles, base: Base) -> LoraConfig:
 
     Raises AdapterError for settings that mean nothing, and for matrices the base has no place for.
     """
+    _require_plain(files.config)
     fused = bool(files.config.get("target_parameters"))
     try:
         settings = (_FusedSettings if fused else _Settings).model_validate(files.config)
@@ -74,13 +88,35 @@ def lora_config(files: AdapterFiles, base: Base) -> LoraConfig:
     ranks = _ranks(files, base)
     if not ranks:
         raise AdapterError("the file holds no LoRA matrices")
-    others = {name: rank for name, rank in ranks.items() if rank != settings.r}
+    patterns = settings.rank_pattern or {}
+    for name, rank in ranks.items():
+        said = patterns.get(get_pattern_key([*patterns], name), settings.r)
+        if rank != said:  # the scale is alpha / r: one of the two is another adapter's
+            raise AdapterError(
+                f"the matrices of `{name}` have rank {rank}, and the settings say {said} (`r`, "
+                "`rank_pattern`); settings and weights are of different adapters"
+            )
     return LoraConfig(
-        **settings.model_dump(exclude_none=True),
-        target_modules=sorted(ranks),
-        rank_pattern=others,
-        task_type=task,
+        **settings.model_dump(exclude_none=True), target_modules=sorted(ranks), task_type=task
     )
+
+
+def _require_plain(config: dict[str, Any]) -> None:
+    """Raise AdapterError for a setting by which PEFT computes something else than `_Settings` say:
+    a variant of LoRA, or another base."""
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    for key in sorted(known - _Settings.model_fields.keys() - _NOT_READ):
+        if config.get(key):
+            raise AdapterError(
+                f"this LoRA is of a variant that ptkit does not compute (`{key}`); run it with PEFT"
+            )
+    began = config.get("init_lora_weights")
+    if isinstance(began, str) and began.startswith(_OTHER_BASES):
+        raise AdapterError(
+            f"this LoRA belongs to a base whose weights its start changed (`init_lora_weights: "
+            f"{began}`); save it as plain LoRA (`save_pretrained` with "
+            "`path_initial_model_for_weight_conversion`), or run it with PEFT"
+        )
 
 
 def _ranks(files: AdapterFiles, base: Base) -> dict[str, int]:
