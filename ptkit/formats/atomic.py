@@ -95,8 +95,8 @@ def require_free(path: Path, *, replace: bool) -> None:
 
 
 def require_only(path: Path, names: Collection[str], what: str) -> None:
-    """Raise UserError where there is a `path` that is no folder of files called `names` and of
-    nothing else: for callers who replace only what is theirs.
+    """For callers who replace only what is theirs: raise UserError where `path` is a file, or a
+    folder that holds anything but `names`.
 
     what: such a folder in a word or two, with its article
     """

@@ -247,8 +247,8 @@ class Library:
         what had the name. Returns whether the name is new.
 
         files: by name, of those an adapter consists of. Raises AdapterError, leaving everything
-        as it was, when they are not a sound adapter for this base, and UserError where the folder
-        holds something else than an adapter's files: it is somebody's own.
+        as it was, when they are not a sound adapter for this base. Raises UserError where the
+        folder holds anything but an adapter's files: it is somebody's own.
         """
         self._require_changes()
         self._require_name(name)
