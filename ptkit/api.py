@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -37,7 +38,7 @@ from ptkit.launched import is_first, world_size
 from ptkit.methods.catalogue import method_sections
 from ptkit.recipe.load import LoadedRecipe, load_recipe
 from ptkit.recipe.one_method import one_method
-from ptkit.recipe.schema import Recipe, TrainSection
+from ptkit.recipe.schema import SEEDS, Recipe, TrainSection
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.devices import resolve_device
 from ptkit.runtime.given_base import given_base
@@ -251,8 +252,19 @@ def _chosen(
 ) -> tuple[MethodSection, int, Path]:
     """The method, the seed and the folder that the arguments of `train` ask for."""
     section = one_method(loaded.recipe, method)
-    used_seed = loaded.recipe.seeds[0] if seed is None else seed
+    used_seed = loaded.recipe.seeds[0] if seed is None else _seed(seed)
     return section, used_seed, run_folder(loaded.recipe, section, used_seed, out)
+
+
+def _seed(given: Any) -> int:
+    """The seed as Python's own number; NumPy's are taken, too. Raises UserError for another."""
+    try:
+        seed = -1 if isinstance(given, bool) else operator.index(given)
+    except TypeError:
+        seed = -1
+    if not 0 <= seed < SEEDS:
+        raise UserError(f"the seed is {given!r}; it is a whole number from 0 to {SEEDS - 1}")
+    return seed
 
 
 def _cell(section: MethodSection, seed: int, folder: Path, start_from: str | Path | None) -> Cell:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_base
@@ -50,6 +51,36 @@ def test_rows_in_memory_train_the_adapter_that_their_files_do(
     assert files.keys() == memory.keys()
     assert all(torch.equal(files[n], memory[n]) for n in files)
     assert told == told_too
+
+
+def test_overrides_of_a_recipe_that_is_loaded_are_refused(recipe_file: Path) -> None:
+    loaded = load_recipe(recipe_file)
+    for run in (ptkit.train, ptkit.compare):
+        with pytest.raises(UserError, match="give `overrides` to `load_recipe`"):
+            run(loaded, overrides=SHORT)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, True, "0", 0.5])
+def test_what_is_no_seed_is_refused_before_a_folder_is_made(
+    seed: Any, recipe_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="whole number from 0 to 4294967295"):
+        ptkit.train(
+            recipe_file,
+            method="prefix_tuning",
+            seed=seed,
+            out=tmp_path / "run",
+            base=random_base("llama"),
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_seed_may_be_numpys(recipe_file: Path, tmp_path: Path) -> None:
+    run = ptkit.train(
+        recipe_file, method="prefix_tuning", seed=np.int64(3), out=tmp_path / "run",
+        overrides=SHORT, base=random_base("llama"),
+    )  # fmt: skip
+    assert run.record.seed == 3
 
 
 def test_one_list_is_the_training_rows_and_a_tenth_is_held_out(recipe_file: Path) -> None:

@@ -38,7 +38,7 @@ def train(
     method: MethodOption = None,
     seed: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Seed of this run; default: the recipe's first."),
+        typer.Option(min=0, max=2**32 - 1, help="Seed of this run; default: the recipe's first."),
     ] = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
