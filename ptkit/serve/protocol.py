@@ -222,7 +222,7 @@ class Completion(BaseModel):
 
 
 class TopLogprob(BaseModel):
-    """A token that could have stood here."""
+    """A token that could have stood here. bytes: null where it is not shown, as an end of text"""
 
     token: str
     logprob: float
