@@ -150,6 +150,8 @@ def remove(path: Path) -> None:
     Deleting file by file takes a while, and a kill would leave a part that looks like the folder.
     Killed, this leaves what `remove_leftovers` deletes. Raises UserError for a link.
     """
+    if path.name in ("", ".."):  # it has no name of its own, and is no link
+        path = path.resolve()
     if path.is_symlink():
         raise UserError(f"{path} is a link to a folder; delete both yourself, or use another place")
     going = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_WRITTEN}")
