@@ -151,6 +151,31 @@ def test_a_link_to_a_folder_is_not_deleted(tmp_path: Path) -> None:
     assert read(tmp_path / "link") == {"a": b"1"}
 
 
+@pytest.mark.parametrize("place", [".", "..", "in/..", "../x"])
+def test_a_folder_is_deleted_by_whatever_path_leads_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    write(tmp_path / "x", {"a": b"1"})
+    write(tmp_path / "beside", {"a": b"1"})
+    for folder in ("x/in", "beside/deep"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "x" / "link").symlink_to(tmp_path / "beside" / "deep")
+    monkeypatch.chdir(tmp_path / "x" / ("in" if place == ".." else ""))
+    atomic.remove(Path(place))
+    assert [*tmp_path.iterdir()] == [tmp_path / "beside"]
+
+
+def test_a_path_through_a_link_is_the_folder_that_the_system_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("x", "other/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "x" / "link").symlink_to(tmp_path / "other" / "deep")
+    monkeypatch.chdir(tmp_path / "x")
+    atomic.remove(Path("link/.."))
+    assert [*tmp_path.iterdir()] == [tmp_path / "x"]
+
+
 @pytest.mark.parametrize("exchanges", [True, False])
 @pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
 def test_failing_anywhere_the_folder_is_whole_and_nothing_is_left_beside(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from test_peft_parity import LEARNT, make_adapter, rows_of
 
 from ptkit.bank import AdapterBank
-from ptkit.errors import AdapterError
+from ptkit.bank.conversation import Conversation
+from ptkit.errors import AdapterError, UserError
 from ptkit.formats.adapter_files import write_adapter
 from ptkit.methods import ADAPTERS, Demonstrations
 from ptkit.prefix import KVPrefix
@@ -141,3 +143,27 @@ def test_a_bad_file_never_disturbs_the_adapter_in_use(tmp_path) -> None:
     bank.unload("good")
     with pytest.raises(AdapterError, match="no adapter `good`"):
         bank.rows(["good"])
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("name", [None, "prefix", "prompt", "text"])
+def test_a_row_without_tokens_is_refused_alone_and_beside_others(
+    name: str | None, beams: int
+) -> None:
+    bank = bank_of_many("llama")
+    options = {"max_new_tokens": 4, "num_beams": beams, "do_sample": False}
+    uses: list[Callable[[], object]] = [
+        lambda: bank.generate([""], [name], **options),
+        lambda: Conversation(bank).say("", **options),
+        lambda: bank.classify([""], ["w1", "w2 w3"], [name]),
+    ]
+    for use in uses:
+        with pytest.raises(UserError, match="the prompt is empty: it has no tokens"):
+            use()
+    beside: list[Callable[[], object]] = [
+        lambda: bank.generate(["w1 w2", ""], [None, name], **options),
+        lambda: bank.classify(["w1 w2", ""], ["w1", "w2 w3"], [name]),
+    ]
+    for use in beside:
+        with pytest.raises(UserError, match="prompt 2 of 2 is empty"):
+            use()

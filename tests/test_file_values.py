@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cli import refused
 
 from ptkit.api import train
 from ptkit.cli.options import input_lines
@@ -473,6 +477,35 @@ def test_an_input_file_of_another_encoding_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(UserError, match="is not UTF-8 text"):
         input_lines(None, tmp_path / "in.txt")
+
+
+@pytest.mark.parametrize("command", ["generate", "classify", "chat"])
+def test_standard_input_of_another_encoding_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    adapter = ["-a", Path(__file__).resolve().parents[1] / "adapters" / "routing-prefix"]
+    given = io.TextIOWrapper(io.BytesIO(b"\n\xff\xfe\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", given)
+    told = refused(command, *adapter, cwd=tmp_path)
+    assert told == "Error: standard input is not UTF-8 text (byte 1)\n"
+
+
+def test_standard_input_is_read_as_a_file_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = "\ufeffdrei Äpfel\r\n\nzwei\rvier\u2028fünf".encode()
+    (tmp_path / "in.txt").write_bytes(data)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
+    expected = ["drei Äpfel", "zwei", "vier\u2028fünf"]
+    assert input_lines(None, tmp_path / "in.txt") == expected
+    assert input_lines(None, None) == expected
+
+
+def test_an_argument_of_another_encoding_is_refused(tmp_path: Path) -> None:
+    bad = os.fsdecode(b"caf\xe9")
+    assert "the prompt is not UTF-8 text (character 3)" in refused("generate", bad, cwd=tmp_path)
+    assert "prompt 2 is not UTF-8" in refused("generate", "a", bad, cwd=tmp_path)
+    assert "--system is not UTF-8" in refused("chat", "--system", bad, cwd=tmp_path)
 
 
 def test_the_endings_that_messages_name_are_those_that_are_read() -> None:

@@ -149,6 +149,25 @@ def test_test_rows_that_do_not_fit_are_told_before_training(tmp_path: Path, kind
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["classification", "generation"])
+def test_an_input_without_tokens_is_told_before_training(tmp_path: Path, kind: str) -> None:
+    rows = [{"text": f"word{i}", "label": LABELS[i % 3]} for i in range(24)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows[2]["text"] = ""
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows[:4])))
+    words = ", ".join(f"'{label}': ' {label}'" for label in LABELS)
+    task = f"verbalizer: {{{words}}}" if kind == "classification" else 'target: " {label}"'
+    (tmp_path / "r.yaml").write_text(
+        "name: r\nmodel: {id: tiny-en}\nretention: null\ntrain: {steps: 2, batch_size: 4}\n"
+        "methods: [{kind: prefix_tuning, num_virtual_tokens: 4}]\n"
+        f'task: {{kind: {kind}, input: "{{text}}", {task}, '
+        "data: {files: {train: train.jsonl, test: test.jsonl}}}"
+    )
+    told = refused("train", "r.yaml", "--out", "out", cwd=tmp_path)
+    assert "the input of row 3 of 4 is empty: it has no tokens" in told
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_export_is_scored_on_the_data_of_where_the_command_runs(tickets: Path) -> None:
     ptkit("train", "cls.yaml", "--out", "run", cwd=tickets)
     ptkit("export", "run", "--dtype", "int8", "--out", "small", cwd=tickets)

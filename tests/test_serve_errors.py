@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai.types.chat import ChatCompletionMessage
 from starlette.testclient import TestClient
 
 from ptkit.serve.build import build_app
@@ -161,6 +162,86 @@ def test_a_stream_counts_tokens_where_it_is_asked_to(
         deltas = [event["choices"][0]["delta"] for event in plain]
         assert deltas[0] == {"role": "assistant", "content": ""}
         assert all(delta.keys() == {"content"} for delta in deltas[1:])
+
+
+SHARED_NULLS = dict.fromkeys([
+    "n", "stream", "stream_options", "temperature", "template", "top_p", "seed", "stop",
+    "presence_penalty", "frequency_penalty", "user", "metadata", "ignore_eos", "logprobs",
+    "logit_bias", "safety_identifier", "prompt_cache_key",
+])  # fmt: skip
+
+
+def answered(response: Any) -> Any:
+    assert response.status_code == 200, response.text
+    return [
+        {key: value for key, value in choice.items() if key != "index"}
+        for choice in response.json()["choices"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "own"),
+    [
+        (COMPLETIONS, ASK, {"best_of": None, "echo": None, "suffix": None}),
+        (CHAT, TALK, {"top_logprobs": None, "max_completion_tokens": None, "tools": None}),
+    ],
+)
+def test_a_parameter_that_is_null_is_as_if_it_were_left_out(
+    server: TestClient, path: str, body: dict[str, Any], own: dict[str, None]
+) -> None:
+    plain = answered(server.post(path, json=body))
+    for name in (*SHARED_NULLS, *own):
+        assert answered(server.post(path, json={**body, name: None})) == plain, name
+    assert answered(server.post(path, json={**body, **SHARED_NULLS, **own})) == plain
+    options = {"include_usage": None, "include_obfuscation": None}
+    assert events(server, path, {**body, "stream_options": options})
+    refused = error_of(server.post(path, json={**body, "model": None}), 400)
+    assert refused["param"] == "model"
+
+
+def test_an_answer_can_be_given_back_as_clients_dump_it(server: TestClient) -> None:
+    given = ChatCompletionMessage(role="assistant", content="Yes.").model_dump()
+    assert given["refusal"] is None
+    talk = [*TALK["messages"], {"role": "assistant", "content": "Yes."}, *TALK["messages"]]
+    plain = answered(server.post(CHAT, json={**TALK, "messages": talk}))
+    vllm = {**given, "tool_calls": [], "reasoning_content": None, "annotations": []}
+    for message in (given, vllm):
+        body = {**TALK, "messages": [talk[0], message, talk[2]]}
+        assert answered(server.post(CHAT, json=body)) == plain
+    called = {**given, "tool_calls": [{"id": "x"}]}
+    error = error_of(server.post(CHAT, json={**TALK, "messages": [talk[0], called]}), 400)
+    assert error["param"] == "messages.1.tool_calls"
+
+
+def test_nulls_beside_a_text_to_label_and_an_adapter_to_load(server: TestClient) -> None:
+    ask = {"model": "routing-prefix", "input": "Where is my order?"}
+    plain = server.post("/v1/classify", json=ask).json()["data"]
+    nulls = {"user": None, "priority": None}
+    assert server.post("/v1/classify", json={**ask, **nulls}).json()["data"] == plain
+    body = {"lora_name": "nulls", "lora_path": "facts-prefix", "hub": None, "load_inplace": None}
+    assert server.post("/v1/load_lora_adapter", json=body).status_code == 200
+    body = {"lora_name": "nulls", "lora_int_id": None, "path": None}
+    assert server.post("/v1/unload_lora_adapter", json=body).status_code == 200
+
+
+def test_vllms_load_inplace_replaces_what_is_served_and_its_number_is_taken(
+    server: TestClient,
+) -> None:
+    load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    body = {"lora_name": "place", "lora_path": "facts-prefix", "load_inplace": True}
+    ask = {**ASK, "model": "place", "max_tokens": 12, "template": False}
+    assert server.post(load, json=body).json() == {"name": "place", "change": "loaded"}
+    first = answered(server.post(COMPLETIONS, json=ask))
+    assert first == answered(server.post(COMPLETIONS, json={**ask, "model": "facts-prefix"}))
+    other = {**body, "lora_path": "facts-prompt"}
+    assert server.post(load, json=other).json() == {"name": "place", "change": "swapped"}
+    second = answered(server.post(COMPLETIONS, json=ask))
+    assert second == answered(server.post(COMPLETIONS, json={**ask, "model": "facts-prompt"}))
+    assert first != second
+    again = error_of(server.post(load, json={**other, "load_inplace": False}), 400)
+    assert "is served already" in again["message"]
+    gone = server.post(unload, json={"lora_name": "place", "lora_int_id": 7})
+    assert gone.json() == {"name": "place", "change": "unloaded"}
 
 
 def test_models_say_since_when_they_are_served(server: TestClient) -> None:

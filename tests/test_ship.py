@@ -368,7 +368,9 @@ def test_adapters_are_removed_only_when_confirmed(adapter: Path, tmp_path: Path)
     other.mkdir()
     assert "is not an adapter folder" in refused("adapters", "rm", str(adapter), str(other), "-y")
     assert adapter.is_dir()
-    ptkit("adapters", "rm", str(adapter), "--yes")
+    twice = [str(adapter), str(adapter.parent / "." / adapter.name), f"{other}/../{adapter.name}"]
+    done = ptkit("adapters", "rm", *twice, "--yes", "--json")
+    assert len(done.stdout.splitlines()) == 1
     assert not adapter.exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -93,14 +94,27 @@ def test_a_token_begins_after_the_characters_that_are_complete(text: str, data: 
         assert offsets.place(raw[start:end]) == len(raw[:start].decode(errors="ignore"))
 
 
+#: A token's id -> the ids and log-probabilities of the likeliest, likeliest first.
+Top = Callable[[int], tuple[tuple[int, float], ...]]
+
+
 class Scripted(Endings):
-    """Writes the same tokens for every answer."""
+    """Writes the same tokens for every answer.
+
+    top: of a token's id, the likeliest ones that are told
+    """
 
     longest, running, answers = None, 0, ()
 
-    def __init__(self, ids: Sequence[int], base: Base, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        ids: Sequence[int],
+        base: Base,
+        scheduler: Scheduler,
+        top: Top = lambda id: ((id, -0.5), (id + 1, -1.5)),
+    ) -> None:
         super().__init__(None)
-        self._ids, self._base, self._scheduler = ids, base, scheduler
+        self._ids, self._base, self._scheduler, self._top = ids, base, scheduler, top
 
     def require(self, answer: Answer) -> None: ...
 
@@ -111,7 +125,7 @@ class Scripted(Endings):
         for answer in answers:
             state = DecodeState(answer, self._base, frozenset())
             for id in self._ids:
-                state.take(Token(id, -0.5, ((id, -0.5), (id + 1, -1.5))))
+                state.take(Token(id, -0.5, self._top(id)))
             state.end("stop")
             self._scheduler.release([answer])
 
@@ -126,14 +140,20 @@ class Scripted(Endings):
     def close(self) -> None: ...
 
 
-@pytest.fixture(scope="module")
-def client(base: Base) -> Iterator[TestClient]:
-    ids = base.encode_part(TEXT)
+@contextmanager
+def writing(base: Base, ids: Sequence[int], *top: Top) -> Iterator[TestClient]:
+    """A server whose answers are `ids`."""
 
     def made(bank: AdapterBank, scheduler: Scheduler, stats: StatLogger) -> Any:
-        return Scripted(ids, bank.base, scheduler)
+        return Scripted(ids, bank.base, scheduler, *top)
 
     with TestClient(build_app(base, executor=made)) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(base: Base) -> Iterator[TestClient]:
+    with writing(base, base.encode_part(TEXT)) as client:
         yield client
 
 
@@ -177,3 +197,63 @@ def test_a_completions_offsets_count_whole_characters(client: TestClient, stream
     for token, offset in zip(tokens, offsets, strict=True):
         if not token.startswith("bytes:"):
             assert TEXT[offset:].startswith(token)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_token_that_is_not_shown_takes_no_place_in_the_text(base: Base, stream: bool) -> None:
+    end = base.tokenizer.eos_token_id
+    before, after = base.encode_part("One boat"), base.encode_part(" and a red mill.")
+    asked = {"stream": stream, "ignore_eos": True}
+    with writing(base, [end, *before, end, end, *after]) as client:
+        choices = told(client, "completions", prompt="How?", logprobs=1, **asked)
+        messages = [{"role": "user", "content": "How?"}]
+        chat = told(client, "chat/completions", messages=messages, logprobs=True, **asked)
+    text = "".join(choice["text"] for choice in choices)
+    assert text == "One boat and a red mill."
+    scores = [c["logprobs"] for c in choices if c["logprobs"]["tokens"]]
+    tokens = [token for score in scores for token in score["tokens"]]
+    offsets = [offset for score in scores for offset in score["text_offset"]]
+    shown = [pair for pair in zip(tokens, offsets, strict=True) if pair[0] != "<|endoftext|>"]
+    assert len(tokens) - len(shown) == 3
+    assert all(text[offset:].startswith(token) for token, offset in shown)
+    assert "".join(token for token, _ in shown) == text
+    heard = [t for c in chat for t in (c["logprobs"] or {"content": []})["content"]]
+    assert [t["token"] for t in heard] == tokens
+    assert b"".join(bytes(t["bytes"] or []) for t in heard).decode() == text
+    assert [t["bytes"] for t in heard if t["token"] == "<|endoftext|>"] == [None] * 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_completions_likeliest_tokens_hold_the_one_that_was_chosen(
+    base: Base, stream: bool
+) -> None:
+    ids = base.encode_part("One boat and a red mill.")
+    other = base.encode_part(" zebra")[0]
+    likelier: Top = lambda id: ((other, -0.1), (other + 1, -0.2))  # noqa: E731
+    with writing(base, ids, likelier) as client:
+        choices = told(client, "completions", prompt="How?", logprobs=2, stream=stream)
+    scores = [c["logprobs"] for c in choices if c["logprobs"]["tokens"]]
+    pairs = [
+        (t, top) for s in scores for t, top in zip(s["tokens"], s["top_logprobs"], strict=True)
+    ]
+    assert len(pairs) == len(ids)
+    for token, top in pairs:
+        assert top[token] == -0.5
+        assert sorted(top.values()) == [-0.5, -0.2, -0.1]
+
+
+def test_of_two_tokens_with_one_name_the_likelier_is_told(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = base.encode_part("One boat")
+    twin, other = base.encode_part(" zebra")[0], base.encode_part(" robot")[0]
+    own = TokenBytes.__getitem__
+    monkeypatch.setattr(
+        TokenBytes, "__getitem__", lambda self, id: own(self, {twin: other}.get(id, id))
+    )
+    top: Top = lambda id: ((id, -0.5), (other, -1.0), (twin, -2.0))  # noqa: E731
+    with writing(base, ids, top) as client:
+        (choice,) = told(client, "completions", prompt="How?", logprobs=3)
+    name = TokenBytes(base.tokenizer).long_name(other)
+    assert choice["logprobs"]["top_logprobs"]
+    assert all(likely[name] == -1.0 for likely in choice["logprobs"]["top_logprobs"])

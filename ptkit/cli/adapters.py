@@ -112,6 +112,8 @@ def rm(
     from ptkit.formats import atomic
     from ptkit.formats.adapter_folder import CONFIG
 
+    # One that is named twice, in whatever way, is deleted once.
+    folders = [*{folder.resolve(): folder for folder in folders}.values()]
     for folder in folders:
         if not (folder / CONFIG).is_file():
             raise UserError(f"{folder} is not an adapter folder (it has no {CONFIG})")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from ptkit.cli.completion import complete_adapters
-from ptkit.cli.options import DeviceMapOption, ModelOption
+from ptkit.cli.options import DeviceMapOption, ModelOption, require_text, standard_input
 from ptkit.cli.places import require_model
 from ptkit.errors import UserError, did_you_mean
 
@@ -63,6 +63,7 @@ def chat(
     from ptkit.methods.own_base import own_base
 
     require_model(model)
+    require_text("--system", system)
     known = [] if adapters is None else adapter_folders(adapters)
     if adapter is not None:  # it answers first, so the others have to fit
         known = [path for path in known if path.name == adapter] or [find_adapter(Path(adapter))]
@@ -90,7 +91,7 @@ def chat(
     if sys.stdin.isatty():
         talk.interactively(id)
     else:
-        for line in sys.stdin:
+        for line in standard_input():
             if not talk.take(line.strip()):
                 return
 

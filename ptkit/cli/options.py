@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -159,20 +159,63 @@ def is_data_file(prompts: list[str] | None, file: Path | None) -> bool:
     return True
 
 
+def standard_input() -> Iterator[str]:
+    """The lines of standard input, without their ends, each as soon as it is there.
+
+    They are UTF-8, whatever the terminal's own encoding. Raises UserError where they are not.
+    """
+    import sys
+
+    # What stands in for standard input in tests and notebooks may be a stream of text alone.
+    stream: Any = getattr(sys.stdin, "buffer", sys.stdin)
+    at = 0
+    for line in stream or ():
+        if isinstance(line, str):
+            yield line.removesuffix("\n")
+            continue
+        yield from _decoded(line, "standard input", at).removesuffix("\n").split("\n")
+        at += len(line)
+
+
+def require_text(what: str, text: str | None) -> None:
+    """Raise UserError where an argument of the command is not UTF-8: Python has kept its bytes as
+    halves of characters, which no tokenizer reads."""
+    from ptkit.errors import UserError
+
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} is not UTF-8 text (character {error.start})") from error
+
+
+def _decoded(data: bytes, what: str, at: int = 0) -> str:
+    """The text of `data`, with line ends as `"\\n"`. Raises UserError where it is not UTF-8.
+
+    what: where the data is from; at: bytes before it there
+    """
+    from ptkit.errors import UserError
+
+    try:
+        text = data.decode("utf-8" if at else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is not UTF-8 text (byte {at + error.start})") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def input_lines(prompts: list[str] | None, file: Path | None) -> list[str]:
     """Inputs given as arguments, else the lines of `file` or of standard input that say something.
 
     Raises UserError when there is none, or when two of these are given. It also raises it for a
     file of rows and columns, and for one that is not UTF-8.
     """
-    import sys
-
     from ptkit.errors import UserError
     from ptkit.formats.places import ROW_FILES
 
     if prompts and file:
         raise UserError("give inputs either as arguments or with --input, not both")
     if prompts:
+        for number, prompt in enumerate(prompts, start=1):
+            require_text("the prompt" if len(prompts) == 1 else f"prompt {number}", prompt)
         return prompts
     if file is not None:
         if not file.is_file():
@@ -182,13 +225,9 @@ def input_lines(prompts: list[str] | None, file: Path | None) -> list[str]:
                 f"{file} has rows and columns, and --input is a text file with one input per line; "
                 "write the inputs like that, or score the file with `ptkit evaluate RECIPE`"
             )
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not UTF-8 text (byte {error.start})") from error
+        text = _decoded(file.read_bytes(), str(file))
     else:
-        text = sys.stdin.read()
-    # Reading has made every line end "\n"; other separators (U+2028) are letters of an input.
+        text = "\n".join(standard_input())
     found = [line for line in text.split("\n") if line.strip()]
     if not found:
         raise UserError("no input: give a prompt, --input FILE, or lines on standard input")

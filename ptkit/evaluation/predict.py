@@ -11,6 +11,7 @@ from ptkit.data.encode import encode_examples, label_token_ids, tokens_of_words
 from ptkit.data.encoded import EncodedExample
 from ptkit.data.encoded_rows import Lengths
 from ptkit.data.examples import Example
+from ptkit.errors import DataError
 from ptkit.evaluation.dialogues import DialogueAnswers
 from ptkit.evaluation.prediction import Prediction
 from ptkit.evaluation.preferences import pair_details, preferred
@@ -57,6 +58,7 @@ def predict(
     require_embedded(base, encoded, task)
     whole, encoded = encoded, [row.with_inputs(adapter.behind) for row in encoded]
     require_room(adapter, encoded, task)
+    require_inputs(encoded, task)
     compiled = adapter.compiled()
     compiled = None if compiled is None else compiled.detach()
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids))
@@ -99,6 +101,16 @@ def predict(
         Prediction(example.input, answers[i][0], example.references, example.label, answers[i][1])
         for i, example in enumerate(examples)
     ]
+
+
+def require_inputs(encoded: Sequence[EncodedExample], task: Task) -> None:
+    """Raise DataError where one of the rows, which are to be answered, has no token to read."""
+    inputs = Lengths.of(encoded).inputs
+    if isinstance(task, GenerationTask | ClassificationTask) and not inputs.all():
+        raise DataError(
+            f"the input of row {int(inputs.argmin()) + 1:,} of {len(inputs):,} is empty: it has no "
+            "tokens; leave such rows out, or write words around them in the task's `input`"
+        )
 
 
 def require_room(

@@ -177,6 +177,8 @@ def remove(path: Path) -> None:
     What a kill leaves, the next call for this path deletes, and `remove_leftovers`. Does nothing
     more where there is no `path`. Raises UserError for a link.
     """
+    if path.name in ("", ".."):  # it has no name of its own, and is no link
+        path = path.resolve()
     if path.is_symlink():
         raise UserError(f"{path} is a link to a folder; delete both yourself, or use another place")
     if path.exists():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptkit.data.encoded import IGNORED, EncodedExample, each_pass
+from ptkit.errors import UserError
 from ptkit.prefix import Compiled
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.recipe.tasks import HeadedTask, Task
@@ -214,6 +215,22 @@ def pad_rows(rows: list[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor,
         ids[i, at] = torch.tensor(row, dtype=torch.long)
         mask[i, at] = 1
     return ids, mask
+
+
+def require_tokens(rows: Sequence[Sequence[int]], batch: PrefixBatch | None) -> None:
+    """Raise UserError where one of `rows`, which are to be gone on with, has no token.
+
+    Keys and values predict nothing before a token reads them. Padding would be read in its place,
+    and the row would get another answer beside other rows than alone. Soft prompts that are read
+    as embeddings are tokens enough.
+    """
+    read = [0] * len(rows)
+    if batch is not None and batch.embeddings is not None:
+        read = batch.visible.sum(-1).tolist()
+    for number, (row, soft) in enumerate(zip(rows, read, strict=True), start=1):
+        if not row and not soft:
+            which = "the prompt" if len(rows) == 1 else f"prompt {number} of {len(rows)}"
+            raise UserError(f"{which} is empty: it has no tokens")
 
 
 def collate(rows: Sequence[EncodedExample], base: Base) -> dict[str, Tensor]:

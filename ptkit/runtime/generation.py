@@ -38,7 +38,7 @@ from ptkit.runtime.architecture import evaluating, places_in_table
 from ptkit.runtime.attention import Repeats, prefixed_positions
 from ptkit.runtime.attention_sites import require_attention, takes_positions
 from ptkit.runtime.cache import cache_for, prefilled_cache, sees_everything
-from ptkit.runtime.forward import pad_rows
+from ptkit.runtime.forward import pad_rows, require_tokens
 from ptkit.runtime.infix import placed_before_last, read_before_last
 from ptkit.runtime.locks import running
 from ptkit.runtime.paged_attention import reads_blocks
@@ -84,9 +84,12 @@ def generate(
     processors and stopping criteria read the rows' own tokens, no padding and no placeholder.
     Sampling takes torch's random numbers: after `torch.manual_seed` the same call writes the same.
 
-    Raises ModelError where `max_new_tokens` is more than the model's table of positions has left.
+    Raises UserError for a prompt without tokens, and ModelError where `max_new_tokens` is more than
+    the model's table of positions has left.
     """
     asked = _Asked(model, prompts, prefixes, pad_token_id, generate_options)
+    if not all(prompts):  # `batch` is made only where it is needed
+        require_tokens(prompts, asked.batch)
     _require_places(asked)
     with running(model), evaluating(model):
         reason = why_not_blocks(asked, static_positions, read)
@@ -162,8 +165,6 @@ def why_not_blocks(
         return "a static cache is asked for"
     if read is not None:
         return "a conversation goes on from its cache, as beams do"
-    if not all(asked.prompts):
-        return "a row has nothing to read"
     if not reads_blocks(model):
         return f"the attention of {type(model).__name__} reads no blocks"
     if row_adapters() and hasattr(model.get_output_embeddings(), "base_layer"):

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ptkit.prefix_batch import PrefixBatch
 from ptkit.runtime.cache import prefilled_cache, sees_everything
-from ptkit.runtime.forward import IGNORED, pad_rows, supervised_losses
+from ptkit.runtime.forward import IGNORED, pad_rows, require_tokens, supervised_losses
 from ptkit.runtime.infix import read_before_last
 from ptkit.runtime.locks import running
 from ptkit.runtime.runner import ModelRunner, Tokens, Want
@@ -29,7 +29,10 @@ def continuation_scores(
 
     contexts, continuations: token ids; every continuation has at least one token.
     batch: the contexts' prefixes, or None for the plain base.
+
+    Raises UserError for a context without tokens.
     """
+    require_tokens(contexts, batch)
     scores = _read_once_scores
     if model.config.is_encoder_decoder:
         scores = _written_scores

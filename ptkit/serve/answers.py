@@ -76,7 +76,7 @@ class CompletionStream:
     ) -> None:
         """Raises UserError when the request cannot be carried out as written."""
         self._engine: Engine = library.engine
-        self._bytes = TokenBytes(library.bank.base.tokenizer)
+        self._bytes = TokenBytes(library.bank.base.tokenizer, library.bank.base.frame)
         self._request = request
         self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
         kind = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
@@ -241,9 +241,12 @@ class CompletionStream:
             return None
 
         def named(id: int, logprob: float) -> dict[str, Any]:
+            shown = self._bytes.shown(id)
             return {
-                "token": self._bytes.name(id), "logprob": logprob, "bytes": [*self._bytes[id]]
-            }  # fmt: skip
+                "token": self._bytes.name(id),
+                "logprob": logprob,
+                "bytes": None if shown is None else [*shown],
+            }
 
         return ChatLogprobs(
             content=[
@@ -262,13 +265,20 @@ class CompletionStream:
         if not isinstance(self._request, CompletionRequest) or self._request.logprobs is None:
             return None
         name = self._bytes.long_name
+
+        def top(token: Token) -> dict[str, float]:
+            # The token itself is always there, as with OpenAI and vLLM: one more than was asked
+            # for, where it is none of the likeliest. Of tokens with one name the first stands.
+            likely = {name(token.id): token.logprob or 0.0}
+            for id, logprob in token.top:
+                likely.setdefault(name(id), logprob)
+            return likely
+
         return CompletionLogprobs(
             tokens=[name(token.id) for token in tokens],
             token_logprobs=[token.logprob or 0.0 for token in tokens],
-            top_logprobs=[{name(i): p for i, p in token.top} for token in tokens]
-            if self._request.logprobs
-            else None,
-            text_offset=[offsets.place(self._bytes[token.id]) for token in tokens],
+            top_logprobs=[top(token) for token in tokens] if self._request.logprobs else None,
+            text_offset=[offsets.place(self._bytes.shown(token.id) or b"") for token in tokens],
         )
 
 

@@ -12,6 +12,13 @@ from typing import Annotated, Any
 from ptkit.errors import PtkitError, UserError
 from ptkit.extras import extra
 from ptkit.playground import HEADERS, page
+from ptkit.serve.adapter_protocol import (
+    AdapterCard,
+    AdapterCards,
+    Changed,
+    LoadRequest,
+    UnloadRequest,
+)
 from ptkit.serve.answer import (
     DrainingError,
 )
@@ -23,19 +30,14 @@ from ptkit.serve.labels import Classification, ClassifyRequest, labelled
 from ptkit.serve.library import NAME, SENT_FILES, Library, UnknownModelError
 from ptkit.serve.metrics import Metrics
 from ptkit.serve.protocol import (
-    AdapterCard,
-    AdapterCards,
-    Changed,
     ChatCompletion,
     ChatRequest,
     Completion,
     CompletionRequest,
     ErrorBody,
     Health,
-    LoadRequest,
     ModelList,
     ServedModel,
-    UnloadRequest,
 )
 
 with extra("serve", "`ptkit serve`"):
@@ -228,7 +230,9 @@ def _adapters(app: FastAPI, library: Library, metrics: Metrics) -> None:
     @app.post("/v1/load_adapter", responses=_CHANGING)
     @app.post("/v1/load_lora_adapter", responses=_CHANGING)
     async def load_adapter(body: LoadRequest) -> Changed:
-        """Serve one more adapter."""
+        """Serve one more adapter; with `load_inplace` in place of what has its name, if any."""
+        if body.load_inplace and body.name in library.names():
+            return await swap_adapter(body)
         await change(
             "load", lambda: library.load(body.name, path=body.path, hub=body.hub, replace=False)
         )

@@ -7,7 +7,7 @@ import uuid
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from ptkit.data.encode import encode_examples, label_token_ids
 from ptkit.data.examples import Example
@@ -16,12 +16,11 @@ from ptkit.errors import AdapterError, UserError
 from ptkit.recipe.tasks import ClassificationTask
 from ptkit.serve.library import ENSEMBLE, Library
 from ptkit.serve.protocol import MAX_PROMPTS, ModelName, Text, Usage
+from ptkit.serve.request_part import RequestPart
 
 
-class ClassifyRequest(BaseModel):
+class ClassifyRequest(RequestPart):
     """`POST /v1/classify`. input: texts as a person writes them, not in the adapter's template"""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: ModelName
     input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]

@@ -8,32 +8,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AliasChoices,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictBool,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, StrictBool, field_validator, model_validator
 
-from ptkit.serve.library import NAME
+from ptkit.serve.request_part import RequestPart
 
 Text = Annotated[str, Field(max_length=1_000_000)]
 ModelName = Annotated[str, Field(min_length=1, max_length=2000)]
-AdapterName = Annotated[str, Field(pattern=f"^{NAME}$")]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
 MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_TOP = 20
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class _Choosing(_Strict):
+class _Choosing(RequestPart):
     """What completions and chat completions share."""
 
     model: ModelName = Field(
@@ -108,7 +95,7 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
 }
 
 
-class StreamOptions(_Strict):
+class StreamOptions(RequestPart):
     """include_usage: end the stream with the counts of tokens."""
 
     include_usage: StrictBool = False
@@ -154,19 +141,31 @@ class CompletionRequest(_Choosing):
         return [prompt] if isinstance(prompt[0], int) else prompt
 
 
-class TextPart(_Strict):
+#: What messages of OpenAI's and vLLM's servers hold without a content of it. Clients send it back.
+_EMPTY_IN_ANSWERS = ("annotations", "tool_calls")
+
+
+class TextPart(RequestPart):
     """A part of a message; only text is understood."""
 
     type: Literal["text"]
     text: Text
 
 
-class Message(_Strict):
+class Message(RequestPart):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_empty_lists(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        empty = {name for name in _EMPTY_IN_ANSWERS if values.get(name) == []}
+        return {name: value for name, value in values.items() if name not in empty}
 
     def as_template_takes_it(self) -> dict[str, str]:
         """For the tokenizer's chat template."""
@@ -223,7 +222,7 @@ class Completion(BaseModel):
 
 
 class TopLogprob(BaseModel):
-    """A token that could have stood here."""
+    """A token that could have stood here. bytes: null where it is not shown, as an end of text"""
 
     token: str
     logprob: float
@@ -312,71 +311,6 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ServedModel]
-
-
-class AdapterCard(BaseModel):
-    """See `ptkit.serve.library.Card`."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    name: str
-    method: str | None
-    tier: str
-    version: int
-    virtual_tokens: int | None
-    parameters: int | None
-    bytes: int | None
-    recipe: str | None
-    metric: str | None
-    score: float | None
-    low: float | None
-    high: float | None
-    n: int | None
-    rows: str | None
-    forgetting: float | None
-    template: str | None
-    fault: str | None
-
-
-class AdapterCards(BaseModel):
-    """`GET /v1/adapters`. total: how many match; files: what uploads send; data: one page."""
-
-    base: str
-    total: int
-    files: list[str]
-    data: list[AdapterCard]
-
-
-class LoadRequest(_Strict):
-    """`POST /v1/load_adapter` and `/v1/swap_adapter`; vLLM's field names are understood too.
-
-    path: a folder below the server's folder of adapters, relative to it
-    hub: `user/repo[@revision]`, where the server allows it
-    """
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-
-    name: AdapterName = Field(validation_alias=AliasChoices("name", "lora_name"))
-    path: str | None = Field(
-        default=None, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]*$",
-        validation_alias=AliasChoices("path", "lora_path"),
-    )  # fmt: skip
-    hub: str | None = Field(default=None, max_length=300)
-
-
-class UnloadRequest(_Strict):
-    """`POST /v1/unload_adapter`."""
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-
-    name: AdapterName = Field(validation_alias=AliasChoices("name", "lora_name"))
-
-
-class Changed(BaseModel):
-    """An adapter was changed. change: loaded, swapped, unloaded or uploaded."""
-
-    name: str
-    change: Literal["loaded", "swapped", "unloaded", "uploaded"]
 
 
 class ErrorDetail(BaseModel):

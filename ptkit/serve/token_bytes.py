@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Collection
 
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -17,10 +18,18 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 class TokenBytes:
-    """Token id -> its bytes, and its name in OpenAI's form."""
+    """Token id -> its bytes, and its name in OpenAI's form.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    frame: ids that are no part of a text, such as its end: they have a name and nothing else
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, frame: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._frame = frame
+
+    def shown(self, id: int) -> bytes | None:
+        """What the token adds to a text that holds it; None where it is not shown."""
+        return None if id in self._frame else self[id]
 
     def __getitem__(self, id: int) -> bytes:
         text = str(self._tokenizer.decode([id]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ptkit.errors import UserError
-from ptkit.evaluation.predict import require_positions
+from ptkit.evaluation.predict import require_inputs, require_positions
 from ptkit.launched import require_supported_launch
 from ptkit.methods import require_method_fits
 from ptkit.methods.registry import not_on_split_base
@@ -27,6 +27,9 @@ def require_ready(experiment: Experiment, cells: Sequence[Cell]) -> None:
     if experiment.recipe.train.together > 1 and len({cell.seed for cell in together}) > 1:
         require_no_dropout(experiment.base)
     test = experiment.test
+    require_inputs(test, experiment.recipe.task)
+    if experiment.recipe.evaluate.curve_rows is not None:
+        require_inputs(experiment.validation, experiment.recipe.task)
     for method in {cell.method.title: cell.method for cell in cells}.values():
         require_method_fits(method, experiment.base)
         named_adapters(method, experiment.folder)
