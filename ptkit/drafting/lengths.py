@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from ptkit.data.chat_rows import ChatEncoder
 from ptkit.data.dialogue import Dialogue
 from ptkit.data.examples import Example
+from ptkit.data.pair_rows import PairEncoder
 from ptkit.data.tokens import part_ids, texts_ids
-from ptkit.recipe.tasks import ChatTask
+from ptkit.recipe.tasks import ChatTask, PreferenceTask
 
 #: Rows that are tokenised.
 SAMPLED = 2_000
@@ -71,6 +72,27 @@ def chat_lengths(
     told += f", at most {max(whole):,}"
     if cut:
         told += f"; {cut:,} of {len(whole):,} lose early turns, to fit into {most:,}"
+    return Lengths(most, target, told)
+
+
+def pair_lengths(
+    pairs: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    task: PreferenceTask,
+    positions: int | None,
+) -> Lengths:
+    """Limits for a prompt with the longer of its answers (`input`), and for these answers."""
+    unlimited = task.model_copy(update={"max_tokens": 10**9})
+    rows = [row.passes() for row in PairEncoder(tokenizer, unlimited).rows(pairs).encoded]
+    whole = [max(map(len, both)) for both in rows]
+    target = _rounded(max(len(one.target_ids) for both in rows for one in both))
+    # Answers are never cut, so the limit has room for the longest one.
+    most = min(_rounded(max(whole)), max(_MOST_INPUT, target), positions or 10**9)
+    cut = sum(length > most for length in whole)
+    told = f"prompts with their longer answer have {statistics.median(whole):g} tokens in the"
+    told += f" median, at most {max(whole):,}"
+    if cut:
+        told += f"; {cut:,} of {len(whole):,} prompts lose their beginning, to fit into {most:,}"
     return Lengths(most, target, told)
 
 
