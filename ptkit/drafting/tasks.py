@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from ptkit.data.chat_formats import recognised
 from ptkit.data.chat_template import with_template_read
+from ptkit.data.dialogue import Dialogue
 from ptkit.data.pair_formats import pair_format
 from ptkit.data.task import pair_examples
 from ptkit.data.templates import Template
@@ -198,8 +200,11 @@ def _chat(chosen: Chosen, rows: DraftRows, base: BaseFacts, data: dict[str, Any]
     if not own:
         settings["chat_template"] = "plain"
     task = with_template_read(ChatTask.model_validate(settings), Path())
-    placed = form.dialogues(rows.train, "train")
-    dialogues = [dialogue for _, dialogue in islice(placed, SAMPLED)]
+    dialogues = [
+        dialogue
+        for split, table in rows.tables.items()
+        for dialogue in _measured(d for _, d in form.dialogues(table, rows.called(split)))
+    ]
     lengths = chat_lengths(dialogues, base.tokenizer, task, _room(base))
     settings |= {"max_tokens": lengths.input, "max_target_tokens": lengths.target,
                  "metrics": ["chrf", "perplexity"]}  # fmt: skip
@@ -212,6 +217,18 @@ def _chat(chosen: Chosen, rows: DraftRows, base: BaseFacts, data: dict[str, Any]
         "task.max_target_tokens": "Answers end after this many tokens.",
         "task.metrics": "The first is the score; `perplexity` is that of all answers.",
     }, lengths)  # fmt: skip
+
+
+#: Conversations beyond the sampled ones that are tokenised too.
+_LONGEST = 50
+
+
+def _measured(dialogues: Iterator[Dialogue]) -> list[Dialogue]:
+    """The first conversations, and of the others the longest: a short limit would refuse them."""
+    first = [*islice(dialogues, SAMPLED)]
+    return first + heapq.nlargest(
+        _LONGEST, dialogues, key=lambda d: sum(len(str(m["content"])) for m in d.messages)
+    )
 
 
 def _preference(
