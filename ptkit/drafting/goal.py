@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ptkit.data.chat_formats import recognised
+from ptkit.data.pair_formats import pair_format
 from ptkit.data.table import Table
 from ptkit.drafting.columns import Column, columns_of, listed_columns
+from ptkit.drafting.pairs import answer_columns, prompt_columns, require_no_verdicts
 from ptkit.drafting.tagged_words import tagged_words
 from ptkit.errors import DataError, UserError, did_you_mean
-from ptkit.recipe.tasks import ChatTask
+from ptkit.recipe.tasks import ChatTask, PreferenceTask
 
 #: What a task can be drafted for; `auto` finds it from the columns.
-Goal = Literal["auto", "classification", "token_classification", "generation", "chat"]
+Goal = Literal["auto", "classification", "token_classification", "generation", "chat", "preference"]
 
 #: Names of labels that mostly say what kind of row it is.
 _KINDS = "category|topic|tag|type|queue|department|priority|language|rating|stars"
@@ -42,17 +44,21 @@ class Chosen:
     """What is learnt from a file.
 
     inputs: columns that are read
-    target: the label, the labels of words, or the text to write; None for conversations
+    target: the label, the labels of words, the text to write, or the preferred answers; None for
+        conversations
+    rejected: of pairs the column of the other answers; `inputs` are empty where messages bring
+        their prompt
     references: the column with lists of acceptable texts
     in_list: the target is the first text of `references`
     reasons: why, in lines
     """
 
-    goal: Literal["classification", "token_classification", "generation", "chat"]
+    goal: Literal["classification", "token_classification", "generation", "chat", "preference"]
     inputs: tuple[Column, ...] = ()
     target: Column | None = None
     references: Column | None = None
     in_list: bool = False
+    rejected: Column | None = None
     reasons: tuple[str, ...] = ()
 
 
@@ -74,8 +80,14 @@ def choose(
     for name in (label, target, *text):
         if name is not None and name not in columns:
             raise DataError(f"the data has no column `{name}`; {did_you_mean(name, columns)}")
-    if label is not None and (target is not None or goal in ("generation", "chat")):
+    if label is not None and (target is not None or goal in ("generation", "chat", "preference")):
         raise UserError("a label is for `--goal classification`; leave out what is for another")
+    given = [columns[name] for name in text]
+    pair = answer_columns(columns)
+    if goal == "preference" or (goal == "auto" and pair and label is None and target is None):
+        if target is not None:
+            raise UserError("a target is for `--goal generation`; leave out what is for another")
+        return _preference(table, columns, pair, given)
     if goal == "token_classification" or (goal == "auto" and target is None and len(text) <= 1):
         tagged = tagged_words(table, columns, text[0] if text else None, label)
         if tagged is not None:
@@ -87,16 +99,18 @@ def choose(
         )
     if target is not None and goal not in ("auto", "generation"):
         raise UserError("a target is for `--goal generation`; leave out what is for another")
-    given = [columns[name] for name in text]
-    if goal == "chat" or (
-        goal == "auto" and label is None and target is None and not text and _is_chat(table)
-    ):
+    if goal == "chat":
+        return _chat(table)
+    if goal == "auto" and label is None and target is None and not text and _is_chat(table):
+        require_no_verdicts(columns)
         return _chat(table)
     named = None if label is None else columns[label]
     if goal == "classification" or named is not None:
         return _classification(columns, named, given)
     wanted = None if target is None else columns[target]
     if goal == "generation" or wanted is not None:
+        if pair is not None and wanted in (None, *pair):
+            return _one_of(table, columns, pair, wanted, given)
         return _generation(table, columns, wanted, given)
     return _found(table, columns, given)
 
@@ -131,6 +145,48 @@ def _found(table: Table, columns: dict[str, Column], given: Sequence[Column]) ->
 def _tagging(words: Column, tags: Column) -> Chosen:
     told = f"the column `{tags.name}` has a label for each word of the column `{words.name}`"
     return Chosen("token_classification", (words,), tags, reasons=(told,))
+
+
+def _preference(
+    table: Table,
+    columns: dict[str, Column],
+    pair: tuple[Column, Column] | None,
+    given: Sequence[Column],
+) -> Chosen:
+    if pair is None:
+        raise DataError(
+            "no two columns hold a preferred and a rejected answer; expected `chosen` and "
+            f"`rejected`, found {listed_columns([*columns.values()])}"
+        )
+    chosen, rejected = pair
+    told = f"of two answers, that in `{chosen.name}` is preferred to that in `{rejected.name}`"
+    empty = PreferenceTask.model_validate({"kind": "preference", "data": {"memory": True}})
+    form = pair_format(empty, table)
+    if form.messages:
+        if given:
+            raise UserError("answers that are lists of messages bring their prompt; leave out text")
+        return Chosen("preference", (), chosen, rejected=rejected, reasons=(f"{told}: {form}",))
+    inputs = _inputs(columns, given or prompt_columns(columns, pair), {c.name for c in pair})
+    for column in pair:
+        if not column.nameable:
+            raise DataError(f"the column {column} cannot be named in a template; rename it")
+    return Chosen("preference", inputs, chosen, rejected=rejected, reasons=(told, _read(inputs)))
+
+
+def _one_of(
+    table: Table,
+    columns: dict[str, Column],
+    pair: tuple[Column, Column],
+    wanted: Column | None,
+    given: Sequence[Column],
+) -> Chosen:
+    """Of two answers to one prompt, the preferred one or the one that was named is learnt; the
+    model does not read the other one, which is not there when it has to answer."""
+    target = wanted or pair[0]
+    other = pair[1] if target == pair[0] else pair[0]
+    rest = {name: c for name, c in columns.items() if c != other or c in given}
+    found = _generation(table, rest, target, given)
+    return replace(found, reasons=(*found.reasons, f"`{other.name}` is another answer, not read"))
 
 
 def _is_chat(table: Table) -> bool:
@@ -207,7 +263,8 @@ def _first_of(references: Column, columns: dict[str, Column], given: Sequence[Co
         raise DataError(f"the column {references} cannot be named in a template; rename it")
     learnt = f"the first text of each list in the column `{references.name}` is learnt"
     judged = "all texts of the list are acceptable when answers are scored"
-    return Chosen("generation", inputs, None, references, True, (learnt, judged, _read(inputs)))
+    reasons = (learnt, judged, _read(inputs))
+    return Chosen("generation", inputs, None, references, in_list=True, reasons=reasons)
 
 
 def _is_listed(table: Table, column: Column, references: Column) -> bool:

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from ptkit.data.chat_rows import ChatEncoder
 from ptkit.data.dialogue import Dialogue
 from ptkit.data.examples import Example
+from ptkit.data.pair_rows import PairEncoder
 from ptkit.data.tokens import part_ids, texts_ids
-from ptkit.recipe.tasks import ChatTask
+from ptkit.recipe.tasks import ChatTask, PreferenceTask
 
 #: Rows that are tokenised.
 SAMPLED = 2_000
@@ -57,20 +58,59 @@ def chat_lengths(
     task: ChatTask,
     positions: int | None,
 ) -> Lengths:
-    """Limits for whole conversations (`input`) and for the answers that are generated."""
+    """Limits for whole conversations (`input`) and for the answers that are generated.
+
+    A conversation keeps all its turns, also where its last answer is generated, and only the
+    base's positions make one too long that has one question.
+    """
     unlimited = task.model_copy(update={"max_tokens": 10**9})
-    rows = ChatEncoder(tokenizer, unlimited).rows(
-        [Example("", "", (), dialogue=d) for d in dialogues]
-    )
+    encoder = ChatEncoder(tokenizer, unlimited)
+    rows = encoder.rows([Example("", "", (), dialogue=d) for d in dialogues])
     whole = [len(row) for row in rows.encoded]
     answers = [len(part_ids(tokenizer, d.answer_text())) + 8 for d in dialogues]
-    most = min(_rounded(max(whole)), _MOST_INPUT, positions or _MOST_INPUT)
-    target = min(_rounded(max(answers)), _MOST_TARGET, most // 2)
+    target = min(_rounded(max(answers)), _MOST_TARGET)
+    # What a model reads before it writes an answer has to leave room for `max_target_tokens`.
+    asked = [len(encoder.question(d, d.answers[-1])) for d in dialogues]
+    most = wanted = max(_rounded(max(whole)), _rounded(max(asked)) + target)
+    if wanted > min(_MOST_INPUT, positions or _MOST_INPUT):
+        last = [_last_question(encoder, d) for d in dialogues]
+        least = _rounded(max(map(sum, zip(last, answers, strict=True))))
+        most = min(wanted, max(_MOST_INPUT, least), positions or wanted)
+        target = max(1, min(target, most - max(last)))
     cut = sum(length > most for length in whole)
     told = f"conversations have {statistics.median(whole):g} tokens in the median"
     told += f", at most {max(whole):,}"
     if cut:
         told += f"; {cut:,} of {len(whole):,} lose early turns, to fit into {most:,}"
+    return Lengths(most, target, told)
+
+
+def _last_question(encoder: ChatEncoder, dialogue: Dialogue) -> int:
+    """Tokens of the last question, with the system prompt and without earlier turns."""
+    last = dialogue.upto(dialogue.answers[-1])
+    while (shorter := last.without_first_exchange()) is not None:
+        last = shorter
+    return len(encoder.question(last, len(last.messages) - 1))
+
+
+def pair_lengths(
+    pairs: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    task: PreferenceTask,
+    positions: int | None,
+) -> Lengths:
+    """Limits for a prompt with the longer of its answers (`input`), and for these answers."""
+    unlimited = task.model_copy(update={"max_tokens": 10**9})
+    rows = [row.passes() for row in PairEncoder(tokenizer, unlimited).rows(pairs).encoded]
+    whole = [max(map(len, both)) for both in rows]
+    target = _rounded(max(len(one.target_ids) for both in rows for one in both))
+    # Answers are never cut, so the limit has room for the longest one.
+    most = min(_rounded(max(whole)), max(_MOST_INPUT, target), positions or 10**9)
+    cut = sum(length > most for length in whole)
+    told = f"prompts with their longer answer have {statistics.median(whole):g} tokens in the"
+    told += f" median, at most {max(whole):,}"
+    if cut:
+        told += f"; {cut:,} of {len(whole):,} prompts lose their beginning, to fit into {most:,}"
     return Lengths(most, target, told)
 
 

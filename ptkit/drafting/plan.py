@@ -60,7 +60,9 @@ def planned(
     method |= own
     if own:
         why += f"; the call gave {', '.join(f'`{key}`' for key in own)}"
-    train, steps_why = _training(rows, lengths, of_train)
+    # A pair is read as two rows, the prompt with each of its answers.
+    tokens = 2 * lengths.input if kind == "preference" else lengths.input + lengths.target
+    train, steps_why = _training(rows, tokens, of_train)
     if method.get("learning_rate") == "auto" and "learning_rate" not in own:
         if finds_rate(TrainSection(**train), max(1, rows // 10) if held_out is None else held_out):
             why += "; a short test finds the learning rate"
@@ -70,7 +72,7 @@ def planned(
     headed = kind in ("sequence_classification", "token_classification")
     untrained: list[dict[str, Any]] = [] if headed else [{"kind": "base"}]
     in_words = base.kind == "decoder" and not headed
-    if in_words and kind != "chat" and _demonstrations_fit(base, lengths):
+    if in_words and kind not in ("chat", "preference") and _demonstrations_fit(base, lengths):
         untrained.append({"kind": "text_prompt", "examples": 3})
     untrained = [entry for entry in untrained if entry["kind"] != method["kind"]]
     others = "\n".join([
@@ -138,9 +140,11 @@ def _method(base: BaseFacts, rows: int, kind: str) -> tuple[dict[str, Any], str]
     return settings, why
 
 
-def _training(rows: int, lengths: Lengths, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """`train` of a recipe, and why it is so. given: its keys that were asked for"""
-    tokens = lengths.input + lengths.target
+def _training(rows: int, tokens: int, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """`train` of a recipe, and why it is so.
+
+    tokens: the most of an example; given: its keys that were asked for
+    """
     batch, accumulated = (16, 1) if tokens <= 256 else (8, 1) if tokens <= 1024 else (4, 2)
     batch = min(batch, max(1, rows // 2))
     if "batch_size" in given:
