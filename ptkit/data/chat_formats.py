@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptkit.data.dialogue import Dialogue, dialogue_of
+from ptkit.data.fillers import without_fillers
 from ptkit.data.table import Row, Table
 from ptkit.data.values import Digits, kind_of
 from ptkit.errors import DataError, did_you_mean
@@ -49,10 +50,13 @@ class ChatFormat:
     def dialogues(self, table: Table, source: str) -> Iterator[tuple[Row, Dialogue]]:
         """Every row, with its conversation. Raises DataError for a row of another form."""
         for where, row in table.raw(source):
-            yield row, self.dialogue(row, where)
+            yield row, self.dialogue(row, where, table.features)
 
-    def dialogue(self, row: Row, where: str) -> Dialogue:
-        """The conversation of a row at the place `where`. Raises DataError as `dialogues` does."""
+    def dialogue(self, row: Row, where: str, features: Mapping[str, Any] | None = None) -> Dialogue:
+        """The conversation of a row at the place `where`. Raises DataError as `dialogues` does.
+
+        features: those of its table
+        """
         missing = [c for c in self._needed() if row.get(c) is None]
         if missing:
             others = ", ".join(f"`{c}`" for c in row if row[c] is not None) or "nothing"
@@ -60,7 +64,7 @@ class ChatFormat:
                 f"{where}: `{missing[0]}` is missing; the rows were recognised as {self}, and "
                 f"this one has {others}"
             )
-        return _READERS[self.name](self, row, where)
+        return _READERS[self.name](self, without_fillers(row, features), where)
 
     def _needed(self) -> tuple[str, ...]:
         if self.column is not None:

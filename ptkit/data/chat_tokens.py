@@ -1,6 +1,6 @@
 """Rendered conversations as token ids: the prompt that is learnt is the prompt that is asked.
 
-A question is asked as the token ids of its own text. In the text of a whole conversation, a
+A question is asked as the token ids of its own text. In the text of a conversation, a
 tokenizer may join its end to the beginning of the answer: a line break to another one, say. Or it
 writes that end in other tokens. Then question and answer are tokenised apart.
 """

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptkit.data.dialogue import Dialogue, answer_text, dialogue_of
+from ptkit.data.fillers import without_fillers
 from ptkit.data.table import Row, Table
 from ptkit.data.templates import Template
 from ptkit.data.values import kind_of
@@ -106,6 +107,7 @@ def _texts(task: PreferenceTask, table: Table) -> tuple[Table, _Read]:
 
 def _conversations(task: PreferenceTask, table: Table) -> tuple[Table, _Read]:
     def read(where: str, row: Row) -> Pair:
+        row = without_fillers(row, table.features)
         shared, whole = _split(row, where)
         chosen, rejected = (
             dialogue_of(
