@@ -90,6 +90,53 @@ def test_alpaca_history_and_system_stand_before_the_instruction(tmp_path: Path) 
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_column_of_system_prompts_goes_before_the_turns(tmp_path: Path, form: str) -> None:
+    own = {"role": "system", "content": "w0"}
+    data = loaded(tmp_path, {**FORMS[form], "system": "w0"}, system="w9")
+    assert messages_of(data) == [own, *SAID]
+    (example, *_) = data.train
+    assert example.dialogue is not None
+    assert example.dialogue.learnt == (False, False, True)
+    # An empty one is none: the task's goes there.
+    data = loaded(tmp_path, {**FORMS[form], "system": ""}, system="w9")
+    assert messages_of(data) == [{**own, "content": "w9"}, *SAID]
+    with pytest.raises(DataError, match=r"train\.jsonl:1: `system` should be a text"):
+        loaded(tmp_path, {**FORMS[form], "system": ["w0"]})
+
+
+@pytest.mark.parametrize("form", ["messages", "sharegpt", "prompt"])
+def test_row_with_two_system_prompts_has_to_have_one(tmp_path: Path, form: str) -> None:
+    own = {"role": "system", "content": "w0"}
+    rows: dict[str, dict[str, Any]] = {
+        "messages": {"messages": [own, *SAID]},
+        "sharegpt": {"conversations": [{"from": "system", "value": "w0"},
+                                       *FORMS["sharegpt"]["conversations"]]},
+        "prompt": {"prompt": [own, *SAID[:1]], "completion": SAID[1:]},
+    }  # fmt: skip
+    data = loaded(tmp_path, {**rows[form], "system": "w0"})
+    assert messages_of(data) == [own, *SAID]
+    with pytest.raises(DataError, match=r"train\.jsonl:1: the column `system` .* turn another"):
+        loaded(tmp_path, {**rows[form], "system": "w7"})
+
+
+def test_pairs_have_the_system_prompt_of_their_column() -> None:
+    task = PreferenceTask.model_validate(
+        {"kind": "preference", "data": {"memory": True}, "system": "w9"}
+    )
+    other = [USER, {**ANSWER, "content": "w3"}]
+    rows = [{"chosen": SAID, "rejected": other, "system": "w0"},
+            {"chosen": SAID, "rejected": other, "system": None}]  # fmt: skip
+    table = table_of("train", rows)
+    read = pair_format(task, table).reader(task, table, "rows")[1]
+    for number, (row, system) in enumerate(zip(rows, ["w0", "w9"], strict=True)):
+        pair = read(number, row)
+        assert pair.dialogues is not None
+        for dialogue in pair.dialogues:
+            assert dialogue.messages[0] == {"role": "system", "content": system}
+        assert pair.input == f"system: {system}\nuser: w1"
+
+
 def test_system_prompt_of_the_task_goes_before_conversations_without_one(tmp_path: Path) -> None:
     own = [{"role": "system", "content": "w8"}, *SAID]
     data = loaded(tmp_path, {"messages": SAID}, {"messages": own}, system="w9")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ptkit.data.chat_formats import with_own_system
 from ptkit.data.dialogue import Dialogue, answer_text, dialogue_of
 from ptkit.data.fillers import without_fillers
 from ptkit.data.table import Row, Table
@@ -110,9 +111,11 @@ def _conversations(task: PreferenceTask, table: Table) -> tuple[Table, _Read]:
         row = without_fillers(row, table.features)
         shared, whole = _split(row, where)
         chosen, rejected = (
-            dialogue_of(
-                whole[column], f"{where}, `{column}`", tools=row.get("tools"), learn_from=shared,
-                column=column,
+            with_own_system(
+                dialogue_of(
+                    whole[column], f"{where}, `{column}`", tools=row.get("tools"),
+                    learn_from=shared, column=column,
+                ), row, where,
             ).with_system(task.system)
             for column in ANSWERS
         )  # fmt: skip
