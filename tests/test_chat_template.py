@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ptkit.data.chat_rows import ChatEncoder, ChatRows
 from ptkit.data.chat_template import NAMED, with_template_read
 from ptkit.data.dialogue import dialogue_of
 from ptkit.data.encoded import IGNORED, EncodedExample
 from ptkit.data.examples import Example
+from ptkit.data.tokens import lead_ids, text_ids
 from ptkit.errors import DataError
 from ptkit.recipe.tasks import ChatTask
 from ptkit.runtime.model_names import TINY_EN
@@ -52,11 +54,23 @@ MISTRAL = (
 )
 
 
+#: How Llama 3 cuts a text before it joins bytes: line breaks stay together, whatever follows.
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
 @cache
-def tokenizer_of(begin: str = "<|endoftext|>") -> PreTrainedTokenizerBase:
+def tokenizer_of(begin: str = "<|endoftext|>", cut: str | None = None) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(source_of(TINY_EN, None))
     tokenizer.add_special_tokens({"additional_special_tokens": [*MARKS]})
     tokenizer.bos_token = begin
+    if cut is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(cut), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ])  # fmt: skip
     return tokenizer
 
 
@@ -136,10 +150,128 @@ def test_training_reads_what_generation_will() -> None:
     assert tokenizer_of().decode([*encoder.template.ends]) == "<|im_end|>"
 
 
+#: A template that begins the reasoning of an answer in its question, as Qwen3.5's does.
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
+    "{{ '<think>\\n' + m.reasoning_content|default('') + '\\n</think>\\n\\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+)
+#: Marks the line break that ends its question, too, as TRL's template of Qwen2.5 does.
+HEADED = MARKED.replace("m.role + '\\n' }}{% if", "m.role }}{% if").replace(
+    "generation %}{{ m", "generation %}{{ '\\n' + m"
+).replace("{% else %}{{ m", "{% else %}{{ '\\n' + m")  # fmt: skip
+
+
+def asked_ids(template: str, messages: list[dict[str, Any]]) -> list[int]:
+    """What transformers asks, in the tokens of its own text."""
+    text = tokenizer_of().apply_chat_template(
+        messages, chat_template=NAMED.get(template, template), add_generation_prompt=True,
+        tokenize=False,
+    )  # fmt: skip
+    return text_ids(tokenizer_of(), str(text))
+
+
+@pytest.mark.parametrize("template", ["chatml", MARKED, HEADED, THINKING])
+@pytest.mark.parametrize(
+    "answer", ["good day", "\ngood", "\n\ngood", "\n\n\ngood", "  good day", "\tgood", ""]
+)
+def test_prompt_is_the_one_that_is_asked_whatever_its_answer_begins_with(
+    template: str, answer: str
+) -> None:
+    encoder = ChatEncoder(tokenizer_of(), chat_task(template))
+    messages = talk("hello", answer, "and now", "we go", "so", answer)
+    for length in (2, 4, 6):
+        own = example(messages[:length])
+        asked = [asked_ids(template, messages[:i]) for i in range(1, length, 2)]
+        assert encoder.asked(own).input_ids == asked[-1]
+        assert own.dialogue is not None
+        assert encoder.question(own.dialogue, length - 1) == asked[-1]
+        rows = encoder.rows([own])
+        found = []
+        for row, read in zip(rows.encoded, rows.examples, strict=True):
+            assert read.dialogue is not None
+            ids = row.input_ids + row.target_ids
+            text = encoder.template.render(read.dialogue.messages)
+            assert tokenizer_of().decode(ids).removeprefix("<|endoftext|>") == text
+            learnt = [False] * len(row.input_ids) + list(row.learnt or [True] * len(ids))
+            for i in read.dialogue.answers:
+                prompt = asked_ids(template, messages[:i])
+                if read.dialogue.learnt[i]:
+                    assert ids[: len(prompt)] == prompt
+                    assert learnt[len(prompt) - 1 : len(prompt) + 1] == [False, True]
+                    found.append(prompt)
+            assert row.input_ids in asked
+        assert found == asked
+        assert rows.notes.unfolded == (len(rows.encoded) > 1)
+
+
+def test_answers_that_join_their_questions_have_a_row_each() -> None:
+    rows = rows_of(talk("hello", "\n\ngood", "and now", "we go"), chat_task())
+    assert [learnt_text(row) for row in rows.encoded] == [
+        ["\n\ngood<|im_end|>\n"], ["we go<|im_end|>\n"],
+    ]  # fmt: skip
+    assert rows.notes.unfolded == 1
+    # The last answer alone takes one pass, and so does a text that is learnt whole.
+    last = rows_of(talk("hello", "good", "and now", "\n\nwe go"), chat_task(loss="last"))
+    assert learnt_text(last.encoded[0]) == ["\n\nwe go<|im_end|>\n"]
+    messages = talk("hello", "\n\ngood", "and now", "\n\nwe go")
+    (whole,) = rows_of(messages, chat_task(loss="all")).encoded
+    asked = asked_ids("chatml", messages[:3])
+    assert (whole.input_ids + whole.target_ids)[: len(asked)] == asked
+
+
+def test_conversation_that_loses_turns_is_asked_as_it_is_read() -> None:
+    messages = talk(*("word word word", "\n\nyes") * 6, system="be kind")
+    rows = rows_of(messages, chat_task(max_tokens=60, max_target_tokens=8))
+    assert len(rows.encoded) == 6
+    assert rows.notes.unfolded == 1
+    assert rows.notes.shortened > 0
+    for row, read in zip(rows.encoded, rows.examples, strict=True):
+        assert len(row) <= 60
+        assert read.dialogue is not None
+        assert row.input_ids == asked_ids("chatml", [*map(dict, read.dialogue.messages[:-1])])
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_answer_gets_no_space_of_its_own(scheme: str) -> None:
+    """A vocabulary as Llama 2's: `▁` begins every text, and a question that ends with a space is
+    one with the word after it in the text of both."""
+    words = ["▁Ask:", "▁hi", "▁Say:", "▁", "yes", "▁yes", "▁no", "Ask:"]
+    letters = {letter: i for i, letter in enumerate(dict.fromkeys("".join(words)))}
+    vocab = dict(letters)
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        made = word[0]
+        for letter in word[1:]:
+            if (made, letter) not in merges:
+                merges.append((made, letter))
+            made += letter
+            vocab.setdefault(made, len(vocab))
+    vocab["<end>"] = len(vocab)
+    bare = Tokenizer(models.BPE(vocab, merges))
+    bare.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)  # type: ignore[arg-type]
+    bare.decoder = decoders.Metaspace(prepend_scheme=scheme)  # type: ignore[arg-type]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<end>")
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ 'Ask: ' + m.content + ' ' }}"
+        "{% else %}{{ 'Say: ' + m.content + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Say: ' }}{% endif %}"
+    )
+    encoder = ChatEncoder(tokenizer, chat_task(template))
+    own = example(talk("hi", "yes"))
+    (row,) = encoder.rows([own]).encoded
+    assert tokenizer.convert_ids_to_tokens(row.input_ids) == ["▁Ask:", "▁hi", "▁Say:", "▁"]
+    assert tokenizer.convert_ids_to_tokens(row.target_ids) == ["yes", "<end>"]
+    assert own.dialogue is not None
+    assert encoder.question(own.dialogue, 1) == encoder.asked(own).input_ids == row.input_ids
+    assert encoder.asked(own).target_ids == row.target_ids
+
+
 def test_begin_of_text_stands_once_whoever_writes_it() -> None:
     task = chat_task("{{ bos_token }}" + NAMED["chatml"])
     tokenizer = tokenizer_of()
-    lead = ChatEncoder(tokenizer, task)._lead
+    lead = lead_ids(tokenizer)
     for template in (task, chat_task()):
         (row,) = ChatEncoder(tokenizer, template).rows([example(FOUR)]).encoded
         assert row.input_ids[: len(lead)] == lead
@@ -183,6 +315,10 @@ def test_template_that_forgets_reasoning_gets_a_row_for_each_answer() -> None:
 REFUSED = {
     "raises": ("{{ raise_exception('no system here') }}", FOUR, None, "turn 5: no system here"),
     "is broken": ("{% for %}", FOUR, None, "the chat template refuses"),
+    "marks, and asks otherwise": (
+        MARKED.replace("assistant\\n' }}", "assistant\\n<think>' }}"),
+        FOUR, None, "asks for an answer with '<think>'",
+    ),
     "asks otherwise": (
         FORGETFUL.replace("assistant\\n' }}", "assistant\\n<think>' }}"),
         FOUR, None, "asks for an answer with '<think>'",
@@ -288,7 +424,7 @@ def without_headers(mask: list[bool]) -> list[bool]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_and_labels_are_trls(family: str, trl_templates: Path) -> None:
     begin, system = FAMILIES[family]
-    tokenizer = tokenizer_of(begin)
+    tokenizer = tokenizer_of(begin, LLAMA3 if family == "llama3" else None)
     own = (trl_templates / f"{family}.jinja").read_text()
     marked = (trl_templates / f"{family}_training.jinja").read_text()
     encoder = ChatEncoder(tokenizer, chat_task(own, max_tokens=100_000))

@@ -11,11 +11,18 @@ from conftest import word_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ptkit.data.chat_formats import recognised
+from ptkit.data.chat_questions import read_questions
 from ptkit.data.chat_rows import ChatEncoder
+from ptkit.data.dialogue import Dialogue
+from ptkit.data.in_memory import table_of
+from ptkit.data.pair_formats import pair_format
+from ptkit.data.read_files import read_files
+from ptkit.data.table import Table
 from ptkit.data.task import TaskData, load_task
 from ptkit.data.values import json_of, json_value, typed
 from ptkit.errors import DataError
-from ptkit.recipe.tasks import ChatTask
+from ptkit.recipe.tasks import ChatTask, PreferenceTask
 
 USER, ANSWER = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2.5}}}
@@ -81,6 +88,53 @@ def test_alpaca_history_and_system_stand_before_the_instruction(tmp_path: Path) 
         ("system", "w0"), ("user", "w1"), ("assistant", "w2"), ("user", "w3\nw4"),
         ("assistant", "w5"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_column_of_system_prompts_goes_before_the_turns(tmp_path: Path, form: str) -> None:
+    own = {"role": "system", "content": "w0"}
+    data = loaded(tmp_path, {**FORMS[form], "system": "w0"}, system="w9")
+    assert messages_of(data) == [own, *SAID]
+    (example, *_) = data.train
+    assert example.dialogue is not None
+    assert example.dialogue.learnt == (False, False, True)
+    # An empty one is none: the task's goes there.
+    data = loaded(tmp_path, {**FORMS[form], "system": ""}, system="w9")
+    assert messages_of(data) == [{**own, "content": "w9"}, *SAID]
+    with pytest.raises(DataError, match=r"train\.jsonl:1: `system` should be a text"):
+        loaded(tmp_path, {**FORMS[form], "system": ["w0"]})
+
+
+@pytest.mark.parametrize("form", ["messages", "sharegpt", "prompt"])
+def test_row_with_two_system_prompts_has_to_have_one(tmp_path: Path, form: str) -> None:
+    own = {"role": "system", "content": "w0"}
+    rows: dict[str, dict[str, Any]] = {
+        "messages": {"messages": [own, *SAID]},
+        "sharegpt": {"conversations": [{"from": "system", "value": "w0"},
+                                       *FORMS["sharegpt"]["conversations"]]},
+        "prompt": {"prompt": [own, *SAID[:1]], "completion": SAID[1:]},
+    }  # fmt: skip
+    data = loaded(tmp_path, {**rows[form], "system": "w0"})
+    assert messages_of(data) == [own, *SAID]
+    with pytest.raises(DataError, match=r"train\.jsonl:1: the column `system` .* turn another"):
+        loaded(tmp_path, {**rows[form], "system": "w7"})
+
+
+def test_pairs_have_the_system_prompt_of_their_column() -> None:
+    task = PreferenceTask.model_validate(
+        {"kind": "preference", "data": {"memory": True}, "system": "w9"}
+    )
+    other = [USER, {**ANSWER, "content": "w3"}]
+    rows = [{"chosen": SAID, "rejected": other, "system": "w0"},
+            {"chosen": SAID, "rejected": other, "system": None}]  # fmt: skip
+    table = table_of("train", rows)
+    read = pair_format(task, table).reader(task, table, "rows")[1]
+    for number, (row, system) in enumerate(zip(rows, ["w0", "w9"], strict=True)):
+        pair = read(number, row)
+        assert pair.dialogues is not None
+        for dialogue in pair.dialogues:
+            assert dialogue.messages[0] == {"role": "system", "content": system}
+        assert pair.input == f"system: {system}\nuser: w1"
 
 
 def test_system_prompt_of_the_task_goes_before_conversations_without_one(tmp_path: Path) -> None:
@@ -210,3 +264,68 @@ def test_json_is_read_and_written_without_loss(value: Any) -> None:
 def test_model_without_a_template_is_told_how_to_give_one() -> None:
     with pytest.raises(DataError, match=r"no chat template; give one with `task.chat_template`"):
         ChatEncoder(word_tokenizer(), chat_task())
+
+
+def called(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A row that calls one tool, with its schema."""
+    fields = {"type": "object", "properties": {key: {"type": "number"} for key in arguments}}
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    tool = {"type": "function", "function": {"name": name, "parameters": fields}}
+    return {"messages": messages, "tools": [tool]}
+
+
+CALLED = [called("add", {"a": 1, "b": {"c": 2}}), called("weather", {"city": "w3"})] * 5
+
+
+def of_table(table: Table) -> list[Dialogue]:
+    return [own for _, own in recognised(chat_task(), table).dialogues(table, "rows")]
+
+
+@pytest.mark.parametrize("kind", ["data set", "data frame", "parquet", "list"])
+def test_typed_rows_have_the_calls_and_tools_that_json_has(kind: str, tmp_path: Path) -> None:
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    dataset = datasets.Dataset.from_list(CALLED)
+    if kind == "parquet":
+        dataset.to_parquet(tmp_path / "rows.parquet")
+        table = read_files([tmp_path / "rows.parquet"])
+    else:
+        rows = {"data set": dataset, "data frame": pandas.DataFrame(CALLED), "list": CALLED}
+        table = table_of("train", rows[kind])
+    for found, row in zip(of_table(table), CALLED, strict=True):
+        assert found.messages[1]["tool_calls"] == row["messages"][1]["tool_calls"]
+        assert [*found.tools] == row["tools"]
+    if kind == "parquet":  # what is asked of a model
+        (first, *_) = read_questions(tmp_path / "rows.parquet")
+        assert [*first.tools] == CALLED[0]["tools"]
+    pairs = [
+        {**row, "chosen": row["messages"], "rejected": [USER, ANSWER], "prompt": None}
+        for row in CALLED
+    ]
+    held = table_of("train", datasets.Dataset.from_list(pairs) if kind != "list" else pairs)
+    task = PreferenceTask.model_validate({"kind": "preference", "data": {"memory": True}})
+    form = pair_format(task, held)
+    assert form.messages
+    read = form.reader(task, held, "rows")[1]
+    dialogues = read(0, held.rows[0]).dialogues
+    assert dialogues is not None
+    assert dialogues[0].messages[1]["tool_calls"] == CALLED[0]["messages"][1]["tool_calls"]
+
+
+def test_null_of_json_is_an_argument(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    row = called("add", {"a": None})
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    text = called("add", {"a": None})
+    text["messages"][1]["tool_calls"][0]["function"]["arguments"] = '{"a": null}'
+    json_column = datasets.Features(
+        {"messages": datasets.Json(), "tools": datasets.List(datasets.Json())}
+    )
+    for table in (
+        read_files([tmp_path / "rows.jsonl"]),
+        table_of("train", datasets.Dataset.from_list([text])),
+        table_of("train", datasets.Dataset.from_list([row], features=json_column)),
+    ):
+        (found,) = of_table(table)
+        (call,) = found.messages[1]["tool_calls"]
+        assert call["function"]["arguments"] == {"a": None}

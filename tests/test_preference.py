@@ -24,6 +24,8 @@ from test_cli import ptkit
 from test_encoder_decoder import random_pair
 
 from ptkit.api import plan_training, train
+from ptkit.data.chat_template import NAMED, ChatTemplate
+from ptkit.data.dialogue import dialogue_of
 from ptkit.data.encoded import PairExample
 from ptkit.data.examples import Example
 from ptkit.data.in_memory import with_rows
@@ -39,8 +41,9 @@ from ptkit.methods.catalogue import method_section
 from ptkit.metrics.registry import metric
 from ptkit.recipe.load import LoadedRecipe, load_recipe
 from ptkit.recipe.schema import TrainSection
-from ptkit.recipe.tasks import PreferenceTask
+from ptkit.recipe.tasks import ChatTask, PreferenceTask
 from ptkit.runtime.base_model import Base
+from ptkit.runtime.tokenization import load_tokenizer
 from ptkit.training.adapter_trainer import Job, StepReport
 from ptkit.training.experiment import prepare
 from ptkit.training.loop import fit
@@ -596,6 +599,39 @@ def test_a_dry_run_tells_what_pairs_are_and_what_they_take(tmp_path: Path) -> No
     assert lines[0] == "pairs: recognised as `chosen` and `rejected` as lists of messages"
     assert forecast.cells == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_both_answers_have_the_prompt_that_is_asked() -> None:
+    tokenizer = load_tokenizer("tiny-en")
+    task = PreferenceTask.model_validate(
+        {"kind": "preference", "data": {"memory": True}, "chat_template": "plain"}
+    )
+    asked = [{"role": "user", "content": "hello"}]
+
+    def pair(chosen: list[str], rejected: list[str]) -> Example:
+        def example(texts: list[str]) -> Example:
+            said = [{"role": ("assistant", "user")[i % 2], "content": t} for i, t in
+                    enumerate(texts)]  # fmt: skip
+            own = dialogue_of([*asked, *said], "f:1", learn_from=1)
+            return Example("hello", texts[-1], (), dialogue=own)
+
+        return replace(example(chosen), rejected=example(rejected))
+
+    # `plain` asks with `Assistant:` and writes a space after it; this one has a line break there.
+    broken = task.model_copy(
+        update={"chat_template": NAMED["plain"].replace("'Assistant: '", "'Assistant:\\n'")
+                .replace("'Assistant:'", "'Assistant:\\n'")}
+    )  # fmt: skip
+    encoder = PairEncoder(tokenizer, broken)
+    (row,) = encoder.rows([pair(["\n\nyes"], ["no"])]).encoded
+    assert isinstance(row, PairExample)
+    chat = ChatTask(kind="chat", data=task.data, chat_template=broken.chat_template)
+    question = ChatTemplate.of_task(tokenizer, chat).ids(asked)
+    assert row.input_ids == row.rejected.input_ids == question
+    assert tokenizer.decode(row.target_ids) == "\n\nyes<|endoftext|>\n"
+    encoder.rows([pair(["yes", "and", "no"], ["no"])])
+    with pytest.raises(DataError, match=r"f:1: the tokenizer joins .* leave one answer"):
+        encoder.rows([pair(["\n\nyes", "and", "no"], ["no"])])
 
 
 def test_an_adapter_of_messages_keeps_its_template_and_one_of_texts_has_none(

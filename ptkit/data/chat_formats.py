@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptkit.data.dialogue import Dialogue, dialogue_of
+from ptkit.data.fillers import without_fillers
 from ptkit.data.table import Row, Table
 from ptkit.data.values import Digits, kind_of
 from ptkit.errors import DataError, did_you_mean
@@ -49,10 +50,13 @@ class ChatFormat:
     def dialogues(self, table: Table, source: str) -> Iterator[tuple[Row, Dialogue]]:
         """Every row, with its conversation. Raises DataError for a row of another form."""
         for where, row in table.raw(source):
-            yield row, self.dialogue(row, where)
+            yield row, self.dialogue(row, where, table.features)
 
-    def dialogue(self, row: Row, where: str) -> Dialogue:
-        """The conversation of a row at the place `where`. Raises DataError as `dialogues` does."""
+    def dialogue(self, row: Row, where: str, features: Mapping[str, Any] | None = None) -> Dialogue:
+        """The conversation of a row at the place `where`. Raises DataError as `dialogues` does.
+
+        features: those of its table
+        """
         missing = [c for c in self._needed() if row.get(c) is None]
         if missing:
             others = ", ".join(f"`{c}`" for c in row if row[c] is not None) or "nothing"
@@ -60,7 +64,8 @@ class ChatFormat:
                 f"{where}: `{missing[0]}` is missing; the rows were recognised as {self}, and "
                 f"this one has {others}"
             )
-        return _READERS[self.name](self, row, where)
+        row = without_fillers(row, features)
+        return with_own_system(_READERS[self.name](self, row, where), row, where)
 
     def _needed(self) -> tuple[str, ...]:
         if self.column is not None:
@@ -149,10 +154,7 @@ def _sharegpt(form: ChatFormat, row: Row, where: str) -> Dialogue:
         raise DataError(
             f"{where}: `{form.column}` should be a non-empty list of turns, found {kind_of(turns)}"
         )
-    messages = _system(row, where)
-    before = len(messages)
-    for number, turn in enumerate(turns, start=1):
-        messages.append(_turn(turn, f"{where}, turn {number + before}"))
+    messages = [_turn(turn, f"{where}, turn {n}") for n, turn in enumerate(turns, start=1)]
     return dialogue_of(messages, where, tools=row.get("tools"), column=form.column)
 
 
@@ -176,7 +178,7 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
 
 
 def _alpaca(form: ChatFormat, row: Row, where: str) -> Dialogue:
-    messages = _system(row, where)
+    messages: list[dict[str, Any]] = []
     history = row.get("history") or []
     if not isinstance(history, list):
         raise DataError(f"{where}: `history` should be a list of pairs, found {kind_of(history)}")
@@ -197,26 +199,34 @@ def _alpaca(form: ChatFormat, row: Row, where: str) -> Dialogue:
 def _prompt_completion(form: ChatFormat, row: Row, where: str) -> Dialogue:
     prompt, completion = row["prompt"], row["completion"]
     if _is_text(prompt) and _is_text(completion):
-        return dialogue_of([*_system(row, where), *_exchange(prompt, completion)], where,
+        return dialogue_of(_exchange(prompt, completion), where,
                            tools=row.get("tools"))  # fmt: skip
     if not isinstance(prompt, list) or not isinstance(completion, list):
         raise DataError(
             f"{where}: `prompt` and `completion` should both be texts, or both lists of messages, "
             f"found {kind_of(prompt)} and {kind_of(completion)}"
         )
-    before = [*_system(row, where), *prompt]
-    return dialogue_of([*before, *completion], where, tools=row.get("tools"),
-                       learn_from=len(before))  # fmt: skip
+    return dialogue_of([*prompt, *completion], where, tools=row.get("tools"),
+                       learn_from=len(prompt))  # fmt: skip
 
 
-def _system(row: Row, where: str) -> list[dict[str, Any]]:
-    """The message of a row's column `system`, where it has one."""
+def with_own_system(dialogue: Dialogue, row: Row, where: str) -> Dialogue:
+    """The conversation of `row` with the system prompt in the row's column `system`, if any.
+
+    Raises DataError for one that is no text, and for another one than the conversation brings.
+    """
     system = row.get("system")
     if not system:
-        return []
+        return dialogue
     if not _is_text(system):
         raise DataError(f"{where}: `system` should be a text, found {kind_of(system)}")
-    return [{"role": "system", "content": system}]
+    first = dialogue.messages[0]
+    if first["role"] == "system" and first["content"] != system:
+        raise DataError(
+            f"{where}: the column `system` has one system prompt, and the first turn another; "
+            "leave one of them out"
+        )
+    return dialogue.with_system(system)
 
 
 def _exchange(asked: Any, said: Any) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ def read_questions(file: Path) -> list[Question]:
     table = _completed(read_files([file]))
     form = recognised(ChatTask(kind="chat", data=DataSection(memory=True)), table)
     ended = [_asked(row, form) for row in table.rows]
-    asked = Table(table.columns, [row for row, _ in ended], spots=table.spots)
+    asked = Table(table.columns, [row for row, _ in ended], table.features, spots=table.spots)
     found = []
     for (_, dialogue), (_, replaced) in zip(
         form.dialogues(asked, str(file)), ended, strict=True
@@ -64,7 +64,7 @@ def _completed(table: Table) -> Table:
     absent = [] if turns else [a for q, a in wanted.items() if q in table.columns]
     columns = list(dict.fromkeys([*table.columns, *absent]))
     rows = [{**row, **{a: row.get(a) or _nothing(row) for a in absent}} for row in table.rows]
-    return Table(columns, rows, spots=table.spots)
+    return Table(columns, rows, table.features, spots=table.spots)
 
 
 def _nothing(row: Row) -> Any:

@@ -9,10 +9,10 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ptkit.data.chat_template import ChatTemplate, Rendered
+from ptkit.data.chat_tokens import ChatTokens, Encoded, Tokens
 from ptkit.data.dialogue import Dialogue
 from ptkit.data.encoded import EncodedExample
 from ptkit.data.examples import Example
-from ptkit.data.tokens import lead_ids
 from ptkit.errors import DataError
 from ptkit.recipe.tasks import ChatTask
 
@@ -22,8 +22,8 @@ class ChatNotes:
     """What was decided about conversations as they became token ids.
 
     shortened: conversations that lost early turns; dropped: messages that they lost
-    unfolded: conversations that became a row for each answer, for the template renders a turn
-        differently once another follows it
+    unfolded: conversations that became a row for each answer. The template renders a turn
+        differently once another follows it, or the tokenizer joins an answer to its question
     endless: answers after which no token of the model's own vocabulary of marks stands
     """
 
@@ -72,29 +72,6 @@ class Cut(NamedTuple):
         return cut
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """A rendered conversation as token ids, with what is learnt."""
-
-    ids: list[int]
-    learnt: list[bool]
-
-    @property
-    def first(self) -> int:
-        """Index of the first token that is learnt."""
-        return self.learnt.index(True)
-
-    def row(self) -> EncodedExample:
-        """Everything up to the first learnt token as input; all learnt tokens in one pass."""
-        at = self.first
-        tail = tuple(self.learnt[at:])
-        return EncodedExample(self.ids[:at], self.ids[at:], None if all(tail) else tail)
-
-
-#: Token ids, and first character and end of each.
-_Encoded = tuple[list[int], list[tuple[int, int]]]
-
-
 def cut_example(examples: Sequence[Example], cut: Cut) -> Example:
     """The example that a row is a part of, with that part as its conversation."""
     example = examples[cut.example]
@@ -117,7 +94,7 @@ class ChatEncoder:
             )
         self.task, self.tokenizer = task, tokenizer
         self.template = ChatTemplate.of_task(tokenizer, task)
-        self._lead = lead_ids(tokenizer)
+        self._texts = ChatTokens(tokenizer, self.template)
 
     def rows(self, examples: Sequence[Example]) -> ChatRows:
         """The rows that training reads, and what was decided on the way."""
@@ -138,11 +115,17 @@ class ChatEncoder:
             for number, example in enumerate(examples)
             for part in self._passes(example, notes)
         ]
-        together = self._encoded([rendered.text for *_, rendered in asked])
+        together = self._texts.encoded([rendered.text for *_, rendered in asked])
         found = []
-        for (number, answer, dialogue, rendered), tokens in zip(asked, together, strict=True):
-            exchanges, fitted = self._fitted(dialogue, rendered, tokens, notes)
-            found.append((Cut(number, answer, exchanges), fitted.row()))
+        for (number, answer, dialogue, rendered), encoded in zip(asked, together, strict=True):
+            fitted = self._fitted(dialogue, rendered, encoded, notes)
+            if fitted is not None:
+                found.append((Cut(number, answer, fitted[0]), fitted[1].row()))
+                continue
+            notes.unfolded += 1
+            for one, part in _each_answer(dialogue):
+                exchanges, tokens = self._fitted_answer(part, notes)
+                found.append((Cut(number, one, exchanges), tokens.row()))
         return found
 
     def asked(self, example: Example) -> EncodedExample:
@@ -152,8 +135,8 @@ class ChatEncoder:
         dialogue = example.dialogue.upto(len(example.dialogue.messages) - 1)
         room = self.task.max_tokens - self.task.max_target_tokens
         while True:
-            rendered = self._spans(dialogue)
-            tokens = self._tokens(dialogue, rendered, "last", *self._encoded([rendered.text]))
+            tokens = self._read(dialogue, self._spans(dialogue), "last")
+            assert tokens is not None
             row = tokens.row()
             if len(row.input_ids) <= room:
                 return EncodedExample(row.input_ids, row.target_ids)
@@ -163,8 +146,8 @@ class ChatEncoder:
         """Conversations that begin alike, in a pass each. All lose the early turns that the longest
         has to, and none loses what is learnt.
 
-        Raises DataError where that is not enough, and for several answers to be learnt in a
-        template that renders earlier ones otherwise.
+        Raises DataError where that is not enough, and for several answers to be learnt that are
+        not read in one pass (see `ChatNotes.unfolded`).
         """
         whole, most = dialogues, self.task.max_tokens
         while True:
@@ -184,20 +167,27 @@ class ChatEncoder:
         self._note(notes, lost, tokens)
         return [own.row() for own in tokens]
 
-    def _whole(self, dialogue: Dialogue) -> _Tokens:
-        """All of a conversation as tokens, in one pass."""
-        rendered = self._in_one_pass(dialogue)
-        return self._tokens(dialogue, rendered, self.task.loss, *self._encoded([rendered.text]))
-
-    def _in_one_pass(self, dialogue: Dialogue) -> Rendered:
-        """The text of a conversation of which all that is learnt is learnt at once."""
+    def _whole(self, dialogue: Dialogue) -> Tokens:
+        """All of a conversation as tokens, in one pass. Raises DataError as `together` does."""
         found = self.template.rendered(dialogue)
         if found is None and sum(dialogue.learnt) > 1:
             raise DataError(
                 f"{dialogue.where}: the chat template changes earlier answers when others follow, "
                 "so several answers after a prompt cannot be scored in one pass; leave one answer"
             )
-        return self._spans(dialogue) if found is None else found
+        rendered = self._spans(dialogue) if found is None else found
+        tokens = self._read(dialogue, rendered, self.task.loss)
+        if tokens is None:
+            raise DataError(
+                f"{dialogue.where}: the tokenizer joins the beginning of an answer to its "
+                "question, so several answers after a prompt cannot be scored in one pass; leave "
+                "one answer, or leave out the space or line break that the answer begins with"
+            )
+        return tokens
+
+    def _read(self, dialogue: Dialogue, rendered: Rendered, loss: str) -> Tokens | None:
+        """One conversation as tokens; None where it takes a pass for each answer."""
+        return self._texts.read(dialogue, rendered, loss, *self._texts.encoded([rendered.text]))
 
     def question(self, dialogue: Dialogue, answer: int) -> list[int]:
         """The token ids up to where the message `answer` begins."""
@@ -225,28 +215,35 @@ class ChatEncoder:
         rendered = self.template.rendered(dialogue)
         if rendered is not None or self.task.loss == "all":
             return [(answer, dialogue, rendered or self._spans(dialogue))]
-        learnt = [i for i in dialogue.answers if dialogue.learnt[i]]
-        notes.unfolded += len(learnt) > 1
-        parts = [(i, dialogue.upto(i)) for i in learnt]
+        parts = _each_answer(dialogue)
+        notes.unfolded += len(parts) > 1
         return [(i, part, self._spans(part)) for i, part in parts]
 
     def _fitted(
-        self, dialogue: Dialogue, rendered: Rendered, encoded: _Encoded, notes: ChatNotes
-    ) -> tuple[int, _Tokens]:
-        """The tokens of what fits, and how many exchanges are left out for that."""
+        self, dialogue: Dialogue, rendered: Rendered, encoded: Encoded, notes: ChatNotes
+    ) -> tuple[int, Tokens] | None:
+        """How many exchanges are left out, and the tokens of what then fits; None where that takes
+        a pass for each answer."""
         whole, most, exchanges = dialogue, self.task.max_tokens, 0
-        while True:
-            tokens = self._tokens(dialogue, rendered, self.task.loss, encoded)
-            if len(tokens.ids) <= most:
-                break
+        tokens = self._texts.read(dialogue, rendered, self.task.loss, encoded)
+        while tokens is not None and len(tokens.ids) > most:
             dialogue = self._shorter(dialogue, len(tokens.ids), most, "in all")
             exchanges += 1
-            rendered = self._spans(dialogue)
-            (encoded,) = self._encoded([rendered.text])
+            tokens = self._read(dialogue, self._spans(dialogue), self.task.loss)
+        if tokens is None:
+            return None
         self._note(notes, len(whole.messages) - len(dialogue.messages), [tokens])
         return exchanges, tokens
 
-    def _note(self, notes: ChatNotes, lost: int, rows: Sequence[_Tokens]) -> None:
+    def _fitted_answer(self, dialogue: Dialogue, notes: ChatNotes) -> tuple[int, Tokens]:
+        """The same of a conversation of which one answer is learnt: one pass is enough."""
+        rendered = self._spans(dialogue)
+        (encoded,) = self._texts.encoded([rendered.text])
+        found = self._fitted(dialogue, rendered, encoded, notes)
+        assert found is not None
+        return found
+
+    def _note(self, notes: ChatNotes, lost: int, rows: Sequence[Tokens]) -> None:
         """Note how many messages a row's conversations lost, and whether none of their answers
         ends with a mark."""
         notes.shortened += bool(lost)
@@ -265,15 +262,16 @@ class ChatEncoder:
             return found
         last = len(dialogue.messages) - 1
         text = self.template.render(dialogue.messages, dialogue.tools)
-        if all(dialogue.learnt[i] for i in dialogue.answers) and self.task.loss == "all":
-            return Rendered(text, {})
         asked = self.template.render(dialogue.messages[:last], dialogue.tools, ask=True)
         if not text.startswith(asked):
             raise DataError(
                 f"{dialogue.where}: the chat template writes the conversation otherwise before its "
                 "last answer is there than with it; give `task.chat_template` another"
             )
-        return Rendered(text, {last: (len(asked), len(text))})
+        border = {last: len(asked)}
+        if all(dialogue.learnt[i] for i in dialogue.answers) and self.task.loss == "all":
+            return Rendered(text, {}, border)
+        return Rendered(text, {last: (len(asked), len(text))}, border)
 
     def _shorter(self, dialogue: Dialogue, tokens: int, most: int, what: str) -> Dialogue:
         """The conversation without its first exchange. Raises DataError where the task refuses
@@ -292,57 +290,7 @@ class ChatEncoder:
             f"(`task.max_tokens`); {told}; raise the limit, or leave the row out"
         )
 
-    def _encoded(self, texts: list[str]) -> list[_Encoded]:
-        """The token ids of each text, and the characters that each token is of. The tokenizer
-        reads many texts in parallel."""
-        if not texts:
-            return []
-        encoding = self.tokenizer(
-            texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        return [*zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)]
 
-    def _tokens(
-        self, dialogue: Dialogue, rendered: Rendered, loss: str, encoded: _Encoded
-    ) -> _Tokens:
-        ids, offsets = encoded
-        if loss == "all":
-            learnt = [True] * len(ids)
-        else:
-            spans = [s for i, s in rendered.spans.items() if i < 0 or dialogue.learnt[i]]
-            learnt = self._in_spans(rendered.text, ids, offsets, spans)
-        begun = self._with_lead(ids)
-        learnt = [False] * (len(begun) - len(ids)) + learnt
-        learnt[0] = False  # nothing stands before it to predict it from
-        if not any(learnt):
-            raise DataError(
-                f"{dialogue.where}: the template writes nothing of the answers, so there is "
-                "nothing to learn"
-            )
-        return _Tokens(begun, learnt)
-
-    def _in_spans(
-        self, text: str, ids: list[int], offsets: list[tuple[int, int]],
-        spans: list[tuple[int, int]],
-    ) -> list[bool]:  # fmt: skip
-        """Which tokens have a character of a span."""
-        learnt = [False] * len(ids)
-        for start, end in spans:
-            inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
-            for i in inside:
-                learnt[i] = True
-            # A template's own marks may leave out the token at which the model is to stop.
-            said = [i for i in inside if text[slice(*offsets[i])].strip()]
-            after = next((i for i, (a, _) in enumerate(offsets) if a >= end), None)
-            if (
-                after is None
-                or not self.template.marked
-                or (said and ids[said[-1]] in self.template.marks)
-            ):
-                continue
-            if ids[after] in self.template.marks and offsets[after][0] == end:
-                learnt[after] = True
-        return learnt
-
-    def _with_lead(self, ids: list[int]) -> list[int]:
-        return list(ids) if ids[: len(self._lead)] == self._lead else [*self._lead, *ids]
+def _each_answer(dialogue: Dialogue) -> list[tuple[int, Dialogue]]:
+    """Of each answer that is learnt, its index and the conversation up to it."""
+    return [(i, dialogue.upto(i)) for i in dialogue.answers if dialogue.learnt[i]]

@@ -53,10 +53,12 @@ class Rendered:
 
     spans: first character and end of each answer, by the index of its message. Where a template
         marks other pieces than answers, the index is that of the piece, below zero
+    asked: where the question of each learnt answer ends, by the index of the answer
     """
 
     text: str
     spans: Mapping[int, tuple[int, int]]
+    asked: Mapping[int, int]
 
 
 @dataclass(frozen=True)
@@ -189,36 +191,60 @@ class ChatTemplate:
         """Whether the template itself marks what the model writes."""
         return _MARK.search(self._text(())) is not None
 
-    def _rendered_with_marks(self, dialogue: Dialogue) -> Rendered:
-        (text,), (spans,) = self._tried(dialogue, dialogue.messages, marks=True)
+    def _rendered_with_marks(self, dialogue: Dialogue) -> Rendered | None:
+        (text,), (marked,) = self._tried(dialogue, dialogue.messages, marks=True)
         answers = dialogue.answers
+        asked = {}
+        for i in answers:
+            if dialogue.learnt[i]:
+                question = self._question(dialogue, i)
+                if not text.startswith(question):
+                    self._require_beginning(dialogue, i, question)
+                    return None
+                asked[i] = len(question)
+        # What a question ends with is not learnt, though some templates mark it.
+        spans = [
+            (max([start, *(at for at in asked.values() if at <= end)]), end)
+            for start, end in marked
+        ]
         if len(spans) == len(answers):
-            return Rendered(text, dict(zip(answers, spans, strict=True)))
+            return Rendered(text, dict(zip(answers, spans, strict=True)), asked)
         if not all(dialogue.learnt[i] for i in answers):
             raise DataError(
                 f"{dialogue.where}: the chat template marks {len(spans)} pieces in {len(answers)} "
                 "answers, so one answer cannot be told from the others; use `loss: assistant` "
                 "without weights, or a template without `{% generation %}`"
             )
-        return Rendered(text, {-1 - n: span for n, span in enumerate(spans)})
+        return Rendered(text, {-1 - n: span for n, span in enumerate(spans)}, asked)
 
     def _turn_by_turn(self, dialogue: Dialogue) -> Rendered | None:
-        messages = dialogue.messages
-        (text,), _ = self._tried(dialogue, messages)
+        (text,), _ = self._tried(dialogue, dialogue.messages)
         spans = {}
         for i in dialogue.answers:
-            (asked,), _ = self._tried(dialogue, messages[:i], ask=True)
-            (said,), _ = self._tried(dialogue, messages[: i + 1])
-            if not said.startswith(asked):
-                raise DataError(
-                    f"{dialogue.where}, turn {i + 1}: the chat template asks for an answer with "
-                    f"{_end(asked, said)}, and writes the answer without it; give "
-                    "`task.chat_template` a template that writes both alike"
-                )
+            asked = self._question(dialogue, i)
+            said = self._require_beginning(dialogue, i, asked)
             if not text.startswith(said):
                 return None
             spans[i] = (len(asked), len(said))
-        return Rendered(text, spans)
+        learnt = {i: start for i, (start, _) in spans.items() if dialogue.learnt[i]}
+        return Rendered(text, spans, learnt)
+
+    def _question(self, dialogue: Dialogue, answer: int) -> str:
+        """The conversation up to where the message `answer` begins."""
+        (text,), _ = self._tried(dialogue, dialogue.messages[:answer], ask=True)
+        return str(text)
+
+    def _require_beginning(self, dialogue: Dialogue, answer: int, asked: str) -> str:
+        """The conversation with the message `answer` as its end. Raises DataError where it does
+        not begin as it is asked for."""
+        (said,), _ = self._tried(dialogue, dialogue.messages[: answer + 1])
+        if not said.startswith(asked):
+            raise DataError(
+                f"{dialogue.where}, turn {answer + 1}: the chat template asks for an answer with "
+                f"{_end(asked, said)}, and writes the answer without it; give "
+                "`task.chat_template` a template that writes both alike"
+            )
+        return str(said)
 
     def _require_whole(self, dialogue: Dialogue, text: str) -> None:
         """Raise DataError for tool calls, reasoning or tools that the template leaves out."""

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ptkit.data.chat_formats import with_own_system
 from ptkit.data.dialogue import Dialogue, answer_text, dialogue_of
+from ptkit.data.fillers import without_fillers
 from ptkit.data.table import Row, Table
 from ptkit.data.templates import Template
 from ptkit.data.values import kind_of
@@ -106,11 +108,14 @@ def _texts(task: PreferenceTask, table: Table) -> tuple[Table, _Read]:
 
 def _conversations(task: PreferenceTask, table: Table) -> tuple[Table, _Read]:
     def read(where: str, row: Row) -> Pair:
+        row = without_fillers(row, table.features)
         shared, whole = _split(row, where)
         chosen, rejected = (
-            dialogue_of(
-                whole[column], f"{where}, `{column}`", tools=row.get("tools"), learn_from=shared,
-                column=column,
+            with_own_system(
+                dialogue_of(
+                    whole[column], f"{where}, `{column}`", tools=row.get("tools"),
+                    learn_from=shared, column=column,
+                ), row, where,
             ).with_system(task.system)
             for column in ANSWERS
         )  # fmt: skip

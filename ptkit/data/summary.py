@@ -71,8 +71,8 @@ def chat_lines(task: ConversationTask, split: str, notes: ChatNotes) -> list[str
         )
     if notes.unfolded:
         lines.append(
-            f"{split}: the chat template changes earlier answers when others follow; "
-            f"{notes.unfolded:,} conversations are read once for each answer"
+            f"{split}: {notes.unfolded:,} conversations are read once for each answer; the chat "
+            "template or the tokenizer writes earlier answers otherwise when others follow"
         )
     if notes.endless:
         lines.append(

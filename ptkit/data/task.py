@@ -204,7 +204,7 @@ def _chats(
         _require_column(rows, column, "task.references")
 
     def read(number: int, row: Row) -> Example:
-        dialogue = form.dialogue(row, rows.where(number, source))
+        dialogue = form.dialogue(row, rows.where(number, source), rows.features)
         target = dialogue.answer_text()
         references = _references(row, column, target, dialogue.where)
         own = dialogue.with_system(task.system)

@@ -41,7 +41,7 @@ from ptkit.formats.cache_home import cache_home, make_room
 from ptkit.recipe.tasks import ChatTask, ConversationTask, PreferenceTask, Task
 
 #: Counted up when the same rows and tokenizer give other ids than before.
-_VERSION = 3
+_VERSION = 4
 #: The least recently used files go when all take more bytes than this.
 MOST_BYTES = 20_000_000_000
 #: Rows that are encoded at a time.

@@ -13,6 +13,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ptkit.errors import DataError
+
+#: How vocabularies write a space before a word.
+_SPACES = ("▁", "Ġ")
+#: What a text is put behind to see how it goes on; a tokenizer joins few texts to all of these.
+_BEFORE = ("\n", ".", "a", "0")
+
 
 def listed(entries: Any) -> list[Any]:
     """`entries` as a list. A str (or None, the plain base as a row's name) is one entry, and not
@@ -94,6 +101,39 @@ def whole_ids(
         for i, ids in zip(twice, again, strict=True):
             found[i] = ids[len(lead) :]
     return found
+
+
+def places(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Of each part of a text its token ids, and first character and end of each."""
+    if not texts:
+        return []
+    encoding = tokenizer(
+        [*texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    return [*zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)]
+
+
+def places_after(
+    tokenizer: PreTrainedTokenizerBase, text: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """`places` of a text that goes on with another one. Some tokenizers begin every text with a
+    space; this one gets none.
+
+    Raises DataError where such a tokenizer joins the text to whatever stands before it.
+    """
+    words = tokenizer.convert_ids_to_tokens(part_ids(tokenizer, "a"))
+    if not (words and str(words[0])[:1] in _SPACES):
+        return places(tokenizer, [text])[0]
+    for before in _BEFORE:
+        own = part_ids(tokenizer, before)
+        ids, offsets = places(tokenizer, [before + text])[0]
+        at = len(own)
+        if ids[:at] == own and (at == len(ids) or offsets[at][0] >= len(before)):
+            moved = [(a - len(before), b - len(before)) for a, b in offsets[at:]]
+            return ids[at:], moved
+    raise DataError(f"the tokenizer cannot begin an answer with {text[:20]!r}")
 
 
 def cut_left(ids: Sequence[int], limit: int, lead: Sequence[int]) -> list[int]:
