@@ -69,9 +69,13 @@ def listed_columns(columns: Sequence[Column]) -> str:
     return ", ".join(map(str, columns))
 
 
+def _empty(value: object) -> bool:
+    return value is None or (isinstance(value, str | list) and not value)
+
+
 def _column(name: str, table: Table) -> Column:
     rows = islice(table.only([name]), MOST_ROWS)
-    values = [row[name] for row in rows if row[name] not in (None, "", [])]
+    values = [value for row in rows if not _empty(value := row[name])]
     filled = len(values)
     if not values:
         return Column(name, "empty", 0)
