@@ -64,6 +64,15 @@ def columns_of(table: Table) -> list[Column]:
     return [_column(name, table) for name in table.columns]
 
 
+def names_like_values(columns: Sequence[Column]) -> list[str]:
+    """Names of columns that look like values: texts, or one of the labels below them. The file has
+    no line of names then, and its first row is taken for it."""
+    return [
+        c.name for c in columns
+        if len(c.name.split()) > _LABEL_WORDS or (c.kind == "label" and c.name in c.values)
+    ]  # fmt: skip
+
+
 def listed_columns(columns: Sequence[Column]) -> str:
     """The columns for an error message."""
     return ", ".join(map(str, columns))
