@@ -165,6 +165,16 @@ def test_the_goal_is_found_by_the_columns(tmp_path: Path, columns: str, expected
     assert choose(read_splits(path).train).goal == expected
 
 
+@pytest.mark.parametrize("first", [("text", "team"), ("It is broken", "billing"),
+                                   ("My parcel has not arrived so far", "delivered")])  # fmt: skip
+def test_a_first_row_that_is_taken_for_names_is_told(
+    first: tuple[str, str], tmp_path: Path
+) -> None:
+    draft = drafted(csv_file(tmp_path / "rows.csv", [first, *(TICKETS * 3)]))
+    told = [line for line in draft.reasons if "taken for the names of columns" in line]
+    assert len(told) == (first != ("text", "team"))
+
+
 def test_what_columns_do_not_tell_is_refused_with_the_columns(tmp_path: Path) -> None:
     path = csv_file(tmp_path / "rows.csv", [("id", "n"), ("1", "2"), ("3", "4")])
     with pytest.raises(DataError, match=r"`--label` or `--target`.*`id` \(identifiers\)"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import random_base
@@ -15,8 +16,10 @@ from safetensors.torch import load_file
 from test_compare import recipe_file as recipe_file
 
 import ptkit
-from ptkit.data.in_memory import with_rows
+from ptkit.data.in_memory import table_of, with_rows
 from ptkit.data.task import load_task
+from ptkit.drafting.columns import columns_of
+from ptkit.drafting.draft import draft_recipe
 from ptkit.errors import DataError, UserError
 from ptkit.formats.adapter_folder import WEIGHTS
 from ptkit.recipe.load import load_recipe
@@ -113,3 +116,43 @@ def test_what_is_no_data_set_is_refused(dataset: Any, why: str, recipe_file: Pat
 def test_a_cluster_cannot_be_handed_rows(recipe_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="read their data themselves"):
         ptkit.compare(recipe_file, dataset=splits(recipe_file), ray=True, out=tmp_path / "out")
+
+
+NUMBERED = {"text": [f"message {i} of many" for i in range(20)], "label": [0, 1] * 10}
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch", "pandas", "arrow", "columns"])
+def test_a_format_of_a_data_set_changes_nothing(form: str) -> None:
+    plain = Dataset.from_dict(NUMBERED)
+    other = plain.with_format(columns=["text"]) if form == "columns" else plain.with_format(form)
+    assert [*table_of("train", other)] == [*table_of("train", plain)]
+    assert draft_recipe(other).loaded.recipe == draft_recipe(plain).loaded.recipe
+
+
+def test_a_transform_of_a_data_set_is_refused() -> None:
+    """It gives rows only as they are read, and columns that the data set does not name."""
+    with pytest.raises(DataError, match=r"write them with `Dataset.map`"):
+        table_of("train", Dataset.from_dict(NUMBERED).with_transform(lambda batch: batch))
+
+
+def test_values_of_numpy_torch_and_pandas_are_those_of_python() -> None:
+    row = {
+        "int": np.int64(3), "bool": np.bool_(True), "short": np.float32(0.1), "word": np.str_("a"),
+        "list": np.array(["a", "b"]), "tensor": torch.tensor(4), "nan": np.nan, "na": pd.NA,
+        "nat": pd.NaT, "turns": np.array([{"role": "user"}], dtype=object), 0: ("x",),
+    }  # fmt: skip
+    table = table_of("train", [row])
+    assert [*table] == [{
+        "int": "3", "bool": "true", "short": "0.1", "word": "a", "list": ["a", "b"],
+        "tensor": "4", "nan": None, "na": None, "nat": None, "turns": [{"role": "user"}],
+        "0": ["x"],
+    }]  # fmt: skip
+    # Conversations are read without that change.
+    assert table.rows[0]["turns"] == [{"role": "user"}]
+    assert table.rows[0]["bool"] is True
+
+
+def test_labels_of_numpy_and_columns_with_numbers_for_names_are_drafted() -> None:
+    rows = [{0: text, 1: np.int64(n)} for text, n in zip(*NUMBERED.values(), strict=True)]
+    assert [c.kind for c in columns_of(table_of("train", rows))] == ["text", "label"]
+    assert draft_recipe(rows).loaded.recipe.task.kind == "classification"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 
 from ptkit.data.table import Table, is_of
@@ -52,8 +54,31 @@ def table_of(split: str, rows: Any) -> Table:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise DataError(f"{split} row {number} is a {type(row).__name__}, expected a mapping")
-    columns = dict.fromkeys(str(column) for row in rows for column in row)
-    return Table([*columns], list(rows))
+    own = [_own_values(row) for row in rows]
+    return Table([*dict.fromkeys(column for row in own for column in row)], own)
+
+
+def _own_values(value: Any) -> Any:
+    """`value` with Python's own lists and truth values in place of those of numpy, torch and
+    pandas, and with names of columns that are texts. Numbers keep their types, and with them their
+    digits."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _own_values(entry) for name, entry in value.items()}
+    if isinstance(value, np.ndarray):
+        return _own_values([*value] if value.ndim else value[()])
+    if is_of(value, "torch.Tensor"):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_own_values(entry) for entry in value]
+    if isinstance(value, np.bool | np.integer):
+        return value.item()
+    if isinstance(value, float | np.floating) and math.isnan(value):
+        return None
+    if type(value).__name__ in ("NAType", "NaTType"):  # of pandas, which need not be loaded
+        return None
+    return value
 
 
 def _of_frame(split: str, frame: pd.DataFrame) -> Dataset:

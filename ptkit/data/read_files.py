@@ -1,6 +1,7 @@
 """Rows of files as the files write them: nothing is inferred, nothing is renamed.
 
-A CSV cell is its text (`NA`, `02108`, `3.10` and `TRUE` too), and an empty cell is missing. A JSON
+A CSV cell is its text (`NA`, `02108`, `3.10` and `TRUE` too), and an empty cell is missing. Quotes
+in a TSV file are letters where they mark no cells (see `quotes_are_marks`). A JSON
 text is that text, a JSON number the digits that stand there, `null` or an absent key is missing.
 Parquet keeps the types it was written with. A path is a path: `*`, `?` and brackets are letters.
 """
@@ -8,6 +9,7 @@ Parquet keeps the types it was written with. A path is a path: `*`, `?` and brac
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
 import io
 import json
@@ -19,6 +21,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ptkit.data.quotes import quotes_are_marks
 from ptkit.data.stored_rows import mapped_table, stored
 from ptkit.data.table import Spots, Table
 from ptkit.data.values import json_of, json_value
@@ -84,11 +87,12 @@ def _csv(path: Path, separator: str = ",") -> _Rows:
 
     header: list[str] = []
     number = 0
+    quoting = csv.QUOTE_MINIMAL if quotes_are_marks(path, separator) else csv.QUOTE_NONE
     try:
         # Without a header of its own, pandas renames no column and takes none for an index.
         with pd.read_csv(
             path, sep=separator, header=None, dtype=str, keep_default_na=False, na_filter=False,
-            encoding="utf-8-sig", chunksize=10_000,
+            encoding="utf-8-sig", chunksize=10_000, quoting=quoting,
         ) as frames:  # fmt: skip
             for frame in frames:
                 cells = frame.to_numpy(dtype=object).tolist()

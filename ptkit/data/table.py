@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ptkit.data.lazy import picked
+from ptkit.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,7 +66,19 @@ class Table:
 
     @classmethod
     def of(cls, dataset: Dataset) -> Table:
-        """The rows of `dataset`."""
+        """The rows of `dataset`, as Python's values: a format (`with_format`) is undone.
+
+        Raises DataError for a transform, whose columns are known only when a row is read.
+        """
+        if dataset.format["type"] == "custom":
+            raise DataError(
+                "the data set makes its rows by a transform (`with_transform`) when they are read; "
+                "write them with `Dataset.map`, or hand over a list of the rows"
+            )
+        if dataset.format["type"] is not None or {*dataset.format["columns"]} != {
+            *dataset.column_names
+        }:
+            dataset = dataset.with_format(None)
         return cls(dataset.column_names, dataset, dataset.features)
 
     def __len__(self) -> int:
@@ -133,6 +146,10 @@ def plain(value: Any, feature: Any = None) -> Any:
     included."""
     if value is None or isinstance(value, str):
         return value
+    if isinstance(value, np.floating):
+        return None if np.isnan(value) else str(value)
+    if isinstance(value, np.bool | np.integer):
+        return plain(value.item(), feature)
     if isinstance(value, int) and is_of(feature, "datasets.ClassLabel"):
         return str(feature.int2str(value)) if value >= 0 else None
     if isinstance(value, bool):

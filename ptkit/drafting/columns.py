@@ -64,14 +64,27 @@ def columns_of(table: Table) -> list[Column]:
     return [_column(name, table) for name in table.columns]
 
 
+def names_like_values(columns: Sequence[Column]) -> list[str]:
+    """Names of columns that look like values: texts, or one of the labels below them. The file has
+    no line of names then, and its first row is taken for it."""
+    return [
+        c.name for c in columns
+        if len(c.name.split()) > _LABEL_WORDS or (c.kind == "label" and c.name in c.values)
+    ]  # fmt: skip
+
+
 def listed_columns(columns: Sequence[Column]) -> str:
     """The columns for an error message."""
     return ", ".join(map(str, columns))
 
 
+def _empty(value: object) -> bool:
+    return value is None or (isinstance(value, str | list) and not value)
+
+
 def _column(name: str, table: Table) -> Column:
     rows = islice(table.only([name]), MOST_ROWS)
-    values = [row[name] for row in rows if row[name] not in (None, "", [])]
+    values = [value for row in rows if not _empty(value := row[name])]
     filled = len(values)
     if not values:
         return Column(name, "empty", 0)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ptkit.data.tokens import listed
 from ptkit.drafting.base_facts import BaseFacts, base_facts
+from ptkit.drafting.columns import columns_of, names_like_values
 from ptkit.drafting.files import DraftRows, Source, read_splits
 from ptkit.drafting.goal import Goal, choose
 from ptkit.drafting.plan import Plan, planned
@@ -81,7 +82,8 @@ def draft_recipe(
     held_out = len(rows.tables["validation"]) if "validation" in rows.tables else None
     plan = planned(base, kind, len(rows.train), task.lengths, method, settings, held_out)
     reasons = (
-        *chosen.reasons, *task.warnings, *_splits_told(rows), task.lengths.told, *plan.reasons
+        *chosen.reasons, *_names_told(rows), *task.warnings, *_splits_told(rows),
+        task.lengths.told, *plan.reasons,
     )  # fmt: skip
     recipe_text = _text(name, out, rows, base, task, plan, reasons)
     source = parse_yaml(recipe_text, str(out))
@@ -103,6 +105,17 @@ def _name(data: Path) -> str:
         stem = data.resolve().parent.name or stem
     slug = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-._")
     return slug or "mine"
+
+
+def _names_told(rows: DraftRows) -> list[str]:
+    path = rows.paths.get("train")
+    if path is None or path.suffix not in (".csv", ".tsv"):
+        return []
+    return [
+        f"warning: the first line of {path.name} is taken for the names of columns, and `{name}` "
+        "looks like a value; put a line of names before it"
+        for name in names_like_values(columns_of(rows.train))[:1]
+    ]
 
 
 def _splits_told(rows: DraftRows) -> list[str]:

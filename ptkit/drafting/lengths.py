@@ -60,8 +60,8 @@ def chat_lengths(
 ) -> Lengths:
     """Limits for whole conversations (`input`) and for the answers that are generated.
 
-    A conversation keeps all its turns, also where its last answer is generated, and only the
-    base's positions make one too long that has one question.
+    A conversation keeps all its turns, also where its last answer is generated. One question is
+    too long only for the base's positions.
     """
     unlimited = task.model_copy(update={"max_tokens": 10**9})
     encoder = ChatEncoder(tokenizer, unlimited)

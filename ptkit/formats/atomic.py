@@ -181,11 +181,12 @@ def remove(path: Path) -> None:
         path = path.resolve()
     if path.is_symlink():
         raise UserError(f"{path} is a link to a folder; delete both yourself, or use another place")
+    going = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_GONE}")
     if path.exists():
-        os.replace(path, path.with_name(f".{path.name}.{secrets.token_hex(4)}{_GONE}"))
+        os.replace(path, going)
         _sync(path.parent)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{_GONE}"):
-        shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(left, ignore_errors=left != going)
 
 
 def settle(path: Path) -> None:
