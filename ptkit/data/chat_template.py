@@ -120,6 +120,11 @@ class ChatTemplate:
         """Whether there is one at all."""
         return self.given is not None or self.tokenizer.chat_template is not None
 
+    @property
+    def dated(self) -> bool:
+        """Whether it writes the day into a conversation, as Llama 3.2's does."""
+        return "strftime_now" in json.dumps(self.given or self.tokenizer.chat_template)
+
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """`messages` with the system prompt, where they bring none."""
         brought = bool(messages) and messages[0]["role"] == "system"
