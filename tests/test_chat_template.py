@@ -323,6 +323,39 @@ REFUSED = {
         FORGETFUL.replace("assistant\\n' }}", "assistant\\n<think>' }}"),
         FOUR, None, "asks for an answer with '<think>'",
     ),
+    "reads another field": (
+        NAMED["chatml"].replace("message['content']", "(message['text'] or '')"), FOUR, None,
+        "leaves out the system prompt `be kind`",
+    ),
+    "reads parts": (  # as templates of models of images do
+        NAMED["chatml"].replace("message['content']", "(message['content'][0]['text'] or '')"),
+        FOUR[1:], None, "leaves out the question `hello`",
+    ),
+    "has no place for a system prompt": (
+        NAMED["chatml"].replace("message in messages", "message in messages if message['role'] != "
+                                "'system'"),
+        FOUR, None, "leaves out the system prompt `be kind`",
+    ),
+    "changes early answers, and has no place for a system prompt": (
+        FORGETFUL.replace("m in messages", "m in messages if m.role != 'system'"),
+        [*FOUR[:2], {**FOUR[2], "weight": 0, "reasoning_content": "hm"}, *FOUR[3:]],
+        None, "leaves out the system prompt `be kind`",
+    ),
+    "leaves out answers beside calls": (
+        "{% for m in messages %}{{ m.role + ': ' }}{% if m.tool_calls %}{{ m.tool_calls|tojson }}"
+        "{% else %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+        [*talk("hello"), {"role": "assistant", "content": "let me see", "tool_calls": [CALL]}],
+        None, "leaves out the answer `let me see`",
+    ),
+    "leaves out arguments": (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name }}{% endfor %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+        [*talk("hi"), {"role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "function": {"name": "add", "arguments": {"left": 1}}}]}],
+        None, "leaves out the argument `left`",
+    ),
     "leaves out calls": (
         "chatml",
         [*talk("hello"), {"role": "assistant", "content": "", "tool_calls": [CALL]}],
@@ -345,6 +378,26 @@ def test_template_that_cannot_write_a_conversation_is_refused_by_name(what: str)
     assert told in str(error.value)
     assert str(error.value).startswith("data.jsonl:1")
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_template_may_write_what_is_said_in_another_way() -> None:
+    """White space, early reasoning and JSON, as templates of known models treat them."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+        "{% if m.role == 'tool' %}{{ m.content|tojson }}"
+        "{% elif m.role == 'assistant' %}{{ m.content.split('</think>')[-1]|trim }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function|tojson }}{% endfor %}"
+        "{% else %}{{ m.content|trim }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    messages = [
+        {"role": "system", "content": "  be kind\n"}, *talk(" what \n"),
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": '{"found": "3.5\u00e9"}\n{}'},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nit is 3.5 "},
+    ]  # fmt: skip
+    (row,) = rows_of(messages, chat_task(template)).encoded
+    assert learnt_text(row)[-1] == "it is 3.5<|im_end|>\n"
 
 
 def test_answers_that_nothing_ends_are_counted() -> None:

@@ -6,7 +6,7 @@ import gc
 import json
 import sys
 from collections.abc import Iterator
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_chat_task import RECIPE_TEXT, WORDS, turns
 from test_preference import implicit, messages, texts
+from transformers.utils import chat_template_utils
 
 from ptkit.api import train
 from ptkit.data import chat_report, examples, pair_report, read_files, stored_rows, token_cache
@@ -254,6 +255,44 @@ def test_training_from_disk_resumes_within_an_epoch_bit_for_bit(
             train(loaded, base=base, out=tmp_path / "killed")
     resumed = train(loaded, base=base, out=tmp_path / "killed")
     assert bytes_of(resumed) == bytes_of(wanted)
+
+
+def test_run_with_a_dated_template_goes_on_the_next_day(
+    tmp_path: Path, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dated = "{{ strftime_now('w%d ') }}" + WORDS
+    loaded = talk(tmp_path / "talk", dated)
+
+    def on_day(day: int) -> None:
+        today = datetime(2031, 1, day)
+        monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: today))
+
+    on_day(10)
+    first = prepare(loaded, base)
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(11, patch)
+        with pytest.raises(_Killed):
+            train(loaded, base=base, out=tmp_path / "run")
+    on_day(11)
+    second = prepare(loaded, base)
+    assert first.rows.encoded[0].input_ids[0] != second.rows.encoded[0].input_ids[0]
+    assert first.data_fingerprint(0) == second.data_fingerprint(0)
+    assert train(loaded, base=base, out=tmp_path / "run").record.train_steps == 12
+    # Other conversations are other rows, on whatever day.
+    rows = (tmp_path / "talk" / "talk.jsonl").read_text().splitlines()
+    (tmp_path / "talk" / "talk.jsonl").write_text("\n".join([*rows[1:], rows[0]]) + "\n")
+    assert prepare(loaded, base).data_fingerprint(0) != first.data_fingerprint(0)
+    # So are pairs with another rejected answer.
+    pairs = choices(tmp_path / "pairs", "messages")
+    (tmp_path / "pairs" / "words.jinja").write_text(dated)
+    one = prepare(pairs, base).data_fingerprint(0)
+    on_day(12)
+    assert prepare(pairs, base).data_fingerprint(0) == one
+    file = tmp_path / "pairs" / "rows.jsonl"
+    held = [json.loads(line) for line in file.read_text().splitlines()]
+    held[0]["rejected"][-1]["content"] += " w1"
+    file.write_text("\n".join(map(json.dumps, held)) + "\n")
+    assert prepare(pairs, base).data_fingerprint(0) != one
 
 
 PAIRS = """

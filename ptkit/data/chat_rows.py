@@ -268,6 +268,7 @@ class ChatEncoder:
                 f"{dialogue.where}: the chat template writes the conversation otherwise before its "
                 "last answer is there than with it; give `task.chat_template` another"
             )
+        self.template.require_whole(dialogue, text)
         border = {last: len(asked)}
         if all(dialogue.learnt[i] for i in dialogue.answers) and self.task.loss == "all":
             return Rendered(text, {}, border)

@@ -7,6 +7,7 @@ adds to the question before it is the answer, as long as every rendering begins 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,13 @@ NAMED = {
 #: Stands for an answer where the mark behind it is looked for; no mark holds it.
 _ANSWER = "Qz7"
 Conversations = TypeVar("Conversations", bound=ConversationTask)
+#: Ends the reasoning that an answer may have before its text.
+_REASONED = "</think>"
+#: What a message says, by its role.
+_CONTENTS = {
+    "system": "the system prompt", "user": "the question", "assistant": "the answer",
+    "tool": "the result of a tool",
+}  # fmt: skip
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -111,6 +119,11 @@ class ChatTemplate:
     def exists(self) -> bool:
         """Whether there is one at all."""
         return self.given is not None or self.tokenizer.chat_template is not None
+
+    @property
+    def dated(self) -> bool:
+        """Whether it writes the day into a conversation, as Llama 3.2's does."""
+        return "strftime_now" in json.dumps(self.given or self.tokenizer.chat_template)
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """`messages` with the system prompt, where they bring none."""
@@ -183,7 +196,7 @@ class ChatTemplate:
         read = self._rendered_with_marks if self.marked else self._turn_by_turn
         found: Rendered | None = read(dialogue)
         if found is not None:
-            self._require_whole(dialogue, found.text)
+            self.require_whole(dialogue, found.text)
         return found
 
     @cached_property
@@ -246,24 +259,28 @@ class ChatTemplate:
             )
         return str(said)
 
-    def _require_whole(self, dialogue: Dialogue, text: str) -> None:
-        """Raise DataError for tool calls, reasoning or tools that the template leaves out."""
+    def require_whole(self, dialogue: Dialogue, text: str) -> None:
+        """Raise DataError for what a message says, tool calls, reasoning or tools that the template
+        leaves out of `text`, the conversation as it writes it."""
         last = dialogue.messages[-1]
+        calls = [c["function"] for m in dialogue.messages for c in m.get("tool_calls", ())]
         wanted = {
-            "the tool call": [
-                c["function"]["name"] for m in dialogue.messages for c in m.get("tool_calls", ())
-            ],
+            "the tool call": [call["name"] for call in calls],
+            "the argument": [key for call in calls for key in call["arguments"]],
             "the reasoning": [last.get("reasoning_content", "").strip()],
             "the tool": [str(t.get("function", t).get("name", "")) for t in dialogue.tools],
         }
-        for what, pieces in wanted.items():
-            for piece in pieces:
-                if piece not in text:
-                    raise DataError(
-                        f"{dialogue.where}: the chat template leaves out {what} "
-                        f"`{piece[:40]}`; give `task.chat_template` a template that has a place "
-                        "for it, or leave it out of the data"
-                    )
+        absent = [(what, p) for what, pieces in wanted.items() for p in pieces if p not in text]
+        absent += [
+            (_CONTENTS[m["role"]], m["content"]) for m in dialogue.messages if not _is_in(text, m)
+        ]
+        if absent:
+            what, piece = absent[0]
+            raise DataError(
+                f"{dialogue.where}: the chat template leaves out {what} "
+                f"`{' '.join(str(piece).split())[:40]}`; give `task.chat_template` a template that "
+                "has a place for it, or leave it out of the data"
+            )
 
     def _tried(self, dialogue: Dialogue, messages: Sequence[Message], **how: Any) -> Any:
         try:
@@ -295,6 +312,16 @@ class ChatTemplate:
         """The template; some tokenizers have one of their own for conversations with tools."""
         found: Any = self.tokenizer.get_chat_template(self.given, tools=[*tools] or None)
         return str(found)
+
+
+def _is_in(text: str, message: Message) -> bool:
+    """Whether `text` has what `message` says. Templates leave out reasoning and white space, and
+    write results of tools as JSON; so one whole line is enough."""
+    said = str(message["content"]).rpartition(_REASONED)[2].strip()
+    if said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text:
+        return True
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return any(line in text for line in (lines[-1], max(lines, key=len)))
 
 
 def _end(asked: str, said: str) -> str:

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ptkit.data.arrow_file import ArrowFile, write_arrow
 from ptkit.data.chat_rows import ChatEncoder, ChatNotes, ChatRows, Cut, cut_example
+from ptkit.data.chat_template import ChatTemplate
 from ptkit.data.encode import encode_examples
 from ptkit.data.encoded import EncodedExample, PairExample
 from ptkit.data.encoded_rows import (
@@ -181,8 +182,8 @@ def _of_template(tokenizer: PreTrainedTokenizerBase, task: ConversationTask) -> 
     """All that the text of a conversation depends on, beside the conversation and the task."""
     own = tokenizer.chat_template
     told = json.dumps([own, task.chat_template])
-    # Such a template writes the day into a conversation.
-    day = date.today().isoformat() if "strftime_now" in told else ""
+    dated = ChatTemplate(tokenizer, task.chat_template).dated
+    day = date.today().isoformat() if dated else ""
     return [told, tokenizer.special_tokens_map, sorted(tokenizer.added_tokens_decoder), day]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ptkit.data.chat_template import ChatTemplate, with_template_read
+from ptkit.data.dialogue import Dialogue
 from ptkit.data.encoded import EncodedExample
 from ptkit.data.examples import Example
 from ptkit.data.general_text import GENERAL_EN, general_texts
@@ -114,10 +115,11 @@ class Experiment:
         return data_lines(self.recipe.task, self.data, encoded) + list(self.chat_told) + told
 
     def data_fingerprint(self, seed: int) -> str:
-        """16 hex digits over the training and validation rows of `seed` as token ids."""
+        """16 hex digits over the training and validation rows of `seed` as token ids. Where a chat
+        template writes the day into them, they are over the conversations."""
         if self.recipe.task.data.draw != "seed":
             return self.rows_fingerprint()  # whatever the seed, the rows are the same
-        return _of_rows(chain(self.training(seed).encoded, self.validation))
+        return self._fingerprint(self.training(seed))
 
     def rows_fingerprint(self) -> str:
         """The same over all training and validation rows, which every seed draws from."""
@@ -125,7 +127,13 @@ class Experiment:
 
     @cached_property
     def _all_rows(self) -> str:
-        return _of_rows(chain(self.rows.encoded, self.validation))
+        return self._fingerprint(self.rows)
+
+    def _fingerprint(self, rows: TrainingRows) -> str:
+        template = self.chat_template
+        if template is not None and template.dated:  # a run may end on another day
+            return _of_conversations(chain(rows.examples, self.data.validation))
+        return _of_rows(chain(rows.encoded, self.validation))
 
     def metric_signatures(self) -> dict[str, str]:
         """Metric -> library, version and settings, of your own function its source."""
@@ -140,9 +148,8 @@ class Experiment:
             digest.update(repr(told).encode())
             if row.rejected is not None:
                 digest.update(repr(row.rejected.target).encode())
-            for own in (row, row.rejected):
-                if own is not None and own.dialogue is not None:  # tools are not in the text
-                    digest.update(repr((own.dialogue.messages, own.dialogue.tools)).encode())
+            for own in _dialogues(row):  # tools are not in the text
+                digest.update(repr((own.messages, own.tools)).encode())
         return digest.hexdigest()[:16]
 
     def retention_fingerprint(self) -> str | None:
@@ -167,6 +174,20 @@ def _of_rows(rows: Iterable[EncodedExample]) -> str:
     for row in rows:
         digest.update(repr(row.content).encode())
     return digest.hexdigest()[:16]
+
+
+def _of_conversations(examples: Iterable[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        told = [(own.messages, own.tools, own.learnt) for own in _dialogues(example)]
+        digest.update(repr(told).encode())
+    return digest.hexdigest()[:16]
+
+
+def _dialogues(example: Example) -> list[Dialogue]:
+    """The conversation of an example, and that with its rejected answer, as far as it has them."""
+    both = (example, example.rejected)
+    return [own.dialogue for own in both if own is not None and own.dialogue is not None]
 
 
 def _require_same_labels(base: Base, labels: Labels | None) -> None:
