@@ -27,6 +27,9 @@ from ptkit.recipe.tasks import HeadedTask, Task
 from ptkit.recipe.values import Values
 from ptkit.section import MethodSection, Section
 
+#: What torch, numpy and Optuna all take as a seed.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
 
 def _literals(annotation: Any) -> list[str]:
     """The words that a field of this type takes."""
@@ -254,7 +257,7 @@ class BudgetSection(Section):
     with all seeds. Test rows of their own play no part in it."""
     sampler: Literal["random", "optuna"] = "random"
     """Random search (Bergstra & Bengio 2012), or Optuna's TPE (`pip install -e ".[optuna]"`)."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of the search, and of the trials' training."""
     search: dict[str, dict[str, Values]] = Field(min_length=1)
     """Method (its label or name) -> its keys -> the values to try, a list or
@@ -279,7 +282,7 @@ class Recipe(Section):
     """What is learnt, from which data."""
     methods: list[SerializeAsAny[MethodSection]] = Field(min_length=1)
     """Methods to train or compare, each `{kind: ..., ...settings}`."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+    seeds: list[Seed] = Field(default=[0], min_length=1)
     """One run per method and seed."""
     train: TrainSection = TrainSection()
     """How each cell is trained."""
