@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from ptkit.cli.main import run
 
+ROOT = Path(__file__).resolve().parents[1]
+
 QUICK = ("--set", "train.steps=4", "--set", "train.eval_every=2", "--set", "train.save_every=2",
          "--set", "task.data.limits.test=4", "--set", "task.data.limits.train=40",
          "--set", "task.data.limits.validation=8", "--set", "task.max_target_tokens=24",
@@ -259,6 +261,48 @@ def test_full_disk_ends_with_one_line_and_nothing_half_written(trained: Path, tm
     assert done.stderr.startswith("Error: the disk is full")
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+#: LONG is no name for a file anywhere, NEARLY none with what a file being written has behind it.
+LONG, NEARLY = "a" * 300, "a" * 250
+
+
+@pytest.mark.parametrize(
+    ("line", "named", "told"),
+    [
+        ("adapters rm LONG --yes", LONG, "the name is too long"),
+        ("generate hi -a LONG", LONG, "the name is too long"),
+        ("generate -i LONG", LONG, "the name is too long"),
+        ("export ADAPTER --out LONG", LONG, "the name is too long"),
+        ("export ADAPTER --out NEARLY", NEARLY, "the name is too long"),
+        ("train quickstart --out file/x", "file/x", "is a file, not a folder"),
+        ("recipes copy quickstart file/x", "file", "a file is in the way"),
+    ],
+)
+def test_a_place_that_cannot_be_is_named_as_it_was_given(
+    tmp_path: Path, line: str, named: str, told: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = {"ADAPTER": str(ROOT / "adapters" / "facts-prompt"), "LONG": LONG, "NEARLY": NEARLY}
+    said = refused(*(words.get(word, word) for word in line.split()), cwd=tmp_path)
+    assert "Errno" not in said
+    assert f"Error: {named}: " in said
+    assert told in said
+
+
+@pytest.mark.parametrize("seed", ["99999999999999999999", str(-(2**64))])
+def test_a_seed_that_no_generator_takes_is_refused(tmp_path: Path, seed: str) -> None:
+    for line in ("generate hi --sample", "chat --sample", "distill x.txt --tokens 4 --out x",
+                 "search-prompt quickstart"):  # fmt: skip
+        said = refused(*line.split(), "--seed", seed, cwd=tmp_path)
+        assert "'--seed'" in said
+    said = refused("train", "quickstart", "--set", f"seeds=[{seed}]", cwd=tmp_path)
+    assert "seeds" in said
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
+def test_the_largest_seeds_are_taken(tmp_path: Path, seed: int) -> None:
+    ptkit("generate", "hi", "--sample", "--max-new-tokens", "2", f"--seed={seed}", cwd=tmp_path)
 
 
 def test_ctrl_c_ends_cleanly_and_the_run_goes_on_afterwards(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def chat(
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy.")] = False,
     temperature: Annotated[float, typer.Option(min=0.01, help="With --sample.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="With --sample.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of --sample.")] = 0,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of --sample.")] = 0,
 ) -> None:
     """Talk to the base and to adapters; change who answers with /adapter NAME.
 

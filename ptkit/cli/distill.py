@@ -46,7 +46,9 @@ def distill(
     learning_rate: Annotated[
         float, typer.Option(min=0, help="In units of the start's size, as prefix tuning's.")
     ] = 0.1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the texts and their order.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the texts and their order.")
+    ] = 0,
     fresh: Fresh = False,
     quiet: Quiet = False,
     json_output: JsonOutput = False,

@@ -147,11 +147,44 @@ def run() -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _end(f"the disk is full while writing {error.filename or 'a file'}; free space and "
                  "run the same command again", 2)  # fmt: skip
-        _end(str(error), 2 if error.errno in (errno.EACCES, errno.ENOENT, errno.EROFS) else 1)
+        if error.errno in _OF_PLACES and error.filename is not None:
+            told = _OF_PLACES[error.errno] or (error.strerror or str(error)).lower()
+            _end(f"{_as_given(os.fsdecode(error.filename))}: {told}", 2)
+        _end(str(error), 2 if error.errno in _OF_PLACES else 1)
     except Exception as error:
         if debug:
             raise
         _end(f"{type(error).__name__}: {error} (run again with --debug for the traceback)", 1)
+
+
+#: Errors of the system about a place that the user has named, in words that say what to do.
+_OF_PLACES: dict[int | None, str | None] = {
+    errno.ENOENT: None,
+    errno.EACCES: None,
+    errno.EPERM: None,
+    errno.EROFS: None,
+    errno.ENOTDIR: "a part of this path is a file, not a folder; name another place",
+    errno.EEXIST: "a file is in the way; name another place",
+    errno.EISDIR: "this is a folder; name a file",
+    errno.ENAMETOOLONG: "the name is too long for this file system",
+    errno.ELOOP: "these links lead to each other",
+}
+
+
+def _as_given(place: str) -> str:
+    """The path in the command's words that `place` is, or lies in or beside; else `place`."""
+    words = [word.partition("=")[2] or word for word in sys.argv[1:]]
+    whole = os.path.abspath(place)
+    for word in sorted(words, key=len, reverse=True):
+        own = os.path.abspath(word)
+        if whole == own or whole.startswith((own + os.sep, f"{_hidden(own)}.")):
+            return word
+    return place
+
+
+def _hidden(place: str) -> str:
+    """How the names of files begin that become `place` when they are complete."""
+    return os.path.join(os.path.dirname(place), f".{os.path.basename(place)}")
 
 
 def _end(message: str, code: int) -> None:

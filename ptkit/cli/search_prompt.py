@@ -19,7 +19,9 @@ def search_prompt(
     rounds: Annotated[int, typer.Option(min=1, help="How often every position is tried.")] = 2,
     candidates: Annotated[int, typer.Option(min=1, help="Words tried at a position.")] = 16,
     rows: Annotated[int, typer.Option(min=1, help="Training rows they are scored on.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the rows and the order.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the rows and the order.")
+    ] = 0,
     set_: Set = None,
     quiet: Quiet = False,
     json_output: JsonOutput = False,

@@ -27,7 +27,7 @@ from ptkit.recipe.tasks import HeadedTask, Task
 from ptkit.recipe.values import Values
 from ptkit.section import MethodSection, Section
 
-#: Seeds are below this: NumPy's generator takes 32 bits.
+#: Seeds are below this: torch, NumPy and Optuna all take them.
 SEEDS = 2**32
 Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 
