@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from test_cli import ptkit, refused
 
 from ptkit.data.encode import require_apart
+from ptkit.data.in_memory import table_of
 from ptkit.data.tokens import part_ids
 from ptkit.drafting.columns import columns_of
 from ptkit.drafting.draft import Draft, draft_recipe
@@ -211,6 +212,28 @@ def test_a_system_prompt_is_read_though_it_repeats(prompts: list[str], tmp_path:
     ]  # fmt: skip
     task: Any = drafted(jsonl_file(tmp_path / "rows.jsonl", rows)).loaded.recipe.task
     assert task.input == "System prompt: {system_prompt}\nQuestion: {question}\nResponse:"
+
+
+def test_one_object_that_holds_the_rows_is_told(tmp_path: Path) -> None:
+    rows = [{"text": text, "label": label} for text, label in TICKETS]
+    columns = {name: [row[name] for row in rows] for name in ("text", "label")}
+    for held, told in (
+        ({"version": "1", "data": rows}, "its `data` is a list of rows"),
+        (columns, "its columns are lists"),
+        (rows[0], "two are needed$"),
+    ):
+        (tmp_path / "rows.json").write_text(json.dumps(held))
+        with pytest.raises(DataError, match=told):
+            drafted(tmp_path / "rows.json")
+
+
+def test_a_column_may_be_named_by_a_number() -> None:
+    rows: Any = [{0: text, 1: label} for text, label in TICKETS]
+    wrong: Any = 2
+    number: Any = 1
+    assert choose(table_of("train", rows), label=number).goal == "classification"
+    with pytest.raises(DataError, match="no column `2`"):
+        choose(table_of("train", rows), label=wrong)
 
 
 def test_what_columns_do_not_tell_is_refused_with_the_columns(tmp_path: Path) -> None:

@@ -87,6 +87,9 @@ def choose(
     Raises DataError where the columns do not tell, and UserError for names that contradict `goal`.
     """
     columns = {column.name: column for column in columns_of(table)}
+    # Columns of a program's rows may have numbers for names, which are texts in a table.
+    label, target = (None if name is None else str(name) for name in (label, target))
+    text = [str(name) for name in text]
     for name in (label, target, *text):
         if name is not None and name not in columns:
             raise DataError(f"the data has no column `{name}`; {did_you_mean(name, columns)}")
