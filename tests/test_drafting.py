@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from test_cli import ptkit, refused
 
 from ptkit.data.encode import require_apart
+from ptkit.data.in_memory import table_of
 from ptkit.data.tokens import part_ids
 from ptkit.drafting.columns import columns_of
 from ptkit.drafting.draft import Draft, draft_recipe
@@ -173,6 +174,66 @@ def test_a_first_row_that_is_taken_for_names_is_told(
     draft = drafted(csv_file(tmp_path / "rows.csv", [first, *(TICKETS * 3)]))
     told = [line for line in draft.reasons if "taken for the names of columns" in line]
     assert len(told) == (first != ("text", "team"))
+
+
+UNUSABLE: dict[str, Any] = {
+    # As SQuAD, multiple choice, STS, and labels of which the file has one.
+    "answers": lambda i: {"text": [f"it {i}"], "answer_start": [i]},
+    "choices": lambda i: [f"a red {i}", "a blue one"],
+    "score": lambda i: i / 7,
+    "label": lambda i: "none",
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_what_is_learnt_is_not_guessed_beside_a_column_named_so(name: str, tmp_path: Path) -> None:
+    rows = [
+        {"context": f"the passage {i} of many", "question": f"what is {i} here",
+         name: UNUSABLE[name](i), "answer": i % 4}
+        for i in range(24)
+    ]  # fmt: skip
+    if name != "choices":
+        rows = [{key: row[key] for key in row if key != "answer"} for row in rows]
+    data = jsonl_file(tmp_path / "rows.jsonl", rows)
+    for goal in ("auto", "generation"):
+        with pytest.raises(DataError, match=rf"column `{name}` .* named like what is to be learnt"):
+            drafted(data, goal=goal)
+    # Whoever names a column gets it.
+    task: Any = drafted(data, target="question", text="context").loaded.recipe.task
+    assert (task.input, task.target) == ("{context}\n", "{question}")
+
+
+@pytest.mark.parametrize("prompts", [["Be kind."], ["", "Be kind."], ["Be brief.", "Be kind."]])
+def test_a_system_prompt_is_read_though_it_repeats(prompts: list[str], tmp_path: Path) -> None:
+    rows = [
+        {"system_prompt": prompts[i % len(prompts)], "question": f"what is {i}",
+         "response": f"it {i}"}
+        for i in range(24)
+    ]  # fmt: skip
+    task: Any = drafted(jsonl_file(tmp_path / "rows.jsonl", rows)).loaded.recipe.task
+    assert task.input == "System prompt: {system_prompt}\nQuestion: {question}\nResponse:"
+
+
+def test_one_object_that_holds_the_rows_is_told(tmp_path: Path) -> None:
+    rows = [{"text": text, "label": label} for text, label in TICKETS]
+    columns = {name: [row[name] for row in rows] for name in ("text", "label")}
+    for held, told in (
+        ({"version": "1", "data": rows}, "its `data` is a list of rows"),
+        (columns, "its columns are lists"),
+        (rows[0], "two are needed$"),
+    ):
+        (tmp_path / "rows.json").write_text(json.dumps(held))
+        with pytest.raises(DataError, match=told):
+            drafted(tmp_path / "rows.json")
+
+
+def test_a_column_may_be_named_by_a_number() -> None:
+    rows: Any = [{0: text, 1: label} for text, label in TICKETS]
+    wrong: Any = 2
+    number: Any = 1
+    assert choose(table_of("train", rows), label=number).goal == "classification"
+    with pytest.raises(DataError, match="no column `2`"):
+        choose(table_of("train", rows), label=wrong)
 
 
 def test_what_columns_do_not_tell_is_refused_with_the_columns(tmp_path: Path) -> None:

@@ -88,8 +88,21 @@ def read_splits(
         if not len(table):
             raise DataError(f"{rows.called(split)} has no rows")
     if "validation" not in tables and len(tables["train"]) < 2:
-        raise DataError(f"{rows.called('train')} has one row; at least two are needed")
+        raise DataError(
+            f"{rows.called('train')} has one row; at least two are needed{_rows_within(rows.train)}"
+        )
     return rows
+
+
+def _rows_within(table: Table) -> str:
+    """Where the rows of a table of one row seem to be, for a message."""
+    lists = {name: value for name, value in next(iter(table)).items() if isinstance(value, list)}
+    for name, value in lists.items():
+        if value and all(isinstance(entry, Mapping) for entry in value):
+            return f"; its `{name}` is a list of rows: make that list the whole file"
+    if len(lists) == len(table.columns) and len({len(value) for value in lists.values()}) == 1:
+        return "; its columns are lists: write an object for each row instead"
+    return ""
 
 
 def _splits(data: Mapping[str, Any]) -> dict[str, Source]:

@@ -35,6 +35,16 @@ _ANSWER = re.compile(rf"({_ANSWERS})$", re.IGNORECASE)
 _TARGET = re.compile(
     rf"({_ANSWERS}|reference|expected|result|sql|code|title|headline)s?$", re.IGNORECASE
 )
+#: Names of what is likely to be learnt, whatever it holds.
+_LEARNT = re.compile(
+    rf"(({_ANSWERS}|solution|score|similarity|rating|stars|grade|reference|expected|result)s?"
+    r"|labels?|class|sentiment|intent|(label|answer|correct)_\w+|\w+_(label|score|answer))$",
+    re.IGNORECASE,
+)
+#: Names of lists of answers of which one is right.
+_CHOICES = re.compile(r"(choices?|options?|candidates|endings|distractors|alternatives)$", re.I)
+#: Names of what a model is told to do: it is read, also where it is the same in many rows.
+_TOLD = re.compile(r"(system|system_?(prompt|message)|instructions?|prompt|question)$", re.I)
 #: Columns that hold conversations, whatever else a file has.
 _CHAT = ({"messages"}, {"conversations"}, {"instruction", "output"}, {"prompt", "completion"})
 
@@ -77,6 +87,9 @@ def choose(
     Raises DataError where the columns do not tell, and UserError for names that contradict `goal`.
     """
     columns = {column.name: column for column in columns_of(table)}
+    # Columns of a program's rows may have numbers for names, which are texts in a table.
+    label, target = (None if name is None else str(name) for name in (label, target))
+    text = [str(name) for name in text]
     for name in (label, target, *text):
         if name is not None and name not in columns:
             raise DataError(f"the data has no column `{name}`; {did_you_mean(name, columns)}")
@@ -132,6 +145,7 @@ def _found(table: Table, columns: dict[str, Column], given: Sequence[Column]) ->
         return _classification(columns, None, given)
     if any(c.kind == "texts" or (c.kind == "text" and _TARGET.match(c.name)) for c in rest):
         return _generation(table, columns, None, given)
+    _require_usable(columns, given)
     if any(c.kind == "label" for c in rest) and (texts or given):
         return _classification(columns, None, given)
     if len({*texts, *given}) > 1:
@@ -140,6 +154,26 @@ def _found(table: Table, columns: dict[str, Column], given: Sequence[Column]) ->
         "the columns do not tell what is to be learnt; name the column with `--label` or "
         f"`--target`. There are {listed_columns([*columns.values()])}"
     )
+
+
+def _require_usable(columns: dict[str, Column], given: Sequence[Column]) -> None:
+    """Raise DataError where a column that is likely to be learnt cannot be: a guess among the other
+    columns would teach something else."""
+    for column in columns.values():
+        name, kind = column.name, column.kind
+        likely = kind in ("identifier", "nested", "empty", "constant") and _LEARNT.match(name)
+        choices = kind == "texts" and _CHOICES.match(name)
+        if column not in given and (likely or choices):
+            why = (
+                "holds several answers, of which one is right"
+                if choices
+                else "has no texts or labels"
+            )
+            raise DataError(
+                f"the column {column} is named like what is to be learnt, and {why}; write the "
+                "answers as texts or as a few labels, or name another column with `--target` or "
+                f"`--label`. There are {listed_columns([*columns.values()])}"
+            )
 
 
 def _tagging(words: Column, tags: Column) -> Chosen:
@@ -230,6 +264,10 @@ def _generation(
     table: Table, columns: dict[str, Column], target: Column | None, given: Sequence[Column]
 ) -> Chosen:
     lists = [c for c in columns.values() if c.kind == "texts" and c not in given]
+    named = [c for c in columns.values() if c.kind == "text" and _TARGET.match(c.name)]
+    if target is None and not [c for c in named if c not in given]:
+        _require_usable(columns, given)
+    lists = [c for c in lists if not _CHOICES.match(c.name)]
     references = lists[0] if len(lists) == 1 else None
     if target is not None and target.kind == "texts":
         references, target = target, None
@@ -286,6 +324,10 @@ def _inputs(
     if given:
         return tuple(given)
     found = [c for c in columns.values() if c.kind == "text" and c.name not in used and c.nameable]
+    if found:
+        told = [c for c in columns.values() if _TOLD.match(c.name) and c.nameable
+                and c.kind in ("label", "constant") and c.name not in used]  # fmt: skip
+        found = [c for c in columns.values() if c in found or c in told]
     if not found:  # short texts that repeat may be read, too
         found = [c for c in columns.values() if c.kind in ("label", "texts") and c.nameable
                  and c.name not in used]  # fmt: skip
