@@ -150,7 +150,8 @@ TALK = [
 #: A template that leaves earlier answers out: a conversation is read once for each answer.
 FORGETFUL = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ 'w91 ' + m.content + ' <end> ' }}"
-    "{% elif loop.last %}{{ 'w92 ' + m.content + ' <end> ' }}{% endif %}{% endfor %}"
+    "{% elif loop.last %}{{ 'w92 ' + m.content + ' <end> ' }}"
+    "{% else %}{{ m.content + ' ' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'w92 ' }}{% endif %}"
 )
 
