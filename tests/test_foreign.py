@@ -449,6 +449,13 @@ def test_lora_of_a_variant_that_is_not_computed_is_refused(
     assert not any("lora" in name for name, _ in base.model.named_modules())
 
 
+@pytest.mark.parametrize("way", ["alone", "bank"])
+def test_lora_on_embeddings_is_refused_for_what_it_is(way: str, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    with pytest.raises(AdapterError, match="changes embeddings"):
+        into(base_named("org/base"), peft_folder(tmp_path, config=config), way)
+
+
 def test_settings_of_lora_that_change_no_logits_are_read_past(tmp_path: Path) -> None:
     settings = {"init_lora_weights": "gaussian", "layers_to_transform": [1], "exclude_modules": "x"}
     folder = lora_folder(tmp_path, rank_pattern={"layers.1.self_attn.q_proj": 3}, **settings)

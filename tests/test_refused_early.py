@@ -261,3 +261,14 @@ def test_what_a_killed_writer_left_is_no_adapter_and_no_run(tmp_path: Path) -> N
     assert "mine" in listed
     assert "other" not in listed
     assert "0 adapters" in ptkit("adapters", "ls", "runs", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("t.csv", "text,label\n"), ("t.json", "[]"), ("t.jsonl", "")]
+)
+def test_a_file_without_rows_is_told_as_such(name: str, content: str, tickets: Path) -> None:
+    (tickets / name).write_text(content)
+    change = f"task.data.files.train={name}"
+    told = refused("train", "cls.yaml", "--set", change, cwd=tickets)
+    assert "no rows" in told or "is empty" in told
+    assert "known: " not in told

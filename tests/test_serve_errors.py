@@ -141,6 +141,18 @@ def test_an_adapter_of_another_base_is_refused_with_the_keys_that_differ(
         assert "`tokenizer`" not in error["message"]
 
 
+def test_the_base_is_refused_as_a_part_of_an_ensemble(server: TestClient) -> None:
+    for model in ("facts-prefix,tiny-en", "tiny-en, facts-prefix"):
+        error = error_of(server.post(COMPLETIONS, json={**ASK, "model": model}), 400)
+        assert error["message"].startswith("`tiny-en` is the base, which cannot answer together")
+
+
+def test_an_adapter_of_other_weights_of_the_name_is_told_so(server: TestClient) -> None:
+    error = error_of(server.post(COMPLETIONS, json={**ASK, "model": "other"}), 422)
+    assert "made for `tiny-en` with other weights than the one that is loaded" in error["message"]
+    assert "not for `tiny-en`" not in error["message"]
+
+
 def events(server: TestClient, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
     lines = server.post(path, json={**body, "stream": True}).text.split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]

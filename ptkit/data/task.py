@@ -312,6 +312,8 @@ def _label(value: Any, column: str, where: str) -> str:
 
 
 def _require_column(rows: Table, column: str, key: str) -> None:
+    if not rows.columns:
+        raise DataError(f"the data has no rows, so `{key}` finds no column `{column}`")
     if column not in rows.columns:
         raise DataError(
             f"`{key}` names the column `{column}`, which the data does not have; "

@@ -94,6 +94,8 @@ class Template:
             steps = place[end:]
             if place[:end] in known and _PATH.fullmatch(f"x{steps}"):
                 return place[:end], [field or int(number) for field, number in _STEP.findall(steps)]
+        if not known:
+            raise DataError(f"the data has no rows, so `{self.name}` finds no column `{place}`")
         raise DataError(
             f"`{self.name}` names the column `{place}`, which the data does not have; "
             + did_you_mean(place, known)

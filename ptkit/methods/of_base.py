@@ -70,6 +70,11 @@ def refused_base(
     if made_for.fingerprint:
         if _is_made_for(made_for, base):
             return _refused_precision(config, made_for, base, where)
+        if same_name(name or "", base):
+            return (
+                f"{where} was made for `{name}` with other weights than the one that is loaded "
+                f"({_differences(made_for, base)}); load the one it was made for"
+            )
         return (
             f"{where} was made for the base model `{name}`, not for `{base.id}` "
             f"({_differences(made_for, base)}); load it on `{name}`"

@@ -166,6 +166,12 @@ class Library:
         names = [name.strip() for name in model.split(ENSEMBLE)]
         if len(set(names)) < len(names):
             raise UserError(f"`{model}` names an adapter twice")
+        base = next((name for name in names if self.is_base(name)), None)
+        if base is not None:
+            raise UserError(
+                f"`{base}` is the base, which cannot answer together with adapters; name adapters "
+                "only, or the base alone"
+            )
         return tuple(self._adapter(name) for name in names)
 
     def names(self) -> list[str]:

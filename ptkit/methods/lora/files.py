@@ -73,6 +73,11 @@ def lora_config(files: AdapterFiles, base: Base) -> LoraConfig:
     Raises AdapterError for settings that mean nothing, and for matrices the base has no place for.
     """
     _require_plain(files.config)
+    if embedding := next((name for name in files.tensors if ".lora_embedding_" in name), None):
+        raise AdapterError(
+            f"this LoRA changes embeddings (`{embedding}`), which ptkit does not compute; run it "
+            "with PEFT"
+        )
     fused = bool(files.config.get("target_parameters"))
     try:
         settings = (_FusedSettings if fused else _Settings).model_validate(files.config)
