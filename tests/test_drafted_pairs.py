@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_cli import ptkit as command
 from test_drafting import jsonl_file
 
 import ptkit
 from ptkit.drafting.draft import Draft, draft_recipe
 from ptkit.errors import DataError, UserError
+from ptkit.recipe.load import load_recipe
 from ptkit.recipe.tasks import PreferenceTask
 
 Rows = list[dict[str, Any]]
@@ -137,3 +139,11 @@ def test_answers_with_a_verdict_are_not_all_learnt(
     assert task.kind == "classification"
     wanted = [row for row in rows if row["label"]]
     assert drafted(tmp_path, wanted).loaded.recipe.task.kind == "chat"
+
+
+@pytest.mark.parametrize("goal", [[], ["--goal", "preference"]])
+def test_the_command_drafts_them(goal: list[str], tmp_path: Path) -> None:
+    jsonl_file(tmp_path / "pairs.jsonl", TEXTS)
+    command("init", "--out", "drafted.yaml", "--data", "pairs.jsonl", *goal, "--yes", cwd=tmp_path)
+    with contextlib.chdir(tmp_path):
+        assert isinstance(load_recipe("drafted.yaml").recipe.task, PreferenceTask)

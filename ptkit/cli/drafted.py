@@ -22,6 +22,7 @@ class DraftGoal(StrEnum):
     token_classification = "token_classification"
     generation = "generation"
     chat = "chat"
+    preference = "preference"
 
 
 PANEL = "Drafting a recipe from a data file"

@@ -112,7 +112,9 @@ def _asked(
     if named not in (*DraftGoal,):
         raise UserError(f"no goal `{named}`; known: {_GOALS}")
     goal = DraftGoal(named)
-    if goal is DraftGoal.chat or (found is not None and goal.value == found.goal and found.in_list):
+    if goal in (DraftGoal.chat, DraftGoal.preference) or (
+        found is not None and goal.value == found.goal and found.in_list
+    ):
         return goal, None, None
     likely = found.target.name if found and found.target and found.goal == named else None
     if goal in (DraftGoal.classification, DraftGoal.token_classification):
