@@ -372,6 +372,11 @@ def test_adapters_are_removed_only_when_confirmed(adapter: Path, tmp_path: Path)
     done = ptkit("adapters", "rm", *twice, "--yes", "--json")
     assert len(done.stdout.splitlines()) == 1
     assert not adapter.exists()
+    for place in ("outer", "outer/inner"):
+        shutil.copytree(SHIPPED / "facts-prompt", tmp_path / place)
+    done = ptkit("adapters", "rm", str(tmp_path / "outer"), str(tmp_path / "outer/inner"), "--yes")
+    assert len(done.stdout.splitlines()) == 2
+    assert not (tmp_path / "outer").exists()
 
 
 def test_diff_names_what_differs() -> None:

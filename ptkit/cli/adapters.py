@@ -112,8 +112,9 @@ def rm(
     from ptkit.formats import atomic
     from ptkit.formats.adapter_folder import CONFIG
 
-    # One that is named twice, in whatever way, is deleted once.
-    folders = [*{folder.resolve(): folder for folder in folders}.values()]
+    # One that is named twice, in whatever way, is deleted once, and one within another before it.
+    named = {folder.resolve(): folder for folder in folders}
+    folders = [named[place] for place in sorted(named, key=lambda p: len(p.parts), reverse=True)]
     for folder in folders:
         if not (folder / CONFIG).is_file():
             raise UserError(f"{folder} is not an adapter folder (it has no {CONFIG})")
