@@ -50,13 +50,16 @@ def quotes_are_marks(path: Path, separator: str) -> bool:
     if tabs and even:
         return False
     swallowed = next((place for place in broken if tabs or place[1] > place[0]), None)
-    swallowed = swallowed or (longer[0] if even and longer else None)
+    told = " without a proper end"
+    if swallowed is None and even and longer:
+        swallowed, told = longer[0], ", though every line has all columns by itself"
     if swallowed is None:
         return True
     first, last = swallowed
     raise DataError(
-        f"{path}:{first}: a quote begins a cell there, and the cell reaches to line {last} without "
-        'a proper end; write a quote that is a letter twice, in a quoted cell: `"a ""word"""`'
+        f"{path}:{first}: a quote begins a cell there, and the cell reaches to line {last}{told}; "
+        'write a quote that is a letter twice, in a quoted cell: `"a ""word"""`. If the cell is '
+        "right, save the file as JSON lines or Parquet"
     )
 
 
