@@ -36,9 +36,10 @@ from ptkit.formats.folder_lock import held, require_free
 from ptkit.formats.places import find_adapter
 from ptkit.launched import is_first, world_size
 from ptkit.methods.catalogue import method_sections
+from ptkit.options import SEEDS
 from ptkit.recipe.load import LoadedRecipe, load_recipe
 from ptkit.recipe.one_method import one_method
-from ptkit.recipe.schema import SEEDS, Recipe, TrainSection
+from ptkit.recipe.schema import Recipe, TrainSection
 from ptkit.runtime.base_model import Base
 from ptkit.runtime.devices import resolve_device
 from ptkit.runtime.given_base import given_base

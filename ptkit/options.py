@@ -1,4 +1,5 @@
-"""Words for how a base model is loaded, the same in a recipe and in a call of `load_base`."""
+"""What recipes, commands and calls from Python take alike: words for how a base model is loaded,
+and how many seeds there are."""
 
 from __future__ import annotations
 
@@ -9,3 +10,6 @@ Attention = Literal["auto", "sdpa", "eager"]
 Quantize = Literal["int8", "nf4", "blocks"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 TensorParallel = Literal["auto"]
+
+#: Seeds of training are below this: torch, NumPy and Optuna all take them.
+SEEDS = 2**32

@@ -10,6 +10,7 @@ import typer
 
 from ptkit.cli.options import Fresh, JsonOutput, Quiet, Set
 from ptkit.cli.places import require_file, require_model
+from ptkit.options import SEEDS
 
 if TYPE_CHECKING:
     from ptkit.training.distill import Distilled
@@ -47,7 +48,7 @@ def distill(
         float, typer.Option(min=0, help="In units of the start's size, as prefix tuning's.")
     ] = 0.1,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the texts and their order.")
+        int, typer.Option(min=0, max=SEEDS - 1, help="Seed of the texts and their order.")
     ] = 0,
     fresh: Fresh = False,
     quiet: Quiet = False,

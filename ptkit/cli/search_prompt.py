@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from ptkit.cli.options import JsonOutput, Quiet, RecipeArgument, Set
+from ptkit.options import SEEDS
 
 
 def search_prompt(
@@ -20,7 +21,7 @@ def search_prompt(
     candidates: Annotated[int, typer.Option(min=1, help="Words tried at a position.")] = 16,
     rows: Annotated[int, typer.Option(min=1, help="Training rows they are scored on.")] = 32,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the rows and the order.")
+        int, typer.Option(min=0, max=SEEDS - 1, help="Seed of the rows and the order.")
     ] = 0,
     set_: Set = None,
     quiet: Quiet = False,

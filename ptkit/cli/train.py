@@ -24,6 +24,7 @@ from ptkit.cli.drafted import (
 from ptkit.cli.options import DryRun, Fresh, JsonOutput, PricePerHour, Quiet, Set
 from ptkit.cli.places import require_adapters, require_model, require_there
 from ptkit.errors import UserError
+from ptkit.options import SEEDS
 
 
 def train(
@@ -38,7 +39,7 @@ def train(
     method: MethodOption = None,
     seed: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=0, max=2**32 - 1, help="Seed of this run; default: the recipe's first."),
+        typer.Option(min=0, max=SEEDS - 1, help="Seed of this run; default: the recipe's first."),
     ] = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045

@@ -21,14 +21,12 @@ from pydantic import (
 
 from ptkit.errors import UserError, did_you_mean
 from ptkit.methods.catalogue import method_section
-from ptkit.options import Attention, DeviceMap, Dtype, Quantize, TensorParallel
+from ptkit.options import SEEDS, Attention, DeviceMap, Dtype, Quantize, TensorParallel
 from ptkit.recipe.expansion import check_budget, check_sweep
 from ptkit.recipe.tasks import HeadedTask, Task
 from ptkit.recipe.values import Values
 from ptkit.section import MethodSection, Section
 
-#: Seeds are below this: torch, NumPy and Optuna all take them.
-SEEDS = 2**32
 Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 
 
