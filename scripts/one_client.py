@@ -67,10 +67,15 @@ def _ready(url: str) -> bool:
         return False
 
 
+def code_of(checkout: Path) -> dict[str, str]:
+    """The variables with which `python -m ptkit` runs the code in `checkout`, wherever it is."""
+    return {"PYTHONPATH": str(checkout), "PYTHONSAFEPATH": "1"}
+
+
 def ptkit_server(model: str, checkout: Path | None = None) -> Any:
     """`ptkit serve` of this code, or of the one in `checkout`."""
     port = free_port()
-    own = {} if checkout is None else {"PYTHONPATH": str(checkout)}
+    own = {} if checkout is None else code_of(checkout)
     words = [sys.executable, "-m", "ptkit", "serve", "--model", model, "--port", str(port)]
     return served(f"http://127.0.0.1:{port}", words, **own)
 

@@ -29,6 +29,7 @@ from typing import Any
 import httpx2
 import numpy as np
 import torch
+from one_client import code_of
 from vllm_traffic import parser_of, run
 
 from ptkit.bank import AdapterBank
@@ -244,15 +245,20 @@ def changing(url: str, changes: Counter[str]) -> Iterator[None]:
 
 
 @contextmanager
-def own_server(given: argparse.Namespace, adapters: Path, log: Path) -> Iterator[str]:
-    """`ptkit serve` with the same adapters; its address."""
+def own_server(
+    given: argparse.Namespace, adapters: Path, log: Path, checkout: Path | None = None
+) -> Iterator[str]:
+    """`ptkit serve` of this code, or of the one in `checkout`, with the adapters; its address."""
     port = free_port()
     command = [
         sys.executable, "-m", "ptkit", "serve", "--model", given.model, "--adapters", adapters,
         "--port", str(port), "--max-batch", str(given.batch),
     ]  # fmt: skip
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        code = {} if checkout is None else code_of(checkout)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **code}
+        )
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):

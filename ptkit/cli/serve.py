@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -30,10 +31,12 @@ _OF_LLAMA_CPP = ("gguf", "llama_server", "slots", "context", "slot_folder")
 _WITHOUT = {
     ServingEngine.ptkit: (*_OF_VLLM, *_OF_LLAMA_CPP),
     ServingEngine.vllm: (
-        "max_queue", "max_tokens", "timeout", "budget", "kv_budget", "device", "device_map",
-        "drain_seconds", *_OF_LLAMA_CPP,
+        "max_queue", "max_tokens", "timeout", "budget", "kv_budget", "packed", "device",
+        "device_map", "drain_seconds", *_OF_LLAMA_CPP,
     ),
-    ServingEngine.llama_cpp: ("model", "max_batch", "kv_budget", "device_map", *_OF_VLLM),
+    ServingEngine.llama_cpp: (
+        "model", "max_batch", "kv_budget", "packed", "device_map", *_OF_VLLM,
+    ),
 }  # fmt: skip
 _LLAMA_CPP = "With --engine llama-cpp"
 
@@ -95,6 +98,13 @@ def serve(
             help="Memory for keys and values of running answers; default: half of what is free.",
         ),
     ] = None,
+    packed: Annotated[
+        bool,
+        typer.Option(
+            help="Keep copies of the weights that a CPU multiplies faster, in up to a quarter of "
+            "the free memory."
+        ),
+    ] = True,
     dtype: Annotated[
         str,
         typer.Option(
@@ -247,13 +257,19 @@ def serve(
             {"hub": True} if allow_hub else {},
         ).run(lambda line: typer.secho(line, err=True))  # fmt: skip
         return
+    if engine is ServingEngine.ptkit and find_spec("vllm") is not None:
+        typer.secho(
+            "vLLM is installed here: for many clients, --engine vllm may be the faster one "
+            "(docs/engines.md#beside-vllm)",
+            err=True,
+        )
     aliases = []
     if gguf is not None and gguf != asked_for:  # one of ptkit's names: that is what it is called
         model_name, aliases = model_name or str(asked_for), [gguf.name]
     app = build_app(
         base, adapters, model_name=model_name, model_aliases=aliases, budget=budget,
-        kv_bytes=kv_budget, max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens,
-        timeout=timeout, keys=keys, allow_hub=allow_hub, read_only=read_only,
+        kv_bytes=kv_budget, packed=packed, max_batch=max_batch, max_queue=max_queue,
+        max_tokens=max_tokens, timeout=timeout, keys=keys, allow_hub=allow_hub, read_only=read_only,
         loopback_only=local, chosen=model is not None, executor=executor,
     )  # fmt: skip
     library = app.state.library

@@ -172,7 +172,7 @@ class AnswerExecutor(Protocol):
         """Begin from nothing; no answer is told."""
 
     def close(self) -> None:
-        """Free what is held outside this process. Nothing follows."""
+        """Free what is held for answers alone, outside this process too. Nothing follows."""
 
 
 class Endings:

@@ -38,6 +38,7 @@ def build_app(
     model_aliases: Collection[str] = (),
     budget: int | None = None,
     kv_bytes: int | None = None,
+    packed: bool = True,
     max_batch: int = 64,
     max_queue: int = 256,
     max_tokens: int = 1024,
@@ -57,6 +58,8 @@ def build_app(
     budget: bytes for prefixes on the device; None: no limit
     kv_bytes: bytes for keys and values of the running answers; an answer waits until all that it
         may come to need is free. None: half of what is free on the device now
+    packed: keep copies of weights that a CPU multiplies faster (`ptkit.runtime.packed`), in a
+        quarter of what is free at most
     max_batch, max_queue: answers written at the same time, and waiting
     max_tokens, timeout: of one answer, in tokens and seconds
     keys, loopback_only: see `create_app`; allow_hub, read_only, chosen: see `Library` (`chosen`
@@ -72,10 +75,12 @@ def build_app(
         base = load_base(base or TINY_EN, device="auto")
     bank = AdapterBank(base, budget=budget)
     metrics = Metrics(bank)
+    free = free_bytes(base.model.device)
     if kv_bytes is None and executor is None:
-        kv_bytes = free_bytes(base.model.device) // 2
+        kv_bytes = free // 2
     engine = Engine(
         bank, max_rows=max_batch, max_waiting=max_queue, logger=metrics, kv_bytes=kv_bytes,
+        packed_bytes=free // 4 if packed else 0,
         executor=executor and (lambda scheduler: executor(bank, scheduler, metrics)),
     )  # fmt: skip
     metrics.watch(engine)

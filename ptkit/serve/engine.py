@@ -40,6 +40,8 @@ class Engine:
         in pieces, so that no row waits longer than that
     kv_bytes: memory for keys and values; an answer waits until all that it may come to need is
         free. None: no limit
+    packed_bytes: memory for copies of weights that are multiplied faster
+        (`ptkit.runtime.packed`), until the engine is closed
     executor: makes what writes the answers; default: an `Executor` in this process
     """
 
@@ -51,6 +53,7 @@ class Engine:
         max_waiting: int = 256,
         piece: int = 512,
         kv_bytes: int | None = None,
+        packed_bytes: int = 0,
         logger: StatLogger | None = None,
         executor: Callable[[Scheduler], AnswerExecutor] | None = None,
     ) -> None:
@@ -61,7 +64,7 @@ class Engine:
         self._budget, self._block_bytes = BlockBudget(most), block_bytes
         self.scheduler = Scheduler(max_rows, max_waiting, self._budget)
         self.executor: AnswerExecutor = (
-            Executor(bank, self.scheduler, piece, most, logger)
+            Executor(bank, self.scheduler, piece, most, logger, packed_bytes)
             if executor is None
             else executor(self.scheduler)
         )

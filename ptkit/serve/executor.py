@@ -15,6 +15,7 @@ from ptkit.prefix import KVPrefix
 from ptkit.runtime.block_pool import BlockPool
 from ptkit.runtime.decode_loop import DecodeLoop, LoopRow, Ready
 from ptkit.runtime.generation import end_ids
+from ptkit.runtime.packed import PackedWeights
 from ptkit.runtime.paged_batch import PagedBatch, PagedSequence, SequenceInput
 from ptkit.runtime.paged_support import longest_sequence
 from ptkit.serve.answer import (
@@ -59,6 +60,7 @@ class Executor(Endings):
     scheduler: is told of answers that end
     piece: tokens of inputs read between two steps
     most: blocks of keys and values there may be; None: as memory lasts
+    packed_bytes: that copies of weights may take (`ptkit.runtime.packed`)
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class Executor(Endings):
         piece: int,
         most: int | None,
         stats: StatLogger | None,
+        packed_bytes: int = 0,
     ) -> None:
         super().__init__(stats)
+        self._packed = PackedWeights(bank.base.model, packed_bytes)
         self.bank = bank
         self.longest = longest_sequence(bank.base.model)
         self._scheduler, self._piece, self._most = scheduler, piece, most
@@ -216,7 +220,8 @@ class Executor(Endings):
         self._loop = self._new_loop()
 
     def close(self) -> None:
-        """See `AnswerExecutor`: nothing is held elsewhere."""
+        """See `AnswerExecutor`."""
+        self._packed.close()
 
     def _choose(self, logits: Tensor, rows: Sequence[AnswerRow]) -> None:
         """The next token of every answer with all its rows among `rows`.

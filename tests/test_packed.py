@@ -1,0 +1,183 @@
+"""Packed copies of weights: the same products, and nobody else's layers change."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import refused
+from test_engine import Asked
+from torch import Tensor, nn
+
+from ptkit.bank import AdapterBank
+from ptkit.errors import UserError
+from ptkit.runtime import packed
+from ptkit.runtime.base_model import load_base
+from ptkit.runtime.model_names import TINY_EN
+from ptkit.runtime.packed import PackedWeights, can_pack
+from ptkit.serve import run
+from ptkit.serve.engine import Engine
+
+command = importlib.import_module("ptkit.cli.serve")
+#: More than any model of these tests has.
+_ALL = 2**32
+
+
+class _Model(nn.Module):
+    """What is asked of a model: its layers and its device."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *sizes: tuple[int, int], bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(*size, bias=bias) for size in sizes)
+        self.requires_grad_(False)
+
+
+def _pack(model: nn.Module, most: int = _ALL) -> PackedWeights:
+    made = PackedWeights(model, most)
+    if not can_pack(model):
+        pytest.skip("products are packed on x86 CPUs alone")
+    return made
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,), (32, 1), (3, 5), (128,), (129,), (400,), (0,), ()])
+@pytest.mark.parametrize("size", [(512, 640), (64, 8192)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_are_the_same(shape: tuple[int, ...], size: tuple[int, int], bias: bool) -> None:
+    model = _Model(size, bias=bias)
+    layer = model.layers[0]
+    given = torch.randn(*shape, size[0])
+    right = layer(given)
+    made = _pack(model)
+    assert made.nbytes == layer.weight.nbytes
+    with torch.no_grad():
+        found = layer(given)
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+    assert found.shape == right.shape
+    made.close()
+    assert "forward" not in layer.__dict__
+    assert made.nbytes == 0
+    assert torch.equal(layer(given), right)
+
+
+def test_strides_and_other_types_are_read() -> None:
+    model = _Model((512, 640))
+    layer = model.layers[0]
+    given = torch.randn(512, 9).T
+    doubled = given.double()
+    right = layer(given)
+    made = _pack(model)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(given), right, rtol=1e-5, atol=1e-5)
+        with pytest.raises(RuntimeError):  # as an unpacked layer does
+            layer(doubled)
+    made.close()
+
+
+def test_a_weight_that_changes_counts_at_once() -> None:
+    model = _Model((512, 640))
+    layer = model.layers[0]
+    given = torch.randn(4, 512)
+    made = _pack(model)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+        torch.testing.assert_close(
+            layer(given), nn.functional.linear(given, layer.weight, layer.bias)
+        )
+        layer.weight = nn.Parameter(torch.zeros_like(layer.weight), requires_grad=False)
+        assert torch.equal(layer(given), layer.bias.expand(4, -1))
+    made.close()
+
+
+def test_gradients_flow_as_before() -> None:
+    model = _Model((512, 640))
+    layer = model.layers[0]
+    given = torch.randn(4, 512, requires_grad=True)
+    made = _pack(model)
+    layer(given).sum().backward()
+    assert given.grad is not None
+    torch.testing.assert_close(given.grad, layer.weight.sum(0).expand(4, -1), rtol=1e-4, atol=1e-4)
+    made.close()
+
+
+def test_the_widest_layers_come_first_and_bytes_are_kept_to() -> None:
+    model = _Model((512, 640), (512, 1024), (16, 16), (512, 512))
+    nbytes = [layer.weight.nbytes for layer in model.layers]
+    made = _pack(model, nbytes[1] + nbytes[3])
+    taken = ["forward" in layer.__dict__ for layer in model.layers]
+    assert taken == [False, True, False, True]  # the second widest does not fit, another does
+    assert made.nbytes == nbytes[1] + nbytes[3]
+    made.close()
+
+
+def test_what_learns_or_was_replaced_is_left_alone() -> None:
+    model = _Model((512, 640), (512, 640))
+    model.layers[0].requires_grad_(True)
+
+    def forward(input: Tensor) -> Tensor:
+        return input
+
+    model.layers[1].forward = forward
+    made = _pack(model)
+    assert made.nbytes == 0
+    assert model.layers[1].forward is forward
+    made.close()
+    assert model.layers[1].forward is forward
+
+
+def test_no_other_machine_is_packed_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed.platform, "machine", lambda: "arm64")
+    model = _Model((512, 640))
+    assert PackedWeights(model, _ALL).nbytes == 0
+    assert "forward" not in model.layers[0].__dict__
+
+
+def test_an_engine_answers_the_same_and_unpacks_at_its_end() -> None:
+    base = load_base(TINY_EN)
+    bank, head = AdapterBank(base), base.model.get_output_embeddings()
+    found = []
+    for most in (0, _ALL):
+        engine = Engine(bank, packed_bytes=most)
+        assert ("forward" in head.__dict__) == (most > 0 and can_pack(base.model))
+        asked = [Asked(bank, [None], [5 + n, 9, 200 + n, 41]) for n in range(6)]
+        engine.submit([one.answer for one in asked])
+        found.append([one.ids for one in asked])
+        engine.close()
+        assert "forward" not in head.__dict__
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("option", [[], ["--no-packed"]])
+def test_a_server_packs_unless_it_is_told_not_to(
+    option: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def ended(app: Any, engine: Engine, *_: Any, **__: Any) -> None:
+        head = engine.bank.base.model.get_output_embeddings()
+        seen.append("forward" in head.__dict__)
+        raise UserError("the server began")
+
+    monkeypatch.setattr(run, "run_server", ended)
+    said = refused("serve", *option, cwd=tmp_path)
+    assert "the server began" in said
+    assert seen == [not option and platform.machine() in ("x86_64", "AMD64")]
+    assert "--engine vllm" not in said
+    found = find_spec
+    monkeypatch.setattr(
+        command, "find_spec", lambda name: object() if name == "vllm" else found(name)
+    )
+    assert "vLLM is installed here" in refused("serve", *option, cwd=tmp_path)
+
+
+def test_options_of_another_engine_are_refused(tmp_path: Path) -> None:
+    assert "does not take --packed" in refused(
+        "serve", "--engine", "vllm", "--no-packed", cwd=tmp_path
+    )
