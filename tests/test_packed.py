@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import platform
+from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from serving import Serving
 from test_cli import refused
 from test_engine import Asked
 from torch import Tensor, nn
@@ -180,4 +182,35 @@ def test_a_server_packs_unless_it_is_told_not_to(
 def test_options_of_another_engine_are_refused(tmp_path: Path) -> None:
     assert "does not take --packed" in refused(
         "serve", "--engine", "vllm", "--no-packed", cwd=tmp_path
+    )
+
+
+def test_the_script_that_loads_a_server_counts_what_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`scripts/engine_beside_vllm.py`, on `ptkit serve` alone."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts"))
+    from engine_beside_vllm import _WAYS, Server, load, report
+
+    adapters = Path(__file__).resolve().parents[1] / "adapters"
+    prompts = [[5, 6, 7], [8, 9, 10, 11]]
+    speeds, firsts, faults = {}, {"ptkit": [], "other": []}, set()
+    with Serving(adapters, tmp_path / "log") as server:
+        asked = Server(server.url, ["facts-prefix", "tiny-en"])
+        for way, options in _WAYS.items():
+            seen, took = load(asked, prompts, 2, 0.5, {"max_tokens": 3, **options})
+            assert not seen.faults
+            assert seen.tokens == 3 * len(seen.first)
+            assert all((first > 0) == (way == "streamed") for first in seen.first)
+            speeds["ptkit", way], speeds["other", way] = [seen.tokens / took], [seen.tokens]
+            firsts["ptkit"], firsts["other"] = seen.first[:1], [2 * seen.first[0]]
+        wrong, _ = load(Server(server.url, ["nobody"]), prompts, 1, 0.1, {"max_tokens": 3})
+        faults = wrong.faults
+    assert faults == {"status 404, 0 tokens"}
+    given = Namespace(model="tiny-en", adapters=1, clients=2, rounds=1, seconds=0.5)
+    told = report(given, speeds, firsts, faults)
+    assert told["failures"] == ["status 404, 0 tokens"]
+    assert told["ptkit / other"]["first token, p95"]["median"] == 0.5
+    assert told["ptkit / other"]["greedy"]["median"] == pytest.approx(
+        speeds["ptkit", "greedy"][0] / speeds["other", "greedy"][0], abs=1e-3
     )
