@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import platform
 from argparse import Namespace
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,20 @@ def test_a_weight_that_changes_counts_at_once() -> None:
         )
         layer.weight = nn.Parameter(torch.zeros_like(layer.weight), requires_grad=False)
         assert torch.equal(layer(given), layer.bias.expand(4, -1))
+    made.close()
+
+
+def test_a_copied_model_multiplies_with_its_own_weights() -> None:
+    model = _Model((512, 640))
+    given = torch.randn(4, 512)
+    made = _pack(model)
+    copied = deepcopy(model)
+    with torch.no_grad():
+        right = model.layers[0](given)
+        torch.testing.assert_close(copied.layers[0](given), right, rtol=1e-5, atol=1e-5)
+        copied.layers[0].weight.zero_()
+        assert torch.equal(copied.layers[0](given), copied.layers[0].bias.expand(4, -1))
+        assert torch.equal(model.layers[0](given), right)
     made.close()
 
 

@@ -10,7 +10,9 @@ products take 1.4 to 1.7 times less (docs/benchmarks.md). From some hundred rows
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from copy import deepcopy
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ _ROWS, _WIDE = 128, 8192
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether packed products were measured to be faster where `model` is."""
+    """Whether packed products are faster where `model` is. That was measured on x86 alone."""
     return (
         model.device.type == "cpu"
         and platform.machine() in ("x86_64", "AMD64")
@@ -50,7 +52,7 @@ class PackedWeights:
             return
         for layer in sorted(_layers(model), key=lambda layer: -layer.out_features):
             if self.nbytes + layer.weight.nbytes <= most:
-                layer.__dict__["forward"] = _packed(layer)
+                layer.__dict__["forward"] = _Packed(layer)
                 self._layers.append(layer)
                 self.nbytes += layer.weight.nbytes
 
@@ -72,33 +74,43 @@ def _layers(model: PreTrainedModel) -> list[nn.Linear]:
         and module.weight.dtype == torch.float32
         and module.weight.device.type == "cpu"
         and not module.weight.requires_grad
+        and not module.weight.is_inference()  # which does not tell when it changes
         and module.weight.numel() >= _LEAST
     ]
 
 
-def _packed(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+class _Packed:
     """The forward of `layer` with a packed copy of its weight."""
-    weight, wide = layer.weight, layer.out_features >= _WIDE
-    version = weight._version
-    with torch.no_grad():
-        # The layout for so many rows is read nearly as fast by other numbers of them.
-        copy = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
 
-    def forward(input: Tensor) -> Tensor:
-        rows = input.numel() // layer.in_features
-        least = 1 if wide or torch.get_num_threads() > 1 else 2
-        if (
-            rows < least
-            or (rows > _ROWS and not wide)
-            or input.dtype != torch.float32
-            or layer.weight is not weight
-            or weight._version != version
-            or (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
-        ):  # fmt: skip
+    def __init__(self, layer: nn.Linear) -> None:
+        self._layer, self._weight = layer, layer.weight
+        self._version = layer.weight._version
+        self._wide = layer.out_features >= _WIDE
+        with torch.no_grad():
+            # The layout for so many rows is read nearly as fast by other numbers of them.
+            self._copy = torch.ops.mkldnn._reorder_linear_weight(layer.weight, 32)
+
+    def __call__(self, input: Tensor) -> Tensor:
+        layer = self._layer
+        if not self._serves(input):
             return linear(input, layer.weight, layer.bias)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
-            input, copy, layer.bias, "none", [], ""
+            input, self._copy, layer.bias, "none", [], ""
         )
         return product
 
-    return forward
+    def _serves(self, input: Tensor) -> bool:
+        weight, rows = self._layer.weight, input.numel() // self._layer.in_features
+        least = 1 if self._wide or torch.get_num_threads() > 1 else 2
+        return (
+            rows >= least
+            and (rows <= _ROWS or self._wide)
+            and input.dtype == torch.float32
+            and weight is self._weight
+            and weight._version == self._version
+            and not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copied layer multiplies with its own weight, which may learn."""
+        return MethodType(nn.Linear.forward, deepcopy(self._layer, memo))
