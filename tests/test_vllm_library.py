@@ -577,6 +577,34 @@ def test_the_server_is_started_with_what_was_compiled(base: Base, tmp_path: Path
     assert Template(template).render(messages=messages) == "a\nb"
 
 
+@pytest.mark.parametrize(
+    ("allowed", "physical", "reserved"),
+    [
+        (1, 1, None),
+        (2, 2, None),
+        (4, 2, None),
+        (2, 8, None),
+        (3, 3, "1"),
+        (16, 8, "1"),
+        (8, None, "1"),
+    ],
+)
+def test_the_connector_takes_no_core_from_the_model(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    allowed: int, physical: int | None, reserved: str | None,
+) -> None:  # fmt: skip
+    name = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(
+        vllm_server.psutil.Process, "cpu_affinity", lambda _: [*range(allowed)], raising=False
+    )
+    monkeypatch.setattr(vllm_server.psutil, "cpu_count", lambda logical=True: physical)
+    given = VLLMServer(base, None, Path("python"), "127.0.0.1", 8000, "float32", TINY_EN, 8)
+    assert given.environment(tmp_path).get(name) == reserved
+    monkeypatch.setenv(name, "3")
+    assert given.environment(tmp_path)[name] == "3"
+
+
 def test_vllm_asks_for_memory_that_is_free_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     monkeypatch.setattr(vllm_server.torch.cuda, "is_available", lambda: False)

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 _SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 #: vLLM's option for the share of memory it may take; on a CPU of the machine's, whatever its name.
 _SHARE = "--gpu-memory-utilization"
+#: vLLM's variable for the cores of a CPU that do not compute. With a connector these are two, of
+#: which ptkit's needs none. Of two cores both compute then, which is left as it is.
+_RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 
 
 @dataclass(frozen=True)
@@ -117,11 +120,19 @@ class VLLMServer:
         plugins = [p for p in os.environ.get("VLLM_PLUGINS", "").split(",") if p]
         found = {**os.environ, "PYTHONPATH": str(folder / CODE)}
         found["VLLM_PLUGINS"] = ",".join([*plugins, "ptkit"])
+        if _cores() > 2:
+            found.setdefault(_RESERVED, "1")
         if len(self.keys) > 1:
             raise UserError("vLLM's server takes one key from --api-key-file")
         if self.keys:
             found["VLLM_API_KEY"] = self.keys[0]
         return found
+
+
+def _cores() -> int:
+    """Physical cores that this process may run on, as vLLM counts them."""
+    allowed = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else 0
+    return min(filter(None, (allowed, psutil.cpu_count(logical=False))), default=0)
 
 
 def _memory(options: Sequence[str]) -> list[str]:
