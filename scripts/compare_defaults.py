@@ -12,6 +12,7 @@ import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ptkit.comparison import figures
 from ptkit.comparison.autotuned import autotuned, share_read
@@ -33,6 +34,15 @@ PROMPTS = ("prefix", "prompt", "P-tuning")
 FULL = {"kind": "full", "learning_rate": 1e-3}
 
 
+def methods_of(listed: Recipe, without: str = "") -> list[dict[str, Any]]:
+    """The methods of a recipe, without those with this end of their name."""
+    return [
+        m.model_dump(mode="json", exclude_defaults=True)
+        for m in listed.methods
+        if not without or not m.title.endswith(f", {without}")
+    ]
+
+
 def run(
     recipe: str, seeds: list[int], out: Path, overrides: list[str], without: str, full: bool
 ) -> None:
@@ -41,11 +51,7 @@ def run(
     without: leaves out the methods with this end of their name; full: fine-tunes all weights, too
     """
     listed = load_recipe(METHODS).recipe
-    methods = [
-        m.model_dump(mode="json", exclude_defaults=True)
-        for m in listed.methods
-        if not without or not m.title.endswith(f", {without}")
-    ]
+    methods = methods_of(listed, without)
     methods += [FULL] if full else []
     name = load_recipe(recipe).recipe.name
     loaded = load_recipe(

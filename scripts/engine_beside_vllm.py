@@ -14,9 +14,7 @@ import argparse
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
@@ -25,8 +23,9 @@ from typing import Any
 
 import httpx2
 import numpy as np
-from vllm_load import Plain, make_adapters, own_server
-from vllm_traffic import parser_of, run
+from one_client import streamed
+from vllm_load import Plain, at_once, load_parser, make_adapters, own_server, quartiles
+from vllm_traffic import run
 
 from ptkit.bench.bases import random_prompts
 from ptkit.hub.engine_runs.vllm import running
@@ -37,7 +36,7 @@ from ptkit.serve.engines import free_port
 #: What vLLM's base is called.
 _BASE = "base"
 #: What each way of asking adds to a request.
-_WAYS: dict[str, dict[str, Any]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "sampled": {"temperature": 0.8, "top_p": 0.95},
     "streamed": {"temperature": 0, "stream": True},
@@ -59,18 +58,7 @@ class Server:
 
     url: str
     names: Sequence[str]
-    turns: Any = field(default_factory=count)
-
-
-def _streamed(http: httpx2.Client, body: Mapping[str, Any]) -> tuple[int, float]:
-    """The status of the answer to `body`, and the seconds to its first token."""
-    begun = time.perf_counter()
-    with http.stream("POST", "/v1/completions", json=body) as response:
-        first = 0.0
-        for line in response.iter_lines():
-            if not first and line.startswith("data: {"):
-                first = time.perf_counter() - begun
-    return response.status_code, first
+    turns: Iterator[int] = field(default_factory=count)
 
 
 def load(
@@ -79,40 +67,26 @@ def load(
     """Ask for `seconds`, `clients` at once; what was seen, and how long it took to the last
     answer."""
     seen, lock = Seen(), threading.Lock()
-    limits = httpx2.Limits(max_connections=clients, max_keepalive_connections=clients)
-    until = time.monotonic() + seconds
-    with httpx2.Client(base_url=server.url, timeout=600, limits=limits) as http:
 
-        def ask(_: int) -> None:
-            while time.monotonic() < until:
-                with lock:
-                    n = next(server.turns)
-                asked = {
-                    "model": server.names[n % len(server.names)],
-                    "prompt": prompts[n % len(prompts)], "ignore_eos": True, **body,
-                }  # fmt: skip
-                if body.get("stream"):
-                    status, first = _streamed(http, asked)
-                    used = body["max_tokens"]
-                else:
-                    told = http.post("/v1/completions", json=asked)
-                    status, first = told.status_code, 0.0
-                    used = told.json()["usage"]["completion_tokens"] if status == 200 else 0
-                with lock:
-                    seen.tokens += used
-                    seen.first.append(first)
-                    if status != 200 or used != body["max_tokens"]:
-                        seen.faults.add(f"status {status}, {used} tokens")
+    def ask(http: httpx2.Client, turn: int) -> None:
+        asked = {
+            "model": server.names[turn % len(server.names)],
+            "prompt": prompts[turn % len(prompts)], "ignore_eos": True, **body,
+        }  # fmt: skip
+        if body.get("stream"):
+            found = streamed(http, asked)
+            status, used, first = found.status, found.tokens, found.first
+        else:
+            told = http.post("/v1/completions", json=asked)
+            status, first = told.status_code, 0.0
+            used = told.json()["usage"]["completion_tokens"] if status == 200 else 0
+        with lock:
+            seen.tokens += used
+            seen.first.append(first)
+            if status != 200 or used != body["max_tokens"]:
+                seen.faults.add(f"status {status}, {used} tokens")
 
-        started = time.perf_counter()
-        with ThreadPoolExecutor(clients) as pool:
-            list(pool.map(ask, range(clients)))
-        return seen, time.perf_counter() - started
-
-
-def _quartiles(values: np.ndarray) -> dict[str, Any]:
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).round(3).tolist()
-    return {"median": middle, "quartiles": [low, high]}
+    return seen, at_once(server.url, server.turns, clients, seconds, ask)
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
@@ -145,7 +119,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         faults: set[str] = set()
         for turn in range(given.rounds + 1):  # the first warms up
             for kind in sorted(servers, reverse=bool(turn % 2)):
-                for way, options in _WAYS.items():
+                for way, options in WAYS.items():
                     body = {"max_tokens": given.new_tokens, **options}
                     seen, took = load(servers[kind], prompts, given.clients, given.seconds, body)
                     faults |= {f"{kind}, {way}: {fault}" for fault in seen.faults}
@@ -174,26 +148,22 @@ def report(
             kind: round(float(np.median(all_)), 3) for kind, all_ in firsts.items()
         },
         "sampled / greedy": {
-            kind: _quartiles(np.divide(speeds[kind, "sampled"], speeds[kind, "greedy"]))
+            kind: quartiles(np.divide(speeds[kind, "sampled"], speeds[kind, "greedy"]))
             for kind in firsts
         },
     }  # fmt: skip
     for other in firsts.keys() - {"ptkit"}:
         found[f"ptkit / {other}"] = {
-            way: _quartiles(np.divide(speeds["ptkit", way], speeds[other, way])) for way in _WAYS
-        } | {"first token, p95": _quartiles(np.divide(firsts["ptkit"], firsts[other]))}
+            way: quartiles(np.divide(speeds["ptkit", way], speeds[other, way])) for way in WAYS
+        } | {"first token, p95": quartiles(np.divide(firsts["ptkit"], firsts[other]))}
     return found | {"failures": sorted(faults)}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of(str(__doc__), rounds=3)
+    parser = load_parser(str(__doc__), rounds=3, clients=32)
     parser.add_argument("--beside", type=Path, help="a checkout of ptkit to compare with")
-    parser.add_argument("--adapters", type=int, default=32)
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=32, help="sequences at a time, of each server")
     parser.add_argument("--seconds", type=float, default=15, help="of each turn")
     parser.add_argument("--prompts", type=int, default=96, help="of 12 to 40 random tokens")
-    parser.add_argument("--new-tokens", type=int, default=24)
     return parser
 
 

@@ -17,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +93,27 @@ def llama_server(gguf: Path, where: str | None, scratch: str, positions: int) ->
     return served(f"http://127.0.0.1:{port}", words, json.dumps(given).encode() + b"\n")
 
 
-def answered(url: str, model: str, words: list[int], new: int) -> tuple[float, float]:
-    """Seconds to the first token and to the last of `new` after the prompt `words`."""
-    body = {
-        "model": model, "prompt": words, "max_tokens": new, "temperature": 0, "ignore_eos": True,
-        "stream": True, "stream_options": {"include_usage": True},
-    }  # fmt: skip
+@dataclass(frozen=True)
+class Streamed:
+    """An answer that was streamed: its tokens, and the seconds to the first and to the end.
+
+    error: what stands in its place; empty: nothing
+    """
+
+    status: int
+    tokens: int
+    first: float
+    whole: float
+    error: str = ""
+
+
+def streamed(http: httpx2.Client, body: Mapping[str, Any]) -> Streamed:
+    """The answer to `body`, as a stream that ends with its usage."""
+    asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
     begun, first, used = time.perf_counter(), 0.0, 0
-    with httpx2.stream(
-        "POST", f"{url}/v1/completions", json=body, headers={"Authorization": "Bearer none"},
-        timeout=600,
-    ) as response:  # fmt: skip
+    with http.stream("POST", "/v1/completions", json=asked) as response:
         if response.status_code != 200:
-            sys.exit(f"{url}: {response.read()[:500].decode()}")
+            return Streamed(response.status_code, 0, 0.0, 0.0, response.read()[:500].decode())
         for line in response.iter_lines():
             if not line.startswith("data: {"):
                 continue
@@ -112,9 +121,22 @@ def answered(url: str, model: str, words: list[int], new: int) -> tuple[float, f
             if event.get("choices") and not first:
                 first = time.perf_counter() - begun
             used = (event.get("usage") or {}).get("completion_tokens", used)
-    if used != new:
-        sys.exit(f"{url} wrote {used} tokens, {new} were asked for")
-    return first, time.perf_counter() - begun
+    return Streamed(200, used, first, time.perf_counter() - begun)
+
+
+def answered(url: str, model: str, words: list[int], new: int) -> tuple[float, float]:
+    """Seconds to the first token and to the last of `new` after the prompt `words`."""
+    body = {
+        "model": model, "prompt": words, "max_tokens": new, "temperature": 0, "ignore_eos": True,
+    }  # fmt: skip
+    headers = {"Authorization": "Bearer none"}
+    with httpx2.Client(base_url=url, headers=headers, timeout=600) as http:
+        found = streamed(http, body)
+    if found.error:
+        sys.exit(f"{url}: {found.error}")
+    if found.tokens != new:
+        sys.exit(f"{url} wrote {found.tokens} tokens, {new} were asked for")
+    return found.first, found.whole
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The grid of docs/smollm2.md on SmolLM2: tasks, methods and seeds, in the order of their worth.
 
 python scripts/real_model_grid.py                       # all of it; the same command goes on
-python scripts/real_model_grid.py --part few --share 1/2 --minutes 90
+python scripts/real_model_grid.py --part few-50 --share 1/2 --minutes 90
 python scripts/real_model_grid.py --tables              # of what is finished
 
 Each job is one `ptkit compare`: all methods of a part on one task with one seed. All of a task's
@@ -16,12 +16,17 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from compare_defaults import METHODS, methods_of
+
+from ptkit.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "tests" / "recipes"
@@ -75,17 +80,8 @@ def _others(task: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _defaults(task: str) -> list[dict[str, Any]]:
-    peft = {"num_virtual_tokens": 20, "start": "random", "learning_rate": 3e-2, "beta2": 0.999}
-    kinds = {"prefix": "prefix_tuning", "prompt": "prompt_tuning", "P-tuning": "p_tuning"}
-    return [
-        method
-        for name, kind in kinds.items()
-        for method in (
-            {"kind": kind, "label": f"{name}, PEFT", **peft},
-            {"kind": kind, "label": f"{name}, default", "num_virtual_tokens": 20},
-        )
-    ]
+def _defaults(_: str) -> list[dict[str, Any]]:
+    return methods_of(load_recipe(METHODS).recipe, "auto")
 
 
 def _prefix(task: str) -> list[dict[str, Any]]:
@@ -147,10 +143,9 @@ class Job:
         part = PARTS[self.part]
         settings = {**part.settings, "methods": part.methods(self.task), "seeds": [self.seed]}
         if self.part == "unseen":
-            names = {"train": "train", "validation": "validation", "test": "test"}
             settings["task.data.files"] = {
-                split: str((out / "unseen" / "data" / f"{name}.jsonl").resolve())
-                for split, name in names.items()
+                split: str((out / "unseen" / "data" / f"{split}.jsonl").resolve())
+                for split in ("train", "validation", "test")
             }
         return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
@@ -164,14 +159,25 @@ def jobs(parts: Sequence[str]) -> Iterator[Job]:
 
 
 def hold_out(out: Path) -> None:
-    """Write WebNLG without two categories, and those two as its test rows."""
+    """Write WebNLG without two categories, and those two as its test rows. The folder appears
+    whole, because another share may look for it."""
     folder, data = out / "unseen" / "data", DATA / "webnlg"
-    if not (folder / "test.jsonl").is_file():
-        run([
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        words: list[str | Path] = [
             ROOT / "scripts" / "hold_out.py", "category=Astronaut,University",
             "--train", data / "train.jsonl", "--validation", data / "validation.jsonl",
-            "--test", data / "test_seen.jsonl", "--out", folder,
-        ])  # fmt: skip
+            "--test", data / "test_seen.jsonl", "--out", Path(scratch, "data"),
+        ]  # fmt: skip
+        if run(words):
+            sys.exit("the data of unseen categories could not be written")
+        try:
+            Path(scratch, "data").rename(folder)
+        except OSError:  # the other share was first
+            if not folder.is_dir():
+                raise
 
 
 def run(words: Sequence[str | Path]) -> int:

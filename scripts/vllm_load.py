@@ -162,36 +162,60 @@ def load(server: Server, work: Work, clients: int, seconds: float, new: int) -> 
     """Ask for `seconds`, `clients` at once; what was seen, and how long it took to the last
     answer."""
     seen, lock = Seen(), threading.Lock()
+
+    def ask(http: httpx2.Client, turn: int) -> None:
+        n = turn % len(work.names)
+        body = {
+            "model": _BASE if server.wrong is None else work.names[n],
+            "prompt": work.prompts[n], "max_tokens": new, "temperature": 0,
+            "ignore_eos": True, **server.options,
+        }  # fmt: skip
+        told = http.post("/v1/completions", json=body)
+        with lock:
+            if told.status_code != 200:
+                seen.failed[f"{told.status_code}: {told.text[:200]}"] += 1
+                return
+            answer = told.json()
+            seen.answers += 1
+            seen.tokens += answer["usage"]["completion_tokens"]
+            if server.wrong is not None:
+                found = server.wrong(n, answer["choices"][0])
+                if found is not None:
+                    seen.wrong.append((n, found))
+
+    return seen, at_once(server.url, server.turns, clients, seconds, ask)
+
+
+def at_once(
+    url: str,
+    turns: Iterator[int],
+    clients: int,
+    seconds: float,
+    ask: Callable[[httpx2.Client, int], None],
+) -> float:
+    """Let `clients` at once `ask` with the next of `turns` for `seconds`; how long it took to the
+    last answer."""
+    lock = threading.Lock()
     limits = httpx2.Limits(max_connections=clients, max_keepalive_connections=clients)
     until = time.monotonic() + seconds
-    with httpx2.Client(base_url=server.url, timeout=600, limits=limits) as http:
+    with httpx2.Client(base_url=url, timeout=600, limits=limits) as http:
 
-        def ask(_: int) -> None:
+        def client(_: int) -> None:
             while time.monotonic() < until:
                 with lock:
-                    n = next(server.turns) % len(work.names)
-                body = {
-                    "model": _BASE if server.wrong is None else work.names[n],
-                    "prompt": work.prompts[n], "max_tokens": new, "temperature": 0,
-                    "ignore_eos": True, **server.options,
-                }  # fmt: skip
-                told = http.post("/v1/completions", json=body)
-                with lock:
-                    if told.status_code != 200:
-                        seen.failed[f"{told.status_code}: {told.text[:200]}"] += 1
-                        continue
-                    answer = told.json()
-                    seen.answers += 1
-                    seen.tokens += answer["usage"]["completion_tokens"]
-                    if server.wrong is not None:
-                        found = server.wrong(n, answer["choices"][0])
-                        if found is not None:
-                            seen.wrong.append((n, found))
+                    turn = next(turns)
+                ask(http, turn)
 
         started = time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
-            list(pool.map(ask, range(clients)))
-        return seen, time.perf_counter() - started
+            list(pool.map(client, range(clients)))
+        return time.perf_counter() - started
+
+
+def quartiles(values: np.ndarray) -> dict[str, Any]:
+    """The median of `values`, and their quartiles."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return {"median": middle, "quartiles": [low, high]}
 
 
 def ids_of(base: Base, work: Work) -> Callable[[int, dict[str, Any]], list[int] | None]:
@@ -349,8 +373,7 @@ def report(
     }  # fmt: skip
     failures = [] if alive else ["vLLM's server is not healthy any more"]
     for kind, other in (("vllm", "plain"), ("vllm", "ptkit")):
-        low, middle, high = np.quantile(speeds[kind] / speeds[other], [0.25, 0.5, 0.75]).tolist()
-        found[f"{kind} / {other}"] = {"median": middle, "quartiles": [low, high]}
+        found[f"{kind} / {other}"] = quartiles(speeds[kind] / speeds[other])
     if found["vllm / plain"]["median"] < _LEAST:
         failures.append(f"slower than {_LEAST} of the plain base")
     failures += [f"{what}: {n} times" for what, n in changes.items() if " answered " in what]
@@ -385,14 +408,20 @@ def gap(base: Base, bank: AdapterBank, work: Work, number: int, told: list[int] 
     )  # fmt: skip
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = parser_of(str(__doc__), rounds=6)
+def load_parser(about: str, rounds: int, clients: int) -> argparse.ArgumentParser:
+    """The options of a measurement under load; rounds, clients: the defaults."""
+    parser = parser_of(about, rounds)
     parser.add_argument("--adapters", type=int, default=32)
-    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--clients", type=int, default=clients)
     parser.add_argument("--batch", type=int, default=32, help="sequences at a time, of each server")
+    parser.add_argument("--new-tokens", type=int, default=24)
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = load_parser(str(__doc__), rounds=6, clients=64)
     parser.add_argument("--seconds", type=float, default=180, help="of load on each server")
     parser.add_argument("--prompts", type=int, default=16, help="for each adapter")
-    parser.add_argument("--new-tokens", type=int, default=24)
     return parser
 
 

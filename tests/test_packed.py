@@ -205,14 +205,14 @@ def test_the_script_that_loads_a_server_counts_what_it_writes(
 ) -> None:
     """`scripts/engine_beside_vllm.py`, on `ptkit serve` alone."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts"))
-    from engine_beside_vllm import _WAYS, Server, load, report
+    from engine_beside_vllm import WAYS, Server, load, report
 
     adapters = Path(__file__).resolve().parents[1] / "adapters"
     prompts = [[5, 6, 7], [8, 9, 10, 11]]
     speeds, firsts, faults = {}, {"ptkit": [], "other": []}, set()
     with Serving(adapters, tmp_path / "log") as server:
         asked = Server(server.url, ["facts-prefix", "tiny-en"])
-        for way, options in _WAYS.items():
+        for way, options in WAYS.items():
             seen, took = load(asked, prompts, 2, 0.5, {"max_tokens": 3, **options})
             assert not seen.faults
             assert seen.tokens == 3 * len(seen.first)

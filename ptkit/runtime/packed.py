@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from ptkit.runtime.precision import is_frozen_float32
+
 #: Values of a weight below which the two take equally long.
 _LEAST = 2**18
 #: Rows up to which a packed product is the faster one, and values per row from which it is with
@@ -70,10 +72,8 @@ def _layers(model: PreTrainedModel) -> list[nn.Linear]:
         for module in model.modules()
         if type(module) is nn.Linear
         and "forward" not in module.__dict__
-        and type(module.weight.data) is Tensor
-        and module.weight.dtype == torch.float32
+        and is_frozen_float32(module.weight)
         and module.weight.device.type == "cpu"
-        and not module.weight.requires_grad
         and not module.weight.is_inference()  # which does not tell when it changes
         and module.weight.numel() >= _LEAST
     ]

@@ -93,7 +93,7 @@ def weights_cast_once(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[No
     held = [
         (module, module.weight)
         for module in model.modules()
-        if isinstance(module, nn.Linear | Conv1D) and _is_cast_anew(module.weight)
+        if isinstance(module, nn.Linear | Conv1D) and is_frozen_float32(module.weight)
     ]
     copies: dict[int, nn.Parameter] = {}  # one of each, should layers share a weight
     for module, weight in held:
@@ -107,7 +107,8 @@ def weights_cast_once(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[No
             module.weight = weight
 
 
-def _is_cast_anew(weight: Tensor) -> bool:
+def is_frozen_float32(weight: Tensor) -> bool:
+    """Whether `weight` is a plain float32 matrix with values, and does not learn."""
     # A quantised weight says that it is float32, too.
     plain = type(weight.data) is Tensor and weight.dtype == torch.float32 and not weight.is_meta
     return plain and not weight.requires_grad
